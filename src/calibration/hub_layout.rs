@@ -1,0 +1,287 @@
+//! Where a dataset repository's files lie on this machine.
+
+use super::recipe::Recipe;
+use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A recipe's files, found.
+pub(super) struct Located {
+    /// The folder that stands for the repository's root.
+    pub(super) root: PathBuf,
+    /// The commit, when a Hugging Face cache tells it.
+    pub(super) revision: Option<String>,
+}
+
+/// Looks for all files of a recipe below each root in turn. A root is a folder with the repository in it
+/// (`wikitext/` or `Salesforce/wikitext/`), the repository itself, or the `hub` folder of a Hugging Face
+/// cache, where the recipe's revision is looked for first and then the one that `main` was at when it was
+/// downloaded.
+pub(super) fn locate(recipe: &Recipe, roots: &[PathBuf]) -> Result<Located> {
+    let paths = recipe.paths();
+    let complete = |place: &Located| paths.iter().all(|path| place.root.join(path).is_file());
+    if let Some(found) = roots.iter().flat_map(|root| candidates(recipe, root)).find(complete) {
+        return Ok(found);
+    }
+    let quoted =
+        |names: Vec<String>| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+    let places = match roots {
+        [] => "no folder, as none was given".into(),
+        _ => quoted(roots.iter().map(|root| root.display().to_string()).collect()),
+    };
+    let (name, fetch) = (recipe.name().to_owned(), recipe.fetch_command());
+    Err(Error::DatasetNotFound { name, files: quoted(paths), places, fetch })
+}
+
+fn candidates(recipe: &Recipe, root: &Path) -> Vec<Located> {
+    let cache = root.join(format!("datasets--{}", recipe.repository().replace('/', "--")));
+    let reference = |name: &str| fs::read_to_string(cache.join("refs").join(name)).ok();
+    let commits = [Some(recipe.revision().to_owned()), reference(recipe.revision()), reference("main")];
+    let snapshots = commits.into_iter().flatten().map(|commit| {
+        let commit = commit.trim().to_owned();
+        Located { root: cache.join("snapshots").join(&commit), revision: Some(commit) }
+    });
+    let name = recipe.repository().rsplit('/').next().unwrap_or_default();
+    let folders = [root.join(name), root.join(recipe.repository()), root.to_owned()];
+    snapshots.chain(folders.map(|root| Located { root, revision: None })).collect()
+}
+
+/// One file of a split, as the Hub names them: `<split>-00000-of-00001.parquet`, possibly with a hash after
+/// the count.
+#[derive(Debug, PartialEq, Eq)]
+struct Shard {
+    split: String,
+    index: usize,
+    count: usize,
+}
+
+impl Shard {
+    fn parse(file_name: &str) -> Option<Self> {
+        let number = |digits: &str| (digits.len() == 5).then(|| digits.parse().ok()).flatten();
+        let (front, count) = file_name.strip_suffix(".parquet")?.rsplit_once("-of-")?;
+        let (split, index) = front.rsplit_once('-')?;
+        let (count, hash) = count.split_once('-').unwrap_or((count, ""));
+        let named = !split.is_empty() && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
+        named.then_some(())?;
+        Some(Self { split: split.to_owned(), index: number(index)?, count: number(count)? })
+    }
+}
+
+/// The files of one split of a folder laid out as on the Hub, in order, as paths below `folder`. Without a
+/// split asked for it is `train`, or the only one there is.
+pub(super) fn split_files(folder: &Path, name: &str, split: Option<&str>) -> Result<Vec<String>> {
+    let (below, mut splits) = splits_of(folder, name)?;
+    let known = splits.keys().map(|split| format!("`{split}`")).collect::<Vec<_>>().join(", ");
+    let only = if splits.len() == 1 { splits.keys().next().cloned() } else { None };
+    let default = if splits.contains_key("train") { Some("train".to_owned()) } else { only };
+    let wanted = split.map(str::to_owned).or(default);
+    let Some((split, shards)) = wanted.as_ref().and_then(|wanted| splits.remove_entry(wanted)) else {
+        return Err(Error::Value {
+            what: format!("split of `{name}`"),
+            expected: if splits.len() == 1 { known } else { format!("one of {known}") },
+            found: wanted.unwrap_or_else(|| "none".into()),
+        });
+    };
+    let whole =
+        shards.iter().enumerate().all(|(at, (shard, _))| shard.index == at && shard.count == shards.len());
+    if !whole {
+        let names = shards.iter().map(|(_, name)| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        let count = shards.iter().map(|(shard, _)| shard.count).max().unwrap_or_default();
+        return Err(Error::Dataset {
+            path: folder.join(below),
+            problem: format!("split `{split}` should be {count} files, numbered from 0, and is {names}"),
+        });
+    }
+    let path = |file: String| if below.is_empty() { file } else { format!("{below}/{file}") };
+    Ok(shards.into_iter().map(|(_, file)| path(file)).collect())
+}
+
+type Splits = BTreeMap<String, Vec<(Shard, String)>>;
+
+/// The splits in the folder itself or else in the one configuration folder below it, and that folder's name.
+fn splits_of(folder: &Path, name: &str) -> Result<(String, Splits)> {
+    let (files, folders) = entries(folder)?;
+    let here = group(files);
+    if !here.is_empty() {
+        return Ok((String::new(), here));
+    }
+    let mut found = Vec::new();
+    for below in folders {
+        let (files, _) = entries(&folder.join(&below))?;
+        let splits = group(files);
+        if !splits.is_empty() {
+            found.push((below, splits));
+        }
+    }
+    match found.len() {
+        1 => Ok(found.remove(0)),
+        0 => Err(Error::Dataset {
+            path: folder.into(),
+            problem: "neither it nor a folder in it has parquet files named as on the Hub \
+                      (`train-00000-of-00001.parquet`)"
+                .into(),
+        }),
+        _ => Err(Error::Value {
+            what: format!("dataset `{name}`"),
+            expected: "a folder with one configuration (name one of its folders instead)".into(),
+            found: found.into_iter().map(|(below, _)| below).collect::<Vec<_>>().join("`, `"),
+        }),
+    }
+}
+
+fn group(files: Vec<String>) -> Splits {
+    let mut splits = Splits::new();
+    for file in files {
+        if let Some(shard) = Shard::parse(&file) {
+            splits.entry(shard.split.clone()).or_default().push((shard, file));
+        }
+    }
+    splits.values_mut().for_each(|shards| shards.sort_by_key(|(shard, _)| shard.index));
+    splits
+}
+
+/// The names of the files and of the folders in a folder, sorted.
+fn entries(folder: &Path) -> Result<(Vec<String>, Vec<String>)> {
+    let (mut files, mut folders) = (Vec::new(), Vec::new());
+    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let path = entry.map_err(Error::io("read", folder))?.path();
+        // A name that is not Unicode is not one the Hub gives.
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
+        // Files in a Hugging Face cache are links: what counts is what they lead to.
+        if path.is_dir() { folders.push(name.to_owned()) } else { files.push(name.to_owned()) }
+    }
+    files.sort();
+    folders.sort();
+    Ok((files, folders))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::TempDir;
+
+    fn folder(files: &[&str]) -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for file in files {
+            let path = folder.path().join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, "").unwrap();
+        }
+        folder
+    }
+
+    fn files_of(folder: &TempDir, split: Option<&str>) -> Result<Vec<String>, String> {
+        split_files(folder.path(), "texts", split)
+            .map_err(|error| error.to_string().replace(&folder.path().display().to_string(), "DIR"))
+    }
+
+    #[test]
+    fn shard_names() {
+        let shard = |name| Shard::parse(name).map(|shard| (shard.split, shard.index, shard.count));
+        assert_eq!(shard("train-00002-of-00010.parquet"), Some(("train".into(), 2, 10)));
+        assert_eq!(shard("a-b-00000-of-00001-a09b74b3ef9c3b56.parquet"), Some(("a-b".into(), 0, 1)));
+        for other in
+            ["train.parquet", "train-0-of-1.parquet", "train-00000-of-00001.json", "-00000-of-00001.parquet"]
+        {
+            assert_eq!(shard(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn a_folder_of_splits_or_with_one_configuration() {
+        let here = folder(&["train-00001-of-00002.parquet", "train-00000-of-00002.parquet", "README.md"]);
+        let train = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"];
+        assert_eq!(files_of(&here, None).unwrap(), train);
+        assert_eq!(files_of(&here, Some("train")).unwrap(), train);
+
+        let below =
+            folder(&["raw/test-00000-of-00001.parquet", "raw/validation-00000-of-00001.parquet", "doc/a.md"]);
+        assert_eq!(files_of(&below, Some("test")).unwrap(), ["raw/test-00000-of-00001.parquet"]);
+        assert_eq!(
+            files_of(&below, None).unwrap_err(),
+            "split of `texts`: expected one of `test`, `validation`, found `none`"
+        );
+        assert_eq!(
+            files_of(&below, Some("train")).unwrap_err(),
+            "split of `texts`: expected one of `test`, `validation`, found `train`"
+        );
+
+        let only = folder(&["test-00000-of-00001.parquet"]);
+        assert_eq!(files_of(&only, None).unwrap(), ["test-00000-of-00001.parquet"]);
+        assert_eq!(files_of(&only, Some("x")).unwrap_err(), "split of `texts`: expected `test`, found `x`");
+    }
+
+    #[test]
+    fn folders_that_are_not_one_dataset() {
+        assert_eq!(
+            files_of(&folder(&["a.txt", "b/c.txt"]), None).unwrap_err(),
+            "`DIR`: neither it nor a folder in it has parquet files named as on the Hub \
+             (`train-00000-of-00001.parquet`)"
+        );
+        assert_eq!(
+            files_of(&folder(&["a/train-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"]), None)
+                .unwrap_err(),
+            "dataset `texts`: expected a folder with one configuration (name one of its folders instead), \
+             found `a`, `b`"
+        );
+        assert_eq!(
+            files_of(&folder(&["a/train-00000-of-00003.parquet", "a/train-00002-of-00003.parquet"]), None)
+                .unwrap_err(),
+            "`DIR/a`: split `train` should be 3 files, numbered from 0, and is `train-00000-of-00003.parquet`, \
+             `train-00002-of-00003.parquet`"
+        );
+    }
+
+    #[test]
+    fn a_recipe_is_found_in_every_layout() {
+        let recipe = Recipe::builtin("wikitext2-test").unwrap();
+        let file = "wikitext-2-raw-v1/test-00000-of-00001.parquet";
+        let found = |place: &str, extra: &[(&str, &str)]| {
+            let root = folder(&[&format!("{place}{file}")]);
+            for (path, content) in extra {
+                fs::create_dir_all(root.path().join(path).parent().unwrap()).unwrap();
+                fs::write(root.path().join(path), content).unwrap();
+            }
+            let located = locate(&recipe, &["/nowhere".into(), root.path().into()]).ok()?;
+            assert!(located.root.join(file).is_file());
+            Some((
+                located.root.strip_prefix(root.path()).unwrap().to_str().unwrap().to_owned(),
+                located.revision,
+            ))
+        };
+        for place in ["", "wikitext", "Salesforce/wikitext"] {
+            let below = if place.is_empty() { String::new() } else { format!("{place}/") };
+            assert_eq!(found(&below, &[]), Some((place.to_owned(), None)));
+        }
+        let cache = "datasets--Salesforce--wikitext";
+        let pinned = format!("{cache}/snapshots/{}", recipe.revision());
+        assert_eq!(found(&format!("{pinned}/"), &[]), Some((pinned, Some(recipe.revision().to_owned()))));
+        let main = format!("{cache}/refs/main");
+        let other = format!("{cache}/snapshots/abc");
+        assert_eq!(
+            found(&format!("{other}/"), &[(&main, "abc\n")]),
+            Some((other.clone(), Some("abc".into())))
+        );
+        assert_eq!(found(&format!("{other}/"), &[]), None);
+        assert_eq!(found("wikitext/other/", &[]), None);
+    }
+
+    #[test]
+    fn a_recipe_that_is_not_here_names_files_places_and_command() {
+        let recipe = Recipe::builtin("wikitext2").unwrap();
+        let Err(error) = locate(&recipe, &["/nowhere".into(), "/no/hub".into()]) else { unreachable!() };
+        assert_eq!(
+            error.to_string(),
+            "the files of dataset `wikitext2` are not on this machine: looked for \
+             `wikitext-2-raw-v1/train-00000-of-00001.parquet` in `/nowhere`, `/no/hub`"
+        );
+        assert_eq!(
+            error.hint().unwrap(),
+            "hf download Salesforce/wikitext wikitext-2-raw-v1/train-00000-of-00001.parquet --repo-type dataset \
+             --revision b08601e04326c79dfdd32d625aee71d232d685c3"
+        );
+        let Err(error) = locate(&recipe, &[]) else { unreachable!() };
+        assert!(error.to_string().ends_with(" in no folder, as none was given"), "{error}");
+    }
+}

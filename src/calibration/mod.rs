@@ -1,0 +1,59 @@
+//! Calibration text: from a dataset's name to token windows `[samples, seq_len]`.
+//!
+//! ```text
+//! CorpusSource ── load ──► Corpus ── + Tokenizer ──► Tokens ──► Windows
+//!  recipe or path          rows of text              ids         [samples, seq_len]
+//! ```
+//!
+//! A [`CorpusSource`] finds the files of a [`Recipe`] or of a local path, a [`Corpus`] holds their rows,
+//! [`Tokens`] is the text as the model's own tokenizer cuts it, and [`Windows`] are what the pipeline runs
+//! and what perplexity is measured on. Nothing here downloads, prints or knows a model's weights.
+
+mod corpus;
+mod hub_layout;
+mod parquet_rows;
+mod recipe;
+mod source;
+mod text_rows;
+mod tokenizer;
+mod tokens;
+mod windows;
+
+pub use corpus::{Corpus, Provenance, ProvenanceFile};
+pub use recipe::{Recipe, Sampling};
+pub use source::{CorpusSource, SourceOptions};
+pub use tokenizer::Tokenizer;
+pub use tokens::Tokens;
+pub use windows::{MAX_OVERLAP, Windows, check_seq_len};
+
+use sha2::{Digest, Sha256};
+use std::fmt::Write;
+
+/// The digest in lower-case hexadecimal.
+fn hex_digest(hasher: Sha256) -> String {
+    hasher.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
+        // Writing to a `String` cannot fail.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}
+
+#[cfg(test)]
+mod test_support {
+    use super::Tokenizer;
+    use std::path::{Path, PathBuf};
+
+    /// The bundled demo corpus: `calibration.parquet` and `tokenizer.json`.
+    pub(super) fn demo() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("calibration/demo")
+    }
+
+    pub(super) fn demo_tokenizer() -> Tokenizer {
+        Tokenizer::open(&demo()).unwrap()
+    }
+
+    /// The folder of the larger test data, where there is one. Tests that need it end in `_with_test_data`.
+    pub(super) fn test_data() -> Option<PathBuf> {
+        std::env::var_os("GPTQ_TEST_DATA").map(PathBuf::from)
+    }
+}

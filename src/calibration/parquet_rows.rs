@@ -1,0 +1,247 @@
+//! Reads the text column of a parquet file, row group by row group; no other column is touched.
+
+use super::corpus::Rows;
+use crate::error::{Error, Result};
+use parquet::basic::Type as PhysicalType;
+use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
+use parquet::data_type::ByteArrayType;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
+use parquet::schema::types::SchemaDescriptor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+/// Rows decoded at a time.
+const BATCH: usize = 1024;
+
+/// Appends the rows of `column` to `rows`. `path` serves for messages.
+pub(super) fn read(
+    source: impl ChunkReader + 'static,
+    path: &Path,
+    column: &str,
+    rows: &mut Rows,
+) -> Result<()> {
+    // The reader panics at some damaged pages where it should return an error; to the user it is one. The
+    // rows are dropped after it, so nothing half-written is ever seen.
+    let read = AssertUnwindSafe(|| read_row_groups(source, path, column, rows));
+    catch_unwind(read).unwrap_or_else(|_| {
+        let problem = "it cannot be read as parquet: a page is damaged".to_owned();
+        Err(Error::Dataset { path: path.into(), problem })
+    })
+}
+
+fn read_row_groups(
+    source: impl ChunkReader + 'static,
+    path: &Path,
+    column: &str,
+    rows: &mut Rows,
+) -> Result<()> {
+    let broken = |problem: String| Error::Dataset { path: path.into(), problem };
+    let unreadable = |error: ParquetError| broken(format!("it cannot be read as parquet: {error}"));
+
+    let file = SerializedFileReader::new(source).map_err(unreadable)?;
+    let index = text_column(file.metadata().file_metadata().schema_descr(), path, column)?;
+    let mut row_number = 0;
+    for group in 0..file.num_row_groups() {
+        let group = file.get_row_group(group).map_err(unreadable)?;
+        let ColumnReader::ByteArrayColumnReader(reader) =
+            group.get_column_reader(index).map_err(unreadable)?
+        else {
+            return Err(broken(format!("column `{column}` changes its type between row groups")));
+        };
+        let expected = u64::try_from(group.metadata().num_rows()).unwrap_or(0);
+        let read = read_group(reader, |text| {
+            row_number += 1;
+            match text.map(str::from_utf8).transpose() {
+                Ok(Some(text)) => rows.push(text),
+                Ok(None) => rows.push_null(),
+                Err(_) => return Err(broken(format!("row {row_number} of column `{column}` is not UTF-8"))),
+            }
+            Ok(())
+        });
+        let found = read.map_err(|error| match error {
+            GroupError::Parquet(error) => unreadable(error),
+            GroupError::Row(error) => error,
+        })?;
+        if found != expected {
+            return Err(broken(format!(
+                "column `{column}` ends after {found} of {expected} rows of a row group"
+            )));
+        }
+    }
+    Ok(())
+}
+
+enum GroupError {
+    Parquet(ParquetError),
+    Row(Error),
+}
+
+/// Calls `row` for each row of one row group's column chunk, `None` for null; returns how many there were.
+fn read_group(
+    mut reader: ColumnReaderImpl<ByteArrayType>,
+    mut row: impl FnMut(Option<&[u8]>) -> Result<()>,
+) -> Result<u64, GroupError> {
+    let (mut levels, mut values) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
+    let mut total = 0;
+    loop {
+        levels.clear();
+        values.clear();
+        let (records, _, _) =
+            reader.read_records(BATCH, Some(&mut levels), None, &mut values).map_err(GroupError::Parquet)?;
+        if records == 0 {
+            return Ok(total);
+        }
+        total += records as u64;
+        // A column that cannot be null carries no levels: each record has its value.
+        let mut values = values.iter();
+        for record in 0..records {
+            let value = match levels.get(record) {
+                Some(0) => None,
+                _ => values.next().map(|value| value.data()),
+            };
+            row(value).map_err(GroupError::Row)?;
+        }
+    }
+}
+
+/// The position of the text column among the leaf columns.
+fn text_column(schema: &SchemaDescriptor, path: &Path, column: &str) -> Result<usize> {
+    let broken = |problem: String| Err(Error::Dataset { path: path.into(), problem });
+    let leaves = schema.columns();
+    let Some(index) =
+        leaves.iter().position(|leaf| leaf.path().parts().first().is_some_and(|name| name == column))
+    else {
+        if leaves.iter().any(|leaf| leaf.path().string() == column) {
+            return broken(format!(
+                "column `{column}` is nested in another; a text column at the top is needed"
+            ));
+        }
+        let names: Vec<_> = schema.root_schema().get_fields().iter().map(|field| field.name()).collect();
+        return Err(Error::MissingColumn {
+            path: path.into(),
+            column: column.into(),
+            found: names.join(", "),
+        });
+    };
+    let leaf = &leaves[index];
+    if leaf.path().parts().len() != 1 || leaf.max_rep_level() != 0 {
+        return broken(format!("column `{column}` is nested (a list or a struct); one text a row is needed"));
+    }
+    if leaf.physical_type() != PhysicalType::BYTE_ARRAY {
+        return broken(format!("column `{column}` holds {}, not text", leaf.physical_type()));
+    }
+    Ok(index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calibration::Corpus;
+    use parquet::basic::Compression;
+    use parquet::data_type::{ByteArray, Int32Type};
+    use parquet::file::properties::WriterProperties;
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+    use std::sync::Arc;
+
+    /// Row groups of `n` (when the schema has it) and `text`, nullable or not as the schema says.
+    fn parquet(schema: &str, groups: &[&[Option<&[u8]>]], dictionary: bool) -> Vec<u8> {
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let properties = WriterProperties::builder()
+            .set_dictionary_enabled(dictionary)
+            .set_compression(Compression::SNAPPY);
+        let mut bytes = Vec::new();
+        let mut file =
+            SerializedFileWriter::new(&mut bytes, schema.clone(), Arc::new(properties.build())).unwrap();
+        let optional = schema.get_fields().iter().any(|field| field.name() == "text" && field.is_optional());
+        for rows in groups {
+            let mut group = file.next_row_group().unwrap();
+            while let Some(mut column) = group.next_column().unwrap() {
+                if let parquet::column::writer::ColumnWriter::ByteArrayColumnWriter(_) = column.untyped() {
+                    let values: Vec<_> =
+                        rows.iter().flatten().map(|row| ByteArray::from(row.to_vec())).collect();
+                    let levels: Vec<_> = rows.iter().map(|row| i16::from(row.is_some())).collect();
+                    let levels = optional.then_some(&levels[..]);
+                    column.typed::<ByteArrayType>().write_batch(&values, levels, None).unwrap();
+                } else {
+                    column.typed::<Int32Type>().write_batch(&vec![7; rows.len()], None, None).unwrap();
+                }
+                column.close().unwrap();
+            }
+            group.close().unwrap();
+        }
+        file.close().unwrap();
+        bytes
+    }
+
+    const NULLABLE: &str = "message m { required int32 n; optional binary text (UTF8); }";
+
+    fn corpus(bytes: Vec<u8>, column: &str) -> Result<Corpus> {
+        Corpus::from_parquet_bytes("x.parquet", bytes, column)
+    }
+
+    #[test]
+    fn nulls_and_several_row_groups_plain_and_dictionary() {
+        let groups: [&[Option<&[u8]>]; 2] =
+            [&[Some(b"a\n"), None, Some(b"")], &[None, Some(b"b"), Some(b"a\n")]];
+        for dictionary in [false, true] {
+            let corpus = corpus(parquet(NULLABLE, &groups, dictionary), "text").unwrap();
+            assert_eq!(corpus.rows().collect::<Vec<_>>(), ["a\n", "", "b", "a\n"]);
+            assert_eq!((corpus.provenance().rows, corpus.provenance().nulls), (4, 2));
+        }
+    }
+
+    #[test]
+    fn a_required_column_without_a_text_mark_and_more_rows_than_a_batch() {
+        let rows: Vec<_> = (0..3000).map(|n| format!("row {n}").into_bytes()).collect();
+        let rows: Vec<_> = rows.iter().map(|row| Some(&row[..])).collect();
+        let corpus = corpus(parquet("message m { required binary text; }", &[&rows], false), "text").unwrap();
+        assert_eq!((corpus.rows().len(), corpus.rows().last()), (3000, Some("row 2999")));
+    }
+
+    #[test]
+    fn columns_that_cannot_be_text_are_refused() {
+        let error = |bytes, column| corpus(bytes, column).unwrap_err().to_string();
+        let good = || parquet(NULLABLE, &[&[Some(b"a")]], false);
+        assert_eq!(error(good(), "body"), "`x.parquet` has no text column `body` (columns: n, text)");
+        assert_eq!(error(good(), "n"), "`x.parquet`: column `n` holds INT32, not text");
+
+        let list = "message m { optional group text (LIST) { repeated group list { \
+                    optional binary element (UTF8); } } }";
+        let nested = parquet(list, &[], false);
+        assert_eq!(
+            error(nested.clone(), "text"),
+            "`x.parquet`: column `text` is nested (a list or a struct); one text a row is needed"
+        );
+        assert_eq!(
+            error(nested, "text.list.element"),
+            "`x.parquet`: column `text.list.element` is nested in another; a text column at the top is needed"
+        );
+    }
+
+    #[test]
+    fn empty_columns_bad_utf8_and_other_files_are_errors() {
+        let error = |bytes| corpus(bytes, "text").unwrap_err().to_string();
+        assert_eq!(
+            error(parquet(NULLABLE, &[&[None, Some(b" ")], &[None]], false)),
+            "column `text` of x.parquet holds no text in any of its 3 rows"
+        );
+        assert_eq!(
+            error(parquet(NULLABLE, &[], false)),
+            "column `text` of x.parquet holds no text in any of its 0 rows"
+        );
+        assert_eq!(
+            error(parquet(NULLABLE, &[&[Some(b"a"), None, Some(b"\xff")]], false)),
+            "`x.parquet`: row 3 of column `text` is not UTF-8"
+        );
+        assert!(error(b"{}".to_vec()).starts_with("`x.parquet`: it cannot be read as parquet: "));
+
+        // A data page that says it is encoded with a dictionary (0x10), where there is none (0x00 is plain).
+        let mut damaged = parquet(NULLABLE, &[&[Some(b"a")]], false);
+        let header = [0x15, 0x00, 0x15, 0x06, 0x15, 0x06];
+        let last_page = damaged.windows(6).rposition(|bytes| bytes == header).unwrap();
+        damaged[last_page + 1] = 0x10;
+        assert_eq!(error(damaged), "`x.parquet`: it cannot be read as parquet: a page is damaged");
+    }
+}

@@ -1,0 +1,323 @@
+//! From what the user named to the files that hold its text.
+
+use super::corpus::{Corpus, Provenance, ProvenanceFile, Rows};
+use super::recipe::{Recipe, Sampling};
+use super::{hex_digest, hub_layout, parquet_rows, text_rows};
+use crate::error::{Error, Result};
+use sha2::{Digest, Sha256};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What else the user said about a dataset.
+#[derive(Debug, Clone, Default)]
+pub struct SourceOptions {
+    /// The column (or JSON key) of the text, instead of the recipe's, or of `text` for local files.
+    pub text_column: Option<String>,
+    /// The split of a folder of parquet files.
+    pub split: Option<String>,
+    /// Folders in which a recipe's files are looked for: dataset repositories or folders of them, or the
+    /// `hub` folder of a Hugging Face cache.
+    pub roots: Vec<PathBuf>,
+}
+
+/// A dataset whose files are on this machine; nothing of them is read yet.
+#[derive(Debug, Clone)]
+pub struct CorpusSource {
+    name: String,
+    recipe: Option<Recipe>,
+    revision: Option<String>,
+    root: PathBuf,
+    /// Below `root`.
+    files: Vec<(String, Format)>,
+    /// Plain text has none.
+    text_column: Option<String>,
+    sampling: Sampling,
+}
+
+const DEFAULT_COLUMN: &str = "text";
+
+impl CorpusSource {
+    /// Finds the files of a built-in recipe, a recipe file (`….toml`), a `.parquet`, `.txt`, `.jsonl` or
+    /// `.json` file (the last two also with `.gz`; one object a line), or a folder of parquet files laid out
+    /// as on the Hub. A recipe's name goes before a file of the same name: write `./wikitext2` for the file.
+    pub fn resolve(name_or_path: &str, options: &SourceOptions) -> Result<CorpusSource> {
+        if let Some(recipe) = Recipe::builtin(name_or_path) {
+            return Self::of_recipe(recipe, options);
+        }
+        let path = Path::new(name_or_path);
+        if name_or_path.is_empty() || !path.exists() {
+            return Err(Error::UnknownDataset { name: name_or_path.into(), known: Recipe::names() });
+        }
+        if path.is_dir() {
+            Self::of_folder(path, options)
+        } else if path.extension().is_some_and(|extension| extension == "toml") {
+            let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+            Self::of_recipe(Recipe::from_toml(path, &text)?, options)
+        } else {
+            Self::of_file(path, options)
+        }
+    }
+
+    fn of_recipe(recipe: Recipe, options: &SourceOptions) -> Result<Self> {
+        if let Some(split) = options.split.as_ref().filter(|split| *split != recipe.split()) {
+            let what = format!("split of recipe `{}`", recipe.name());
+            let expected = format!("`{}`", recipe.split());
+            return Err(Error::Value { what, expected, found: split.clone() });
+        }
+        let mut files = Vec::new();
+        for path in recipe.paths() {
+            let format = Format::of(Path::new(&path))?;
+            files.push((path, format));
+        }
+        let hub_layout::Located { root, revision } = hub_layout::locate(&recipe, &options.roots)?;
+        let column = options.text_column.clone().unwrap_or_else(|| recipe.text_column().to_owned());
+        Ok(Self {
+            name: recipe.name().to_owned(),
+            revision,
+            root,
+            files,
+            text_column: Some(column),
+            sampling: recipe.sampling().clone(),
+            recipe: Some(recipe),
+        })
+    }
+
+    fn of_folder(path: &Path, options: &SourceOptions) -> Result<Self> {
+        let name = last_name(path);
+        let files = hub_layout::split_files(path, &name, options.split.as_deref())?;
+        let files = files.into_iter().map(|file| (file, Format::Parquet)).collect();
+        let column = options.text_column.clone().unwrap_or_else(|| DEFAULT_COLUMN.into());
+        Ok(Self::local(name, path.into(), files, Some(column)))
+    }
+
+    fn of_file(path: &Path, options: &SourceOptions) -> Result<Self> {
+        let name = last_name(path);
+        let format = Format::of(path)?;
+        let none = |option: &str, found: &Option<String>| match found {
+            Some(found) => Err(Error::Value {
+                what: format!("{option} of `{name}`"),
+                expected: "none, as the file has none".into(),
+                found: found.clone(),
+            }),
+            None => Ok(()),
+        };
+        none("split", &options.split)?;
+        let column = match format {
+            Format::Text => none("text column", &options.text_column).map(|()| None)?,
+            _ => Some(options.text_column.clone().unwrap_or_else(|| DEFAULT_COLUMN.into())),
+        };
+        let root = path.parent().unwrap_or(Path::new("")).to_owned();
+        Ok(Self::local(name.clone(), root, vec![(name, format)], column))
+    }
+
+    fn local(name: String, root: PathBuf, files: Vec<(String, Format)>, text_column: Option<String>) -> Self {
+        let sampling = Sampling::joined_by_empty_line();
+        Self { name, recipe: None, revision: None, root, files, text_column, sampling }
+    }
+
+    /// The recipe's name, or the name of the file or folder without the way to it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The recipe, if it is one.
+    pub fn recipe(&self) -> Option<&Recipe> {
+        self.recipe.as_ref()
+    }
+
+    /// Reads the files.
+    pub fn load(&self) -> Result<Corpus> {
+        let mut rows = Rows::new(&self.sampling);
+        let mut files = Vec::new();
+        for (name, format) in &self.files {
+            let path = self.root.join(name);
+            let column = self.text_column.as_deref().unwrap_or(DEFAULT_COLUMN);
+            match format {
+                Format::Parquet => {
+                    let file = File::open(&path).map_err(Error::io("read", &path))?;
+                    parquet_rows::read(file, &path, column, &mut rows)?;
+                }
+                Format::Text => text_rows::read_text(&path, &mut rows)?,
+                Format::JsonLines { gzip } => text_rows::read_json_lines(&path, *gzip, column, &mut rows)?,
+            }
+            files.push(ProvenanceFile { name: name.clone(), sha256: sha256_of(&path)? });
+        }
+        rows.into_corpus(Provenance {
+            dataset: self.name.clone(),
+            repository: self.recipe.as_ref().map(|recipe| recipe.repository().to_owned()),
+            revision: self.revision.clone(),
+            files,
+            text_column: self.text_column.clone(),
+            sampling: self.sampling.clone(),
+            rows: 0,
+            nulls: 0,
+        })
+    }
+}
+
+/// What a file's name says it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Parquet,
+    Text,
+    JsonLines { gzip: bool },
+}
+
+impl Format {
+    fn of(path: &Path) -> Result<Self> {
+        let name = path.to_string_lossy().to_ascii_lowercase();
+        let (name, gzip) = name.strip_suffix(".gz").map_or((name.as_str(), false), |name| (name, true));
+        match Path::new(name).extension().and_then(|extension| extension.to_str()) {
+            Some("parquet") if !gzip => Ok(Self::Parquet),
+            Some("txt") if !gzip => Ok(Self::Text),
+            Some("jsonl" | "json") => Ok(Self::JsonLines { gzip }),
+            _ => Err(Error::Dataset {
+                path: path.into(),
+                problem:
+                    "its name does not end in .parquet, .txt, .jsonl, .json, .jsonl.gz, .json.gz or .toml"
+                        .into(),
+            }),
+        }
+    }
+}
+
+/// The last part of a path, also of `.` and `..`.
+fn last_name(path: &Path) -> String {
+    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    name(path).or_else(|| name(&path.canonicalize().ok()?)).unwrap_or_else(|| "folder".into())
+}
+
+fn sha256_of(path: &Path) -> Result<String> {
+    let mut hasher = HashWriter(Sha256::new());
+    let mut file = File::open(path).map_err(Error::io("read", path))?;
+    io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;
+    Ok(hex_digest(hasher.0))
+}
+
+struct HashWriter(Sha256);
+
+impl io::Write for HashWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calibration::test_support::demo;
+
+    fn resolve(name: &str, options: &SourceOptions) -> Result<CorpusSource, String> {
+        CorpusSource::resolve(name, options).map_err(|error| error.to_string())
+    }
+
+    fn options(text_column: Option<&str>, split: Option<&str>) -> SourceOptions {
+        let own = |option: Option<&str>| option.map(str::to_owned);
+        SourceOptions { text_column: own(text_column), split: own(split), roots: vec![] }
+    }
+
+    #[test]
+    fn neither_a_recipe_nor_a_file() {
+        let known = "is neither a recipe (wikitext2, wikitext2-test, c4) nor a file or folder";
+        for name in ["wikitext", "", "/no/such/file.txt"] {
+            let error = resolve(name, &SourceOptions::default()).unwrap_err();
+            assert_eq!(error, format!("dataset `{name}` {known}"));
+        }
+    }
+
+    #[test]
+    fn a_recipe_reads_its_files_from_a_root() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("wikitext/wikitext-2-raw-v1");
+        fs::create_dir_all(&folder).unwrap();
+        fs::copy(demo().join("calibration.parquet"), folder.join("train-00000-of-00001.parquet")).unwrap();
+        let options = SourceOptions { roots: vec![root.path().into()], ..Default::default() };
+        let source = resolve("wikitext2", &options).unwrap();
+        assert_eq!((source.name(), source.recipe().unwrap().evaluate()), ("wikitext2", "wikitext2-test"));
+
+        let corpus = source.load().unwrap();
+        let provenance = corpus.provenance();
+        assert_eq!(provenance.files[0].name, "wikitext-2-raw-v1/train-00000-of-00001.parquet");
+        assert_eq!(provenance.repository.as_deref(), Some("Salesforce/wikitext"));
+        assert_eq!(provenance.revision, None);
+        // No path of this machine goes into the report.
+        let json = serde_json::to_string(provenance).unwrap();
+        assert!(!json.contains(root.path().to_str().unwrap()), "{json}");
+
+        let column = SourceOptions { text_column: Some("body".into()), ..options.clone() };
+        let error = resolve("wikitext2", &column).unwrap().load().unwrap_err().to_string();
+        assert!(error.ends_with("has no text column `body` (columns: text)"), "{error}");
+        let split = SourceOptions { split: Some("test".into()), ..options };
+        assert_eq!(
+            resolve("wikitext2", &split).unwrap_err(),
+            "split of recipe `wikitext2`: expected `train`, found `test`"
+        );
+    }
+
+    #[test]
+    fn a_folder_is_joined_in_the_order_of_its_files() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("texts/plain");
+        fs::create_dir_all(&folder).unwrap();
+        for (file, number) in [("evaluation", 0), ("calibration", 1)] {
+            let to = folder.join(format!("train-0000{number}-of-00002.parquet"));
+            fs::copy(demo().join(format!("{file}.parquet")), to).unwrap();
+        }
+        let load =
+            |path: PathBuf| resolve(path.to_str().unwrap(), &options(None, None)).unwrap().load().unwrap();
+        let both = load(root.path().join("texts"));
+        let parts = ["evaluation", "calibration"].map(|file| load(demo().join(format!("{file}.parquet"))));
+        assert_eq!(both.text(), format!("{}\n\n{}", parts[0].text(), parts[1].text()));
+        assert_eq!(both.name(), "texts");
+        let names: Vec<_> = both.provenance().files.iter().map(|file| &file.name[..]).collect();
+        assert_eq!(names, ["plain/train-00000-of-00002.parquet", "plain/train-00001-of-00002.parquet"]);
+        assert_eq!(both.provenance().files[1].sha256, parts[1].provenance().files[0].sha256);
+    }
+
+    #[test]
+    fn options_that_do_not_fit_and_other_files_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| {
+            let path = folder.path().join(name);
+            fs::write(&path, "x").unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        assert_eq!(
+            resolve(&path("a.txt"), &options(Some("body"), None)).unwrap_err(),
+            "text column of `a.txt`: expected none, as the file has none, found `body`"
+        );
+        assert_eq!(
+            resolve(&path("a.jsonl"), &options(None, Some("test"))).unwrap_err(),
+            "split of `a.jsonl`: expected none, as the file has none, found `test`"
+        );
+        for name in ["a.csv", "a.txt.gz", "a"] {
+            let error = resolve(&path(name), &options(None, None)).unwrap_err();
+            assert!(error.contains("its name does not end in .parquet, .txt"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_recipe_file_of_ones_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let recipe = "repository = 'me/texts'\nrevision = 'main'\nconfig = ''\nsplit = 'train'\nfiles = ['a.txt']\n\
+                      text_column = 'text'\nsampling = 'stream'\njoin = ''\nevaluate = 'mine'\n";
+        fs::write(folder.path().join("mine.toml"), recipe).unwrap();
+        fs::write(folder.path().join("a.txt"), "some text").unwrap();
+        let options = SourceOptions { roots: vec![folder.path().into()], ..Default::default() };
+        let source = resolve(folder.path().join("mine.toml").to_str().unwrap(), &options).unwrap();
+        assert_eq!((source.name(), source.load().unwrap().text()), ("mine", "some text"));
+    }
+
+    #[test]
+    fn names_are_without_the_way_to_them() {
+        assert_eq!(last_name(Path::new("/a/b.txt")), "b.txt");
+        assert_eq!(last_name(Path::new("/a/b/")), "b");
+        assert!(!last_name(Path::new(".")).contains(['/', '.']));
+    }
+}

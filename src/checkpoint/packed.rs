@@ -1,0 +1,159 @@
+//! The packed tensors of one quantized linear, checked against the model's and the quantization's config.
+//! `K` is the linear's input features, `N` its output features, `b` bits a code, `G = ceil(K / group size)`.
+
+use std::borrow::Cow;
+
+use half::f16;
+use safetensors::Dtype;
+
+use crate::{
+    checkpoint::{
+        names::LinearId,
+        quantization::{CheckpointFormat, QuantizationConfig},
+        reader::{Checkpoint, TensorView},
+        values,
+    },
+    error::{Error, Result},
+    variant::Bits,
+};
+
+/// A quantized linear as it lies in its file, row-major; borrowed from the file where dtype and alignment allow.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedTensors<'a> {
+    /// Bits a code, `b`.
+    pub bits: Bits,
+    /// How `qzeros` are stored.
+    pub format: CheckpointFormat,
+    /// `K`, a multiple of the packing factor.
+    pub in_features: usize,
+    /// `N`, a multiple of the packing factor.
+    pub out_features: usize,
+    /// `G`.
+    pub groups: usize,
+    /// Codes, `[K*b/32, N]`, packed along `K`.
+    pub qweight: Cow<'a, [i32]>,
+    /// Zero points, `[G, N*b/32]`, packed along `N`.
+    pub qzeros: Cow<'a, [i32]>,
+    /// Scales, `[G, N]`, finite.
+    pub scales: Cow<'a, [f16]>,
+    /// Group of each input feature, `[K]`, each in `0..G`; made from the group size when the file has none.
+    pub g_idx: Cow<'a, [i32]>,
+    /// Bias, `[N]`, finite; `None` when the model has none, also when the file then holds zeros.
+    pub bias: Option<Cow<'a, [f16]>>,
+}
+
+/// The packed tensors of `linear`; `None` when it was left dense (it has a `weight` and no `qweight`).
+///
+/// Shapes, dtypes, group indices and scales are checked; codes and zero points can hold nothing wrong.
+pub fn packed<'a>(
+    checkpoint: &'a Checkpoint,
+    linear: LinearId,
+    quantization: &QuantizationConfig,
+) -> Result<Option<PackedTensors<'a>>> {
+    if !checkpoint.contains(&linear.qweight()) && checkpoint.contains(&linear.weight()) {
+        return Ok(None);
+    }
+    let config = checkpoint.config();
+    let [out_features, in_features] = linear.kind.shape(config);
+    let bits = quantization.bits;
+    for (dimension, size) in [("in_features", in_features), ("out_features", out_features)] {
+        if !size.is_multiple_of(bits.pack_factor()) {
+            return Err(Error::PackFactor {
+                linear: linear.to_string(),
+                dimension,
+                size,
+                multiple: bits.pack_factor(),
+                bits: bits.get(),
+            });
+        }
+    }
+    // Exact and free of overflow: multiples of 32 bits, sizes below 2³¹.
+    let words = |features: usize| features * bits.get() as usize / 32;
+    let groups = quantization.group_size.groups(in_features);
+
+    let qweight = integers(&checkpoint.view_shaped(&linear.qweight(), &[words(in_features), out_features])?)?;
+    let qzeros = integers(&checkpoint.view_shaped(&linear.qzeros(), &[groups, words(out_features)])?)?;
+    let scales = halves(&checkpoint.view_shaped(&linear.scales(), &[groups, out_features])?)?;
+    let g_idx = if checkpoint.contains(&linear.g_idx()) {
+        let g_idx = integers(&checkpoint.view_shaped(&linear.g_idx(), &[in_features])?)?;
+        check_groups(linear, &g_idx, groups)?;
+        g_idx
+    } else if quantization.sequential_groups() {
+        let size = quantization.group_size.features(in_features);
+        Cow::Owned((0..in_features).map(|k| (k / size) as i32).collect())
+    } else {
+        return Err(Error::MissingTensor { name: linear.g_idx(), path: checkpoint.dir().into() });
+    };
+    let bias = bias(checkpoint, linear, out_features)?;
+    let format = quantization.format;
+    Ok(Some(PackedTensors {
+        bits,
+        format,
+        in_features,
+        out_features,
+        groups,
+        qweight,
+        qzeros,
+        scales,
+        g_idx,
+        bias,
+    }))
+}
+
+fn check_groups(linear: LinearId, g_idx: &[i32], groups: usize) -> Result<()> {
+    let outside = |group: &i32| usize::try_from(*group).map_or(true, |group| group >= groups);
+    match g_idx.iter().position(outside) {
+        Some(index) => Err(Error::TensorValue {
+            name: linear.g_idx(),
+            index,
+            expected: format!("a group from 0 to {}", groups - 1),
+            found: g_idx[index].to_string(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// The bias of a model that has biases; otherwise none, and what the file may hold must be zero.
+fn bias(checkpoint: &Checkpoint, linear: LinearId, out_features: usize) -> Result<Option<Cow<'_, [f16]>>> {
+    let name = linear.bias();
+    let wanted = linear.kind.has_bias(checkpoint.config());
+    if !wanted && !checkpoint.contains(&name) {
+        return Ok(None);
+    }
+    let bias = halves(&checkpoint.view_shaped(&name, &[out_features])?)?;
+    if wanted {
+        return Ok(Some(bias));
+    }
+    match bias.iter().position(|&value| value != f16::ZERO) {
+        Some(index) => Err(Error::TensorValue {
+            name,
+            index,
+            expected: "0: the model has no biases".into(),
+            found: bias[index].to_string(),
+        }),
+        None => Ok(None),
+    }
+}
+
+fn integers<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [i32]>> {
+    if view.dtype != Dtype::I32 {
+        let found = view.dtype.to_string();
+        return Err(Error::TensorDtype { name: view.name.into(), expected: "I32", found });
+    }
+    Ok(match bytemuck::try_cast_slice(view.bytes) {
+        Ok(words) => Cow::Borrowed(words),
+        Err(_) => Cow::Owned(view.bytes.as_chunks().0.iter().map(|&word| i32::from_le_bytes(word)).collect()),
+    })
+}
+
+/// As fp16, checked to be finite.
+fn halves<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [f16]>> {
+    let to_vec = |bytes: &[u8]| bytes.as_chunks().0.iter().map(|&half| f16::from_le_bytes(half)).collect();
+    Ok(match values::f16_bytes(view)? {
+        Cow::Borrowed(bytes) => match bytemuck::try_cast_slice(bytes) {
+            Ok(halves) => Cow::Borrowed(halves),
+            Err(_) => Cow::Owned(to_vec(bytes)),
+        },
+        Cow::Owned(bytes) => Cow::Owned(to_vec(&bytes)),
+    })
+}

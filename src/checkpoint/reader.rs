@@ -1,0 +1,324 @@
+//! Reading a checkpoint folder: safetensors files under memory maps, checked before they are believed.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashSet},
+    fs::{self, File},
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use memmap2::Mmap;
+use safetensors::Dtype;
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    checkpoint::{
+        config::LlamaConfig,
+        fields::{Fields, read_json},
+        header,
+        names::{LinearId, dense_tensors, layer_prefix},
+        values,
+    },
+    error::{Error, Result},
+};
+
+/// All weights in one file.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// Which shard each tensor is in.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// A checkpoint folder. Its files must not be changed while this lives.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: LlamaConfig,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+#[derive(Debug)]
+struct Entry {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Bytes in the shard's file; inside it.
+    range: Range<usize>,
+}
+
+/// A tensor as it lies in its file. `bytes` holds exactly `shape` elements of `dtype`, row-major,
+/// little-endian, at any alignment.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    /// Name in the file.
+    pub name: &'a str,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Sizes, outermost first.
+    pub shape: &'a [usize],
+    /// The elements.
+    pub bytes: &'a [u8],
+}
+
+impl Checkpoint {
+    /// Opens the folder `dir`: reads `config.json` and the headers, maps the weights, reads none of them.
+    ///
+    /// The weights are `model.safetensors`, else the shards of `model.safetensors.index.json`, else the one
+    /// `*.safetensors` file of the folder (AutoGPTQ named it freely).
+    pub fn open(dir: &Path) -> Result<Self> {
+        let config = LlamaConfig::read(dir)?;
+        let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors: BTreeMap::new() };
+        if dir.join(WEIGHTS_FILE).exists() {
+            checkpoint.add_shard(dir.join(WEIGHTS_FILE))?;
+        } else if dir.join(INDEX_FILE).exists() {
+            checkpoint.add_indexed_shards(&dir.join(INDEX_FILE))?;
+        } else {
+            checkpoint.add_shard(only_weights_file(dir)?)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_indexed_shards(&mut self, index: &Path) -> Result<()> {
+        let value = read_json(index)?;
+        let fields = Fields::new(index, "", &value)?;
+        let weight_map = fields.get("weight_map").unwrap_or(&Value::Null);
+        let mut shard_of = BTreeMap::new();
+        for (tensor, shard) in Fields::new(index, "weight_map", weight_map)?.entries() {
+            let shard = shard
+                .as_str()
+                .ok_or_else(|| fields.error(&format!("weight_map.{tensor}"), "the name of a shard", shard))?;
+            shard_of.insert(tensor.as_str(), shard);
+        }
+        let problem = |tensor: &str, shard: &str, problem| Error::Index {
+            index: index.into(),
+            tensor: tensor.into(),
+            shard: shard.into(),
+            problem,
+        };
+        let mut files = BTreeMap::new();
+        for (&tensor, &shard) in &shard_of {
+            files.entry(shard).or_insert(tensor);
+        }
+        for (shard, tensor) in files {
+            if Path::new(shard).file_name().is_none_or(|name| name != shard) || shard.contains('\\') {
+                return Err(problem(tensor, shard, "that is not a plain file name"));
+            }
+            let path = self.dir.join(shard);
+            if !path.is_file() {
+                return Err(problem(tensor, shard, "there is no such file"));
+            }
+            self.add_shard(path)?;
+        }
+        for (tensor, shard) in shard_of {
+            let found = self.tensors.get(tensor).map(|entry| &self.shards[entry.shard].path);
+            if found.and_then(|path| path.file_name()).is_none_or(|name| name != shard) {
+                return Err(problem(tensor, shard, "that file does not hold it"));
+            }
+        }
+        Ok(())
+    }
+
+    fn add_shard(&mut self, path: PathBuf) -> Result<()> {
+        let file = File::open(&path).map_err(Error::io("read", &path))?;
+        // SAFETY: the map is only read, and `Checkpoint` asks that the files stay as they are while it lives.
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+        let (data_start, metadata) = header::parse(&path, &map)?;
+        let shard = self.shards.len();
+        for name in metadata.offset_keys() {
+            let Some(info) = metadata.info(&name) else { continue };
+            if let Some(other) = self.tensors.get(&name) {
+                let problem =
+                    format!("tensor `{name}` is also in `{}`", self.shards[other.shard].path.display());
+                return Err(Error::Safetensors { path, problem });
+            }
+            let (start, end) = info.data_offsets;
+            let range = data_start + start..data_start + end;
+            let entry = Entry { shard, dtype: info.dtype, shape: info.shape.clone(), range };
+            self.tensors.insert(name, entry);
+        }
+        self.shards.push(Shard { path, map });
+        Ok(())
+    }
+
+    /// The model's config.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// All tensor names, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Bytes of all tensors together.
+    pub fn bytes_total(&self) -> u64 {
+        self.tensors.values().map(|entry| entry.range.len() as u64).sum()
+    }
+
+    /// The tensor `name` as it lies in its file.
+    pub fn view(&self, name: &str) -> Result<TensorView<'_>> {
+        let (name, entry) = self
+            .tensors
+            .get_key_value(name)
+            .ok_or_else(|| Error::MissingTensor { name: name.into(), path: self.dir.clone() })?;
+        let bytes = &self.shards[entry.shard].map[entry.range.clone()];
+        Ok(TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes })
+    }
+
+    /// The tensor `name`, which must have this shape, whatever its dtype. Reads the header only.
+    pub fn view_shaped(&self, name: &str, shape: &[usize]) -> Result<TensorView<'_>> {
+        let view = self.view(name)?;
+        if view.shape != shape {
+            return Err(Error::TensorShape {
+                name: name.into(),
+                expected: shape.into(),
+                found: view.shape.into(),
+            });
+        }
+        Ok(view)
+    }
+
+    /// Checks, before any work and from headers alone, that this is a dense checkpoint with every tensor that the
+    /// config asks for, in its shape, as F16, BF16 or F32.
+    pub fn check(&self) -> Result<()> {
+        if let Some(found) = self.quantization_mark() {
+            return Err(Error::CheckpointKind {
+                path: self.dir.clone(),
+                expected: "a dense fp16, bf16 or fp32 model",
+                found,
+            });
+        }
+        for (name, shape) in dense_tensors(&self.config) {
+            values::kind_of(&self.view_shaped(&name, &shape)?)?;
+        }
+        for linear in LinearId::all(&self.config) {
+            let shape = linear.kind.shape(&self.config);
+            values::kind_of(&self.view_shaped(&linear.weight(), &shape)?)?;
+            if linear.kind.has_bias(&self.config) {
+                values::kind_of(&self.view_shaped(&linear.bias(), &shape[..1])?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What shows that the model is quantized already, if anything does.
+    pub fn quantization_mark(&self) -> Option<String> {
+        if let Some(quantization) = self.config.raw().get("quantization_config").filter(|v| !v.is_null()) {
+            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
+            return Some(format!("a quantized one (quant_method `{method}` in `config.json`)"));
+        }
+        let name = self.names().find(|name| name.ends_with(".qweight"))?;
+        Some(format!("a quantized one (tensor `{name}`)"))
+    }
+
+    /// Tensors that the config does not ask for, sorted: worth a warning, and not read. The
+    /// `rotary_emb.inv_freq` buffers of old files are not listed, nor what belongs to a packed linear.
+    pub fn extra(&self) -> Vec<&str> {
+        let mut known: HashSet<String> =
+            dense_tensors(&self.config).into_iter().map(|(name, _)| name).collect();
+        for linear in LinearId::all(&self.config) {
+            let packed = self.contains(&linear.qweight());
+            if packed || linear.kind.has_bias(&self.config) {
+                known.insert(linear.bias());
+            }
+            if packed {
+                known.extend([linear.qweight(), linear.qzeros(), linear.scales(), linear.g_idx()]);
+            } else {
+                known.insert(linear.weight());
+            }
+        }
+        self.names()
+            .filter(|name| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"))
+            .collect()
+    }
+
+    /// A copy of the tensor `name`, which must have this shape and be F16, BF16 or F32, as `kind` on `device`.
+    /// NaN, infinity and, for [`Kind::Half`], numbers beyond fp16 are errors.
+    pub fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
+        let view = self.view_shaped(name, shape)?;
+        values::check(&view, kind == Kind::Half)?;
+        values::to_tensor(&view, kind, device)
+    }
+
+    /// The tensor `name` as little-endian fp16 bytes for a writer, borrowed when it is fp16 already. Checked as
+    /// in [`Checkpoint::load`].
+    pub fn bytes_f16(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        values::f16_bytes(&self.view(name)?)
+    }
+
+    /// Tells the system that these tensors' pages are not needed for now, so that the resident memory of a run
+    /// does not grow with what it has read. They can be read again at any time. A hint: failure is not an error,
+    /// unknown names are passed over.
+    pub fn release<S: AsRef<str>>(&self, names: impl IntoIterator<Item = S>) {
+        for name in names {
+            if let Some(entry) = self.tensors.get(name.as_ref()) {
+                self.release_entry(entry);
+            }
+        }
+    }
+
+    /// [`Checkpoint::release`] for every tensor of decoder layer `layer`.
+    pub fn release_layer(&self, layer: usize) {
+        let prefix = layer_prefix(layer);
+        let tensors = self.tensors.range(prefix.clone()..);
+        tensors
+            .take_while(|(name, _)| name.starts_with(&prefix))
+            .for_each(|(_, entry)| self.release_entry(entry));
+    }
+
+    fn release_entry(&self, entry: &Entry) {
+        #[cfg(unix)]
+        {
+            let map = &self.shards[entry.shard].map;
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the map is shared, read-only and backed by a file, so that dropped pages come back from the
+            // file with the same contents; borrowed views stay valid.
+            let _ = unsafe { map.unchecked_advise_range(advice, entry.range.start, entry.range.len()) };
+        }
+        #[cfg(not(unix))]
+        let _ = entry;
+    }
+}
+
+/// The folder's only `*.safetensors` file; an error that says what there is instead.
+fn only_weights_file(dir: &Path) -> Result<PathBuf> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let entry = entry.map_err(Error::io("read", dir))?;
+        names.extend(entry.file_name().into_string());
+    }
+    names.sort();
+    let mut safetensors = names.iter().filter(|name| name.ends_with(".safetensors"));
+    match (safetensors.next(), safetensors.next()) {
+        (Some(name), None) => return Ok(dir.join(name)),
+        (Some(_), Some(_)) => {
+            return Err(Error::NotACheckpoint { path: dir.into(), missing: format!("`{INDEX_FILE}`") });
+        }
+        (None, _) => {}
+    }
+    let other_format = |name: &&String| {
+        name.starts_with("pytorch_model")
+            || [".pt", ".pth", ".gguf", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
+    };
+    Err(match names.iter().find(other_format) {
+        Some(found) => Error::WeightsFormat { path: dir.into(), found: found.clone() },
+        None => Error::NotACheckpoint { path: dir.into(), missing: format!("`{WEIGHTS_FILE}`") },
+    })
+}

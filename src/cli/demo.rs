@@ -1,0 +1,97 @@
+//! `gptq demo`: the whole way on a model that is part of this program, offline.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, bail};
+use gptq::{
+    calibration::{Corpus, Tokenizer, Tokens, Windows},
+    checkpoint::Checkpoint,
+    pipeline::{self, Run},
+    plan::Plan,
+    verify,
+};
+
+use super::{
+    args::{DemoArgs, OutputArgs},
+    quantize,
+    terminal::{self, Terminal},
+};
+
+macro_rules! embedded {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_bytes!(concat!("../../calibration/demo/", $name)) as &'static [u8])),*]
+    };
+}
+
+const MODEL: [(&str, &[u8]); 6] = embedded![
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+];
+const TEXTS: [(&str, &[u8]); 2] = embedded!["calibration.parquet", "evaluation.parquet"];
+
+/// The model's context.
+const SEQ_LEN: usize = 512;
+const SAMPLES: usize = 128;
+
+pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
+    let source = tempfile::tempdir().context("making a temporary folder")?;
+    for (name, bytes) in MODEL {
+        let path = source.path().join(name);
+        fs::write(&path, bytes).with_context(|| format!("writing `{}`", path.display()))?;
+    }
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        // Kept: the last line says where it is.
+        None => tempfile::Builder::new().prefix("gptq-demo-").tempdir()?.keep().join("branches"),
+    };
+
+    let checkpoint = Checkpoint::open(source.path())?;
+    let tokenizer = Tokenizer::open(source.path())?;
+    let plan = Plan {
+        dataset: "demo calibration text".into(),
+        samples: SAMPLES,
+        seq_len: SEQ_LEN,
+        ..Plan::default()
+    };
+    pipeline::check(&plan, &checkpoint, &out)?;
+    let [calibration, evaluation] = TEXTS.map(|(name, bytes)| Corpus::from_parquet_bytes(name, bytes, "text"));
+    let (calibration, evaluation) = (calibration?, evaluation?);
+    let vocab_size = checkpoint.config().vocab_size;
+    let tokens = Tokens::new(&calibration, &tokenizer, vocab_size)?;
+    let terminal = Terminal::new(output);
+    terminal::note(output, "quantizing the demo model (5.1 M parameters) into the four branches of the model card");
+    let run = Run { plan: &plan, checkpoint: &checkpoint, tokens: &tokens, provenance: calibration.provenance(), out: &out };
+    let mut report = pipeline::quantize(&run, &terminal)?;
+
+    terminal::note(output, "verifying every branch");
+    for branch in &report.branches {
+        let found = verify::verify(&out.join(&branch.branch), Some(&checkpoint), &terminal)?;
+        if let Some(finding) = found.findings.first() {
+            bail!("branch `{}`: {}: {}", branch.branch, finding.subject, finding.problem);
+        }
+    }
+    terminal::note(output, "evaluating against fp16");
+    let evaluation = Tokens::new(&evaluation, &tokenizer, vocab_size)?;
+    let windows = Windows::sequential(&evaluation, SEQ_LEN, None)?;
+    let measured =
+        quantize::evaluate_branches(&report, &out, &checkpoint, &windows, "demo evaluation text", &terminal)?;
+    report.evaluation = Some(measured);
+    pipeline::write_report(&out, &report)?;
+    drop(terminal);
+    quantize::print(&report, &out, output)?;
+    if !output.json {
+        terminal::result(&how_to_load(&out));
+    }
+    Ok(true)
+}
+
+fn how_to_load(out: &Path) -> String {
+    format!(
+        "load one from Python: transformers.AutoModelForCausalLM.from_pretrained(\"{}\")",
+        out.join("main").display()
+    )
+}

@@ -1,0 +1,170 @@
+//! `gptq inspect`.
+
+use std::fmt::Write;
+
+use anyhow::Result;
+use gptq::{
+    checkpoint::{Checkpoint, LinearId, QuantizationConfig},
+    report::bytes,
+    verify::readers,
+};
+use serde::Serialize;
+
+use super::{
+    args::{InspectArgs, OutputArgs},
+    terminal,
+};
+
+/// What a folder holds.
+#[derive(Serialize)]
+struct Inspection {
+    architecture: String,
+    layers: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    heads: usize,
+    kv_heads: usize,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    bytes: u64,
+    quantization: Option<Quantized>,
+    tensors: Vec<TensorLine>,
+}
+
+#[derive(Serialize)]
+struct Quantized {
+    bits: u32,
+    group_size: i64,
+    desc_act: bool,
+    symmetric: bool,
+    static_groups: bool,
+    checkpoint_format: &'static str,
+    /// Of the quantized linears, with scales, zeros and group indices.
+    bits_per_weight: f64,
+    /// Who takes it, and who does not and why.
+    readers: Vec<gptq::verify::Reader>,
+}
+
+#[derive(Serialize)]
+struct TensorLine {
+    name: String,
+    dtype: String,
+    shape: Vec<usize>,
+    bytes: usize,
+}
+
+pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
+    let checkpoint = Checkpoint::open(&args.dir)?;
+    let inspection = inspect(&checkpoint, args.tensors)?;
+    if output.json {
+        terminal::json(&inspection)?;
+    } else {
+        terminal::result(&text(&inspection));
+    }
+    Ok(true)
+}
+
+fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
+    let config = checkpoint.config();
+    let quantization = match checkpoint.quantization_mark() {
+        Some(_) => Some(quantized(checkpoint)?),
+        None => None,
+    };
+    let mut lines = Vec::new();
+    if tensors {
+        for name in checkpoint.names() {
+            let view = checkpoint.view(name)?;
+            lines.push(TensorLine {
+                name: name.to_owned(),
+                dtype: format!("{:?}", view.dtype),
+                shape: view.shape.to_vec(),
+                bytes: view.bytes.len(),
+            });
+        }
+    }
+    Ok(Inspection {
+        architecture: format!("{:?}", config.architecture),
+        layers: config.num_layers,
+        hidden_size: config.hidden_size,
+        intermediate_size: config.intermediate_size,
+        heads: config.num_heads,
+        kv_heads: config.num_kv_heads,
+        vocab_size: config.vocab_size,
+        max_position_embeddings: config.max_position_embeddings,
+        bytes: checkpoint.bytes_total(),
+        quantization,
+        tensors: lines,
+    })
+}
+
+fn quantized(checkpoint: &Checkpoint) -> gptq::Result<Quantized> {
+    let config = checkpoint.config();
+    let quantization = QuantizationConfig::read(checkpoint)?;
+    let (mut bits, mut weights) = (0, 0);
+    for id in LinearId::all(config) {
+        for name in [id.qweight(), id.qzeros(), id.scales(), id.g_idx()] {
+            if checkpoint.contains(&name) {
+                bits += checkpoint.view(&name)?.bytes.len() * 8;
+            }
+        }
+        if checkpoint.contains(&id.qweight()) {
+            let [n, k] = id.kind.shape(config);
+            weights += n * k;
+        }
+    }
+    Ok(Quantized {
+        bits: quantization.bits.get(),
+        group_size: quantization.group_size.as_config(),
+        desc_act: quantization.desc_act,
+        symmetric: quantization.sym,
+        static_groups: quantization.static_groups,
+        checkpoint_format: quantization.format.name(),
+        bits_per_weight: bits as f64 / weights.max(1) as f64,
+        readers: readers(config, &quantization, checkpoint),
+    })
+}
+
+fn text(i: &Inspection) -> String {
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "{}: {} layers, hidden {}, intermediate {}, {} heads ({} kv), vocabulary {}, context {}, {}",
+        i.architecture,
+        i.layers,
+        i.hidden_size,
+        i.intermediate_size,
+        i.heads,
+        i.kv_heads,
+        i.vocab_size,
+        i.max_position_embeddings,
+        bytes(i.bytes)
+    );
+    match &i.quantization {
+        None => text.push_str("not quantized\n"),
+        Some(q) => {
+            let _ = writeln!(
+                text,
+                "GPTQ: {} bits, group size {}, act order {}, {}, format {}, {:.3} bits per weight",
+                q.bits,
+                q.group_size,
+                match (q.desc_act, q.static_groups) {
+                    (false, _) => "no",
+                    (true, false) => "yes",
+                    (true, true) => "yes (static groups)",
+                },
+                if q.symmetric { "symmetric" } else { "asymmetric" },
+                q.checkpoint_format,
+                q.bits_per_weight
+            );
+            for reader in &q.readers {
+                let verdict = reader.refused.as_deref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));
+                let _ = writeln!(text, "  {:<36} {verdict}", reader.name);
+            }
+        }
+    }
+    for tensor in &i.tensors {
+        let shape = tensor.shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let _ = writeln!(text, "{:<56} {:<5} [{shape}]  {}", tensor.name, tensor.dtype, bytes(tensor.bytes as u64));
+    }
+    text
+}

@@ -1,0 +1,44 @@
+//! The command line: arguments, terminal, and one module a command.
+
+mod args;
+mod bench;
+mod datasets;
+mod demo;
+mod eval;
+mod inspect;
+mod quantize;
+mod terminal;
+mod verify;
+
+use std::process::ExitCode;
+
+use args::{Cli, Command};
+use clap::Parser;
+
+/// Done, or passed.
+const DONE: u8 = 0;
+/// A verification failed.
+const FAILED: u8 = 1;
+/// Usage or run-time error.
+const ERROR: u8 = 2;
+
+/// Runs the command given on the command line.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Command::Quantize(args) => quantize::run(args, &cli.output),
+        Command::Verify(args) => verify::run(args, &cli.output),
+        Command::Eval(args) => eval::run(args, &cli.output),
+        Command::Inspect(args) => inspect::run(args, &cli.output),
+        Command::Bench(args) => bench::run(args, &cli.output),
+        Command::Demo(args) => demo::run(args, &cli.output),
+    };
+    match result {
+        Ok(true) => ExitCode::from(DONE),
+        Ok(false) => ExitCode::from(FAILED),
+        Err(error) => {
+            terminal::error(&error);
+            ExitCode::from(ERROR)
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! `gptq quantize`.
+
+use std::path::Path;
+
+use anyhow::Result;
+use gptq::{
+    calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens, Windows},
+    checkpoint::Checkpoint,
+    eval::{self, Candidate},
+    pipeline::{self, Run},
+    plan::Plan,
+    progress::Progress,
+    report::{Evaluation, Report, evaluation_table, run_table},
+};
+
+use super::{
+    args::{OutputArgs, QuantizeArgs},
+    datasets,
+    terminal::{self, Terminal},
+};
+
+pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
+    let plan = plan(args)?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    pipeline::check(&plan, &checkpoint, &args.out)?;
+    let options = SourceOptions {
+        split: plan.split.clone(),
+        text_column: plan.text_column.clone(),
+        ..datasets::options(&args.text)
+    };
+    let source = CorpusSource::resolve(&plan.dataset, &options)?;
+    let evaluation_source = evaluation_source(args, &source, &options, output)?;
+    let tokenizer = Tokenizer::open(&args.model)?;
+    let vocab_size = checkpoint.config().vocab_size;
+    let corpus = source.load()?;
+    let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
+    // Text that cannot be evaluated on should be known now, not after the night.
+    let evaluation_windows = match &evaluation_source {
+        Some(source) => {
+            let corpus = source.load()?;
+            let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
+            Some(Windows::sequential(&tokens, plan.seq_len, Some(args.eval_windows))?)
+        }
+        None => None,
+    };
+
+    let terminal = Terminal::new(output);
+    let run = Run { plan: &plan, checkpoint: &checkpoint, tokens: &tokens, provenance: corpus.provenance(), out: &args.out };
+    let mut report = pipeline::quantize(&run, &terminal)?;
+    if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
+        report.evaluation =
+            Some(evaluate_branches(&report, &args.out, &checkpoint, windows, source.name(), &terminal)?);
+        pipeline::write_report(&args.out, &report)?;
+    }
+    drop(terminal);
+    print(&report, &args.out, output)?;
+    Ok(true)
+}
+
+/// Evaluates every branch of a run.
+pub(super) fn evaluate_branches(
+    report: &Report,
+    out: &Path,
+    reference: &Checkpoint,
+    windows: &Windows,
+    dataset: &str,
+    progress: &dyn Progress,
+) -> gptq::Result<Evaluation> {
+    let opened = report.branches.iter().map(|b| Checkpoint::open(&out.join(&b.branch)));
+    let opened = opened.collect::<gptq::Result<Vec<_>>>()?;
+    let candidates: Vec<Candidate<'_>> = report
+        .branches
+        .iter()
+        .zip(&opened)
+        .map(|(branch, checkpoint)| Candidate { name: branch.branch.clone(), checkpoint })
+        .collect();
+    eval::evaluate(reference, &candidates, windows, dataset, progress)
+}
+
+/// Prints the run's tables or its JSON.
+pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<()> {
+    if output.json {
+        return terminal::json(report);
+    }
+    terminal::result(&format!("{}\n", run_table(report)));
+    if let Some(evaluation) = &report.evaluation {
+        terminal::result(&format!("{}\n", evaluation_table(evaluation)));
+    }
+    terminal::result(&format!("{} branches in {} ({:.1} s)", report.branches.len(), out.display(), report.seconds));
+    Ok(())
+}
+
+/// The plan file, if any, with the flags over it.
+fn plan(args: &QuantizeArgs) -> Result<Plan> {
+    let mut plan = match &args.plan {
+        Some(path) => Plan::read(path)?,
+        None => Plan::default(),
+    };
+    fn set<T>(field: &mut T, flag: Option<T>) {
+        if let Some(value) = flag {
+            *field = value;
+        }
+    }
+    set(&mut plan.dataset, args.text.dataset.clone());
+    set(&mut plan.samples, args.samples);
+    set(&mut plan.seq_len, args.seq_len);
+    set(&mut plan.seed, args.seed);
+    set(&mut plan.damp, args.damp);
+    set(&mut plan.compute_dtype, args.compute_dtype);
+    set(&mut plan.device, args.device.clone());
+    set(&mut plan.max_shard_size, args.max_shard_size);
+    set(&mut plan.split, args.text.split.clone().map(Some));
+    set(&mut plan.text_column, args.text.text_column.clone().map(Some));
+    if !args.variants.is_empty() {
+        plan.variants.clone_from(&args.variants);
+    }
+    plan.shared_hessian |= args.shared_hessian;
+    Ok(plan)
+}
+
+/// What to evaluate on: what was asked for, else what the recipe names, if it is on this machine.
+fn evaluation_source(
+    args: &QuantizeArgs,
+    calibration: &CorpusSource,
+    options: &SourceOptions,
+    output: &OutputArgs,
+) -> Result<Option<CorpusSource>> {
+    if args.no_eval {
+        return Ok(None);
+    }
+    if let Some(name) = &args.eval {
+        return Ok(Some(CorpusSource::resolve(name, options)?));
+    }
+    let Some(name) = calibration.recipe().map(|recipe| recipe.evaluate().to_owned()) else {
+        terminal::note(output, "the branches will not be evaluated: name a text with --eval");
+        return Ok(None);
+    };
+    match CorpusSource::resolve(&name, options) {
+        Ok(source) => Ok(Some(source)),
+        Err(error @ gptq::Error::DatasetNotFound { .. }) => {
+            terminal::note(output, &format!("the branches will not be evaluated: {error}"));
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,151 @@
+//! The only place that prints. Results go to standard output, all else to standard error.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is where printing is done")]
+
+use std::{cell::RefCell, io::IsTerminal};
+
+use gptq::{
+    progress::{Event, Progress},
+    report::bytes,
+};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use super::args::OutputArgs;
+
+/// Prints an error with its chain, and what can be done about it.
+pub(super) fn error(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+    let hint = error.chain().find_map(|e| e.downcast_ref::<gptq::Error>()).and_then(gptq::Error::hint);
+    if let Some(hint) = hint {
+        eprintln!("hint: {hint}");
+    }
+}
+
+/// Prints a result.
+pub(super) fn result(text: &str) {
+    println!("{}", text.trim_end());
+}
+
+/// Prints a result as JSON.
+pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// Prints a remark.
+pub(super) fn note(output: &OutputArgs, text: &str) {
+    if !output.quiet {
+        eprintln!("{text}");
+    }
+}
+
+/// Draws progress: bars on a terminal, else a line a layer.
+pub(super) struct Terminal {
+    verbose: bool,
+    quiet: bool,
+    bars: Option<MultiProgress>,
+    state: RefCell<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// All layers.
+    overall: Option<ProgressBar>,
+    /// The current phase.
+    phase: Option<ProgressBar>,
+    phase_name: String,
+}
+
+impl Terminal {
+    pub(super) fn new(output: &OutputArgs) -> Self {
+        let bars = std::io::stderr().is_terminal() && !output.quiet;
+        Self {
+            verbose: output.verbose,
+            quiet: output.quiet,
+            bars: bars.then(MultiProgress::new),
+            state: RefCell::default(),
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bars {
+            // A bar that is being drawn must not be torn by a line.
+            Some(bars) => {
+                let _ = bars.println(text);
+            }
+            None => eprintln!("{text}"),
+        }
+    }
+}
+
+impl Progress for Terminal {
+    fn begin(&self, phase: &str, total: u64) {
+        let Some(bars) = &self.bars else { return };
+        let mut state = self.state.borrow_mut();
+        if let Some(old) = state.phase.take() {
+            old.finish_and_clear();
+        }
+        state.phase_name = phase.to_owned();
+        state.phase = Some(bars.add(bar(total, "{msg} {wide_bar} {pos}/{len} {eta}").with_message(phase.to_owned())));
+    }
+
+    fn advance(&self, steps: u64) {
+        if let Some(phase) = &self.state.borrow().phase {
+            phase.inc(steps);
+        }
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        match event {
+            Event::Note(text) if !self.quiet => self.line(text),
+            Event::Warning(text) => self.line(&format!("warning: {text}")),
+            Event::Linear { name, variant, relative_error } if self.verbose => {
+                self.line(&format!("{variant:<16} {name:<40} error {relative_error:.5}"));
+            }
+            Event::Stage { variant, stage } => {
+                let state = self.state.borrow();
+                if let Some(phase) = &state.phase {
+                    phase.set_message(format!("{} · {variant} · {stage}", state.phase_name));
+                }
+            }
+            Event::Layer { done, total, seconds, memory } => self.layer(*done, *total, *seconds, *memory),
+            _ => {}
+        }
+    }
+}
+
+impl Terminal {
+    fn layer(&self, done: usize, total: usize, seconds: f64, memory: u64) {
+        let Some(bars) = &self.bars else {
+            if done > 0 && !self.quiet {
+                self.line(&format!("layer {done}/{total}: {seconds:.1} s, {} in use", bytes(memory)));
+            }
+            return;
+        };
+        let mut state = self.state.borrow_mut();
+        let overall = state.overall.get_or_insert_with(|| {
+            bars.insert(0, bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone, {eta} left, {msg}"))
+        });
+        overall.set_position(done as u64);
+        overall.set_message(format!("{} in use", bytes(memory)));
+        if done == total {
+            overall.finish_and_clear();
+            if !self.quiet {
+                let _ = bars.println(format!("{total} layers in {:.1} s", overall.elapsed().as_secs_f64()));
+            }
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        if let Some(bars) = &self.bars {
+            let _ = bars.clear();
+        }
+    }
+}
+
+fn bar(total: u64, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("templates are fixed and well formed");
+    ProgressBar::new(total).with_style(style.progress_chars("━╸─"))
+}

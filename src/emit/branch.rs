@@ -1,0 +1,227 @@
+//! One branch on disk.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::metadata::{Provenance, quantize_config_json, quantized_config_json};
+use crate::{
+    checkpoint::{
+        CONFIG_FILE, Checkpoint, LinearId, LlamaConfig, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter, TensorSpec,
+        WriteDtype, dense_tensors,
+    },
+    error::{Error, Result},
+    gptq::QuantizedLinear,
+    pack::PackedLinear,
+    variant::Variant,
+};
+
+/// Digests of everything in the folder, so that a single flipped bit can be named later.
+pub const CHECKSUMS_FILE: &str = "checksums.json";
+
+/// Files that belong to the tokenizer or to generation, copied as they are.
+const COPIED: [&str; 9] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+];
+
+/// The content of [`CHECKSUMS_FILE`].
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Checksums {
+    /// Always `sha256`.
+    pub algorithm: String,
+    /// Digest of each tensor's bytes, hexadecimal.
+    pub tensors: BTreeMap<String, String>,
+    /// Digest of each other file.
+    pub files: BTreeMap<String, String>,
+}
+
+/// A branch that is being written, into a hidden folder beside its final place. Dropped before
+/// [`BranchWriter::publish`], it leaves nothing.
+#[derive(Debug)]
+pub struct BranchWriter {
+    variant: Variant,
+    partial: PathBuf,
+    path: PathBuf,
+    shards: Option<ShardWriter>,
+    published: bool,
+}
+
+impl BranchWriter {
+    /// Begins `out/<branch>` with its weights file at full size.
+    ///
+    /// # Errors
+    /// When the branch exists, the variant does not fit the model, or the disk is full.
+    pub fn create(out: &Path, variant: Variant, config: &LlamaConfig, max_shard_size: u64) -> Result<Self> {
+        let (path, partial) =
+            (out.join(variant.branch()), out.join(format!(".{}.partial", variant.branch())));
+        let plan = ShardPlan::new(tensors(&variant, config)?, max_shard_size)?;
+        if path.exists() {
+            return Err(Error::OutputExists { path });
+        }
+        if partial.exists() {
+            // Left by a run that was killed.
+            fs::remove_dir_all(&partial).map_err(Error::io("remove", &partial))?;
+        }
+        fs::create_dir(&partial).map_err(Error::io("create", &partial))?;
+        let mut writer = Self { variant, partial, path, shards: None, published: false };
+        writer.shards = Some(ShardWriter::create(&writer.partial, plan)?);
+        Ok(writer)
+    }
+
+    /// Packs and writes one linear.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn write_linear(&mut self, id: LinearId, linear: &QuantizedLinear) -> Result<()> {
+        let packed = PackedLinear::new(linear);
+        for (suffix, bytes) in packed.tensors() {
+            self.shards().write(&format!("{id}.{suffix}"), bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Writes everything else: dense tensors, configs, tokenizer, checksums. Returns the folder, not yet at its final
+    /// place, for checking.
+    ///
+    /// # Errors
+    /// When a linear was left out, the source cannot be read, or the disk is full.
+    pub fn seal(&mut self, checkpoint: &Checkpoint, provenance: &Provenance) -> Result<&Path> {
+        let config = checkpoint.config();
+        let biases = LinearId::all(config).filter(|id| id.kind.has_bias(config)).map(LinearId::bias);
+        for name in dense_tensors(config).into_iter().map(|(name, _)| name).chain(biases) {
+            let bytes = checkpoint.bytes_f16(&name)?;
+            self.shards().write(&name, &bytes)?;
+            checkpoint.release([&name]);
+        }
+        let written = self.shards.take().expect("sealed once").finish()?;
+
+        let mut checksums =
+            Checksums { algorithm: "sha256".into(), tensors: written.tensor_sha256, files: BTreeMap::new() };
+        let mut add = |name: &str, bytes: &[u8]| {
+            let path = self.partial.join(name);
+            fs::write(&path, bytes).map_err(Error::io("write", &path))?;
+            sync(&path)?;
+            checksums.files.insert(name.into(), hex(&Sha256::digest(bytes)));
+            Ok::<_, Error>(())
+        };
+        add(CONFIG_FILE, &pretty(&quantized_config_json(config.raw(), &self.variant, provenance)))?;
+        add(QUANTIZE_CONFIG_FILE, &pretty(&quantize_config_json(&self.variant, provenance)))?;
+        for name in COPIED {
+            let source = checkpoint.dir().join(name);
+            if source.exists() {
+                add(name, &fs::read(&source).map_err(Error::io("read", &source))?)?;
+            }
+        }
+        let path = self.partial.join(CHECKSUMS_FILE);
+        let text = serde_json::to_value(&checksums).map_err(|source| Error::Json { path: path.clone(), source })?;
+        fs::write(&path, pretty(&text)).map_err(Error::io("write", &path))?;
+        sync(&path)?;
+        sync(&self.partial)?;
+        Ok(&self.partial)
+    }
+
+    /// Moves the sealed branch to its final place. Returns that and its size in bytes.
+    ///
+    /// # Errors
+    /// When the move fails.
+    pub fn publish(mut self) -> Result<(PathBuf, u64)> {
+        let mut bytes = 0;
+        for entry in fs::read_dir(&self.partial).map_err(Error::io("read", &self.partial))? {
+            let entry = entry.map_err(Error::io("read", &self.partial))?;
+            bytes += entry.metadata().map_err(Error::io("read", entry.path()))?.len();
+        }
+        fs::rename(&self.partial, &self.path).map_err(Error::io("rename", &self.partial))?;
+        self.published = true;
+        if let Some(parent) = self.path.parent() {
+            sync(parent)?;
+        }
+        Ok((self.path.clone(), bytes))
+    }
+
+    fn shards(&mut self) -> &mut ShardWriter {
+        self.shards.as_mut().expect("written to before it is sealed")
+    }
+}
+
+impl Drop for BranchWriter {
+    fn drop(&mut self) {
+        if !self.published {
+            self.shards = None;
+            // Nothing can be done about a failure here; the next run removes the folder.
+            let _ = fs::remove_dir_all(&self.partial);
+        }
+    }
+}
+
+/// Whether a file name is that of a branch that is being written, or was when its run was killed.
+pub fn is_partial(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(".partial")
+}
+
+/// Bytes of a branch's weights files.
+///
+/// # Errors
+/// When the variant does not fit the model.
+pub fn planned_bytes(variant: &Variant, config: &LlamaConfig, max_shard_size: u64) -> Result<u64> {
+    Ok(ShardPlan::new(tensors(variant, config)?, max_shard_size)?.total_bytes())
+}
+
+/// All tensors of a branch in the order of the file: layer by layer, so that a shard is a run of layers.
+fn tensors(variant: &Variant, config: &LlamaConfig) -> Result<Vec<TensorSpec>> {
+    let (bits, factor) = (variant.bits, variant.bits.pack_factor());
+    let words = |features: usize| features * bits.get() as usize / 32;
+    let spec = |name: String, dtype, shape: &[usize]| TensorSpec { name, dtype, shape: shape.to_vec() };
+    let mut specs = Vec::new();
+    for id in LinearId::all(config) {
+        let [n, k] = id.kind.shape(config);
+        for (dimension, size) in [("in_features", k), ("out_features", n)] {
+            if !size.is_multiple_of(factor) {
+                let (linear, multiple, bits) = (id.to_string(), factor, bits.get());
+                return Err(Error::PackFactor { linear, dimension, size, multiple, bits });
+            }
+        }
+        let size = variant.group_size.features(k);
+        if size > k {
+            return Err(Error::GroupSize { linear: id.to_string(), group_size: size, in_features: k });
+        }
+        let groups = variant.group_size.groups(k);
+        specs.push(spec(id.qweight(), WriteDtype::I32, &[words(k), n]));
+        specs.push(spec(id.qzeros(), WriteDtype::I32, &[groups, words(n)]));
+        specs.push(spec(id.g_idx(), WriteDtype::I32, &[k]));
+        specs.push(spec(id.scales(), WriteDtype::F16, &[groups, n]));
+        if id.kind.has_bias(config) {
+            specs.push(spec(id.bias(), WriteDtype::F16, &[n]));
+        }
+    }
+    let dense = dense_tensors(config).into_iter();
+    specs.extend(dense.map(|(name, shape)| spec(name, WriteDtype::F16, &shape)));
+    Ok(specs)
+}
+
+fn pretty(value: &Value) -> Vec<u8> {
+    let mut text = format!("{value:#}").into_bytes();
+    text.push(b'\n');
+    text
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn sync(path: &Path) -> Result<()> {
+    fs::File::open(path).and_then(|f| f.sync_all()).map_err(Error::io("sync", path))
+}

@@ -1,0 +1,129 @@
+//! `config.json` and `quantize_config.json` of a branch.
+//!
+//! The two differ on purpose. `quantize_config.json` holds exactly the keys of the model cards' era, because
+//! AutoGPTQ up to 0.4.2 stops at any other; `quantization_config` in `config.json` is what transformers, vLLM, TGI,
+//! GPTQModel and llama.cpp read.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    checkpoint::CheckpointFormat,
+    variant::{Order, Variant},
+};
+
+/// Where a branch comes from; goes into `meta`. Never a machine path, never a run-time setting.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// `gptq:0.1.0`, in a list, as GPTQModel writes its own.
+    pub quantizer: Vec<String>,
+    /// Recipe or file name of the calibration text.
+    pub dataset: String,
+    /// SHA-256 of the calibration token ids.
+    pub dataset_sha256: String,
+    /// Calibration windows.
+    pub samples: usize,
+    /// Tokens a window.
+    pub seq_len: usize,
+    /// Seed of the windows.
+    pub seed: u64,
+    /// Damping, as a fraction of the mean Hessian diagonal.
+    pub damp_percent: f64,
+    /// Whether Hessians came from the unquantized model.
+    pub shared_hessian: bool,
+}
+
+/// `quantize_config.json`.
+pub fn quantize_config_json(variant: &Variant, provenance: &Provenance) -> Value {
+    let mut config = json!({
+        "bits": variant.bits.get(),
+        "group_size": variant.group_size.as_config(),
+        "damp_percent": provenance.damp_percent,
+        "desc_act": variant.order.desc_act(),
+        "sym": variant.symmetric,
+        // Later stages of a layer see the earlier ones quantized, unless all Hessians came from the fp16 model.
+        "true_sequential": !provenance.shared_hessian,
+        "model_name_or_path": null,
+        "model_file_base_name": "model",
+    });
+    if variant.order == Order::ActStatic {
+        config["static_groups"] = true.into();
+    }
+    config
+}
+
+/// The source's `config.json` with `quantization_config` added and the dtype of the dense tensors set to fp16.
+pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Provenance) -> Value {
+    let quantization = json!({
+        "bits": variant.bits.get(),
+        "group_size": variant.group_size.as_config(),
+        "damp_percent": provenance.damp_percent,
+        "desc_act": variant.order.desc_act(),
+        "static_groups": variant.order == Order::ActStatic,
+        "sym": variant.symmetric,
+        "true_sequential": !provenance.shared_hessian,
+        "lm_head": false,
+        "quant_method": "gptq",
+        // llama.cpp adds 1 to the zero points only when this says so.
+        "checkpoint_format": CheckpointFormat::Gptq.name(),
+        "pack_dtype": "int32",
+        // transformers takes true where this is missing, and refuses it together with desc_act.
+        "act_group_aware": false,
+        "meta": provenance,
+    });
+    let mut config: Map<String, Value> = source.as_object().cloned().unwrap_or_default();
+    // transformers 5 writes `dtype`, 4 `torch_dtype`; a reader of one does not know the other.
+    let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+    config.insert(key.into(), "float16".into());
+    if config.contains_key("torch_dtype") {
+        config.insert("torch_dtype".into(), "float16".into());
+    }
+    config.insert("quantization_config".into(), quantization);
+    config.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn provenance() -> Provenance {
+        Provenance {
+            quantizer: vec!["gptq:0.1.0".into()],
+            dataset: "wikitext2".into(),
+            dataset_sha256: "00".into(),
+            samples: 128,
+            seq_len: 2048,
+            seed: 0,
+            damp_percent: 0.01,
+            shared_hessian: false,
+        }
+    }
+
+    #[test]
+    fn quantize_config_is_that_of_the_model_cards_era() {
+        let text = quantize_config_json(&Variant::card()[0], &provenance()).to_string();
+        assert_eq!(
+            text,
+            r#"{"bits":4,"group_size":128,"damp_percent":0.01,"desc_act":false,"sym":true,"true_sequential":true,"model_name_or_path":null,"model_file_base_name":"model"}"#
+        );
+        let with_static = quantize_config_json(&"4bit-128g-static".parse().unwrap(), &provenance());
+        assert_eq!((&with_static["static_groups"], &with_static["desc_act"]), (&true.into(), &true.into()));
+    }
+
+    #[test]
+    fn config_keeps_the_source_and_says_fp16() {
+        for (key, source) in [
+            ("dtype", json!({"hidden_size": 8, "dtype": "bfloat16"})),
+            ("torch_dtype", json!({"hidden_size": 8, "torch_dtype": "float32"})),
+            ("torch_dtype", json!({"hidden_size": 8})),
+        ] {
+            let config = quantized_config_json(&source, &Variant::card()[1], &provenance());
+            assert_eq!((&config["hidden_size"], &config[key]), (&8.into(), &"float16".into()));
+            let quantization = &config["quantization_config"];
+            assert_eq!(quantization["desc_act"], true);
+            assert_eq!(quantization["act_group_aware"], false);
+            assert_eq!(quantization["checkpoint_format"], "gptq");
+            assert_eq!(quantization["meta"]["dataset"], "wikitext2");
+        }
+    }
+}

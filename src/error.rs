@@ -1,0 +1,432 @@
+//! The library's one error type: every variant names the thing, what was expected and what was found.
+
+use std::path::PathBuf;
+
+/// The library's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything that can go wrong in the library.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or folder could not be used.
+    #[error("cannot {action} `{}`: {source}", path.display())]
+    Io {
+        /// What was tried: `read`, `create`, `write`, …
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A JSON file does not parse.
+    #[error("`{}` is not the JSON expected here: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and reason.
+        source: serde_json::Error,
+    },
+    /// A TOML file (plan or recipe) does not parse.
+    #[error("`{}` is not the TOML expected here: {message}", path.display())]
+    Toml {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and reason.
+        message: String,
+    },
+    /// A plan or recipe holds a key nobody reads.
+    #[error("unknown key `{key}` in `{}`", path.display())]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The key as written.
+        key: String,
+        /// The nearest key that exists.
+        nearest: Option<String>,
+    },
+    /// A value given by the user cannot be used.
+    #[error("{what}: expected {expected}, found `{found}`")]
+    Value {
+        /// The option or key.
+        what: String,
+        /// What it must be.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
+    /// The checkpoint holds a model of another family.
+    #[error("`{}` holds architecture `{found}`, which is not supported (supported: {supported})", path.display())]
+    UnsupportedArchitecture {
+        /// `config.json`.
+        path: PathBuf,
+        /// The architecture it names.
+        found: String,
+        /// The ones that can be read.
+        supported: &'static str,
+    },
+    /// A key of `config.json` is missing or cannot be used.
+    #[error("`{}`: key `{key}`: expected {expected}, found {found}", path.display())]
+    Config {
+        /// `config.json` or `quantize_config.json`.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// What it must be.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
+    /// A folder that should be a checkpoint is not one.
+    #[error("`{}` is not a checkpoint folder: {missing} not found in it", path.display())]
+    NotACheckpoint {
+        /// The folder.
+        path: PathBuf,
+        /// The file that was looked for.
+        missing: String,
+    },
+    /// Only weights in a format that is not read were found.
+    #[error("`{}` has only `{found}`; safetensors weights are needed", path.display())]
+    WeightsFormat {
+        /// The folder.
+        path: PathBuf,
+        /// The file found.
+        found: String,
+    },
+    /// The index names a shard that is not there.
+    #[error("`{}` says tensor `{tensor}` is in `{shard}`, but {problem}", index.display())]
+    Index {
+        /// `model.safetensors.index.json`.
+        index: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The shard named.
+        shard: String,
+        /// What is wrong there.
+        problem: &'static str,
+    },
+    /// A safetensors file is not whole or contradicts itself.
+    #[error("`{}` is not a whole safetensors file: {problem}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with numbers.
+        problem: String,
+    },
+    /// A tensor the model needs is not in the checkpoint.
+    #[error("tensor `{name}` is missing from `{}`", path.display())]
+    MissingTensor {
+        /// The tensor.
+        name: String,
+        /// The checkpoint folder.
+        path: PathBuf,
+    },
+    /// A tensor's shape disagrees with the config.
+    #[error("tensor `{name}`: expected shape {expected:?}, found {found:?}")]
+    TensorShape {
+        /// The tensor.
+        name: String,
+        /// Shape that follows from the config.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        found: Vec<usize>,
+    },
+    /// A tensor's dtype is not one that can be read here.
+    #[error("tensor `{name}`: expected dtype {expected}, found {found}")]
+    TensorDtype {
+        /// The tensor.
+        name: String,
+        /// The dtypes that can be read.
+        expected: &'static str,
+        /// The dtype in the file.
+        found: String,
+    },
+    /// A tensor holds a number it must not hold.
+    #[error("tensor `{name}`, element {index}: expected {expected}, found {found}")]
+    TensorValue {
+        /// The tensor.
+        name: String,
+        /// Position, counted row by row from 0.
+        index: usize,
+        /// What it must be.
+        expected: String,
+        /// What it was.
+        found: String,
+    },
+    /// A tensor was handed to the writer otherwise than planned.
+    #[error("cannot write tensor `{name}`: {problem}")]
+    TensorWrite {
+        /// The tensor.
+        name: String,
+        /// What is wrong, with numbers.
+        problem: String,
+    },
+    /// NaN or infinity where numbers are needed.
+    #[error("{place}: {count} of {total} values are NaN or infinite")]
+    NonFinite {
+        /// The tensor, or the activation and its layer.
+        place: String,
+        /// How many are not finite.
+        count: u64,
+        /// Of how many.
+        total: u64,
+    },
+    /// A weight that fp16 cannot hold.
+    #[error("{place}: value {value} does not fit fp16 (largest 65504)")]
+    Fp16Overflow {
+        /// The tensor, and where in it.
+        place: String,
+        /// The value.
+        value: f32,
+    },
+    /// The tokenizer cannot be used.
+    #[error("`{}`: {problem}", path.display())]
+    Tokenizer {
+        /// `tokenizer.json`.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Only a SentencePiece `tokenizer.model` was found.
+    #[error("`{}` has `tokenizer.model` but no `tokenizer.json`", path.display())]
+    TokenizerModelOnly {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A dataset name that is neither a recipe nor a file.
+    #[error("dataset `{name}` is neither a recipe ({known}) nor a file or folder")]
+    UnknownDataset {
+        /// The name as given.
+        name: String,
+        /// The recipes that exist.
+        known: String,
+    },
+    /// A recipe's files are not on this machine.
+    #[error("the files of dataset `{name}` are not on this machine: looked for {files} in {places}")]
+    DatasetNotFound {
+        /// The recipe.
+        name: String,
+        /// The files looked for.
+        files: String,
+        /// Where.
+        places: String,
+        /// The command that fetches them.
+        fetch: String,
+    },
+    /// A dataset file cannot be read.
+    #[error("`{}`: {problem}", path.display())]
+    Dataset {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with numbers.
+        problem: String,
+    },
+    /// The text column does not exist.
+    #[error("`{}` has no text column `{column}` (columns: {found})", path.display())]
+    MissingColumn {
+        /// The file.
+        path: PathBuf,
+        /// The column asked for.
+        column: String,
+        /// The columns that exist.
+        found: String,
+    },
+    /// The text column exists and holds nothing.
+    #[error("column `{column}` of {dataset} holds no text in any of its {rows} rows")]
+    EmptyColumn {
+        /// The dataset.
+        dataset: String,
+        /// The column.
+        column: String,
+        /// Rows read.
+        rows: usize,
+    },
+    /// The text is too short for the windows asked for.
+    #[error("{dataset} has {tokens} tokens; {windows} windows of {seq_len} need at least {needed}")]
+    TooLittleText {
+        /// The dataset.
+        dataset: String,
+        /// Tokens it has.
+        tokens: usize,
+        /// Windows asked for.
+        windows: usize,
+        /// Tokens a window.
+        seq_len: usize,
+        /// Tokens needed.
+        needed: usize,
+    },
+    /// A window longer than the model's context.
+    #[error("sequence length {seq_len} is above the model's max_position_embeddings {max}")]
+    SequenceTooLong {
+        /// Tokens asked for.
+        seq_len: usize,
+        /// The model's limit.
+        max: usize,
+    },
+    /// A token id outside the vocabulary.
+    #[error("{dataset}: token id {id} at position {position} is outside the vocabulary of {vocab}")]
+    TokenOutOfRange {
+        /// The dataset.
+        dataset: String,
+        /// The id.
+        id: u32,
+        /// Its position in the text.
+        position: usize,
+        /// Rows of the embedding.
+        vocab: usize,
+    },
+    /// A linear that the format cannot hold.
+    #[error("`{linear}`: {dimension} {size} is not a multiple of {multiple}, which {bits}-bit packing needs")]
+    PackFactor {
+        /// The linear.
+        linear: String,
+        /// `in_features` or `out_features`.
+        dimension: &'static str,
+        /// Its size.
+        size: usize,
+        /// The multiple needed.
+        multiple: usize,
+        /// Bits a code.
+        bits: u32,
+    },
+    /// A group size that does not fit a linear.
+    #[error("`{linear}`: group size {group_size} is larger than its {in_features} input features")]
+    GroupSize {
+        /// The linear.
+        linear: String,
+        /// The group size asked for.
+        group_size: usize,
+        /// Input features.
+        in_features: usize,
+    },
+    /// The damped Hessian could not be factorized.
+    #[error("the Hessian of {stage} is not positive definite, also with damping raised to {damp} of its mean diagonal")]
+    NotPositiveDefinite {
+        /// Layer and stage.
+        stage: String,
+        /// The last damping tried.
+        damp: f64,
+    },
+    /// A Hessian that calibration left empty.
+    #[error("the Hessian of {stage} is all zero: its inputs carried nothing")]
+    EmptyHessian {
+        /// Layer and stage.
+        stage: String,
+    },
+    /// The output exists already.
+    #[error("`{}` exists already", path.display())]
+    OutputExists {
+        /// The file or folder.
+        path: PathBuf,
+    },
+    /// The disk has too little room for the result.
+    #[error("`{}` has {available} free, and the result needs {needed}", path.display())]
+    DiskSpace {
+        /// A folder on that disk.
+        path: PathBuf,
+        /// Free, readable.
+        available: String,
+        /// Needed, readable.
+        needed: String,
+    },
+    /// A checkpoint that is not GPTQ where a GPTQ one is needed, or the reverse.
+    #[error("`{}`: expected {expected}, found {found}", path.display())]
+    CheckpointKind {
+        /// The folder.
+        path: PathBuf,
+        /// What is needed.
+        expected: &'static str,
+        /// What it is.
+        found: String,
+    },
+    /// Two models that cannot be compared.
+    #[error("`{}` cannot be compared with `{}`: {problem}", left.display(), right.display())]
+    NotComparable {
+        /// One folder.
+        left: PathBuf,
+        /// The other.
+        right: PathBuf,
+        /// What differs.
+        problem: String,
+    },
+    /// A device that is not there.
+    #[error("device `{device}` cannot be used: {problem}")]
+    Device {
+        /// As given.
+        device: String,
+        /// Why.
+        problem: String,
+    },
+    /// libtorch refused an operation.
+    #[error("libtorch could not {action}: {source}")]
+    Torch {
+        /// What was tried.
+        action: String,
+        /// libtorch's reason.
+        source: tch::TchError,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`] for `path`; made for `map_err`.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// What the user can do about it, where there is something.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::UnknownKey { nearest: Some(key), .. } => format!("did you mean `{key}`?"),
+            Self::WeightsFormat { .. } => {
+                "convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
+                 M.from_pretrained('DIR').save_pretrained('OUT')\""
+                    .into()
+            }
+            Self::TokenizerModelOnly { path } => format!(
+                "convert it: python -c \"from transformers import AutoTokenizer as T; \
+                 T.from_pretrained('{0}').save_pretrained('{0}')\"",
+                path.display()
+            ),
+            Self::DatasetNotFound { fetch, .. } => fetch.clone(),
+            Self::MissingColumn { .. } => "name the column with --text-column".into(),
+            Self::TooLittleText { tokens, seq_len, .. } => {
+                format!("use at most --samples {}, a shorter --seq-len, or more text", tokens / seq_len)
+            }
+            Self::SequenceTooLong { max, .. } => format!("use --seq-len {max} or less"),
+            Self::GroupSize { in_features, .. } => {
+                format!("use a group size up to {in_features}, or -1 for one group a row")
+            }
+            Self::NotPositiveDefinite { .. } => {
+                "use more or more varied calibration text (--samples), or a larger --damp".into()
+            }
+            Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
+            Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
+            Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
+            Self::Torch { source, .. } if is_out_of_memory(source) => {
+                "use fewer --samples, a shorter --seq-len or fewer --variant".into()
+            }
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                "the disk is full: free some space and start again; nothing half-written was left".into()
+            }
+            _ => return None,
+        })
+    }
+}
+
+fn is_out_of_memory(error: &tch::TchError) -> bool {
+    let text = error.to_string();
+    text.contains("not enough memory") || text.contains("out of memory")
+}
+
+/// Adds what was tried to a libtorch error.
+pub trait TorchContext<T> {
+    /// `action` completes the sentence "libtorch could not …".
+    fn torch(self, action: &str) -> Result<T>;
+}
+
+impl<T> TorchContext<T> for std::result::Result<T, tch::TchError> {
+    fn torch(self, action: &str) -> Result<T> {
+        self.map_err(|source| Error::Torch { action: action.to_owned(), source })
+    }
+}

@@ -1,0 +1,149 @@
+//! What quantization cost: perplexity, KL divergence and top-1 agreement against the unquantized model.
+
+mod divergence;
+mod statistics;
+
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    calibration::Windows,
+    checkpoint::Checkpoint,
+    error::{Error, Result, TorchContext},
+    model::Runner,
+    progress::Progress,
+    report::{EvaluatedModel, Evaluation, Interval},
+};
+use divergence::{Comparison, WindowScores};
+use statistics::{difference_of_exponentials, exponential_of_mean, mean};
+
+/// Hidden states of this many tokens are kept for each model at a time.
+const CHUNK_TOKENS: usize = 32_768;
+
+/// A quantized model to evaluate.
+pub struct Candidate<'a> {
+    /// For the table.
+    pub name: String,
+    /// The checkpoint.
+    pub checkpoint: &'a Checkpoint,
+}
+
+/// Evaluates quantized models against the dense `reference` on the same tokens.
+///
+/// # Errors
+/// When a model cannot be run, or is not comparable with the reference.
+pub fn evaluate(
+    reference: &Checkpoint,
+    candidates: &[Candidate<'_>],
+    windows: &Windows,
+    dataset: &str,
+    progress: &dyn Progress,
+) -> Result<Evaluation> {
+    let begun = Instant::now();
+    let _guard = tch::no_grad_guard();
+    let seq_len = windows.seq_len();
+    let limit = reference.config().max_position_embeddings;
+    if seq_len > limit {
+        return Err(Error::SequenceTooLong { seq_len, max: limit });
+    }
+    for candidate in candidates {
+        comparable(reference, candidate.checkpoint)?;
+    }
+    let dense = Runner::dense(reference, seq_len, Kind::Float, Device::Cpu)?;
+    let quantized: Vec<Runner<'_>> =
+        candidates.iter().map(|c| Runner::quantized(c.checkpoint, seq_len)).collect::<Result<_>>()?;
+
+    let mut reference_scores = Vec::new();
+    let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
+    let per_chunk = (CHUNK_TOKENS / seq_len).max(1) * seq_len;
+    let layers = reference.config().num_layers as u64;
+    let chunks = windows.ids().len().div_ceil(per_chunk) as u64;
+    progress.begin("evaluating", chunks * layers * (1 + candidates.len() as u64));
+    for ids in windows.ids().chunks(per_chunk) {
+        let run = |runner: &Runner<'_>| runner.hidden_states(ids, seq_len, || progress.advance(1));
+        let expected = flatten(run(&dense)?)?;
+        let found = quantized.iter().map(|q| flatten(run(q)?)).collect::<Result<Vec<_>>>()?;
+        for (w, ids) in ids.chunks(seq_len).enumerate() {
+            let comparison = Comparison::new(&dense, &expected.get(w as i64), ids)?;
+            reference_scores.push(comparison.reference_nll());
+            for ((runner, found), scores) in quantized.iter().zip(&found).zip(&mut scores) {
+                scores.push(comparison.score(runner, &found.get(w as i64))?);
+            }
+        }
+    }
+
+    let models = candidates.iter().zip(&scores).map(|(candidate, scores)| {
+        let of = |f: fn(&WindowScores) -> f64| scores.iter().map(f).collect::<Vec<f64>>();
+        let nll = of(|s| s.nll);
+        EvaluatedModel {
+            name: candidate.name.clone(),
+            weight_bytes: candidate.checkpoint.bytes_total(),
+            perplexity: exponential_of_mean(&nll),
+            perplexity_change: difference_of_exponentials(&nll, &reference_scores),
+            kl_divergence: mean(&of(|s| s.kl_divergence)),
+            top1_agreement: mean(&of(|s| s.top1_agreement)),
+        }
+    });
+    Ok(Evaluation {
+        dataset: dataset.to_owned(),
+        sha256: windows.digest().to_owned(),
+        protocol: protocol(dataset, windows),
+        windows: windows.count(),
+        seq_len,
+        reference_perplexity: exponential_of_mean(&reference_scores),
+        models: models.collect(),
+        seconds: begun.elapsed().as_secs_f64(),
+    })
+}
+
+/// Logits `[W·seq_len, vocab]` fp32 of a quantized model, for comparing with other software.
+///
+/// # Errors
+/// When the model cannot be run.
+pub fn logits(checkpoint: &Checkpoint, windows: &Windows) -> Result<Tensor> {
+    let _guard = tch::no_grad_guard();
+    let runner = Runner::quantized(checkpoint, windows.seq_len())?;
+    let hidden = flatten(runner.hidden_states(windows.ids(), windows.seq_len(), || ())?)?;
+    runner.logits(&hidden)
+}
+
+/// Batches `[B, S, hidden]` → `[W, S, hidden]`.
+fn flatten(batches: Vec<Tensor>) -> Result<Tensor> {
+    Tensor::f_cat(&batches, 0).torch("join hidden states")
+}
+
+fn comparable(reference: &Checkpoint, candidate: &Checkpoint) -> Result<()> {
+    let (left, right) = (reference.config(), candidate.config());
+    let sizes = [
+        ("vocab_size", left.vocab_size, right.vocab_size),
+        ("hidden_size", left.hidden_size, right.hidden_size),
+        ("num_hidden_layers", left.num_layers, right.num_layers),
+    ];
+    match sizes.into_iter().find(|(_, l, r)| l != r) {
+        None => Ok(()),
+        Some((name, l, r)) => Err(Error::NotComparable {
+            left: reference.dir().into(),
+            right: candidate.dir().into(),
+            problem: format!("{name} is {l} in one and {r} in the other"),
+        }),
+    }
+}
+
+fn protocol(dataset: &str, windows: &Windows) -> String {
+    format!(
+        "Protocol: {dataset}, rows joined and tokenized once with the tokenizer's own BOS rule; the first {} \
+         non-overlapping windows of {} tokens; fp32. Perplexity is exp of the mean negative log-likelihood of each \
+         window's tokens but the first; KL(fp16 ‖ quantized) in nats and top-1 agreement are means over the same \
+         positions. ± is half the 95% interval over windows (paired for the change).",
+        windows.count(),
+        windows.seq_len()
+    )
+}
+
+/// Kept here so that the report module stays free of statistics.
+impl Interval {
+    fn new(value: f64, margin: Option<f64>) -> Self {
+        Self { value, margin }
+    }
+}

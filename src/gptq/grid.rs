@@ -1,0 +1,139 @@
+//! The quantization grid: how a range of weights becomes a scale and a zero point, and a weight a code.
+
+use half::f16;
+
+use crate::variant::Bits;
+
+/// Scale and zero point of one group of one row. A weight is `scale · (code − zero)`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Step {
+    /// Rounded to fp16 before any code is chosen, because that is what readers multiply by.
+    pub scale: f16,
+    /// The true zero point, `1..=2^b−1`.
+    pub zero: u8,
+}
+
+/// A grid of `2^b` levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    bits: Bits,
+    symmetric: bool,
+}
+
+impl Grid {
+    /// The grid of a variant.
+    pub fn new(bits: Bits, symmetric: bool) -> Self {
+        Self { bits, symmetric }
+    }
+
+    /// The largest code.
+    pub fn max_code(self) -> u8 {
+        self.bits.max_code()
+    }
+
+    /// Fits scale and zero to weights in `min..=max`.
+    ///
+    /// Symmetric: `scale = 2·max|w|/(2^b−1)`, zero `2^(b−1)`. Asymmetric: the range is widened to hold 0, and the
+    /// zero point is kept in `1..=2^b−1`, since the v1 format stores `zero − 1` and readers disagree about −1.
+    /// A scale that fp16 would round to zero becomes the smallest fp16 above it; one above fp16's range comes
+    /// back infinite, for the caller to refuse.
+    pub fn fit(self, min: f64, max: f64) -> Step {
+        let levels = f64::from(self.bits.max_code());
+        if self.symmetric {
+            let scale = 2.0 * min.abs().max(max.abs()) / levels;
+            return Step { scale: to_scale(scale), zero: self.bits.symmetric_zero() };
+        }
+        let (min, max) = (min.min(0.0), max.max(0.0));
+        let scale = to_scale((max - min) / levels);
+        let zero = (-min / f64::from(scale)).round_ties_even();
+        if zero < 1.0 {
+            // All levels but one lie above zero.
+            return Step { scale: to_scale(max / (levels - 1.0)), zero: 1 };
+        }
+        Step { scale, zero: zero.min(levels) as u8 }
+    }
+
+    /// The code nearest to `weight`; ties go to the even offset from zero.
+    pub fn code(self, weight: f64, step: Step) -> u8 {
+        let offset = (weight / f64::from(step.scale)).round_ties_even();
+        (offset + f64::from(step.zero)).clamp(0.0, f64::from(self.bits.max_code())) as u8
+    }
+}
+
+impl Step {
+    /// The weight that `code` stands for, exact in f64.
+    pub fn weight(self, code: u8) -> f64 {
+        f64::from(self.scale) * (f64::from(code) - f64::from(self.zero))
+    }
+}
+
+/// A group of zeros gets any scale; it must only be finite and above zero.
+const SCALE_OF_ZEROS: f64 = 2.0 / 15.0;
+
+fn to_scale(scale: f64) -> f16 {
+    if scale == 0.0 {
+        return f16::from_f64(SCALE_OF_ZEROS);
+    }
+    f16::from_f64(scale).max(f16::MIN_POSITIVE_SUBNORMAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// fp16 scales move the outermost level by up to 2⁻¹¹ of the range, i.e. by this many steps at 8 bits.
+    const FP16_SLACK: f64 = 128.0 / 2048.0;
+
+    proptest! {
+        /// Symmetric grids reach −2^(b−1) but only 2^(b−1)−1: the scale leaves half a step at each end.
+        #[test]
+        fn error_is_at_most_half_a_step(
+            bits in prop::sample::select(&Bits::ALL[..]),
+            symmetric: bool,
+            weights in prop::collection::vec(-3.0f64..3.0, 2..40),
+        ) {
+            let grid = Grid::new(bits, symmetric);
+            let min = weights.iter().copied().fold(f64::INFINITY, f64::min);
+            let max = weights.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let step = grid.fit(min, max);
+            // Rounding the zero point shifts an asymmetric grid by up to half a step at its ends.
+            let limit = if symmetric { 0.5 } else { 1.0 } + FP16_SLACK;
+            for w in weights {
+                let error = (step.weight(grid.code(w, step)) - w).abs() / f64::from(step.scale);
+                prop_assert!(error <= limit, "{w} is {error} steps off");
+            }
+        }
+    }
+
+    #[test]
+    fn one_sided_groups_use_their_whole_range() {
+        // AutoGPTQ gives this group scale max/15 with zero 8 and clips it at 7/15 of its range.
+        let grid = Grid::new(Bits::Four, true);
+        let step = grid.fit(0.1, 0.7);
+        assert_eq!(step.zero, 8);
+        assert!((step.weight(grid.code(0.7, step)) - 0.7).abs() <= 0.5 * f64::from(step.scale) + 1e-3);
+    }
+
+    #[test]
+    fn asymmetric_zero_is_never_zero() {
+        for (min, max) in [(0.1, 0.7), (0.0, 1.0), (-0.001, 5.0), (-1.0, -0.5), (0.0, 0.0)] {
+            for bits in Bits::ALL {
+                let grid = Grid::new(bits, false);
+                let step = grid.fit(min, max);
+                assert!((1..=bits.max_code()).contains(&step.zero), "{min} {max} {bits:?}");
+                let top = step.weight(grid.code(max, step));
+                assert!((top - max).abs() <= f64::from(step.scale), "{min} {max} {bits:?}: {top}");
+            }
+        }
+    }
+
+    #[test]
+    fn scales_are_finite_and_positive_or_refusable() {
+        let grid = Grid::new(Bits::Four, true);
+        assert!(grid.fit(0.0, 0.0).scale > f16::ZERO);
+        assert_eq!(grid.fit(-1e-12, 1e-12).scale, f16::MIN_POSITIVE_SUBNORMAL);
+        assert!(grid.fit(-1e9, 1e9).scale.is_infinite());
+    }
+}

@@ -1,0 +1,15 @@
+//! The method: Hessians of calibration inputs, column orders, quantization grids and the solvers.
+//!
+//! Letters used here and below: `N` output features, `K` input features, `G` groups, `T` tokens,
+//! `H` the Hessian `[K, K]`, `W` a weight `[N, K]`, `Ũ` the upper triangular factor with `H + λI = Ũ Ũᵀ`.
+
+mod grid;
+mod hessian;
+mod order;
+mod quantized;
+pub mod solver;
+
+pub use grid::{Grid, Step};
+pub use hessian::Hessian;
+pub use order::{ColumnOrder, dead_columns};
+pub use quantized::QuantizedLinear;

@@ -1,0 +1,81 @@
+//! In which order the input features are quantized, and which group each belongs to.
+
+use crate::variant::{Order, Variant};
+
+/// The order for one Hessian: `columns[i]` is the input feature quantized as the `i`-th.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ColumnOrder {
+    columns: Vec<u32>,
+}
+
+impl ColumnOrder {
+    /// The order that follows from the undamped Hessian diagonal `[K]`: by descending diagonal (`desc_act`), equal
+    /// values keeping their place so that nothing depends on a sorting algorithm, or as stored.
+    pub fn new(desc_act: bool, diagonal: &[f32]) -> Self {
+        let mut columns: Vec<u32> = (0..diagonal.len() as u32).collect();
+        if desc_act {
+            columns.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]));
+        }
+        Self { columns }
+    }
+
+    /// `[K]`, a permutation of the input features.
+    pub fn columns(&self) -> &[u32] {
+        &self.columns
+    }
+
+    /// The group of the `i`-th column to be quantized.
+    pub fn group_at(&self, i: usize, variant: &Variant) -> usize {
+        let size = variant.group_size.features(self.columns.len());
+        match variant.order {
+            Order::Sequential | Order::Act => i / size,
+            Order::ActStatic => self.columns[i] as usize / size,
+        }
+    }
+
+    /// `g_idx`: the group of every input feature, in the features' own order.
+    pub fn g_idx(&self, variant: &Variant) -> Vec<u32> {
+        let mut g_idx = vec![0; self.columns.len()];
+        for (i, &column) in self.columns.iter().enumerate() {
+            g_idx[column as usize] = self.group_at(i, variant) as u32;
+        }
+        g_idx
+    }
+}
+
+/// The input features that calibration never saw anything but zero on.
+pub fn dead_columns(diagonal: &[f32]) -> Vec<u32> {
+    (0..diagonal.len() as u32).filter(|&k| diagonal[k as usize] == 0.0).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A variant with a group size smaller than the format's smallest, to keep the test readable.
+    fn variant(text: &str, group: usize) -> Variant {
+        Variant { group_size: crate::variant::GroupSize::Features(group), ..text.parse().unwrap() }
+    }
+
+    const DIAGONAL: [f32; 6] = [1.0, 5.0, 0.0, 5.0, 2.0, 0.5];
+
+    #[test]
+    fn act_order_is_descending_and_stable() {
+        let order = ColumnOrder::new(true, &DIAGONAL);
+        assert_eq!(order.columns(), [1, 3, 4, 0, 5, 2]);
+        assert_eq!(order.g_idx(&variant("4bit-16g-act", 4)), [0, 0, 1, 0, 0, 1]);
+        assert_eq!(order.g_idx(&"4bit--1g-act".parse().unwrap()), [0; 6]);
+    }
+
+    #[test]
+    fn static_groups_keep_g_idx_sequential() {
+        let order = ColumnOrder::new(true, &DIAGONAL);
+        assert_eq!(order.columns(), [1, 3, 4, 0, 5, 2]);
+        assert_eq!(order.g_idx(&variant("4bit-16g-static", 4)), [0, 0, 0, 0, 1, 1]);
+    }
+
+    #[test]
+    fn dead_columns_have_a_zero_diagonal() {
+        assert_eq!(dead_columns(&DIAGONAL), [2]);
+    }
+}

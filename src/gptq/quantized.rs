@@ -1,0 +1,92 @@
+//! The result of a solve: codes, scales, zeros and groups of one linear, unpacked.
+
+use half::f16;
+use rayon::prelude::*;
+
+use crate::variant::Bits;
+
+/// A quantized linear. `Ŵ[n, k] = scales[g_idx[k], n] · (codes[k, n] − zeros[g_idx[k], n])`.
+///
+/// Stored transposed against the dense weight, i.e. with the output feature running fastest, as the checkpoint
+/// format has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QuantizedLinear {
+    bits: Bits,
+    in_features: usize,
+    out_features: usize,
+    codes: Vec<u8>,
+    scales: Vec<f16>,
+    zeros: Vec<u8>,
+    g_idx: Vec<u32>,
+}
+
+impl QuantizedLinear {
+    /// `codes` `[K, N]`, `scales` and `zeros` `[G, N]`, `g_idx` `[K]`.
+    ///
+    /// # Panics
+    /// When the lengths contradict each other: the solver, not the user, has then made a mistake.
+    pub fn new(bits: Bits, codes: Vec<u8>, scales: Vec<f16>, zeros: Vec<u8>, g_idx: Vec<u32>) -> Self {
+        let in_features = g_idx.len();
+        assert!(in_features > 0 && codes.len().is_multiple_of(in_features), "codes are [K, N]");
+        let out_features = codes.len() / in_features;
+        let groups = g_idx.iter().max().map_or(0, |&g| g as usize + 1);
+        assert_eq!(scales.len(), groups * out_features, "scales are [G, N]");
+        assert_eq!(zeros.len(), groups * out_features, "zeros are [G, N]");
+        debug_assert!(codes.iter().chain(&zeros).all(|&c| c <= bits.max_code()), "codes and zeros fit the bits");
+        Self { bits, in_features, out_features, codes, scales, zeros, g_idx }
+    }
+
+    /// Bits a code.
+    pub fn bits(&self) -> Bits {
+        self.bits
+    }
+
+    /// `K`.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// `N`.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// `G`.
+    pub fn groups(&self) -> usize {
+        self.scales.len() / self.out_features
+    }
+
+    /// `[K, N]`.
+    pub fn codes(&self) -> &[u8] {
+        &self.codes
+    }
+
+    /// `[G, N]`.
+    pub fn scales(&self) -> &[f16] {
+        &self.scales
+    }
+
+    /// The true zero points, `[G, N]`.
+    pub fn zeros(&self) -> &[u8] {
+        &self.zeros
+    }
+
+    /// The group of each input feature, `[K]`.
+    pub fn g_idx(&self) -> &[u32] {
+        &self.g_idx
+    }
+
+    /// The dense weight, transposed: `[K, N]`, each value exact in f32 and then given to `convert`.
+    pub fn dequantize<T: Send + Copy + Default>(&self, convert: impl Fn(f32) -> T + Sync) -> Vec<T> {
+        let n = self.out_features;
+        let mut dense = vec![T::default(); self.codes.len()];
+        dense.par_chunks_mut(n).zip(self.codes.par_chunks(n)).zip(&self.g_idx).for_each(|((out, codes), &g)| {
+            let group = g as usize * n..(g as usize + 1) * n;
+            let (scales, zeros) = (&self.scales[group.clone()], &self.zeros[group]);
+            for (((out, &code), scale), &zero) in out.iter_mut().zip(codes).zip(scales).zip(zeros) {
+                *out = convert(scale.to_f32() * (f32::from(code) - f32::from(zero)));
+            }
+        });
+        dense
+    }
+}

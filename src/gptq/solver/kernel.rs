@@ -1,0 +1,252 @@
+//! The column loop on the CPU: a panel of columns for a tile of [`LANES`] rows, kept in cache.
+//!
+//! Everything here works on local buffers `[column][lane]`, one lane a row of the weight, so that each step is the
+//! same arithmetic on neighbouring floats. The bodies are plain loops over fixed-size arrays; they are compiled once
+//! per instruction set and chosen at run time, so that builds need no `target-cpu`.
+
+use half::f16;
+
+use crate::gptq::Grid;
+
+/// Rows of the weight handled together.
+pub(super) const LANES: usize = 32;
+
+/// One value for each row of a tile.
+pub(super) type Lane = [f32; LANES];
+
+/// What all tiles of a panel share. Columns are counted from the panel's start.
+pub(super) struct Panel<'a> {
+    /// `Ũ_ppᵀ` `[P, P]`, lower triangular, row-major: `factor[c·P + j] = Ũ_jc`.
+    pub(super) factor: &'a [f32],
+    /// Group of each column, `[P]`.
+    pub(super) groups: &'a [u32],
+    /// Where a scale is fitted to the compensated weights; ascending, empty when all scales are known.
+    pub(super) fits: &'a [usize],
+    /// The grid.
+    pub(super) grid: Grid,
+}
+
+/// What a tile carries through a panel.
+pub(super) struct Tile<'a> {
+    /// In: original weights `[P]`. Out: `d = ŵ − w`.
+    pub(super) weights: &'a mut [Lane],
+    /// In: `r` of all columns before the panel. Overwritten.
+    pub(super) residuals: &'a mut [Lane],
+    /// Scratch `[P]`.
+    pub(super) scratch: &'a mut [Lane],
+    /// Out: codes `[P]`.
+    pub(super) codes: &'a mut [[u8; LANES]],
+    /// Scales `[G]`, as rounded to fp16; filled where the panel fits them.
+    pub(super) scales: &'a mut [Lane],
+    /// Zero points `[G]`.
+    pub(super) zeros: &'a mut [Lane],
+    /// Adds `Σ ((ŵ_i − t_i) Ũ_ii)²`, the damped objective, lane by lane.
+    pub(super) objective: &'a mut [f64; LANES],
+    /// Adds `Σ d²`, lane by lane.
+    pub(super) distance: &'a mut [f64; LANES],
+}
+
+/// Quantizes one tile over one panel.
+pub(super) fn solve_tile(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+            // SAFETY: the features were detected on the line above.
+            return unsafe { solve_avx512(panel, tile) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the features were detected on the line above.
+            return unsafe { solve_avx2(panel, tile) };
+        }
+    }
+    solve::<false, 2>(panel, tile);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,fma")]
+fn solve_avx512(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+    solve::<true, 8>(panel, tile);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn solve_avx2(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+    solve::<true, 2>(panel, tile);
+}
+
+/// `FMA`: whether `mul_add` is one instruction here (else it would be a library call). `WIDTH`: columns whose sums
+/// are held in registers together.
+#[inline(always)]
+fn solve<const FMA: bool, const WIDTH: usize>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+    let columns = panel.groups.len();
+    let mut start = 0;
+    while start < columns {
+        let fit = panel.fits.contains(&start);
+        let end = block_end(panel, start);
+        if fit {
+            compensate::<FMA, WIDTH>(panel, tile, start, end);
+            fit_scales(panel, tile, start, end);
+        }
+        quantize_block::<FMA, WIDTH>(panel, tile, start, end);
+        push_residuals::<FMA, WIDTH>(panel, tile, start, end);
+        start = end;
+    }
+}
+
+/// Columns quantized before their effect is pushed to the columns behind them, where no group decides it.
+const BLOCK: usize = 64;
+
+fn block_end(panel: &Panel<'_>, start: usize) -> usize {
+    let columns = panel.groups.len();
+    if panel.fits.is_empty() {
+        return (start + BLOCK).min(columns);
+    }
+    panel.fits.iter().copied().find(|&f| f > start).unwrap_or(columns)
+}
+
+/// `scratch[c] = w_c − x_c` with `Ũ_ggᵀ x = r_g`: forward substitution.
+#[inline(always)]
+fn compensate<const FMA: bool, const WIDTH: usize>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+    let p = panel.groups.len();
+    let x = &mut *tile.scratch;
+    let mut c = start;
+    while c < end {
+        let width = WIDTH.min(end - c);
+        let mut sums = [[0.0; LANES]; WIDTH];
+        accumulate::<FMA, WIDTH>(&mut sums, width, panel.factor, p, c, start..c, x);
+        for (i, sum) in sums.iter_mut().enumerate().take(width) {
+            let column = c + i;
+            let row = &panel.factor[column * p..][..p];
+            for j in c..column {
+                axpy::<FMA>(sum, row[j], &x[j]);
+            }
+            let inverse = 1.0 / row[column];
+            for l in 0..LANES {
+                x[column][l] = (tile.residuals[column][l] - sum[l]) * inverse;
+            }
+        }
+        c += width;
+    }
+    for column in start..end {
+        for l in 0..LANES {
+            x[column][l] = tile.weights[column][l] - x[column][l];
+        }
+    }
+}
+
+/// Fits scale and zero of the group at `start..end` to the compensated weights in `scratch`.
+#[inline(always)]
+fn fit_scales(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+    let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    for weights in &tile.scratch[start..end] {
+        for l in 0..LANES {
+            min[l] = if weights[l] < min[l] { weights[l] } else { min[l] };
+            max[l] = if weights[l] > max[l] { weights[l] } else { max[l] };
+        }
+    }
+    let group = panel.groups[start] as usize;
+    for l in 0..LANES {
+        let step = panel.grid.fit(f64::from(min[l]), f64::from(max[l]));
+        tile.scales[group][l] = f16::to_f32(step.scale);
+        tile.zeros[group][l] = f32::from(step.zero);
+    }
+}
+
+/// Quantizes the columns `start..end`; `residuals` already hold what comes from before `start`.
+#[inline(always)]
+fn quantize_block<const FMA: bool, const WIDTH: usize>(
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    start: usize,
+    end: usize,
+) {
+    let p = panel.groups.len();
+    let max_code = f32::from(panel.grid.max_code());
+    let d = &mut *tile.scratch;
+    let (mut objective, mut distance) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let mut c = start;
+    while c < end {
+        let width = WIDTH.min(end - c);
+        let mut sums = [[0.0; LANES]; WIDTH];
+        accumulate::<FMA, WIDTH>(&mut sums, width, panel.factor, p, c, start..c, d);
+        for (i, sum) in sums.iter_mut().enumerate().take(width) {
+            let column = c + i;
+            let row = &panel.factor[column * p..][..p];
+            for j in c..column {
+                axpy::<FMA>(sum, row[j], &d[j]);
+            }
+            let pivot = row[column];
+            let group = panel.groups[column] as usize;
+            let (scale, zero) = (&tile.scales[group], &tile.zeros[group]);
+            let (weight, residual) = (&tile.weights[column], &tile.residuals[column]);
+            for l in 0..LANES {
+                let target = weight[l] - (residual[l] + sum[l]) / pivot;
+                let code = ((target / scale[l]).round_ties_even() + zero[l]).clamp(0.0, max_code);
+                let quantized = (code - zero[l]) * scale[l];
+                let error = (quantized - target) * pivot;
+                d[column][l] = quantized - weight[l];
+                objective[l] += error * error;
+                distance[l] += d[column][l] * d[column][l];
+                // The clamp above bounds the code; a NaN weight cannot reach this place and would become 0.
+                tile.codes[column][l] = code as i32 as u8;
+            }
+        }
+        c += width;
+    }
+    for l in 0..LANES {
+        tile.objective[l] += f64::from(objective[l]);
+        tile.distance[l] += f64::from(distance[l]);
+    }
+    tile.weights[start..end].copy_from_slice(&d[start..end]);
+}
+
+/// Adds the effect of the columns `start..end` to the residuals of the columns behind them.
+#[inline(always)]
+fn push_residuals<const FMA: bool, const WIDTH: usize>(
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    start: usize,
+    end: usize,
+) {
+    let p = panel.groups.len();
+    let mut c = end;
+    while c < p {
+        let width = WIDTH.min(p - c);
+        let mut sums = [[0.0; LANES]; WIDTH];
+        accumulate::<FMA, WIDTH>(&mut sums, width, panel.factor, p, c, start..end, tile.scratch);
+        for (i, sum) in sums.iter().enumerate().take(width) {
+            for l in 0..LANES {
+                tile.residuals[c + i][l] += sum[l];
+            }
+        }
+        c += width;
+    }
+}
+
+/// `sums[i] += Σ_{j in range} factor[(c+i)·p + j] · source[j]` for `i < width`.
+#[inline(always)]
+fn accumulate<const FMA: bool, const WIDTH: usize>(
+    sums: &mut [Lane; WIDTH],
+    width: usize,
+    factor: &[f32],
+    p: usize,
+    c: usize,
+    range: std::ops::Range<usize>,
+    source: &[Lane],
+) {
+    // Columns beyond `width` repeat the last one; their sums are thrown away.
+    let rows: [&[f32]; WIDTH] =
+        std::array::from_fn(|i| &factor[(c + i.min(width - 1)) * p..][range.start..range.end]);
+    for (j, values) in source[range].iter().enumerate() {
+        for i in 0..WIDTH {
+            axpy::<FMA>(&mut sums[i], rows[i][j], values);
+        }
+    }
+}
+
+#[inline(always)]
+fn axpy<const FMA: bool>(sum: &mut Lane, factor: f32, values: &Lane) {
+    for l in 0..LANES {
+        sum[l] = if FMA { factor.mul_add(values[l], sum[l]) } else { sum[l] + factor * values[l] };
+    }
+}

@@ -1,0 +1,87 @@
+//! Solvers: a Hessian and the weights that share it go in, codes and scales come out.
+//!
+//! GPTQ as Babai's nearest plane (arXiv 2507.18553): with `H + λI = Ũ Ũᵀ`, `Ũ` upper triangular, and
+//! `D = Ŵ − W`, the columns are taken in order and
+//! `q_i = round_to_grid( w_i − (1/Ũ_ii) Σ_{j<i} Ũ_ji d_j )`, always with the *original* `w_i`.
+//! At the start of a group its scale is fitted to the weights as compensated for everything before it,
+//! `w_g − (Ũ_ggᵀ)⁻¹ r_g` with `r_g = Σ_{j<g} Ũ_jg d_j`, wherever the group starts.
+
+mod cpu;
+mod kernel;
+pub mod reference;
+
+use tch::Tensor;
+
+pub use cpu::CpuSolver;
+
+use super::{Hessian, QuantizedLinear};
+use crate::{
+    error::Result,
+    variant::Variant,
+};
+
+/// A way to solve: one implementation a kind of device.
+pub trait Solver {
+    /// For reports.
+    fn name(&self) -> &'static str;
+
+    /// Orders (by descending diagonal if `desc_act`), damps and factorizes a Hessian; the result solves any number of
+    /// weights and variants of that order. Damping starts at `damp` of the mean diagonal and is raised only when the factorization fails. `stage` names
+    /// the inputs in errors.
+    ///
+    /// # Errors
+    /// When the Hessian stays indefinite at full damping, or memory ends.
+    fn factorize(&self, hessian: &Hessian, desc_act: bool, damp: f64, stage: &str) -> Result<Box<dyn Factorized>>;
+}
+
+/// A factorized Hessian.
+pub trait Factorized {
+    /// How the factorization went.
+    fn facts(&self) -> &Factorization;
+
+    /// Quantizes the weights `[N, K]`, which share these inputs, together. `variant.order` must be
+    /// of the order that was factorized.
+    ///
+    /// # Errors
+    /// When a scale does not fit fp16, or libtorch fails.
+    fn solve(&self, weights: &[&Tensor], variant: &Variant) -> Result<Vec<Solution>>;
+}
+
+/// How a factorization went.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Factorization {
+    /// Damping used, as a fraction of the mean diagonal of the features that are not dead.
+    pub damp: f64,
+    /// How often it had to be raised.
+    pub damp_raised: u32,
+    /// Input features that carried nothing during calibration; their weights are set to zero.
+    pub dead_columns: usize,
+}
+
+/// One solved linear.
+#[derive(Debug)]
+pub struct Solution {
+    /// Codes, scales, zeros, groups.
+    pub linear: QuantizedLinear,
+    /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
+    pub squared_error: f64,
+}
+
+/// The dampings tried one after another, as fractions of the mean diagonal: `start`, then doubled up to 1.
+fn damping_steps(start: f64) -> impl Iterator<Item = f64> {
+    let next = |&d: &f64| (d < 1.0).then(|| (d * 2.0).clamp(0.01, 1.0));
+    std::iter::successors(Some(start), next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damping_rises_to_one_and_ends() {
+        let steps: Vec<_> = damping_steps(0.01).collect();
+        assert_eq!(steps, [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0]);
+        assert_eq!(damping_steps(0.0).take(2).collect::<Vec<_>>(), [0.0, 0.01]);
+        assert_eq!(damping_steps(1.0).count(), 1);
+    }
+}

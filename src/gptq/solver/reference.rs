@@ -1,0 +1,122 @@
+//! The definition: plain f64, one column after another, no blocks, no libtorch. Slow, and what the others must match.
+
+use half::f16;
+
+use crate::{
+    gptq::{ColumnOrder, Grid, QuantizedLinear, Step, dead_columns},
+    variant::{Order, Variant},
+};
+
+/// What [`solve`] returns beside the linear.
+#[derive(Debug)]
+pub struct ReferenceSolution {
+    /// Codes, scales, zeros, groups.
+    pub linear: QuantizedLinear,
+    /// `tr(D H Dᵀ)`, undamped.
+    pub squared_error: f64,
+}
+
+/// Quantizes `weight` `[N, K]` for `hessian` `[K, K]`, both row-major; `damp` is a fraction of the mean diagonal.
+/// `None` when the damped Hessian is not positive definite.
+pub fn solve(weight: &[f64], hessian: &[f64], k: usize, damp: f64, variant: &Variant) -> Option<ReferenceSolution> {
+    let n = weight.len() / k;
+    let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
+    let dead = dead_columns(&diagonal);
+    let order = ColumnOrder::new(variant.order.desc_act(), &diagonal);
+    let columns = order.columns();
+
+    let u = {
+        let mut h = vec![0.0; k * k];
+        let alive: Vec<f64> = (0..k).map(|i| hessian[i * k + i]).filter(|&d| d != 0.0).collect();
+        let mean = alive.iter().sum::<f64>() / alive.len() as f64;
+        for (i, &a) in columns.iter().enumerate() {
+            for (j, &b) in columns.iter().enumerate() {
+                h[i * k + j] = hessian[a as usize * k + b as usize];
+            }
+            if h[i * k + i] == 0.0 {
+                h[i * k + i] = mean;
+            }
+            h[i * k + i] += damp * mean;
+        }
+        upper_factor(&h, k)?
+    };
+
+    let grid = Grid::new(variant.bits, variant.symmetric);
+    let g_idx = order.g_idx(variant);
+    let groups = variant.group_size.groups(k);
+    let group_features = variant.group_size.features(k);
+    let mut codes = vec![0u8; k * n];
+    let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; groups * n];
+    let mut squared_error = 0.0;
+
+    for row in 0..n {
+        let mut w: Vec<f64> = columns.iter().map(|&c| weight[row * k + c as usize]).collect();
+        for (i, c) in columns.iter().enumerate() {
+            if dead.binary_search(c).is_ok() {
+                w[i] = 0.0;
+            }
+        }
+        let mut d = vec![0.0; k];
+        if variant.order == Order::ActStatic {
+            for group in 0..groups {
+                let of_group = (0..k).filter(|&i| order.group_at(i, variant) == group);
+                steps[group * n + row] = fit(grid, of_group.map(|i| w[i]));
+            }
+        }
+        for i in 0..k {
+            let group = order.group_at(i, variant);
+            if variant.order != Order::ActStatic && i % group_features == 0 {
+                let end = (i + group_features).min(k);
+                steps[group * n + row] = fit(grid, compensated(&w, &d, &u, k, i, end).into_iter());
+            }
+            let step = steps[group * n + row];
+            let residual: f64 = (0..i).map(|j| u[j * k + i] * d[j]).sum();
+            let code = grid.code(w[i] - residual / u[i * k + i], step);
+            codes[columns[i] as usize * n + row] = code;
+            d[i] = step.weight(code) - w[i];
+        }
+        for (i, &a) in columns.iter().enumerate() {
+            for (j, &b) in columns.iter().enumerate() {
+                squared_error += d[i] * d[j] * hessian[a as usize * k + b as usize];
+            }
+        }
+    }
+    let scales = steps.iter().map(|s| s.scale).collect();
+    let zeros = steps.iter().map(|s| s.zero).collect();
+    let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
+    Some(ReferenceSolution { linear, squared_error })
+}
+
+fn fit(grid: Grid, weights: impl Iterator<Item = f64>) -> Step {
+    let (min, max) = weights.fold((f64::INFINITY, f64::NEG_INFINITY), |(lo, hi), w| (lo.min(w), hi.max(w)));
+    grid.fit(min, max)
+}
+
+/// The weights of columns `start..end` as compensated for all columns before `start`:
+/// `w_g − (Ũ_ggᵀ)⁻¹ r_g` with `r_g = Σ_{j<start} Ũ_jg d_j`.
+fn compensated(w: &[f64], d: &[f64], u: &[f64], k: usize, start: usize, end: usize) -> Vec<f64> {
+    let mut x: Vec<f64> = Vec::with_capacity(end - start);
+    for c in start..end {
+        let before: f64 = (0..start).map(|j| u[j * k + c] * d[j]).sum();
+        let inside: f64 = x.iter().enumerate().map(|(j, x)| u[(start + j) * k + c] * x).sum();
+        x.push((before - inside) / u[c * k + c]);
+    }
+    x.iter().zip(&w[start..end]).map(|(x, w)| w - x).collect()
+}
+
+/// The upper triangular `Ũ` `[K, K]` with `H = Ũ Ũᵀ`; `None` when `H` is not positive definite.
+fn upper_factor(h: &[f64], k: usize) -> Option<Vec<f64>> {
+    let mut u = vec![0.0; k * k];
+    for j in (0..k).rev() {
+        let pivot = h[j * k + j] - (j + 1..k).map(|m| u[j * k + m] * u[j * k + m]).sum::<f64>();
+        if pivot.is_nan() || pivot <= 0.0 {
+            return None;
+        }
+        u[j * k + j] = pivot.sqrt();
+        for i in 0..j {
+            let sum: f64 = (j + 1..k).map(|m| u[i * k + m] * u[j * k + m]).sum();
+            u[i * k + j] = (h[i * k + j] - sum) / u[j * k + j];
+        }
+    }
+    Some(u)
+}

@@ -1,0 +1,24 @@
+//! GPTQ quantization of Llama checkpoints: from an fp16 checkpoint to packed branches that every popular loader takes.
+//!
+//! The way of the data, each module using only what stands before it:
+//! [`checkpoint`] and [`calibration`] read; [`gptq`] solves; [`pack`] packs; [`kernels`] and [`model`] run;
+//! [`report`] holds what is known; [`emit`] writes, [`verify`] reopens, [`eval`] measures; [`pipeline`] alone knows the
+//! order of the steps.
+
+pub mod calibration;
+pub mod checkpoint;
+pub mod emit;
+pub mod error;
+pub mod eval;
+pub mod gptq;
+pub mod kernels;
+pub mod model;
+pub mod pack;
+pub mod pipeline;
+pub mod plan;
+pub mod progress;
+pub mod report;
+pub mod variant;
+pub mod verify;
+
+pub use error::{Error, Result};

@@ -1,0 +1,14 @@
+//! The Llama forward pass as explicit stages, so that the inputs of every linear are at hand without hooks.
+//!
+//! A decoder layer is four stages, each of linears that share their input:
+//! `{q, k, v}` → `{o}` → `{gate, up}` → `{down}`.
+
+mod attention;
+mod linear;
+mod llama;
+mod rope;
+mod runner;
+
+pub use linear::{Dense, Linear, Packed};
+pub use llama::{Layer, Llama, Norms, Stage, add};
+pub use runner::Runner;

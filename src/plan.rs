@@ -1,0 +1,208 @@
+//! How a run is done: what to make, from what text, and how to compute it. Checked before any work.
+
+use std::{fmt, path::Path, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Result},
+    variant::Variant,
+};
+
+/// Everything that decides the content of the branches, and how they are computed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Plan {
+    /// A recipe or a file or folder of text.
+    pub dataset: String,
+    /// The split of a folder of parquet files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
+    /// The column of text in parquet and JSON lines.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text_column: Option<String>,
+    /// Calibration windows.
+    pub samples: usize,
+    /// Tokens a window.
+    pub seq_len: usize,
+    /// Decides where the windows begin.
+    pub seed: u64,
+    /// The branches to make.
+    pub variants: Vec<Variant>,
+    /// Damping, as a fraction of the Hessian's mean diagonal.
+    pub damp: f64,
+    /// Whether all variants are solved for the Hessians of the unquantized model.
+    pub shared_hessian: bool,
+    /// What forward passes are computed in.
+    pub compute_dtype: ComputeDtype,
+    /// Where.
+    pub device: String,
+    /// Largest weights file, bytes.
+    pub max_shard_size: u64,
+}
+
+impl Default for Plan {
+    /// The model card's settings.
+    fn default() -> Self {
+        Self {
+            dataset: "wikitext2".into(),
+            split: None,
+            text_column: None,
+            samples: 128,
+            seq_len: 2048,
+            seed: 0,
+            variants: Variant::card(),
+            damp: 0.01,
+            shared_hessian: false,
+            compute_dtype: ComputeDtype::Auto,
+            device: "cpu".into(),
+            max_shard_size: 10_000_000_000,
+        }
+    }
+}
+
+impl Plan {
+    /// Reads `plan.toml`; keys that are missing keep the card's settings.
+    ///
+    /// # Errors
+    /// When the file cannot be read or holds an unknown key or value.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let fail = |e: toml::de::Error| Error::Toml { path: path.into(), message: e.to_string() };
+        let table: toml::Table = toml::from_str(&text).map_err(fail)?;
+        let known = Self::keys();
+        if let Some(key) = table.keys().find(|key| !known.contains(key)) {
+            let nearest = nearest(key, known.iter().map(String::as_str));
+            return Err(Error::UnknownKey { path: path.into(), key: key.clone(), nearest });
+        }
+        toml::from_str(&text).map_err(fail)
+    }
+
+    /// The keys a plan can have.
+    fn keys() -> Vec<String> {
+        let every = Self { split: Some(String::new()), text_column: Some(String::new()), ..Self::default() };
+        let table = toml::Table::try_from(every).expect("a plan is a table of plain values");
+        table.keys().cloned().collect()
+    }
+
+    /// Checks what can be checked without the model.
+    ///
+    /// # Errors
+    /// When a value makes no sense.
+    pub fn check(&self) -> Result<()> {
+        let refuse = |what: &str, expected: &str, found: String| {
+            Err(Error::Value { what: what.into(), expected: expected.into(), found })
+        };
+        if self.samples == 0 {
+            return refuse("samples", "at least 1", "0".into());
+        }
+        if self.seq_len < 2 {
+            return refuse("seq-len", "at least 2", self.seq_len.to_string());
+        }
+        if !(self.damp >= 0.0 && self.damp <= 1.0) {
+            return refuse("damp", "a fraction from 0 to 1", self.damp.to_string());
+        }
+        if self.variants.is_empty() {
+            return refuse("variants", "at least one", "none".into());
+        }
+        for (i, variant) in self.variants.iter().enumerate() {
+            if self.variants[..i].contains(variant) {
+                return refuse("variants", "each variant once", format!("{variant} twice"));
+            }
+        }
+        if self.max_shard_size < 1_000_000 {
+            return refuse("max-shard-size", "at least 1 MB", self.max_shard_size.to_string());
+        }
+        Ok(())
+    }
+}
+
+/// The known name most like `name`, if any is like it at all.
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+    known
+        .map(|k| (strsim::jaro_winkler(&name.replace('_', "-"), k), k))
+        .filter(|(similarity, _)| *similarity > 0.7)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, k)| k.to_owned())
+}
+
+/// What forward passes are computed in. Hessians and solves are fp32 always.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeDtype {
+    /// bf16 where the processor multiplies it fast, else fp32.
+    Auto,
+    /// fp32.
+    Fp32,
+    /// bf16.
+    Bf16,
+}
+
+impl fmt::Display for ComputeDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Fp32 => "fp32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for ComputeDtype {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        [Self::Auto, Self::Fp32, Self::Bf16].into_iter().find(|d| d.to_string() == text).ok_or_else(|| {
+            Error::Value {
+                what: "compute dtype".into(),
+                expected: "auto, fp32 or bf16".into(),
+                found: text.into(),
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Plan> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        Plan::read(file.path())
+    }
+
+    #[test]
+    fn reads_what_it_writes() {
+        let plan = Plan { samples: 3, variants: vec!["3bit-64g-act".parse().unwrap()], ..Plan::default() };
+        assert_eq!(read(&toml::to_string(&plan).unwrap()).unwrap(), plan);
+        assert_eq!(read("samples = 7").unwrap(), Plan { samples: 7, ..Plan::default() });
+    }
+
+    #[test]
+    fn names_the_nearest_key() {
+        let error = read("sample = 7").unwrap_err();
+        assert!(error.to_string().starts_with("unknown key `sample` in"), "{error}");
+        assert_eq!(error.hint().unwrap(), "did you mean `samples`?");
+        let error = read("seq_len = 7").unwrap_err();
+        assert_eq!(error.hint().unwrap(), "did you mean `seq-len`?");
+        assert!(read("zebra = 7").unwrap_err().hint().is_none());
+    }
+
+    #[test]
+    fn refuses_values_that_make_no_sense() {
+        let cases = [
+            Plan { samples: 0, ..Plan::default() },
+            Plan { seq_len: 1, ..Plan::default() },
+            Plan { damp: -0.1, ..Plan::default() },
+            Plan { damp: f64::NAN, ..Plan::default() },
+            Plan { variants: vec![], ..Plan::default() },
+            Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
+            Plan { max_shard_size: 10, ..Plan::default() },
+        ];
+        for plan in cases {
+            assert!(plan.check().is_err(), "{plan:?}");
+        }
+        Plan::default().check().unwrap();
+    }
+}

@@ -1,0 +1,58 @@
+//! How the library tells what it is doing; drawing it is the caller's affair.
+
+/// Receives what happens during a long run. All methods are called from the thread that runs the work.
+pub trait Progress {
+    /// A phase of `total` steps begins, e.g. `layer 3/32`.
+    fn begin(&self, phase: &str, total: u64);
+    /// `steps` more steps of the current phase are done.
+    fn advance(&self, steps: u64);
+    /// Something worth a line.
+    fn event(&self, event: &Event<'_>);
+}
+
+/// Something worth a line of its own.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// A plain remark.
+    Note(&'a str),
+    /// Something went otherwise than planned, and the result says so too.
+    Warning(&'a str),
+    /// A decoder layer's stage is being worked on.
+    Stage {
+        /// The variant, or `all variants`.
+        variant: &'a str,
+        /// `q/k/v`, `o`, `gate/up` or `down`.
+        stage: &'a str,
+    },
+    /// A linear has been solved.
+    Linear {
+        /// `model.layers.0.self_attn.q_proj`.
+        name: &'a str,
+        /// The variant it was solved for.
+        variant: &'a str,
+        /// `‖(W−Ŵ)X‖/‖WX‖`.
+        relative_error: f64,
+    },
+    /// A decoder layer is done for all variants; sent once with 0 done before the first.
+    Layer {
+        /// Layers done.
+        done: usize,
+        /// Of how many.
+        total: usize,
+        /// Seconds for this layer.
+        seconds: f64,
+        /// Resident memory now, bytes.
+        memory: u64,
+    },
+}
+
+/// Ignores everything.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn begin(&self, _phase: &str, _total: u64) {}
+    fn advance(&self, _steps: u64) {}
+    fn event(&self, _event: &Event<'_>) {}
+}

@@ -1,0 +1,124 @@
+//! The report as plain text for a terminal.
+
+use std::fmt::Write;
+
+use super::{Evaluation, Interval, Report};
+use crate::variant::Order;
+
+/// `3.90 GB`, in powers of ten as on the Hub.
+pub fn bytes(count: u64) -> String {
+    let count = count as f64;
+    match count {
+        c if c >= 1e9 => format!("{:.2} GB", c / 1e9),
+        c if c >= 1e6 => format!("{:.1} MB", c / 1e6),
+        c if c >= 1e3 => format!("{:.1} kB", c / 1e3),
+        c => format!("{c} B"),
+    }
+}
+
+/// The branches of a run: what each is, how large, how far its linears are off.
+pub fn run_table(report: &Report) -> String {
+    let header = ["branch", "bits", "group", "act order", "size", "bits/weight", "mean error", "worst linear"];
+    let rows = report.branches.iter().map(|branch| {
+        let errors = || branch.linears.iter().map(|l| l.relative_error);
+        let worst = branch.linears.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
+        let mean = errors().sum::<f64>() / branch.linears.len().max(1) as f64;
+        vec![
+            branch.branch.clone(),
+            branch.variant.bits.get().to_string(),
+            branch.variant.group_size.as_config().to_string(),
+            match branch.variant.order {
+                Order::Sequential => "no",
+                Order::Act => "yes",
+                Order::ActStatic => "static",
+            }
+            .to_owned(),
+            bytes(branch.bytes),
+            format!("{:.3}", branch.bits_per_weight),
+            format!("{mean:.4}"),
+            worst.map_or_else(String::new, |l| format!("{:.4} {}", l.relative_error, short(&l.name))),
+        ]
+    });
+    table(&header, rows.collect())
+}
+
+/// What each model cost against fp16.
+pub fn evaluation_table(evaluation: &Evaluation) -> String {
+    let header = ["model", "weights", "perplexity", "change", "KL divergence", "same top-1"];
+    let mut rows = vec![vec![
+        "fp16".to_owned(),
+        String::new(),
+        format!("{:.4}", evaluation.reference_perplexity.value),
+        String::new(),
+        String::new(),
+        String::new(),
+    ]];
+    rows.extend(evaluation.models.iter().map(|model| {
+        vec![
+            model.name.clone(),
+            bytes(model.weight_bytes),
+            format!("{:.4}", model.perplexity.value),
+            with_margin(&model.perplexity_change, 4, 1.0, true),
+            with_margin(&model.kl_divergence, 6, 1.0, false),
+            format!("{}%", with_margin(&model.top1_agreement, 2, 100.0, false)),
+        ]
+    }));
+    format!("{}{}\n", table(&header, rows), evaluation.protocol)
+}
+
+fn with_margin(interval: &Interval, digits: usize, factor: f64, signed: bool) -> String {
+    let value = interval.value * factor;
+    let mut text = if signed { format!("{value:+.digits$}") } else { format!("{value:.digits$}") };
+    if let Some(margin) = interval.margin {
+        let _ = write!(text, " ±{:.digits$}", margin * factor);
+    }
+    text
+}
+
+/// `model.layers.3.mlp.down_proj` → `3.mlp.down_proj`.
+fn short(name: &str) -> &str {
+    name.strip_prefix("model.layers.").unwrap_or(name)
+}
+
+/// Columns aligned with spaces; the first to the left, all others to the right.
+fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
+    let width = |c: usize| {
+        let cells = rows.iter().map(|row| row[c].chars().count());
+        cells.chain([header[c].chars().count()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let mut text = String::new();
+    let head = header.iter().map(|h| (*h).to_owned()).collect();
+    for row in std::iter::once(&head).chain(&rows) {
+        let mut line = String::new();
+        for (c, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            let _ = if c == 0 { write!(line, "{cell:<width$}") } else { write!(line, "  {cell:>width$}") };
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_as_on_the_hub() {
+        assert_eq!([3_900_000_000, 12_345_678, 999, 1_000].map(bytes), ["3.90 GB", "12.3 MB", "999 B", "1.0 kB"]);
+    }
+
+    #[test]
+    fn columns_line_up() {
+        let rows = vec![vec!["a".to_owned(), "1".to_owned()], vec!["long name".to_owned(), "22".to_owned()]];
+        assert_eq!(table(&["x", "n"], rows), "x           n\na           1\nlong name  22\n");
+    }
+
+    #[test]
+    fn margins_follow_their_value() {
+        let interval = Interval { value: 0.01234, margin: Some(0.002) };
+        assert_eq!(with_margin(&interval, 2, 100.0, false), "1.23 ±0.20");
+        assert_eq!(with_margin(&Interval { value: 0.5, margin: None }, 3, 1.0, true), "+0.500");
+    }
+}

@@ -1,0 +1,253 @@
+//! What one output is: bits, group size, column order and grid, and the branch name that follows from them.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// Bits a code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Bits {
+    /// 2 bits, codes 0..=3.
+    Two,
+    /// 3 bits, codes 0..=7.
+    Three,
+    /// 4 bits, codes 0..=15.
+    Four,
+    /// 8 bits, codes 0..=255.
+    Eight,
+}
+
+impl Bits {
+    /// All widths the format knows.
+    pub const ALL: [Self; 4] = [Self::Two, Self::Three, Self::Four, Self::Eight];
+
+    /// The width with `bits` bits, if the format has it.
+    pub fn new(bits: u32) -> Option<Self> {
+        Self::ALL.into_iter().find(|b| b.get() == bits)
+    }
+
+    /// The number of bits.
+    pub fn get(self) -> u32 {
+        match self {
+            Self::Two => 2,
+            Self::Three => 3,
+            Self::Four => 4,
+            Self::Eight => 8,
+        }
+    }
+
+    /// The largest code, `2^b − 1`.
+    pub fn max_code(self) -> u8 {
+        ((1u32 << self.get()) - 1) as u8
+    }
+
+    /// The zero point of the symmetric grid, `2^(b−1)`.
+    pub fn symmetric_zero(self) -> u8 {
+        1 << (self.get() - 1)
+    }
+
+    /// Both dimensions of a linear must be multiples of this for whole 32-bit words: 16, 32, 8 or 4.
+    pub fn pack_factor(self) -> usize {
+        match self {
+            Self::Two => 16,
+            Self::Three => 32,
+            Self::Four => 8,
+            Self::Eight => 4,
+        }
+    }
+}
+
+/// Input features that share one scale and zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GroupSize {
+    /// One group a row; `-1` in files.
+    PerChannel,
+    /// This many input features a group; the last group may be shorter.
+    Features(usize),
+}
+
+impl GroupSize {
+    /// Smallest and largest size accepted.
+    pub const RANGE: std::ops::RangeInclusive<usize> = 16..=1024;
+
+    /// Features a group, for a linear with `in_features`.
+    pub fn features(self, in_features: usize) -> usize {
+        match self {
+            Self::PerChannel => in_features,
+            Self::Features(size) => size,
+        }
+    }
+
+    /// Groups of a linear with `in_features`: `ceil(K/g)`.
+    pub fn groups(self, in_features: usize) -> usize {
+        in_features.div_ceil(self.features(in_features))
+    }
+
+    /// As written in `config.json`: -1 or the size.
+    pub fn as_config(self) -> i64 {
+        match self {
+            Self::PerChannel => -1,
+            Self::Features(size) => size as i64,
+        }
+    }
+}
+
+/// The order in which input features are quantized, and how groups follow it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// As stored; groups are runs of neighbouring features.
+    Sequential,
+    /// Act order: descending Hessian diagonal; groups follow that order, so `g_idx` is permuted.
+    Act,
+    /// Act order over static groups: descending diagonal, but groups are runs of neighbouring features whose
+    /// scales are fitted beforehand, so `g_idx` stays sequential.
+    ActStatic,
+}
+
+impl Order {
+    /// Whether columns are taken by descending Hessian diagonal (`desc_act` in files).
+    pub fn desc_act(self) -> bool {
+        self != Self::Sequential
+    }
+}
+
+/// One output of a run. Written as `4bit-128g`, `4bit-32g-act`, `4bit-128g-static`, `3bit--1g-asym`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Variant {
+    /// Bits a code.
+    pub bits: Bits,
+    /// Input features a group.
+    pub group_size: GroupSize,
+    /// Column order.
+    pub order: Order,
+    /// Symmetric grid: the zero point is `2^(b−1)` everywhere.
+    pub symmetric: bool,
+}
+
+impl Variant {
+    /// The four branches of the model card.
+    pub fn card() -> Vec<Self> {
+        ["4bit-128g", "4bit-32g-act", "4bit-64g-act", "4bit-128g-act"]
+            .map(|text| text.parse().expect("the card's variants are well formed"))
+            .to_vec()
+    }
+
+    /// The branch this variant is published as: `main` for `4bit-128g`, else
+    /// `gptq-{bits}bit-{g}g-actorder_{True|False}` with what the rule cannot say appended.
+    pub fn branch(&self) -> String {
+        if *self == Self::card()[0] {
+            return "main".into();
+        }
+        let mut name = format!(
+            "gptq-{}bit-{}g-actorder_{}",
+            self.bits.get(),
+            self.group_size.as_config(),
+            if self.order.desc_act() { "True" } else { "False" }
+        );
+        if self.order == Order::ActStatic {
+            name.push_str("-static");
+        }
+        if !self.symmetric {
+            name.push_str("-asym");
+        }
+        name
+    }
+}
+
+impl fmt::Display for Variant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}bit-{}g", self.bits.get(), self.group_size.as_config())?;
+        f.write_str(match self.order {
+            Order::Sequential => "",
+            Order::Act => "-act",
+            Order::ActStatic => "-static",
+        })?;
+        f.write_str(if self.symmetric { "" } else { "-asym" })
+    }
+}
+
+impl FromStr for Variant {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let fail = |expected: &str| Error::Value {
+            what: "variant".into(),
+            expected: expected.into(),
+            found: text.into(),
+        };
+        let form = "{bits}bit-{group}g[-act|-static][-asym], e.g. 4bit-32g-act";
+        let (bits, rest) = text.split_once("bit-").ok_or_else(|| fail(form))?;
+        let bits = bits.parse().ok().and_then(Bits::new).ok_or_else(|| fail("2, 3, 4 or 8 bits"))?;
+        let end = rest.find('g').ok_or_else(|| fail(form))?;
+        let (group, flags) = (&rest[..end], &rest[end + 1..]);
+        let group_size = match group.parse::<i64>() {
+            Ok(-1) => GroupSize::PerChannel,
+            Ok(size) if usize::try_from(size).is_ok_and(|s| GroupSize::RANGE.contains(&s)) => {
+                GroupSize::Features(size as usize)
+            }
+            _ => return Err(fail("a group size of -1 or 16 to 1024")),
+        };
+        let (order, flags) = match flags {
+            f if f.starts_with("-act") => (Order::Act, &f[4..]),
+            f if f.starts_with("-static") => (Order::ActStatic, &f[7..]),
+            f => (Order::Sequential, f),
+        };
+        let symmetric = match flags {
+            "" => true,
+            "-asym" => false,
+            _ => return Err(fail(form)),
+        };
+        Ok(Self { bits, group_size, order, symmetric })
+    }
+}
+
+impl Serialize for Variant {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Variant {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prints_what_it_parses() {
+        for text in ["4bit-128g", "4bit-32g-act", "3bit--1g", "8bit-64g-static-asym", "2bit-16g-asym"] {
+            assert_eq!(text.parse::<Variant>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn refuses_what_the_format_cannot_hold() {
+        for text in ["", "4bit", "5bit-128g", "4bit-0g", "4bit-8g", "4bit-2048g", "4bit-128", "4bit-32g-foo"] {
+            assert!(text.parse::<Variant>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn branches_of_the_card() {
+        let names: Vec<_> = Variant::card().iter().map(Variant::branch).collect();
+        assert_eq!(
+            names,
+            [
+                "main",
+                "gptq-4bit-32g-actorder_True",
+                "gptq-4bit-64g-actorder_True",
+                "gptq-4bit-128g-actorder_True"
+            ]
+        );
+        let per_channel: Variant = "4bit--1g".parse().unwrap();
+        assert_eq!(per_channel.branch(), "gptq-4bit--1g-actorder_False");
+    }
+}

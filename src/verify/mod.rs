@@ -1,0 +1,97 @@
+//! Reopens what is on disk and says what is wrong with it, how far it is from the source, and who can load it.
+
+mod numeric;
+mod readers;
+mod structure;
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::{
+    checkpoint::{Checkpoint, QuantizationConfig},
+    error::{Error, Result},
+    progress::Progress,
+};
+pub use numeric::LinearDistance;
+pub use readers::{Reader, readers};
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// The file or tensor.
+    pub subject: String,
+    /// What is wrong with it, with numbers.
+    pub problem: String,
+}
+
+/// What was found in a quantized checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Verification {
+    /// Everything that is wrong.
+    pub findings: Vec<Finding>,
+    /// Tensors looked at.
+    pub tensors: usize,
+    /// Whether the folder carries checksums; without them a flipped bit that leaves a valid code is not seen.
+    pub checksums: bool,
+    /// Which software takes it.
+    pub readers: Vec<Reader>,
+    /// Distance of every linear from the source, if that was given.
+    pub distances: Vec<LinearDistance>,
+}
+
+impl Verification {
+    /// Whether nothing is wrong.
+    pub fn passed(&self) -> bool {
+        self.findings.is_empty()
+    }
+}
+
+/// Verifies the checkpoint in `dir`, also against the dense source it was made from.
+///
+/// # Errors
+/// When `dir` or the source cannot be looked at at all. What is wrong *in* `dir` is a finding, not an error.
+pub fn verify(dir: &Path, against: Option<&Checkpoint>, progress: &dyn Progress) -> Result<Verification> {
+    if !dir.is_dir() {
+        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+        return Err(Error::Io { action: "read", path: dir.into(), source });
+    }
+    let broken = |error: &Error| {
+        let finding = Finding { subject: dir.display().to_string(), problem: error.to_string() };
+        let (findings, readers, distances) = (vec![finding], Vec::new(), Vec::new());
+        Verification { findings, tensors: 0, checksums: false, readers, distances }
+    };
+    let checkpoint = match Checkpoint::open(dir) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => return Ok(broken(&error)),
+    };
+    let quantization = match QuantizationConfig::read(&checkpoint) {
+        Ok(quantization) => quantization,
+        Err(error) => return Ok(broken(&error)),
+    };
+    let (mut findings, checksums) = structure::check(&checkpoint, &quantization, progress);
+    let distances = match against {
+        Some(source) if findings.is_empty() => {
+            numeric::compare(&checkpoint, &quantization, source, &mut findings, progress)?
+        }
+        _ => Vec::new(),
+    };
+    let readers = readers(checkpoint.config(), &quantization, &checkpoint);
+    Ok(Verification { findings, tensors: checkpoint.names().count(), checksums, readers, distances })
+}
+
+/// Checks a branch that was just written; the first thing wrong is an error.
+///
+/// # Errors
+/// When what is on disk is not what was meant.
+pub fn written(dir: &Path) -> Result<()> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let quantization = QuantizationConfig::read(&checkpoint)?;
+    let (findings, _) = structure::check(&checkpoint, &quantization, &crate::progress::Silent);
+    match findings.into_iter().next() {
+        None => Ok(()),
+        Some(Finding { subject, problem }) => {
+            Err(Error::Safetensors { path: dir.join(subject), problem: format!("{problem} after writing") })
+        }
+    }
+}

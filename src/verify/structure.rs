@@ -1,0 +1,157 @@
+//! Names, shapes, dtypes, ranges, groups, checksums: everything that can be said from the files alone.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use sha2::{Digest, Sha256};
+
+use super::Finding;
+use crate::{
+    checkpoint::{Checkpoint, LinearId, PackedTensors, QuantizationConfig, dense_tensors, packed},
+    emit::{CHECKSUMS_FILE, Checksums},
+    pack::PackedView,
+    progress::Progress,
+};
+
+/// All findings, and whether there were checksums.
+pub(super) fn check(
+    checkpoint: &Checkpoint,
+    quantization: &QuantizationConfig,
+    progress: &dyn Progress,
+) -> (Vec<Finding>, bool) {
+    let config = checkpoint.config();
+    progress.begin("checking tensors", LinearId::all(config).count() as u64);
+    let mut findings = Vec::new();
+    for (name, shape) in dense_tensors(config) {
+        if let Err(error) = checkpoint.view_shaped(&name, &shape).and_then(|_| checkpoint.bytes_f16(&name)) {
+            findings.push(Finding { subject: name.clone(), problem: error.to_string() });
+        }
+        checkpoint.release([&name]);
+    }
+    for id in LinearId::all(config) {
+        match packed(checkpoint, id, quantization) {
+            Err(error) => findings.push(Finding { subject: id.to_string(), problem: error.to_string() }),
+            Ok(None) => {}
+            Ok(Some(tensors)) => linear(id, &tensors, quantization, &mut findings),
+        }
+        progress.advance(1);
+    }
+    for name in checkpoint.extra() {
+        findings.push(Finding { subject: name.into(), problem: "is not a tensor of this model".into() });
+    }
+    let sums = checksums(checkpoint, &mut findings);
+    (findings, sums)
+}
+
+/// Codes need no check: every bit pattern of 2, 3, 4 and 8 bits is one.
+fn linear(id: LinearId, tensors: &PackedTensors<'_>, quantization: &QuantizationConfig, findings: &mut Vec<Finding>) {
+    let mut found = |subject: String, problem: Option<String>| {
+        findings.extend(problem.map(|problem| Finding { subject, problem }));
+    };
+    found(id.g_idx(), groups(tensors, quantization));
+    found(id.qzeros(), zeros(tensors, quantization));
+    found(id.scales(), scales(tensors));
+}
+
+/// What is wrong with `g_idx`, if anything.
+fn groups(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Option<String> {
+    let size = quantization.group_size.features(tensors.in_features);
+    if quantization.sequential_groups() {
+        let off = |(k, &g): (usize, &i32)| (g as usize != k / size).then_some((k, g));
+        let (k, g) = tensors.g_idx.iter().enumerate().find_map(off)?;
+        let expected = k / size;
+        return Some(format!("feature {k} is in group {g}; without act order it must be in group {expected}"));
+    }
+    let mut counts = vec![0usize; tensors.groups];
+    for &g in tensors.g_idx.iter() {
+        counts[g as usize] += 1;
+    }
+    let full = |g: usize| size.min(tensors.in_features - g * size);
+    let (g, count) = counts.iter().enumerate().find(|&(g, &count)| count != full(g))?;
+    Some(format!("group {g} has {count} features, expected {}", full(g)))
+}
+
+/// What is wrong with the zero points, if anything.
+fn zeros(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Option<String> {
+    let n = tensors.out_features;
+    let offset = u32::from(quantization.format.zero_offset());
+    let stored = PackedView::from(tensors).unpack_stored_zeros();
+    let zero = |i: usize| u32::from(stored[i]) + offset;
+    let (wrong, expected) = if quantization.sym {
+        let expected = u32::from(tensors.bits.symmetric_zero());
+        let wrong: Vec<usize> = (0..stored.len()).filter(|&i| zero(i) != expected).collect();
+        (wrong, format!("{expected}, the zero point of a symmetric grid"))
+    } else {
+        // A stored value of 2^b − 1 stands for 2^b to some readers and for 0 to others.
+        let largest = u32::from(tensors.bits.max_code());
+        let wrong: Vec<usize> = (0..stored.len()).filter(|&i| zero(i) > largest).collect();
+        (wrong, format!("at most {largest}"))
+    };
+    let &first = wrong.first()?;
+    Some(format!(
+        "{} of {} zero points are wrong: group {}, output feature {} has {}, expected {expected}",
+        wrong.len(),
+        stored.len(),
+        first / n,
+        first % n,
+        zero(first)
+    ))
+}
+
+/// What is wrong with the scales, if anything; that they are finite has been checked on reading.
+fn scales(tensors: &PackedTensors<'_>) -> Option<String> {
+    let zero = tensors.scales.iter().filter(|s| s.to_f32() == 0.0).count();
+    (zero > 0).then(|| format!("{zero} of {} scales are zero", tensors.scales.len()))
+}
+
+/// Compares every digest; returns whether there were any.
+fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
+    let path = checkpoint.dir().join(CHECKSUMS_FILE);
+    if !path.exists() {
+        return false;
+    }
+    let parsed = fs::read(&path).map_err(|e| e.to_string());
+    let parsed = parsed.and_then(|text| serde_json::from_slice::<Checksums>(&text).map_err(|e| e.to_string()));
+    let sums = match parsed {
+        Ok(sums) if sums.algorithm == "sha256" => sums,
+        Ok(sums) => {
+            let problem = format!("algorithm `{}`, expected `sha256`", sums.algorithm);
+            findings.push(Finding { subject: CHECKSUMS_FILE.into(), problem });
+            return true;
+        }
+        Err(problem) => {
+            findings.push(Finding { subject: CHECKSUMS_FILE.into(), problem });
+            return true;
+        }
+    };
+    for name in checkpoint.names() {
+        let Ok(view) = checkpoint.view(name) else { continue };
+        compare(name, view.bytes, &sums.tensors, findings);
+        checkpoint.release([name]);
+    }
+    for name in sums.tensors.keys().filter(|name| !checkpoint.contains(name)) {
+        findings.push(Finding { subject: name.clone(), problem: "has a checksum and is missing".into() });
+    }
+    for name in sums.files.keys() {
+        match fs::read(checkpoint.dir().join(Path::new(name))) {
+            Ok(bytes) => compare(name, &bytes, &sums.files, findings),
+            Err(error) => findings.push(Finding { subject: name.clone(), problem: error.to_string() }),
+        }
+    }
+    true
+}
+
+fn compare(name: &str, bytes: &[u8], sums: &BTreeMap<String, String>, findings: &mut Vec<Finding>) {
+    let found: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let problem = match sums.get(name) {
+        None => "has no checksum".to_owned(),
+        Some(expected) if *expected == found => return,
+        Some(expected) => {
+            format!("its bytes are not those that were written: sha256 {}…, expected {}…", &found[..12], short(expected))
+        }
+    };
+    findings.push(Finding { subject: name.into(), problem });
+}
+
+fn short(digest: &str) -> &str {
+    digest.get(..12).unwrap_or(digest)
+}
