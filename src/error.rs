@@ -242,7 +242,7 @@ pub enum Error {
         rows: usize,
     },
     /// The text is too short for the windows asked for.
-    #[error("{dataset} has {tokens} tokens; {windows} windows of {seq_len} need at least {needed}")]
+    #[error("{dataset} has {tokens} tokens; {windows} x {seq_len} need at least {needed}")]
     TooLittleText {
         /// The dataset.
         dataset: String,
@@ -300,7 +300,9 @@ pub enum Error {
         in_features: usize,
     },
     /// The damped Hessian could not be factorized.
-    #[error("the Hessian of {stage} is not positive definite, also with damping raised to {damp} of its mean diagonal")]
+    #[error(
+        "the Hessian of {stage} is not positive definite, also with damping raised to {damp} of its mean diagonal"
+    )]
     NotPositiveDefinite {
         /// Layer and stage.
         stage: String,
@@ -358,7 +360,7 @@ pub enum Error {
         problem: String,
     },
     /// libtorch refused an operation.
-    #[error("libtorch could not {action}: {source}")]
+    #[error("libtorch could not {action}: {}", without_backtrace(source))]
     Torch {
         /// What was tried.
         action: String,
@@ -390,9 +392,7 @@ impl Error {
             ),
             Self::DatasetNotFound { fetch, .. } => fetch.clone(),
             Self::MissingColumn { .. } => "name the column with --text-column".into(),
-            Self::TooLittleText { tokens, seq_len, .. } => {
-                format!("use at most --samples {}, a shorter --seq-len, or more text", tokens / seq_len)
-            }
+            Self::TooLittleText { .. } => "use fewer or shorter windows, or more text".into(),
             Self::SequenceTooLong { max, .. } => format!("use --seq-len {max} or less"),
             Self::GroupSize { in_features, .. } => {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
@@ -412,6 +412,12 @@ impl Error {
             _ => return None,
         })
     }
+}
+
+/// libtorch appends a C++ stack with paths of the machine it was built on.
+fn without_backtrace(error: &tch::TchError) -> String {
+    let text = error.to_string();
+    text.split("\nException raised from").next().unwrap_or_default().trim_end().to_owned()
 }
 
 fn is_out_of_memory(error: &tch::TchError) -> bool {

@@ -230,7 +230,8 @@ mod tests {
 
     #[test]
     fn refuses_what_the_format_cannot_hold() {
-        for text in ["", "4bit", "5bit-128g", "4bit-0g", "4bit-8g", "4bit-2048g", "4bit-128", "4bit-32g-foo"] {
+        for text in ["", "4bit", "5bit-128g", "4bit-0g", "4bit-8g", "4bit-2048g", "4bit-128", "4bit-32g-foo"]
+        {
             assert!(text.parse::<Variant>().is_err(), "{text}");
         }
     }

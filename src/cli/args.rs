@@ -200,7 +200,8 @@ fn size(text: &str) -> Result<u64, String> {
 }
 
 fn shape(text: &str) -> Result<(usize, usize), String> {
-    let parsed = text.split_once(',').and_then(|(n, k)| Some((n.trim().parse().ok()?, k.trim().parse().ok()?)));
+    let parsed =
+        text.split_once(',').and_then(|(n, k)| Some((n.trim().parse().ok()?, k.trim().parse().ok()?)));
     parsed.filter(|&(n, k): &(usize, usize)| n > 0 && k > 0).ok_or("expected N,K such as 4096,11008".into())
 }
 

@@ -83,8 +83,7 @@ fn solver(args: &BenchArgs) -> Result<Vec<Line>> {
     // One triangle: half of 2·T·K².
     let mut lines = vec![line(format!("Hessian of {TOKENS} tokens"), seconds, TOKENS as f64 * kf * kf)];
     let desc_act = args.variant.order.desc_act();
-    let (seconds, factor) =
-        fastest(args.repeat, || CpuSolver.factorize(&hessian, desc_act, 0.01, "bench"))?;
+    let (seconds, factor) = fastest(args.repeat, || CpuSolver.factorize(&hessian, desc_act, 0.01, "bench"))?;
     lines.push(line("factorization".into(), seconds, kf * kf * kf / 3.0));
     let (seconds, _) = fastest(args.repeat, || factor.solve(&[&weight], &args.variant))?;
     lines.push(line("solve".into(), seconds, nf * kf * kf));
@@ -135,7 +134,8 @@ fn random_linear((n, k): (usize, usize), variant: &Variant) -> QuantizedLinear {
     let codes = (0..n * k).map(|i| hash(i) as u8 & variant.bits.max_code()).collect();
     let scales = vec![half::f16::from_f32(0.01); groups * n];
     let zeros = vec![variant.bits.symmetric_zero(); groups * n];
-    let g_idx = (0..k).map(|i| if variant.order.desc_act() { hash(i) as usize % groups } else { i / size } as u32);
+    let g_idx =
+        (0..k).map(|i| if variant.order.desc_act() { hash(i) as usize % groups } else { i / size } as u32);
     QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx.collect())
 }
 
@@ -175,7 +175,10 @@ fn copy_limit(repeat: usize) -> f64 {
     let mut target = vec![0u8; LARGE];
     let seconds = (0..repeat.max(3)).map(|_| {
         let begun = Instant::now();
-        target.par_chunks_mut(1 << 20).zip(source.par_chunks(1 << 20)).for_each(|(t, s)| t.copy_from_slice(s));
+        target
+            .par_chunks_mut(1 << 20)
+            .zip(source.par_chunks(1 << 20))
+            .for_each(|(t, s)| t.copy_from_slice(s));
         black_box(&target);
         begun.elapsed().as_secs_f64()
     });
@@ -187,7 +190,9 @@ fn read_limit(repeat: usize) -> f64 {
     let source = vec![1u64; LARGE / 8];
     let seconds = (0..repeat.max(3)).map(|_| {
         let begun = Instant::now();
-        black_box(source.par_chunks(1 << 17).map(|c| c.iter().fold(0u64, |a, b| a ^ b)).reduce(|| 0, |a, b| a ^ b));
+        black_box(
+            source.par_chunks(1 << 17).map(|c| c.iter().fold(0u64, |a, b| a ^ b)).reduce(|| 0, |a, b| a ^ b),
+        );
         begun.elapsed().as_secs_f64()
     });
     LARGE as f64 / seconds.fold(f64::INFINITY, f64::min) / 1e9

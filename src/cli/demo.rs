@@ -58,13 +58,23 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         ..Plan::default()
     };
     pipeline::check(&plan, &checkpoint, &out)?;
-    let [calibration, evaluation] = TEXTS.map(|(name, bytes)| Corpus::from_parquet_bytes(name, bytes, "text"));
+    let [calibration, evaluation] =
+        TEXTS.map(|(name, bytes)| Corpus::from_parquet_bytes(name, bytes, "text"));
     let (calibration, evaluation) = (calibration?, evaluation?);
     let vocab_size = checkpoint.config().vocab_size;
     let tokens = Tokens::new(&calibration, &tokenizer, vocab_size)?;
     let terminal = Terminal::new(output);
-    terminal::note(output, "quantizing the demo model (5.1 M parameters) into the four branches of the model card");
-    let run = Run { plan: &plan, checkpoint: &checkpoint, tokens: &tokens, provenance: calibration.provenance(), out: &out };
+    terminal::note(
+        output,
+        "quantizing the demo model (5.1 M parameters) into the four branches of the model card",
+    );
+    let run = Run {
+        plan: &plan,
+        checkpoint: &checkpoint,
+        tokens: &tokens,
+        provenance: calibration.provenance(),
+        out: &out,
+    };
     let mut report = pipeline::quantize(&run, &terminal)?;
 
     terminal::note(output, "verifying every branch");

@@ -157,14 +157,21 @@ fn text(i: &Inspection) -> String {
                 q.bits_per_weight
             );
             for reader in &q.readers {
-                let verdict = reader.refused.as_deref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));
+                let verdict =
+                    reader.refused.as_deref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));
                 let _ = writeln!(text, "  {:<36} {verdict}", reader.name);
             }
         }
     }
     for tensor in &i.tensors {
         let shape = tensor.shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        let _ = writeln!(text, "{:<56} {:<5} [{shape}]  {}", tensor.name, tensor.dtype, bytes(tensor.bytes as u64));
+        let _ = writeln!(
+            text,
+            "{:<56} {:<5} [{shape}]  {}",
+            tensor.name,
+            tensor.dtype,
+            bytes(tensor.bytes as u64)
+        );
     }
     text
 }

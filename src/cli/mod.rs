@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod datasets;
 mod demo;
+mod environment;
 mod eval;
 mod inspect;
 mod quantize;
@@ -24,6 +25,7 @@ const ERROR: u8 = 2;
 
 /// Runs the command given on the command line.
 pub(crate) fn main() -> ExitCode {
+    environment::prepare();
     let cli = Cli::parse();
     let result = match &cli.command {
         Command::Quantize(args) => quantize::run(args, &cli.output),

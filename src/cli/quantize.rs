@@ -45,7 +45,13 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     };
 
     let terminal = Terminal::new(output);
-    let run = Run { plan: &plan, checkpoint: &checkpoint, tokens: &tokens, provenance: corpus.provenance(), out: &args.out };
+    let run = Run {
+        plan: &plan,
+        checkpoint: &checkpoint,
+        tokens: &tokens,
+        provenance: corpus.provenance(),
+        out: &args.out,
+    };
     let mut report = pipeline::quantize(&run, &terminal)?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
         report.evaluation =
@@ -86,7 +92,12 @@ pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<
     if let Some(evaluation) = &report.evaluation {
         terminal::result(&format!("{}\n", evaluation_table(evaluation)));
     }
-    terminal::result(&format!("{} branches in {} ({:.1} s)", report.branches.len(), out.display(), report.seconds));
+    terminal::result(&format!(
+        "{} branches in {} ({:.1} s)",
+        report.branches.len(),
+        out.display(),
+        report.seconds
+    ));
     Ok(())
 }
 
@@ -118,6 +129,11 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     Ok(plan)
 }
 
+/// The places to look, without the split and column that the calibration text was asked for by.
+fn anywhere(options: &SourceOptions) -> SourceOptions {
+    SourceOptions { roots: options.roots.clone(), split: None, text_column: None }
+}
+
 /// What to evaluate on: what was asked for, else what the recipe names, if it is on this machine.
 fn evaluation_source(
     args: &QuantizeArgs,
@@ -129,13 +145,13 @@ fn evaluation_source(
         return Ok(None);
     }
     if let Some(name) = &args.eval {
-        return Ok(Some(CorpusSource::resolve(name, options)?));
+        return Ok(Some(CorpusSource::resolve(name, &anywhere(options))?));
     }
     let Some(name) = calibration.recipe().map(|recipe| recipe.evaluate().to_owned()) else {
         terminal::note(output, "the branches will not be evaluated: name a text with --eval");
         return Ok(None);
     };
-    match CorpusSource::resolve(&name, options) {
+    match CorpusSource::resolve(&name, &anywhere(options)) {
         Ok(source) => Ok(Some(source)),
         Err(error @ gptq::Error::DatasetNotFound { .. }) => {
             terminal::note(output, &format!("the branches will not be evaluated: {error}"));

@@ -14,7 +14,14 @@ use super::args::OutputArgs;
 
 /// Prints an error with its chain, and what can be done about it.
 pub(super) fn error(error: &anyhow::Error) {
-    eprintln!("error: {error:#}");
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        // The library's errors name their causes themselves.
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    eprintln!("error: {text}");
     let hint = error.chain().find_map(|e| e.downcast_ref::<gptq::Error>()).and_then(gptq::Error::hint);
     if let Some(hint) = hint {
         eprintln!("hint: {hint}");
@@ -86,7 +93,8 @@ impl Progress for Terminal {
             old.finish_and_clear();
         }
         state.phase_name = phase.to_owned();
-        state.phase = Some(bars.add(bar(total, "{msg} {wide_bar} {pos}/{len} {eta}").with_message(phase.to_owned())));
+        state.phase =
+            Some(bars.add(bar(total, "{msg} {wide_bar} {pos}/{len} {eta}").with_message(phase.to_owned())));
     }
 
     fn advance(&self, steps: u64) {
@@ -124,7 +132,10 @@ impl Terminal {
         };
         let mut state = self.state.borrow_mut();
         let overall = state.overall.get_or_insert_with(|| {
-            bars.insert(0, bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone, {eta} left, {msg}"))
+            bars.insert(
+                0,
+                bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone, {eta} left, {msg}"),
+            )
         });
         overall.set_position(done as u64);
         overall.set_message(format!("{} in use", bytes(memory)));

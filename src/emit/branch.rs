@@ -13,8 +13,8 @@ use sha2::{Digest, Sha256};
 use super::metadata::{Provenance, quantize_config_json, quantized_config_json};
 use crate::{
     checkpoint::{
-        CONFIG_FILE, Checkpoint, LinearId, LlamaConfig, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter, TensorSpec,
-        WriteDtype, dense_tensors,
+        CONFIG_FILE, Checkpoint, LinearId, LlamaConfig, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter,
+        TensorSpec, WriteDtype, dense_tensors,
     },
     error::{Error, Result},
     gptq::QuantizedLinear,
@@ -127,7 +127,8 @@ impl BranchWriter {
             }
         }
         let path = self.partial.join(CHECKSUMS_FILE);
-        let text = serde_json::to_value(&checksums).map_err(|source| Error::Json { path: path.clone(), source })?;
+        let text =
+            serde_json::to_value(&checksums).map_err(|source| Error::Json { path: path.clone(), source })?;
         fs::write(&path, pretty(&text)).map_err(Error::io("write", &path))?;
         sync(&path)?;
         sync(&self.partial)?;

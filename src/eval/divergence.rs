@@ -35,8 +35,7 @@ impl Comparison {
     /// `hidden` `[S, hidden]` of the reference, `ids` `[S]`.
     pub(super) fn new(runner: &Runner<'_>, hidden: &Tensor, ids: &[i64]) -> Result<Self> {
         let positions = ids.len() as i64 - 1;
-        let mut comparison =
-            Self { log_probabilities: Vec::new(), targets: Vec::new(), nll: 0.0, positions };
+        let mut comparison = Self { log_probabilities: Vec::new(), targets: Vec::new(), nll: 0.0, positions };
         for start in (0..positions).step_by(POSITIONS as usize) {
             let count = POSITIONS.min(positions - start);
             let log_p = log_probabilities(runner, hidden, start, count)?;

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    calibration::Windows,
+    calibration::{Windows, check_seq_len},
     checkpoint::Checkpoint,
     error::{Error, Result, TorchContext},
     model::Runner,
@@ -43,10 +43,7 @@ pub fn evaluate(
     let begun = Instant::now();
     let _guard = tch::no_grad_guard();
     let seq_len = windows.seq_len();
-    let limit = reference.config().max_position_embeddings;
-    if seq_len > limit {
-        return Err(Error::SequenceTooLong { seq_len, max: limit });
-    }
+    check_seq_len(seq_len, reference.config().max_position_embeddings)?;
     for candidate in candidates {
         comparable(reference, candidate.checkpoint)?;
     }

@@ -38,7 +38,7 @@ fn margin(values: &[f64]) -> Option<f64> {
 /// The 97.5% quantile of Student's t with `freedom` degrees, by the Cornish–Fisher expansion about the normal
 /// quantile (Abramowitz and Stegun 26.7.5); the first degrees, where it is poor, are listed.
 fn student(freedom: usize) -> f64 {
-    const FIRST: [f64; 4] = [12.706, 4.303, 3.182, 2.776];
+    const FIRST: [f64; 6] = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447];
     if let Some(&listed) = FIRST.get(freedom - 1) {
         return listed;
     }

@@ -7,6 +7,7 @@ mod grid;
 mod hessian;
 mod order;
 mod quantized;
+mod raw;
 pub mod solver;
 
 pub use grid::{Grid, Step};

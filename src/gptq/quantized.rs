@@ -32,7 +32,10 @@ impl QuantizedLinear {
         let groups = g_idx.iter().max().map_or(0, |&g| g as usize + 1);
         assert_eq!(scales.len(), groups * out_features, "scales are [G, N]");
         assert_eq!(zeros.len(), groups * out_features, "zeros are [G, N]");
-        debug_assert!(codes.iter().chain(&zeros).all(|&c| c <= bits.max_code()), "codes and zeros fit the bits");
+        debug_assert!(
+            codes.iter().chain(&zeros).all(|&c| c <= bits.max_code()),
+            "codes and zeros fit the bits"
+        );
         Self { bits, in_features, out_features, codes, scales, zeros, g_idx }
     }
 
@@ -80,13 +83,15 @@ impl QuantizedLinear {
     pub fn dequantize<T: Send + Copy + Default>(&self, convert: impl Fn(f32) -> T + Sync) -> Vec<T> {
         let n = self.out_features;
         let mut dense = vec![T::default(); self.codes.len()];
-        dense.par_chunks_mut(n).zip(self.codes.par_chunks(n)).zip(&self.g_idx).for_each(|((out, codes), &g)| {
-            let group = g as usize * n..(g as usize + 1) * n;
-            let (scales, zeros) = (&self.scales[group.clone()], &self.zeros[group]);
-            for (((out, &code), scale), &zero) in out.iter_mut().zip(codes).zip(scales).zip(zeros) {
-                *out = convert(scale.to_f32() * (f32::from(code) - f32::from(zero)));
-            }
-        });
+        dense.par_chunks_mut(n).zip(self.codes.par_chunks(n)).zip(&self.g_idx).for_each(
+            |((out, codes), &g)| {
+                let group = g as usize * n..(g as usize + 1) * n;
+                let (scales, zeros) = (&self.scales[group.clone()], &self.zeros[group]);
+                for (((out, &code), scale), &zero) in out.iter_mut().zip(codes).zip(scales).zip(zeros) {
+                    *out = convert(scale.to_f32() * (f32::from(code) - f32::from(zero)));
+                }
+            },
+        );
         dense
     }
 }

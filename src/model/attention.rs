@@ -48,8 +48,16 @@ impl Attention {
             let k = self.repeat(self.rope.rotate(&heads(k, self.num_kv_heads)?)?)?;
             let v = self.repeat(heads(v, self.num_kv_heads)?)?;
             let causal = self.mask.is_none();
-            let out =
-                Tensor::f_scaled_dot_product_attention(&q, &k, &v, self.mask.as_ref(), 0.0, causal, None, false)?;
+            let out = Tensor::f_scaled_dot_product_attention(
+                &q,
+                &k,
+                &v,
+                self.mask.as_ref(),
+                0.0,
+                causal,
+                None,
+                false,
+            )?;
             out.f_transpose(1, 2)?.f_reshape([batch, seq_len, self.num_heads * self.head_dim])
         };
         attend().torch("compute attention")

@@ -52,7 +52,9 @@ impl Dense {
                 let dense = linear.dequantize(|w| half::f16::from_f32(w).to_bits());
                 Tensor::f_from_data_size(bytemuck::cast_slice(&dense), &size, kind)
             }
-            _ => Tensor::f_from_data_size(bytemuck::cast_slice(&linear.dequantize(|w| w)), &size, Kind::Float),
+            _ => {
+                Tensor::f_from_data_size(bytemuck::cast_slice(&linear.dequantize(|w| w)), &size, Kind::Float)
+            }
         };
         let weight = transposed.and_then(|w| w.f_to_device(device)?.f_tr()).torch("dequantize a linear")?;
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;

@@ -5,8 +5,8 @@ use tch::{Device, Kind, Tensor};
 use super::{Dense, Linear, Packed, attention::Attention};
 use crate::{
     checkpoint::{
-        Checkpoint, Dtype, EMBED_TOKENS, FINAL_NORM, LM_HEAD, LinearId, LinearKind, LlamaConfig, PackedTensors,
-        TensorView, input_layernorm, post_attention_layernorm,
+        Checkpoint, Dtype, EMBED_TOKENS, FINAL_NORM, LM_HEAD, LinearId, LinearKind, LlamaConfig,
+        PackedTensors, TensorView, input_layernorm, post_attention_layernorm,
     },
     error::{Error, Result, TorchContext},
 };
@@ -26,8 +26,7 @@ pub enum Stage {
 
 impl Stage {
     /// In the order of the forward pass.
-    pub const ALL: [Self; 4] =
-        [Self::AttentionInput, Self::AttentionOutput, Self::MlpInput, Self::MlpOutput];
+    pub const ALL: [Self; 4] = [Self::AttentionInput, Self::AttentionOutput, Self::MlpInput, Self::MlpOutput];
 
     /// Its linears.
     pub fn linears(self) -> &'static [LinearKind] {
@@ -131,9 +130,8 @@ impl<'a> Llama<'a> {
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
     pub fn norms(&self, layer: usize) -> Result<Norms> {
-        let norm = |name: &str| {
-            self.checkpoint.load(name, &[self.config().hidden_size], Kind::Float, self.device)
-        };
+        let norm =
+            |name: &str| self.checkpoint.load(name, &[self.config().hidden_size], Kind::Float, self.device);
         Ok(Norms {
             input: norm(&input_layernorm(layer))?,
             post_attention: norm(&post_attention_layernorm(layer))?,
@@ -183,7 +181,11 @@ impl<'a> Llama<'a> {
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
-    pub fn packed_layer<'t>(&self, layer: usize, tensors: &'t [Option<PackedTensors<'_>>]) -> Result<Layer<'t>> {
+    pub fn packed_layer<'t>(
+        &self,
+        layer: usize,
+        tensors: &'t [Option<PackedTensors<'_>>],
+    ) -> Result<Layer<'t>> {
         let mut linears: Vec<Box<dyn Linear + 't>> = Vec::with_capacity(tensors.len());
         for (kind, packed) in LinearKind::ALL.into_iter().zip(tensors) {
             let id = LinearId { layer, kind };

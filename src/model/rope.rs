@@ -68,7 +68,8 @@ fn inverse_frequencies(rope: &Rope, head_dim: usize, seq_len: usize) -> Vec<f64>
                 .map(|f| {
                     // Turns of this frequency within the original context.
                     let turns = context * f / TAU;
-                    let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    let kept =
+                        ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
                     (1.0 - kept) * f / factor + kept * f
                 })
                 .collect()

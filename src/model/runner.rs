@@ -73,7 +73,8 @@ impl<'a> Runner<'a> {
             let layer = self.llama.dense_layer(layer)?;
             return self.forward_batches(&layer, batches);
         };
-        let tensors = LinearKind::ALL.map(|kind| packed(self.checkpoint, LinearId { layer, kind }, quantization));
+        let tensors =
+            LinearKind::ALL.map(|kind| packed(self.checkpoint, LinearId { layer, kind }, quantization));
         let tensors = tensors.into_iter().collect::<Result<Vec<_>>>()?;
         self.forward_batches(&self.llama.packed_layer(layer, &tensors)?, batches)
     }

@@ -28,7 +28,8 @@ impl PackedLinear {
     /// When a dimension is not a multiple of the pack factor; plans are checked for that before any work.
     pub fn new(linear: &QuantizedLinear) -> Self {
         let (bits, n) = (linear.bits(), linear.out_features());
-        let stored: Vec<u8> = linear.zeros().iter().map(|&z| z - CheckpointFormat::Gptq.zero_offset()).collect();
+        let stored: Vec<u8> =
+            linear.zeros().iter().map(|&z| z - CheckpointFormat::Gptq.zero_offset()).collect();
         Self {
             bits,
             in_features: linear.in_features(),
@@ -213,8 +214,16 @@ mod tests {
         );
         assert!(again.is_some());
         assert!(
-            PackedView::new(Bits::Four, n, view.qweight(), view.qzeros(), view.scales(), &[2; 16], CheckpointFormat::GptqV2)
-                .is_none()
+            PackedView::new(
+                Bits::Four,
+                n,
+                view.qweight(),
+                view.qzeros(),
+                view.scales(),
+                &[2; 16],
+                CheckpointFormat::GptqV2
+            )
+            .is_none()
         );
     }
 }

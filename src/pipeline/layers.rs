@@ -65,7 +65,12 @@ impl Layers<'_> {
 
     /// Solves layer `layer` for every variant, each on hidden states of its own, which are advanced through the
     /// quantized layer.
-    pub(super) fn solve_each(&self, layer: usize, hidden: &mut [HiddenStates], sink: &mut dyn Sink) -> Result<()> {
+    pub(super) fn solve_each(
+        &self,
+        layer: usize,
+        hidden: &mut [HiddenStates],
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
         let weights = self.read(layer)?;
         let all: Vec<usize> = (0..self.variants.len()).collect();
         // Before the first layer all variants have the same hidden states, hence the same first Hessian.
@@ -108,7 +113,12 @@ impl Layers<'_> {
 
     /// Solves layer `layer` for every variant with the Hessians of the unquantized model, whose hidden states are
     /// advanced: one forward pass and one Hessian a stage, one factorization a column order.
-    pub(super) fn solve_shared(&self, layer: usize, hidden: &mut HiddenStates, sink: &mut dyn Sink) -> Result<()> {
+    pub(super) fn solve_shared(
+        &self,
+        layer: usize,
+        hidden: &mut HiddenStates,
+        sink: &mut dyn Sink,
+    ) -> Result<()> {
         let weights = self.read(layer)?;
         let all: Vec<usize> = (0..self.variants.len()).collect();
         let mut solve = |stage, hessian| {
@@ -135,8 +145,7 @@ impl Layers<'_> {
     fn read(&self, layer: usize) -> Result<Weights> {
         let source = self.llama.source_kind(LinearId { layer, kind: LinearKind::Q })?;
         let linears = LinearKind::ALL.iter().map(|&kind| self.llama.weight(LinearId { layer, kind }, source));
-        let weights =
-            Weights { norms: self.llama.norms(layer)?, linears: linears.collect::<Result<_>>()? };
+        let weights = Weights { norms: self.llama.norms(layer)?, linears: linears.collect::<Result<_>>()? };
         self.llama.release(layer);
         Ok(weights)
     }
@@ -263,7 +272,8 @@ impl Layers<'_> {
         let name = format!("layer {layer}, {}", stage.name());
         let mut hessian = Some(hessian.finish(&name)?);
         let dense: Vec<&Tensor> = ids.iter().map(|id| &weights.of(id.kind).0).collect();
-        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w, energy_kind())));
+        let energies =
+            dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w, energy_kind())));
         let energies = energies.collect::<Result<Vec<_>>>()?;
         let mut solved: Vec<Vec<QuantizedLinear>> = self.variants.iter().map(|_| Vec::new()).collect();
 

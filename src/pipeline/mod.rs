@@ -9,7 +9,7 @@ use std::{fs, path::Path, time::Instant};
 use tch::{Device, Kind};
 
 use crate::{
-    calibration::{self, Tokens, Windows},
+    calibration::{self, Tokens, Windows, check_seq_len},
     checkpoint::{Checkpoint, LinearId},
     emit::{BranchWriter, Provenance},
     error::{Error, Result},
@@ -18,7 +18,8 @@ use crate::{
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
     report::{
-        BranchReport, CalibrationReport, ComputeReport, LinearReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report,
+        BranchReport, CalibrationReport, ComputeReport, LinearReport, ModelReport, REPORT_FILE,
+        REPORT_SCHEMA, Report,
     },
     variant::Variant,
     verify,
@@ -64,7 +65,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let mut sink = Branches::create(plan, checkpoint, out)?;
     let llama = Llama::new(checkpoint, plan.seq_len, kind, device)?;
     let solver = CpuSolver;
-    let layers = Layers { llama: &llama, solver: &solver, variants: &plan.variants, damp: plan.damp, progress };
+    let layers =
+        Layers { llama: &llama, solver: &solver, variants: &plan.variants, damp: plan.damp, progress };
 
     let first = HiddenStates::embed(&llama, &windows)?;
     let steps = layers.steps(&first, plan.shared_hessian);
@@ -142,9 +144,7 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, out: &Path) -> Result<()> {
     device(&plan.device)?;
     checkpoint.check()?;
     let config = checkpoint.config();
-    if plan.seq_len > config.max_position_embeddings {
-        return Err(Error::SequenceTooLong { seq_len: plan.seq_len, max: config.max_position_embeddings });
-    }
+    check_seq_len(plan.seq_len, config.max_position_embeddings)?;
     preflight::check(plan, config, out)
 }
 
@@ -167,7 +167,9 @@ pub fn write_report(out: &Path, report: &Report) -> Result<()> {
 pub fn device(name: &str) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::Cpu),
-        other => Err(Error::Device { device: other.into(), problem: "this version computes on `cpu` only".into() }),
+        other => {
+            Err(Error::Device { device: other.into(), problem: "this version computes on `cpu` only".into() })
+        }
     }
 }
 
@@ -202,7 +204,10 @@ fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<Stri
     let extra = checkpoint.extra();
     if !extra.is_empty() {
         let named = extra.iter().take(3).copied().collect::<Vec<_>>().join(", ");
-        warnings.push(format!("{} tensors of the source are not part of the model and left out: {named}", extra.len()));
+        warnings.push(format!(
+            "{} tensors of the source are not part of the model and left out: {named}",
+            extra.len()
+        ));
     }
     let config = checkpoint.config();
     let widest = config.intermediate_size.max(config.hidden_size);

@@ -24,11 +24,9 @@ pub(super) fn check(plan: &Plan, config: &LlamaConfig, out: &Path) -> Result<()>
     }
     let folder = nearest_folder(out);
     match available_space(folder) {
-        Some(available) if available < needed => Err(Error::DiskSpace {
-            path: folder.into(),
-            available: bytes(available),
-            needed: bytes(needed),
-        }),
+        Some(available) if available < needed => {
+            Err(Error::DiskSpace { path: folder.into(), available: bytes(available), needed: bytes(needed) })
+        }
         _ => Ok(()),
     }
 }

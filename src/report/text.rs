@@ -18,7 +18,8 @@ pub fn bytes(count: u64) -> String {
 
 /// The branches of a run: what each is, how large, how far its linears are off.
 pub fn run_table(report: &Report) -> String {
-    let header = ["branch", "bits", "group", "act order", "size", "bits/weight", "mean error", "worst linear"];
+    let header =
+        ["branch", "bits", "group", "act order", "size", "bits/weight", "mean error", "worst linear"];
     let rows = report.branches.iter().map(|branch| {
         let errors = || branch.linears.iter().map(|l| l.relative_error);
         let worst = branch.linears.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
@@ -106,7 +107,10 @@ mod tests {
 
     #[test]
     fn sizes_are_as_on_the_hub() {
-        assert_eq!([3_900_000_000, 12_345_678, 999, 1_000].map(bytes), ["3.90 GB", "12.3 MB", "999 B", "1.0 kB"]);
+        assert_eq!(
+            [3_900_000_000, 12_345_678, 999, 1_000].map(bytes),
+            ["3.90 GB", "12.3 MB", "999 B", "1.0 kB"]
+        );
     }
 
     #[test]

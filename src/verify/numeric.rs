@@ -53,7 +53,8 @@ pub(super) fn compare(
         let weight = source.load(&id.weight(), &[n, k], Kind::Float, Device::Cpu)?;
         source.release([id.weight()]);
         let weight = weight.f_tr().and_then(|w| w.f_contiguous()).torch("transpose a weight")?;
-        let weight = Vec::<f32>::try_from(weight.f_flatten(0, 1).torch("read a weight")?).torch("read a weight")?;
+        let weight =
+            Vec::<f32>::try_from(weight.f_flatten(0, 1).torch("read a weight")?).torch("read a weight")?;
         let mut dense = vec![0.0; n * k];
         kernels::dequantize_into(&PackedView::from(&tensors), &mut dense);
         let (error, norm) = weight

@@ -31,7 +31,11 @@ struct Facts {
 }
 
 /// All readers, in the order of the documentation.
-pub fn readers(config: &LlamaConfig, quantization: &QuantizationConfig, checkpoint: &Checkpoint) -> Vec<Reader> {
+pub fn readers(
+    config: &LlamaConfig,
+    quantization: &QuantizationConfig,
+    checkpoint: &Checkpoint,
+) -> Vec<Reader> {
     let first = LinearId { layer: 0, kind: LinearKind::Q };
     let quantizer = quantization.meta.get("quantizer");
     let facts = Facts {
@@ -142,7 +146,8 @@ mod tests {
         }
     }
 
-    const RULES: [fn(&Facts) -> Option<String>; 6] = [gptqmodel, marlin, machete, exllama, llama_cpp, mistral_rs];
+    const RULES: [fn(&Facts) -> Option<String>; 6] =
+        [gptqmodel, marlin, machete, exllama, llama_cpp, mistral_rs];
 
     fn refusals(facts: &Facts) -> Vec<bool> {
         RULES.iter().map(|rule| rule(facts).is_some()).collect()

@@ -43,7 +43,12 @@ pub(super) fn check(
 }
 
 /// Codes need no check: every bit pattern of 2, 3, 4 and 8 bits is one.
-fn linear(id: LinearId, tensors: &PackedTensors<'_>, quantization: &QuantizationConfig, findings: &mut Vec<Finding>) {
+fn linear(
+    id: LinearId,
+    tensors: &PackedTensors<'_>,
+    quantization: &QuantizationConfig,
+    findings: &mut Vec<Finding>,
+) {
     let mut found = |subject: String, problem: Option<String>| {
         findings.extend(problem.map(|problem| Finding { subject, problem }));
     };
@@ -59,7 +64,9 @@ fn groups(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Opt
         let off = |(k, &g): (usize, &i32)| (g as usize != k / size).then_some((k, g));
         let (k, g) = tensors.g_idx.iter().enumerate().find_map(off)?;
         let expected = k / size;
-        return Some(format!("feature {k} is in group {g}; without act order it must be in group {expected}"));
+        return Some(format!(
+            "feature {k} is in group {g}; without act order it must be in group {expected}"
+        ));
     }
     let mut counts = vec![0usize; tensors.groups];
     for &g in tensors.g_idx.iter() {
@@ -110,7 +117,8 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
         return false;
     }
     let parsed = fs::read(&path).map_err(|e| e.to_string());
-    let parsed = parsed.and_then(|text| serde_json::from_slice::<Checksums>(&text).map_err(|e| e.to_string()));
+    let parsed =
+        parsed.and_then(|text| serde_json::from_slice::<Checksums>(&text).map_err(|e| e.to_string()));
     let sums = match parsed {
         Ok(sums) if sums.algorithm == "sha256" => sums,
         Ok(sums) => {
@@ -146,7 +154,11 @@ fn compare(name: &str, bytes: &[u8], sums: &BTreeMap<String, String>, findings: 
         None => "has no checksum".to_owned(),
         Some(expected) if *expected == found => return,
         Some(expected) => {
-            format!("its bytes are not those that were written: sha256 {}…, expected {}…", &found[..12], short(expected))
+            format!(
+                "its bytes are not those that were written: sha256 {}…, expected {}…",
+                &found[..12],
+                short(expected)
+            )
         }
     };
     findings.push(Finding { subject: name.into(), problem });

@@ -2,15 +2,18 @@
 
 use half::f16;
 use rayon::prelude::*;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
-    Factorization, Factorized, Solution, Solver, damping_steps,
+    Factorization, Factorized, Solution, Solver, cholesky, damping_steps,
     kernel::{self, LANES, Lane, Panel, Tile},
 };
 use crate::{
     error::{Error, Result, TorchContext},
-    gptq::{ColumnOrder, Grid, Hessian, QuantizedLinear, dead_columns},
+    gptq::{
+        ColumnOrder, Grid, Hessian, QuantizedLinear, dead_columns,
+        raw::{Matrix, SharedMatrix, SharedSlice},
+    },
     variant::{GroupSize, Order, Variant},
 };
 
@@ -26,33 +29,24 @@ impl Solver for CpuSolver {
         "cpu"
     }
 
-    fn factorize(&self, hessian: &Hessian, desc_act: bool, damp: f64, stage: &str) -> Result<Box<dyn Factorized>> {
+    fn factorize(
+        &self,
+        hessian: &Hessian,
+        desc_act: bool,
+        damp: f64,
+        stage: &str,
+    ) -> Result<Box<dyn Factorized>> {
         let diagonal = hessian.diagonal()?;
         let dead = dead_columns(&diagonal);
         let alive = diagonal.len() - dead.len();
         let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
         let order = ColumnOrder::new(desc_act, &diagonal);
-        let reversed: Vec<i64> = order.columns().iter().rev().map(|&c| i64::from(c)).collect();
-        let reversed = Tensor::from_slice(&reversed);
-
-        let prepare = || -> Result<Tensor, tch::TchError> {
-            let h = hessian.matrix().f_index_select(0, &reversed)?.f_index_select(1, &reversed)?;
-            if !dead.is_empty() {
-                let diagonal = h.f_diagonal(0, 0, 1)?;
-                let _ = h.f_diagonal(0, 0, 1)?.f_masked_fill_(&diagonal.f_eq(0.0)?, mean)?;
-            }
-            Ok(h)
-        };
-        let damped = prepare().torch("reorder a Hessian")?;
-        let mut added = 0.0;
+        let reversed: Vec<u32> = order.columns().iter().rev().copied().collect();
         for (raised, damp) in damping_steps(damp).enumerate() {
-            let mut pivots = damped.diagonal(0, 0, 1);
-            let _ = pivots.f_add_scalar_((damp - added) * mean).torch("damp a Hessian")?;
-            added = damp;
-            let (lower, info) = damped.f_linalg_cholesky_ex(false, false).torch("factorize a Hessian")?;
-            if info.int64_value(&[]) == 0 {
+            let lambda = damp * mean;
+            let lower = reordered(hessian, &reversed, mean, lambda)?;
+            if cholesky::in_place(&lower).torch("factorize a Hessian")? {
                 let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
-                let lambda = damp * mean;
                 return Ok(Box::new(CpuFactor { lower, order, reversed, dead, lambda, facts }));
             }
         }
@@ -60,14 +54,36 @@ impl Solver for CpuSolver {
     }
 }
 
+/// `H + λI` with rows and columns in the order of `columns`; only on and below the diagonal. Dead features, whose rows
+/// are zero, get `mean` on the diagonal.
+fn reordered(hessian: &Hessian, columns: &[u32], mean: f64, lambda: f64) -> Result<Tensor> {
+    let k = columns.len();
+    let lower =
+        Tensor::f_empty([k as i64, k as i64], (Kind::Float, Device::Cpu)).torch("allocate a factor")?;
+    let source = Matrix::new(hessian.matrix());
+    let target = SharedMatrix::new(&lower);
+    (0..k).into_par_iter().for_each(|i| {
+        // SAFETY: each row is written by the one task that has its index.
+        let row = unsafe { target.row_part(i, 0, k) };
+        let from = source.row(columns[i] as usize);
+        for (to, &c) in row[..=i].iter_mut().zip(columns) {
+            *to = from[c as usize];
+        }
+        row[i] = (if row[i] == 0.0 { mean } else { f64::from(row[i]) } + lambda) as f32;
+        // The blocks on the diagonal are read as a whole.
+        row[i + 1..].fill(0.0);
+    });
+    Ok(lower)
+}
+
 /// `H + λI`, with rows and columns in *reversed* quantization order, is `L Lᵀ`: `L` is `Ũ` with both axes reversed, so
 /// nothing has to be flipped. Position `p` of a reversed axis is column `K−1−p` of the quantization order.
 struct CpuFactor {
-    /// `L`, `[K, K]` fp32.
+    /// `L`, `[K, K]` fp32; what lies above the diagonal means nothing.
     lower: Tensor,
     order: ColumnOrder,
-    /// Original feature at each reversed position, `[K]` i64.
-    reversed: Tensor,
+    /// Original feature at each reversed position, `[K]`.
+    reversed: Vec<u32>,
     dead: Vec<u32>,
     lambda: f64,
     facts: Factorization,
@@ -127,13 +143,33 @@ struct State {
 }
 
 impl CpuFactor {
+    /// The weights side by side, `[K, N]` fp32: transposed, rows in reversed quantization order, dead features zero.
     fn stack(&self, weights: &[&Tensor]) -> Result<Tensor, tch::TchError> {
-        let weights = weights.iter().map(|w| w.f_to_kind(Kind::Float)).collect::<Result<Vec<_>, _>>()?;
-        let stack = Tensor::f_cat(&weights, 0)?.f_tr()?.f_index_select(0, &self.reversed)?.f_contiguous()?;
-        if !self.dead.is_empty() {
-            let alive: Vec<i64> = Vec::try_from(&self.reversed)?;
-            let dead = alive.iter().map(|&c| self.dead.binary_search(&(c as u32)).is_ok()).collect::<Vec<_>>();
-            let _ = stack.shallow_clone().f_masked_fill_(&Tensor::from_slice(&dead).f_unsqueeze(1)?, 0.0)?;
+        let k = self.reversed.len();
+        let rows: Vec<usize> = weights.iter().map(|w| w.size()[0] as usize).collect();
+        let size = [k as i64, rows.iter().sum::<usize>() as i64];
+        let stack = Tensor::f_empty(size, (Kind::Float, Device::Cpu))?;
+        let target = SharedMatrix::new(&stack);
+        let (reversed, dead) = (&self.reversed, &self.dead);
+        let mut first = 0;
+        for (weight, rows) in weights.iter().zip(rows) {
+            let weight = weight.f_to_kind(Kind::Float)?.f_contiguous()?;
+            let source = Matrix::new(&weight);
+            (0..rows).into_par_iter().step_by(LANES).for_each(|row| {
+                let lanes = LANES.min(rows - row);
+                for (position, &column) in reversed.iter().enumerate() {
+                    // SAFETY: this task alone writes these columns of the stack.
+                    let to = unsafe { target.row_part(position, first + row, lanes) };
+                    if dead.binary_search(&column).is_ok() {
+                        to.fill(0.0);
+                        continue;
+                    }
+                    for (lane, to) in to.iter_mut().enumerate() {
+                        *to = source.row(row + lane)[column as usize];
+                    }
+                }
+            });
+            first += rows;
         }
         Ok(stack)
     }
@@ -183,7 +219,8 @@ impl CpuFactor {
             let block = self.lower.f_narrow(0, first, p as i64)?.f_narrow(1, first, p as i64)?;
             let factor = block.f_flip([0, 1])?.f_tr()?.f_contiguous()?;
             // r of the panel, reversed rows: Σ over the solved columns of Lᵀ D.
-            let solved = self.lower.f_narrow(0, (k - start) as i64, start as i64)?.f_narrow(1, first, p as i64)?;
+            let solved =
+                self.lower.f_narrow(0, (k - start) as i64, start as i64)?.f_narrow(1, first, p as i64)?;
             let done = stack.f_narrow(0, (k - start) as i64, start as i64)?;
             Ok((factor, solved.f_tr()?.f_mm(&done)?))
         };
@@ -192,8 +229,7 @@ impl CpuFactor {
         let size = variant.group_size.features(k);
         let fitted_here = variant.order != Order::ActStatic && variant.group_size != GroupSize::PerChannel;
         let fits: Vec<usize> = if fitted_here { (0..p).step_by(size).collect() } else { Vec::new() };
-        let groups_of: Vec<u32> =
-            (start..end).map(|i| order.group_at(i, variant) as u32).collect();
+        let groups_of: Vec<u32> = (start..end).map(|i| order.group_at(i, variant) as u32).collect();
         let factor = Matrix::new(&factor);
         let panel = Panel { factor: factor.all(), groups: &groups_of, fits: &fits, grid };
 
@@ -272,7 +308,8 @@ impl CpuFactor {
                 .par_chunks_mut(rows)
                 .zip(codes.par_chunks(n))
                 .for_each(|(own, all)| own.copy_from_slice(&all[range.clone()]));
-            let of_row = |values: &[Lane], g: usize, row: usize| values[row / LANES * groups + g][row % LANES];
+            let of_row =
+                |values: &[Lane], g: usize, row: usize| values[row / LANES * groups + g][row % LANES];
             let own = |values: &[Lane]| -> Vec<f32> {
                 (0..groups).flat_map(|g| range.clone().map(move |r| of_row(values, g, r))).collect()
             };
@@ -307,6 +344,3 @@ impl Scratch {
         Self { weights: lanes(), residuals: lanes(), other: lanes(), codes: vec![[0; LANES]; p] }
     }
 }
-
-mod raw;
-use raw::{Matrix, SharedMatrix, SharedSlice};

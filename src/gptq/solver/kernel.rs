@@ -106,7 +106,12 @@ fn block_end(panel: &Panel<'_>, start: usize) -> usize {
 
 /// `scratch[c] = w_c − x_c` with `Ũ_ggᵀ x = r_g`: forward substitution.
 #[inline(always)]
-fn compensate<const FMA: bool, const WIDTH: usize>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+fn compensate<const FMA: bool, const WIDTH: usize>(
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    start: usize,
+    end: usize,
+) {
     let p = panel.groups.len();
     let x = &mut *tile.scratch;
     let mut c = start;

@@ -6,19 +6,19 @@
 //! At the start of a group its scale is fitted to the weights as compensated for everything before it,
 //! `w_g − (Ũ_ggᵀ)⁻¹ r_g` with `r_g = Σ_{j<g} Ũ_jg d_j`, wherever the group starts.
 
+mod cholesky;
 mod cpu;
 mod kernel;
 pub mod reference;
+#[cfg(test)]
+mod tests;
 
 use tch::Tensor;
 
 pub use cpu::CpuSolver;
 
 use super::{Hessian, QuantizedLinear};
-use crate::{
-    error::Result,
-    variant::Variant,
-};
+use crate::{error::Result, variant::Variant};
 
 /// A way to solve: one implementation a kind of device.
 pub trait Solver {
@@ -31,7 +31,13 @@ pub trait Solver {
     ///
     /// # Errors
     /// When the Hessian stays indefinite at full damping, or memory ends.
-    fn factorize(&self, hessian: &Hessian, desc_act: bool, damp: f64, stage: &str) -> Result<Box<dyn Factorized>>;
+    fn factorize(
+        &self,
+        hessian: &Hessian,
+        desc_act: bool,
+        damp: f64,
+        stage: &str,
+    ) -> Result<Box<dyn Factorized>>;
 }
 
 /// A factorized Hessian.
@@ -71,17 +77,4 @@ pub struct Solution {
 fn damping_steps(start: f64) -> impl Iterator<Item = f64> {
     let next = |&d: &f64| (d < 1.0).then(|| (d * 2.0).clamp(0.01, 1.0));
     std::iter::successors(Some(start), next)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn damping_rises_to_one_and_ends() {
-        let steps: Vec<_> = damping_steps(0.01).collect();
-        assert_eq!(steps, [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0]);
-        assert_eq!(damping_steps(0.0).take(2).collect::<Vec<_>>(), [0.0, 0.01]);
-        assert_eq!(damping_steps(1.0).count(), 1);
-    }
 }

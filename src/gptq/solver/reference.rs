@@ -18,7 +18,13 @@ pub struct ReferenceSolution {
 
 /// Quantizes `weight` `[N, K]` for `hessian` `[K, K]`, both row-major; `damp` is a fraction of the mean diagonal.
 /// `None` when the damped Hessian is not positive definite.
-pub fn solve(weight: &[f64], hessian: &[f64], k: usize, damp: f64, variant: &Variant) -> Option<ReferenceSolution> {
+pub fn solve(
+    weight: &[f64],
+    hessian: &[f64],
+    k: usize,
+    damp: f64,
+    variant: &Variant,
+) -> Option<ReferenceSolution> {
     let n = weight.len() / k;
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
     let dead = dead_columns(&diagonal);
