@@ -1,0 +1,218 @@
+//! Vectors of 16 lanes for the CPU kernels, with the instruction set chosen at run time; the only `unsafe` of the CPU kernels is in this file.
+//!
+//! A [`Kernel`] is written once over the trait [`Simd`] and compiled once for every instruction set that [`Isa::run`] knows.
+
+use std::sync::OnceLock;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use super::cpu_simd_x86::{Avx2, Avx512};
+
+/// Lanes of a vector.
+pub(super) const LANES: usize = 16;
+
+/// 2^23: its bits or-ed with a small integer are the f32 of that integer plus 2^23, so a conversion costs nothing.
+pub(super) const BIAS: f32 = 8_388_608.0;
+
+/// Memory of one vector, on a cache line of its own.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Lanes(pub(super) [f32; LANES]);
+
+impl Lanes {
+    pub(super) const ZERO: Self = Self([0.0; LANES]);
+}
+
+/// The vector operations of one instruction set.
+///
+/// A value is the proof that the CPU has it, so the methods are safe to call; what takes one must be `#[inline(always)]` up to [`Kernel::run`], or each operation becomes a function call.
+pub(super) trait Simd: Copy {
+    /// 16 numbers.
+    type Floats: Copy;
+    /// 16 packed words.
+    type Words: Copy;
+    /// Whether constant shifts are worth a copy of the code for each of the codes in a unit.
+    const UNROLLED: bool;
+
+    fn splat(self, value: f32) -> Self::Floats;
+    fn load(self, from: &[f32; LANES]) -> Self::Floats;
+    fn store(self, value: Self::Floats, to: &mut [f32; LANES]);
+    fn sub(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a * b + c`, rounded once where the instruction set can, else twice.
+    fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    fn load_words(self, from: &[i32; LANES]) -> Self::Words;
+    /// The `bits` bits of `high:low` that start at bit `shift < 32` of `low`, as numbers, plus [`BIAS`]. `high` counts only where they reach beyond `low`.
+    fn biased_codes(self, low: Self::Words, high: Self::Words, shift: u32, bits: u32) -> Self::Floats;
+}
+
+/// Work that is compiled for every instruction set.
+pub(super) trait Kernel {
+    /// Does the work; must be `#[inline(always)]`. `ROWS` x `VECTORS`: the tile of sums that fits the registers.
+    fn run<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S);
+}
+
+/// An instruction set that this CPU has.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Isa {
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    Portable,
+}
+
+impl Isa {
+    /// The best instruction set of this CPU.
+    pub(super) fn best() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| Self::available()[0])
+    }
+
+    /// Every instruction set of this CPU, best first, never empty.
+    pub(super) fn available() -> Vec<Self> {
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            all.extend(Avx512::detect().map(Self::Avx512));
+            all.extend(Avx2::detect().map(Self::Avx2));
+        }
+        all.push(Self::Portable);
+        all
+    }
+
+    /// The `ROWS` with which [`Isa::run`] calls a kernel.
+    pub(super) fn tile_rows(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(_) => AVX512_ROWS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(_) => AVX2_ROWS,
+            Self::Portable => PORTABLE_ROWS,
+        }
+    }
+
+    /// Runs `kernel` as compiled for this instruction set.
+    pub(super) fn run(self, kernel: impl Kernel) {
+        match self {
+            // SAFETY: the value proves that the CPU has the instructions.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(simd) => unsafe { run_avx512(simd, kernel) },
+            // SAFETY: the value proves that the CPU has the instructions.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(simd) => unsafe { run_avx2(simd, kernel) },
+            Self::Portable => kernel.run::<_, PORTABLE_ROWS, 1>(Portable),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+const AVX512_ROWS: usize = 8;
+#[cfg(target_arch = "x86_64")]
+const AVX2_ROWS: usize = 6;
+const PORTABLE_ROWS: usize = 4;
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn run_avx512(simd: Avx512, kernel: impl Kernel) {
+    kernel.run::<_, AVX512_ROWS, 2>(simd);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2(simd: Avx2, kernel: impl Kernel) {
+    kernel.run::<_, AVX2_ROWS, 1>(simd);
+}
+
+/// Arrays, for the compiler to vectorize with whatever every CPU of the target has.
+#[derive(Clone, Copy)]
+struct Portable;
+
+/// True where `f32::mul_add` is an instruction on every CPU of the target; elsewhere it would be a slow library call.
+const PORTABLE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+
+impl Simd for Portable {
+    type Floats = [f32; LANES];
+    type Words = [u32; LANES];
+    const UNROLLED: bool = false;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Self::Floats {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Self::Floats {
+        *from
+    }
+
+    #[inline(always)]
+    fn store(self, value: Self::Floats, to: &mut [f32; LANES]) {
+        *to = value;
+    }
+
+    #[inline(always)]
+    fn sub(self, mut a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        for l in 0..LANES {
+            a[l] -= b[l];
+        }
+        a
+    }
+
+    #[inline(always)]
+    fn add(self, mut a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        for l in 0..LANES {
+            a[l] += b[l];
+        }
+        a
+    }
+
+    #[inline(always)]
+    fn mul(self, mut a: Self::Floats, b: Self::Floats) -> Self::Floats {
+        for l in 0..LANES {
+            a[l] *= b[l];
+        }
+        a
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Self::Floats, b: Self::Floats, mut c: Self::Floats) -> Self::Floats {
+        for l in 0..LANES {
+            c[l] = if PORTABLE_FMA { a[l].mul_add(b[l], c[l]) } else { a[l] * b[l] + c[l] };
+        }
+        c
+    }
+
+    #[inline(always)]
+    fn load_words(self, from: &[i32; LANES]) -> Self::Words {
+        let mut words = [0; LANES];
+        for l in 0..LANES {
+            words[l] = from[l] as u32;
+        }
+        words
+    }
+
+    #[inline(always)]
+    fn biased_codes(self, low: Self::Words, high: Self::Words, shift: u32, bits: u32) -> Self::Floats {
+        let mut codes = [0.0; LANES];
+        for l in 0..LANES {
+            let mut code = low[l] >> shift;
+            if shift + bits > 32 {
+                code |= high[l] << (32 - shift);
+            }
+            codes[l] = f32::from_bits((code & ((1 << bits) - 1)) | BIAS.to_bits());
+        }
+        codes
+    }
+}
+
+/// Asks for the cache line of `data[index]` ahead of its use; does nothing without such an instruction or such an element.
+#[inline(always)]
+pub(super) fn prefetch<T>(data: &[T], index: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(element) = data.get(index) {
+        super::cpu_simd_x86::prefetch(element);
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, index);
+}

@@ -1,0 +1,187 @@
+//! [`Simd`] on AVX-512 and on AVX2 with FMA.
+//!
+//! Every `unsafe` here calls an instruction that the value `self` proves the CPU to have: `detect` is the only maker of one. Pointers come from references to arrays of the length that is read or written.
+
+use std::arch::x86_64::*;
+
+use super::cpu_simd::{BIAS, LANES, Simd};
+
+/// The proof that this CPU has avx512f, avx2 and fma.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Avx512(());
+
+impl Avx512 {
+    pub(super) fn detect() -> Option<Self> {
+        (Avx2::detect().is_some() && is_x86_feature_detected!("avx512f")).then_some(Self(()))
+    }
+}
+
+/// The proof that this CPU has avx2 and fma.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Avx2(());
+
+impl Avx2 {
+    pub(super) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+    }
+}
+
+impl Simd for Avx512 {
+    type Floats = __m512;
+    type Words = __m512i;
+    const UNROLLED: bool = true;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> __m512 {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, value: __m512, to: &mut [f32; LANES]) {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), value) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn load_words(self, from: &[i32; LANES]) -> __m512i {
+        // SAFETY: see the head of this file.
+        unsafe { _mm512_loadu_epi32(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn biased_codes(self, low: __m512i, high: __m512i, shift: u32, bits: u32) -> __m512 {
+        // SAFETY: see the head of this file.
+        unsafe {
+            let mut code = _mm512_srl_epi32(low, _mm_cvtsi32_si128(shift as i32));
+            if shift + bits > 32 {
+                code = _mm512_or_si512(code, _mm512_sll_epi32(high, _mm_cvtsi32_si128(32 - shift as i32)));
+            }
+            let code = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
+            _mm512_castsi512_ps(_mm512_or_si512(code, _mm512_set1_epi32(BIAS.to_bits() as i32)))
+        }
+    }
+}
+
+/// Two registers of eight.
+type Pair<T> = [T; 2];
+
+impl Simd for Avx2 {
+    type Floats = Pair<__m256>;
+    type Words = Pair<__m256i>;
+    const UNROLLED: bool = true;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> Pair<__m256> {
+        // SAFETY: see the head of this file.
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; LANES]) -> Pair<__m256> {
+        let [low, high] = halves(from);
+        // SAFETY: see the head of this file.
+        unsafe { [_mm256_loadu_ps(low.as_ptr()), _mm256_loadu_ps(high.as_ptr())] }
+    }
+
+    #[inline(always)]
+    fn store(self, value: Pair<__m256>, to: &mut [f32; LANES]) {
+        let (low, high) = to.split_at_mut(LANES / 2);
+        // SAFETY: see the head of this file; both halves have eight elements.
+        unsafe {
+            _mm256_storeu_ps(low.as_mut_ptr(), value[0]);
+            _mm256_storeu_ps(high.as_mut_ptr(), value[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: Pair<__m256>, b: Pair<__m256>) -> Pair<__m256> {
+        // SAFETY: see the head of this file.
+        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Pair<__m256>, b: Pair<__m256>) -> Pair<__m256> {
+        // SAFETY: see the head of this file.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: Pair<__m256>, b: Pair<__m256>) -> Pair<__m256> {
+        // SAFETY: see the head of this file.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: Pair<__m256>, b: Pair<__m256>, c: Pair<__m256>) -> Pair<__m256> {
+        // SAFETY: see the head of this file.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn load_words(self, from: &[i32; LANES]) -> Pair<__m256i> {
+        let [low, high] = halves(from);
+        // SAFETY: see the head of this file.
+        unsafe { [_mm256_loadu_si256(low.as_ptr().cast()), _mm256_loadu_si256(high.as_ptr().cast())] }
+    }
+
+    #[inline(always)]
+    fn biased_codes(self, low: Pair<__m256i>, high: Pair<__m256i>, shift: u32, bits: u32) -> Pair<__m256> {
+        let half = |low: __m256i, high: __m256i| {
+            // SAFETY: see the head of this file.
+            unsafe {
+                let mut code = _mm256_srl_epi32(low, _mm_cvtsi32_si128(shift as i32));
+                if shift + bits > 32 {
+                    code =
+                        _mm256_or_si256(code, _mm256_sll_epi32(high, _mm_cvtsi32_si128(32 - shift as i32)));
+                }
+                let code = _mm256_and_si256(code, _mm256_set1_epi32((1 << bits) - 1));
+                _mm256_castsi256_ps(_mm256_or_si256(code, _mm256_set1_epi32(BIAS.to_bits() as i32)))
+            }
+        };
+        [half(low[0], high[0]), half(low[1], high[1])]
+    }
+}
+
+#[inline(always)]
+fn halves<T>(whole: &[T; LANES]) -> [&[T; LANES / 2]; 2] {
+    let (low, high) = whole.split_at(LANES / 2);
+    [low.try_into().expect("eight"), high.try_into().expect("eight")]
+}
+
+/// Asks for the cache line of `element`.
+#[inline(always)]
+pub(super) fn prefetch<T>(element: &T) {
+    // SAFETY: SSE is part of x86_64, and a prefetch has no effect that a program can see.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) };
+}
