@@ -1,0 +1,168 @@
+//! The forward pass against the logits that transformers computed for the tiny models of tests/golden/models.
+
+use std::{fs, path::Path};
+
+use gptq::{
+    checkpoint::{CONFIG_FILE, Checkpoint, WEIGHTS_FILE},
+    model::Runner,
+};
+use safetensors::{SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+/// Tokens of a window.
+const SEQ_LEN: usize = 32;
+/// Difference that rounding in fp32 explains: the logits' standard deviation is about 2, and what was measured is
+/// 3e-5 at most.
+const TOLERANCE: f64 = 2e-4;
+/// A model that is changed in one thing that matters is off by at least this.
+const CLEARLY_WRONG: f64 = 100.0 * TOLERANCE;
+
+/// One thing that a model can be changed in.
+enum Change {
+    /// The value at a JSON pointer into config.json.
+    Config(&'static str, Value),
+    /// Each key and value head in the place of the next one.
+    KvHeads,
+}
+use Change::{Config, KvHeads};
+
+#[test]
+fn llama2_mha() {
+    check("llama2-mha", [Config("/rope_parameters/rope_theta", json!(11_000.0)), KvHeads]);
+}
+
+#[test]
+fn llama3_gqa_rope() {
+    let changes = [
+        Config("/rope_parameters/rope_theta", json!(400_000.0)),
+        Config("/rope_parameters/factor", json!(4.0)),
+        Config("/rope_parameters/low_freq_factor", json!(2.0)),
+        Config("/rope_parameters/high_freq_factor", json!(3.0)),
+        Config("/rope_parameters/original_max_position_embeddings", json!(15)),
+        Config("/rope_parameters/rope_type", json!("default")),
+        KvHeads,
+    ];
+    check("llama3-gqa-rope", changes);
+}
+
+#[test]
+fn llama31_old_keys() {
+    let changes = [
+        Config("/rope_theta", json!(100_000.0)),
+        Config("/rope_scaling/factor", json!(4.0)),
+        Config("/rope_scaling", Value::Null),
+    ];
+    check("llama31-old-keys", changes);
+}
+
+#[test]
+fn linear_rope() {
+    check("linear-rope", [Config("/rope_scaling/factor", json!(2.1)), Config("/rope_scaling", Value::Null)]);
+}
+
+/// Without effect on a sequence shorter than `max_position_embeddings`.
+#[test]
+fn dynamic_rope() {
+    check("dynamic-rope", [Config("/max_position_embeddings", json!(SEQ_LEN - 1))]);
+}
+
+#[test]
+fn tied() {
+    check("tied", [Config("/rope_parameters/rope_theta", json!(11_000.0)), KvHeads]);
+}
+
+#[test]
+fn biased() {
+    check("biased", [Config("/attention_bias", json!(false)), Config("/mlp_bias", json!(false))]);
+}
+
+#[test]
+fn head_dim() {
+    check("head-dim", [Config("/rope_parameters/rope_theta", json!(11_000.0))]);
+}
+
+#[test]
+fn mistral_window() {
+    let windows = [json!(7), json!(9), Value::Null];
+    check("mistral-window", windows.map(|window| Config("/sliding_window", window)));
+}
+
+#[test]
+fn eps_theta() {
+    let changes =
+        [Config("/rms_norm_eps", json!(1e-5)), Config("/rope_parameters/rope_theta", json!(2_000_000.0))];
+    check("eps-theta", changes);
+}
+
+fn check<const N: usize>(name: &str, changes: [Change; N]) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name);
+    let difference = difference(&dir, &dir);
+    assert!(difference < TOLERANCE, "{name}: logits differ by {difference:e}");
+    for change in changes {
+        let (what, changed) = match change {
+            Config(pointer, value) => (format!("{pointer} = {value}"), with_config(&dir, pointer, value)),
+            KvHeads => ("key and value heads in another order".into(), with_next_kv_heads(&dir)),
+        };
+        let difference = self::difference(changed.path(), &dir);
+        assert!(difference > CLEARLY_WRONG, "{name} with {what}: logits differ by {difference:e} only");
+    }
+}
+
+/// Largest difference of the logits of the model in `dir` from the expected ones in `golden`.
+fn difference(dir: &Path, golden: &Path) -> f64 {
+    let mut tokens = None;
+    let mut expected = None;
+    for (name, tensor) in Tensor::read_safetensors(golden.join("expected.safetensors")).unwrap() {
+        match &*name {
+            "tokens" => tokens = Some(tensor),
+            "logits" => expected = Some(tensor),
+            other => panic!("{other} in expected.safetensors"),
+        }
+    }
+    let tokens = Vec::<i64>::try_from(tokens.unwrap().flatten(0, -1)).unwrap();
+    let expected = expected.unwrap();
+
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let runner = Runner::dense(&checkpoint, SEQ_LEN, Kind::Float, Device::Cpu).unwrap();
+    let hidden = runner.hidden_states(&tokens, SEQ_LEN, || ()).unwrap();
+    let logits: Vec<Tensor> = hidden.iter().map(|batch| runner.logits(batch).unwrap()).collect();
+    let logits = Tensor::cat(&logits, 0);
+    assert_eq!((logits.size(), logits.kind()), (expected.size(), Kind::Float));
+    (logits - expected).abs().max().double_value(&[])
+}
+
+/// A copy of the model in `dir` with another value in config.json.
+fn with_config(dir: &Path, pointer: &str, value: Value) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    let mut config: Value = serde_json::from_slice(&fs::read(dir.join(CONFIG_FILE)).unwrap()).unwrap();
+    *config.pointer_mut(pointer).unwrap() = value;
+    fs::write(copy.path().join(CONFIG_FILE), config.to_string()).unwrap();
+    fs::copy(dir.join(WEIGHTS_FILE), copy.path().join(WEIGHTS_FILE)).unwrap();
+    copy
+}
+
+/// A copy of the model in `dir` with the key and value heads of every layer moved up by one.
+fn with_next_kv_heads(dir: &Path) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    fs::copy(dir.join(CONFIG_FILE), copy.path().join(CONFIG_FILE)).unwrap();
+    let heads = Checkpoint::open(dir).unwrap().config().num_kv_heads;
+    let file = fs::read(dir.join(WEIGHTS_FILE)).unwrap();
+    let tensors = SafeTensors::deserialize(&file).unwrap();
+    let moved: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            let mut bytes = tensor.data().to_vec();
+            if name.ends_with("k_proj.weight") || name.ends_with("v_proj.weight") {
+                let head = bytes.len() / heads;
+                bytes.rotate_left(head);
+            }
+            (name, tensor.dtype(), tensor.shape().to_vec(), bytes)
+        })
+        .collect();
+    let views = moved
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (*name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &copy.path().join(WEIGHTS_FILE)).unwrap();
+    copy
+}
