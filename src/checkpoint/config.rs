@@ -90,6 +90,9 @@ pub struct LlamaConfig {
     pub mlp_bias: bool,
     /// Mistral: a token sees this many tokens, itself included. `None`: all before it.
     pub sliding_window: Option<usize>,
+    /// Mistral: whether only some layers have the window. Such a model runs on sequences that fit into it, where
+    /// that makes no difference.
+    pub mixed_windows: bool,
     /// Beginning-of-sequence token.
     pub bos_token_id: Option<u32>,
     /// End-of-sequence tokens; empty when the config names none.
@@ -134,11 +137,8 @@ impl LlamaConfig {
         let head_dim = head_dim(fields, hidden_size, num_heads)?;
         let max_position_embeddings =
             fields.size("max_position_embeddings")?.unwrap_or(if mistral { 131_072 } else { 2048 });
-        let sliding_window = match mistral {
-            true if !fields.has("sliding_window") => Some(4096),
-            true => fields.size("sliding_window")?,
-            false => None,
-        };
+        let (sliding_window, mixed_windows) =
+            if mistral { sliding_window(fields, num_layers)? } else { (None, false) };
         Ok(Self {
             architecture,
             hidden_size,
@@ -155,6 +155,7 @@ impl LlamaConfig {
             attention_bias: !mistral && fields.boolean("attention_bias")?.unwrap_or(false),
             mlp_bias: !mistral && fields.boolean("mlp_bias")?.unwrap_or(false),
             sliding_window,
+            mixed_windows,
             bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
             eos_token_ids: fields.token_ids("eos_token_id")?,
             dtype: fields.text("dtype")?.or(fields.text("torch_dtype")?).map(str::to_owned),
@@ -191,6 +192,30 @@ fn num_kv_heads(fields: &Fields<'_>, mistral: bool, num_heads: usize) -> Result<
         ));
     }
     Ok(num_kv_heads)
+}
+
+/// Mistral's window, and whether only some layers have it: transformers reads a Mistral config with `layer_types`
+/// as Ministral's.
+fn sliding_window(fields: &Fields<'_>, num_layers: usize) -> Result<(Option<usize>, bool)> {
+    let window = if fields.has("sliding_window") { fields.size("sliding_window")? } else { Some(4096) };
+    let Some(types) = fields.get("layer_types") else { return Ok((window, false)) };
+    let windowed: Option<Vec<bool>> = types.as_array().and_then(|types| {
+        let windowed = |of: &Value| match of.as_str()? {
+            "sliding_attention" => Some(true),
+            "full_attention" => Some(false),
+            _ => None,
+        };
+        types.iter().map(windowed).collect()
+    });
+    match windowed.filter(|windowed| windowed.len() == num_layers) {
+        Some(windowed) if windowed.iter().all(|windowed| *windowed) => Ok((window, false)),
+        Some(windowed) if windowed.contains(&true) => Ok((window, true)),
+        Some(_) => Ok((None, false)),
+        None => {
+            let expected = format!("`sliding_attention` or `full_attention` for each of {num_layers} layers");
+            Err(fields.error("layer_types", expected, types))
+        }
+    }
 }
 
 fn head_dim(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result<usize> {

@@ -15,10 +15,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     checkpoint::{
-        config::LlamaConfig,
+        config::{CONFIG_FILE, LlamaConfig},
         fields::{Fields, read_json},
         header,
-        names::{LinearId, dense_tensors, layer_prefix},
+        names::{EMBED_TOKENS, LM_HEAD, LinearId, dense_tensors, layer_prefix},
         values,
     },
     error::{Error, Result},
@@ -195,8 +195,8 @@ impl Checkpoint {
         Ok(view)
     }
 
-    /// Checks, before any work and from headers alone, that this is a dense checkpoint with every tensor that the
-    /// config asks for, in its shape, as F16, BF16 or F32.
+    /// Checks, before any work, that this is a dense checkpoint with every tensor that the config asks for, in its
+    /// shape, as F16, BF16 or F32. Reads headers alone, and what [`Checkpoint::check_tied`] does.
     pub fn check(&self) -> Result<()> {
         if let Some(found) = self.quantization_mark() {
             return Err(Error::CheckpointKind {
@@ -215,7 +215,27 @@ impl Checkpoint {
                 values::kind_of(&self.view_shaped(&linear.bias(), &shape[..1])?)?;
             }
         }
-        Ok(())
+        self.check_tied()
+    }
+
+    /// Checks that an output layer that is tied, and stored all the same, is the embedding. If it is not,
+    /// transformers 5 takes what is stored, and others the embedding.
+    pub fn check_tied(&self) -> Result<()> {
+        if !self.config.tie_word_embeddings || !self.contains(LM_HEAD) {
+            return Ok(());
+        }
+        let (head, embedding) = (self.view(LM_HEAD)?, self.view(EMBED_TOKENS)?);
+        let same = (head.dtype, head.bytes) == (embedding.dtype, embedding.bytes);
+        self.release([LM_HEAD, EMBED_TOKENS]);
+        if same {
+            return Ok(());
+        }
+        Err(Error::Config {
+            path: self.dir.join(CONFIG_FILE),
+            key: "tie_word_embeddings".into(),
+            expected: format!("false, as `{LM_HEAD}` is stored and is not the embedding"),
+            found: "true".into(),
+        })
     }
 
     /// What shows that the model is quantized already, if anything does.

@@ -60,8 +60,11 @@ impl Rope {
         let from_old = Self::from_layout(path, config, old, max_positions)?;
         let Some(_) = new else { return Ok(from_old) };
         let from_new = Self::from_layout(path, config, new, max_positions)?;
-        let old_differs = (old.is_some() && from_old.scaling != from_new.scaling)
-            || (config.has("rope_theta") && from_old.theta != from_new.theta);
+        // Beside `rope_scaling`, transformers passes all of `rope_parameters` over, its theta too.
+        let old_differs = match old {
+            Some(_) => from_old != from_new,
+            None => config.get("rope_theta").is_some() && from_old.theta != from_new.theta,
+        };
         if old_differs {
             let expected = format!("the same rotary embedding as the older keys, {from_old:?}");
             return Err(config.error("rope_parameters", expected, format_args!("{from_new:?}")));
@@ -93,6 +96,13 @@ impl Rope {
         }
         let theta = fields.positive("rope_theta")?.unwrap_or(theta);
         let scaling = RopeScaling::from_fields(&fields, max_positions)?;
+        if let RopeScaling::Llama3 { original_max_position_embeddings: original, .. } = scaling {
+            // transformers 5 prefers this one, transformers 4 the other.
+            let name = "original_max_position_embeddings";
+            if let Some(outer) = config.size(name)?.filter(|outer| *outer != original) {
+                return Err(config.error(name, format_args!("{original}, as in `{key}`"), outer));
+            }
+        }
         Ok(Self { theta, scaling })
     }
 }

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::rope::RopeTable;
 use crate::{
     checkpoint::LlamaConfig,
-    error::{Result, TorchContext},
+    error::{Error, Result, TorchContext},
 };
 
 /// Heads, positions and the window of one model.
@@ -22,6 +22,13 @@ pub(super) struct Attention {
 impl Attention {
     pub(super) fn new(config: &LlamaConfig, seq_len: usize, device: Device) -> Result<Self> {
         let mask = match config.sliding_window {
+            Some(window) if window < seq_len && config.mixed_windows => {
+                return Err(Error::Value {
+                    what: "sequence length".into(),
+                    expected: format!("at most sliding_window {window}, which only some layers have"),
+                    found: seq_len.to_string(),
+                });
+            }
             Some(window) if window < seq_len => {
                 let s = seq_len as i64;
                 let mask = Tensor::f_ones([s, s], (Kind::Bool, device))

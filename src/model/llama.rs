@@ -252,8 +252,9 @@ impl<'a> Llama<'a> {
     /// The last norm's weight and the output layer `[vocab, hidden]`, in the kind of the computation.
     ///
     /// # Errors
-    /// When a tensor is missing, malformed or not finite.
+    /// When a tensor is missing, malformed or not finite, or a tied output layer is stored and is another one.
     pub fn head(&self) -> Result<(Tensor, Dense)> {
+        self.checkpoint.check_tied()?;
         let config = self.config();
         let norm = self.checkpoint.load(FINAL_NORM, &[config.hidden_size], Kind::Float, self.device)?;
         let name = if config.tie_word_embeddings { EMBED_TOKENS } else { LM_HEAD };

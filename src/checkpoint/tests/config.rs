@@ -64,6 +64,14 @@ fn llama_3_1_scales_its_rotary_embedding() {
     };
     assert_eq!((config.rope.theta, config.rope.scaling), (500_000.0, scaling));
     assert_eq!(config.eos_token_ids, [128001, 128008, 128009]);
+    let mut twice = config.raw().clone();
+    twice["original_max_position_embeddings"] = json!(8192);
+    assert_eq!(parse(&twice).unwrap().rope, config.rope);
+    twice["original_max_position_embeddings"] = json!(4096);
+    refused(
+        &twice,
+        "`config.json`: key `original_max_position_embeddings`: expected 8192, as in `rope_scaling`, found 4096",
+    );
 }
 
 #[test]
@@ -100,6 +108,29 @@ fn mistral_has_a_window_and_no_biases() {
 }
 
 #[test]
+fn mistral_layers_may_differ() {
+    let of = |types: Value| {
+        parse(&with(json!({
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 8,
+            "num_hidden_layers": 2, "layer_types": types,
+        })))
+    };
+    let windows =
+        |types: Value| of(types).map(|config| (config.sliding_window, config.mixed_windows)).unwrap();
+    assert_eq!(windows(Value::Null), (Some(8), false));
+    assert_eq!(windows(json!(["sliding_attention", "sliding_attention"])), (Some(8), false));
+    assert_eq!(windows(json!(["full_attention", "full_attention"])), (None, false));
+    assert_eq!(windows(json!(["sliding_attention", "full_attention"])), (Some(8), true));
+    for types in [json!("full_attention"), json!(["full_attention"]), json!(["full_attention", "linear"])] {
+        let message = format!(
+            "`config.json`: key `layer_types`: expected `sliding_attention` or `full_attention` for each of 2 \
+             layers, found {types}"
+        );
+        assert_error(of(types), Path::new("no folder"), "Config", &message);
+    }
+}
+
+#[test]
 fn transformers_5_layout() {
     let config = parse(&with(json!({
         "dtype": "bfloat16", "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0},
@@ -115,6 +146,17 @@ fn transformers_5_layout() {
         &with(differing),
         "`config.json`: key `rope_parameters`: expected the same rotary embedding as the older keys, \
          Rope { theta: 10000.0, scaling: None }, found Rope { theta: 1000000.0, scaling: None }",
+    );
+    let null = json!({"rope_theta": null, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}});
+    assert_eq!(parse(&with(null)).unwrap().rope.theta, 1e6);
+    let linear = json!({"rope_type": "linear", "factor": 2.0});
+    let mut parameters = linear.clone();
+    parameters["rope_theta"] = json!(1e6);
+    refused(
+        &with(json!({"rope_scaling": linear, "rope_parameters": parameters})),
+        "`config.json`: key `rope_parameters`: expected the same rotary embedding as the older keys, \
+         Rope { theta: 10000.0, scaling: Linear { factor: 2.0 } }, \
+         found Rope { theta: 1000000.0, scaling: Linear { factor: 2.0 } }",
     );
 }
 

@@ -204,6 +204,31 @@ fn biases_that_the_config_asks_for_are_needed() {
 }
 
 #[test]
+fn a_tied_output_layer_is_the_embedding_if_it_is_stored() {
+    let mut config = small_config();
+    let mut model = dense_model(&config);
+    config["tie_word_embeddings"] = json!(true);
+    let check = |model: &[Given]| {
+        let dir = folder(&config, &[("model.safetensors", &weights_file(model))]);
+        (Checkpoint::open(dir.path()).unwrap().check(), dir)
+    };
+    let head = position(&model, "lm_head.weight");
+    model[head].bytes = model[position(&model, "model.embed_tokens.weight")].bytes.clone();
+    check(&model).0.unwrap();
+    model[head].bytes[0] ^= 1;
+    let (result, dir) = check(&model);
+    assert_error(
+        result,
+        dir.path(),
+        "Config",
+        "`DIR/config.json`: key `tie_word_embeddings`: expected false, as `lm_head.weight` is stored and is not \
+         the embedding, found true",
+    );
+    model.remove(head);
+    check(&model).0.unwrap();
+}
+
+#[test]
 fn tensors_nobody_asked_for_are_listed() {
     let mut model = dense_model(&small_config());
     for name in
