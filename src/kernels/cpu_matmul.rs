@@ -261,7 +261,8 @@ mod tests {
                 let right = Fixture::random(spec, &mut random);
                 let x = random.vector(rows * spec.in_features);
                 let expected = right.multiply(&x);
-                let faults: [(&str, usize, fn(&mut Fixture)); 4] = [
+                type Fault = (&'static str, usize, fn(&mut Fixture));
+                let faults: [Fault; 4] = [
                     ("code", 1, |f| f.codes[37 * 32 + 5] ^= 1),
                     ("zero", 1, |f| f.zeros[32 + 5] ^= 1),
                     ("scale", 1, |f| f.scales[32 + 5] = f16_after(f.scales[32 + 5])),

@@ -30,6 +30,9 @@ struct Facts {
     shapes: Vec<[usize; 2]>,
 }
 
+/// Why a reader refuses, if it does.
+type Rule = fn(&Facts) -> Option<String>;
+
 /// All readers, in the order of the documentation.
 pub fn readers(
     config: &LlamaConfig,
@@ -48,7 +51,7 @@ pub fn readers(
         written_by_gptqmodel: quantizer.is_some_and(|q| q.to_string().contains("gptqmodel")),
         shapes: LinearKind::ALL.iter().map(|kind| kind.shape(config)).collect(),
     };
-    let rules: [(&'static str, fn(&Facts) -> Option<String>); 8] = [
+    let rules: [(&'static str, Rule); 8] = [
         ("transformers 5 (GPTQModel, optimum)", gptqmodel),
         ("GPTQModel 7", gptqmodel),
         ("AutoGPTQ 0.4-0.7", |_| None),
@@ -119,12 +122,12 @@ fn group(facts: &Facts, taken: &[usize]) -> Option<String> {
 }
 
 fn multiples(facts: &Facts, of_n: usize, of_k: usize) -> Option<String> {
-    let [n, k] = facts.shapes.iter().find(|[n, k]| n % of_n != 0 || k % of_k != 0)?;
+    let [n, k] = facts.shapes.iter().find(|[n, k]| !n.is_multiple_of(of_n) || !k.is_multiple_of(of_k))?;
     Some(format!("needs N a multiple of {of_n} and K of {of_k}, a linear here is {n} x {k}"))
 }
 
 fn whole_groups(facts: &Facts) -> Option<String> {
-    let partial = |k: usize| k % facts.group_size.features(k) != 0;
+    let partial = |k: usize| !k.is_multiple_of(facts.group_size.features(k));
     let [_, k] = facts.shapes.iter().find(|[_, k]| partial(*k))?;
     Some(format!("needs whole groups, K = {k} ends in a partial one"))
 }
@@ -146,7 +149,7 @@ mod tests {
         }
     }
 
-    const RULES: [fn(&Facts) -> Option<String>; 6] =
+    const RULES: [Rule; 6] =
         [gptqmodel, marlin, machete, exllama, llama_cpp, mistral_rs];
 
     fn refusals(facts: &Facts) -> Vec<bool> {
