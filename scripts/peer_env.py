@@ -6,7 +6,7 @@ import sys
 import venv
 from pathlib import Path
 
-# Known to work together with Python 3.11 on Linux, CPU only. About 5 GB: PyPI's torch brings its CUDA libraries.
+# Known to work together with Python 3.11 on Linux, without a GPU.
 PINS = (
     "torch==2.15.0",
     "transformers==5.23.0",
@@ -19,17 +19,35 @@ PINS = (
     "numpy==2.4.6",
 )
 
-# GPTQModel sizes its thread pool by this; left to itself it does not start on a machine of two cores.
-ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2"}
-
 
 def enter(folder: Path) -> None:
     """Goes on in the environment at `folder`, made first when it is missing: the script starts again in it."""
-    python = folder.absolute() / "bin" / "python"
-    if not python.exists():
-        print(f"making the Python environment {folder}", file=sys.stderr)
+    folder = folder.resolve()
+    done = folder / "pins.txt"
+    if not done.exists() or done.read_text().split() != list(PINS):
+        print(f"making the Python environment {folder}: about 5 GB from PyPI", file=sys.stderr)
         venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS], check=True)
-    os.environ.update(ENVIRONMENT)
-    if Path(sys.prefix).resolve() != folder.resolve():
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PINS], check=True)
+        done.write_text("\n".join(PINS) + "\n")
+    os.environ.update(environment(folder))
+    if Path(sys.prefix).resolve() != folder:
+        python = folder / "bin" / "python"
         os.execv(python, [str(python), *sys.argv])
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The variables that the packages need."""
+    path = os.environ.get("PATH", os.defpath)
+    bin_folder = str(folder / "bin")
+    return {
+        # As an activated environment has it: GPTQModel looks for ninja there to compile its kernels.
+        "PATH": path if path.startswith(bin_folder) else bin_folder + os.pathsep + path,
+        # The compiled kernels stay with the environment, not in the home folder.
+        "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        # GPTQModel sizes its thread pool by this; left to itself it does not start on a machine of two cores.
+        "GPTQMODEL_CPU_WORKERS": "2",
+        # torch.compile of its dequantization takes longer than all the rest of a check.
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
