@@ -1,1 +1,34 @@
-fn main(){}
+//! The tests of the library and the program together.
+//!
+//! | file | what it holds the program to |
+//! |---|---|
+//! | `quantize` | a run from end to end: what is in the folder, and that it is the same every time |
+//! | `variants` | every kind of variant and of source, from quantize through verify to eval |
+//! | `output` | what people see on the terminal |
+//! | `bad_input` | every malformed checkpoint: its error, its hint, exit code 2, nothing left behind |
+//! | `bad_settings` | the same for plans, flags, texts and disks |
+//! | `verify` | every kind of damage to a branch is named; a good one passes |
+//! | `foreign` | checkpoints written by other tools mean the same |
+//! | `golden` | our packing against bytes that other code made |
+//! | `models` | our forward pass against logits that transformers computed |
+//! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
+//! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
+//!
+//! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
+//! files without the library's own reader; `source` reads Rust source text.
+
+mod bad_input;
+mod bad_settings;
+mod foreign;
+mod golden;
+mod helpers;
+mod layering;
+mod models;
+mod output;
+mod quantize;
+mod reference;
+mod safetensors_file;
+mod source;
+mod tiny_model;
+mod variants;
+mod verify;

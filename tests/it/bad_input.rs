@@ -1,0 +1,340 @@
+//! Every malformed checkpoint: the error names the thing, what was expected and what was found; exit code 2; nothing is
+//! left behind.
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::Path,
+};
+
+use safetensors::Dtype;
+
+use crate::{
+    helpers::{Lab, Q, read_json, text_of, write_json},
+    safetensors_file::{self, Tensor, Tensors},
+    tiny_model::Model,
+};
+
+const VARIANT: [&str; 2] = ["--variant", "4bit-32g"];
+
+/// Requires that quantizing the lab's model fails with `error` before the first layer is done, and leaves nothing.
+#[track_caller]
+fn refused(lab: &Lab, error: &str) {
+    lab.quantize(&VARIANT).fails_with(error);
+    assert!(!lab.out().exists(), "something was left in --out");
+}
+
+/// The same for what is found only when a later layer is read or computed.
+#[track_caller]
+fn stopped(lab: &Lab, error: &str) {
+    lab.quantize(&[&VARIANT[..], &["--quiet"]].concat()).fails_with(error);
+    assert!(!lab.out().exists(), "something was left in --out");
+}
+
+/// The tiny model in three shards.
+fn sharded() -> Lab {
+    let lab = Lab::empty();
+    Model::default().write_sharded(&lab.model());
+    lab
+}
+
+/// The tiny model with changed tensors.
+fn changed(model: &Model, change: impl FnOnce(&mut Tensors)) -> Lab {
+    let lab = Lab::with(model);
+    safetensors_file::change(&lab.model(), change);
+    lab
+}
+
+/// The tiny model with one key of its config changed.
+fn configured(key: &str, value: impl Into<serde_json::Value>) -> Lab {
+    let lab = Lab::new();
+    let path = lab.model().join("config.json");
+    let mut config = read_json(&path);
+    config[key] = value.into();
+    write_json(&path, &config);
+    lab
+}
+
+fn write_at(path: &Path, offset: u64, bytes: &[u8]) {
+    File::options().write(true).open(path).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
+#[test]
+fn a_missing_shard() {
+    let lab = sharded();
+    fs::remove_file(lab.model().join("model-00002-of-00003.safetensors")).unwrap();
+    refused(
+        &lab,
+        "error: `[LAB]/model/model.safetensors.index.json` says tensor `model.embed_tokens.weight` is in \
+         `model-00002-of-00003.safetensors`, but there is no such file\nhint: download the file again",
+    );
+}
+
+#[test]
+fn a_shard_that_is_cut_short() {
+    let lab = sharded();
+    let path = lab.model().join("model-00003-of-00003.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    for (left, problem) in [
+        (
+            bytes.len() - 10,
+            "tensor `model.norm.weight` ends at byte 49536 of the data, and the file holds 49526; the file is cut short",
+        ),
+        (100, "it says its header has 704 bytes, and only 92 follow; the file is cut short"),
+        (0, "it has 0 bytes, and the header's length alone takes 8"),
+    ] {
+        fs::write(&path, &bytes[..left]).unwrap();
+        refused(
+            &lab,
+            &format!(
+                "error: `[LAB]/model/model-00003-of-00003.safetensors` is not a whole safetensors file: {problem}\n\
+                 hint: download the file again"
+            ),
+        );
+    }
+}
+
+#[test]
+fn an_index_that_points_nowhere() {
+    let lab = sharded();
+    let path = lab.model().join("model.safetensors.index.json");
+    let good = read_json(&path);
+    let point = |shard: &str| {
+        let mut index = good.clone();
+        index["weight_map"]["lm_head.weight"] = shard.into();
+        write_json(&path, &index);
+    };
+    let says = |shard: &str, problem: &str| {
+        format!(
+            "error: `[LAB]/model/model.safetensors.index.json` says tensor `lm_head.weight` is in `{shard}`, but {problem}\n\
+             hint: download the file again"
+        )
+    };
+    for (shard, problem) in [
+        ("model-00002-of-00003.safetensors", "that file does not hold it"),
+        ("model-00004-of-00003.safetensors", "there is no such file"),
+        ("../model-00001-of-00003.safetensors", "that is not a plain file name"),
+    ] {
+        point(shard);
+        refused(&lab, &says(shard, problem));
+    }
+}
+
+#[test]
+fn a_header_that_lies() {
+    let lab = Lab::new();
+    let path = lab.model().join("model.safetensors");
+    let good = fs::read(&path).unwrap();
+    let header = String::from_utf8_lossy(&good[8..4096]).into_owned();
+    let replaced = |from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        let at = header.find(from).unwrap_or_else(|| panic!("no {from} in {header}"));
+        write_at(&path, 8 + at as u64, to.as_bytes());
+    };
+    let found = |problem: &str| {
+        refused(
+            &lab,
+            &format!(
+                "error: `[LAB]/model/model.safetensors` is not a whole safetensors file: {problem}\n\
+                 hint: download the file again"
+            ),
+        );
+        fs::write(&path, &good).unwrap();
+    };
+    replaced("[4096,64]", "[4095,64]");
+    found(
+        "tensor `lm_head.weight`: shape [4095, 64] of F16 takes 524160 bytes, and its offsets 0..524288 hold 524288",
+    );
+    write_at(&path, 0, &u64::MAX.to_le_bytes());
+    found("it says its header has 18446744073709551615 bytes; at most 100000000 are allowed");
+    write_at(&path, 8, b"[");
+    found(
+        "its header is not the JSON expected: invalid type: sequence, expected struct HashMetadata at line 1 column 0",
+    );
+}
+
+#[test]
+fn numbers_that_are_none() {
+    for value in [f32::NAN, f32::INFINITY] {
+        let lab = changed(&Model::default(), |tensors| {
+            tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().fill([17, 4711], value);
+        });
+        stopped(
+            &lab,
+            "error: tensor `model.layers.1.mlp.up_proj.weight`: 2 of 8192 values are NaN or infinite",
+        );
+    }
+    for (name, total) in
+        [("lm_head.weight", 262_144), ("model.norm.weight", 64), ("model.embed_tokens.weight", 262_144)]
+    {
+        // Calibration looks at none of these: the last row of the embedding is of a token that the text does not hold.
+        let lab = changed(&Model::default(), |tensors| {
+            let tensor = tensors.get_mut(name).unwrap();
+            let last = tensor.len() - 1;
+            tensor.fill([last], f32::NAN);
+        });
+        refused(&lab, &format!("error: tensor `{name}`: 1 of {total} values are NaN or infinite"));
+    }
+}
+
+#[test]
+fn numbers_that_fp16_cannot_hold() {
+    let single = Model { dtype: Dtype::F32, ..Model::default() };
+    let lab = changed(&single, |tensors| tensors.get_mut("lm_head.weight").unwrap().fill([3], 70_000.0));
+    refused(
+        &lab,
+        "error: tensor `lm_head.weight`, element 3 (first of 1): value 70000 does not fit fp16 (largest 65504)",
+    );
+    let lab = changed(&single, |tensors| tensors.get_mut(&format!("{Q}.weight")).unwrap().fill([65], 1e7));
+    let found = format!(
+        "error: tensor `{Q}.weight`, element 65 (first of 1): value 10000000 does not fit fp16 (largest 65504)"
+    );
+    refused(&lab, &found);
+}
+
+/// Every weight is a good fp16 number; their products are beyond fp32.
+#[test]
+fn activations_that_overflow() {
+    let lab = changed(&Model::default(), |tensors| {
+        tensors.get_mut("model.layers.1.post_attention_layernorm.weight").unwrap().fill(0..64, 60_000.0);
+        for name in ["gate_proj", "up_proj"] {
+            tensors
+                .get_mut(&format!("model.layers.1.mlp.{name}.weight"))
+                .unwrap()
+                .fill(0..64 * 128, 60_000.0);
+        }
+    });
+    stopped(&lab, "error: inputs of layer 1, down: 128 of 128 values are NaN or infinite");
+}
+
+#[test]
+fn inputs_that_carry_nothing() {
+    let lab = changed(&Model::default(), |tensors| {
+        tensors.get_mut("model.layers.0.input_layernorm.weight").unwrap().fill(0..64, 0.0);
+    });
+    refused(&lab, "error: the Hessian of layer 0, q/k/v is all zero: its inputs carried nothing");
+}
+
+#[test]
+fn a_dtype_that_is_not_read() {
+    for (dtype, name, width) in [(Dtype::I32, "I32", 4), (Dtype::F64, "F64", 8)] {
+        let lab = changed(&Model::default(), |tensors| {
+            let tensor = Tensor { dtype, shape: vec![64, 64], bytes: vec![0; 64 * 64 * width] };
+            tensors.insert(format!("{Q}.weight"), tensor);
+        });
+        refused(&lab, &format!("error: tensor `{Q}.weight`: expected dtype F16, BF16 or F32, found {name}"));
+    }
+}
+
+#[test]
+fn tensors_that_the_config_does_not_expect() {
+    let lab = changed(&Model::default(), |tensors| {
+        tensors.get_mut("model.layers.1.mlp.down_proj.weight").unwrap().shape = vec![128, 64];
+    });
+    refused(
+        &lab,
+        "error: tensor `model.layers.1.mlp.down_proj.weight`: expected shape [64, 128], found [128, 64]",
+    );
+    let lab =
+        changed(&Model::default(), |tensors| drop(tensors.remove("model.layers.1.input_layernorm.weight")));
+    refused(&lab, "error: tensor `model.layers.1.input_layernorm.weight` is missing from `[LAB]/model`");
+    refused(
+        &configured("attention_bias", true),
+        "error: tensor `model.layers.0.self_attn.q_proj.bias` is missing from `[LAB]/model`",
+    );
+}
+
+#[test]
+fn configs_that_make_no_model() {
+    refused(
+        &configured("architectures", serde_json::json!(["Qwen2ForCausalLM"])),
+        "error: `[LAB]/model/config.json` holds architecture `Qwen2ForCausalLM`, which is not supported (supported: \
+         LlamaForCausalLM, MistralForCausalLM)",
+    );
+    refused(
+        &configured("num_key_value_heads", 3),
+        "error: `[LAB]/model/config.json`: key `num_key_value_heads`: expected a divisor of num_attention_heads 2, found 3",
+    );
+    refused(
+        &configured("hidden_size", "64"),
+        "error: `[LAB]/model/config.json`: key `hidden_size`: expected an integer from 1 to 2147483647, found \"64\"",
+    );
+    refused(
+        &configured("rope_scaling", serde_json::json!({"type": "magic", "factor": 2.0})),
+        "error: `[LAB]/model/config.json`: key `rope_scaling.type`: expected `default`, `linear`, `dynamic` or `llama3`, \
+         found `magic`",
+    );
+    let lab = Lab::new();
+    fs::write(lab.model().join("config.json"), "{").unwrap();
+    refused(
+        &lab,
+        "error: `[LAB]/model/config.json` is not the JSON expected here: EOF while parsing an object at line 1 column 1",
+    );
+}
+
+#[test]
+fn a_vocabulary_smaller_than_the_tokenizers() {
+    let lab = changed(&Model::default(), |tensors| {
+        for name in ["lm_head.weight", "model.embed_tokens.weight"] {
+            let tensor = tensors.get_mut(name).unwrap();
+            tensor.shape[0] = 1000;
+            tensor.bytes.truncate(1000 * 64 * 2);
+        }
+    });
+    let path = lab.model().join("config.json");
+    let mut config = read_json(&path);
+    config["vocab_size"] = 1000.into();
+    write_json(&path, &config);
+    refused(&lab, "error: evaluation.parquet: token id 1004 at position 1 is outside the vocabulary of 1000");
+}
+
+#[test]
+fn folders_that_are_not_checkpoints() {
+    let lab = Lab::empty();
+    refused(&lab, "error: cannot read `[LAB]/model`: No such file or directory (os error 2)");
+    fs::create_dir(lab.model()).unwrap();
+    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `config.json` not found in it");
+
+    let lab = Lab::new();
+    fs::remove_file(lab.model().join("model.safetensors")).unwrap();
+    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `model.safetensors` not found in it");
+    fs::write(lab.model().join("pytorch_model.bin"), "PK").unwrap();
+    refused(
+        &lab,
+        "error: `[LAB]/model` has only `pytorch_model.bin`; safetensors weights are needed\n\
+         hint: convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
+         M.from_pretrained('[LAB]/model').save_pretrained('[LAB]/model-safetensors')\"",
+    );
+
+    let lab = Lab::new();
+    fs::rename(lab.model().join("tokenizer.json"), lab.model().join("tokenizer.model")).unwrap();
+    refused(
+        &lab,
+        "error: `[LAB]/model` has `tokenizer.model` but no `tokenizer.json`\n\
+         hint: convert it: python -c \"from transformers import AutoTokenizer as T; \
+         T.from_pretrained('[LAB]/model').save_pretrained('[LAB]/model')\"",
+    );
+    fs::remove_file(lab.model().join("tokenizer.model")).unwrap();
+    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `tokenizer.json` not found in it");
+}
+
+#[test]
+fn a_model_that_is_quantized_already() {
+    let lab = Lab::with_branch("4bit-32g");
+    let (branch, out) = (text_of(&lab.branch()), text_of(&lab.path("again")));
+    let again = |lab: &Lab| lab.quantize(&["--model", &branch, "--out", &out, "--variant", "4bit-32g"]);
+    again(&lab).fails_with(
+        "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected a dense fp16, bf16 or fp32 model, found a quantized \
+         one (quant_method `gptq` in `config.json`)",
+    );
+    // Also when only the old config file says so.
+    let path = lab.branch().join("config.json");
+    let mut config = read_json(&path);
+    config.as_object_mut().unwrap().remove("quantization_config");
+    write_json(&path, &config);
+    again(&lab).fails_with(
+        "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected a dense fp16, bf16 or fp32 model, found a quantized \
+         one (tensor `model.layers.0.mlp.down_proj.qweight`)",
+    );
+    assert!(!lab.path("again").exists());
+}
