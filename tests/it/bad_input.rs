@@ -185,6 +185,13 @@ fn numbers_that_fp16_cannot_hold() {
         &lab,
         "error: tensor `lm_head.weight`, element 3 (first of 1): value 70000 does not fit fp16 (largest 65504)",
     );
+    let biased = Model { biases: true, ..single.clone() };
+    let bias = "model.layers.1.mlp.down_proj.bias";
+    let lab = changed(&biased, |tensors| tensors.get_mut(bias).unwrap().fill([63], -1e5));
+    let found = format!(
+        "error: tensor `{bias}`, element 63 (first of 1): value -100000 does not fit fp16 (largest 65504)"
+    );
+    refused(&lab, &found);
     let lab = changed(&single, |tensors| tensors.get_mut(&format!("{Q}.weight")).unwrap().fill([65], 1e7));
     let found = format!(
         "error: tensor `{Q}.weight`, element 65 (first of 1): value 10000000 does not fit fp16 (largest 65504)"

@@ -255,11 +255,13 @@ fn what_a_killed_run_left_is_not_in_the_way() {
     lab.quantize(&["--variant", "4bit-32g"]).succeeds();
     assert_eq!(entries(&lab.out()), ["gptq-4bit-32g-actorder_False", "run.json"]);
     assert_eq!(entries(&lab.branch()), BRANCH_FILES);
-    // Even that of another variant.
+    // Even that of another variant, and behind a link to another disk, which stays one.
     let out = lab.path("other");
-    fs::create_dir_all(out.join(".main.partial")).unwrap();
+    let disk = lab.path("disk");
+    fs::create_dir_all(disk.join(".main.partial")).unwrap();
+    std::os::unix::fs::symlink(&disk, &out).unwrap();
     lab.quantize(&["--variant", "4bit-32g", "--out", &text_of(&out)]).succeeds();
-    assert_eq!(entries(&out), ["gptq-4bit-32g-actorder_False", "run.json"]);
+    assert_eq!(entries(&disk), ["gptq-4bit-32g-actorder_False", "run.json"]);
 }
 
 #[test]
