@@ -5,7 +5,7 @@ use std::{fmt, path::Path, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, toml_error},
     variant::Variant,
 };
 
@@ -68,7 +68,7 @@ impl Plan {
     /// When the file cannot be read or holds an unknown key or value.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let fail = |e: toml::de::Error| Error::Toml { path: path.into(), message: e.to_string() };
+        let fail = |e: toml::de::Error| toml_error(path, &text, &e);
         let table: toml::Table = toml::from_str(&text).map_err(fail)?;
         let known = Self::keys();
         if let Some(key) = table.keys().find(|key| !known.contains(key)) {

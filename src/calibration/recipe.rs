@@ -3,7 +3,7 @@
 //! The built-in ones are the TOML files in `calibration/` at the top of the repository; a recipe of one's own
 //! has the same keys.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, toml_error};
 use serde::{Deserialize, Serialize};
 use std::path::{Component, Path};
 
@@ -194,15 +194,6 @@ fn nearest_key(key: &str) -> Option<String> {
     let likeness = |known: &&str| strsim::jaro_winkler(known, key);
     let nearest = KEYS.into_iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
     (likeness(&nearest) >= ALIKE).then(|| nearest.to_owned())
-}
-
-/// The parser's own text is a drawing of several lines; here it is one line with its number.
-fn toml_error(path: &Path, text: &str, error: &toml::de::Error) -> Error {
-    let line =
-        error.span().and_then(|span| text.get(..span.start)).map(|before| before.matches('\n').count() + 1);
-    let message = error.message().to_owned();
-    let message = line.map_or(message.clone(), |line| format!("line {line}: {message}"));
-    Error::Toml { path: path.into(), message }
 }
 
 #[cfg(test)]

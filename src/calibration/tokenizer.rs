@@ -22,7 +22,7 @@ impl Tokenizer {
             Err(_) if dir.join("tokenizer.model").exists() => {
                 Err(Error::TokenizerModelOnly { path: dir.into() })
             }
-            Err(_) => Err(Error::NotACheckpoint { path: dir.into(), missing: "tokenizer.json".into() }),
+            Err(_) => Err(Error::NotACheckpoint { path: dir.into(), missing: "`tokenizer.json`".into() }),
         }
     }
 

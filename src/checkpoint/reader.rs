@@ -277,6 +277,11 @@ impl Checkpoint {
         values::to_tensor(&view, kind, device)
     }
 
+    /// Refuses the tensor `name` when it holds NaN, infinity or numbers beyond fp16.
+    pub fn check_f16(&self, name: &str) -> Result<()> {
+        values::check(&self.view(name)?, true)
+    }
+
     /// The tensor `name` as little-endian fp16 bytes for a writer, borrowed when it is fp16 already. Checked as
     /// in [`Checkpoint::load`].
     pub fn bytes_f16(&self, name: &str) -> Result<Cow<'_, [u8]>> {

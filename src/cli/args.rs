@@ -72,7 +72,7 @@ pub(super) struct QuantizeArgs {
     #[arg(long = "variant", value_name = "VARIANT")]
     pub(super) variants: Vec<Variant>,
     /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) damp: Option<f64>,
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]

@@ -92,12 +92,11 @@ pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<
     if let Some(evaluation) = &report.evaluation {
         terminal::result(&format!("{}\n", evaluation_table(evaluation)));
     }
-    terminal::result(&format!(
-        "{} branches in {} ({:.1} s)",
-        report.branches.len(),
-        out.display(),
-        report.seconds
-    ));
+    let branches = match report.branches.len() {
+        1 => "1 branch".to_owned(),
+        count => format!("{count} branches"),
+    };
+    terminal::result(&format!("{branches} in {} ({:.1} s)", out.display(), report.seconds));
     Ok(())
 }
 

@@ -62,6 +62,7 @@ fn text(verification: &Verification, verbose: bool) -> String {
     }
     let _ = match verification.findings.len() {
         0 => writeln!(text, "ok: {} tensors", verification.tensors),
+        1 => writeln!(text, "failed: 1 finding"),
         count => writeln!(text, "failed: {count} findings"),
     };
     text

@@ -72,10 +72,6 @@ impl BranchWriter {
         if path.exists() {
             return Err(Error::OutputExists { path });
         }
-        if partial.exists() {
-            // Left by a run that was killed.
-            fs::remove_dir_all(&partial).map_err(Error::io("remove", &partial))?;
-        }
         fs::create_dir(&partial).map_err(Error::io("create", &partial))?;
         let mut writer = Self { variant, partial, path, shards: None, published: false };
         writer.shards = Some(ShardWriter::create(&writer.partial, plan)?);
@@ -111,6 +107,11 @@ impl BranchWriter {
 
         let mut checksums =
             Checksums { algorithm: "sha256".into(), tensors: written.tensor_sha256, files: BTreeMap::new() };
+        for (name, _) in written.files.iter().filter(|(name, _)| name.ends_with(".json")) {
+            let path = self.partial.join(name);
+            let index = fs::read(&path).map_err(Error::io("read", &path))?;
+            checksums.files.insert(name.clone(), hex(&Sha256::digest(index)));
+        }
         let mut add = |name: &str, bytes: &[u8]| {
             let path = self.partial.join(name);
             fs::write(&path, bytes).map_err(Error::io("write", &path))?;

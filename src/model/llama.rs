@@ -152,6 +152,14 @@ impl<'a> Llama<'a> {
         Ok((weight, bias))
     }
 
+    /// Refuses a linear's weight that fp16 cannot hold: whoever runs the quantized model computes with fp16.
+    ///
+    /// # Errors
+    /// When the tensor is missing, not finite or beyond fp16.
+    pub fn check_f16(&self, id: LinearId) -> Result<()> {
+        self.checkpoint.check_f16(&id.weight())
+    }
+
     /// The kind a linear's weight is stored in.
     ///
     /// # Errors

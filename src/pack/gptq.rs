@@ -94,7 +94,10 @@ impl<'a> PackedView<'a> {
         format: CheckpointFormat,
     ) -> Option<Self> {
         let (n, k, factor) = (out_features, g_idx.len(), bits.pack_factor());
-        let whole = n > 0 && k > 0 && [n, k].iter().all(|size| size.is_multiple_of(factor)) && scales.len().is_multiple_of(n);
+        let whole = n > 0
+            && k > 0
+            && [n, k].iter().all(|size| size.is_multiple_of(factor))
+            && scales.len().is_multiple_of(n);
         let groups = scales.len().checked_div(n)?;
         let fits = whole
             && qweight.len() == k * bits.get() as usize / 32 * n

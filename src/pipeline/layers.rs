@@ -144,6 +144,11 @@ impl Layers<'_> {
 
     fn read(&self, layer: usize) -> Result<Weights> {
         let source = self.llama.source_kind(LinearId { layer, kind: LinearKind::Q })?;
+        if source != Kind::Half {
+            for kind in LinearKind::ALL {
+                self.llama.check_f16(LinearId { layer, kind })?;
+            }
+        }
         let linears = LinearKind::ALL.iter().map(|&kind| self.llama.weight(LinearId { layer, kind }, source));
         let weights = Weights { norms: self.llama.norms(layer)?, linears: linears.collect::<Result<_>>()? };
         self.llama.release(layer);

@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 
 use crate::{
     calibration::{self, Tokens, Windows, check_seq_len},
-    checkpoint::{Checkpoint, LinearId},
+    checkpoint::{Checkpoint, LinearId, dense_tensors},
     emit::{BranchWriter, Provenance},
     error::{Error, Result},
     gptq::{QuantizedLinear, solver::CpuSolver, solver::Solver},
@@ -57,6 +57,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let windows = Windows::random(tokens, plan.samples, plan.seq_len, plan.seed)?;
     let device = device(&plan.device)?;
     let kind = compute_kind(plan.compute_dtype);
+    check_dense(checkpoint)?;
     let mut warnings = warnings(checkpoint, plan, &windows);
     warnings.iter().for_each(|text| progress.event(&Event::Warning(text)));
 
@@ -108,7 +109,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let report = Report {
         schema: REPORT_SCHEMA.into(),
         generated_by: GENERATED_BY.into(),
-        plan: (*plan).clone(),
+        // A local text was given by its path on this machine.
+        plan: Plan { dataset: tokens.dataset().to_owned(), ..(*plan).clone() },
         model: model_report(checkpoint)?,
         calibration: CalibrationReport {
             source: (*text).clone(),
@@ -146,6 +148,17 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, out: &Path) -> Result<()> {
     let config = checkpoint.config();
     check_seq_len(plan.seq_len, config.max_position_embeddings)?;
     preflight::check(plan, config, out)
+}
+
+/// Refuses numbers that fp16 cannot hold in the tensors that are copied, which would else be met at the very end.
+fn check_dense(checkpoint: &Checkpoint) -> Result<()> {
+    let config = checkpoint.config();
+    let biases = LinearId::all(config).filter(|id| id.kind.has_bias(config)).map(LinearId::bias);
+    for name in dense_tensors(config).into_iter().map(|(name, _)| name).chain(biases) {
+        checkpoint.check_f16(&name)?;
+        checkpoint.release([&name]);
+    }
+    Ok(())
 }
 
 /// Writes `run.json` into the output folder.
@@ -204,10 +217,8 @@ fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<Stri
     let extra = checkpoint.extra();
     if !extra.is_empty() {
         let named = extra.iter().take(3).copied().collect::<Vec<_>>().join(", ");
-        warnings.push(format!(
-            "{} tensors of the source are not part of the model and left out: {named}",
-            extra.len()
-        ));
+        warnings
+            .push(format!("tensors that are not part of the model are left out ({}): {named}", extra.len()));
     }
     let config = checkpoint.config();
     let widest = config.intermediate_size.max(config.hidden_size);
@@ -226,6 +237,8 @@ fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<Stri
 struct OutputFolder<'a> {
     path: &'a Path,
     kept: bool,
+    /// Otherwise it was there, holding nothing but leftovers; it may be a link.
+    created: bool,
 }
 
 impl<'a> OutputFolder<'a> {
@@ -238,10 +251,12 @@ impl<'a> OutputFolder<'a> {
                 if !preflight::only_partial(path) {
                     return Err(Error::OutputExists { path: path.into() });
                 }
+                preflight::clear(path).map_err(Error::io("clear", path))?;
+                return Ok(Self { path, kept: false, created: false });
             }
             created => created.map_err(Error::io("create", path))?,
         }
-        Ok(Self { path, kept: false })
+        Ok(Self { path, kept: false, created: true })
     }
 
     fn keep(mut self) {
@@ -253,7 +268,7 @@ impl Drop for OutputFolder<'_> {
     fn drop(&mut self) {
         if !self.kept {
             // Only this run has written there; a failure to clean up must not hide the error that led here.
-            let _ = fs::remove_dir_all(self.path);
+            let _ = if self.created { fs::remove_dir_all(self.path) } else { preflight::clear(self.path) };
         }
     }
 }

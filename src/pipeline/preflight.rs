@@ -37,6 +37,19 @@ pub(super) fn only_partial(out: &Path) -> bool {
     entries.all(|entry| entry.is_ok_and(|e| is_partial(&e.file_name().to_string_lossy())))
 }
 
+/// Removes everything in a folder.
+pub(super) fn clear(folder: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// The deepest existing folder on the way to `path`.
 fn nearest_folder(path: &Path) -> &Path {
     let existing = path.ancestors().find(|a| a.is_dir());

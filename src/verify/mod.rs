@@ -52,10 +52,7 @@ impl Verification {
 /// # Errors
 /// When `dir` or the source cannot be looked at at all. What is wrong *in* `dir` is a finding, not an error.
 pub fn verify(dir: &Path, against: Option<&Checkpoint>, progress: &dyn Progress) -> Result<Verification> {
-    if !dir.is_dir() {
-        let source = std::io::Error::from(std::io::ErrorKind::NotFound);
-        return Err(Error::Io { action: "read", path: dir.into(), source });
-    }
+    std::fs::read_dir(dir).map_err(Error::io("read", dir))?;
     let broken = |error: &Error| {
         let finding = Finding { subject: dir.display().to_string(), problem: error.to_string() };
         let (findings, readers, distances) = (vec![finding], Vec::new(), Vec::new());

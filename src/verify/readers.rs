@@ -149,8 +149,7 @@ mod tests {
         }
     }
 
-    const RULES: [Rule; 6] =
-        [gptqmodel, marlin, machete, exllama, llama_cpp, mistral_rs];
+    const RULES: [Rule; 6] = [gptqmodel, marlin, machete, exllama, llama_cpp, mistral_rs];
 
     fn refusals(facts: &Facts) -> Vec<bool> {
         RULES.iter().map(|rule| rule(facts).is_some()).collect()

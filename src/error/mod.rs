@@ -1,6 +1,12 @@
 //! The library's one error type: every variant names the thing, what was expected and what was found.
 
-use std::path::PathBuf;
+mod hint;
+mod torch;
+
+use std::path::{Path, PathBuf};
+
+pub use torch::TorchContext;
+use torch::without_backtrace;
 
 /// The library's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -375,64 +381,11 @@ impl Error {
         let path = path.into();
         move |source| Self::Io { action, path, source }
     }
-
-    /// What the user can do about it, where there is something.
-    pub fn hint(&self) -> Option<String> {
-        Some(match self {
-            Self::UnknownKey { nearest: Some(key), .. } => format!("did you mean `{key}`?"),
-            Self::WeightsFormat { .. } => {
-                "convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
-                 M.from_pretrained('DIR').save_pretrained('OUT')\""
-                    .into()
-            }
-            Self::TokenizerModelOnly { path } => format!(
-                "convert it: python -c \"from transformers import AutoTokenizer as T; \
-                 T.from_pretrained('{0}').save_pretrained('{0}')\"",
-                path.display()
-            ),
-            Self::DatasetNotFound { fetch, .. } => fetch.clone(),
-            Self::MissingColumn { .. } => "name the column with --text-column".into(),
-            Self::TooLittleText { .. } => "use fewer or shorter windows, or more text".into(),
-            Self::SequenceTooLong { max, .. } => format!("use --seq-len {max} or less"),
-            Self::GroupSize { in_features, .. } => {
-                format!("use a group size up to {in_features}, or -1 for one group a row")
-            }
-            Self::NotPositiveDefinite { .. } => {
-                "use more or more varied calibration text (--samples), or a larger --damp".into()
-            }
-            Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
-            Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
-            Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
-            Self::Torch { source, .. } if is_out_of_memory(source) => {
-                "use fewer --samples, a shorter --seq-len or fewer --variant".into()
-            }
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "the disk is full: free some space and start again; nothing half-written was left".into()
-            }
-            _ => return None,
-        })
-    }
 }
 
-/// libtorch appends a C++ stack with paths of the machine it was built on.
-fn without_backtrace(error: &tch::TchError) -> String {
-    let text = error.to_string();
-    text.split("\nException raised from").next().unwrap_or_default().trim_end().to_owned()
-}
-
-fn is_out_of_memory(error: &tch::TchError) -> bool {
-    let text = error.to_string();
-    text.contains("not enough memory") || text.contains("out of memory")
-}
-
-/// Adds what was tried to a libtorch error.
-pub trait TorchContext<T> {
-    /// `action` completes the sentence "libtorch could not …".
-    fn torch(self, action: &str) -> Result<T>;
-}
-
-impl<T> TorchContext<T> for std::result::Result<T, tch::TchError> {
-    fn torch(self, action: &str) -> Result<T> {
-        self.map_err(|source| Error::Torch { action: action.to_owned(), source })
-    }
+/// An [`Error::Toml`] that says the line and nothing of the parser's own drawing; `text` is what was parsed.
+pub(crate) fn toml_error(path: &Path, text: &str, error: &toml::de::Error) -> Error {
+    let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    let place = line.map_or_else(String::new, |line| format!("line {line}: "));
+    Error::Toml { path: path.into(), message: format!("{place}{}", error.message()) }
 }
