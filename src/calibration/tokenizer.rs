@@ -144,7 +144,7 @@ mod tests {
         let path = folder.path().display();
         assert_eq!(
             open().to_string(),
-            format!("`{path}` is not a checkpoint folder: tokenizer.json not found in it")
+            format!("`{path}` is not a checkpoint folder: `tokenizer.json` not found in it")
         );
         std::fs::write(folder.path().join("tokenizer.model"), "").unwrap();
         assert_eq!(open().to_string(), format!("`{path}` has `tokenizer.model` but no `tokenizer.json`"));
