@@ -75,18 +75,33 @@ fn solver(args: &BenchArgs) -> Result<Vec<Line>> {
         Line { what, seconds, rate, unit: "GFLOP/s", share_of_limit: rate / limit }
     };
 
-    let (seconds, hessian) = fastest(args.repeat, || -> gptq::Result<_> {
-        let mut hessian = Hessian::new(k, Device::Cpu)?;
-        hessian.add(&x)?;
-        hessian.finish("bench")
-    })?;
     // One triangle: half of 2·T·K².
-    let mut lines = vec![line(format!("Hessian of {TOKENS} tokens"), seconds, TOKENS as f64 * kf * kf)];
+    let mut lines = Vec::new();
+    let mut hessian = None;
+    for (kind, name) in [(Kind::BFloat16, "bf16"), (Kind::Float, "fp32")] {
+        let x = x.to_kind(kind);
+        let (seconds, made) = fastest(args.repeat, || -> gptq::Result<_> {
+            let mut hessian = Hessian::new(k, Device::Cpu)?;
+            hessian.add(&x)?;
+            hessian.finish("bench")
+        })?;
+        lines.push(line(format!("Hessian of {TOKENS} tokens in {name}"), seconds, TOKENS as f64 * kf * kf));
+        hessian = Some(made);
+    }
+    let hessian = hessian.expect("made above");
+    let (seconds, _) = fastest(args.repeat, || hessian.output_energy(&weight))?;
+    lines.push(line("output energy".into(), seconds, nf * kf * kf));
     let desc_act = args.variant.order.desc_act();
-    let (seconds, factor) = fastest(args.repeat, || CpuSolver.factorize(&hessian, desc_act, 0.01, "bench"))?;
-    lines.push(line("factorization".into(), seconds, kf * kf * kf / 3.0));
-    let (seconds, _) = fastest(args.repeat, || factor.solve(&[&weight], &args.variant))?;
-    lines.push(line("solve".into(), seconds, nf * kf * kf));
+    let solvers = [true, false].into_iter().filter(|&amx| !amx || gptq::amx::available());
+    for (i, amx) in solvers.enumerate() {
+        let solver = CpuSolver::with_amx(amx);
+        let (seconds, factor) = fastest(args.repeat, || solver.factorize(&hessian, desc_act, 0.01, "bench"))?;
+        if i == 0 {
+            lines.push(line("factorization".into(), seconds, kf * kf * kf / 3.0));
+        }
+        let (seconds, _) = fastest(args.repeat, || factor.solve(&[&weight], &args.variant))?;
+        lines.push(line(format!("solve, {}", solver.name()), seconds, nf * kf * kf));
+    }
     Ok(lines)
 }
 

@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
@@ -80,6 +81,54 @@ impl<'a, T> SharedSlice<'a, T> {
     }
 }
 
+/// Some values of a tensor of a floating-point kind.
+#[derive(Clone, Copy)]
+pub(super) enum Floats<'a> {
+    Half(&'a [f16]),
+    BFloat16(&'a [bf16]),
+    Float(&'a [f32]),
+}
+
+impl Floats<'_> {
+    /// As fp32.
+    pub(super) fn widen(self, to: &mut [f32]) {
+        match self {
+            Self::Half(values) => values.convert_to_f32_slice(to),
+            Self::BFloat16(values) => values.convert_to_f32_slice(to),
+            Self::Float(values) => to.copy_from_slice(values),
+        }
+    }
+}
+
+/// Values `first..first + count` of a contiguous CPU matrix of fp16, bf16 or fp32.
+pub(super) fn floats(tensor: &Tensor, first: usize, count: usize) -> Floats<'_> {
+    fn part<T>(tensor: &Tensor, kind: Kind, first: usize, count: usize) -> &[T] {
+        let (pointer, rows, columns) = check_kind::<T>(tensor, kind);
+        // SAFETY: `check_kind` made sure that `rows·columns` values lie there; the tensor is borrowed meanwhile.
+        let all = unsafe { std::slice::from_raw_parts(pointer.cast_const(), rows * columns) };
+        &all[first..first + count]
+    }
+    match tensor.kind() {
+        Kind::Half => Floats::Half(part(tensor, Kind::Half, first, count)),
+        Kind::BFloat16 => Floats::BFloat16(part(tensor, Kind::BFloat16, first, count)),
+        _ => Floats::Float(part(tensor, Kind::Float, first, count)),
+    }
+}
+
+/// All values of a contiguous fp32 CPU matrix, to write to. The caller has the only tensor with this memory.
+pub(super) fn floats_mut(tensor: &mut Tensor) -> &mut [f32] {
+    let (pointer, rows, columns) = check(tensor);
+    // SAFETY: `check` made sure that they lie there; the tensor is borrowed for writing meanwhile.
+    unsafe { std::slice::from_raw_parts_mut(pointer, rows * columns) }
+}
+
+/// All values of a contiguous bf16 CPU matrix, as bits.
+pub(super) fn bf16_bits(tensor: &Tensor) -> &[u16] {
+    let (pointer, rows, columns) = check_kind::<u16>(tensor, Kind::BFloat16);
+    // SAFETY: `check_kind` made sure that `rows·columns` values lie there; the tensor is borrowed meanwhile.
+    unsafe { std::slice::from_raw_parts(pointer, rows * columns) }
+}
+
 /// Side of the square tiles in which a matrix is transposed: two of them fit the first-level cache.
 const TILE: usize = 64;
 
@@ -101,37 +150,6 @@ pub(super) fn mirror_lower(matrix: &Tensor) {
             }
         }
     });
-}
-
-/// `Σ product ∘ weight` over the columns before and from `split` on; contiguous bf16 CPU matrices `[N, C]` and `[N, K]`,
-/// `C ≤ K`. The result does not depend on the number of threads.
-pub(super) fn inner_products_bf16(product: &Tensor, weight: &Tensor, split: usize) -> [f64; 2] {
-    fn view(tensor: &Tensor) -> (&[u16], usize) {
-        let (pointer, rows, columns) = check_kind::<u16>(tensor, Kind::BFloat16);
-        // SAFETY: `check_kind` made sure that `rows·columns` values lie there; the tensor is borrowed meanwhile.
-        (unsafe { std::slice::from_raw_parts(pointer, rows * columns) }, columns)
-    }
-    let ((product, columns), (weight, stride)) = (view(product), view(weight));
-    let rows = product.par_chunks(columns).zip(weight.par_chunks(stride));
-    let sums = rows.map(|(p, w)| [dot_bf16(&p[..split], w), dot_bf16(&p[split..], &w[split..])]);
-    let sums: Vec<[f64; 2]> = sums.collect();
-    sums.iter().fold([0.0; 2], |[a, b], [c, d]| [a + c, b + d])
-}
-
-/// `Σ a·b` of bf16 bit patterns, as long as `a`.
-fn dot_bf16(a: &[u16], b: &[u16]) -> f64 {
-    const LANES: usize = 16;
-    let wide = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-    let mut sums = [0.0f32; LANES];
-    let (chunks, rest) = a.as_chunks::<LANES>();
-    for (a, b) in chunks.iter().zip(b.as_chunks::<LANES>().0) {
-        for lane in 0..LANES {
-            sums[lane] += wide(a[lane]) * wide(b[lane]);
-        }
-    }
-    let tail: f64 =
-        rest.iter().zip(&b[chunks.len() * LANES..]).map(|(&a, &b)| f64::from(wide(a) * wide(b))).sum();
-    sums.iter().map(|&s| f64::from(s)).sum::<f64>() + tail
 }
 
 fn check(tensor: &Tensor) -> (*mut f32, usize, usize) {

@@ -277,8 +277,7 @@ impl Layers<'_> {
         let name = format!("layer {layer}, {}", stage.name());
         let mut hessian = Some(hessian.finish(&name)?);
         let dense: Vec<&Tensor> = ids.iter().map(|id| &weights.of(id.kind).0).collect();
-        let energies =
-            dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w, energy_kind())));
+        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w)));
         let energies = energies.collect::<Result<Vec<_>>>()?;
         let mut solved: Vec<Vec<QuantizedLinear>> = self.variants.iter().map(|_| Vec::new()).collect();
 
@@ -337,9 +336,4 @@ impl Layers<'_> {
             self.progress.event(&Event::Warning(&text));
         }
     }
-}
-
-/// bf16 where the processor has it: the figure is reported with three digits, and the error is below that.
-fn energy_kind() -> Kind {
-    if super::fast_bf16() { Kind::BFloat16 } else { Kind::Float }
 }

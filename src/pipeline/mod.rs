@@ -65,7 +65,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let folder = OutputFolder::create(out)?;
     let mut sink = Branches::create(plan, checkpoint, out)?;
     let llama = Llama::new(checkpoint, plan.seq_len, kind, device)?;
-    let solver = CpuSolver;
+    let solver = CpuSolver::new();
     let layers =
         Layers { llama: &llama, solver: &solver, variants: &plan.variants, damp: plan.damp, progress };
 

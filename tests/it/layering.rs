@@ -8,13 +8,14 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 15] = [
+const LAYERS: [&str; 16] = [
     "error",
     "progress",
     "variant",
     "plan",
     "checkpoint",
     "calibration",
+    "amx",
     "gptq",
     "pack",
     "kernels",
@@ -27,7 +28,8 @@ const LAYERS: [&str; 15] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 9] = [
+const WITHOUT_LIBTORCH: [&str; 10] = [
+    "amx",
     "calibration",
     "gptq/grid.rs",
     "gptq/order.rs",

@@ -6,6 +6,9 @@
 
 use half::f16;
 
+#[cfg(target_arch = "x86_64")]
+use super::instructions::{Avx2, Avx512};
+use super::instructions::{Instructions, Plain};
 use crate::gptq::Grid;
 
 /// Rows of the weight handled together.
@@ -14,10 +17,17 @@ pub(super) const LANES: usize = 32;
 /// One value for each row of a tile.
 pub(super) type Lane = [f32; LANES];
 
+/// Columns of a factor that are multiplied together.
+pub(super) const COLUMNS: usize = 8;
+
+/// Neighbouring columns of a row of a factor. A factor `[J, C]` is a list of these: for each [`COLUMNS`] columns all
+/// rows, so that a product reads it in order; what is beyond the last column means nothing.
+pub(super) type Columns = [f32; COLUMNS];
+
 /// What all tiles of a panel share. Columns are counted from the panel's start.
 pub(super) struct Panel<'a> {
-    /// `Ũ_ppᵀ` `[P, P]`, lower triangular, row-major: `factor[c·P + j] = Ũ_jc`.
-    pub(super) factor: &'a [f32],
+    /// `Ũ_pp` `[P, P]`, upper triangular.
+    pub(super) factor: &'a [Columns],
     /// Group of each column, `[P]`.
     pub(super) groups: &'a [u32],
     /// Where a scale is fitted to the compensated weights; ascending, empty when all scales are known.
@@ -46,6 +56,50 @@ pub(super) struct Tile<'a> {
     pub(super) distance: &'a mut [f64; LANES],
 }
 
+impl Panel<'_> {
+    /// Rows `rows` of the columns `first..first + COLUMNS`; `first` is a multiple of [`COLUMNS`].
+    #[inline(always)]
+    fn rows(&self, first: usize, rows: std::ops::Range<usize>) -> &[Columns] {
+        &self.factor[first / COLUMNS * self.groups.len()..][rows]
+    }
+}
+
+/// `r[c] += Σ_j factor[j, c] · source[j]`, for the factor's [`COLUMNS`] columns and as many lanes, or fewer.
+pub(super) fn multiply_add(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+            // SAFETY: the features were detected on the line above.
+            return unsafe { multiply_add_avx512(factor, source, r) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the features were detected on the line above.
+            return unsafe { multiply_add_avx2(factor, source, r) };
+        }
+    }
+    multiply_add_any::<Plain>(factor, source, r);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,fma")]
+fn multiply_add_avx512(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
+    multiply_add_any::<Avx512>(factor, source, r);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn multiply_add_avx2(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
+    multiply_add_any::<Avx2>(factor, source, r);
+}
+
+#[inline(always)]
+fn multiply_add_any<I: Instructions>(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
+    let sums = I::product(factor, source);
+    for (r, sum) in r.iter_mut().zip(&sums) {
+        r.iter_mut().zip(sum).for_each(|(r, sum)| *r += sum);
+    }
+}
+
 /// Quantizes one tile over one panel.
 pub(super) fn solve_tile(panel: &Panel<'_>, tile: &mut Tile<'_>) {
     #[cfg(target_arch = "x86_64")]
@@ -59,36 +113,34 @@ pub(super) fn solve_tile(panel: &Panel<'_>, tile: &mut Tile<'_>) {
             return unsafe { solve_avx2(panel, tile) };
         }
     }
-    solve::<false, 2>(panel, tile);
+    solve::<Plain>(panel, tile);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,fma")]
 fn solve_avx512(panel: &Panel<'_>, tile: &mut Tile<'_>) {
-    solve::<true, 8>(panel, tile);
+    solve::<Avx512>(panel, tile);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 fn solve_avx2(panel: &Panel<'_>, tile: &mut Tile<'_>) {
-    solve::<true, 2>(panel, tile);
+    solve::<Avx2>(panel, tile);
 }
 
-/// `FMA`: whether `mul_add` is one instruction here (else it would be a library call). `WIDTH`: columns whose sums
-/// are held in registers together.
 #[inline(always)]
-fn solve<const FMA: bool, const WIDTH: usize>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+fn solve<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
     let columns = panel.groups.len();
     let mut start = 0;
     while start < columns {
         let fit = panel.fits.contains(&start);
         let end = block_end(panel, start);
         if fit {
-            compensate::<FMA, WIDTH>(panel, tile, start, end);
+            compensate::<I>(panel, tile, start, end);
             fit_scales(panel, tile, start, end);
         }
-        quantize_block::<FMA, WIDTH>(panel, tile, start, end);
-        push_residuals::<FMA, WIDTH>(panel, tile, start, end);
+        quantize_block::<I>(panel, tile, start, end);
+        push_residuals::<I>(panel, tile, start, end);
         start = end;
     }
 }
@@ -106,31 +158,24 @@ fn block_end(panel: &Panel<'_>, start: usize) -> usize {
 
 /// `scratch[c] = w_c − x_c` with `Ũ_ggᵀ x = r_g`: forward substitution.
 #[inline(always)]
-fn compensate<const FMA: bool, const WIDTH: usize>(
-    panel: &Panel<'_>,
-    tile: &mut Tile<'_>,
-    start: usize,
-    end: usize,
-) {
-    let p = panel.groups.len();
+fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let x = &mut *tile.scratch;
     let mut c = start;
     while c < end {
-        let width = WIDTH.min(end - c);
-        let mut sums = [[0.0; LANES]; WIDTH];
-        accumulate::<FMA, WIDTH>(&mut sums, width, panel.factor, p, c, start..c, x);
-        for (i, sum) in sums.iter_mut().enumerate().take(width) {
-            let column = c + i;
-            let row = &panel.factor[column * p..][..p];
-            for j in c..column {
-                axpy::<FMA>(sum, row[j], &x[j]);
+        let (first, next) = span(c, end);
+        let mut sums = I::product(panel.rows(first, start..c), &x[start..c]);
+        let own = panel.rows(first, c..next);
+        for column in c..next {
+            let sum = &mut sums[column - first];
+            for (factor, x) in own.iter().zip(&x[c..column]) {
+                axpy::<I>(sum, factor[column - first], x);
             }
-            let inverse = 1.0 / row[column];
+            let inverse = 1.0 / own[column - c][column - first];
             for l in 0..LANES {
                 x[column][l] = (tile.residuals[column][l] - sum[l]) * inverse;
             }
         }
-        c += width;
+        c = next;
     }
     for column in start..end {
         for l in 0..LANES {
@@ -159,28 +204,21 @@ fn fit_scales(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) 
 
 /// Quantizes the columns `start..end`; `residuals` already hold what comes from before `start`.
 #[inline(always)]
-fn quantize_block<const FMA: bool, const WIDTH: usize>(
-    panel: &Panel<'_>,
-    tile: &mut Tile<'_>,
-    start: usize,
-    end: usize,
-) {
-    let p = panel.groups.len();
+fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let max_code = f32::from(panel.grid.max_code());
     let d = &mut *tile.scratch;
     let (mut objective, mut distance) = ([0.0f32; LANES], [0.0f32; LANES]);
     let mut c = start;
     while c < end {
-        let width = WIDTH.min(end - c);
-        let mut sums = [[0.0; LANES]; WIDTH];
-        accumulate::<FMA, WIDTH>(&mut sums, width, panel.factor, p, c, start..c, d);
-        for (i, sum) in sums.iter_mut().enumerate().take(width) {
-            let column = c + i;
-            let row = &panel.factor[column * p..][..p];
-            for j in c..column {
-                axpy::<FMA>(sum, row[j], &d[j]);
+        let (first, next) = span(c, end);
+        let mut sums = I::product(panel.rows(first, start..c), &d[start..c]);
+        let own = panel.rows(first, c..next);
+        for column in c..next {
+            let sum = &mut sums[column - first];
+            for (factor, d) in own.iter().zip(&d[c..column]) {
+                axpy::<I>(sum, factor[column - first], d);
             }
-            let pivot = row[column];
+            let pivot = own[column - c][column - first];
             let group = panel.groups[column] as usize;
             let (scale, zero) = (&tile.scales[group], &tile.zeros[group]);
             let (weight, residual) = (&tile.weights[column], &tile.residuals[column]);
@@ -196,7 +234,7 @@ fn quantize_block<const FMA: bool, const WIDTH: usize>(
                 tile.codes[column][l] = code as i32 as u8;
             }
         }
-        c += width;
+        c = next;
     }
     for l in 0..LANES {
         tile.objective[l] += f64::from(objective[l]);
@@ -207,51 +245,29 @@ fn quantize_block<const FMA: bool, const WIDTH: usize>(
 
 /// Adds the effect of the columns `start..end` to the residuals of the columns behind them.
 #[inline(always)]
-fn push_residuals<const FMA: bool, const WIDTH: usize>(
-    panel: &Panel<'_>,
-    tile: &mut Tile<'_>,
-    start: usize,
-    end: usize,
-) {
-    let p = panel.groups.len();
+fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+    let columns = panel.groups.len();
     let mut c = end;
-    while c < p {
-        let width = WIDTH.min(p - c);
-        let mut sums = [[0.0; LANES]; WIDTH];
-        accumulate::<FMA, WIDTH>(&mut sums, width, panel.factor, p, c, start..end, tile.scratch);
-        for (i, sum) in sums.iter().enumerate().take(width) {
-            for l in 0..LANES {
-                tile.residuals[c + i][l] += sum[l];
-            }
+    while c < columns {
+        let (first, next) = span(c, columns);
+        let sums = I::product(panel.rows(first, start..end), &tile.scratch[start..end]);
+        for (residual, sum) in tile.residuals[c..next].iter_mut().zip(&sums[c - first..]) {
+            residual.iter_mut().zip(sum).for_each(|(r, sum)| *r += sum);
         }
-        c += width;
+        c = next;
     }
 }
 
-/// `sums[i] += Σ_{j in range} factor[(c+i)·p + j] · source[j]` for `i < width`.
+/// The columns from `c` on that are in one list of [`Columns`]: where that begins, and where they end.
 #[inline(always)]
-fn accumulate<const FMA: bool, const WIDTH: usize>(
-    sums: &mut [Lane; WIDTH],
-    width: usize,
-    factor: &[f32],
-    p: usize,
-    c: usize,
-    range: std::ops::Range<usize>,
-    source: &[Lane],
-) {
-    // Columns beyond `width` repeat the last one; their sums are thrown away.
-    let rows: [&[f32]; WIDTH] =
-        std::array::from_fn(|i| &factor[(c + i.min(width - 1)) * p..][range.start..range.end]);
-    for (j, values) in source[range].iter().enumerate() {
-        for i in 0..WIDTH {
-            axpy::<FMA>(&mut sums[i], rows[i][j], values);
-        }
-    }
+fn span(c: usize, end: usize) -> (usize, usize) {
+    let first = c / COLUMNS * COLUMNS;
+    (first, (first + COLUMNS).min(end))
 }
 
 #[inline(always)]
-fn axpy<const FMA: bool>(sum: &mut Lane, factor: f32, values: &Lane) {
+fn axpy<I: Instructions>(sum: &mut Lane, factor: f32, values: &Lane) {
     for l in 0..LANES {
-        sum[l] = if FMA { factor.mul_add(values[l], sum[l]) } else { sum[l] + factor * values[l] };
+        sum[l] = if I::FMA { factor.mul_add(values[l], sum[l]) } else { sum[l] + factor * values[l] };
     }
 }

@@ -8,6 +8,7 @@
 
 mod cholesky;
 mod cpu;
+mod instructions;
 mod kernel;
 pub mod reference;
 #[cfg(test)]

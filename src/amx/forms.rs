@@ -1,0 +1,149 @@
+//! Whole products: a Hessian from its inputs, and a quadratic form.
+
+use rayon::prelude::*;
+
+use super::{
+    Operand, Parts, SIDE, multiply_add,
+    operand::{fill_both_from_bf16, fill_left_rounded, fill_right_from_transposed},
+};
+
+/// Rows and columns of the product that are computed together: with the operands' parts they fit the second cache.
+const BLOCK: usize = 256;
+const BLOCK_STRIPS: usize = BLOCK / SIDE;
+/// Chunks of both operands that are used before the next ones, for the same reason.
+const DEPTH_CHUNKS: usize = 16;
+/// Tokens laid out together.
+const TOKENS: usize = 2048;
+
+/// `matrix[i, j] += Σ_t x[t, i] x[t, j]` for all `j ≤ i` and some more; `matrix` `[K, K]`, `x` `[T, K]` bf16 bits.
+///
+/// # Panics
+/// When the lengths contradict each other.
+pub fn add_gram(matrix: &mut [f32], k: usize, x: &[u16]) {
+    assert!(k > 0 && matrix.len() == k * k && x.len().is_multiple_of(k), "[K, K] and [T, K]");
+    for x in x.chunks(TOKENS * k) {
+        let (left, right) = both_sides(x, k);
+        // The last rows have the most columns; beginning with them, threads end together.
+        matrix.par_chunks_mut(BLOCK * k).enumerate().rev().for_each(|(block, rows)| {
+            let mut square = vec![0.0; BLOCK * BLOCK];
+            for first in (0..=block * BLOCK).step_by(BLOCK) {
+                square.fill(0.0);
+                product(&mut square, &left, block * BLOCK_STRIPS, &right, first / SIDE);
+                let width = BLOCK.min(k - first);
+                for (row, sums) in rows.chunks_mut(k).zip(square.chunks(BLOCK)) {
+                    row[first..first + width].iter_mut().zip(sums).for_each(|(h, sum)| *h += sum);
+                }
+            }
+        });
+    }
+}
+
+/// `[BLOCK, BLOCK]` of a product in one part, from the strips `i` of `left` and `j` of `right` on, as far as there are.
+fn product(square: &mut [f32], left: &Operand, i: usize, right: &Operand, j: usize) {
+    let (rows, columns) = ((left.strips() - i).min(BLOCK_STRIPS), (right.strips() - j).min(BLOCK_STRIPS));
+    let chunks = left.strip_len() / Parts::One.chunk_len();
+    for first in (0..chunks).step_by(DEPTH_CHUNKS) {
+        let end = (first + DEPTH_CHUNKS).min(chunks);
+        for column in 0..columns {
+            let right = right.chunks(j + column, first, end);
+            for row in 0..rows {
+                let c = &mut square[row * SIDE * BLOCK + column * SIDE..];
+                multiply_add(left.chunks(i + row, first, end), right, Parts::One, c, BLOCK);
+            }
+        }
+    }
+}
+
+fn both_sides(x: &[u16], k: usize) -> (Operand, Operand) {
+    let tokens = x.len() / k;
+    let operand = || Operand::zeros(tokens, k, Parts::One);
+    let (mut left, mut right) = (operand(), operand());
+    let (strip, chunk) = (left.strip_len(), Parts::One.chunk_len());
+    let strips = left.lines_mut().par_chunks_mut(strip).zip(right.lines_mut().par_chunks_mut(strip));
+    strips.enumerate().for_each(|(i, (left, right))| {
+        let columns = i * SIDE..((i + 1) * SIDE).min(k);
+        let chunks = left.chunks_exact_mut(chunk).zip(right.chunks_exact_mut(chunk));
+        for ((left, right), x) in chunks.zip(x.chunks(SIDE * k)) {
+            let rows: Vec<&[u16]> = x.chunks(k).map(|row| &row[columns.clone()]).collect();
+            fill_both_from_bf16(left, right, &rows);
+        }
+    });
+    (left, right)
+}
+
+/// `Σ_n w_n H w_nᵀ` over the rows of `weight` `[N, K]`, bf16 bits; `h` `[K, K]`, symmetric, of which only the blocks
+/// on and below the diagonal are read, and rounded to bf16. The sum's order does not depend on the number of threads.
+///
+/// # Panics
+/// When the lengths contradict each other.
+pub fn quadratic_form(h: &[f32], k: usize, weight: &[u16]) -> f64 {
+    assert!(k > 0 && h.len() == k * k && weight.len().is_multiple_of(k), "[K, K] and [N, K]");
+    let rows = weight.len() / k;
+    let right = transposed(weight, k);
+    let mut sum = 0.0;
+    for first in (0..k).step_by(BLOCK) {
+        let left = lower_columns(h, k, first);
+        let parts = (0..rows.div_ceil(BLOCK)).into_par_iter().map(|block| {
+            let mut square = vec![0.0; BLOCK * BLOCK];
+            let strips = block * BLOCK_STRIPS..((block + 1) * BLOCK_STRIPS).min(rows.div_ceil(SIDE));
+            let chunks = right.strip_len() / Parts::One.chunk_len();
+            let skipped = first / SIDE;
+            for begin in (skipped..chunks).step_by(DEPTH_CHUNKS) {
+                let end = (begin + DEPTH_CHUNKS).min(chunks);
+                for (column, strip) in strips.clone().enumerate() {
+                    let right = right.chunks(strip, begin, end);
+                    for row in 0..left.strips() {
+                        let c = &mut square[row * SIDE * BLOCK + column * SIDE..];
+                        let left = left.chunks(row, begin - skipped, end - skipped);
+                        multiply_add(left, right, Parts::One, c, BLOCK);
+                    }
+                }
+            }
+            let width = BLOCK.min(k - first);
+            let weights = weight[block * BLOCK * k..].chunks(k).take(BLOCK);
+            let columns = weights.enumerate().map(|(n, w)| {
+                let terms = w[first..first + width].iter().zip(square[n..].iter().step_by(BLOCK));
+                terms.map(|(&w, &c)| f64::from(f32::from_bits(u32::from(w) << 16) * c)).sum::<f64>()
+            });
+            columns.sum::<f64>()
+        });
+        sum += parts.collect::<Vec<f64>>().iter().sum::<f64>();
+    }
+    sum
+}
+
+/// `weightᵀ` `[K, N]` as a right operand.
+fn transposed(weight: &[u16], k: usize) -> Operand {
+    let mut right = Operand::zeros(k, weight.len() / k, Parts::One);
+    let (strip, chunk) = (right.strip_len(), Parts::One.chunk_len());
+    right.lines_mut().par_chunks_mut(strip).zip(weight.par_chunks(SIDE * k)).for_each(|(strip, rows)| {
+        for (i, chunk) in strip.chunks_exact_mut(chunk).enumerate() {
+            let columns = i * SIDE..((i + 1) * SIDE).min(k);
+            let rows: Vec<&[u16]> = rows.chunks(k).map(|row| &row[columns.clone()]).collect();
+            fill_right_from_transposed(chunk, &rows);
+        }
+    });
+    right
+}
+
+/// Columns `first..first + BLOCK` of the rows of `h` from `first` on, as a left operand. Rows below the block on the diagonal
+/// count twice, for the elements above the diagonal that they stand for too.
+fn lower_columns(h: &[f32], k: usize, first: usize) -> Operand {
+    let width = BLOCK.min(k - first);
+    let mut left = Operand::zeros(k - first, width, Parts::One);
+    let (strip, chunk) = (left.strip_len(), Parts::One.chunk_len());
+    left.lines_mut().par_chunks_mut(strip).enumerate().for_each(|(i, strip)| {
+        let columns = first + i * SIDE..(first + (i + 1) * SIDE).min(first + width);
+        for (chunk, d) in strip.chunks_exact_mut(chunk).zip((first..k).step_by(SIDE)) {
+            let mut square = [[0.0; SIDE]; SIDE];
+            let depth = SIDE.min(k - d);
+            for (row, d) in square.iter_mut().zip(d..d + depth) {
+                let factor = if d < first + width { 1.0 } else { 2.0 };
+                row.iter_mut().zip(&h[d * k..][columns.clone()]).for_each(|(to, h)| *to = factor * h);
+            }
+            let rows: Vec<&[f32]> = square[..depth].iter().map(|row| &row[..columns.len()]).collect();
+            fill_left_rounded(chunk, &rows);
+        }
+    });
+    left
+}

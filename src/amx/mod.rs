@@ -1,0 +1,22 @@
+//! Matrix products of bf16 values with fp32 sums on the processor's matrix unit (Intel AMX).
+//!
+//! libtorch's own bf16 product rounds its result to bf16, which a Hessian cannot bear; with fp32 operands it is eight
+//! times slower. Here operands are laid out once ([`Operand`]) and multiplied block by block with fp32 sums
+//! ([`multiply_add`]). An fp32 matrix is multiplied as two bf16 matrices, its rounded value and the rounded rest
+//! ([`Parts::Two`]): 16 bits of significand at three eighths of the cost of fp32.
+//!
+//! Letters: a product is `C[m, n] += Σ_d X[d, m] · Y[d, n]`, with `X` the left and `Y` the right operand and `d` their
+//! common depth, so that no operand need be transposed. Sums run in the order of `d`, whatever the number of threads.
+
+mod forms;
+mod operand;
+#[cfg(test)]
+mod tests;
+mod tiles;
+
+pub use forms::{add_gram, quadratic_form};
+pub use operand::{Line, Operand, Parts, Side, Square, fill_from_f32};
+pub use tiles::{available, multiply_add};
+
+/// Columns of an operand's strip, rows of its chunk, and side of the square of `C` that is computed at once.
+pub const SIDE: usize = 32;

@@ -1,0 +1,108 @@
+//! Against sums in f64, at sizes that fill neither strips nor chunks nor blocks.
+
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{RngCore, SeedableRng},
+};
+
+use super::{tiles::plain, *};
+
+/// Values of both signs and different size.
+fn values(count: usize, seed: u64) -> Vec<f32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut uniform = || f32::from((rng.next_u32() >> 16) as u16) / 32768.0 - 1.0;
+    (0..count).map(|_| uniform() * uniform() * 3.0).collect()
+}
+
+fn bf16(values: &[f32]) -> Vec<u16> {
+    values.iter().map(|&v| half::bf16::from_f32(v).to_bits()).collect()
+}
+
+fn wide(bits: u16) -> f64 {
+    f64::from(half::bf16::from_bits(bits))
+}
+
+fn operands(depth: usize, seed: u64) -> (Vec<f32>, Vec<f32>, Operand, Operand) {
+    let (x, y) = (values(depth * SIDE, seed), values(depth * SIDE, seed + 1));
+    let fill = |values: &[f32], side| {
+        let mut operand = Operand::zeros(depth, SIDE, Parts::Two);
+        let chunks = operand.lines_mut().chunks_exact_mut(Parts::Two.chunk_len());
+        for (chunk, rows) in chunks.zip(values.chunks(SIDE * SIDE)) {
+            let mut square = [[0.0; SIDE]; SIDE];
+            square.iter_mut().zip(rows.chunks(SIDE)).for_each(|(to, row)| to.copy_from_slice(row));
+            fill_from_f32(chunk, side, &square);
+        }
+        operand
+    };
+    let (left, right) = (fill(&x, Side::Left), fill(&y, Side::Right));
+    (x, y, left, right)
+}
+
+#[test]
+fn two_parts_are_nearly_fp32() {
+    for depth in [1, 32, 77, 512] {
+        let (x, y, left, right) = operands(depth, 1);
+        let stride = SIDE + 5;
+        let start = values(SIDE * stride, 3);
+        let mut c = start.clone();
+        multiply_add(left.strip(0), right.strip(0), Parts::Two, &mut c, stride);
+        let mut by_definition = start.clone();
+        plain(left.strip(0), right.strip(0), Parts::Two, &mut by_definition, stride);
+        for i in 0..SIDE {
+            for j in 0..stride {
+                let at = i * stride + j;
+                if j >= SIDE {
+                    assert_eq!(c[at], start[at], "outside the square");
+                    continue;
+                }
+                let terms = (0..depth).map(|d| f64::from(x[d * SIDE + i]) * f64::from(y[d * SIDE + j]));
+                let exact = f64::from(start[at]) + terms.clone().sum::<f64>();
+                let size = terms.map(f64::abs).sum::<f64>() + 1.0;
+                assert!((f64::from(c[at]) - exact).abs() < 2e-5 * size, "{depth} {i} {j}: {} {exact}", c[at]);
+                assert!((c[at] - by_definition[at]).abs() < 2e-6 * size as f32, "{depth} {i} {j}");
+            }
+        }
+    }
+}
+
+#[test]
+fn gram_is_exact_up_to_fp32_sums() {
+    for (tokens, k) in [(5, 3), (100, 70), (64, 300), (2100, 33)] {
+        let x = bf16(&values(tokens * k, 4));
+        let mut matrix = vec![1.0; k * k];
+        add_gram(&mut matrix, k, &x);
+        for i in 0..k {
+            for j in 0..=i {
+                let terms = (0..tokens).map(|t| wide(x[t * k + i]) * wide(x[t * k + j]));
+                let exact = 1.0 + terms.clone().sum::<f64>();
+                let size = terms.map(f64::abs).sum::<f64>() + 1.0;
+                let found = f64::from(matrix[i * k + j]);
+                assert!((found - exact).abs() < 1e-5 * size, "{tokens} {k} {i} {j}: {found} {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+fn quadratic_form_of_a_symmetric_matrix() {
+    for (n, k) in [(3, 5), (40, 70), (300, 290), (33, 600)] {
+        let x = values(k * k, 5);
+        let weight = values(n * k, 6);
+        let mut h = vec![0.0f32; k * k];
+        for i in 0..k {
+            for j in 0..k {
+                let sum: f64 = (0..k).map(|d| f64::from(x[d * k + i]) * f64::from(x[d * k + j])).sum();
+                // Blocks above the diagonal must not be read.
+                h[i * k + j] = if j / 256 > i / 256 { f32::NAN } else { sum as f32 };
+            }
+        }
+        let element = |i: usize, j: usize| f64::from(h[i.max(j) * k + i.min(j)]);
+        let of_row = |w: &[f32]| -> f64 {
+            let term = |i: usize, j: usize| f64::from(w[i]) * f64::from(w[j]) * element(i, j);
+            (0..k).map(|i| (0..k).map(|j| term(i, j)).sum::<f64>()).sum()
+        };
+        let exact: f64 = weight.chunks(k).map(of_row).sum();
+        let found = quadratic_form(&h, k, &bf16(&weight));
+        assert!((found / exact - 1.0).abs() < 5e-3, "{n} {k}: {found} {exact}");
+    }
+}

@@ -1,0 +1,163 @@
+//! The fast solver: matrix products for the cubic work (factorization, compensation between panels), the kernel for the
+//! columns.
+
+mod panel;
+mod stack;
+
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    Factorization, Factorized, Solution, Solver, cholesky, damping_steps,
+    kernel::{LANES, Lane},
+};
+use crate::{
+    amx,
+    error::{Error, Result, TorchContext},
+    gptq::{
+        ColumnOrder, Grid, Hessian, dead_columns,
+        raw::{Matrix, SharedMatrix},
+    },
+    variant::{GroupSize, Order, Variant},
+};
+use stack::Stack;
+
+/// Columns solved between two matrix products, unless a group is wider.
+const PANEL: usize = 256;
+
+/// Solves on the CPU in fp32; where the processor has AMX, compensation between panels is multiplied there, in two bf16
+/// parts a value.
+#[derive(Debug, Clone, Copy)]
+pub struct CpuSolver {
+    amx: bool,
+}
+
+impl CpuSolver {
+    /// The fastest way on this machine.
+    pub fn new() -> Self {
+        Self { amx: amx::available() }
+    }
+
+    /// With AMX or without; where there is none, in its place the same arithmetic in plain code, for tests.
+    pub fn with_amx(amx: bool) -> Self {
+        Self { amx }
+    }
+}
+
+impl Default for CpuSolver {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Solver for CpuSolver {
+    fn name(&self) -> &'static str {
+        if self.amx { "cpu-amx" } else { "cpu" }
+    }
+
+    fn factorize(
+        &self,
+        hessian: &Hessian,
+        desc_act: bool,
+        damp: f64,
+        stage: &str,
+    ) -> Result<Box<dyn Factorized>> {
+        let diagonal = hessian.diagonal()?;
+        let dead = dead_columns(&diagonal);
+        let alive = diagonal.len() - dead.len();
+        let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
+        let order = ColumnOrder::new(desc_act, &diagonal);
+        let reversed: Vec<u32> = order.columns().iter().rev().copied().collect();
+        for (raised, damp) in damping_steps(damp).enumerate() {
+            let lambda = damp * mean;
+            let lower = reordered(hessian, &reversed, mean, lambda)?;
+            if cholesky::in_place(&lower).torch("factorize a Hessian")? {
+                let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
+                let amx = self.amx;
+                return Ok(Box::new(CpuFactor { lower, order, dead, lambda, facts, amx }));
+            }
+        }
+        Err(Error::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 })
+    }
+}
+
+/// `H + λI` with rows and columns in the order of `columns`; only on and below the diagonal. Dead features, whose rows
+/// are zero, get `mean` on the diagonal.
+fn reordered(hessian: &Hessian, columns: &[u32], mean: f64, lambda: f64) -> Result<Tensor> {
+    let k = columns.len();
+    let lower =
+        Tensor::f_empty([k as i64, k as i64], (Kind::Float, Device::Cpu)).torch("allocate a factor")?;
+    let source = Matrix::new(hessian.matrix());
+    let target = SharedMatrix::new(&lower);
+    (0..k).into_par_iter().for_each(|i| {
+        // SAFETY: each row is written by the one task that has its index.
+        let row = unsafe { target.row_part(i, 0, k) };
+        let from = source.row(columns[i] as usize);
+        for (to, &c) in row[..=i].iter_mut().zip(columns) {
+            *to = from[c as usize];
+        }
+        row[i] = (if row[i] == 0.0 { mean } else { f64::from(row[i]) } + lambda) as f32;
+        // The blocks on the diagonal are read as a whole.
+        row[i + 1..].fill(0.0);
+    });
+    Ok(lower)
+}
+
+/// `H + λI`, with rows and columns in *reversed* quantization order, is `L Lᵀ`: `L` is `Ũ` with both axes reversed, so
+/// nothing has to be flipped. Position `p` of a reversed axis is column `K−1−p` of the quantization order.
+struct CpuFactor {
+    /// `L`, `[K, K]` fp32; what lies above the diagonal means nothing.
+    lower: Tensor,
+    order: ColumnOrder,
+    dead: Vec<u32>,
+    lambda: f64,
+    facts: Factorization,
+    amx: bool,
+}
+
+impl Factorized for CpuFactor {
+    fn facts(&self) -> &Factorization {
+        &self.facts
+    }
+
+    fn solve(&self, weights: &[&Tensor], variant: &Variant) -> Result<Vec<Solution>> {
+        let k = self.order.columns().len();
+        let width = match variant.group_size {
+            GroupSize::Features(size) if variant.order != Order::ActStatic => size.max(PANEL / size * size),
+            _ => PANEL,
+        };
+        let mut stack = self.stack(weights, width).torch("stack weights")?;
+        let groups = variant.group_size.groups(k);
+        let mut state = State {
+            scales: vec![[0.0; LANES]; groups * stack.layout.tiles()],
+            zeros: vec![[0.0; LANES]; groups * stack.layout.tiles()],
+            codes: vec![0; k * stack.layout.n],
+            objective: vec![0.0; stack.layout.n],
+            distance: vec![0.0; stack.layout.n],
+            groups,
+            grid: Grid::new(variant.bits, variant.symmetric),
+        };
+        // A panel that cannot hold its only group is one where that group's scale is fitted before the first column.
+        if variant.order == Order::ActStatic || variant.group_size == GroupSize::PerChannel {
+            self.fit_static(&stack, variant, &mut state);
+        }
+        for start in (0..k).step_by(width) {
+            self.solve_panel(&mut stack, start..(start + width).min(k), variant, &mut state)?;
+        }
+        drop(stack);
+        self.split(weights, variant, state)
+    }
+}
+
+/// What grows while the panels are solved. Per-row arrays are indexed by row of the stack, `[N]`.
+struct State {
+    /// `[tile][G]`.
+    scales: Vec<Lane>,
+    zeros: Vec<Lane>,
+    /// `[K, N]`, original feature order.
+    codes: Vec<u8>,
+    objective: Vec<f64>,
+    distance: Vec<f64>,
+    groups: usize,
+    grid: Grid,
+}

@@ -1,0 +1,224 @@
+//! A panel of columns for all rows: what the columns before it leave to it, then its own columns, tile by tile.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{CpuFactor, LANES, Lane, Stack, State, stack::Layout};
+use crate::{
+    amx::{self, Line, Operand, Parts, SIDE, Side, Square},
+    error::Result,
+    gptq::{
+        raw::{Matrix, SharedSlice},
+        solver::kernel::{self, COLUMNS, Columns, Panel, Tile},
+    },
+    variant::{GroupSize, Order, Variant},
+};
+
+// A tile is a strip of an operand, and a panel's lanes fill just as much memory as its strip.
+const _: () = assert!(LANES == SIDE);
+const _: () = assert!(SIDE * size_of::<Lane>() == 2 * SIDE * SIDE * size_of::<u16>());
+
+/// Tiles whose residuals are computed together, at most: each part of the factor is read once for all of them, and with
+/// it they fit the second cache.
+const MAX_TILES: usize = 8;
+
+/// `Ũ` of the solved columns (the depth: panel after panel, as in [`Layout`]) and a panel's columns.
+enum SolvedFactor {
+    /// A left operand in two parts.
+    Amx(Operand),
+    /// `[depth, P]`.
+    Fp32 { factor: Vec<Columns>, depth: usize },
+}
+
+impl CpuFactor {
+    /// Solves some columns of the quantization order for all rows.
+    pub(super) fn solve_panel(
+        &self,
+        stack: &mut Stack,
+        columns: Range<usize>,
+        variant: &Variant,
+        state: &mut State,
+    ) -> Result<()> {
+        let (layout, amx, groups) = (stack.layout, self.amx, state.groups);
+        let (p, order) = (columns.len(), self.order.columns());
+        let solved_factor = self.solved_factor(layout, &columns);
+        let own_factor = self.own_factor(&columns);
+        let size = variant.group_size.features(layout.k);
+        let fitted_here = variant.order != Order::ActStatic && variant.group_size != GroupSize::PerChannel;
+        let fits: Vec<usize> = if fitted_here { (0..p).step_by(size).collect() } else { Vec::new() };
+        let groups_of: Vec<u32> = columns.clone().map(|i| self.order.group_at(i, variant) as u32).collect();
+        let panel = Panel { factor: &own_factor, groups: &groups_of, fits: &fits, grid: state.grid };
+
+        let codes = SharedSlice::new(&mut state.codes);
+        let together = (layout.tiles() / (4 * rayon::current_num_threads())).clamp(1, MAX_TILES);
+        let blocks = stack
+            .lines_mut()
+            .par_chunks_mut(layout.tile_lines() * together)
+            .zip(state.scales.par_chunks_mut(groups * together))
+            .zip(state.zeros.par_chunks_mut(groups * together))
+            .zip(state.objective.par_chunks_mut(LANES * together))
+            .zip(state.distance.par_chunks_mut(LANES * together));
+        blocks.enumerate().for_each_init(
+            || Scratch::new(layout, together),
+            |scratch, (block, ((((lines, scales), zeros), objective), distance))| {
+                let Scratch { residuals, differences, codes: tile_codes } = scratch;
+                let residuals: &mut [Lane] = bytemuck::cast_slice_mut(residuals);
+                solved_factor.multiply(layout, lines, residuals);
+                let tiles = lines
+                    .chunks_mut(layout.tile_lines())
+                    .zip(residuals.chunks_mut(layout.padded()))
+                    .zip(scales.chunks_mut(groups).zip(zeros.chunks_mut(groups)))
+                    .zip(objective.chunks_mut(LANES).zip(distance.chunks_mut(LANES)));
+                for (i, (((lines, residuals), (scales, zeros)), (objective, distance))) in tiles.enumerate() {
+                    let tile = block * together + i;
+                    let lanes = layout.lanes(tile);
+                    for scales in scales.iter_mut() {
+                        // Lanes beyond the last row divide by 1, not by 0.
+                        scales[lanes..].fill(1.0);
+                    }
+                    let of_panel = columns.start / layout.width * layout.panel_lines();
+                    let lines = &mut lines[of_panel..][..layout.panel_lines()];
+                    let weights: &mut [Lane] = bytemuck::cast_slice_mut(lines);
+                    let (mut sum_objective, mut sum_distance) = ([0.0; LANES], [0.0; LANES]);
+                    kernel::solve_tile(
+                        &panel,
+                        &mut Tile {
+                            weights: &mut weights[..p],
+                            residuals: &mut residuals[..p],
+                            scratch: &mut differences[..p],
+                            codes: &mut tile_codes[..p],
+                            scales,
+                            zeros,
+                            objective: &mut sum_objective,
+                            distance: &mut sum_distance,
+                        },
+                    );
+                    objective.iter_mut().zip(sum_objective).for_each(|(to, sum)| *to += sum);
+                    distance.iter_mut().zip(sum_distance).for_each(|(to, sum)| *to += sum);
+                    for (&column, tile_codes) in order[columns.clone()].iter().zip(tile_codes.iter()) {
+                        // SAFETY: this task alone has this tile, and every column is solved once.
+                        let to = unsafe { codes.part(column as usize * layout.n + tile * LANES, lanes) };
+                        to.copy_from_slice(&tile_codes[..lanes]);
+                    }
+                    if amx {
+                        as_operand(lines, differences);
+                    }
+                }
+            },
+        );
+        Ok(())
+    }
+
+    /// `Ũ` of a panel's columns: the block of `L` on the diagonal, reversed on both axes.
+    fn own_factor(&self, columns: &Range<usize>) -> Vec<Columns> {
+        let (lower, last, p) = (Matrix::new(&self.lower), self.order.columns().len() - 1, columns.len());
+        let mut factor = vec![[0.0; COLUMNS]; p.div_ceil(COLUMNS) * p];
+        for (j, at) in columns.clone().enumerate() {
+            let row = lower.row(last - at);
+            for (c, column) in columns.clone().enumerate().skip(j) {
+                factor[c / COLUMNS * p + j][c % COLUMNS] = row[last - column];
+            }
+        }
+        factor
+    }
+
+    fn solved_factor(&self, layout: Layout, columns: &Range<usize>) -> SolvedFactor {
+        let lower = Matrix::new(&self.lower);
+        let (padded, depth) = (layout.padded(), columns.start / layout.width * layout.padded());
+        // `[depth, column]` of `Ũ`, which is `L` with both axes reversed; zero beyond the end of either.
+        let square = |strip: usize, depth: usize| -> Square {
+            let (panel, depth) = (depth / padded, depth % padded);
+            let end = layout.k - columns.start - strip * SIDE;
+            let begin = (layout.k - columns.end).max(end.saturating_sub(SIDE));
+            let mut square = [[0.0; SIDE]; SIDE];
+            for (d, to) in square.iter_mut().enumerate().take(layout.width - depth) {
+                let row = &lower.row(layout.k - 1 - (panel * layout.width + depth + d))[begin..end];
+                to.iter_mut().zip(row.iter().rev()).for_each(|(to, &l)| *to = l);
+            }
+            square
+        };
+        if self.amx {
+            let mut left = Operand::zeros(depth, columns.len(), Parts::Two);
+            let chunks = left.lines_mut().par_chunks_mut(Parts::Two.chunk_len()).enumerate();
+            chunks.for_each(|(i, chunk)| {
+                let of_strip = depth / SIDE;
+                amx::fill_from_f32(chunk, Side::Left, &square(i / of_strip, i % of_strip * SIDE));
+            });
+            return SolvedFactor::Amx(left);
+        }
+        let mut factor = vec![[0.0; COLUMNS]; columns.len().div_ceil(COLUMNS) * depth];
+        if depth > 0 {
+            const LISTS: usize = SIDE / COLUMNS;
+            factor.par_chunks_mut(LISTS * depth).enumerate().for_each(|(strip, lists)| {
+                for first in (0..depth).step_by(SIDE) {
+                    for (row, d) in square(strip, first).iter().zip(first..) {
+                        let parts = row.as_chunks().0.iter();
+                        lists.chunks_mut(depth).zip(parts).for_each(|(list, part)| list[d] = *part);
+                    }
+                }
+            });
+        }
+        SolvedFactor::Fp32 { factor, depth }
+    }
+}
+
+impl SolvedFactor {
+    /// Residuals `[tile][padded]` of some tiles, whose lines are given.
+    fn multiply(&self, layout: Layout, lines: &[Line], residuals: &mut [Lane]) {
+        residuals.fill([0.0; LANES]);
+        let padded = layout.padded();
+        let depth = match self {
+            Self::Amx(left) => left.strip_len() / Parts::Two.chunk_len() * SIDE,
+            Self::Fp32 { depth, .. } => *depth,
+        };
+        for first in (0..depth).step_by(padded) {
+            for (tile, r) in lines.chunks(layout.tile_lines()).zip(residuals.chunks_mut(padded)) {
+                let differences = &tile[first / padded * layout.panel_lines()..][..layout.panel_lines()];
+                match self {
+                    Self::Amx(left) => {
+                        let squares = r.as_flattened_mut().chunks_mut(SIDE * LANES);
+                        for (strip, square) in squares.enumerate().take(left.strips()) {
+                            let left = left.chunks(strip, first / SIDE, (first + padded) / SIDE);
+                            amx::multiply_add(left, differences, Parts::Two, square, LANES);
+                        }
+                    }
+                    Self::Fp32 { factor, depth } => {
+                        let differences = bytemuck::cast_slice(differences);
+                        for (factor, r) in factor.chunks(*depth).zip(r.chunks_mut(COLUMNS)) {
+                            kernel::multiply_add(&factor[first..], differences, r);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Replaces the lanes of a panel by its differences `[≥ P]` as the strip of a right operand.
+fn as_operand(lines: &mut [Line], differences: &[Lane]) {
+    let chunks = lines.chunks_exact_mut(Parts::Two.chunk_len());
+    for (chunk, square) in chunks.zip(differences.as_chunks().0) {
+        amx::fill_from_f32(chunk, Side::Right, square);
+    }
+}
+
+/// A thread's buffers for some tiles of a panel of `P` columns.
+struct Scratch {
+    /// `[tile][P, padded]` lanes, aligned as tile registers want them.
+    residuals: Vec<Line>,
+    /// `[P, padded]`; zero from `P` on.
+    differences: Vec<Lane>,
+    codes: Vec<[u8; LANES]>,
+}
+
+impl Scratch {
+    fn new(layout: Layout, tiles: usize) -> Self {
+        let padded = layout.padded();
+        Self {
+            residuals: bytemuck::zeroed_vec(tiles * layout.panel_lines()),
+            differences: vec![[0.0; LANES]; padded],
+            codes: vec![[0; LANES]; padded],
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The weights that are solved together, and how they are taken apart again.
+
+use half::f16;
+use rayon::prelude::*;
+use tch::{TchError, Tensor};
+
+use super::{CpuFactor, LANES, Lane, Solution, State};
+use crate::{
+    amx::{Line, SIDE},
+    error::{Error, Result},
+    gptq::{
+        QuantizedLinear,
+        raw::{Floats, floats},
+    },
+    variant::Variant,
+};
+
+/// Lines in the lanes of one column.
+pub(super) const LINES: usize = size_of::<Lane>() / size_of::<Line>();
+
+/// Weights one below the other, `N` rows in all, by tile, by panel, by column of the panel: everything that a tile needs
+/// lies together. A panel's part holds `W` until the panel is solved and `D` after, as lanes or as an operand's strip.
+pub(super) struct Stack {
+    lines: Vec<Line>,
+    pub(super) layout: Layout,
+}
+
+/// Where the stack's values lie.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Layout {
+    /// Rows of all weights.
+    pub(super) n: usize,
+    /// Columns in all.
+    pub(super) k: usize,
+    /// Columns of all panels but the last.
+    pub(super) width: usize,
+}
+
+impl Layout {
+    pub(super) fn tiles(self) -> usize {
+        self.n.div_ceil(LANES)
+    }
+
+    /// Rows in a tile.
+    pub(super) fn lanes(self, tile: usize) -> usize {
+        LANES.min(self.n - tile * LANES)
+    }
+
+    /// Columns of a panel with what fills its last chunk.
+    pub(super) fn padded(self) -> usize {
+        self.width.next_multiple_of(SIDE)
+    }
+
+    /// Lines of a panel in a tile.
+    pub(super) fn panel_lines(self) -> usize {
+        self.padded() * LINES
+    }
+
+    /// Lines of a tile.
+    pub(super) fn tile_lines(self) -> usize {
+        self.k.div_ceil(self.width) * self.panel_lines()
+    }
+
+    /// Where a column's lanes are among those of its tile.
+    fn at(self, column: usize) -> usize {
+        column / self.width * self.padded() + column % self.width
+    }
+}
+
+impl Stack {
+    /// All tiles, one after another.
+    pub(super) fn lines_mut(&mut self) -> &mut [Line] {
+        &mut self.lines
+    }
+}
+
+impl CpuFactor {
+    /// The weights in quantization order, for panels of `width` columns; dead features are zero.
+    pub(super) fn stack(&self, weights: &[&Tensor], width: usize) -> Result<Stack, TchError> {
+        let columns = self.order.columns();
+        let k = columns.len();
+        let weights = weights.iter().map(|w| w.f_contiguous()).collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<Floats<'_>> = weights
+            .iter()
+            .flat_map(|w| (0..w.size()[0] as usize).map(move |row| floats(w, row * k, k)))
+            .collect();
+        let layout = Layout { n: rows.len(), k, width };
+        let mut lines = bytemuck::zeroed_vec(layout.tiles() * layout.tile_lines());
+        let places: Vec<Option<usize>> = columns
+            .iter()
+            .enumerate()
+            .map(|(i, column)| self.dead.binary_search(column).is_err().then(|| layout.at(i)))
+            .collect();
+        let tiles = lines.par_chunks_mut(layout.tile_lines()).zip(rows.par_chunks(LANES));
+        tiles.for_each_init(
+            || vec![0.0; k * LANES],
+            |wide, (tile, rows)| {
+                let tile: &mut [Lane] = bytemuck::cast_slice_mut(tile);
+                rows.iter().zip(wide.chunks_mut(k)).for_each(|(row, wide)| row.widen(wide));
+                for (&column, place) in columns.iter().zip(&places) {
+                    if let Some(place) = *place {
+                        let to = tile[place][..rows.len()].iter_mut();
+                        to.zip(wide.chunks(k)).for_each(|(to, row)| *to = row[column as usize]);
+                    }
+                }
+            },
+        );
+        Ok(Stack { lines, layout })
+    }
+
+    /// Scales from the original weights, for groups known before the first column.
+    pub(super) fn fit_static(&self, stack: &Stack, variant: &Variant, state: &mut State) {
+        let (order, layout) = (&self.order, stack.layout);
+        let (groups, grid) = (state.groups, state.grid);
+        let tiles = state.scales.par_chunks_mut(groups).zip(state.zeros.par_chunks_mut(groups));
+        let tiles = tiles.zip(stack.lines.par_chunks(layout.tile_lines()));
+        tiles.enumerate().for_each(|(tile, ((scales, zeros), lines))| {
+            let weights: &[Lane] = bytemuck::cast_slice(lines);
+            let mut min = vec![[f32::INFINITY; LANES]; groups];
+            let mut max = vec![[f32::NEG_INFINITY; LANES]; groups];
+            for i in 0..layout.k {
+                let group = order.group_at(i, variant);
+                for (l, &w) in weights[layout.at(i)].iter().enumerate() {
+                    min[group][l] = min[group][l].min(w);
+                    max[group][l] = max[group][l].max(w);
+                }
+            }
+            for g in 0..groups {
+                for l in 0..layout.lanes(tile) {
+                    let step = grid.fit(f64::from(min[g][l]), f64::from(max[g][l]));
+                    scales[g][l] = step.scale.to_f32();
+                    zeros[g][l] = f32::from(step.zero);
+                }
+            }
+        });
+    }
+
+    /// Takes the stack apart again.
+    pub(super) fn split(
+        &self,
+        weights: &[&Tensor],
+        variant: &Variant,
+        state: State,
+    ) -> Result<Vec<Solution>> {
+        let State { scales, zeros, codes, objective, distance, groups, .. } = state;
+        let n = objective.len();
+        let g_idx = self.order.g_idx(variant);
+        let mut first = 0;
+        let mut solutions = Vec::with_capacity(weights.len());
+        for weight in weights {
+            let rows = weight.size()[0] as usize;
+            let range = first..first + rows;
+            first += rows;
+            let mut own_codes = vec![0; rows * g_idx.len()];
+            own_codes
+                .par_chunks_mut(rows)
+                .zip(codes.par_chunks(n))
+                .for_each(|(own, all)| own.copy_from_slice(&all[range.clone()]));
+            let of_row =
+                |values: &[Lane], g: usize, row: usize| values[row / LANES * groups + g][row % LANES];
+            let own = |values: &[Lane]| -> Vec<f32> {
+                (0..groups).flat_map(|g| range.clone().map(move |r| of_row(values, g, r))).collect()
+            };
+            let own_scales: Vec<f16> = own(&scales).into_iter().map(f16::from_f32).collect();
+            if let Some(at) = own_scales.iter().position(|s| !s.is_finite()) {
+                let place = format!("scale of group {}, output feature {}", at / rows, at % rows);
+                return Err(Error::Fp16Overflow { place, value: f32::INFINITY });
+            }
+            let own_zeros = own(&zeros).into_iter().map(|z| z as u8).collect();
+            let linear = QuantizedLinear::new(variant.bits, own_codes, own_scales, own_zeros, g_idx.clone());
+            // tr(D (H+λI) Dᵀ) less λ‖D‖² is the undamped error.
+            let damped: f64 = objective[range.clone()].iter().sum();
+            let distance: f64 = distance[range].iter().sum();
+            let squared_error = (damped - self.lambda * distance).max(0.0);
+            solutions.push(Solution { linear, squared_error });
+        }
+        Ok(solutions)
+    }
+}
