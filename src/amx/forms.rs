@@ -3,8 +3,8 @@
 use rayon::prelude::*;
 
 use super::{
-    Operand, Parts, SIDE, multiply_add,
-    operand::{fill_both_from_bf16, fill_left_rounded, fill_right_from_transposed},
+    Line, Operand, Parts, SIDE, multiply_add,
+    operand::{fill_both_from_bf16, fill_left_rounded, fill_right_from_transposed, right_values},
 };
 
 /// Rows and columns of the product that are computed together: with the operands' parts they fit the second cache.
@@ -15,23 +15,31 @@ const DEPTH_CHUNKS: usize = 16;
 /// Tokens laid out together.
 const TOKENS: usize = 2048;
 
-/// `matrix[i, j] += Σ_t x[t, i] x[t, j]` for all `j ≤ i` and some more; `matrix` `[K, K]`, `x` `[T, K]` bf16 bits.
+/// `matrix[i, j] = Σ_t x[t, i] x[t, j]` for all `j ≤ i` and some more, or `+=` if `add`; `matrix` `[K, K]`, `x` `[T, K]`
+/// bf16 bits.
 ///
 /// # Panics
 /// When the lengths contradict each other.
-pub fn add_gram(matrix: &mut [f32], k: usize, x: &[u16]) {
+pub fn gram(matrix: &mut [f32], k: usize, x: &[u16], add: bool) {
     assert!(k > 0 && matrix.len() == k * k && x.len().is_multiple_of(k), "[K, K] and [T, K]");
-    for x in x.chunks(TOKENS * k) {
+    for (i, x) in x.chunks(TOKENS * k).enumerate() {
+        let add = add || i > 0;
         let (left, right) = both_sides(x, k);
         // The last rows have the most columns; beginning with them, threads end together.
-        matrix.par_chunks_mut(BLOCK * k).enumerate().rev().for_each(|(block, rows)| {
-            let mut square = vec![0.0; BLOCK * BLOCK];
+        let blocks = matrix.par_chunks_mut(BLOCK * k).enumerate().rev();
+        blocks.for_each_init(block_buffer, |square, (block, rows)| {
+            let square = bytemuck::cast_slice_mut(square);
             for first in (0..=block * BLOCK).step_by(BLOCK) {
                 square.fill(0.0);
-                product(&mut square, &left, block * BLOCK_STRIPS, &right, first / SIDE);
+                product(square, &left, block * BLOCK_STRIPS, &right, first / SIDE);
                 let width = BLOCK.min(k - first);
                 for (row, sums) in rows.chunks_mut(k).zip(square.chunks(BLOCK)) {
-                    row[first..first + width].iter_mut().zip(sums).for_each(|(h, sum)| *h += sum);
+                    let row = &mut row[first..first + width];
+                    if add {
+                        row.iter_mut().zip(sums).for_each(|(h, sum)| *h += sum);
+                    } else {
+                        row.copy_from_slice(&sums[..width]);
+                    }
                 }
             }
         });
@@ -71,27 +79,34 @@ fn both_sides(x: &[u16], k: usize) -> (Operand, Operand) {
     (left, right)
 }
 
-/// `Σ_n w_n H w_nᵀ` over the rows of `weight` `[N, K]`, bf16 bits; `h` `[K, K]`, symmetric, of which only the blocks
-/// on and below the diagonal are read, and rounded to bf16. The sum's order does not depend on the number of threads.
+/// `Σ_n w_n H w_nᵀ` over the rows of a weight `[N, K]`, which `widen` makes fp32; `h` `[K, K]`, symmetric, of which only the
+/// blocks on and below the diagonal are read. Both are rounded to bf16. The sum's order does not depend on the number of
+/// threads.
 ///
 /// # Panics
 /// When the lengths contradict each other.
-pub fn quadratic_form(h: &[f32], k: usize, weight: &[u16]) -> f64 {
-    assert!(k > 0 && h.len() == k * k && weight.len().is_multiple_of(k), "[K, K] and [N, K]");
-    let rows = weight.len() / k;
-    let right = transposed(weight, k);
+pub fn quadratic_form<R: Sync>(
+    h: &[f32],
+    k: usize,
+    weight: &[R],
+    widen: impl Fn(&R, &mut [f32]) + Sync,
+) -> f64 {
+    assert!(k > 0 && h.len() == k * k, "[K, K]");
+    let weight = transposed(weight, k, widen);
+    let chunk = Parts::One.chunk_len();
     let mut sum = 0.0;
     for first in (0..k).step_by(BLOCK) {
         let left = lower_columns(h, k, first);
-        let parts = (0..rows.div_ceil(BLOCK)).into_par_iter().map(|block| {
-            let mut square = vec![0.0; BLOCK * BLOCK];
-            let strips = block * BLOCK_STRIPS..((block + 1) * BLOCK_STRIPS).min(rows.div_ceil(SIDE));
-            let chunks = right.strip_len() / Parts::One.chunk_len();
-            let skipped = first / SIDE;
+        let (skipped, chunks) = (first / SIDE, weight.strip_len() / chunk);
+        let blocks = (0..weight.strips()).into_par_iter().step_by(BLOCK_STRIPS);
+        let sums = blocks.map_init(block_buffer, |square, block| {
+            let square: &mut [f32] = bytemuck::cast_slice_mut(square);
+            square.fill(0.0);
+            let strips = block..(block + BLOCK_STRIPS).min(weight.strips());
             for begin in (skipped..chunks).step_by(DEPTH_CHUNKS) {
                 let end = (begin + DEPTH_CHUNKS).min(chunks);
                 for (column, strip) in strips.clone().enumerate() {
-                    let right = right.chunks(strip, begin, end);
+                    let right = weight.chunks(strip, begin, end);
                     for row in 0..left.strips() {
                         let c = &mut square[row * SIDE * BLOCK + column * SIDE..];
                         let left = left.chunks(row, begin - skipped, end - skipped);
@@ -99,30 +114,47 @@ pub fn quadratic_form(h: &[f32], k: usize, weight: &[u16]) -> f64 {
                     }
                 }
             }
-            let width = BLOCK.min(k - first);
-            let weights = weight[block * BLOCK * k..].chunks(k).take(BLOCK);
-            let columns = weights.enumerate().map(|(n, w)| {
-                let terms = w[first..first + width].iter().zip(square[n..].iter().step_by(BLOCK));
-                terms.map(|(&w, &c)| f64::from(f32::from_bits(u32::from(w) << 16) * c)).sum::<f64>()
-            });
-            columns.sum::<f64>()
+            let mut sums = [0.0f64; 16];
+            for (column, strip) in strips.enumerate() {
+                for d in 0..BLOCK.min(k - first) {
+                    let at = skipped + d / SIDE;
+                    for half in 0..2 {
+                        let w = right_values(weight.chunks(strip, at, at + 1), d % SIDE, half);
+                        let product = &square[d * BLOCK + column * SIDE + half * 16..][..16];
+                        sums.iter_mut()
+                            .zip(w.iter().zip(product))
+                            .for_each(|(s, (w, p))| *s += f64::from(w * p));
+                    }
+                }
+            }
+            sums.iter().sum::<f64>()
         });
-        sum += parts.collect::<Vec<f64>>().iter().sum::<f64>();
+        sum += sums.collect::<Vec<f64>>().iter().sum::<f64>();
     }
     sum
 }
 
+/// `[BLOCK, BLOCK]` floats, aligned as tile registers want them.
+fn block_buffer() -> Vec<Line> {
+    bytemuck::zeroed_vec(BLOCK * BLOCK * size_of::<f32>() / size_of::<Line>())
+}
+
 /// `weightᵀ` `[K, N]` as a right operand.
-fn transposed(weight: &[u16], k: usize) -> Operand {
-    let mut right = Operand::zeros(k, weight.len() / k, Parts::One);
+fn transposed<R: Sync>(weight: &[R], k: usize, widen: impl Fn(&R, &mut [f32]) + Sync) -> Operand {
+    let mut right = Operand::zeros(k, weight.len(), Parts::One);
     let (strip, chunk) = (right.strip_len(), Parts::One.chunk_len());
-    right.lines_mut().par_chunks_mut(strip).zip(weight.par_chunks(SIDE * k)).for_each(|(strip, rows)| {
-        for (i, chunk) in strip.chunks_exact_mut(chunk).enumerate() {
-            let columns = i * SIDE..((i + 1) * SIDE).min(k);
-            let rows: Vec<&[u16]> = rows.chunks(k).map(|row| &row[columns.clone()]).collect();
-            fill_right_from_transposed(chunk, &rows);
-        }
-    });
+    right.lines_mut().par_chunks_mut(strip).zip(weight.par_chunks(SIDE)).for_each_init(
+        || vec![0.0; SIDE * k],
+        |wide, (strip, rows)| {
+            rows.iter().zip(wide.chunks_mut(k)).for_each(|(row, wide)| widen(row, wide));
+            for (i, chunk) in strip.chunks_exact_mut(chunk).enumerate() {
+                let columns = i * SIDE..((i + 1) * SIDE).min(k);
+                let rows: Vec<&[f32]> =
+                    wide.chunks(k).take(rows.len()).map(|row| &row[columns.clone()]).collect();
+                fill_right_from_transposed(chunk, &rows);
+            }
+        },
+    );
     right
 }
 

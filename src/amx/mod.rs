@@ -14,7 +14,7 @@ mod operand;
 mod tests;
 mod tiles;
 
-pub use forms::{add_gram, quadratic_form};
+pub use forms::{gram, quadratic_form};
 pub use operand::{Line, Operand, Parts, Side, Square, fill_from_f32};
 pub use tiles::{available, multiply_add};
 

@@ -158,22 +158,26 @@ pub(super) fn fill_both_from_bf16(left: &mut [Line], right: &mut [Line], rows: &
     }
 }
 
-/// Lays out the transpose of up to [`SIDE`] rows of up to [`SIDE`] bf16 values as a chunk of a right operand in one part.
-pub(super) fn fill_right_from_transposed(chunk: &mut [Line], rows: &[&[u16]]) {
+/// Lays out the transpose of up to [`SIDE`] rows of up to [`SIDE`] fp32 values, rounded to bf16, as a chunk of a right
+/// operand in one part.
+pub(super) fn fill_right_from_transposed(chunk: &mut [Line], rows: &[&[f32]]) {
     assert!(chunk.len() == CHUNK && rows.len() <= SIDE);
-    let mut tiles = [[[0u32; 16]; TILE]; 2];
     for (c, row) in rows.iter().enumerate() {
+        let tile = &mut chunk[c / TILE * TILE..];
         let (pairs, rest) = row.as_chunks::<2>();
-        for (pair, [a, b]) in pairs.iter().enumerate() {
-            tiles[c / 16][pair][c % 16] = u32::from(*a) | u32::from(*b) << 16;
+        for (line, [a, b]) in tile.iter_mut().zip(pairs) {
+            line.0[c % 16] = rounded(*a) >> 16 | rounded(*b);
         }
         if let [last] = rest {
-            tiles[c / 16][pairs.len()][c % 16] = u32::from(*last);
+            tile[pairs.len()].0[c % 16] = rounded(*last) >> 16;
         }
     }
-    for (half, tile) in tiles.iter().enumerate() {
-        store(&mut chunk[half * TILE..][..TILE], Side::Right, tile);
-    }
+}
+
+/// The 16 values of row `d` of a chunk of a right operand in one part, columns `16·half` and on.
+pub(super) fn right_values(chunk: &[Line], d: usize, half: usize) -> [f32; 16] {
+    let shift = if d.is_multiple_of(2) { 16 } else { 0 };
+    chunk[half * TILE + d / 2].0.map(|pair| f32::from_bits((pair << shift) & 0xFFFF_0000))
 }
 
 /// Lays out up to [`SIDE`] rows of up to [`SIDE`] fp32 values, rounded to bf16, as a chunk of a left operand in one part.

@@ -15,7 +15,7 @@ const BLOCK: i64 = 1024;
 /// The Hessian of a stage's inputs, accumulated in fp32 in the order in which batches arrive.
 #[derive(Debug)]
 pub struct Hessian {
-    /// `[K, K]` fp32; while accumulating only the lower block triangle is valid.
+    /// `[K, K]` fp32; while accumulating only the lower block triangle is valid, before the first batch nothing.
     matrix: Tensor,
     tokens: u64,
     finished: bool,
@@ -28,7 +28,7 @@ impl Hessian {
     /// When libtorch cannot allocate it.
     pub fn new(in_features: usize, device: Device) -> Result<Self> {
         let k = in_features as i64;
-        let matrix = Tensor::f_zeros([k, k], (Kind::Float, device)).torch("allocate a Hessian")?;
+        let matrix = Tensor::f_empty([k, k], (Kind::Float, device)).torch("allocate a Hessian")?;
         Ok(Self { matrix, tokens: 0, finished: false })
     }
 
@@ -44,10 +44,11 @@ impl Hessian {
     fn accumulate(&mut self, inputs: &Tensor) -> Result<(), TchError> {
         let k = self.matrix.size()[0];
         let x = inputs.f_reshape([-1, k])?;
+        let first = self.tokens == 0;
         self.tokens += x.size()[0] as u64;
         if (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu) && amx::available() {
             let x = x.f_contiguous()?;
-            amx::add_gram(raw::floats_mut(&mut self.matrix), k as usize, raw::bf16_bits(&x));
+            amx::gram(raw::floats_mut(&mut self.matrix), k as usize, raw::bf16_bits(&x), !first);
             return Ok(());
         }
         let x = x.f_to_kind(Kind::Float)?;
@@ -56,7 +57,11 @@ impl Hessian {
             let mut block = self.matrix.f_narrow(0, start, rows)?.f_narrow(1, 0, start + rows)?;
             let left = x.f_narrow(1, start, rows)?.f_tr()?;
             let right = x.f_narrow(1, 0, start + rows)?;
-            let _ = block.f_addmm_(&left, &right)?;
+            if first {
+                block.f_copy_(&left.f_mm(&right)?)?;
+            } else {
+                let _ = block.f_addmm_(&left, &right)?;
+            }
         }
         Ok(())
     }
@@ -67,7 +72,10 @@ impl Hessian {
     /// # Errors
     /// When any input was NaN or infinite, or all were zero.
     pub fn finish(mut self, stage: &str) -> Result<Self> {
-        let scaled = self.matrix.f_div_scalar_(self.tokens.max(1) as f64);
+        if self.tokens == 0 {
+            return Err(Error::EmptyHessian { stage: stage.to_owned() });
+        }
+        let scaled = self.matrix.f_div_scalar_(self.tokens as f64);
         drop(scaled.torch("scale a Hessian")?);
         self.mirror().torch("mirror a Hessian")?;
         self.finished = true;
@@ -131,10 +139,11 @@ impl Hessian {
     /// When libtorch cannot compute it.
     pub fn output_energy(&self, weight: &Tensor) -> Result<f64> {
         if self.matrix.device() == Device::Cpu && amx::available() {
-            let weight = weight.f_to_kind(Kind::BFloat16).and_then(|w| w.f_contiguous());
-            let weight = weight.torch("measure a linear's output")?;
-            let h = raw::Matrix::new(&self.matrix);
-            return Ok(amx::quadratic_form(h.all(), self.in_features(), raw::bf16_bits(&weight)));
+            let weight = weight.f_contiguous().torch("measure a linear's output")?;
+            let (h, k) = (raw::Matrix::new(&self.matrix), self.in_features());
+            let rows: Vec<_> =
+                (0..weight.size()[0] as usize).map(|row| raw::floats(&weight, row * k, k)).collect();
+            return Ok(amx::quadratic_form(h.all(), k, &rows, |row, to| row.widen(to)));
         }
         self.output_energy_fp32(weight).torch("measure a linear's output")
     }

@@ -1,6 +1,6 @@
 //! The result of a solve: codes, scales, zeros and groups of one linear, unpacked.
 
-use half::f16;
+use half::{f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 use crate::variant::Bits;
@@ -81,17 +81,28 @@ impl QuantizedLinear {
 
     /// The dense weight, transposed: `[K, N]`, each value exact in f32 and then given to `convert`.
     pub fn dequantize<T: Send + Copy + Default>(&self, convert: impl Fn(f32) -> T + Sync) -> Vec<T> {
-        let n = self.out_features;
         let mut dense = vec![T::default(); self.codes.len()];
+        self.dequantize_into(&mut dense, convert);
+        dense
+    }
+
+    /// [`QuantizedLinear::dequantize`] into memory that is there.
+    ///
+    /// # Panics
+    /// When `dense` has not `K·N` elements.
+    pub fn dequantize_into<T: Send>(&self, dense: &mut [T], convert: impl Fn(f32) -> T + Sync) {
+        assert_eq!(dense.len(), self.codes.len(), "[K, N]");
+        let n = self.out_features;
+        let mut all_scales = vec![0.0f32; self.scales.len()];
+        self.scales.convert_to_f32_slice(&mut all_scales);
         dense.par_chunks_mut(n).zip(self.codes.par_chunks(n)).zip(&self.g_idx).for_each(
             |((out, codes), &g)| {
                 let group = g as usize * n..(g as usize + 1) * n;
-                let (scales, zeros) = (&self.scales[group.clone()], &self.zeros[group]);
+                let (scales, zeros) = (&all_scales[group.clone()], &self.zeros[group]);
                 for (((out, &code), scale), &zero) in out.iter_mut().zip(codes).zip(scales).zip(zeros) {
-                    *out = convert(scale.to_f32() * (f32::from(code) - f32::from(zero)));
+                    *out = convert(scale * (f32::from(code) - f32::from(zero)));
                 }
             },
         );
-        dense
     }
 }

@@ -43,20 +43,13 @@ impl Dense {
         device: Device,
     ) -> Result<Self> {
         let size = [linear.in_features() as i64, linear.out_features() as i64];
-        let transposed = match kind {
-            Kind::BFloat16 => {
-                let dense = linear.dequantize(|w| half::bf16::from_f32(w).to_bits());
-                Tensor::f_from_data_size(bytemuck::cast_slice(&dense), &size, kind)
-            }
-            Kind::Half => {
-                let dense = linear.dequantize(|w| half::f16::from_f32(w).to_bits());
-                Tensor::f_from_data_size(bytemuck::cast_slice(&dense), &size, kind)
-            }
-            _ => {
-                Tensor::f_from_data_size(bytemuck::cast_slice(&linear.dequantize(|w| w)), &size, Kind::Float)
-            }
-        };
-        let weight = transposed.and_then(|w| w.f_to_device(device)?.f_tr()).torch("dequantize a linear")?;
+        let transposed = Tensor::f_empty(&size, (kind, Device::Cpu)).torch("dequantize a linear")?;
+        match kind {
+            Kind::BFloat16 => linear.dequantize_into(values_mut(&transposed), bf16_from_f32),
+            Kind::Half => linear.dequantize_into(values_mut(&transposed), half::f16::from_f32),
+            _ => linear.dequantize_into(values_mut(&transposed), |w: f32| w),
+        }
+        let weight = transposed.f_to_device(device).and_then(|w| w.f_tr()).torch("dequantize a linear")?;
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
         Ok(Self { weight, bias })
     }
@@ -76,6 +69,20 @@ impl Linear for Dense {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.f_linear(&self.weight, self.bias.as_ref()).torch("multiply with a weight")
     }
+}
+
+/// The nearest bf16 value of a number, ties to even; unlike `half`'s, without a branch for NaN, so that it vectorizes.
+fn bf16_from_f32(x: f32) -> half::bf16 {
+    let bits = x.to_bits();
+    half::bf16::from_bits((bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16) as u16)
+}
+
+/// The values of a tensor that was just made.
+#[expect(clippy::mut_from_ref, reason = "tensors own their memory behind a shared handle")]
+fn values_mut<T: bytemuck::Pod>(new: &Tensor) -> &mut [T] {
+    assert!(new.is_contiguous() && new.kind().elt_size_in_bytes() == size_of::<T>());
+    // SAFETY: contiguous, of elements of this size, and nobody else knows of it yet.
+    unsafe { std::slice::from_raw_parts_mut(new.data_ptr().cast(), new.numel()) }
 }
 
 /// A packed linear, multiplied without a dense copy of its weight. CPU, fp32.
@@ -110,9 +117,7 @@ impl Linear for Packed<'_> {
         let mut size = x.size();
         *size.last_mut().expect("an input has at least one axis") = n as i64;
         let y = Tensor::f_zeros(&size, (Kind::Float, Device::Cpu)).torch("allocate an output")?;
-        // SAFETY: just allocated, contiguous, `rows·n` values, and nobody else knows of it.
-        let output = unsafe { std::slice::from_raw_parts_mut(y.data_ptr().cast::<f32>(), rows * n) };
-        kernels::matmul(input, rows, &self.weight, output);
+        kernels::matmul(input, rows, &self.weight, values_mut(&y));
         match &self.bias {
             Some(bias) => y.f_add(bias).torch("add a bias"),
             None => Ok(y),

@@ -5,7 +5,7 @@ use tch::Tensor;
 use crate::{calibration::Windows, error::Result, model::Llama};
 
 /// Tokens that go through the model together: enough to keep the processor busy, few enough to stay small.
-const BATCH_TOKENS: usize = 4096;
+const BATCH_TOKENS: usize = 1024;
 
 /// Hidden states `[B, S, hidden]` of one variant, batch by batch.
 #[derive(Debug)]

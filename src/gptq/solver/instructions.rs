@@ -7,19 +7,17 @@ use super::kernel::{COLUMNS, Columns, LANES, Lane};
 /// An instruction set. Its functions may be called only where the processor has it, and must be inlined into a function
 /// that is compiled for it.
 pub(super) trait Instructions {
-    /// Whether `mul_add` is one instruction; else it would be a library call.
-    const FMA: bool;
-
     /// `Σ_j factor[j, c] · source[j]` for all `c`; of the longer argument only the beginning.
     fn product(factor: &[Columns], source: &[Lane]) -> [Lane; COLUMNS];
+
+    /// `sum += Σ_j factor[j, c] · source[j]`; of the longer argument only the beginning.
+    fn add_column(sum: &mut Lane, factor: &[Columns], c: usize, source: &[Lane]);
 }
 
 /// What every processor has.
 pub(super) struct Plain;
 
 impl Instructions for Plain {
-    const FMA: bool = false;
-
     #[inline(always)]
     fn product(factor: &[Columns], source: &[Lane]) -> [Lane; COLUMNS] {
         let mut sums = [[0.0; LANES]; COLUMNS];
@@ -31,6 +29,15 @@ impl Instructions for Plain {
             }
         }
         sums
+    }
+
+    #[inline(always)]
+    fn add_column(sum: &mut Lane, factor: &[Columns], c: usize, source: &[Lane]) {
+        for (factor, source) in factor.iter().zip(source) {
+            for l in 0..LANES {
+                sum[l] += factor[c] * source[l];
+            }
+        }
     }
 }
 
@@ -50,8 +57,6 @@ mod x86 {
 
     /// All columns at once: 16 of 32 registers hold sums of 16 lanes.
     impl Instructions for Avx512 {
-        const FMA: bool = true;
-
         #[inline(always)]
         fn product(factor: &[Columns], source: &[Lane]) -> [Lane; COLUMNS] {
             const PARTS: usize = LANES / 16;
@@ -77,12 +82,25 @@ mod x86 {
             }
             out
         }
+
+        #[inline(always)]
+        fn add_column(sum: &mut Lane, factor: &[Columns], c: usize, source: &[Lane]) {
+            // SAFETY: as above.
+            unsafe {
+                for p in 0..LANES / 16 {
+                    let mut part = _mm512_loadu_ps(sum.as_ptr().add(16 * p));
+                    for (factor, source) in factor.iter().zip(source) {
+                        let source = _mm512_loadu_ps(source.as_ptr().add(16 * p));
+                        part = _mm512_fmadd_ps(_mm512_set1_ps(factor[c]), source, part);
+                    }
+                    _mm512_storeu_ps(sum.as_mut_ptr().add(16 * p), part);
+                }
+            }
+        }
     }
 
     /// Two columns at a time: 8 of 16 registers hold sums of 8 lanes.
     impl Instructions for Avx2 {
-        const FMA: bool = true;
-
         #[inline(always)]
         fn product(factor: &[Columns], source: &[Lane]) -> [Lane; COLUMNS] {
             const PARTS: usize = LANES / 8;
@@ -108,6 +126,21 @@ mod x86 {
                 }
             }
             out
+        }
+
+        #[inline(always)]
+        fn add_column(sum: &mut Lane, factor: &[Columns], c: usize, source: &[Lane]) {
+            // SAFETY: as above.
+            unsafe {
+                for p in 0..LANES / 8 {
+                    let mut part = _mm256_loadu_ps(sum.as_ptr().add(8 * p));
+                    for (factor, source) in factor.iter().zip(source) {
+                        let source = _mm256_loadu_ps(source.as_ptr().add(8 * p));
+                        part = _mm256_fmadd_ps(_mm256_set1_ps(factor[c]), source, part);
+                    }
+                    _mm256_storeu_ps(sum.as_mut_ptr().add(8 * p), part);
+                }
+            }
         }
     }
 }

@@ -167,9 +167,7 @@ fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: us
         let own = panel.rows(first, c..next);
         for column in c..next {
             let sum = &mut sums[column - first];
-            for (factor, x) in own.iter().zip(&x[c..column]) {
-                axpy::<I>(sum, factor[column - first], x);
-            }
+            I::add_column(sum, own, column - first, &x[c..column]);
             let inverse = 1.0 / own[column - c][column - first];
             for l in 0..LANES {
                 x[column][l] = (tile.residuals[column][l] - sum[l]) * inverse;
@@ -208,6 +206,7 @@ fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
     let max_code = f32::from(panel.grid.max_code());
     let d = &mut *tile.scratch;
     let (mut objective, mut distance) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let (mut inverse_scale, mut inverse_of) = ([0.0; LANES], usize::MAX);
     let mut c = start;
     while c < end {
         let (first, next) = span(c, end);
@@ -215,23 +214,25 @@ fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
         let own = panel.rows(first, c..next);
         for column in c..next {
             let sum = &mut sums[column - first];
-            for (factor, d) in own.iter().zip(&d[c..column]) {
-                axpy::<I>(sum, factor[column - first], d);
-            }
+            I::add_column(sum, own, column - first, &d[c..column]);
             let pivot = own[column - c][column - first];
-            let group = panel.groups[column] as usize;
+            let (inverse_pivot, group) = (1.0 / pivot, panel.groups[column] as usize);
             let (scale, zero) = (&tile.scales[group], &tile.zeros[group]);
+            if group != inverse_of {
+                inverse_of = group;
+                inverse_scale = scale.map(|s| 1.0 / s);
+            }
             let (weight, residual) = (&tile.weights[column], &tile.residuals[column]);
             for l in 0..LANES {
-                let target = weight[l] - (residual[l] + sum[l]) / pivot;
-                let code = ((target / scale[l]).round_ties_even() + zero[l]).clamp(0.0, max_code);
+                let target = weight[l] - (residual[l] + sum[l]) * inverse_pivot;
+                let code = ((target * inverse_scale[l]).round_ties_even() + zero[l]).clamp(0.0, max_code);
                 let quantized = (code - zero[l]) * scale[l];
                 let error = (quantized - target) * pivot;
                 d[column][l] = quantized - weight[l];
                 objective[l] += error * error;
                 distance[l] += d[column][l] * d[column][l];
-                // The clamp above bounds the code; a NaN weight cannot reach this place and would become 0.
-                tile.codes[column][l] = code as i32 as u8;
+                // A whole number from 0 to 255 plus 2²³ has itself as its lowest bits.
+                tile.codes[column][l] = (code + 8_388_608.0).to_bits() as u8;
             }
         }
         c = next;
@@ -263,11 +264,4 @@ fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
 fn span(c: usize, end: usize) -> (usize, usize) {
     let first = c / COLUMNS * COLUMNS;
     (first, (first + COLUMNS).min(end))
-}
-
-#[inline(always)]
-fn axpy<I: Instructions>(sum: &mut Lane, factor: f32, values: &Lane) {
-    for l in 0..LANES {
-        sum[l] = if I::FMA { factor.mul_add(values[l], sum[l]) } else { sum[l] + factor * values[l] };
-    }
 }
