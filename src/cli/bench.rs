@@ -6,7 +6,7 @@ use anyhow::Result;
 use gptq::{
     gptq::{
         Hessian, QuantizedLinear,
-        solver::{CpuSolver, Solver},
+        solver::{CpuSolver, Solver, Weight},
     },
     kernels,
     pack::PackedLinear,
@@ -70,6 +70,7 @@ fn solver(args: &BenchArgs) -> Result<Vec<Line>> {
     tch::manual_seed(0);
     let x = Tensor::randn([TOKENS, k as i64], (Kind::Float, Device::Cpu));
     let weight = Tensor::randn([n as i64, k as i64], (Kind::Float, Device::Cpu));
+    let stacked = Weight { name: "bench", values: &weight };
     let line = |what: String, seconds: f64, flops: f64| {
         let rate = flops / seconds / 1e9;
         Line { what, seconds, rate, unit: "GFLOP/s", share_of_limit: rate / limit }
@@ -99,7 +100,7 @@ fn solver(args: &BenchArgs) -> Result<Vec<Line>> {
         if i == 0 {
             lines.push(line("factorization".into(), seconds, kf * kf * kf / 3.0));
         }
-        let (seconds, _) = fastest(args.repeat, || factor.solve(&[&weight], &args.variant))?;
+        let (seconds, _) = fastest(args.repeat, || factor.solve(&[stacked], &args.variant))?;
         lines.push(line(format!("solve, {}", solver.name()), seconds, nf * kf * kf));
     }
     Ok(lines)

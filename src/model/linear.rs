@@ -43,7 +43,7 @@ impl Dense {
         device: Device,
     ) -> Result<Self> {
         let size = [linear.in_features() as i64, linear.out_features() as i64];
-        let transposed = Tensor::f_empty(&size, (kind, Device::Cpu)).torch("dequantize a linear")?;
+        let transposed = Tensor::f_empty(size, (kind, Device::Cpu)).torch("dequantize a linear")?;
         match kind {
             Kind::BFloat16 => linear.dequantize_into(values_mut(&transposed), bf16_from_f32),
             Kind::Half => linear.dequantize_into(values_mut(&transposed), half::f16::from_f32),

@@ -10,7 +10,7 @@ use crate::{
     error::Result,
     gptq::{
         Hessian, QuantizedLinear,
-        solver::{Factorization, Solver},
+        solver::{Factorization, Solver, Weight},
     },
     model::{Dense, Linear, Llama, Norms, Stage, add},
     progress::{Event, Progress},
@@ -276,8 +276,13 @@ impl Layers<'_> {
         let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
         let name = format!("layer {layer}, {}", stage.name());
         let mut hessian = Some(hessian.finish(&name)?);
-        let dense: Vec<&Tensor> = ids.iter().map(|id| &weights.of(id.kind).0).collect();
-        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w)));
+        let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
+        let dense: Vec<Weight<'_>> = ids
+            .iter()
+            .zip(&names)
+            .map(|(id, name)| Weight { name, values: &weights.of(id.kind).0 })
+            .collect();
+        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w.values)));
         let energies = energies.collect::<Result<Vec<_>>>()?;
         let mut solved: Vec<Vec<QuantizedLinear>> = self.variants.iter().map(|_| Vec::new()).collect();
 

@@ -2,9 +2,10 @@
 
 mod hidden_states;
 mod layers;
+mod output_folder;
 mod preflight;
 
-use std::{fs, path::Path, time::Instant};
+use std::{path::Path, time::Instant};
 
 use tch::{Device, Kind};
 
@@ -26,6 +27,7 @@ use crate::{
 };
 use hidden_states::HiddenStates;
 use layers::{Layers, Record, Sink};
+use output_folder::OutputFolder;
 pub use preflight::{available_space, fast_bf16, peak_memory, resident_memory};
 
 /// `gptq 0.1.0`.
@@ -231,46 +233,6 @@ fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<Stri
         ));
     }
     warnings
-}
-
-/// The output folder, removed again unless kept.
-struct OutputFolder<'a> {
-    path: &'a Path,
-    kept: bool,
-    /// Otherwise it was there, holding nothing but leftovers; it may be a link.
-    created: bool,
-}
-
-impl<'a> OutputFolder<'a> {
-    fn create(path: &'a Path) -> Result<Self> {
-        if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        }
-        match fs::create_dir(path) {
-            Err(source) if source.kind() == std::io::ErrorKind::AlreadyExists => {
-                if !preflight::only_partial(path) {
-                    return Err(Error::OutputExists { path: path.into() });
-                }
-                preflight::clear(path).map_err(Error::io("clear", path))?;
-                return Ok(Self { path, kept: false, created: false });
-            }
-            created => created.map_err(Error::io("create", path))?,
-        }
-        Ok(Self { path, kept: false, created: true })
-    }
-
-    fn keep(mut self) {
-        self.kept = true;
-    }
-}
-
-impl Drop for OutputFolder<'_> {
-    fn drop(&mut self) {
-        if !self.kept {
-            // Only this run has written there; a failure to clean up must not hide the error that led here.
-            let _ = if self.created { fs::remove_dir_all(self.path) } else { preflight::clear(self.path) };
-        }
-    }
 }
 
 /// All branches while they grow.

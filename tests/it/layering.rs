@@ -58,12 +58,15 @@ const ONLY_IN_CLI: [&str; 13] = [
     "process::exit",
 ];
 
-/// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector instructions.
-const UNSAFE: [&str; 8] = [
+/// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions.
+const UNSAFE: [&str; 11] = [
+    "amx/operand.rs",
+    "amx/tiles.rs",
     "checkpoint/reader.rs",
     "checkpoint/values.rs",
     "gptq/raw.rs",
-    "gptq/solver/cpu.rs",
+    "gptq/solver/cpu/panel.rs",
+    "gptq/solver/instructions.rs",
     "gptq/solver/kernel.rs",
     "kernels/cpu_simd.rs",
     "kernels/cpu_simd_x86.rs",

@@ -46,12 +46,21 @@ pub trait Factorized {
     /// How the factorization went.
     fn facts(&self) -> &Factorization;
 
-    /// Quantizes the weights `[N, K]`, which share these inputs, together. `variant.order` must be
+    /// Quantizes weights, which share these inputs, together. `variant.order` must be
     /// of the order that was factorized.
     ///
     /// # Errors
     /// When a scale does not fit fp16, or libtorch fails.
-    fn solve(&self, weights: &[&Tensor], variant: &Variant) -> Result<Vec<Solution>>;
+    fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
+}
+
+/// A weight to be solved.
+#[derive(Debug, Clone, Copy)]
+pub struct Weight<'a> {
+    /// For errors.
+    pub name: &'a str,
+    /// `[N, K]`.
+    pub values: &'a Tensor,
 }
 
 /// How a factorization went.

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CpuSolver, Solver, damping_steps, reference};
+use super::{CpuSolver, Solver, Weight, damping_steps, reference};
 use crate::{
     error::Error,
     gptq::{Grid, Hessian, QuantizedLinear},
@@ -61,7 +61,7 @@ impl Problem {
 
     fn fast_with(&self, solver: CpuSolver, variant: &Variant, damp: f64) -> super::Solution {
         let factor = solver.factorize(&self.hessian, variant.order.desc_act(), damp, "test").unwrap();
-        factor.solve(&[&self.weight], variant).unwrap().remove(0)
+        factor.solve(&[weight(&self.weight)], variant).unwrap().remove(0)
     }
 
     /// `tr(D H Dᵀ)` in f64.
@@ -77,6 +77,10 @@ impl Problem {
         }
         sum
     }
+}
+
+fn weight(values: &Tensor) -> Weight<'_> {
+    Weight { name: "weight", values }
 }
 
 fn to_vec(t: &Tensor) -> Vec<f64> {
@@ -130,8 +134,8 @@ fn stacked_weights_are_solved_as_if_alone() {
     let other = Tensor::randn([24, 256], (Kind::Float, Device::Cpu));
     let variant: Variant = "4bit-64g-act".parse().unwrap();
     let factor = CpuSolver::new().factorize(&problem.hessian, true, 0.01, "test").unwrap();
-    let both = factor.solve(&[&problem.weight, &other], &variant).unwrap();
-    let alone = factor.solve(&[&other], &variant).unwrap();
+    let both = factor.solve(&[weight(&problem.weight), weight(&other)], &variant).unwrap();
+    let alone = factor.solve(&[weight(&other)], &variant).unwrap();
     assert_eq!(both[1].linear.out_features(), 24);
     let same = both[1].linear.codes().iter().zip(alone[0].linear.codes()).filter(|(a, b)| a == b).count();
     assert!(same as f64 > 0.995 * (24.0 * 256.0), "{same}");
@@ -210,7 +214,7 @@ fn dead_columns_get_zero_weights_and_are_counted() {
         let factor =
             CpuSolver::new().factorize(&problem.hessian, variant.order.desc_act(), 0.01, "test").unwrap();
         assert_eq!(factor.facts().dead_columns, 3);
-        let solution = factor.solve(&[&problem.weight], &variant).unwrap().remove(0);
+        let solution = factor.solve(&[weight(&problem.weight)], &variant).unwrap().remove(0);
         let dense = solution.linear.dequantize(|w| w);
         for column in [5, 64, 127] {
             assert!(dense[column * 32..][..32].iter().all(|&w| w == 0.0), "{text}");
@@ -251,8 +255,9 @@ fn a_weight_beyond_fp16_is_refused() {
     let problem = Problem::new(8, 64, 200, 6);
     let huge = &problem.weight * 1e9;
     let factor = CpuSolver::new().factorize(&problem.hessian, false, 0.01, "test").unwrap();
-    let error = factor.solve(&[&huge], &"4bit-32g".parse().unwrap()).unwrap_err();
+    let error = factor.solve(&[weight(&huge)], &"4bit-32g".parse().unwrap()).unwrap_err();
     assert!(matches!(error, Error::Fp16Overflow { .. }), "{error}");
+    assert!(error.to_string().starts_with("weight: scale of group 0, output feature 0"), "{error}");
 }
 
 #[test]

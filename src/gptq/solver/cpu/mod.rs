@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Factorization, Factorized, Solution, Solver, cholesky, damping_steps,
+    Factorization, Factorized, Solution, Solver, Weight, cholesky, damping_steps,
     kernel::{LANES, Lane},
 };
 use crate::{
@@ -120,7 +120,7 @@ impl Factorized for CpuFactor {
         &self.facts
     }
 
-    fn solve(&self, weights: &[&Tensor], variant: &Variant) -> Result<Vec<Solution>> {
+    fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
         let k = self.order.columns().len();
         let width = match variant.group_size {
             GroupSize::Features(size) if variant.order != Order::ActStatic => size.max(PANEL / size * size),
@@ -142,7 +142,7 @@ impl Factorized for CpuFactor {
             self.fit_static(&stack, variant, &mut state);
         }
         for start in (0..k).step_by(width) {
-            self.solve_panel(&mut stack, start..(start + width).min(k), variant, &mut state)?;
+            self.solve_panel(&mut stack, start..(start + width).min(k), variant, &mut state);
         }
         drop(stack);
         self.split(weights, variant, state)

@@ -7,7 +7,6 @@ use rayon::prelude::*;
 use super::{CpuFactor, LANES, Lane, Stack, State, stack::Layout};
 use crate::{
     amx::{self, Line, Operand, Parts, SIDE, Side, Square},
-    error::Result,
     gptq::{
         raw::{Matrix, SharedSlice},
         solver::kernel::{self, COLUMNS, Columns, Panel, Tile},
@@ -39,7 +38,7 @@ impl CpuFactor {
         columns: Range<usize>,
         variant: &Variant,
         state: &mut State,
-    ) -> Result<()> {
+    ) {
         let (layout, amx, groups) = (stack.layout, self.amx, state.groups);
         let (p, order) = (columns.len(), self.order.columns());
         let solved_factor = self.solved_factor(layout, &columns);
@@ -107,7 +106,6 @@ impl CpuFactor {
                 }
             },
         );
-        Ok(())
     }
 
     /// `Ũ` of a panel's columns: the block of `L` on the diagonal, reversed on both axes.

@@ -2,7 +2,7 @@
 
 use half::f16;
 use rayon::prelude::*;
-use tch::{TchError, Tensor};
+use tch::TchError;
 
 use super::{CpuFactor, LANES, Lane, Solution, State};
 use crate::{
@@ -11,6 +11,7 @@ use crate::{
     gptq::{
         QuantizedLinear,
         raw::{Floats, floats},
+        solver::Weight,
     },
     variant::Variant,
 };
@@ -76,10 +77,10 @@ impl Stack {
 
 impl CpuFactor {
     /// The weights in quantization order, for panels of `width` columns; dead features are zero.
-    pub(super) fn stack(&self, weights: &[&Tensor], width: usize) -> Result<Stack, TchError> {
+    pub(super) fn stack(&self, weights: &[Weight<'_>], width: usize) -> Result<Stack, TchError> {
         let columns = self.order.columns();
         let k = columns.len();
-        let weights = weights.iter().map(|w| w.f_contiguous()).collect::<Result<Vec<_>, _>>()?;
+        let weights = weights.iter().map(|w| w.values.f_contiguous()).collect::<Result<Vec<_>, _>>()?;
         let rows: Vec<Floats<'_>> = weights
             .iter()
             .flat_map(|w| (0..w.size()[0] as usize).map(move |row| floats(w, row * k, k)))
@@ -138,7 +139,7 @@ impl CpuFactor {
     /// Takes the stack apart again.
     pub(super) fn split(
         &self,
-        weights: &[&Tensor],
+        weights: &[Weight<'_>],
         variant: &Variant,
         state: State,
     ) -> Result<Vec<Solution>> {
@@ -148,7 +149,7 @@ impl CpuFactor {
         let mut first = 0;
         let mut solutions = Vec::with_capacity(weights.len());
         for weight in weights {
-            let rows = weight.size()[0] as usize;
+            let rows = weight.values.size()[0] as usize;
             let range = first..first + rows;
             first += rows;
             let mut own_codes = vec![0; rows * g_idx.len()];
@@ -163,7 +164,8 @@ impl CpuFactor {
             };
             let own_scales: Vec<f16> = own(&scales).into_iter().map(f16::from_f32).collect();
             if let Some(at) = own_scales.iter().position(|s| !s.is_finite()) {
-                let place = format!("scale of group {}, output feature {}", at / rows, at % rows);
+                let (group, row) = (at / rows, at % rows);
+                let place = format!("{}: scale of group {group}, output feature {row}", weight.name);
                 return Err(Error::Fp16Overflow { place, value: f32::INFINITY });
             }
             let own_zeros = own(&zeros).into_iter().map(|z| z as u8).collect();
