@@ -93,7 +93,7 @@ impl Hessian {
 
     fn mirror(&mut self) -> Result<(), TchError> {
         if self.matrix.device() == Device::Cpu {
-            raw::mirror_lower(&self.matrix);
+            raw::mirror_lower(&mut self.matrix);
             return Ok(());
         }
         let k = self.matrix.size()[0];

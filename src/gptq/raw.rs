@@ -33,29 +33,6 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// A contiguous fp32 CPU matrix that several threads write to, each in columns of its own.
-pub(super) struct SharedMatrix<'a> {
-    data: SharedSlice<'a, f32>,
-    columns: usize,
-}
-
-impl<'a> SharedMatrix<'a> {
-    /// # Panics
-    /// When `tensor` is not a contiguous fp32 matrix on the CPU.
-    pub(super) fn new(tensor: &'a Tensor) -> Self {
-        let (pointer, rows, columns) = check(tensor);
-        Self { data: SharedSlice { pointer, len: rows * columns, borrow: PhantomData }, columns }
-    }
-
-    /// # Safety
-    /// No two threads may use overlapping columns of the same row at once.
-    #[expect(clippy::mut_from_ref, reason = "the point of the type; see Safety")]
-    pub(super) unsafe fn row_part(&self, row: usize, first: usize, len: usize) -> &mut [f32] {
-        // SAFETY: passed on to the caller.
-        unsafe { self.data.part(row * self.columns + first, len) }
-    }
-}
-
 /// A slice that several threads write to, each in a part of its own.
 pub(super) struct SharedSlice<'a, T> {
     pointer: *mut T,
@@ -133,9 +110,9 @@ pub(super) fn bf16_bits(tensor: &Tensor) -> &[u16] {
 const TILE: usize = 64;
 
 /// Copies the lower triangle of a square fp32 CPU matrix onto the upper one.
-pub(super) fn mirror_lower(matrix: &Tensor) {
+pub(super) fn mirror_lower(matrix: &mut Tensor) {
     let k = matrix.size()[0] as usize;
-    let shared = SharedMatrix::new(matrix);
+    let shared = SharedSlice::new(floats_mut(matrix));
     (0..k.div_ceil(TILE)).into_par_iter().for_each(|block| {
         let first = block * TILE;
         let end = (first + TILE).min(k);
@@ -145,7 +122,7 @@ pub(super) fn mirror_lower(matrix: &Tensor) {
                 for column in left..right.min(row) {
                     // SAFETY: elements below the diagonal are only read, each element above it is written by the one
                     // task that has its column's block.
-                    unsafe { shared.row_part(column, row, 1)[0] = shared.row_part(row, column, 1)[0] };
+                    unsafe { shared.part(column * k + row, 1)[0] = shared.part(row * k + column, 1)[0] };
                 }
             }
         }

@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Result, TorchContext},
     gptq::{
         ColumnOrder, Grid, Hessian, dead_columns,
-        raw::{Matrix, SharedMatrix},
+        raw::{Matrix, floats_mut},
     },
     variant::{GroupSize, Order, Variant},
 };
@@ -85,13 +85,10 @@ impl Solver for CpuSolver {
 /// are zero, get `mean` on the diagonal.
 fn reordered(hessian: &Hessian, columns: &[u32], mean: f64, lambda: f64) -> Result<Tensor> {
     let k = columns.len();
-    let lower =
+    let mut lower =
         Tensor::f_empty([k as i64, k as i64], (Kind::Float, Device::Cpu)).torch("allocate a factor")?;
     let source = Matrix::new(hessian.matrix());
-    let target = SharedMatrix::new(&lower);
-    (0..k).into_par_iter().for_each(|i| {
-        // SAFETY: each row is written by the one task that has its index.
-        let row = unsafe { target.row_part(i, 0, k) };
+    floats_mut(&mut lower).par_chunks_mut(k).enumerate().for_each(|(i, row)| {
         let from = source.row(columns[i] as usize);
         for (to, &c) in row[..=i].iter_mut().zip(columns) {
             *to = from[c as usize];
