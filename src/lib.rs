@@ -2,7 +2,8 @@
 //!
 //! The way of the data, each module using only what stands before it:
 //! [`checkpoint`] and [`calibration`] read; [`gptq`] solves, on [`amx`] where there is one; [`pack`] packs; [`kernels`] and [`model`] run;
-//! [`report`] holds what is known; [`emit`] writes, [`verify`] reopens, [`eval`] measures; [`pipeline`] alone knows the
+//! [`report`] holds what is known; [`emit`] writes, [`verify`] reopens, [`eval`] measures,
+//! [`generation`] lets the model speak; [`pipeline`] alone knows the
 //! order of the steps.
 
 pub mod amx;
@@ -11,6 +12,7 @@ pub mod checkpoint;
 pub mod emit;
 pub mod error;
 pub mod eval;
+pub mod generation;
 pub mod gptq;
 pub mod kernels;
 pub mod model;

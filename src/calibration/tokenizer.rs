@@ -65,6 +65,15 @@ impl Tokenizer {
             .map_err(|error| self.problem(format!("it cannot decode {} tokens: {error}", ids.len())))
     }
 
+    /// Turns ids into text one at a time, without special tokens: each call returns what has become whole, `None` while
+    /// a character is incomplete.
+    pub fn stream(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
+        let mut stream = self.inner.decode_stream(true);
+        move |id| {
+            stream.step(id).map_err(|error| self.problem(format!("it cannot decode token {id}: {error}")))
+        }
+    }
+
     fn problem(&self, problem: String) -> Error {
         Error::Tokenizer { path: self.path.clone(), problem }
     }

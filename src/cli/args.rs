@@ -37,6 +37,8 @@ pub(super) enum Command {
     Verify(VerifyArgs),
     /// Compare quantized folders with the unquantized model: perplexity, KL divergence, top-1
     Eval(EvalArgs),
+    /// Go on with a text, to read what a quantized (or unquantized) model says
+    Generate(GenerateArgs),
     /// Say what a folder holds
     Inspect(InspectArgs),
     /// Measure solver, packing and int4 matmul against this machine's limits
@@ -151,6 +153,30 @@ pub(super) struct InspectArgs {
     /// List every tensor
     #[arg(long)]
     pub(super) tensors: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GenerateArgs {
+    /// Folder of a GPTQ checkpoint, or of a dense one
+    pub(super) dir: PathBuf,
+    /// The text to go on with
+    #[arg(long, value_name = "TEXT")]
+    pub(super) prompt: String,
+    /// Tokens to make at most
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(super) max_tokens: usize,
+    /// How far less likely tokens have a chance; 0 takes the most likely one always
+    #[arg(long, value_name = "X", default_value_t = 0.7, allow_negative_numbers = true)]
+    pub(super) temperature: f64,
+    /// Draw from the most likely tokens that together have this probability
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
+    pub(super) top_p: f64,
+    /// Above 1: tokens that occurred become less likely
+    #[arg(long, value_name = "X", default_value_t = 1.1, allow_negative_numbers = true)]
+    pub(super) repetition_penalty: f64,
+    /// Same seed, same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) seed: u64,
 }
 
 #[derive(Debug, Args)]

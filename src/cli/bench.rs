@@ -49,7 +49,7 @@ pub(super) fn run(args: &BenchArgs, output: &OutputArgs) -> Result<bool> {
         return Ok(true);
     }
     let (n, k) = args.shape;
-    terminal::result(&format!("{} on [{n}, {k}], fastest of {}", args.variant, args.repeat));
+    terminal::result(&format!("{} on [{n}, {k}], fastest of {}", args.variant, args.repeat))?;
     for line in lines {
         terminal::result(&format!(
             "{:<36} {:>9.4} s {:>9.1} {:<8} {:>5.0}% of this machine's limit",
@@ -58,7 +58,7 @@ pub(super) fn run(args: &BenchArgs, output: &OutputArgs) -> Result<bool> {
             line.rate,
             line.unit,
             100.0 * line.share_of_limit
-        ));
+        ))?;
     }
     Ok(true)
 }

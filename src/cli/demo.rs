@@ -94,7 +94,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     drop(terminal);
     quantize::print(&report, &out, output)?;
     if !output.json {
-        terminal::result(&how_to_load(&out));
+        terminal::result(&how_to_load(&out))?;
     }
     Ok(true)
 }

@@ -45,7 +45,7 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     if output.json {
         terminal::json(&evaluation)?;
     } else {
-        terminal::result(&evaluation_table(&evaluation));
+        terminal::result(&evaluation_table(&evaluation))?;
     }
     Ok(true)
 }

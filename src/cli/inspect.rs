@@ -59,7 +59,7 @@ pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
     if output.json {
         terminal::json(&inspection)?;
     } else {
-        terminal::result(&text(&inspection));
+        terminal::result(&text(&inspection))?;
     }
     Ok(true)
 }

@@ -6,6 +6,7 @@ mod datasets;
 mod demo;
 mod environment;
 mod eval;
+mod generate;
 mod inspect;
 mod quantize;
 mod terminal;
@@ -31,6 +32,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args, &cli.output),
         Command::Verify(args) => verify::run(args, &cli.output),
         Command::Eval(args) => eval::run(args, &cli.output),
+        Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Bench(args) => bench::run(args, &cli.output),
         Command::Demo(args) => demo::run(args, &cli.output),

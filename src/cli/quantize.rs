@@ -88,15 +88,15 @@ pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<
     if output.json {
         return terminal::json(report);
     }
-    terminal::result(&format!("{}\n", run_table(report)));
+    terminal::result(&format!("{}\n", run_table(report)))?;
     if let Some(evaluation) = &report.evaluation {
-        terminal::result(&format!("{}\n", evaluation_table(evaluation)));
+        terminal::result(&format!("{}\n", evaluation_table(evaluation)))?;
     }
     let branches = match report.branches.len() {
         1 => "1 branch".to_owned(),
         count => format!("{count} branches"),
     };
-    terminal::result(&format!("{branches} in {} ({:.1} s)", out.display(), report.seconds));
+    terminal::result(&format!("{branches} in {} ({:.1} s)", out.display(), report.seconds))?;
     Ok(())
 }
 

@@ -1,9 +1,13 @@
 //! The only place that prints. Results go to standard output, all else to standard error.
 
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is where printing is done")]
+#![expect(clippy::print_stderr, reason = "this is where printing is done")]
 
-use std::{cell::RefCell, io::IsTerminal};
+use std::{
+    cell::RefCell,
+    io::{IsTerminal, Write},
+};
 
+use anyhow::Context;
 use gptq::{
     progress::{Event, Progress},
     report::bytes,
@@ -29,14 +33,22 @@ pub(super) fn error(error: &anyhow::Error) {
 }
 
 /// Prints a result.
-pub(super) fn result(text: &str) {
-    println!("{}", text.trim_end());
+pub(super) fn result(text: &str) -> anyhow::Result<()> {
+    piece(&format!("{}\n", text.trim_end()))
 }
 
 /// Prints a result as JSON.
 pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+    result(&serde_json::to_string_pretty(value)?)
+}
+
+/// Prints a piece of a result at once. Whoever reads it may stop reading before its end.
+pub(super) fn piece(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("cannot write to standard output"),
+    }
 }
 
 /// Prints a remark.

@@ -24,7 +24,7 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     if output.json {
         terminal::json(&verification)?;
     } else {
-        terminal::result(&text(&verification, output.verbose));
+        terminal::result(&text(&verification, output.verbose))?;
     }
     Ok(verification.passed())
 }

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Dense, Linear, Packed, attention::Attention};
+use super::{Dense, KvCache, Linear, Packed, attention::Attention};
 use crate::{
     checkpoint::{
         Checkpoint, Dtype, EMBED_TOKENS, FINAL_NORM, LM_HEAD, LinearId, LinearKind, LlamaConfig,
@@ -173,37 +173,21 @@ impl<'a> Llama<'a> {
         self.checkpoint.release_layer(layer);
     }
 
-    /// A layer with its dense weights.
+    /// A layer, of linears that are packed, borrowed from `packed` (in the order of [`LinearKind::ALL`]), or dense
+    /// where that is `None`.
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
-    pub fn dense_layer(&self, layer: usize) -> Result<Layer<'static>> {
-        let linears = LinearKind::ALL.map(|kind| -> Result<Box<dyn Linear>> {
-            let (weight, bias) = self.weight(LinearId { layer, kind }, self.kind)?;
-            Ok(Box::new(Dense::new(weight, bias)))
-        });
-        Ok(Layer { norms: self.norms(layer)?, linears: linears.into_iter().collect::<Result<_>>()? })
-    }
-
-    /// A layer of packed linears, borrowed from `tensors` (in the order of [`LinearKind::ALL`]; dense where `None`).
-    ///
-    /// # Errors
-    /// When a tensor is missing, malformed or not finite.
-    pub fn packed_layer<'t>(
-        &self,
-        layer: usize,
-        tensors: &'t [Option<PackedTensors<'_>>],
-    ) -> Result<Layer<'t>> {
-        let mut linears: Vec<Box<dyn Linear + 't>> = Vec::with_capacity(tensors.len());
-        for (kind, packed) in LinearKind::ALL.into_iter().zip(tensors) {
-            let id = LinearId { layer, kind };
+    pub fn layer<'t>(&self, layer: usize, packed: &'t [Option<PackedTensors<'_>>]) -> Result<Layer<'t>> {
+        let mut linears: Vec<Box<dyn Linear + 't>> = Vec::with_capacity(packed.len());
+        for (kind, packed) in LinearKind::ALL.into_iter().zip(packed) {
             linears.push(match packed {
                 Some(packed) => {
                     let bias = packed.bias.as_ref().map(|b| Tensor::f_from_slice(b)).transpose();
                     Box::new(Packed::new(packed.into(), bias.torch("read a bias")?))
                 }
                 None => {
-                    let (weight, bias) = self.weight(id, self.kind)?;
+                    let (weight, bias) = self.weight(LinearId { layer, kind }, self.kind)?;
                     Box::new(Dense::new(weight, bias))
                 }
             });
@@ -246,11 +230,37 @@ impl<'a> Llama<'a> {
     /// # Errors
     /// When libtorch fails.
     pub fn forward(&self, layer: &Layer<'_>, hidden: &Tensor) -> Result<Tensor> {
+        self.forward_with(layer, hidden, |q, k, v| self.attend(q, k, v))
+    }
+
+    /// The same for the tokens `[1, S, hidden]` that follow those in the layer's `cache`, which takes them up. More than
+    /// one only while the cache is empty.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn forward_cached(&self, layer: &Layer<'_>, hidden: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        self.forward_with(layer, hidden, |q, k, v| self.attention.forward_cached(q, k, v, cache))
+    }
+
+    /// An empty cache of a layer for `capacity` tokens.
+    ///
+    /// # Errors
+    /// When memory ends.
+    pub fn cache(&self, capacity: usize) -> Result<KvCache> {
+        self.attention.cache(capacity, self.kind, self.device)
+    }
+
+    fn forward_with(
+        &self,
+        layer: &Layer<'_>,
+        hidden: &Tensor,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let [q, k, v, o, gate, up, down] = &layer.linears[..] else {
             unreachable!("layers are made with all seven linears")
         };
         let x = self.rms_norm(hidden, &layer.norms.input)?;
-        let attended = self.attend(&q.forward(&x)?, &k.forward(&x)?, &v.forward(&x)?)?;
+        let attended = attend(&q.forward(&x)?, &k.forward(&x)?, &v.forward(&x)?)?;
         let hidden = add(hidden, &o.forward(&attended)?)?;
         let x = self.rms_norm(&hidden, &layer.norms.post_attention)?;
         let activated = self.gated(&gate.forward(&x)?, &up.forward(&x)?)?;

@@ -4,11 +4,14 @@
 //! `{q, k, v}` → `{o}` → `{gate, up}` → `{down}`.
 
 mod attention;
+mod decoder;
 mod linear;
 mod llama;
 mod rope;
 mod runner;
 
+pub use attention::KvCache;
+pub use decoder::Decoder;
 pub use linear::{Dense, Linear, Packed};
 pub use llama::{Layer, Llama, Norms, Stage, add};
-pub use runner::Runner;
+pub use runner::{PackedLayer, Runner};

@@ -29,11 +29,12 @@ impl RopeTable {
         table().torch("make the rotary table")
     }
 
-    /// Rotates `x` `[B, heads, S, head_dim]`; feature `i` is paired with `i + head_dim/2`. Computed in fp32.
-    pub(super) fn rotate(&self, x: &Tensor) -> Result<Tensor, tch::TchError> {
+    /// Rotates `x` `[B, heads, S, head_dim]`, whose first token stands at position `first`; feature `i` is paired with
+    /// `i + head_dim/2`. Computed in fp32.
+    pub(super) fn rotate(&self, x: &Tensor, first: i64) -> Result<Tensor, tch::TchError> {
         let size = x.size();
         let (seq_len, half) = (size[2], size[3] / 2);
-        let (cos, sin) = (self.cos.f_narrow(0, 0, seq_len)?, self.sin.f_narrow(0, 0, seq_len)?);
+        let (cos, sin) = (self.cos.f_narrow(0, first, seq_len)?, self.sin.f_narrow(0, first, seq_len)?);
         let wide = x.f_to_kind(Kind::Float)?;
         let (low, high) = (wide.f_narrow(3, 0, half)?, wide.f_narrow(3, half, half)?);
         let rotated_low = low.f_mul(&cos)?.f_sub(&high.f_mul(&sin)?)?;

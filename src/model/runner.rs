@@ -2,9 +2,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Dense, Linear, Llama};
+use super::{Dense, Layer, Linear, Llama};
 use crate::{
-    checkpoint::{Checkpoint, LinearId, LinearKind, QuantizationConfig, packed},
+    checkpoint::{Checkpoint, LinearId, LinearKind, PackedTensors, QuantizationConfig, packed},
     error::{Result, TorchContext},
 };
 
@@ -19,6 +19,9 @@ pub struct Runner<'a> {
     norm: Tensor,
     head: Dense,
 }
+
+/// The packed tensors of a layer in the order of [`LinearKind::ALL`]; `None` where one is dense.
+pub type PackedLayer<'a> = [Option<PackedTensors<'a>>; LinearKind::ALL.len()];
 
 impl<'a> Runner<'a> {
     /// A checkpoint with dense weights.
@@ -37,6 +40,17 @@ impl<'a> Runner<'a> {
     pub fn quantized(checkpoint: &'a Checkpoint, seq_len: usize) -> Result<Self> {
         let quantization = QuantizationConfig::read(checkpoint)?;
         Self::new(checkpoint, seq_len, Kind::Float, Device::Cpu, Some(quantization))
+    }
+
+    /// A checkpoint of either sort: quantized if its config says so, else dense in fp32 on the CPU.
+    ///
+    /// # Errors
+    /// When it is not whole.
+    pub fn open(checkpoint: &'a Checkpoint, seq_len: usize) -> Result<Self> {
+        if QuantizationConfig::is_quantized(checkpoint) {
+            return Self::quantized(checkpoint, seq_len);
+        }
+        Self::dense(checkpoint, seq_len, Kind::Float, Device::Cpu)
     }
 
     fn new(
@@ -65,21 +79,50 @@ impl<'a> Runner<'a> {
             self.checkpoint.release_layer(layer);
             step();
         }
-        batches.iter().map(|batch| self.llama.rms_norm(batch, &self.norm)).collect()
+        batches.iter().map(|batch| self.normalized(batch)).collect()
     }
 
     fn forward_layer(&self, layer: usize, batches: &mut [Tensor]) -> Result<()> {
-        let Some(quantization) = &self.quantization else {
-            let layer = self.llama.dense_layer(layer)?;
-            return self.forward_batches(&layer, batches);
-        };
-        let tensors =
-            LinearKind::ALL.map(|kind| packed(self.checkpoint, LinearId { layer, kind }, quantization));
-        let tensors = tensors.into_iter().collect::<Result<Vec<_>>>()?;
-        self.forward_batches(&self.llama.packed_layer(layer, &tensors)?, batches)
+        let packed = self.packed_layer(layer)?;
+        self.forward_batches(&self.layer(layer, &packed)?, batches)
     }
 
-    fn forward_batches(&self, layer: &super::Layer<'_>, batches: &mut [Tensor]) -> Result<()> {
+    /// What [`Runner::layer`] borrows.
+    ///
+    /// # Errors
+    /// When a tensor is malformed.
+    pub fn packed_layer(&self, layer: usize) -> Result<PackedLayer<'a>> {
+        let mut tensors = LinearKind::ALL.map(|_| None);
+        if let Some(quantization) = &self.quantization {
+            for (tensor, kind) in tensors.iter_mut().zip(LinearKind::ALL) {
+                *tensor = packed(self.checkpoint, LinearId { layer, kind }, quantization)?;
+            }
+        }
+        Ok(tensors)
+    }
+
+    /// A layer that is ready to run.
+    ///
+    /// # Errors
+    /// When a tensor is malformed or memory ends.
+    pub fn layer<'t>(&self, layer: usize, packed: &'t PackedLayer<'_>) -> Result<Layer<'t>> {
+        self.llama.layer(layer, packed)
+    }
+
+    /// The model without its layers.
+    pub fn llama(&self) -> &Llama<'a> {
+        &self.llama
+    }
+
+    /// The last norm, applied to hidden states.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn normalized(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.llama.rms_norm(hidden, &self.norm)
+    }
+
+    fn forward_batches(&self, layer: &Layer<'_>, batches: &mut [Tensor]) -> Result<()> {
         for batch in batches {
             *batch = self.llama.forward(layer, batch)?;
         }

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 16] = [
+const LAYERS: [&str; 17] = [
     "error",
     "progress",
     "variant",
@@ -24,6 +24,7 @@ const LAYERS: [&str; 16] = [
     "emit",
     "verify",
     "eval",
+    "generation",
     "pipeline",
 ];
 

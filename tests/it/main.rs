@@ -11,6 +11,7 @@
 //! | `foreign` | checkpoints written by other tools mean the same |
 //! | `golden` | our packing against bytes that other code made |
 //! | `models` | our forward pass against logits that transformers computed |
+//! | `generate` | text from the demo model and its branches |
 //! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
@@ -20,6 +21,7 @@
 mod bad_input;
 mod bad_settings;
 mod foreign;
+mod generate;
 mod golden;
 mod helpers;
 mod layering;

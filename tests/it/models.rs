@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use gptq::{
     checkpoint::{CONFIG_FILE, Checkpoint, WEIGHTS_FILE},
-    model::Runner,
+    model::{Decoder, Runner},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -99,6 +99,13 @@ fn check<const N: usize>(name: &str, changes: [Change; N]) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name);
     let difference = difference(&dir, &dir);
     assert!(difference < TOLERANCE, "{name}: logits differ by {difference:e}");
+    for prompt in [1, 5, SEQ_LEN - 1] {
+        let difference = decoded_difference(&dir, prompt);
+        assert!(
+            difference < TOLERANCE,
+            "{name}, prompt of {prompt}: decoded logits differ by {difference:e}"
+        );
+    }
     for change in changes {
         let (what, changed) = match change {
             Config(pointer, value) => (format!("{pointer} = {value}"), with_config(&dir, pointer, value)),
@@ -109,19 +116,39 @@ fn check<const N: usize>(name: &str, changes: [Change; N]) {
     }
 }
 
-/// Largest difference of the logits of the model in `dir` from the expected ones in `golden`.
-fn difference(dir: &Path, golden: &Path) -> f64 {
-    let mut tokens = None;
-    let mut expected = None;
-    for (name, tensor) in Tensor::read_safetensors(golden.join("expected.safetensors")).unwrap() {
-        match &*name {
-            "tokens" => tokens = Some(tensor),
-            "logits" => expected = Some(tensor),
-            other => panic!("{other} in expected.safetensors"),
+/// Token ids `[W, SEQ_LEN]`, flattened, and their logits `[W, SEQ_LEN, vocab]`.
+fn expected(golden: &Path) -> (Vec<i64>, Tensor) {
+    let tensors = Tensor::read_safetensors(golden.join("expected.safetensors")).unwrap();
+    let find = |name: &str| tensors.iter().find(|(n, _)| n == name).expect(name).1.shallow_clone();
+    assert_eq!(tensors.len(), 2);
+    (Vec::<i64>::try_from(find("tokens").flatten(0, -1)).unwrap(), find("logits"))
+}
+
+/// Largest difference of logits when the first window is decoded with a key-value cache: a prompt of `prompt` tokens, the
+/// others one by one.
+fn decoded_difference(dir: &Path, prompt: usize) -> f64 {
+    let (tokens, expected) = expected(dir);
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let runner = Runner::open(&checkpoint, SEQ_LEN).unwrap();
+    let layers = 0..checkpoint.config().num_layers;
+    let packed: Vec<_> = layers.map(|layer| runner.packed_layer(layer).unwrap()).collect();
+    let mut decoder = Decoder::new(&runner, &packed, SEQ_LEN).unwrap();
+    let mut logits = decoder.advance(&tokens[..prompt]).unwrap();
+    let mut largest = 0.0f64;
+    for position in prompt..=SEQ_LEN {
+        let right = expected.get(0).get(position as i64 - 1);
+        let difference = (Tensor::from_slice(&logits) - right).abs().max().double_value(&[]);
+        largest = largest.max(difference);
+        if position < SEQ_LEN {
+            logits = decoder.advance(&tokens[position..=position]).unwrap();
         }
     }
-    let tokens = Vec::<i64>::try_from(tokens.unwrap().flatten(0, -1)).unwrap();
-    let expected = expected.unwrap();
+    largest
+}
+
+/// Largest difference of the logits of the model in `dir` from the expected ones in `golden`.
+fn difference(dir: &Path, golden: &Path) -> f64 {
+    let (tokens, expected) = expected(golden);
 
     let checkpoint = Checkpoint::open(dir).unwrap();
     let runner = Runner::dense(&checkpoint, SEQ_LEN, Kind::Float, Device::Cpu).unwrap();

@@ -1,0 +1,53 @@
+//! `gptq generate`.
+
+use anyhow::Result;
+use gptq::{
+    checkpoint::Checkpoint,
+    generation::{Request, Sampling, generate},
+};
+
+use super::{
+    args::{GenerateArgs, OutputArgs},
+    terminal,
+};
+
+pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
+    let checkpoint = Checkpoint::open(&args.dir)?;
+    let request = Request {
+        prompt: args.prompt.clone(),
+        max_tokens: args.max_tokens,
+        sampling: Sampling {
+            temperature: args.temperature,
+            top_p: args.top_p,
+            repetition_penalty: args.repetition_penalty,
+            seed: args.seed,
+        },
+    };
+    // Only once the first piece is there, so that an error stands alone.
+    let (mut begun, mut printed) = (false, Ok(()));
+    let mut piece = |piece: &str| {
+        if !output.json && printed.is_ok() {
+            let prompt = if begun { "" } else { &args.prompt };
+            begun = true;
+            printed = terminal::piece(&format!("{prompt}{piece}"));
+        }
+    };
+    let made = generate(&checkpoint, &request, &mut piece);
+    if begun {
+        printed.and_then(|()| terminal::piece("\n"))?;
+    }
+    let made = made?;
+    if output.json {
+        terminal::json(&made)?;
+        return Ok(true);
+    }
+    let speed = made.tokens_per_second.map_or_else(String::new, |speed| format!(", {speed:.1} tokens/s"));
+    terminal::note(
+        output,
+        &format!(
+            "{} tokens after {} of prompt ({:.2} s){speed}",
+            made.tokens, made.prompt_tokens, made.prompt_seconds
+        ),
+    );
+    Ok(true)
+}

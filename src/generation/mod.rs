@@ -1,0 +1,133 @@
+//! Text that a model goes on with: the last step of a validation is to read what it says.
+
+mod sampler;
+
+use std::time::Instant;
+
+use serde::Serialize;
+
+pub use sampler::{Sampler, Sampling};
+
+use crate::{
+    calibration::Tokenizer,
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    model::{Decoder, Runner},
+};
+
+/// What is asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    /// Goes through the tokenizer as it is, with the tokenizer's own BOS rule.
+    pub prompt: String,
+    /// Tokens to make, at most.
+    pub max_tokens: usize,
+    /// How they are chosen.
+    pub sampling: Sampling,
+}
+
+/// Why it ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stop {
+    /// The model ended its text.
+    EndOfSequence,
+    /// As many tokens as asked for.
+    MaxTokens,
+    /// The model's context is full.
+    Context,
+}
+
+/// What was made, and how fast.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Generated {
+    /// Without the prompt.
+    pub text: String,
+    /// Why it ended.
+    pub stop: Stop,
+    /// Tokens of the prompt, BOS included.
+    pub prompt_tokens: usize,
+    /// Tokens made, the end-of-sequence token not among them.
+    pub tokens: usize,
+    /// For opening the model's layers.
+    pub load_seconds: f64,
+    /// For the prompt.
+    pub prompt_seconds: f64,
+    /// For all tokens but the first, which comes out of the prompt.
+    pub decode_seconds: f64,
+    /// Of those, a second; none for fewer than two.
+    pub tokens_per_second: Option<f64>,
+}
+
+/// Goes on with a prompt, on the CPU in fp32; `emit` gets each piece of text as it comes.
+///
+/// # Errors
+/// When the prompt has no tokens or does not fit the context, or the model cannot be run.
+pub fn generate(checkpoint: &Checkpoint, request: &Request, mut emit: impl FnMut(&str)) -> Result<Generated> {
+    let _guard = tch::no_grad_guard();
+    let config = checkpoint.config();
+    let mut sampler = Sampler::new(&request.sampling)?;
+    let tokenizer = Tokenizer::open(checkpoint.dir())?;
+    let mut ids = tokenizer.encode(&request.prompt)?;
+    let context = config.max_position_embeddings;
+    let value =
+        |what: &str, expected: String, found: String| Error::Value { what: what.into(), expected, found };
+    if request.max_tokens == 0 {
+        return Err(value("max-tokens", "at least 1".into(), "0".into()));
+    }
+    if ids.is_empty() || ids.len() >= context {
+        return Err(value("prompt", format!("1 to {} tokens", context - 1), format!("{} tokens", ids.len())));
+    }
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+        return Err(value("prompt", format!("token ids below {}", config.vocab_size), format!("{id}")));
+    }
+
+    let begun = Instant::now();
+    let capacity = context.min(ids.len().saturating_add(request.max_tokens));
+    let runner = Runner::open(checkpoint, capacity)?;
+    let packed =
+        (0..config.num_layers).map(|layer| runner.packed_layer(layer)).collect::<Result<Vec<_>>>()?;
+    let mut decoder = Decoder::new(&runner, &packed, capacity)?;
+    let load_seconds = begun.elapsed().as_secs_f64();
+
+    let begun = Instant::now();
+    let prompt_tokens = ids.len();
+    let prompt: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+    let mut logits = decoder.advance(&prompt)?;
+    let prompt_seconds = begun.elapsed().as_secs_f64();
+
+    let begun = Instant::now();
+    let (mut text, mut pieces) = (String::new(), tokenizer.stream());
+    let stop = loop {
+        let id = sampler.next(&mut logits, &ids)?;
+        if config.eos_token_ids.contains(&id) {
+            break Stop::EndOfSequence;
+        }
+        ids.push(id);
+        if let Some(piece) = pieces(id)? {
+            emit(&piece);
+            text.push_str(&piece);
+        }
+        if ids.len() - prompt_tokens == request.max_tokens {
+            break Stop::MaxTokens;
+        }
+        if ids.len() == capacity {
+            break Stop::Context;
+        }
+        logits = decoder.advance(&[i64::from(id)])?;
+    };
+    let decode_seconds = begun.elapsed().as_secs_f64();
+    let tokens = ids.len() - prompt_tokens;
+    let decoded = tokens - usize::from(stop != Stop::EndOfSequence).min(tokens);
+    let tokens_per_second = (decoded > 0).then(|| decoded as f64 / decode_seconds);
+    Ok(Generated {
+        text,
+        stop,
+        prompt_tokens,
+        tokens,
+        load_seconds,
+        prompt_seconds,
+        decode_seconds,
+        tokens_per_second,
+    })
+}

@@ -1,0 +1,40 @@
+//! One sequence, token by token: all layers in memory, keys and values cached.
+
+use super::{KvCache, Layer, PackedLayer, Runner};
+use crate::error::{Result, TorchContext};
+
+/// Decodes one sequence. Packed weights stay packed, in the memory map.
+pub struct Decoder<'a> {
+    runner: &'a Runner<'a>,
+    layers: Vec<(Layer<'a>, KvCache)>,
+}
+
+impl<'a> Decoder<'a> {
+    /// Loads all layers, for up to `capacity` tokens. `packed` holds [`Runner::packed_layer`] of every layer.
+    ///
+    /// # Errors
+    /// When a tensor is malformed or memory ends.
+    pub fn new(runner: &'a Runner<'a>, packed: &'a [PackedLayer<'a>], capacity: usize) -> Result<Self> {
+        let layers = packed
+            .iter()
+            .enumerate()
+            .map(|(layer, packed)| Ok((runner.layer(layer, packed)?, runner.llama().cache(capacity)?)));
+        Ok(Self { runner, layers: layers.collect::<Result<_>>()? })
+    }
+
+    /// Takes up tokens, at first the whole prompt, then one at a time; returns the logits `[vocab]` of the next one.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn advance(&mut self, ids: &[i64]) -> Result<Vec<f32>> {
+        let llama = self.runner.llama();
+        let mut hidden = llama.embed(ids, ids.len())?;
+        for (layer, cache) in &mut self.layers {
+            hidden = llama.forward_cached(layer, &hidden, cache)?;
+        }
+        let last = hidden.f_narrow(1, ids.len() as i64 - 1, 1).torch("take the last token")?;
+        let logits = self.runner.logits(&self.runner.normalized(&last)?)?;
+        let flat = logits.f_flatten(0, -1).torch("read logits")?;
+        Vec::<f32>::try_from(&flat).torch("read logits")
+    }
+}

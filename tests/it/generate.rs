@@ -1,0 +1,83 @@
+//! `gptq generate`: what the demo model says, quantized or not.
+
+use serde_json::Value;
+
+use crate::helpers::{Lab, Output, demo, text_of};
+
+const PROMPT: &str = "The";
+
+fn generate(lab: &Lab, dir: &str, flags: &[&str]) -> Output {
+    let mut args = vec!["generate".to_owned(), dir.to_owned()];
+    for (flag, value) in [("--prompt", PROMPT), ("--max-tokens", "12")] {
+        if !flags.contains(&flag) {
+            args.extend([flag.to_owned(), value.to_owned()]);
+        }
+    }
+    args.extend(flags.iter().map(|&flag| flag.to_owned()));
+    lab.run(&args)
+}
+
+fn made(lab: &Lab, dir: &str, flags: &[&str]) -> Value {
+    let output = generate(lab, dir, &[flags, &["--json"]].concat()).succeeds();
+    serde_json::from_str(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_model_and_its_branches_speak() {
+    let lab = Lab::empty();
+    let model = text_of(&demo(""));
+    let flags = ["--model", &model, "--variant", "8bit-32g", "--variant", "4bit-32g-act"];
+    lab.quantize(&flags).succeeds();
+    let greedy = ["--temperature", "0", "--repetition-penalty", "1"];
+    let dense = made(&lab, &model, &greedy);
+    assert_eq!((&dense["tokens"], &dense["stop"]), (&12.into(), &"max-tokens".into()));
+    assert!(dense["tokens_per_second"].as_f64().unwrap() > 0.0);
+    // Eight bits are close enough for the same words.
+    let branch = text_of(&lab.out().join("gptq-8bit-32g-actorder_False"));
+    assert_eq!(made(&lab, &branch, &greedy)["text"], dense["text"]);
+    let branch = text_of(&lab.out().join("gptq-4bit-32g-actorder_True"));
+    assert!(!made(&lab, &branch, &greedy)["text"].as_str().unwrap().is_empty());
+}
+
+#[test]
+fn a_seed_decides_and_the_text_is_streamed_after_the_prompt() {
+    let lab = Lab::empty();
+    let model = text_of(&demo(""));
+    let text = |seed: &str| made(&lab, &model, &["--seed", seed, "--temperature", "1.5"])["text"].clone();
+    assert_eq!(text("1"), text("1"));
+    assert_ne!(text("1"), text("2"));
+    let plain = generate(&lab, &model, &["--seed", "1", "--temperature", "1.5"]).succeeds();
+    assert_eq!(plain.stdout, format!("{PROMPT}{}\n", text("1").as_str().unwrap()));
+    assert!(plain.stderr.contains("tokens/s"), "{}", plain.stderr);
+}
+
+#[test]
+fn the_context_ends_it() {
+    let lab = Lab::empty();
+    let context = 512;
+    let long = "word ".repeat(context);
+    let model = text_of(&demo(""));
+    let refused = generate(&lab, &model, &["--prompt", &long]);
+    assert!(
+        refused.stderr.starts_with("error: prompt: expected 1 to 511 tokens, found `"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!((refused.code, refused.stdout.as_str()), (Some(2), ""));
+    let found = made(&lab, &model, &["--prompt", &"a ".repeat(250), "--max-tokens", "500"]);
+    let total = found["prompt_tokens"].as_u64().unwrap() + found["tokens"].as_u64().unwrap();
+    assert!(found["stop"] == "context" && total == 512 || found["stop"] == "end-of-sequence", "{found}");
+}
+
+#[test]
+fn settings_that_cannot_work() {
+    let lab = Lab::empty();
+    let model = text_of(&demo(""));
+    for (flags, error) in [
+        (["--temperature", "-1"], "error: temperature: expected a number from 0, found `-1`"),
+        (["--top-p", "0"], "error: top-p: expected a number above 0 and up to 1, found `0`"),
+        (["--repetition-penalty", "0"], "error: repetition-penalty: expected a number above 0, found `0`"),
+    ] {
+        generate(&lab, &model, &flags).fails_with(error);
+    }
+}
