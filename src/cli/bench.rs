@@ -66,42 +66,49 @@ pub(super) fn run(args: &BenchArgs, output: &OutputArgs) -> Result<bool> {
 fn solver(args: &BenchArgs) -> Result<Vec<Line>> {
     let (n, k) = args.shape;
     let (nf, kf) = (n as f64, k as f64);
-    let limit = fp32_limit(args.repeat);
+    let fp32 = product_limit(Kind::Float, args.repeat);
+    let (amx, bf16) = match gptq::amx::available() {
+        true => (true, product_limit(Kind::BFloat16, args.repeat)),
+        false => (false, fp32),
+    };
     tch::manual_seed(0);
     let x = Tensor::randn([TOKENS, k as i64], (Kind::Float, Device::Cpu));
     let weight = Tensor::randn([n as i64, k as i64], (Kind::Float, Device::Cpu));
     let stacked = Weight { name: "bench", values: &weight };
-    let line = |what: String, seconds: f64, flops: f64| {
+    let line = |what: String, seconds: f64, flops: f64, limit: f64| {
         let rate = flops / seconds / 1e9;
         Line { what, seconds, rate, unit: "GFLOP/s", share_of_limit: rate / limit }
     };
 
     // One triangle: half of 2·T·K².
+    let hessian_flops = TOKENS as f64 * kf * kf;
     let mut lines = Vec::new();
     let mut hessian = None;
-    for (kind, name) in [(Kind::BFloat16, "bf16"), (Kind::Float, "fp32")] {
+    for (kind, name, limit) in [(Kind::BFloat16, "bf16", bf16), (Kind::Float, "fp32", fp32)] {
         let x = x.to_kind(kind);
         let (seconds, made) = fastest(args.repeat, || -> gptq::Result<_> {
             let mut hessian = Hessian::new(k, Device::Cpu)?;
             hessian.add(&x)?;
             hessian.finish("bench")
         })?;
-        lines.push(line(format!("Hessian of {TOKENS} tokens in {name}"), seconds, TOKENS as f64 * kf * kf));
+        lines.push(line(format!("Hessian of {TOKENS} tokens in {name}"), seconds, hessian_flops, limit));
         hessian = Some(made);
     }
     let hessian = hessian.expect("made above");
     let (seconds, _) = fastest(args.repeat, || hessian.output_energy(&weight))?;
-    lines.push(line("output energy".into(), seconds, nf * kf * kf));
+    lines.push(line("output energy".into(), seconds, nf * kf * kf, bf16));
     let desc_act = args.variant.order.desc_act();
-    let solvers = [true, false].into_iter().filter(|&amx| !amx || gptq::amx::available());
-    for (i, amx) in solvers.enumerate() {
-        let solver = CpuSolver::with_amx(amx);
-        let (seconds, factor) = fastest(args.repeat, || solver.factorize(&hessian, desc_act, 0.01, "bench"))?;
-        if i == 0 {
-            lines.push(line("factorization".into(), seconds, kf * kf * kf / 3.0));
-        }
+    let factorize = || CpuSolver::new().factorize(&hessian, desc_act, 0.01, "bench");
+    let (seconds, factor) = fastest(args.repeat, factorize)?;
+    lines.push(line("factorization".into(), seconds, kf * kf * kf / 3.0, fp32));
+    drop(factor);
+    for with_amx in [true, false].into_iter().filter(|&with_amx| amx || !with_amx) {
+        let solver = CpuSolver::with_amx(with_amx);
+        let factor = solver.factorize(&hessian, desc_act, 0.01, "bench")?;
         let (seconds, _) = fastest(args.repeat, || factor.solve(&[stacked], &args.variant))?;
-        lines.push(line(format!("solve, {}", solver.name()), seconds, nf * kf * kf));
+        // On AMX a product is three of bf16.
+        let limit = if with_amx { bf16 / 3.0 } else { fp32 };
+        lines.push(line(format!("solve, {}", solver.name()), seconds, nf * kf * kf, limit));
     }
     Ok(lines)
 }
@@ -120,7 +127,7 @@ fn matmul(args: &BenchArgs) -> Result<Vec<Line>> {
     let packed = PackedLinear::new(&random_linear(args.shape, &args.variant));
     let view = packed.view();
     let packed_bytes: usize = packed.tensors().iter().map(|(_, bytes)| bytes.len()).sum();
-    let (flops_limit, read_limit) = (fp32_limit(args.repeat), read_limit(args.repeat));
+    let (flops_limit, read_limit) = (product_limit(Kind::Float, args.repeat), read_limit(args.repeat));
     let mut lines = Vec::new();
     for rows in ROWS {
         let x: Vec<f32> = (0..rows * k).map(|i| (i % 13) as f32 - 6.0).collect();
@@ -170,10 +177,10 @@ fn fastest<T>(repeat: usize, mut work: impl FnMut() -> gptq::Result<T>) -> gptq:
     Ok((best, result))
 }
 
-/// GFLOP/s of libtorch's fp32 matrix product.
-fn fp32_limit(repeat: usize) -> f64 {
+/// GFLOP/s of libtorch's matrix product.
+fn product_limit(kind: Kind, repeat: usize) -> f64 {
     let size = 3072i64;
-    let a = Tensor::randn([size, size], (Kind::Float, Device::Cpu));
+    let a = Tensor::randn([size, size], (Kind::Float, Device::Cpu)).to_kind(kind);
     let seconds = (0..repeat.max(3)).map(|_| {
         let begun = Instant::now();
         drop(black_box(a.matmul(&a)));
