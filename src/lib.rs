@@ -9,6 +9,7 @@
 pub mod amx;
 pub mod calibration;
 pub mod checkpoint;
+pub mod device;
 pub mod emit;
 pub mod error;
 pub mod eval;

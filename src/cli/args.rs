@@ -79,7 +79,7 @@ pub(super) struct QuantizeArgs {
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]
     pub(super) shared_hessian: bool,
-    /// What forward passes are computed in: auto, fp32, bf16 [default: auto]
+    /// What forward passes are computed in: auto, fp32, bf16, fp16 [default: auto]
     #[arg(long, value_name = "DTYPE")]
     pub(super) compute_dtype: Option<ComputeDtype>,
     /// Where to compute [default: cpu]

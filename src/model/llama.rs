@@ -282,6 +282,14 @@ impl<'a> Llama<'a> {
     }
 }
 
+/// The kind that a checkpoint's first linear is stored in, which stands for the others.
+///
+/// # Errors
+/// When the tensor is missing or of a kind that is not read.
+pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
+    tensor_kind(&checkpoint.view(&LinearId { layer: 0, kind: LinearKind::Q }.weight())?)
+}
+
 /// libtorch's name of a tensor's dtype.
 fn tensor_kind(view: &TensorView<'_>) -> Result<Kind> {
     match view.dtype {

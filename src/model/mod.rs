@@ -13,5 +13,5 @@ mod runner;
 pub use attention::KvCache;
 pub use decoder::Decoder;
 pub use linear::{Dense, Linear, Packed};
-pub use llama::{Layer, Llama, Norms, Stage, add};
+pub use llama::{Layer, Llama, Norms, Stage, add, source_kind};
 pub use runner::{PackedLayer, Runner};

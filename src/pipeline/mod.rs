@@ -12,10 +12,14 @@ use tch::{Device, Kind};
 use crate::{
     calibration::{self, Tokens, Windows, check_seq_len},
     checkpoint::{Checkpoint, LinearId, dense_tensors},
+    device,
     emit::{BranchWriter, Provenance},
     error::{Error, Result},
-    gptq::{QuantizedLinear, solver::CpuSolver, solver::Solver},
-    model::Llama,
+    gptq::{
+        QuantizedLinear,
+        solver::{CpuSolver, Solver, TorchSolver},
+    },
+    model::{Llama, source_kind},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
     report::{
@@ -57,8 +61,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     check(plan, checkpoint, out)?;
     let config = checkpoint.config();
     let windows = Windows::random(tokens, plan.samples, plan.seq_len, plan.seed)?;
-    let device = device(&plan.device)?;
-    let kind = compute_kind(plan.compute_dtype);
+    let choice = device::resolve(&plan.device)?;
+    choice.note.iter().for_each(|text| progress.event(&Event::Note(text)));
     check_dense(checkpoint)?;
     let mut warnings = warnings(checkpoint, plan, &windows);
     warnings.iter().for_each(|text| progress.event(&Event::Warning(text)));
@@ -66,10 +70,11 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let _guard = tch::no_grad_guard();
     let folder = OutputFolder::create(out)?;
     let mut sink = Branches::create(plan, checkpoint, out)?;
-    let llama = Llama::new(checkpoint, plan.seq_len, kind, device)?;
-    let solver = CpuSolver::new();
+    let kind = compute_kind(plan.compute_dtype, choice.device, source_kind(checkpoint)?);
+    let llama = Llama::new(checkpoint, plan.seq_len, kind, choice.device)?;
+    let solver = solver(choice.device);
     let layers =
-        Layers { llama: &llama, solver: &solver, variants: &plan.variants, damp: plan.damp, progress };
+        Layers { llama: &llama, solver: &*solver, variants: &plan.variants, damp: plan.damp, progress };
 
     let first = HiddenStates::embed(&llama, &windows)?;
     let steps = layers.steps(&first, plan.shared_hessian);
@@ -122,9 +127,9 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
             seq_len: windows.seq_len(),
         },
         compute: ComputeReport {
-            device: plan.device.clone(),
+            device: choice.name,
             solver: solver.name().into(),
-            dtype: if kind == Kind::BFloat16 { "bf16" } else { "fp32" }.into(),
+            dtype: kind_name(kind).into(),
             threads: rayon::current_num_threads(),
         },
         branches,
@@ -145,7 +150,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
 /// When something does not fit.
 pub fn check(plan: &Plan, checkpoint: &Checkpoint, out: &Path) -> Result<()> {
     plan.check()?;
-    device(&plan.device)?;
+    device::resolve(&plan.device)?;
     checkpoint.check()?;
     let config = checkpoint.config();
     check_seq_len(plan.seq_len, config.max_position_embeddings)?;
@@ -175,26 +180,35 @@ pub fn write_report(out: &Path, report: &Report) -> Result<()> {
     crate::checkpoint::write_file_atomically(&path, &text)
 }
 
-/// The libtorch device a name stands for.
-///
-/// # Errors
-/// When it is not to be had.
-pub fn device(name: &str) -> Result<Device> {
-    match name {
-        "cpu" => Ok(Device::Cpu),
-        other => {
-            Err(Error::Device { device: other.into(), problem: "this version computes on `cpu` only".into() })
-        }
-    }
-}
-
 /// The kind forward passes run in.
-pub fn compute_kind(dtype: ComputeDtype) -> Kind {
+pub fn compute_kind(dtype: ComputeDtype, device: Device, source: Kind) -> Kind {
     match dtype {
         ComputeDtype::Fp32 => Kind::Float,
         ComputeDtype::Bf16 => Kind::BFloat16,
+        ComputeDtype::Fp16 => Kind::Half,
+        ComputeDtype::Auto if device != Device::Cpu => match source {
+            Kind::Half => Kind::Half,
+            _ => Kind::BFloat16,
+        },
         ComputeDtype::Auto if fast_bf16() => Kind::BFloat16,
         ComputeDtype::Auto => Kind::Float,
+    }
+}
+
+/// As users write it.
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::BFloat16 => "bf16",
+        Kind::Half => "fp16",
+        _ => "fp32",
+    }
+}
+
+/// The fastest there is for a device.
+fn solver(device: Device) -> Box<dyn Solver> {
+    match device {
+        Device::Cpu => Box::new(CpuSolver::new()),
+        _ => Box::new(TorchSolver),
     }
 }
 

@@ -59,7 +59,7 @@ fn values_that_make_no_sense() {
         (["--samples", "0"], "samples: expected at least 1, found `0`"),
         (["--seq-len", "1"], "seq-len: expected at least 2, found `1`"),
         (["--max-shard-size", "10"], "max-shard-size: expected at least 1 MB, found `10`"),
-        (["--device", "tpu"], "device `tpu` cannot be used: this version computes on `cpu` only"),
+        (["--device", "tpu"], "device `tpu` cannot be used: expected auto, cpu, cuda or cuda:N"),
     ] {
         refused(&lab, &flags, &format!("error: {error}"));
     }

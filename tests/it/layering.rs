@@ -8,9 +8,10 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 17] = [
+const LAYERS: [&str; 18] = [
     "error",
     "progress",
+    "device",
     "variant",
     "plan",
     "checkpoint",
@@ -60,11 +61,12 @@ const ONLY_IN_CLI: [&str; 13] = [
 ];
 
 /// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions.
-const UNSAFE: [&str; 11] = [
+const UNSAFE: [&str; 12] = [
     "amx/operand.rs",
     "amx/tiles.rs",
     "checkpoint/reader.rs",
     "checkpoint/values.rs",
+    "device.rs",
     "gptq/raw.rs",
     "gptq/solver/cpu/panel.rs",
     "gptq/solver/instructions.rs",

@@ -13,13 +13,19 @@ mod kernel;
 pub mod reference;
 #[cfg(test)]
 mod tests;
+mod torch;
 
+use half::f16;
 use tch::Tensor;
 
 pub use cpu::CpuSolver;
+pub use torch::TorchSolver;
 
-use super::{Hessian, QuantizedLinear};
-use crate::{error::Result, variant::Variant};
+use super::{Hessian, QuantizedLinear, Step};
+use crate::{
+    error::{Error, Result},
+    variant::Variant,
+};
 
 /// A way to solve: one implementation a kind of device.
 pub trait Solver {
@@ -81,6 +87,40 @@ pub struct Solution {
     pub linear: QuantizedLinear,
     /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
     pub squared_error: f64,
+}
+
+/// What solving one weight added up over its rows.
+#[derive(Debug, Clone, Copy)]
+struct Sums {
+    /// `tr(D (H+λI) Dᵀ)`.
+    objective: f64,
+    /// `‖D‖²`.
+    distance: f64,
+}
+
+/// A solution out of its parts: codes `[K, N]`, steps `[G, N]`.
+///
+/// # Errors
+/// When a scale does not fit fp16.
+fn solution(
+    name: &str,
+    variant: &Variant,
+    codes: Vec<u8>,
+    steps: &[Step],
+    g_idx: Vec<u32>,
+    sums: Sums,
+    lambda: f64,
+) -> Result<Solution> {
+    let rows = codes.len() / g_idx.len();
+    if let Some(at) = steps.iter().position(|s| !s.scale.is_finite()) {
+        let place = format!("{name}: scale of group {}, output feature {}", at / rows, at % rows);
+        return Err(Error::Fp16Overflow { place, value: f32::INFINITY });
+    }
+    let scales: Vec<f16> = steps.iter().map(|s| s.scale).collect();
+    let zeros = steps.iter().map(|s| s.zero).collect();
+    let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
+    // tr(D (H+λI) Dᵀ) less λ‖D‖² is the undamped error.
+    Ok(Solution { linear, squared_error: (sums.objective - lambda * sums.distance).max(0.0) })
 }
 
 /// The dampings tried one after another, as fractions of the mean diagonal: `start`, then doubled up to 1.

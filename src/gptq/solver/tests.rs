@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CpuSolver, Solver, Weight, damping_steps, reference};
+use super::{CpuSolver, Solver, TorchSolver, Weight, damping_steps, reference};
 use crate::{
     error::Error,
     gptq::{Grid, Hessian, QuantizedLinear},
@@ -56,10 +56,10 @@ impl Problem {
     }
 
     fn fast(&self, variant: &Variant, damp: f64) -> super::Solution {
-        self.fast_with(CpuSolver::new(), variant, damp)
+        self.fast_with(&CpuSolver::new(), variant, damp)
     }
 
-    fn fast_with(&self, solver: CpuSolver, variant: &Variant, damp: f64) -> super::Solution {
+    fn fast_with(&self, solver: &dyn Solver, variant: &Variant, damp: f64) -> super::Solution {
         let factor = solver.factorize(&self.hessian, variant.order.desc_act(), damp, "test").unwrap();
         factor.solve(&[weight(&self.weight)], variant).unwrap().remove(0)
     }
@@ -109,13 +109,14 @@ fn variants() -> Vec<Variant> {
 }
 
 #[test]
-fn fast_solver_agrees_with_the_definition() {
+fn solvers_agree_with_the_definition() {
     // 600 columns: several panels, partial last groups; 70 rows: a partial tile.
     let problem = Problem::new(70, 600, 2000, 1);
-    for (variant, amx) in variants().into_iter().flat_map(|v| [(v, false), (v, true)]) {
+    let solvers: [&dyn Solver; 3] = [&CpuSolver::with_amx(false), &CpuSolver::with_amx(true), &TorchSolver];
+    for (variant, solver) in variants().into_iter().flat_map(|v| solvers.map(|solver| (v, solver))) {
         let slow = problem.reference(&variant, 0.01);
-        let fast = problem.fast_with(CpuSolver::with_amx(amx), &variant, 0.01);
-        let variant = format!("{variant}, AMX {amx}");
+        let fast = problem.fast_with(solver, &variant, 0.01);
+        let variant = format!("{variant}, {}", solver.name());
         assert_eq!(slow.linear.g_idx(), fast.linear.g_idx(), "{variant}");
         let pairs = slow.linear.codes().iter().zip(fast.linear.codes());
         let different = pairs.filter(|(a, b)| a != b).count() as f64 / slow.linear.codes().len() as f64;

@@ -7,11 +7,11 @@ use tch::TchError;
 use super::{CpuFactor, LANES, Lane, Solution, State};
 use crate::{
     amx::{Line, SIDE},
-    error::{Error, Result},
+    error::Result,
     gptq::{
-        QuantizedLinear,
+        Step,
         raw::{Floats, floats},
-        solver::Weight,
+        solver::{Sums, Weight, solution},
     },
     variant::Variant,
 };
@@ -157,24 +157,26 @@ impl CpuFactor {
                 .par_chunks_mut(rows)
                 .zip(codes.par_chunks(n))
                 .for_each(|(own, all)| own.copy_from_slice(&all[range.clone()]));
-            let of_row =
-                |values: &[Lane], g: usize, row: usize| values[row / LANES * groups + g][row % LANES];
-            let own = |values: &[Lane]| -> Vec<f32> {
-                (0..groups).flat_map(|g| range.clone().map(move |r| of_row(values, g, r))).collect()
+            let steps: Vec<Step> = (0..groups)
+                .flat_map(|g| range.clone().map(move |row| (row / LANES * groups + g, row % LANES)))
+                .map(|(at, lane)| Step {
+                    scale: f16::from_f32(scales[at][lane]),
+                    zero: zeros[at][lane] as u8,
+                })
+                .collect();
+            let sums = Sums {
+                objective: objective[range.clone()].iter().sum(),
+                distance: distance[range].iter().sum(),
             };
-            let own_scales: Vec<f16> = own(&scales).into_iter().map(f16::from_f32).collect();
-            if let Some(at) = own_scales.iter().position(|s| !s.is_finite()) {
-                let (group, row) = (at / rows, at % rows);
-                let place = format!("{}: scale of group {group}, output feature {row}", weight.name);
-                return Err(Error::Fp16Overflow { place, value: f32::INFINITY });
-            }
-            let own_zeros = own(&zeros).into_iter().map(|z| z as u8).collect();
-            let linear = QuantizedLinear::new(variant.bits, own_codes, own_scales, own_zeros, g_idx.clone());
-            // tr(D (H+λI) Dᵀ) less λ‖D‖² is the undamped error.
-            let damped: f64 = objective[range.clone()].iter().sum();
-            let distance: f64 = distance[range].iter().sum();
-            let squared_error = (damped - self.lambda * distance).max(0.0);
-            solutions.push(Solution { linear, squared_error });
+            solutions.push(solution(
+                weight.name,
+                variant,
+                own_codes,
+                &steps,
+                g_idx.clone(),
+                sums,
+                self.lambda,
+            )?);
         }
         Ok(solutions)
     }

@@ -1,0 +1,122 @@
+//! Where to compute. Nothing links CUDA: libtorch's CUDA part is opened when it is asked for, so that one program runs on
+//! machines with and without a GPU.
+
+use std::sync::OnceLock;
+
+use tch::{Cuda, Device};
+
+use crate::error::{Error, Result};
+
+/// A device, and how it came to be chosen.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// For libtorch.
+    pub device: Device,
+    /// `cpu`, `cuda:0`.
+    pub name: String,
+    /// What `auto` found, for the user.
+    pub note: Option<String>,
+}
+
+/// The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for.
+///
+/// # Errors
+/// When it is not to be had; `auto` then is the CPU.
+pub fn resolve(name: &str) -> Result<Choice> {
+    let cpu = |note| Choice { device: Device::Cpu, name: "cpu".into(), note };
+    let unusable = |problem: String| Error::Device { device: name.into(), problem };
+    match name {
+        "cpu" => Ok(cpu(None)),
+        "auto" => Ok(match cuda_devices() {
+            Ok(_) => Choice {
+                device: Device::Cuda(0),
+                name: "cuda:0".into(),
+                note: Some("device auto: cuda:0".into()),
+            },
+            Err(problem) => cpu(Some(format!("device auto: the CPU, for {problem}"))),
+        }),
+        _ => {
+            let index: Option<usize> = match name.strip_prefix("cuda") {
+                Some("") => Some(0),
+                Some(rest) => rest.strip_prefix(':').and_then(|index| index.parse().ok()),
+                None => None,
+            };
+            let index = index.ok_or_else(|| unusable("expected auto, cpu, cuda or cuda:N".into()))?;
+            let count = cuda_devices().map_err(|problem| unusable(problem.clone()))?;
+            if index >= count {
+                let plural = if count == 1 { "" } else { "s" };
+                return Err(unusable(format!("there is {count} CUDA device{plural}, counted from 0")));
+            }
+            Ok(Choice { device: Device::Cuda(index), name: format!("cuda:{index}"), note: None })
+        }
+    }
+}
+
+/// How many CUDA devices there are, at least one; else why there is none.
+fn cuda_devices() -> std::result::Result<usize, String> {
+    static FOUND: OnceLock<std::result::Result<usize, String>> = OnceLock::new();
+    FOUND
+        .get_or_init(|| {
+            open_libtorch_cuda()?;
+            match Cuda::device_count() {
+                count if count > 0 && Cuda::is_available() => Ok(count as usize),
+                _ => Err("there is no CUDA device, or no driver for it".into()),
+            }
+        })
+        .clone()
+}
+
+/// Opens libtorch's CUDA part, which makes itself known to the rest when it is loaded, for the life of the program.
+#[cfg(unix)]
+fn open_libtorch_cuda() -> std::result::Result<(), String> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    // SAFETY: the library's constructors register kernels and nothing else; it fits the libtorch that is linked, since
+    // both come out of one folder.
+    let opened = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
+    match opened {
+        Ok(library) => {
+            // Registered kernels point into it.
+            std::mem::forget(library);
+            Ok(())
+        }
+        Err(error) if error.to_string().contains("libtorch_cuda.so: cannot open shared object file") => {
+            Err("libtorch's CUDA part is not installed (scripts/setup --cuda)".into())
+        }
+        Err(error) => Err(format!("libtorch's CUDA part cannot be opened: {error}")),
+    }
+}
+
+#[cfg(not(unix))]
+fn open_libtorch_cuda() -> std::result::Result<(), String> {
+    Err("CUDA is supported on Linux only".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        assert_eq!(resolve("cpu").unwrap(), Choice { device: Device::Cpu, name: "cpu".into(), note: None });
+        for name in ["tpu", "cuda:", "cuda:x", "cuda0", "CPU", ""] {
+            let error = resolve(name).unwrap_err().to_string();
+            assert_eq!(error, format!("device `{name}` cannot be used: expected auto, cpu, cuda or cuda:N"));
+        }
+    }
+
+    #[test]
+    fn auto_is_always_something_and_says_what() {
+        let choice = resolve("auto").unwrap();
+        let note = choice.note.unwrap();
+        match choice.device {
+            Device::Cpu => assert!(note.starts_with("device auto: the CPU, for "), "{note}"),
+            _ => assert_eq!(note, "device auto: cuda:0"),
+        }
+    }
+
+    #[test]
+    fn a_device_that_is_not_there() {
+        let error = resolve("cuda:99").unwrap_err().to_string();
+        assert!(error.starts_with("device `cuda:99` cannot be used: "), "{error}");
+    }
+}
