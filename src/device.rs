@@ -79,10 +79,16 @@ fn open_libtorch_cuda() -> std::result::Result<(), String> {
             std::mem::forget(library);
             Ok(())
         }
-        Err(error) if error.to_string().contains("libtorch_cuda.so: cannot open shared object file") => {
-            Err("libtorch's CUDA part is not installed (scripts/setup --cuda)".into())
+        Err(error) => {
+            // The library's message keeps what the loader said to itself.
+            let said =
+                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            Err(if said.contains("libtorch_cuda.so: cannot open shared object file") {
+                "libtorch's CUDA part is not installed (scripts/setup --cuda)".into()
+            } else {
+                format!("libtorch's CUDA part cannot be opened: {said}")
+            })
         }
-        Err(error) => Err(format!("libtorch's CUDA part cannot be opened: {error}")),
     }
 }
 
