@@ -46,7 +46,7 @@ impl Grid {
         let (min, max) = (min.min(0.0), max.max(0.0));
         let scale = to_scale((max - min) / levels);
         let zero = (-min / f64::from(scale)).round_ties_even();
-        if zero < 1.0 {
+        if zero < 1.0 && scale.is_finite() {
             // All levels but one lie above zero.
             return Step { scale: to_scale(max / (levels - 1.0)), zero: 1 };
         }
@@ -72,9 +72,18 @@ const SCALE_OF_ZEROS: f64 = 2.0 / 15.0;
 
 fn to_scale(scale: f64) -> f16 {
     if scale == 0.0 {
-        return f16::from_f64(SCALE_OF_ZEROS);
+        return to_f16(SCALE_OF_ZEROS);
     }
-    f16::from_f64(scale).max(f16::MIN_POSITIVE_SUBNORMAL)
+    to_f16(scale).max(f16::MIN_POSITIVE_SUBNORMAL)
+}
+
+/// The nearest fp16 value of a number from 0 up, ties to even, rounded once; `half`'s conversion from f64 rounds twice or
+/// drops bits, depending on the processor.
+fn to_f16(x: f64) -> f16 {
+    let near = x as f32;
+    // Towards zero, and the last bit set if anything was lost: fp16's rounding then sees which side of a tie it was.
+    let bits = near.to_bits() - u32::from(f64::from(near) > x);
+    f16::from_f32(f32::from_bits(bits | u32::from(f64::from(near) != x)))
 }
 
 #[cfg(test)]
@@ -135,5 +144,31 @@ mod tests {
         assert!(grid.fit(0.0, 0.0).scale > f16::ZERO);
         assert_eq!(grid.fit(-1e-12, 1e-12).scale, f16::MIN_POSITIVE_SUBNORMAL);
         assert!(grid.fit(-1e9, 1e9).scale.is_infinite());
+        // Half of the range would fit, all of it does not.
+        assert!(Grid::new(Bits::Four, false).fit(-6e5, 6e5).scale.is_infinite());
+    }
+
+    #[test]
+    fn scales_are_rounded_once() {
+        // Just above the middle of 1 and its neighbour, where fp32 rounds it to; 15 of these are the range.
+        let scale = 1.0 + 2f64.powi(-11) + 2f64.powi(-30);
+        let step = Grid::new(Bits::Four, true).fit(0.0, scale * 7.5);
+        assert_eq!(f64::from(step.scale), 1.0 + 2f64.powi(-10));
+    }
+
+    proptest! {
+        #[test]
+        fn fp16_is_the_nearest(exponent in -30i32..17, fraction in 1.0f64..2.0) {
+            let x = fraction * 2f64.powi(exponent);
+            let found = to_f16(x);
+            let distance = |bits: u16| (f64::from(f16::from_bits(bits)) - x).abs();
+            if found.is_infinite() {
+                prop_assert!(x >= 65520.0);
+            } else {
+                let bits = found.to_bits();
+                prop_assert!(distance(bits) <= distance(bits + 1) || x < 65520.0 && bits == 0x7BFF);
+                prop_assert!(bits == 0 || distance(bits) <= distance(bits - 1));
+            }
+        }
     }
 }
