@@ -21,7 +21,7 @@ use tch::Tensor;
 pub use cpu::CpuSolver;
 pub use torch::TorchSolver;
 
-use super::{Hessian, QuantizedLinear, Step};
+use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};
 use crate::{
     error::{Error, Result},
     variant::Variant,
@@ -87,6 +87,48 @@ pub struct Solution {
     pub linear: QuantizedLinear,
     /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
     pub squared_error: f64,
+}
+
+/// A factorization, and what was decided on the way to it.
+struct Damped<F> {
+    factor: F,
+    order: ColumnOrder,
+    dead: Vec<u32>,
+    /// What was added to the diagonal.
+    lambda: f64,
+    facts: Factorization,
+}
+
+/// What `factorize` gets: the Hessian is to be taken in `order`, with `lambda` on its diagonal, and `mean` too where a
+/// feature is dead.
+struct Damping<'a> {
+    order: &'a ColumnOrder,
+    dead: &'a [u32],
+    mean: f64,
+    lambda: f64,
+}
+
+/// Orders a Hessian and tries dampings from `damp` on until `factorize` returns a factor.
+fn damped<F>(
+    hessian: &Hessian,
+    desc_act: bool,
+    damp: f64,
+    stage: &str,
+    factorize: impl Fn(&Damping<'_>) -> Result<Option<F>>,
+) -> Result<Damped<F>> {
+    let diagonal = hessian.diagonal()?;
+    let dead = dead_columns(&diagonal);
+    let alive = diagonal.len() - dead.len();
+    let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
+    let order = ColumnOrder::new(desc_act, &diagonal);
+    for (raised, damp) in damping_steps(damp).enumerate() {
+        let lambda = damp * mean;
+        if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {
+            let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
+            return Ok(Damped { factor, order, dead, lambda, facts });
+        }
+    }
+    Err(Error::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 })
 }
 
 /// What solving one weight added up over its rows.

@@ -3,10 +3,10 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{Factorization, Factorized, Solution, Solver, Sums, Weight, damping_steps, solution};
+use super::{Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, damped, solution};
 use crate::{
-    error::{Error, Result, TorchContext},
-    gptq::{ColumnOrder, Grid, Hessian, Step, dead_columns},
+    error::{Result, TorchContext},
+    gptq::{Grid, Hessian, Step},
     variant::{GroupSize, Order, Variant},
 };
 
@@ -29,34 +29,19 @@ impl Solver for TorchSolver {
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>> {
-        let diagonal = hessian.diagonal()?;
-        let dead = dead_columns(&diagonal);
-        let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / (diagonal.len() - dead.len()) as f64;
-        let order = ColumnOrder::new(desc_act, &diagonal);
-        for (raised, damp) in damping_steps(damp).enumerate() {
-            let lambda = damp * mean;
-            let upper = upper_factor(hessian.matrix(), order.columns(), &dead, mean, lambda);
-            if let Some(upper) = upper.torch("factorize a Hessian")? {
-                let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
-                return Ok(Box::new(TorchFactor { upper, order, dead, lambda, facts }));
-            }
-        }
-        Err(Error::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 })
+        let factorize =
+            |damping: &Damping<'_>| upper_factor(hessian.matrix(), damping).torch("factorize a Hessian");
+        Ok(Box::new(TorchFactor(damped(hessian, desc_act, damp, stage, factorize)?)))
     }
 }
 
-/// `Ũ` with `H + λI = Ũ Ũᵀ` in the order of `columns`, dead features with `mean` on the diagonal; `None` when that is not
-/// positive definite.
-fn upper_factor(
-    matrix: &Tensor,
-    columns: &[u32],
-    dead: &[u32],
-    mean: f64,
-    lambda: f64,
-) -> Result<Option<Tensor>, TchError> {
+/// `Ũ` with `H + λI = Ũ Ũᵀ`, in quantization order; `None` when that is not positive definite.
+fn upper_factor(matrix: &Tensor, damping: &Damping<'_>) -> Result<Option<Tensor>, TchError> {
+    let &Damping { order, dead, mean, lambda } = damping;
     // With both axes reversed `Ũ` is the plain lower factor.
-    let reversed: Vec<i64> = columns.iter().rev().map(|&c| i64::from(c)).collect();
-    let added: Vec<f32> = columns
+    let reversed: Vec<i64> = order.columns().iter().rev().map(|&c| i64::from(c)).collect();
+    let added: Vec<f32> = order
+        .columns()
         .iter()
         .rev()
         .map(|c| (lambda + if dead.binary_search(c).is_ok() { mean } else { 0.0 }) as f32)
@@ -69,29 +54,23 @@ fn upper_factor(
     Ok(if i64::try_from(info)? == 0 { Some(lower.f_flip([0, 1])?) } else { None })
 }
 
-struct TorchFactor {
-    /// `Ũ` `[K, K]` in quantization order.
-    upper: Tensor,
-    order: ColumnOrder,
-    dead: Vec<u32>,
-    lambda: f64,
-    facts: Factorization,
-}
+/// `Ũ` `[K, K]` in quantization order.
+struct TorchFactor(Damped<Tensor>);
 
 impl Factorized for TorchFactor {
     fn facts(&self) -> &Factorization {
-        &self.facts
+        &self.0.facts
     }
 
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
-        let solved = Columns::new(self, weights, variant).and_then(|mut columns| {
+        let solved = Columns::new(&self.0, weights, variant).and_then(|mut columns| {
             columns.solve()?;
             columns.take(weights)
         });
-        let g_idx = self.order.g_idx(variant);
+        let g_idx = self.0.order.g_idx(variant);
         let solved = solved.torch("solve a stage")?;
         let solutions = solved.into_iter().zip(weights).map(|((codes, steps, sums), weight)| {
-            solution(weight.name, variant, codes, &steps, g_idx.clone(), sums, self.lambda)
+            solution(weight.name, variant, codes, &steps, g_idx.clone(), sums, self.0.lambda)
         });
         solutions.collect()
     }
@@ -99,7 +78,7 @@ impl Factorized for TorchFactor {
 
 /// The column loop. Tensors of rows are `[N]`.
 struct Columns<'a> {
-    factor: &'a TorchFactor,
+    factor: &'a Damped<Tensor>,
     variant: &'a Variant,
     grid: Grid,
     /// `[N, K]` fp32 in quantization order, dead features zero.
@@ -120,8 +99,12 @@ struct Columns<'a> {
 type Taken = (Vec<u8>, Vec<Step>, Sums);
 
 impl<'a> Columns<'a> {
-    fn new(factor: &'a TorchFactor, weights: &[Weight<'_>], variant: &'a Variant) -> Result<Self, TchError> {
-        let device = factor.upper.device();
+    fn new(
+        factor: &'a Damped<Tensor>,
+        weights: &[Weight<'_>],
+        variant: &'a Variant,
+    ) -> Result<Self, TchError> {
+        let device = factor.factor.device();
         let order: Vec<i64> = factor.order.columns().iter().map(|&c| i64::from(c)).collect();
         let index = Tensor::f_from_slice(&order)?.f_to_device(device)?;
         let values: Vec<&Tensor> = weights.iter().map(|w| w.values).collect();
@@ -174,7 +157,7 @@ impl<'a> Columns<'a> {
                     let last = (i + size).min(end);
                     let of_group = residuals.f_narrow(1, (i - start) as i64, (last - i) as i64)?;
                     let of_group = of_group.f_add(&self.left_by(start, i, i, last)?)?;
-                    let corner = part(&self.factor.upper, i, last, i, last)?;
+                    let corner = part(&self.factor.factor, i, last, i, last)?;
                     let x = corner.f_linalg_solve_triangular(&of_group, true, false, false)?;
                     let target = self.weights.f_narrow(1, i as i64, (last - i) as i64)?.f_sub(&x)?;
                     self.fit(i / size, &target)?;
@@ -190,7 +173,7 @@ impl<'a> Columns<'a> {
     /// `Σ d_j Ũ_jc` over the columns `first..end` for the columns `from..to`, `[N, to − from]`.
     fn left_by(&self, first: usize, end: usize, from: usize, to: usize) -> Result<Tensor, TchError> {
         let solved = self.differences.f_narrow(1, first as i64, (end - first) as i64)?;
-        solved.f_mm(&part(&self.factor.upper, first, end, from, to)?)
+        solved.f_mm(&part(&self.factor.factor, first, end, from, to)?)
     }
 
     /// Fits a group's steps to weights `[N, …]`.
@@ -214,7 +197,7 @@ impl<'a> Columns<'a> {
         let column = self.factor.order.columns()[i];
         let group = self.factor.order.group_at(i, self.variant);
         let (scale, zero) = self.scales[group].as_ref().expect("fitted before its first column");
-        let pivot = self.factor.upper.f_select(0, i as i64)?.f_select(0, i as i64)?;
+        let pivot = self.factor.factor.f_select(0, i as i64)?.f_select(0, i as i64)?;
         let weight = self.weights.f_select(1, i as i64)?;
         let target = weight.f_sub(&residual.f_div(&pivot)?)?;
         let code = target.f_div(scale)?.f_round()?.f_add(zero)?;

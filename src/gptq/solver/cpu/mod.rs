@@ -8,14 +8,14 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Factorization, Factorized, Solution, Solver, Weight, cholesky, damping_steps,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, cholesky, damped,
     kernel::{LANES, Lane},
 };
 use crate::{
     amx,
-    error::{Error, Result, TorchContext},
+    error::{Result, TorchContext},
     gptq::{
-        ColumnOrder, Grid, Hessian, dead_columns,
+        ColumnOrder, Grid, Hessian,
         raw::{Matrix, floats_mut},
     },
     variant::{GroupSize, Order, Variant},
@@ -62,35 +62,29 @@ impl Solver for CpuSolver {
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>> {
-        let diagonal = hessian.diagonal()?;
-        let dead = dead_columns(&diagonal);
-        let alive = diagonal.len() - dead.len();
-        let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
-        let order = ColumnOrder::new(desc_act, &diagonal);
-        let reversed: Vec<u32> = order.columns().iter().rev().copied().collect();
-        for (raised, damp) in damping_steps(damp).enumerate() {
-            let lambda = damp * mean;
-            let lower = reordered(hessian, &reversed, mean, lambda)?;
-            if cholesky::in_place(&lower).torch("factorize a Hessian")? {
-                let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
-                let amx = self.amx;
-                return Ok(Box::new(CpuFactor { lower, order, dead, lambda, facts, amx }));
-            }
-        }
-        Err(Error::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 })
+        let factorize = |damping: &Damping<'_>| {
+            let lower = reordered(hessian, damping)?;
+            let done = cholesky::in_place(&lower).torch("factorize a Hessian")?;
+            Ok(done.then_some(lower))
+        };
+        let Damped { factor: lower, order, dead, lambda, facts } =
+            damped(hessian, desc_act, damp, stage, factorize)?;
+        Ok(Box::new(CpuFactor { lower, order, dead, lambda, facts, amx: self.amx }))
     }
 }
 
-/// `H + λI` with rows and columns in the order of `columns`; only on and below the diagonal. Dead features, whose rows
+/// `H + λI` with rows and columns in reversed quantization order; only on and below the diagonal. Dead features, whose rows
 /// are zero, get `mean` on the diagonal.
-fn reordered(hessian: &Hessian, columns: &[u32], mean: f64, lambda: f64) -> Result<Tensor> {
+fn reordered(hessian: &Hessian, damping: &Damping<'_>) -> Result<Tensor> {
+    let &Damping { order, mean, lambda, .. } = damping;
+    let columns: Vec<u32> = order.columns().iter().rev().copied().collect();
     let k = columns.len();
     let mut lower =
         Tensor::f_empty([k as i64, k as i64], (Kind::Float, Device::Cpu)).torch("allocate a factor")?;
     let source = Matrix::new(hessian.matrix());
     floats_mut(&mut lower).par_chunks_mut(k).enumerate().for_each(|(i, row)| {
         let from = source.row(columns[i] as usize);
-        for (to, &c) in row[..=i].iter_mut().zip(columns) {
+        for (to, &c) in row[..=i].iter_mut().zip(&columns) {
             *to = from[c as usize];
         }
         row[i] = (if row[i] == 0.0 { mean } else { f64::from(row[i]) } + lambda) as f32;
