@@ -128,6 +128,11 @@ pub struct Variant {
 }
 
 impl Variant {
+    /// Whether every scale is known before the first column is quantized, and not fitted where its group begins.
+    pub fn scales_known_beforehand(&self) -> bool {
+        self.order == Order::ActStatic || self.group_size == GroupSize::PerChannel
+    }
+
     /// The four branches of the model card.
     pub fn card() -> Vec<Self> {
         ["4bit-128g", "4bit-32g-act", "4bit-64g-act", "4bit-128g-act"]

@@ -30,8 +30,7 @@ pub fn gram(matrix: &mut [f32], k: usize, x: &[u16], add: bool) {
         blocks.for_each_init(block_buffer, |square, (block, rows)| {
             let square = bytemuck::cast_slice_mut(square);
             for first in (0..=block * BLOCK).step_by(BLOCK) {
-                square.fill(0.0);
-                product(square, &left, block * BLOCK_STRIPS, &right, first / SIDE);
+                product(square, &left, block * BLOCK_STRIPS, &right, first / SIDE, 0);
                 let width = BLOCK.min(k - first);
                 for (row, sums) in rows.chunks_mut(k).zip(square.chunks(BLOCK)) {
                     let row = &mut row[first..first + width];
@@ -46,14 +45,16 @@ pub fn gram(matrix: &mut [f32], k: usize, x: &[u16], add: bool) {
     }
 }
 
-/// `[BLOCK, BLOCK]` of a product in one part, from the strips `i` of `left` and `j` of `right` on, as far as there are.
-fn product(square: &mut [f32], left: &Operand, i: usize, right: &Operand, j: usize) {
+/// `[BLOCK, BLOCK]` of a product in one part, from the strips `i` of `left` and `j` of `right` on, as far as there are. The
+/// depth of `left` begins `skipped` chunks into that of `right`.
+fn product(square: &mut [f32], left: &Operand, i: usize, right: &Operand, j: usize, skipped: usize) {
     let (rows, columns) = ((left.strips() - i).min(BLOCK_STRIPS), (right.strips() - j).min(BLOCK_STRIPS));
     let chunks = left.strip_len() / Parts::One.chunk_len();
+    square.fill(0.0);
     for first in (0..chunks).step_by(DEPTH_CHUNKS) {
         let end = (first + DEPTH_CHUNKS).min(chunks);
         for column in 0..columns {
-            let right = right.chunks(j + column, first, end);
+            let right = right.chunks(j + column, skipped + first, skipped + end);
             for row in 0..rows {
                 let c = &mut square[row * SIDE * BLOCK + column * SIDE..];
                 multiply_add(left.chunks(i + row, first, end), right, Parts::One, c, BLOCK);
@@ -93,27 +94,15 @@ pub fn quadratic_form<R: Sync>(
 ) -> f64 {
     assert!(k > 0 && h.len() == k * k, "[K, K]");
     let weight = transposed(weight, k, widen);
-    let chunk = Parts::One.chunk_len();
     let mut sum = 0.0;
     for first in (0..k).step_by(BLOCK) {
         let left = lower_columns(h, k, first);
-        let (skipped, chunks) = (first / SIDE, weight.strip_len() / chunk);
+        let skipped = first / SIDE;
         let blocks = (0..weight.strips()).into_par_iter().step_by(BLOCK_STRIPS);
         let sums = blocks.map_init(block_buffer, |square, block| {
             let square: &mut [f32] = bytemuck::cast_slice_mut(square);
-            square.fill(0.0);
+            product(square, &left, 0, &weight, block, skipped);
             let strips = block..(block + BLOCK_STRIPS).min(weight.strips());
-            for begin in (skipped..chunks).step_by(DEPTH_CHUNKS) {
-                let end = (begin + DEPTH_CHUNKS).min(chunks);
-                for (column, strip) in strips.clone().enumerate() {
-                    let right = weight.chunks(strip, begin, end);
-                    for row in 0..left.strips() {
-                        let c = &mut square[row * SIDE * BLOCK + column * SIDE..];
-                        let left = left.chunks(row, begin - skipped, end - skipped);
-                        multiply_add(left, right, Parts::One, c, BLOCK);
-                    }
-                }
-            }
             let mut sums = [0.0f64; 16];
             for (column, strip) in strips.enumerate() {
                 for d in 0..BLOCK.min(k - first) {

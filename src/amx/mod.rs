@@ -15,7 +15,7 @@ mod tests;
 mod tiles;
 
 pub use forms::{gram, quadratic_form};
-pub use operand::{Line, Operand, Parts, Side, Square, fill_from_f32};
+pub use operand::{Line, Operand, Parts, Side, Square, fill_from_f32, nearest_bf16};
 pub use tiles::{available, multiply_add};
 
 /// Columns of an operand's strip, rows of its chunk, and side of the square of `C` that is computed at once.

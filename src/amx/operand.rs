@@ -123,9 +123,9 @@ fn fill_from_f32_any(chunk: &mut [Line], side: Side, square: &Square) {
         for pair in 0..TILE {
             for c in 0..16 {
                 let (a, b) = (square[2 * pair][16 * half + c], square[2 * pair + 1][16 * half + c]);
-                let (a_value, b_value) = (rounded(a), rounded(b));
+                let (a_value, b_value) = (nearest_bf16(a), nearest_bf16(b));
                 value[pair][c] = a_value >> 16 | b_value;
-                let rest_of = |x: f32, bits: u32| rounded(x - f32::from_bits(bits));
+                let rest_of = |x: f32, bits: u32| nearest_bf16(x - f32::from_bits(bits));
                 rest[pair][c] = rest_of(a, a_value) >> 16 | rest_of(b, b_value);
             }
         }
@@ -135,10 +135,12 @@ fn fill_from_f32_any(chunk: &mut [Line], side: Side, square: &Square) {
 }
 
 /// The nearest bf16 value, ties to even, as the bits of an fp32 value.
+///
+/// For numbers only: it has no branch for NaN, as `half`'s conversion has, so that it vectorizes.
 #[inline(always)]
-fn rounded(x: f32) -> u32 {
+pub fn nearest_bf16(x: f32) -> u32 {
     let bits = x.to_bits();
-    (bits + (0x7FFF + (bits >> 16 & 1))) & 0xFFFF_0000
+    bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) & 0xFFFF_0000
 }
 
 /// Lays out up to [`SIDE`] rows of up to [`SIDE`] bf16 values as a chunk in one part, on both sides.
@@ -166,10 +168,10 @@ pub(super) fn fill_right_from_transposed(chunk: &mut [Line], rows: &[&[f32]]) {
         let tile = &mut chunk[c / TILE * TILE..];
         let (pairs, rest) = row.as_chunks::<2>();
         for (line, [a, b]) in tile.iter_mut().zip(pairs) {
-            line.0[c % 16] = rounded(*a) >> 16 | rounded(*b);
+            line.0[c % 16] = nearest_bf16(*a) >> 16 | nearest_bf16(*b);
         }
         if let [last] = rest {
-            tile[pairs.len()].0[c % 16] = rounded(*last) >> 16;
+            tile[pairs.len()].0[c % 16] = nearest_bf16(*last) >> 16;
         }
     }
 }
@@ -186,7 +188,7 @@ pub(super) fn fill_left_rounded(chunk: &mut [Line], rows: &[&[f32]]) {
     let mut tiles = [[[0u32; 16]; TILE]; 2];
     for (d, row) in rows.iter().enumerate() {
         for (c, &value) in row.iter().enumerate() {
-            tiles[c / 16][d / 2][c % 16] |= rounded(value) >> (16 - d % 2 * 16);
+            tiles[c / 16][d / 2][c % 16] |= nearest_bf16(value) >> (16 - d % 2 * 16);
         }
     }
     for (half, tile) in tiles.iter().enumerate() {

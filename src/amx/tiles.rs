@@ -111,9 +111,10 @@ mod x86 {
         if chunks == 0 {
             return;
         }
-        // Registers 0 to 3 hold the square's quarters, 4 and 5 tiles of the left operand, 6 and 7 of the right one.
+        // Registers 0 to 3 hold the square's quarters, 4 and 5 tiles of the left operand, 6 and 7 of the right one. A chunk
+        // begins with the product of the first parts; `$step` are the others'.
         macro_rules! on_tiles {
-            ($($step:literal),+ $(,)?) => {
+            ($bytes:literal $(, $step:literal)* $(,)?) => {
                 // SAFETY: reads `chunks` chunks of both operands and the square, writes the square; the tile state is
                 // set up before and released after, within this one statement.
                 unsafe {
@@ -124,7 +125,17 @@ mod x86 {
                         "tileloadd tmm2, [{below} + {row}]",
                         "tileloadd tmm3, [{below} + {row} + 64]",
                         "2:",
-                        $($step,)+
+                        "tileloadd tmm4, [{left} + {line}]",
+                        "tileloadd tmm6, [{right} + {line}]",
+                        "tileloadd tmm7, [{right} + {line} + 1024]",
+                        "tdpbf16ps tmm0, tmm4, tmm6",
+                        "tileloadd tmm5, [{left} + {line} + 1024]",
+                        "tdpbf16ps tmm1, tmm4, tmm7",
+                        "tdpbf16ps tmm2, tmm5, tmm6",
+                        "tdpbf16ps tmm3, tmm5, tmm7",
+                        $($step,)*
+                        concat!("add {left}, ", $bytes),
+                        concat!("add {right}, ", $bytes),
                         "dec {chunks}",
                         "jnz 2b",
                         "tilestored [{c} + {row}], tmm0",
@@ -148,28 +159,10 @@ mod x86 {
             };
         }
         match parts {
-            Parts::One => on_tiles!(
-                "tileloadd tmm4, [{left} + {line}]",
-                "tileloadd tmm6, [{right} + {line}]",
-                "tileloadd tmm7, [{right} + {line} + 1024]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{left} + {line} + 1024]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {left}, 2048",
-                "add {right}, 2048",
-            ),
+            Parts::One => on_tiles!(2048),
             // Products in the order of `Parts::products`.
             Parts::Two => on_tiles!(
-                "tileloadd tmm4, [{left} + {line}]",
-                "tileloadd tmm6, [{right} + {line}]",
-                "tileloadd tmm7, [{right} + {line} + 1024]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tileloadd tmm5, [{left} + {line} + 1024]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
+                4096,
                 "tileloadd tmm6, [{right} + {line} + 2048]",
                 "tileloadd tmm7, [{right} + {line} + 3072]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
@@ -184,8 +177,6 @@ mod x86 {
                 "tdpbf16ps tmm1, tmm4, tmm7",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {left}, 4096",
-                "add {right}, 4096",
             ),
         }
     }

@@ -83,12 +83,6 @@ struct Said {
 }
 
 impl QuantizationConfig {
-    /// Whether the folder of `checkpoint` says that it is quantized, one way or another.
-    pub fn is_quantized(checkpoint: &Checkpoint) -> bool {
-        let said = checkpoint.config().raw().get(QUANTIZATION_KEY).is_some_and(|value| !value.is_null());
-        said || checkpoint.dir().join(QUANTIZE_CONFIG_FILE).exists()
-    }
-
     /// Reads what the folder of `checkpoint` says. Where both places speak they must agree; what only one says
     /// counts.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self> {

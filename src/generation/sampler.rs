@@ -61,12 +61,14 @@ impl Sampler {
             return Err(Error::NonFinite { place: "logits of the next token".into(), count: broken, total });
         }
         self.penalize(logits, history);
+        if self.sampling.temperature == 0.0 {
+            let likelier =
+                |best: usize, id: usize| if logits[id].total_cmp(&logits[best]).is_gt() { id } else { best };
+            return Ok((1..logits.len()).fold(0, likelier) as u32);
+        }
         let mut order: Vec<u32> = (0..logits.len() as u32).collect();
         // Equal logits in the order of their ids, so that nothing depends on a sorting algorithm.
         order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
-        if self.sampling.temperature == 0.0 {
-            return Ok(order[0]);
-        }
         let top = f64::from(logits[order[0] as usize]);
         let weight = |id: u32| ((f64::from(logits[id as usize]) - top) / self.sampling.temperature).exp();
         let weights: Vec<f64> = order.iter().map(|&id| weight(id)).collect();

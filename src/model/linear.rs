@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    amx,
     error::{Error, Result, TorchContext},
     gptq::QuantizedLinear,
     kernels,
@@ -45,7 +46,9 @@ impl Dense {
         let size = [linear.in_features() as i64, linear.out_features() as i64];
         let transposed = Tensor::f_empty(size, (kind, Device::Cpu)).torch("dequantize a linear")?;
         match kind {
-            Kind::BFloat16 => linear.dequantize_into(values_mut(&transposed), bf16_from_f32),
+            Kind::BFloat16 => {
+                linear.dequantize_into(values_mut(&transposed), |w| (amx::nearest_bf16(w) >> 16) as u16)
+            }
             Kind::Half => linear.dequantize_into(values_mut(&transposed), half::f16::from_f32),
             _ => linear.dequantize_into(values_mut(&transposed), |w: f32| w),
         }
@@ -69,12 +72,6 @@ impl Linear for Dense {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.f_linear(&self.weight, self.bias.as_ref()).torch("multiply with a weight")
     }
-}
-
-/// The nearest bf16 value of a number, ties to even; unlike `half`'s, without a branch for NaN, so that it vectorizes.
-fn bf16_from_f32(x: f32) -> half::bf16 {
-    let bits = x.to_bits();
-    half::bf16::from_bits((bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16) as u16)
 }
 
 /// The values of a tensor that was just made.

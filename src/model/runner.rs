@@ -42,12 +42,12 @@ impl<'a> Runner<'a> {
         Self::new(checkpoint, seq_len, Kind::Float, Device::Cpu, Some(quantization))
     }
 
-    /// A checkpoint of either sort: quantized if its config says so, else dense in fp32 on the CPU.
+    /// A checkpoint of either sort: quantized if anything shows that it is, else dense in fp32 on the CPU.
     ///
     /// # Errors
     /// When it is not whole.
     pub fn open(checkpoint: &'a Checkpoint, seq_len: usize) -> Result<Self> {
-        if QuantizationConfig::is_quantized(checkpoint) {
+        if checkpoint.quantization_mark().is_some() {
             return Self::quantized(checkpoint, seq_len);
         }
         Self::dense(checkpoint, seq_len, Kind::Float, Device::Cpu)

@@ -1,8 +1,9 @@
 //! The column loop on the CPU: a panel of columns for a tile of [`LANES`] rows, kept in cache.
 //!
 //! Everything here works on local buffers `[column][lane]`, one lane a row of the weight, so that each step is the
-//! same arithmetic on neighbouring floats. The bodies are plain loops over fixed-size arrays; they are compiled once
-//! per instruction set and chosen at run time, so that builds need no `target-cpu`.
+//! same arithmetic on neighbouring floats. The bodies are plain loops over fixed-size arrays, but for the innermost
+//! products (`instructions`); they are compiled once per instruction set and chosen at run time, so that builds need no
+//! `target-cpu`.
 
 use half::f16;
 
@@ -38,12 +39,12 @@ pub(super) struct Panel<'a> {
 
 /// What a tile carries through a panel.
 pub(super) struct Tile<'a> {
-    /// In: original weights `[P]`. Out: `d = ŵ − w`.
-    pub(super) weights: &'a mut [Lane],
+    /// Original weights `[P]`.
+    pub(super) weights: &'a [Lane],
     /// In: `r` of all columns before the panel. Overwritten.
     pub(super) residuals: &'a mut [Lane],
-    /// Scratch `[P]`.
-    pub(super) scratch: &'a mut [Lane],
+    /// Out: `d = ŵ − w` `[P]`. Holds compensated weights meanwhile.
+    pub(super) differences: &'a mut [Lane],
     /// Out: codes `[P]`.
     pub(super) codes: &'a mut [[u8; LANES]],
     /// Scales `[G]`, as rounded to fp16; filled where the panel fits them.
@@ -156,10 +157,10 @@ fn block_end(panel: &Panel<'_>, start: usize) -> usize {
     panel.fits.iter().copied().find(|&f| f > start).unwrap_or(columns)
 }
 
-/// `scratch[c] = w_c − x_c` with `Ũ_ggᵀ x = r_g`: forward substitution.
+/// `differences[c] = w_c − x_c` with `Ũ_ggᵀ x = r_g`: forward substitution.
 #[inline(always)]
 fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
-    let x = &mut *tile.scratch;
+    let x = &mut *tile.differences;
     let mut c = start;
     while c < end {
         let (first, next) = span(c, end);
@@ -182,11 +183,11 @@ fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: us
     }
 }
 
-/// Fits scale and zero of the group at `start..end` to the compensated weights in `scratch`.
+/// Fits scale and zero of the group at `start..end` to the compensated weights in `differences`.
 #[inline(always)]
 fn fit_scales(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-    for weights in &tile.scratch[start..end] {
+    for weights in &tile.differences[start..end] {
         for l in 0..LANES {
             min[l] = if weights[l] < min[l] { weights[l] } else { min[l] };
             max[l] = if weights[l] > max[l] { weights[l] } else { max[l] };
@@ -204,7 +205,7 @@ fn fit_scales(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) 
 #[inline(always)]
 fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let max_code = f32::from(panel.grid.max_code());
-    let d = &mut *tile.scratch;
+    let d = &mut *tile.differences;
     let (mut objective, mut distance) = ([0.0f32; LANES], [0.0f32; LANES]);
     let (mut inverse_scale, mut inverse_of) = ([0.0; LANES], usize::MAX);
     let mut c = start;
@@ -241,7 +242,6 @@ fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
         tile.objective[l] += f64::from(objective[l]);
         tile.distance[l] += f64::from(distance[l]);
     }
-    tile.weights[start..end].copy_from_slice(&d[start..end]);
 }
 
 /// Adds the effect of the columns `start..end` to the residuals of the columns behind them.
@@ -251,7 +251,7 @@ fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
     let mut c = end;
     while c < columns {
         let (first, next) = span(c, columns);
-        let sums = I::product(panel.rows(first, start..end), &tile.scratch[start..end]);
+        let sums = I::product(panel.rows(first, start..end), &tile.differences[start..end]);
         for (residual, sum) in tile.residuals[c..next].iter_mut().zip(&sums[c - first..]) {
             residual.iter_mut().zip(sum).for_each(|(r, sum)| *r += sum);
         }

@@ -33,8 +33,8 @@ pub trait Solver {
     fn name(&self) -> &'static str;
 
     /// Orders (by descending diagonal if `desc_act`), damps and factorizes a Hessian; the result solves any number of
-    /// weights and variants of that order. Damping starts at `damp` of the mean diagonal and is raised only when the factorization fails. `stage` names
-    /// the inputs in errors.
+    /// weights and variants of that order. Damping starts at `damp` of the mean diagonal and is raised only when the
+    /// factorization fails. `stage` names the inputs in errors.
     ///
     /// # Errors
     /// When the Hessian stays indefinite at full damping, or memory ends.
@@ -129,6 +129,13 @@ fn damped<F>(
         }
     }
     Err(Error::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 })
+}
+
+/// Columns solved between two matrix products: about `panel`, but whole groups where these are fitted on the way. `k` are
+/// all columns.
+fn panel_width(variant: &Variant, k: usize, panel: usize) -> usize {
+    let size = variant.group_size.features(k);
+    if variant.scales_known_beforehand() { panel } else { size.max(panel / size * size) }
 }
 
 /// What solving one weight added up over its rows.

@@ -3,11 +3,13 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, damped, solution};
+use super::{
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, damped, panel_width, solution,
+};
 use crate::{
     error::{Result, TorchContext},
     gptq::{Grid, Hessian, Step},
-    variant::{GroupSize, Order, Variant},
+    variant::Variant,
 };
 
 /// Columns solved between two matrix products, unless a group is wider.
@@ -134,8 +136,7 @@ impl<'a> Columns<'a> {
 
     fn solve(&mut self) -> Result<(), TchError> {
         let k = self.factor.order.columns().len();
-        let fixed =
-            self.variant.order == Order::ActStatic || self.variant.group_size == GroupSize::PerChannel;
+        let fixed = self.variant.scales_known_beforehand();
         let size = self.variant.group_size.features(k);
         if fixed {
             for group in 0..self.steps.len() {
@@ -147,7 +148,7 @@ impl<'a> Columns<'a> {
                 self.fit(group, &self.weights.f_index_select(1, &index)?)?;
             }
         }
-        let width = if fixed { PANEL } else { size.max(PANEL / size * size) };
+        let width = panel_width(self.variant, k, PANEL);
         for start in (0..k).step_by(width) {
             let end = (start + width).min(k);
             // r of the panel: what the columns before it leave to it.

@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::{
     Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, cholesky, damped,
     kernel::{LANES, Lane},
+    panel_width,
 };
 use crate::{
     amx,
@@ -18,7 +19,7 @@ use crate::{
         ColumnOrder, Grid, Hessian,
         raw::{Matrix, floats_mut},
     },
-    variant::{GroupSize, Order, Variant},
+    variant::Variant,
 };
 use stack::Stack;
 
@@ -113,10 +114,7 @@ impl Factorized for CpuFactor {
 
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
         let k = self.order.columns().len();
-        let width = match variant.group_size {
-            GroupSize::Features(size) if variant.order != Order::ActStatic => size.max(PANEL / size * size),
-            _ => PANEL,
-        };
+        let width = panel_width(variant, k, PANEL);
         let mut stack = self.stack(weights, width).torch("stack weights")?;
         let groups = variant.group_size.groups(k);
         let mut state = State {
@@ -128,8 +126,7 @@ impl Factorized for CpuFactor {
             groups,
             grid: Grid::new(variant.bits, variant.symmetric),
         };
-        // A panel that cannot hold its only group is one where that group's scale is fitted before the first column.
-        if variant.order == Order::ActStatic || variant.group_size == GroupSize::PerChannel {
+        if variant.scales_known_beforehand() {
             self.fit_static(&stack, variant, &mut state);
         }
         for start in (0..k).step_by(width) {

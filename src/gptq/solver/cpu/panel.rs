@@ -11,7 +11,7 @@ use crate::{
         raw::{Matrix, SharedSlice},
         solver::kernel::{self, COLUMNS, Columns, Panel, Tile},
     },
-    variant::{GroupSize, Order, Variant},
+    variant::Variant,
 };
 
 // A tile is a strip of an operand, and a panel's lanes fill just as much memory as its strip.
@@ -44,8 +44,8 @@ impl CpuFactor {
         let solved_factor = self.solved_factor(layout, &columns);
         let own_factor = self.own_factor(&columns);
         let size = variant.group_size.features(layout.k);
-        let fitted_here = variant.order != Order::ActStatic && variant.group_size != GroupSize::PerChannel;
-        let fits: Vec<usize> = if fitted_here { (0..p).step_by(size).collect() } else { Vec::new() };
+        let fits: Vec<usize> =
+            if variant.scales_known_beforehand() { Vec::new() } else { (0..p).step_by(size).collect() };
         let groups_of: Vec<u32> = columns.clone().map(|i| self.order.group_at(i, variant) as u32).collect();
         let panel = Panel { factor: &own_factor, groups: &groups_of, fits: &fits, grid: state.grid };
 
@@ -78,14 +78,14 @@ impl CpuFactor {
                     }
                     let of_panel = columns.start / layout.width * layout.panel_lines();
                     let lines = &mut lines[of_panel..][..layout.panel_lines()];
-                    let weights: &mut [Lane] = bytemuck::cast_slice_mut(lines);
+                    let weights: &[Lane] = bytemuck::cast_slice(lines);
                     let (mut sum_objective, mut sum_distance) = ([0.0; LANES], [0.0; LANES]);
                     kernel::solve_tile(
                         &panel,
                         &mut Tile {
-                            weights: &mut weights[..p],
+                            weights: &weights[..p],
                             residuals: &mut residuals[..p],
-                            scratch: &mut differences[..p],
+                            differences: &mut differences[..p],
                             codes: &mut tile_codes[..p],
                             scales,
                             zeros,
@@ -102,6 +102,8 @@ impl CpuFactor {
                     }
                     if amx {
                         as_operand(lines, differences);
+                    } else {
+                        bytemuck::cast_slice_mut(lines).copy_from_slice(differences);
                     }
                 }
             },
