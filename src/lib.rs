@@ -1,7 +1,8 @@
 //! GPTQ quantization of Llama checkpoints: from an fp16 checkpoint to packed branches that every popular loader takes.
 //!
 //! The way of the data, each module using only what stands before it:
-//! [`checkpoint`] and [`calibration`] read; [`gptq`] solves, on [`amx`] where there is one; [`pack`] packs; [`kernels`] and [`model`] run;
+//! [`checkpoint`] and [`calibration`] read; [`gptq`] solves, on [`amx`] or [`cuda`] where there is one;
+//! [`pack`] packs; [`kernels`] and [`model`] run;
 //! [`report`] holds what is known; [`emit`] writes, [`verify`] reopens, [`eval`] measures,
 //! [`generation`] lets the model speak; [`pipeline`] alone knows the
 //! order of the steps.
@@ -9,6 +10,7 @@
 pub mod amx;
 pub mod calibration;
 pub mod checkpoint;
+pub mod cuda;
 pub mod device;
 pub mod emit;
 pub mod error;

@@ -365,6 +365,14 @@ pub enum Error {
         /// Why.
         problem: String,
     },
+    /// The CUDA driver or its compiler refused something.
+    #[error("CUDA could not {action}: {problem}")]
+    Cuda {
+        /// What was tried.
+        action: String,
+        /// Its reason.
+        problem: String,
+    },
     /// libtorch refused an operation.
     #[error("libtorch could not {action}: {}", without_backtrace(source))]
     Torch {

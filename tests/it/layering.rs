@@ -8,10 +8,11 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 18] = [
+const LAYERS: [&str; 19] = [
     "error",
     "progress",
     "device",
+    "cuda",
     "variant",
     "plan",
     "checkpoint",
@@ -60,12 +61,15 @@ const ONLY_IN_CLI: [&str; 13] = [
     "process::exit",
 ];
 
-/// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions.
-const UNSAFE: [&str; 12] = [
+/// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions,
+/// kernels.
+const UNSAFE: [&str; 14] = [
     "amx/operand.rs",
     "amx/tiles.rs",
     "checkpoint/reader.rs",
     "checkpoint/values.rs",
+    "cuda/compile.rs",
+    "cuda/gpu.rs",
     "device.rs",
     "gptq/raw.rs",
     "gptq/solver/cpu/panel.rs",

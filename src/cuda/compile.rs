@@ -1,0 +1,108 @@
+//! CUDA C++ → PTX, by NVRTC; no GPU is needed for it.
+
+use std::sync::OnceLock;
+
+use cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts, sys};
+use libloading::Library;
+
+use crate::error::{Error, Result};
+
+/// A file of kernels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// For messages.
+    pub name: &'static str,
+    /// CUDA C++.
+    pub text: &'static str,
+}
+
+/// A macro and its value, given to the compiler before the text.
+pub type Macro = (&'static str, i64);
+
+/// Compiles for an architecture such as `compute_80` or `compute_90a`.
+///
+/// # Errors
+/// When NVRTC is not to be had, or refuses the text; its log is in the error.
+pub fn compile(source: &Source, architecture: &str, macros: &[Macro]) -> Result<String> {
+    let failed = |problem: String| Error::Cuda {
+        action: format!("compile {} for {architecture}", source.name),
+        problem,
+    };
+    if let Some(problem) = compiler_missing() {
+        return Err(failed(problem.to_owned()));
+    }
+    let mut options = vec![format!("--gpu-architecture={architecture}"), "--std=c++17".to_owned()];
+    options.extend(macros.iter().map(|(name, value)| format!("--define-macro={name}={value}")));
+    let options = CompileOptions { options, name: Some(source.name.to_owned()), ..CompileOptions::default() };
+    match compile_ptx_with_opts(source.text, options) {
+        Ok(ptx) => Ok(ptx.to_src()),
+        Err(CompileError::CompileError { log, .. }) => Err(failed(log.to_string_lossy().trim().to_owned())),
+        Err(error) => Err(failed(error.to_string())),
+    }
+}
+
+/// Why there is no compiler, if there is none.
+pub fn compiler_missing() -> Option<&'static str> {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    // SAFETY: opening NVRTC runs its constructors and nothing else.
+    let present = *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() && open_builtins() });
+    (!present).then_some("CUDA's run-time compiler (libnvrtc) is not installed: scripts/setup")
+}
+
+/// Opens NVRTC's second library where this program's libraries are: NVRTC itself looks in the system's folders alone.
+/// `false` when NVRTC does not say its version.
+fn open_builtins() -> bool {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: NVRTC is there, and writes two numbers.
+    if unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().is_err() {
+        return false;
+    }
+    // SAFETY: the library holds data and runs no code of its own.
+    if let Ok(library) = unsafe { Library::new(format!("libnvrtc-builtins.so.{major}.{minor}")) } {
+        std::mem::forget(library); // NVRTC finds it by name as long as it is open
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{GPTQ_BLOCK, INT4_MATMUL};
+
+    const ARCHITECTURES: [&str; 3] = ["compute_80", "compute_89", "compute_90a"];
+
+    fn entries(source: &Source, architecture: &str, macros: &[Macro]) -> Vec<String> {
+        let ptx = compile(source, architecture, macros).unwrap_or_else(|error| panic!("{error}"));
+        // Registers that do not suffice would show as local memory.
+        assert!(!ptx.contains(".local"), "{} for {architecture}: local memory", source.name);
+        let named = ptx.lines().filter_map(|line| line.split(".entry ").nth(1));
+        named.map(|rest| rest.trim_end_matches('(').to_owned()).collect()
+    }
+
+    #[test]
+    fn the_solver_compiles_for_every_generation_with_nvrtc() {
+        for architecture in ARCHITECTURES {
+            let found = entries(&GPTQ_BLOCK, architecture, &[]);
+            for kernel in ["gptq_solve_fitted", "gptq_solve_given", "gptq_compensate", "gptq_pack"] {
+                assert!(found.iter().any(|name| name == kernel), "{kernel} is not among {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_product_compiles_for_every_generation_with_nvrtc() {
+        for architecture in ARCHITECTURES {
+            assert!(!entries(&INT4_MATMUL, architecture, &[]).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_mistake_is_named_with_its_line_with_nvrtc() {
+        let source = Source { name: "wrong.cu", text: "extern \"C\" __global__ void f() {\n  int x = y;\n}" };
+        let error = compile(&source, "compute_80", &[]).unwrap_err().to_string();
+        assert!(
+            error.starts_with("CUDA could not compile wrong.cu for compute_80: wrong.cu(2): error:"),
+            "{error}"
+        );
+    }
+}

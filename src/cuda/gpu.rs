@@ -1,0 +1,232 @@
+//! A CUDA device, its compiled kernels, and their launches.
+
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, DriverError,
+    result::{launch_cooperative_kernel, launch_kernel},
+    sys::{CUdevice_attribute, CUfunction_attribute},
+};
+use tch::{Device, Tensor};
+
+use super::compile::{Macro, Source, compile};
+use crate::error::{Error, Result};
+
+/// A device that kernels are launched on. Launches go to the stream that libtorch works on, so that they keep their order
+/// with its operations.
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    modules: Mutex<HashMap<(&'static str, Vec<Macro>), Arc<CudaModule>>>,
+    /// `NVIDIA H200`.
+    pub name: String,
+    /// `(9, 0)`.
+    pub capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Shared memory a thread block can have, bytes.
+    pub shared_memory: usize,
+}
+
+/// Memory of a device, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// Not in use by anyone.
+    pub free: usize,
+    /// All of it.
+    pub total: usize,
+}
+
+/// A kernel of a compiled file.
+pub struct Kernel {
+    function: CudaFunction,
+    name: &'static str,
+}
+
+/// How many blocks of how many threads, and their dynamic shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Blocks, x, y and z.
+    pub blocks: (usize, usize, usize),
+    /// Threads of a block, x and y.
+    pub threads: (u32, u32),
+    /// Dynamic shared memory of a block, bytes.
+    pub shared: usize,
+}
+
+/// An argument of a launch. Nothing checks it against the kernel.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Argument {
+    /// Device memory; null is 0.
+    Pointer(u64),
+    /// `int`.
+    Int(i32),
+    /// `unsigned`.
+    Unsigned(u32),
+    /// `long long`.
+    Long(i64),
+    /// `double`.
+    Double(f64),
+    /// A struct by value.
+    Struct(Vec<u8>),
+}
+
+impl Argument {
+    /// Where a tensor's values start. The tensor has to outlive the launch.
+    pub fn tensor(tensor: &Tensor) -> Self {
+        Self::Pointer(tensor.data_ptr() as u64)
+    }
+
+    fn address(&self) -> *mut c_void {
+        let address: *const c_void = match self {
+            Self::Pointer(v) => (&raw const *v).cast(),
+            Self::Int(v) => (&raw const *v).cast(),
+            Self::Unsigned(v) => (&raw const *v).cast(),
+            Self::Long(v) => (&raw const *v).cast(),
+            Self::Double(v) => (&raw const *v).cast(),
+            Self::Struct(bytes) => bytes.as_ptr().cast(),
+        };
+        address.cast_mut()
+    }
+}
+
+impl Gpu {
+    /// The device of libtorch's number; the same one each time.
+    ///
+    /// # Errors
+    /// When the driver refuses it, or `device` is the CPU.
+    pub fn of(device: Device) -> Result<Arc<Self>> {
+        static OPEN: Mutex<Vec<(usize, Arc<Gpu>)>> = Mutex::new(Vec::new());
+        let Device::Cuda(index) = device else {
+            let problem = "it is no CUDA device".into();
+            return Err(Error::Device { device: format!("{device:?}"), problem });
+        };
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, gpu)) = open.iter().find(|(i, _)| *i == index) {
+            return Ok(Arc::clone(gpu));
+        }
+        let gpu = Arc::new(Self::open(index).map_err(failed(format!("open device {index}")))?);
+        open.push((index, Arc::clone(&gpu)));
+        Ok(gpu)
+    }
+
+    fn open(index: usize) -> Result<Self, DriverError> {
+        use CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        };
+        // The context that libtorch uses too.
+        let context = CudaContext::new(index)?;
+        let attribute = |which| context.attribute(which).map(|value| value.max(0) as usize);
+        Ok(Self {
+            name: context.name()?,
+            capability: context.compute_capability()?,
+            multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
+            shared_memory: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            modules: Mutex::new(HashMap::new()),
+            context,
+        })
+    }
+
+    /// What NVRTC calls this device's architecture, with Hopper's own instructions.
+    pub fn architecture(&self) -> String {
+        match self.capability {
+            (9, 0) => "compute_90a".to_owned(),
+            (major, minor) => format!("compute_{major}{minor}"),
+        }
+    }
+
+    /// Memory of the device now.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn memory(&self) -> Result<Memory> {
+        let (free, total) = self.context.mem_get_info().map_err(failed("read the free memory"))?;
+        Ok(Memory { free, total })
+    }
+
+    /// Waits until everything launched has ended.
+    ///
+    /// # Errors
+    /// What a kernel did wrong shows here.
+    pub fn synchronize(&self) -> Result<()> {
+        self.context.synchronize().map_err(failed("wait for the device"))
+    }
+
+    /// A kernel of a file, compiled once for each list of macros.
+    ///
+    /// # Errors
+    /// When it does not compile or load.
+    pub fn kernel(&self, source: &Source, macros: &[Macro], name: &'static str) -> Result<Kernel> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (source.name, macros.to_vec());
+        let module = match modules.get(&key) {
+            Some(module) => Arc::clone(module),
+            None => {
+                let ptx = compile(source, &self.architecture(), macros)?;
+                let load = self.context.load_module(ptx.into());
+                let module = load.map_err(failed(format!("load {}", source.name)))?;
+                modules.insert(key, Arc::clone(&module));
+                module
+            }
+        };
+        let function = module.load_function(name).map_err(failed(format!("find kernel {name}")))?;
+        Ok(Kernel { function, name })
+    }
+
+    /// Launches a kernel. A cooperative one may wait for all of its blocks.
+    ///
+    /// # Errors
+    /// When the driver refuses the launch; what goes wrong inside shows at the next synchronization.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel; memory they point to is on this device, large enough, and not freed or reused
+    /// by another stream before the kernel has ended.
+    pub unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        grid: Grid,
+        cooperative: bool,
+        arguments: &[Argument],
+    ) -> Result<()> {
+        let refused = || failed(format!("launch {} as {grid:?}", kernel.name));
+        let dimension = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
+        let blocks = (dimension(grid.blocks.0), dimension(grid.blocks.1), dimension(grid.blocks.2));
+        let threads = (grid.threads.0, grid.threads.1, 1);
+        let shared = grid.shared as u32;
+        // A thread may launch on several devices.
+        self.context.bind_to_thread().map_err(refused())?;
+        // More than 48 KiB has to be asked for.
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        if grid.shared > 48 << 10 {
+            kernel.function.set_attribute(attribute, grid.shared as i32).map_err(refused())?;
+        }
+        let mut addresses: Vec<*mut c_void> = arguments.iter().map(Argument::address).collect();
+        let launch = if cooperative { launch_cooperative_kernel } else { launch_kernel };
+        // libtorch's stream unless it is told otherwise: the default one.
+        let stream = std::ptr::null_mut();
+        // SAFETY: the caller's promise; the addresses are those of live values.
+        unsafe { launch(kernel.function.cu_function(), blocks, threads, shared, stream, &mut addresses) }
+            .map_err(refused())
+    }
+
+    /// Blocks of a kernel that are resident on the device at the same time.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn resident_blocks(&self, kernel: &Kernel, threads: u32, shared: usize) -> Result<usize> {
+        let occupancy = kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None);
+        let a_multiprocessor = occupancy.map_err(failed(format!("fit {} on the device", kernel.name)))?;
+        Ok(a_multiprocessor as usize * self.multiprocessors as usize)
+    }
+}
+
+fn failed(action: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
+    let action = action.into();
+    move |error| {
+        let name = error.error_string().map_or_else(|_| format!("{error:?}"), |s| s.to_string_lossy().into());
+        Error::Cuda { action, problem: name }
+    }
+}
