@@ -17,7 +17,7 @@ use crate::{
         TensorSpec, WriteDtype, dense_tensors,
     },
     error::{Error, Result},
-    gptq::QuantizedLinear,
+    gptq::solver::Solved,
     pack::PackedLinear,
     variant::Variant,
 };
@@ -81,9 +81,9 @@ impl BranchWriter {
     /// Packs and writes one linear.
     ///
     /// # Errors
-    /// When the disk is full.
-    pub fn write_linear(&mut self, id: LinearId, linear: &QuantizedLinear) -> Result<()> {
-        let packed = PackedLinear::new(linear);
+    /// When the disk is full, or the device that holds the linear fails.
+    pub fn write_linear(&mut self, id: LinearId, linear: &Solved) -> Result<()> {
+        let packed = PackedLinear::of_solved(linear)?;
         for (suffix, bytes) in packed.tensors() {
             self.shards().write(&format!("{id}.{suffix}"), bytes)?;
         }

@@ -5,7 +5,11 @@ use half::f16;
 use super::bits::{pack_columns, pack_rows, unpack_columns, unpack_rows};
 use crate::{
     checkpoint::{CheckpointFormat, PackedTensors},
-    gptq::QuantizedLinear,
+    error::Result,
+    gptq::{
+        QuantizedLinear,
+        solver::{PackedCodes, Solved},
+    },
     variant::Bits,
 };
 
@@ -28,16 +32,39 @@ impl PackedLinear {
     /// When a dimension is not a multiple of the pack factor; plans are checked for that before any work.
     pub fn new(linear: &QuantizedLinear) -> Self {
         let (bits, n) = (linear.bits(), linear.out_features());
-        let stored: Vec<u8> =
-            linear.zeros().iter().map(|&z| z - CheckpointFormat::Gptq.zero_offset()).collect();
+        let qweight = pack_rows(linear.codes(), n, bits);
+        Self::of_words(bits, qweight, linear.scales(), linear.zeros(), linear.g_idx())
+    }
+
+    /// Packs where the codes are; the bytes are the same.
+    ///
+    /// # Errors
+    /// When memory ends or the device fails.
+    ///
+    /// # Panics
+    /// As [`PackedLinear::new`].
+    pub fn of_solved(linear: &Solved) -> Result<Self> {
+        match linear {
+            Solved::Host(linear) => Ok(Self::new(linear)),
+            Solved::Device(linear) => {
+                let PackedCodes { words, scales, zeros } = linear.pack()?;
+                Ok(Self::of_words(linear.bits(), words, &scales, &zeros, linear.g_idx()))
+            }
+        }
+    }
+
+    /// `qweight` `[K·b/32, N]`, `scales` and true `zeros` `[G, N]`, `g_idx` `[K]`.
+    fn of_words(bits: Bits, qweight: Vec<i32>, scales: &[f16], zeros: &[u8], g_idx: &[u32]) -> Self {
+        let n = qweight.len() / (g_idx.len() * bits.get() as usize / 32);
+        let stored: Vec<u8> = zeros.iter().map(|&z| z - CheckpointFormat::Gptq.zero_offset()).collect();
         Self {
             bits,
-            in_features: linear.in_features(),
+            in_features: g_idx.len(),
             out_features: n,
-            qweight: pack_rows(linear.codes(), n, bits),
+            qweight,
             qzeros: pack_columns(&stored, n, bits),
-            scales: linear.scales().iter().map(|s| s.to_bits()).collect(),
-            g_idx: linear.g_idx().iter().map(|&g| g as i32).collect(),
+            scales: scales.iter().map(|s| s.to_bits()).collect(),
+            g_idx: g_idx.iter().map(|&g| g as i32).collect(),
         }
     }
 

@@ -9,8 +9,8 @@ use crate::{
     checkpoint::{LinearId, LinearKind},
     error::Result,
     gptq::{
-        Hessian, QuantizedLinear,
-        solver::{Factorization, Solver, Weight},
+        Hessian,
+        solver::{Factorization, Solved, Solver, Weight},
     },
     model::{Dense, Linear, Llama, Norms, Stage, add},
     progress::{Event, Progress},
@@ -20,7 +20,7 @@ use crate::{
 /// Takes solved linears, variant by variant.
 pub(super) trait Sink {
     /// `variant` is an index into the run's variants.
-    fn take(&mut self, variant: usize, id: LinearId, linear: &QuantizedLinear, record: Record) -> Result<()>;
+    fn take(&mut self, variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()>;
 }
 
 /// How one linear fared.
@@ -255,10 +255,10 @@ impl Layers<'_> {
     }
 
     /// A stage's solved linears in dense form.
-    fn quantized(&self, solved: Vec<QuantizedLinear>, stage: Stage, weights: &Weights) -> Result<Vec<Dense>> {
+    fn quantized(&self, solved: Vec<Solved>, stage: Stage, weights: &Weights) -> Result<Vec<Dense>> {
         let dense = stage.linears().iter().zip(&solved).map(|(&kind, linear)| {
             let bias = weights.of(kind).1.as_ref();
-            Dense::from_quantized(linear, bias, self.llama.kind(), self.llama.device())
+            Dense::from_solved(linear, bias, self.llama.kind(), self.llama.device())
         });
         dense.collect()
     }
@@ -272,7 +272,7 @@ impl Layers<'_> {
         variants: &[usize],
         weights: &Weights,
         sink: &mut dyn Sink,
-    ) -> Result<Vec<Vec<QuantizedLinear>>> {
+    ) -> Result<Vec<Vec<Solved>>> {
         let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
         let name = format!("layer {layer}, {}", stage.name());
         let mut hessian = Some(hessian.finish(&name)?);
@@ -284,7 +284,7 @@ impl Layers<'_> {
             .collect();
         let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w.values)));
         let energies = energies.collect::<Result<Vec<_>>>()?;
-        let mut solved: Vec<Vec<QuantizedLinear>> = self.variants.iter().map(|_| Vec::new()).collect();
+        let mut solved: Vec<Vec<Solved>> = self.variants.iter().map(|_| Vec::new()).collect();
 
         let mut by_order: Vec<(bool, Vec<usize>)> = Vec::new();
         for &variant in variants {
@@ -311,11 +311,12 @@ impl Layers<'_> {
                 let begun = Instant::now();
                 let solutions = factor.solve(&dense, &self.variants[variant])?;
                 let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
-                let total: usize = solutions.iter().map(|s| s.linear.codes().len()).sum();
+                let size = |linear: &Solved| linear.in_features() * linear.out_features();
+                let total: usize = solutions.iter().map(|s| size(&s.linear)).sum();
                 for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
                     let relative_error =
                         if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
-                    let share = solution.linear.codes().len() as f64 / total as f64;
+                    let share = size(&solution.linear) as f64 / total as f64;
                     let record =
                         Record { relative_error, facts: factor.facts().clone(), seconds: seconds * share };
                     self.progress.event(&Event::Linear {

@@ -15,10 +15,7 @@ use crate::{
     device,
     emit::{BranchWriter, Provenance},
     error::{Error, Result},
-    gptq::{
-        QuantizedLinear,
-        solver::{CpuSolver, Solver, TorchSolver},
-    },
+    gptq::solver::{CpuSolver, CudaSolver, Solved, Solver},
     model::{Llama, source_kind},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
@@ -72,7 +69,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let mut sink = Branches::create(plan, checkpoint, out)?;
     let kind = compute_kind(plan.compute_dtype, choice.device, source_kind(checkpoint)?);
     let llama = Llama::new(checkpoint, plan.seq_len, kind, choice.device)?;
-    let solver = solver(choice.device);
+    let solver = solver(choice.device)?;
     let layers =
         Layers { llama: &llama, solver: &*solver, variants: &plan.variants, damp: plan.damp, progress };
 
@@ -205,11 +202,11 @@ fn kind_name(kind: Kind) -> &'static str {
 }
 
 /// The fastest there is for a device.
-fn solver(device: Device) -> Box<dyn Solver> {
-    match device {
+fn solver(device: Device) -> Result<Box<dyn Solver>> {
+    Ok(match device {
         Device::Cpu => Box::new(CpuSolver::new()),
-        _ => Box::new(TorchSolver),
-    }
+        _ => Box::new(CudaSolver::new(device)?),
+    })
 }
 
 fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {
@@ -301,7 +298,7 @@ impl Branches {
 }
 
 impl Sink for Branches {
-    fn take(&mut self, variant: usize, id: LinearId, linear: &QuantizedLinear, record: Record) -> Result<()> {
+    fn take(&mut self, variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()> {
         let begun = Instant::now();
         self.writers[variant].write_linear(id, linear)?;
         let report = &mut self.reports[variant];

@@ -8,6 +8,7 @@
 
 mod cholesky;
 mod cpu;
+mod cuda;
 mod instructions;
 mod kernel;
 pub mod reference;
@@ -19,6 +20,7 @@ use half::f16;
 use tch::Tensor;
 
 pub use cpu::CpuSolver;
+pub use cuda::{Clock, CudaSolver, DeviceLinear, PackedCodes};
 pub use torch::TorchSolver;
 
 use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};
@@ -84,9 +86,47 @@ pub struct Factorization {
 #[derive(Debug)]
 pub struct Solution {
     /// Codes, scales, zeros, groups.
-    pub linear: QuantizedLinear,
+    pub linear: Solved,
     /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
     pub squared_error: f64,
+}
+
+/// Codes, scales, zeros and groups, where the solver left them.
+#[derive(Debug)]
+pub enum Solved {
+    /// In the machine's memory.
+    Host(QuantizedLinear),
+    /// On a device.
+    Device(DeviceLinear),
+}
+
+impl Solved {
+    /// `K`.
+    pub fn in_features(&self) -> usize {
+        match self {
+            Self::Host(linear) => linear.in_features(),
+            Self::Device(linear) => linear.in_features(),
+        }
+    }
+
+    /// `N`.
+    pub fn out_features(&self) -> usize {
+        match self {
+            Self::Host(linear) => linear.out_features(),
+            Self::Device(linear) => linear.out_features(),
+        }
+    }
+
+    /// In the machine's memory.
+    ///
+    /// # Errors
+    /// When it cannot be copied from the device.
+    pub fn into_host(self) -> Result<QuantizedLinear> {
+        match self {
+            Self::Host(linear) => Ok(linear),
+            Self::Device(linear) => linear.to_host(),
+        }
+    }
 }
 
 /// A factorization, and what was decided on the way to it.
@@ -147,6 +187,13 @@ struct Sums {
     distance: f64,
 }
 
+impl Sums {
+    /// `tr(D H Dᵀ)`: `tr(D (H+λI) Dᵀ)` less `λ‖D‖²`.
+    fn undamped(self, lambda: f64) -> f64 {
+        (self.objective - lambda * self.distance).max(0.0)
+    }
+}
+
 /// A solution out of its parts: codes `[K, N]`, steps `[G, N]`.
 ///
 /// # Errors
@@ -160,16 +207,18 @@ fn solution(
     sums: Sums,
     lambda: f64,
 ) -> Result<Solution> {
-    let rows = codes.len() / g_idx.len();
-    if let Some(at) = steps.iter().position(|s| !s.scale.is_finite()) {
-        let place = format!("{name}: scale of group {}, output feature {}", at / rows, at % rows);
-        return Err(Error::Fp16Overflow { place, value: f32::INFINITY });
-    }
     let scales: Vec<f16> = steps.iter().map(|s| s.scale).collect();
+    check_scales(name, &scales, codes.len() / g_idx.len())?;
     let zeros = steps.iter().map(|s| s.zero).collect();
     let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
-    // tr(D (H+λI) Dᵀ) less λ‖D‖² is the undamped error.
-    Ok(Solution { linear, squared_error: (sums.objective - lambda * sums.distance).max(0.0) })
+    Ok(Solution { linear: Solved::Host(linear), squared_error: sums.undamped(lambda) })
+}
+
+/// Refuses a scale that does not fit fp16, of `scales` `[G, N]`.
+fn check_scales(name: &str, scales: &[f16], n: usize) -> Result<()> {
+    let Some(at) = scales.iter().position(|s| !s.is_finite()) else { return Ok(()) };
+    let place = format!("{name}: scale of group {}, output feature {}", at / n, at % n);
+    Err(Error::Fp16Overflow { place, value: f32::INFINITY })
 }
 
 /// The dampings tried one after another, as fractions of the mean diagonal: `start`, then doubled up to 1.

@@ -2,7 +2,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CpuSolver, Solver, TorchSolver, Weight, damping_steps, reference};
+use super::{
+    CpuSolver, CudaSolver, Factorized, Solver, TorchSolver, Weight, damping_steps,
+    reference::{self, ReferenceSolution},
+};
 use crate::{
     error::Error,
     gptq::{Grid, Hessian, QuantizedLinear},
@@ -51,17 +54,17 @@ impl Problem {
         to_vec(self.hessian.matrix())
     }
 
-    fn reference(&self, variant: &Variant, damp: f64) -> reference::ReferenceSolution {
+    fn reference(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
         reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant).unwrap()
     }
 
-    fn fast(&self, variant: &Variant, damp: f64) -> super::Solution {
+    fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
         self.fast_with(&CpuSolver::new(), variant, damp)
     }
 
-    fn fast_with(&self, solver: &dyn Solver, variant: &Variant, damp: f64) -> super::Solution {
+    fn fast_with(&self, solver: &dyn Solver, variant: &Variant, damp: f64) -> ReferenceSolution {
         let factor = solver.factorize(&self.hessian, variant.order.desc_act(), damp, "test").unwrap();
-        factor.solve(&[weight(&self.weight)], variant).unwrap().remove(0)
+        solve(&*factor, &[&self.weight], variant).remove(0)
     }
 
     /// `tr(D H Dᵀ)` in f64.
@@ -81,6 +84,27 @@ impl Problem {
 
 fn weight(values: &Tensor) -> Weight<'_> {
     Weight { name: "weight", values }
+}
+
+/// All that run here; the one for CUDA twice, with plain code in place of its kernels, on devices with much and with
+/// little shared memory.
+fn all_solvers() -> [Box<dyn Solver>; 5] {
+    [
+        Box::new(CpuSolver::with_amx(false)),
+        Box::new(CpuSolver::with_amx(true)),
+        Box::new(TorchSolver),
+        Box::new(CudaSolver::stand_in(227 << 10)),
+        Box::new(CudaSolver::stand_in(99 << 10)),
+    ]
+}
+
+/// Solved, and on the host.
+fn solve(factor: &dyn Factorized, weights: &[&Tensor], variant: &Variant) -> Vec<ReferenceSolution> {
+    let weights: Vec<_> = weights.iter().map(|w| weight(w)).collect();
+    let solutions = factor.solve(&weights, variant).unwrap().into_iter();
+    let on_host = solutions
+        .map(|s| ReferenceSolution { linear: s.linear.into_host().unwrap(), squared_error: s.squared_error });
+    on_host.collect()
 }
 
 fn to_vec(t: &Tensor) -> Vec<f64> {
@@ -112,10 +136,10 @@ fn variants() -> Vec<Variant> {
 fn solvers_agree_with_the_definition() {
     // 600 columns: several panels, partial last groups; 70 rows: a partial tile.
     let problem = Problem::new(70, 600, 2000, 1);
-    let solvers: [&dyn Solver; 3] = [&CpuSolver::with_amx(false), &CpuSolver::with_amx(true), &TorchSolver];
-    for (variant, solver) in variants().into_iter().flat_map(|v| solvers.map(|solver| (v, solver))) {
+    let solvers = all_solvers();
+    for (variant, solver) in variants().into_iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
         let slow = problem.reference(&variant, 0.01);
-        let fast = problem.fast_with(solver, &variant, 0.01);
+        let fast = problem.fast_with(&**solver, &variant, 0.01);
         let variant = format!("{variant}, {}", solver.name());
         assert_eq!(slow.linear.g_idx(), fast.linear.g_idx(), "{variant}");
         let pairs = slow.linear.codes().iter().zip(fast.linear.codes());
@@ -134,12 +158,17 @@ fn stacked_weights_are_solved_as_if_alone() {
     let problem = Problem::new(40, 256, 800, 2);
     let other = Tensor::randn([24, 256], (Kind::Float, Device::Cpu));
     let variant: Variant = "4bit-64g-act".parse().unwrap();
-    let factor = CpuSolver::new().factorize(&problem.hessian, true, 0.01, "test").unwrap();
-    let both = factor.solve(&[weight(&problem.weight), weight(&other)], &variant).unwrap();
-    let alone = factor.solve(&[weight(&other)], &variant).unwrap();
-    assert_eq!(both[1].linear.out_features(), 24);
-    let same = both[1].linear.codes().iter().zip(alone[0].linear.codes()).filter(|(a, b)| a == b).count();
-    assert!(same as f64 > 0.995 * (24.0 * 256.0), "{same}");
+    for solver in all_solvers() {
+        let factor = solver.factorize(&problem.hessian, true, 0.01, "test").unwrap();
+        let both = solve(&*factor, &[&problem.weight, &other], &variant);
+        let alone = solve(&*factor, &[&other], &variant);
+        assert_eq!(both[1].linear.out_features(), 24);
+        assert_eq!(both[1].linear.g_idx(), alone[0].linear.g_idx());
+        let same = both[1].linear.codes().iter().zip(alone[0].linear.codes()).filter(|(a, b)| a == b).count();
+        assert!(same as f64 > 0.995 * (24.0 * 256.0), "{}: {same}", solver.name());
+        let ratio = both[1].squared_error / alone[0].squared_error;
+        assert!((ratio - 1.0).abs() < OBJECTIVE_TOLERANCE, "{}: {ratio}", solver.name());
+    }
 }
 
 #[test]
@@ -210,21 +239,23 @@ fn dead_columns_get_zero_weights_and_are_counted() {
         let _ = inputs.narrow(1, column, 1).zero_();
     }
     let problem = Problem::with_inputs(32, 128, &inputs);
-    for text in ["4bit-32g", "4bit-32g-act", "4bit-64g-static"] {
+    let solvers = all_solvers();
+    for (text, solver) in ["4bit-32g", "4bit-32g-act", "4bit-64g-static"]
+        .iter()
+        .flat_map(|t| solvers.iter().map(move |s| (t, s)))
+    {
         let variant: Variant = text.parse().unwrap();
-        let factor =
-            CpuSolver::new().factorize(&problem.hessian, variant.order.desc_act(), 0.01, "test").unwrap();
-        assert_eq!(factor.facts().dead_columns, 3);
-        let solution = factor.solve(&[weight(&problem.weight)], &variant).unwrap().remove(0);
+        let factor = solver.factorize(&problem.hessian, variant.order.desc_act(), 0.01, "test").unwrap();
+        let name = format!("{text}, {}", solver.name());
+        assert_eq!(factor.facts().dead_columns, 3, "{name}");
+        let solution = solve(&*factor, &[&problem.weight], &variant).remove(0);
         let dense = solution.linear.dequantize(|w| w);
         for column in [5, 64, 127] {
-            assert!(dense[column * 32..][..32].iter().all(|&w| w == 0.0), "{text}");
+            assert!(dense[column * 32..][..32].iter().all(|&w| w == 0.0), "{name}");
         }
         let slow = problem.reference(&variant, 0.01);
-        assert!(
-            (solution.squared_error / slow.squared_error - 1.0).abs() < 5.0 * OBJECTIVE_TOLERANCE,
-            "{text}"
-        );
+        let ratio = solution.squared_error / slow.squared_error;
+        assert!((ratio - 1.0).abs() < 5.0 * OBJECTIVE_TOLERANCE, "{name}: {ratio}");
     }
 }
 
@@ -233,10 +264,13 @@ fn damping_is_raised_only_when_needed_and_said() {
     // 20 tokens for 64 features: rank 20, so that without damping the factorization fails.
     let inputs = Tensor::randn([20, 64], (Kind::Float, Device::Cpu));
     let problem = Problem::with_inputs(8, 64, &inputs);
-    let raised = CpuSolver::new().factorize(&problem.hessian, false, 0.0, "test").unwrap();
-    assert!(raised.facts().damp_raised > 0 && raised.facts().damp >= 0.01, "{:?}", raised.facts());
-    let plain = CpuSolver::new().factorize(&problem.hessian, false, 0.01, "test").unwrap();
-    assert_eq!((plain.facts().damp, plain.facts().damp_raised), (0.01, 0));
+    for solver in all_solvers() {
+        let facts = |damp| solver.factorize(&problem.hessian, false, damp, "test").unwrap().facts().clone();
+        let raised = facts(0.0);
+        assert!(raised.damp_raised > 0 && raised.damp >= 0.01, "{}: {raised:?}", solver.name());
+        let plain = facts(0.01);
+        assert_eq!((plain.damp, plain.damp_raised), (0.01, 0), "{}", solver.name());
+    }
 }
 
 #[test]
@@ -255,10 +289,13 @@ fn broken_inputs_are_named() {
 fn a_weight_beyond_fp16_is_refused() {
     let problem = Problem::new(8, 64, 200, 6);
     let huge = &problem.weight * 1e9;
-    let factor = CpuSolver::new().factorize(&problem.hessian, false, 0.01, "test").unwrap();
-    let error = factor.solve(&[weight(&huge)], &"4bit-32g".parse().unwrap()).unwrap_err();
-    assert!(matches!(error, Error::Fp16Overflow { .. }), "{error}");
-    assert!(error.to_string().starts_with("weight: scale of group 0, output feature 0"), "{error}");
+    for solver in all_solvers() {
+        let factor = solver.factorize(&problem.hessian, false, 0.01, "test").unwrap();
+        let weights = [weight(&problem.weight), Weight { name: "huge", values: &huge }];
+        let error = factor.solve(&weights, &"4bit-32g".parse().unwrap()).unwrap_err();
+        assert!(matches!(error, Error::Fp16Overflow { .. }), "{}: {error}", solver.name());
+        assert!(error.to_string().starts_with("huge: scale of group 0, output feature 0"), "{error}");
+    }
 }
 
 #[test]

@@ -1,0 +1,209 @@
+//! The column loop: panel after panel, and between them the products that no kernel of ours makes.
+
+use std::ops::Range;
+
+use tch::{Kind, Tensor};
+
+use super::{
+    CudaFactor,
+    launch::{Compensation, Stacked},
+    panels::{Mode, Panel, Plan},
+};
+use crate::{
+    error::{Error, Result, TorchContext},
+    gptq::solver::Weight,
+    variant::Variant,
+};
+
+/// What is allocated for a solve. `N` output features of all weights together.
+pub(super) struct Columns<'a> {
+    factor: &'a CudaFactor,
+    variant: &'a Variant,
+    /// `[K, N]` fp32 in quantization order: weights, dead features zero, and `D` where panels are solved.
+    stack: Tensor,
+    /// `[K, N]`, original feature order.
+    pub(super) codes: Tensor,
+    /// `[G, N]` fp16.
+    pub(super) scales: Tensor,
+    /// `[G, N]`.
+    pub(super) zeros: Tensor,
+    /// `[N]` fp64.
+    pub(super) objective: Tensor,
+    /// `[N]` fp64.
+    pub(super) distance: Tensor,
+    /// `[2, K]` int: the group of each position, then of each feature.
+    groups: Tensor,
+    plan: Plan,
+    scratch: Scratch,
+}
+
+/// What panels leave to nobody.
+struct Scratch {
+    /// `[P, N]` fp32.
+    residuals: Tensor,
+    /// `[wide group, N]` fp32: what is taken from a wide group's weights.
+    x: Tensor,
+    /// `[N]` fp32, `[0]` without wide groups.
+    minima: Tensor,
+    maxima: Tensor,
+}
+
+impl<'a> Columns<'a> {
+    /// Allocates, and stacks the weights.
+    pub(super) fn new(factor: &'a CudaFactor, weights: &[Weight<'_>], variant: &'a Variant) -> Result<Self> {
+        let launcher = &factor.launcher;
+        let order = &factor.damped.order;
+        let k = order.columns().len();
+        let size = variant.group_size.features(k);
+        let shared = launcher.shared_memory();
+        let plan =
+            Plan::new(k, size, variant.scales_known_beforehand(), shared).ok_or_else(|| Error::Cuda {
+                action: "solve a panel of columns".into(),
+                problem: format!("blocks have only {shared} bytes of shared memory"),
+            })?;
+        let n: i64 = weights.iter().map(|w| w.values.size()[0]).sum();
+        let (k, groups) = (k as i64, variant.group_size.groups(k) as i64);
+        let device = launcher.device();
+        let empty = |size: &[i64], kind| Tensor::f_empty(size, (kind, device));
+        let allocate = || -> Result<_, tch::TchError> {
+            let of_positions = (0..k as usize).map(|i| order.group_at(i, variant) as i32);
+            let of_features = order.g_idx(variant).into_iter().map(|g| g as i32);
+            let groups_of: Vec<i32> = of_positions.chain(of_features).collect();
+            let compensated = if plan.wide_group > 0 { n } else { 0 };
+            let sums = || Tensor::f_zeros([n], (Kind::Double, device));
+            Ok(Self {
+                factor,
+                variant,
+                stack: empty(&[k, n], Kind::Float)?,
+                codes: empty(&[k, n], Kind::Uint8)?,
+                scales: empty(&[groups, n], Kind::Half)?,
+                zeros: empty(&[groups, n], Kind::Uint8)?,
+                objective: sums()?,
+                distance: sums()?,
+                groups: Tensor::f_from_slice(&groups_of)?.f_reshape([2, k])?.f_to_device(device)?,
+                scratch: Scratch {
+                    residuals: empty(&[plan.width as i64, n], Kind::Float)?,
+                    x: empty(&[plan.wide_group as i64, n], Kind::Float)?,
+                    minima: empty(&[compensated], Kind::Float)?,
+                    maxima: empty(&[compensated], Kind::Float)?,
+                },
+                plan,
+            })
+        };
+        let columns = allocate().torch("allocate a solve")?;
+        columns.launch_stack(weights)?;
+        Ok(columns)
+    }
+
+    fn launch_stack(&self, weights: &[Weight<'_>]) -> Result<()> {
+        let (launcher, order) = (&self.factor.launcher, &self.factor.order);
+        let mut first = 0;
+        for weight in weights {
+            let ready = || {
+                let values = weight.values.f_to_device(launcher.device())?.f_contiguous()?;
+                match values.kind() {
+                    Kind::Float | Kind::Half | Kind::BFloat16 => Ok(values),
+                    _ => values.f_to_kind(Kind::Float),
+                }
+            };
+            let values = ready().torch("bring a weight to the device")?;
+            launcher.timed("stack", || {
+                launcher.stack(&values, &order.positions, &order.dead, &self.stack, first)
+            })?;
+            first += values.size()[0];
+        }
+        Ok(())
+    }
+
+    /// Launches everything; nothing is waited for.
+    pub(super) fn solve(&self) -> Result<()> {
+        let launcher = &self.factor.launcher;
+        if self.variant.scales_known_beforehand() {
+            let positions = &self.factor.order.positions;
+            launcher.timed("panels", || launcher.fit_static(&self.stacked(), positions))?;
+        }
+        for panel in &self.plan.panels {
+            let residuals =
+                launcher.timed("products", || self.residuals(panel)).torch("multiply with a factor")?;
+            launcher.timed("panels", || match panel.mode {
+                Mode::Compensate => self.compensate(panel, residuals.as_ref()),
+                mode => {
+                    launcher.panel(mode, panel.columns.clone(), &self.stacked(), residuals.as_ref(), None)
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    fn compensate(&self, panel: &Panel, residuals: Option<&Tensor>) -> Result<()> {
+        let Scratch { x, minima, maxima, .. } = &self.scratch;
+        let (first, last) = (panel.is_first(), panel.is_last());
+        let x = rows(x, panel.columns.start - panel.group.start, panel.columns.len());
+        let x = &x.torch("find a panel's part")?;
+        let compensation = Compensation { x, minima, maxima, first, last };
+        let columns = panel.columns.clone();
+        self.factor.launcher.panel(panel.mode, columns, &self.stacked(), residuals, Some(&compensation))
+    }
+
+    /// `[K]` int: the group of each feature.
+    pub(super) fn g_idx(&self) -> Tensor {
+        self.groups.get(1)
+    }
+
+    fn stacked(&self) -> Stacked<'_> {
+        let k = self.factor.damped.order.columns().len();
+        Stacked {
+            factor: &self.factor.damped.factor,
+            weights: &self.stack,
+            codes: &self.codes,
+            scales: &self.scales,
+            zeros: &self.zeros,
+            groups: self.groups.get(0),
+            columns: &self.factor.order.columns,
+            objective: &self.objective,
+            distance: &self.distance,
+            group_size: self.variant.group_size.features(k),
+            variant: self.variant,
+        }
+    }
+
+    /// What the columns before a panel leave to it, `[P, N]`; `None` where there are none. For [`Mode::Compensate`] that is
+    /// what the columns before its group leave, less the effect of `x` on the group's columns before the panel.
+    fn residuals(&self, panel: &Panel) -> Result<Option<Tensor>, tch::TchError> {
+        let columns = &panel.columns;
+        let solved = if panel.mode == Mode::Compensate { panel.group.start } else { columns.start };
+        let residuals = || rows(&self.scratch.residuals, 0, columns.len());
+        let before = match solved {
+            0 => None,
+            _ => Some(self.left_by(0..solved, &rows(&self.stack, 0, solved)?, columns, residuals()?)?),
+        };
+        if solved == columns.start {
+            return Ok(before);
+        }
+        let x = rows(&self.scratch.x, 0, columns.start - solved)?;
+        let compensated = solved..columns.start;
+        Ok(Some(match before {
+            None => self.left_by(compensated, &x, columns, residuals()?)?.f_neg_()?,
+            Some(mut before) => {
+                before.f_sub_(&self.left_by(compensated, &x, columns, before.f_empty_like()?)?)?
+            }
+        }))
+    }
+
+    /// `Ũ[from, to]ᵀ · changes`, `[to, N]`, into `out`. In full fp32, as was made sure of when the solver was made.
+    fn left_by(
+        &self,
+        from: Range<usize>,
+        changes: &Tensor,
+        to: &Range<usize>,
+        out: Tensor,
+    ) -> Result<Tensor, tch::TchError> {
+        let factor = rows(&self.factor.damped.factor, from.start, from.len())?;
+        let factor = factor.f_narrow(1, to.start as i64, to.len() as i64)?;
+        factor.f_tr()?.f_mm_out(&out, changes)
+    }
+}
+
+fn rows(matrix: &Tensor, first: usize, count: usize) -> Result<Tensor, tch::TchError> {
+    matrix.f_narrow(0, first as i64, count as i64)
+}

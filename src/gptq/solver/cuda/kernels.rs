@@ -1,0 +1,97 @@
+//! What runs the kernels of `gptq_block.cu`.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tch::Device;
+
+use crate::{
+    cuda::{Argument, GPTQ_BLOCK, Gpu, Grid, Kernel},
+    error::{Error, Result},
+};
+
+/// All kernels of the file.
+const NAMES: [&str; 9] = [
+    "gptq_solve_fitted",
+    "gptq_solve_given",
+    "gptq_compensate",
+    "gptq_fit_static",
+    "gptq_pack",
+    "gptq_reorder_hessian",
+    "gptq_stack_f32",
+    "gptq_stack_f16",
+    "gptq_stack_bf16",
+];
+
+/// What runs kernels: a GPU, or in tests something that does the same on the CPU.
+pub(crate) trait Kernels: Send + Sync {
+    /// Where the tensors are.
+    fn device(&self) -> Device;
+
+    /// Shared memory that a block can have, bytes.
+    fn shared_memory(&self) -> usize;
+
+    /// Puts a kernel of `gptq_block.cu` on the device's stream.
+    ///
+    /// # Errors
+    /// When the device refuses it.
+    ///
+    /// # Safety
+    /// As [`Gpu::launch`].
+    unsafe fn launch(&self, name: &'static str, grid: Grid, arguments: &[Argument]) -> Result<()>;
+}
+
+/// The kernels on a GPU.
+pub(super) struct Compiled {
+    gpu: Arc<Gpu>,
+    device: Device,
+    kernels: Vec<(&'static str, Kernel)>,
+}
+
+impl Compiled {
+    /// Compiles them for a device.
+    pub(super) fn new(device: Device) -> Result<Self> {
+        let gpu = Gpu::of(device)?;
+        if gpu.capability.0 < 8 {
+            let (major, minor) = gpu.capability;
+            let problem = format!("its compute capability is {major}.{minor}, and the solver needs 8.0");
+            return Err(Error::Device { device: gpu.name.clone(), problem });
+        }
+        let kernels = NAMES.iter().map(|&name| Ok((name, gpu.kernel(&GPTQ_BLOCK, &[], name)?)));
+        let kernels = kernels.collect::<Result<Vec<_>>>()?;
+        Ok(Self { gpu, device, kernels })
+    }
+}
+
+impl Kernels for Compiled {
+    fn device(&self) -> Device {
+        self.device
+    }
+
+    fn shared_memory(&self) -> usize {
+        self.gpu.shared_memory
+    }
+
+    unsafe fn launch(&self, name: &'static str, grid: Grid, arguments: &[Argument]) -> Result<()> {
+        let (_, kernel) = self.kernels.iter().find(|(n, _)| *n == name).expect("NAMES has every kernel");
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.launch(kernel, grid, false, arguments) }
+    }
+}
+
+/// Seconds of a solve by part, each waited for before and after: for measuring.
+#[derive(Debug, Default)]
+pub struct Clock(Mutex<BTreeMap<&'static str, f64>>);
+
+impl Clock {
+    /// What was added up since the last call, by part.
+    pub fn take(&self) -> BTreeMap<&'static str, f64> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn add(&self, part: &'static str, seconds: f64) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(part).or_default() += seconds;
+    }
+}

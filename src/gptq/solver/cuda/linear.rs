@@ -1,0 +1,139 @@
+//! A solved linear that stays on the device it was solved on.
+
+use std::sync::Arc;
+
+use half::f16;
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::launch::Launcher;
+use crate::{
+    error::{Result, TorchContext},
+    gptq::QuantizedLinear,
+    variant::Bits,
+};
+
+/// Rows that are dequantized together: what fp32 needs besides the result stays small.
+const DEQUANTIZED_ROWS: i64 = 2048;
+
+/// A [`QuantizedLinear`] on a device. What leaves it are packed words; codes never do.
+#[derive(Debug)]
+pub struct DeviceLinear {
+    pub(super) bits: Bits,
+    /// `[K, N]` bytes; rows may lie apart, as columns of a stack.
+    pub(super) codes: Tensor,
+    /// `[G, N]` fp16.
+    pub(super) scales: Tensor,
+    /// `[G, N]` bytes.
+    pub(super) zeros: Tensor,
+    /// `[K]`.
+    pub(super) g_idx: Vec<u32>,
+    /// `[K]` int, the same on the device.
+    pub(super) device_g_idx: Tensor,
+    pub(super) launcher: Arc<Launcher>,
+}
+
+/// What a checkpoint holds of a linear, but for its zeros, which are not packed yet.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedCodes {
+    /// Words `[K·b/32, N]`: codes along `K`.
+    pub words: Vec<i32>,
+    /// `[G, N]`.
+    pub scales: Vec<f16>,
+    /// The true zero points, `[G, N]`.
+    pub zeros: Vec<u8>,
+}
+
+impl DeviceLinear {
+    /// Bits a code.
+    pub fn bits(&self) -> Bits {
+        self.bits
+    }
+
+    /// `K`.
+    pub fn in_features(&self) -> usize {
+        self.g_idx.len()
+    }
+
+    /// `N`.
+    pub fn out_features(&self) -> usize {
+        self.codes.size()[1] as usize
+    }
+
+    /// The group of each input feature, `[K]`.
+    pub fn g_idx(&self) -> &[u32] {
+        &self.g_idx
+    }
+
+    /// Packs on the device and copies to the host.
+    ///
+    /// # Errors
+    /// When memory ends or the device fails.
+    ///
+    /// # Panics
+    /// When a dimension is not a multiple of the pack factor; plans are checked for that before any work.
+    pub fn pack(&self) -> Result<PackedCodes> {
+        let words = self.launcher.timed("pack", || self.words())?;
+        let copy = || -> Result<_, TchError> {
+            Ok(PackedCodes {
+                words: to_host(&words)?,
+                scales: to_host(&self.scales)?,
+                zeros: to_host(&self.zeros)?,
+            })
+        };
+        self.launcher.timed("copy", copy).torch("copy a packed linear")
+    }
+
+    /// `[K·b/32, N]` int on the device.
+    pub(super) fn words(&self) -> Result<Tensor> {
+        let size = [(self.in_features() * self.bits.get() as usize / 32) as i64, self.codes.size()[1]];
+        let words = Tensor::f_empty(size, (Kind::Int, self.launcher.device())).torch("pack a linear")?;
+        self.launcher.pack(&self.codes, &words, self.bits)?;
+        Ok(words)
+    }
+
+    /// The dense weight, transposed: `[K, N]` on the device, each value exact in fp32 and then rounded to `kind`.
+    ///
+    /// # Errors
+    /// When memory ends.
+    pub fn dequantize(&self, kind: Kind) -> Result<Tensor> {
+        let (k, n) = (self.in_features() as i64, self.codes.size()[1]);
+        let compute = || -> Result<_, TchError> {
+            let dense = Tensor::f_empty([k, n], (kind, self.launcher.device()))?;
+            let (scales, zeros) = (self.scales.f_to_kind(Kind::Float)?, self.zeros.f_to_kind(Kind::Float)?);
+            for first in (0..k).step_by(DEQUANTIZED_ROWS as usize) {
+                let rows = |t: &Tensor| t.f_narrow(0, first, DEQUANTIZED_ROWS.min(k - first));
+                let groups = rows(&self.device_g_idx)?;
+                let mut weights = rows(&self.codes)?.f_to_kind(Kind::Float)?;
+                let _ = weights.f_sub_(&zeros.f_index_select(0, &groups)?)?;
+                let _ = weights.f_mul_(&scales.f_index_select(0, &groups)?)?;
+                rows(&dense)?.f_copy_(&weights)?;
+            }
+            Ok(dense)
+        };
+        compute().torch("dequantize a linear")
+    }
+
+    /// The same on the host, for tests and for those who want codes.
+    ///
+    /// # Errors
+    /// When memory ends or the device fails.
+    pub fn to_host(&self) -> Result<QuantizedLinear> {
+        let copy = || -> Result<_, TchError> {
+            let (codes, zeros) = (to_host(&self.codes)?, to_host(&self.zeros)?);
+            Ok(QuantizedLinear::new(self.bits, codes, to_host(&self.scales)?, zeros, self.g_idx.clone()))
+        };
+        copy().torch("copy a linear to the host")
+    }
+}
+
+/// All values of a matrix, in one copy.
+fn to_host<T: tch::kind::Element + bytemuck::Pod>(matrix: &Tensor) -> Result<Vec<T>, TchError> {
+    assert_eq!(matrix.kind(), T::KIND);
+    let mut values = vec![T::zeroed(); matrix.numel()];
+    let (bytes, size) = (values.as_mut_ptr().cast::<u8>(), matrix.size());
+    // SAFETY: the tensor is no longer there when the vector is used or moved, and is as large.
+    let mut host = unsafe { Tensor::f_from_blob(bytes, &size, &[], T::KIND, Device::Cpu) }?;
+    host.f_copy_(matrix)?;
+    drop(host);
+    Ok(values)
+}

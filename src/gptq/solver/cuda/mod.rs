@@ -1,0 +1,241 @@
+//! The solver on a CUDA device: factorization and products between panels by libtorch, columns and packing by our own
+//! kernels (`src/cuda/gptq_block.cu`). Nothing leaves the device but sums and, when they are asked for, packed words. It
+//! is waited for after a factorization, for whether it succeeded, and after a solve, for its sums; orders and groups are
+//! copied to it in between, when it has nothing else to do.
+
+mod columns;
+mod kernels;
+mod launch;
+mod linear;
+mod panels;
+#[cfg(test)]
+mod stand_in;
+
+use std::sync::Arc;
+
+use tch::{Device, Kind, TchError, Tensor};
+
+pub use kernels::Clock;
+pub use linear::{DeviceLinear, PackedCodes};
+
+use super::{
+    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales, damped,
+};
+use crate::{
+    error::{Error, Result, TorchContext},
+    gptq::Hessian,
+    variant::Variant,
+};
+use columns::Columns;
+use launch::Launcher;
+
+/// Solves in fp32 on a CUDA device.
+#[derive(Debug)]
+pub struct CudaSolver {
+    launcher: Arc<Launcher>,
+}
+
+impl CudaSolver {
+    /// Compiles the kernels for a device, and makes sure that its fp32 products are fp32.
+    ///
+    /// # Errors
+    /// When the device cannot be used, its compute capability is below 8.0, the kernels do not compile, or products are
+    /// rounded to TF32.
+    pub fn new(device: Device) -> Result<Self> {
+        Self::on(Launcher::new(device, None)?)
+    }
+
+    /// As [`CudaSolver::new`], and measures its parts: each is then waited for.
+    ///
+    /// # Errors
+    /// As [`CudaSolver::new`].
+    pub fn with_clock(device: Device) -> Result<(Self, Arc<Clock>)> {
+        let clock = Arc::new(Clock::default());
+        Ok((Self::on(Launcher::new(device, Some(Arc::clone(&clock)))?)?, clock))
+    }
+
+    fn on(launcher: Launcher) -> Result<Self> {
+        check_fp32(launcher.device())?;
+        Ok(Self { launcher: Arc::new(launcher) })
+    }
+
+    /// With other kernels that do the same.
+    #[cfg(test)]
+    pub(crate) fn with_kernels(kernels: Box<dyn kernels::Kernels>) -> Self {
+        Self::on(Launcher::with(kernels)).unwrap()
+    }
+
+    /// With plain code on the CPU in place of kernels, on a device whose blocks have this much shared memory.
+    #[cfg(test)]
+    pub(super) fn stand_in(shared_memory: usize) -> Self {
+        Self::with_kernels(Box::new(stand_in::PlainKernels { shared_memory }))
+    }
+}
+
+impl Solver for CudaSolver {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn factorize(
+        &self,
+        hessian: &Hessian,
+        desc_act: bool,
+        damp: f64,
+        stage: &str,
+    ) -> Result<Box<dyn Factorized>> {
+        let factorize = |damping: &Damping<'_>| upper_factor(&self.launcher, hessian.matrix(), damping);
+        let damped = damped(hessian, desc_act, damp, stage, factorize)?;
+        let order = DeviceOrder::new(&damped, self.launcher.device()).torch("copy an order")?;
+        Ok(Box::new(CudaFactor { damped, order, launcher: Arc::clone(&self.launcher) }))
+    }
+}
+
+/// `Ũ` `[K, K]` with `H + λI = Ũ Ũᵀ`, in quantization order and row-major; `None` when that is not positive definite.
+fn upper_factor(launcher: &Launcher, matrix: &Tensor, damping: &Damping<'_>) -> Result<Option<Tensor>> {
+    let &Damping { order, mean, lambda, .. } = damping;
+    let reversed: Vec<i32> = order.columns().iter().rev().map(|&c| c as i32).collect();
+    let columns = Tensor::f_from_slice(&reversed).and_then(|c| c.f_to_device(launcher.device()));
+    let columns = columns.torch("copy an order")?;
+    let lower = matrix.f_empty_like().torch("allocate a factor")?;
+    launcher.timed("reorder and factor", || {
+        launcher.reorder_hessian(matrix, &columns, &lower, mean, lambda)?;
+        factor_of(lower).torch("factorize a Hessian")
+    })
+}
+
+/// `Ũ` from the lower triangle, row-major, of a matrix with both axes reversed.
+fn factor_of(lower: Tensor) -> Result<Option<Tensor>, TchError> {
+    // Factors come column-major: the upper one is the lower one row by row, which only has to be read backwards. As the
+    // matrix's other triangle is the same, it is not transposed either.
+    let (upper, info) = lower.f_tr()?.f_linalg_cholesky_ex(true, false)?;
+    drop(lower);
+    if i64::try_from(info)? != 0 {
+        return Ok(None);
+    }
+    Ok(Some(upper.f_tr()?.f_flip([0, 1])?.f_contiguous()?))
+}
+
+/// Refuses a device whose fp32 products are rounded to TF32: that is libtorch's choice only when it is told to, by its
+/// settings or by one of two environment variables, but nobody would see it in the result.
+fn check_fp32(device: Device) -> Result<()> {
+    // TF32 keeps 10 bits of the fraction.
+    const VALUE: f64 = 1.0 + 1.0 / (1u32 << 20) as f64;
+    let options = (Kind::Float, device);
+    let multiply = || -> Result<bool, TchError> {
+        let product = Tensor::f_full([256, 256], VALUE, options)?.f_mm(&Tensor::f_eye(256, options)?)?;
+        Ok(i64::try_from(product.f_ne(VALUE)?.f_sum(Kind::Int64)?)? == 0)
+    };
+    if multiply().torch("multiply in fp32")? {
+        return Ok(());
+    }
+    Err(Error::Cuda {
+        action: "multiply in fp32".into(),
+        problem:
+            "products are rounded to TF32; unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE and NVIDIA_TF32_OVERRIDE"
+                .into(),
+    })
+}
+
+/// The column order on the device.
+struct DeviceOrder {
+    /// `[K]` int: the feature at each position.
+    columns: Tensor,
+    /// `[K]` int: the position of each feature.
+    positions: Tensor,
+    /// `[K]` bytes: 1 where a feature is dead.
+    dead: Tensor,
+}
+
+impl DeviceOrder {
+    fn new(damped: &Damped<Tensor>, device: Device) -> Result<Self, TchError> {
+        let columns: Vec<i32> = damped.order.columns().iter().map(|&c| c as i32).collect();
+        let mut positions = vec![0; columns.len()];
+        columns.iter().zip(0..).for_each(|(&column, position)| positions[column as usize] = position);
+        let mut dead = vec![0u8; columns.len()];
+        damped.dead.iter().for_each(|&feature| dead[feature as usize] = 1);
+        Ok(Self {
+            columns: Tensor::f_from_slice(&columns)?.f_to_device(device)?,
+            positions: Tensor::f_from_slice(&positions)?.f_to_device(device)?,
+            dead: Tensor::f_from_slice(&dead)?.f_to_device(device)?,
+        })
+    }
+}
+
+struct CudaFactor {
+    /// With `Ũ` `[K, K]` fp32, row-major, in quantization order.
+    damped: Damped<Tensor>,
+    order: DeviceOrder,
+    launcher: Arc<Launcher>,
+}
+
+impl Factorized for CudaFactor {
+    fn facts(&self) -> &Factorization {
+        &self.damped.facts
+    }
+
+    fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
+        let columns = Columns::new(self, weights, variant)?;
+        columns.solve()?;
+        self.split(&columns, weights, variant)
+    }
+}
+
+impl CudaFactor {
+    /// Takes a solved stack apart.
+    fn split(
+        &self,
+        columns: &Columns<'_>,
+        weights: &[Weight<'_>],
+        variant: &Variant,
+    ) -> Result<Vec<Solution>> {
+        let g_idx = self.damped.order.g_idx(variant);
+        let mut first = 0;
+        let linears = weights.iter().map(|weight| {
+            let rows = weight.values.size()[0];
+            let own = |t: &Tensor| t.f_narrow(1, first, rows);
+            let linear = DeviceLinear {
+                bits: variant.bits,
+                codes: own(&columns.codes)?,
+                scales: own(&columns.scales)?,
+                zeros: own(&columns.zeros)?,
+                g_idx: g_idx.clone(),
+                device_g_idx: columns.g_idx(),
+                launcher: Arc::clone(&self.launcher),
+            };
+            first += rows;
+            Ok(linear)
+        });
+        let linears = linears.collect::<Result<Vec<_>, TchError>>().torch("take a stack apart")?;
+        let sums = sums(columns, weights).torch("sum up a solve")?;
+        let solutions =
+            linears.into_iter().zip(weights).zip(sums).map(|((linear, weight), (sums, broken))| {
+                if broken {
+                    check_scales(weight.name, linear.to_host()?.scales(), linear.out_features())?;
+                }
+                Ok(Solution {
+                    linear: Solved::Device(linear),
+                    squared_error: sums.undamped(self.damped.lambda),
+                })
+            });
+        solutions.collect()
+    }
+}
+
+/// Sums over each weight's rows, and whether any of its scales does not fit fp16: one copy to the host for all.
+fn sums(columns: &Columns<'_>, weights: &[Weight<'_>]) -> Result<Vec<(Sums, bool)>, TchError> {
+    const EACH: usize = 3;
+    let mut first = 0;
+    let mut sums = Vec::with_capacity(EACH * weights.len());
+    for weight in weights {
+        let rows = weight.values.size()[0];
+        let sum = |t: &Tensor| t.f_narrow(0, first, rows)?.f_sum(Kind::Double);
+        sums.extend([sum(&columns.objective)?, sum(&columns.distance)?]);
+        let finite = columns.scales.f_narrow(1, first, rows)?.f_isfinite()?;
+        sums.push(finite.f_logical_not()?.f_sum(Kind::Double)?);
+        first += rows;
+    }
+    let sums = Vec::<f64>::try_from(Tensor::f_stack(&sums, 0)?)?;
+    let of_weight = |s: &[f64]| (Sums { objective: s[0], distance: s[1] }, s[2] > 0.0);
+    Ok(sums.chunks(EACH).map(of_weight).collect())
+}

@@ -1,0 +1,240 @@
+//! Which panels of columns are solved one after another, by which kernel of `gptq_block.cu`, and with how much shared
+//! memory. Plain data, so that it is tested where there is no device.
+
+use std::ops::Range;
+
+/// Output features of a thread block.
+pub(super) const LANES: usize = 32;
+/// Columns that a thread block solves between two barriers.
+const STEP: usize = 32;
+
+/// Columns of a panel, the widest first; the widest is taken that the device's shared memory holds.
+const WIDTHS: [usize; 4] = [256, 192, 128, 64];
+
+/// A panel kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// Scales are fitted where their groups begin; every group lies in the panel as a whole.
+    Fitted,
+    /// Scales are there.
+    Given,
+    /// No codes: what the columns before a group, which is wider than a panel, leave to its weights.
+    Compensate,
+}
+
+impl Mode {
+    /// Its name in `gptq_block.cu`.
+    pub(super) fn kernel(self) -> &'static str {
+        match self {
+            Self::Fitted => "gptq_solve_fitted",
+            Self::Given => "gptq_solve_given",
+            Self::Compensate => "gptq_compensate",
+        }
+    }
+
+    /// Dynamic shared memory of a block for a panel of `columns`, bytes: `layout` in `gptq_block.cu`.
+    pub(super) fn shared_memory(self, columns: usize, group_size: usize) -> usize {
+        let padded = columns.next_multiple_of(STEP);
+        let extra = match self {
+            // Scales, their inverses and zeros of two steps.
+            Self::Given => 2 * 3 * STEP * LANES,
+            Self::Compensate => 0,
+            // A group of one step keeps its compensated weights in registers.
+            Self::Fitted if group_size <= STEP => 0,
+            // The steps that a group touches, wherever it begins.
+            Self::Fitted => {
+                let touched = if group_size.is_multiple_of(STEP) { 0 } else { STEP - 1 };
+                LANES * padded.min((group_size + touched).next_multiple_of(STEP))
+            }
+        };
+        let residuals = padded * LANES;
+        let factor = STEP * padded + 2 * STEP * STEP;
+        let weights = 2 * STEP * LANES;
+        let changes = STEP * LANES;
+        let of_columns = 3 * (padded + STEP);
+        let codes = STEP * LANES / size_of::<f32>();
+        size_of::<f32>() * (residuals + extra + factor + weights + changes + of_columns + codes)
+    }
+}
+
+/// One launch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Panel {
+    pub(super) mode: Mode,
+    /// Positions in quantization order.
+    pub(super) columns: Range<usize>,
+    /// [`Mode::Compensate`]: the group that the panel is part of.
+    pub(super) group: Range<usize>,
+}
+
+impl Panel {
+    /// Whether it begins its group.
+    pub(super) fn is_first(&self) -> bool {
+        self.columns.start == self.group.start
+    }
+
+    /// Whether it ends its group, whose scale then is fitted.
+    pub(super) fn is_last(&self) -> bool {
+        self.columns.end == self.group.end
+    }
+}
+
+/// All launches for one stack of weights, in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub(super) panels: Vec<Panel>,
+    /// Columns of the widest panel.
+    pub(super) width: usize,
+    /// Columns of a group that is wider than a panel, else 0.
+    pub(super) wide_group: usize,
+}
+
+impl Plan {
+    /// Panels for `k` columns in groups of `group_size`, whose scales are `known` beforehand or fitted on the way, on a
+    /// device whose blocks can have `shared_memory` bytes; `None` if that is too little for any width.
+    pub(super) fn new(k: usize, group_size: usize, known: bool, shared_memory: usize) -> Option<Self> {
+        let fits = |mode: Mode, width: usize| mode.shared_memory(width, group_size) <= shared_memory;
+        WIDTHS.into_iter().find_map(|width| {
+            if !known && group_size <= width {
+                // Whole groups, as many as there is room for.
+                let width = width / group_size * group_size;
+                return fits(Mode::Fitted, width).then(|| Self::of(Mode::Fitted, k, width));
+            }
+            if !fits(Mode::Given, width) {
+                return None;
+            }
+            Some(if known { Self::of(Mode::Given, k, width) } else { Self::wide(k, width, group_size) })
+        })
+    }
+
+    fn of(mode: Mode, k: usize, width: usize) -> Self {
+        let panels = parts(0..k, width).map(|columns| Panel { mode, columns, group: 0..k });
+        Self { panels: panels.collect(), width: width.min(k), wide_group: 0 }
+    }
+
+    /// Each group twice: for its scale, then for its codes.
+    fn wide(k: usize, width: usize, group_size: usize) -> Self {
+        let panels = parts(0..k, group_size).flat_map(|group| {
+            [Mode::Compensate, Mode::Given].into_iter().flat_map(move |mode| {
+                let group = group.clone();
+                parts(group.clone(), width).map(move |columns| Panel { mode, columns, group: group.clone() })
+            })
+        });
+        Self { panels: panels.collect(), width: width.min(k), wide_group: group_size.min(k) }
+    }
+}
+
+/// `range` in parts of `width`; the last one may be shorter.
+fn parts(range: Range<usize>, width: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = range.end;
+    range.step_by(width).map(move |start| start..(start + width).min(end))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Shared memory a block can have, bytes: compute capability 8.0, 8.6 and 8.9, 9.0.
+    const AMPERE: usize = 163 << 10;
+    const ADA: usize = 99 << 10;
+    const HOPPER: usize = 227 << 10;
+
+    fn plan(k: usize, group_size: usize, known: bool, shared_memory: usize) -> Plan {
+        Plan::new(k, group_size, known, shared_memory).unwrap()
+    }
+
+    /// Figures of the kernels' author: P = 256 for groups of 32, 64, 128, 256, and for given scales.
+    #[test]
+    fn shared_memory_of_the_usual_panels() {
+        let fitted = [32, 64, 128, 256].map(|size| Mode::Fitted.shared_memory(256, size));
+        assert_eq!(fitted, [90_496, 98_688, 106_880, 123_264]);
+        assert_eq!(Mode::Given.shared_memory(256, 128), 115_072);
+        assert_eq!(Mode::Compensate.shared_memory(256, 1024), 90_496);
+        // Groups of 48 begin at any multiple of 16: three steps of 32 columns.
+        assert_eq!(Mode::Fitted.shared_memory(240, 48) - Mode::Fitted.shared_memory(240, 32), 4 * 32 * 96);
+    }
+
+    #[test]
+    fn panels_are_as_wide_as_the_device_allows() {
+        for (size, known, shared_memory, width) in [
+            (128, false, HOPPER, 256),
+            (128, false, AMPERE, 256),
+            (128, false, ADA, 128),
+            (32, false, ADA, 256),
+            (48, false, HOPPER, 240),
+            (100, false, HOPPER, 200),
+            (256, false, HOPPER, 256),
+            (256, false, ADA, 192),
+            (128, true, HOPPER, 256),
+            (128, true, ADA, 192),
+            (4096, true, HOPPER, 256),
+        ] {
+            assert_eq!(plan(4096, size, known, shared_memory).width, width, "{size} {known} {shared_memory}");
+        }
+        assert_eq!(Plan::new(4096, 128, false, 48 << 10), None);
+    }
+
+    #[test]
+    fn a_group_wider_than_a_panel_is_compensated_before_it_is_solved() {
+        let plan = plan(1100, 600, false, HOPPER);
+        let panel = |mode, columns, group| Panel { mode, columns, group };
+        let (compensate, given) = (Mode::Compensate, Mode::Given);
+        assert_eq!(
+            plan.panels,
+            [
+                panel(compensate, 0..256, 0..600),
+                panel(compensate, 256..512, 0..600),
+                panel(compensate, 512..600, 0..600),
+                panel(given, 0..256, 0..600),
+                panel(given, 256..512, 0..600),
+                panel(given, 512..600, 0..600),
+                panel(compensate, 600..856, 600..1100),
+                panel(compensate, 856..1100, 600..1100),
+                panel(given, 600..856, 600..1100),
+                panel(given, 856..1100, 600..1100),
+            ]
+        );
+        assert!(plan.panels[0].is_first() && !plan.panels[0].is_last());
+        assert!(plan.panels[2].is_last() && !plan.panels[2].is_first());
+        assert_eq!((plan.width, plan.wide_group), (256, 600));
+    }
+
+    proptest! {
+        /// Every column is solved once and in order; no group is cut; the device's memory suffices.
+        #[test]
+        fn plans_are_complete(
+            k in 1usize..5000,
+            group_size in 16usize..1025,
+            known: bool,
+            shared_memory in prop::sample::select(&[ADA, AMPERE, HOPPER][..]),
+        ) {
+            let plan = plan(k, group_size, known, shared_memory);
+            let mut solved = 0;
+            for panel in &plan.panels {
+                let columns = panel.columns.clone();
+                prop_assert!(!columns.is_empty() && columns.len() <= plan.width);
+                prop_assert!(panel.mode.shared_memory(columns.len(), group_size) <= shared_memory);
+                match panel.mode {
+                    Mode::Compensate => {
+                        // Its group's columns are not solved yet, and all before it are.
+                        prop_assert_eq!(panel.group.start, solved);
+                        prop_assert!(panel.group.start <= columns.start && columns.end <= panel.group.end);
+                        continue;
+                    }
+                    Mode::Fitted => prop_assert!(columns.start.is_multiple_of(group_size)),
+                    Mode::Given => prop_assert!(known || columns.end <= panel.group.end),
+                }
+                prop_assert_eq!(columns.start, solved);
+                solved = columns.end;
+                let whole = solved == k || solved.is_multiple_of(group_size);
+                prop_assert!(panel.mode != Mode::Fitted || whole);
+            }
+            prop_assert_eq!(solved, k);
+            let compensated: usize =
+                plan.panels.iter().filter(|p| p.mode == Mode::Compensate).map(|p| p.columns.len()).sum();
+            prop_assert_eq!(compensated, if plan.wide_group > 0 { k } else { 0 });
+        }
+    }
+}
