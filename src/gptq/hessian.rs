@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::raw;
+use super::{raw, tensor_cores};
 use crate::{
     amx,
     error::{Error, Result, TorchContext},
@@ -11,14 +11,20 @@ use crate::{
 /// Rows of `H` computed by one matrix product. Only blocks on and below the diagonal are computed, so smaller
 /// blocks waste less on the diagonal, larger ones run nearer to the machine's limit.
 const BLOCK: i64 = 1024;
+/// The same on CUDA: fewer, larger products, each of which fills the device.
+const CUDA_BLOCK: i64 = 2048;
 
-/// The Hessian of a stage's inputs, accumulated in fp32 in the order in which batches arrive.
+/// The Hessian of a stage's inputs, accumulated in fp32 in the order in which batches arrive: on CUDA from fp16 and bf16
+/// by tensor cores, else, or where these are found to be inexact, by plain fp32 products. fp16 cannot overflow here: the
+/// square of its largest number times 10²⁸ tokens still is within fp32.
 #[derive(Debug)]
 pub struct Hessian {
     /// `[K, K]` fp32; while accumulating only the lower block triangle is valid, before the first batch nothing.
     matrix: Tensor,
     tokens: u64,
     finished: bool,
+    /// Why products are not made on tensor cores, if that was found out with these inputs.
+    warning: Option<String>,
 }
 
 impl Hessian {
@@ -29,7 +35,7 @@ impl Hessian {
     pub fn new(in_features: usize, device: Device) -> Result<Self> {
         let k = in_features as i64;
         let matrix = Tensor::f_empty([k, k], (Kind::Float, device)).torch("allocate a Hessian")?;
-        Ok(Self { matrix, tokens: 0, finished: false })
+        Ok(Self { matrix, tokens: 0, finished: false, warning: None })
     }
 
     /// Adds a batch of inputs `[…, K]`.
@@ -51,19 +57,45 @@ impl Hessian {
             amx::gram(raw::floats_mut(&mut self.matrix), k as usize, raw::bf16_bits(&x), !first);
             return Ok(());
         }
-        let x = x.f_to_kind(Kind::Float)?;
-        for start in (0..k).step_by(BLOCK as usize) {
-            let rows = BLOCK.min(k - start);
-            let mut block = self.matrix.f_narrow(0, start, rows)?.f_narrow(1, 0, start + rows)?;
-            let left = x.f_narrow(1, start, rows)?.f_tr()?;
-            let right = x.f_narrow(1, 0, start + rows)?;
-            if first {
-                block.f_copy_(&left.f_mm(&right)?)?;
-            } else {
-                let _ = block.f_addmm_(&left, &right)?;
+        if !tensor_cores::can_multiply(&x) {
+            return self.add_products(&x.f_to_kind(Kind::Float)?, first);
+        }
+        self.add_products(&x, first)?;
+        if first && !tensor_cores::is_known(&x) {
+            let error = tensor_cores::largest_error(&self.matrix, &x, self.block())?;
+            self.warning = tensor_cores::judge(&x, error);
+            if self.warning.is_some() {
+                return self.add_products(&x.f_to_kind(Kind::Float)?, first);
             }
         }
         Ok(())
+    }
+
+    fn block(&self) -> i64 {
+        if self.matrix.device() == Device::Cpu { BLOCK } else { CUDA_BLOCK }
+    }
+
+    /// Adds `xᵀx`, on and below the blocks of the diagonal; of fp16 and bf16 on tensor cores.
+    fn add_products(&mut self, x: &Tensor, first: bool) -> Result<(), TchError> {
+        let k = self.matrix.size()[0];
+        for start in (0..k).step_by(self.block() as usize) {
+            let rows = self.block().min(k - start);
+            let mut block = self.matrix.f_narrow(0, start, rows)?.f_narrow(1, 0, start + rows)?;
+            let left = x.f_narrow(1, start, rows)?.f_tr()?;
+            let right = x.f_narrow(1, 0, start + rows)?;
+            match (x.kind(), first) {
+                (Kind::Float, true) => block.f_copy_(&left.f_mm(&right)?)?,
+                (Kind::Float, false) => drop(block.f_addmm_(&left, &right)?),
+                (_, true) => drop(left.f_mm_dtype_out(&block, &right, Kind::Float)?),
+                (_, false) => drop(block.f_addmm_dtype_out(&block, &left, &right, Kind::Float)?),
+            }
+        }
+        Ok(())
+    }
+
+    /// What went otherwise than planned, for the user.
+    pub fn warning(&self) -> Option<&str> {
+        self.warning.as_deref()
     }
 
     /// Ends the accumulation: divides by the number of tokens and mirrors the lower triangle. `stage` names the
@@ -96,13 +128,26 @@ impl Hessian {
             raw::mirror_lower(&mut self.matrix);
             return Ok(());
         }
-        let k = self.matrix.size()[0];
-        for start in (0..k).step_by(BLOCK as usize) {
-            let rows = BLOCK.min(k - start);
+        let (k, block) = (self.matrix.size()[0], self.block());
+        for start in (0..k).step_by(block as usize) {
+            let rows = block.min(k - start);
             let below = self.matrix.f_narrow(0, start, rows)?.f_narrow(1, 0, start)?;
             self.matrix.f_narrow(0, 0, start)?.f_narrow(1, start, rows)?.f_copy_(&below.f_tr()?)?;
         }
         Ok(())
+    }
+
+    /// Another sum, `[K, K]` fp32.
+    #[cfg(test)]
+    pub(super) fn set_matrix(&mut self, matrix: Tensor) {
+        self.matrix = matrix;
+    }
+
+    /// On another device.
+    #[cfg(test)]
+    pub(super) fn on(&self, device: Device) -> Self {
+        let matrix = self.matrix.to_device(device);
+        Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
     }
 
     /// `[K, K]` fp32, symmetric.

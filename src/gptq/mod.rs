@@ -9,6 +9,7 @@ mod order;
 mod quantized;
 mod raw;
 pub mod solver;
+mod tensor_cores;
 
 pub use grid::{Grid, Step};
 pub use hessian::Hessian;

@@ -21,6 +21,9 @@ use crate::{
 pub(super) trait Sink {
     /// `variant` is an index into the run's variants.
     fn take(&mut self, variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()>;
+
+    /// Takes a warning, for the report.
+    fn warn(&mut self, text: String);
 }
 
 /// How one linear fared.
@@ -275,6 +278,10 @@ impl Layers<'_> {
     ) -> Result<Vec<Vec<Solved>>> {
         let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
         let name = format!("layer {layer}, {}", stage.name());
+        if let Some(text) = hessian.warning() {
+            self.progress.event(&Event::Warning(text));
+            sink.warn(text.to_owned());
+        }
         let mut hessian = Some(hessian.finish(&name)?);
         let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
         let dense: Vec<Weight<'_>> = ids

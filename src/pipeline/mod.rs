@@ -250,6 +250,7 @@ fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<Stri
 struct Branches {
     writers: Vec<BranchWriter>,
     reports: Vec<BranchReport>,
+    warnings: Vec<String>,
 }
 
 impl Branches {
@@ -266,15 +267,16 @@ impl Branches {
         Ok(Self {
             writers: plan.variants.iter().map(create).collect::<Result<_>>()?,
             reports: plan.variants.iter().map(report).collect(),
+            warnings: Vec::new(),
         })
     }
 
     fn warnings(&self) -> Vec<String> {
         let raised = self.reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.damp_raised > 0).count()));
-        raised
+        let raised = raised
             .filter(|(_, count)| *count > 0)
-            .map(|(r, count)| format!("{}: damping was raised for {count} linears", r.branch))
-            .collect()
+            .map(|(r, count)| format!("{}: damping was raised for {count} linears", r.branch));
+        self.warnings.iter().cloned().chain(raised).collect()
     }
 
     /// Seals, checks and publishes the branches. They appear together: a failure in the last leaves none.
@@ -298,6 +300,10 @@ impl Branches {
 }
 
 impl Sink for Branches {
+    fn warn(&mut self, text: String) {
+        self.warnings.push(text);
+    }
+
     fn take(&mut self, variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()> {
         let begun = Instant::now();
         self.writers[variant].write_linear(id, linear)?;

@@ -62,8 +62,9 @@ const ONLY_IN_CLI: [&str; 13] = [
 ];
 
 /// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions,
-/// kernels.
-const UNSAFE: [&str; 14] = [
+/// kernels
+/// of CUDA and copies from a device.
+const UNSAFE: [&str; 18] = [
     "amx/operand.rs",
     "amx/tiles.rs",
     "checkpoint/reader.rs",
@@ -73,6 +74,10 @@ const UNSAFE: [&str; 14] = [
     "device.rs",
     "gptq/raw.rs",
     "gptq/solver/cpu/panel.rs",
+    "gptq/solver/cuda/kernels.rs",
+    "gptq/solver/cuda/launch.rs",
+    "gptq/solver/cuda/linear.rs",
+    "gptq/solver/cuda/stand_in.rs",
     "gptq/solver/instructions.rs",
     "gptq/solver/kernel.rs",
     "kernels/cpu_simd.rs",

@@ -13,7 +13,7 @@ mod instructions;
 mod kernel;
 pub mod reference;
 #[cfg(test)]
-mod tests;
+pub(in crate::gptq) mod tests;
 mod torch;
 
 use half::f16;

@@ -10,6 +10,8 @@ mod linear;
 mod panels;
 #[cfg(test)]
 mod stand_in;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -1,0 +1,188 @@
+//! What every solver must do, on the CPU and on a CUDA device.
+
+use tch::{Device, Kind, Tensor};
+
+use super::problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda, solve, variants, weight};
+use crate::{
+    error::Error,
+    gptq::solver::{CpuSolver, CudaSolver, Solver, TorchSolver, Weight},
+    variant::Variant,
+};
+
+/// All that run here; the one for CUDA twice, with plain code in place of its kernels, on devices with much and with
+/// little shared memory.
+fn on_cpu() -> [Box<dyn Solver>; 5] {
+    [
+        Box::new(CpuSolver::with_amx(false)),
+        Box::new(CpuSolver::with_amx(true)),
+        Box::new(TorchSolver),
+        Box::new(CudaSolver::stand_in(227 << 10)),
+        Box::new(CudaSolver::stand_in(99 << 10)),
+    ]
+}
+
+/// All that run on a CUDA device.
+fn on_cuda() -> [Box<dyn Solver>; 2] {
+    [Box::new(CudaSolver::new(cuda()).unwrap_or_else(|error| panic!("{error}"))), Box::new(TorchSolver)]
+}
+
+/// A check as a test of the solvers here, and as one of those on a device.
+macro_rules! everywhere {
+    ($check:ident, $here:ident, $on_device:ident) => {
+        #[test]
+        fn $here() {
+            $check(&on_cpu(), Device::Cpu);
+        }
+
+        #[test]
+        #[ignore = "needs a CUDA device: scripts/gpu-check"]
+        fn $on_device() {
+            $check(&on_cuda(), cuda());
+        }
+    };
+}
+
+everywhere!(
+    agree_with_the_definition,
+    solvers_agree_with_the_definition,
+    cuda_device_solvers_agree_with_the_definition
+);
+everywhere!(
+    solve_stacked_weights_as_if_alone,
+    stacked_weights_are_solved_as_if_alone,
+    cuda_device_stacked_weights_are_solved_as_if_alone
+);
+everywhere!(solve_twice_the_same, two_solves_are_byte_identical, cuda_device_two_solves_are_byte_identical);
+everywhere!(
+    zero_and_count_dead_columns,
+    dead_columns_get_zero_weights_and_are_counted,
+    cuda_device_dead_columns_get_zero_weights_and_are_counted
+);
+everywhere!(
+    raise_damping_only_when_needed,
+    damping_is_raised_only_when_needed_and_said,
+    cuda_device_damping_is_raised_only_when_needed_and_said
+);
+everywhere!(
+    refuse_a_weight_beyond_fp16,
+    a_weight_beyond_fp16_is_refused,
+    cuda_device_a_weight_beyond_fp16_is_refused
+);
+
+fn agree_with_the_definition(solvers: &[Box<dyn Solver>], device: Device) {
+    // 600 columns: several panels, partial last groups; 70 rows: a partial tile.
+    let problem = Problem::new(70, 600, 2000, 1).on(device);
+    for (variant, solver) in variants().into_iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
+        let slow = problem.reference(&variant, 0.01);
+        let fast = problem.fast_with(&**solver, &variant, 0.01);
+        let variant = format!("{variant}, {}", solver.name());
+        assert_eq!(slow.linear.g_idx(), fast.linear.g_idx(), "{variant}");
+        let pairs = slow.linear.codes().iter().zip(fast.linear.codes());
+        let different = pairs.filter(|(a, b)| a != b).count() as f64 / slow.linear.codes().len() as f64;
+        assert!(different <= CODES_THAT_MAY_DIFFER, "{variant}: {different} of the codes differ");
+        let ratio = fast.squared_error / slow.squared_error;
+        assert!((ratio - 1.0).abs() < OBJECTIVE_TOLERANCE * 5.0, "{variant}: objective ratio {ratio}");
+        let direct = problem.objective(&fast.linear);
+        let ratio = fast.squared_error / direct;
+        assert!((ratio - 1.0).abs() < OBJECTIVE_TOLERANCE, "{variant}: reported over measured {ratio}");
+    }
+}
+
+fn solve_stacked_weights_as_if_alone(solvers: &[Box<dyn Solver>], device: Device) {
+    let problem = Problem::new(40, 256, 800, 2).on(device);
+    let other = Tensor::randn([24, 256], (Kind::Float, device));
+    let variant: Variant = "4bit-64g-act".parse().unwrap();
+    for solver in solvers {
+        let factor = solver.factorize(&problem.hessian, true, 0.01, "test").unwrap();
+        let both = solve(&*factor, &[&problem.weight, &other], &variant);
+        let alone = solve(&*factor, &[&other], &variant);
+        assert_eq!(both[1].linear.out_features(), 24);
+        assert_eq!(both[1].linear.g_idx(), alone[0].linear.g_idx());
+        let same = both[1].linear.codes().iter().zip(alone[0].linear.codes()).filter(|(a, b)| a == b).count();
+        assert!(same as f64 > 0.995 * (24.0 * 256.0), "{}: {same}", solver.name());
+        let ratio = both[1].squared_error / alone[0].squared_error;
+        assert!((ratio - 1.0).abs() < OBJECTIVE_TOLERANCE, "{}: {ratio}", solver.name());
+    }
+}
+
+fn solve_twice_the_same(solvers: &[Box<dyn Solver>], device: Device) {
+    let problem = Problem::new(96, 320, 900, 3).on(device);
+    for (variant, solver) in variants().into_iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
+        let [one, other] = [(); 2].map(|()| problem.fast_with(&**solver, &variant, 0.01));
+        assert_eq!(one.linear, other.linear, "{variant}, {}", solver.name());
+        assert_eq!(
+            one.squared_error.to_bits(),
+            other.squared_error.to_bits(),
+            "{variant}, {}",
+            solver.name()
+        );
+    }
+}
+
+fn zero_and_count_dead_columns(solvers: &[Box<dyn Solver>], device: Device) {
+    let inputs = Tensor::randn([600, 128], (Kind::Float, Device::Cpu));
+    for column in [5i64, 64, 127] {
+        let _ = inputs.narrow(1, column, 1).zero_();
+    }
+    let problem = Problem::with_inputs(32, 128, &inputs).on(device);
+    for (text, solver) in ["4bit-32g", "4bit-32g-act", "4bit-64g-static"]
+        .iter()
+        .flat_map(|t| solvers.iter().map(move |s| (t, s)))
+    {
+        let variant: Variant = text.parse().unwrap();
+        let factor = solver.factorize(&problem.hessian, variant.order.desc_act(), 0.01, "test").unwrap();
+        let name = format!("{text}, {}", solver.name());
+        assert_eq!(factor.facts().dead_columns, 3, "{name}");
+        let solution = solve(&*factor, &[&problem.weight], &variant).remove(0);
+        let dense = solution.linear.dequantize(|w| w);
+        for column in [5, 64, 127] {
+            assert!(dense[column * 32..][..32].iter().all(|&w| w == 0.0), "{name}");
+        }
+        let slow = problem.reference(&variant, 0.01);
+        let ratio = solution.squared_error / slow.squared_error;
+        assert!((ratio - 1.0).abs() < 5.0 * OBJECTIVE_TOLERANCE, "{name}: {ratio}");
+    }
+}
+
+fn raise_damping_only_when_needed(solvers: &[Box<dyn Solver>], device: Device) {
+    // 20 tokens for 64 features: rank 20, so that without damping the factorization fails.
+    let inputs = Tensor::randn([20, 64], (Kind::Float, Device::Cpu));
+    let problem = Problem::with_inputs(8, 64, &inputs).on(device);
+    for solver in solvers {
+        let facts = |damp| solver.factorize(&problem.hessian, false, damp, "test").unwrap().facts().clone();
+        let raised = facts(0.0);
+        assert!(raised.damp_raised > 0 && raised.damp >= 0.01, "{}: {raised:?}", solver.name());
+        let plain = facts(0.01);
+        assert_eq!((plain.damp, plain.damp_raised), (0.01, 0), "{}", solver.name());
+    }
+}
+
+fn refuse_a_weight_beyond_fp16(solvers: &[Box<dyn Solver>], device: Device) {
+    let problem = Problem::new(8, 64, 200, 6).on(device);
+    let huge = &problem.weight * 1e9;
+    for solver in solvers {
+        let factor = solver.factorize(&problem.hessian, false, 0.01, "test").unwrap();
+        let weights = [weight(&problem.weight), Weight { name: "huge", values: &huge }];
+        let error = factor.solve(&weights, &"4bit-32g".parse().unwrap()).unwrap_err();
+        assert!(matches!(error, Error::Fp16Overflow { .. }), "{}: {error}", solver.name());
+        assert!(error.to_string().starts_with("huge: scale of group 0, output feature 0"), "{error}");
+    }
+}
+
+/// Another shape than those above: several blocks of rows on every device, and panels enough for products of some size.
+#[test]
+#[ignore = "needs a CUDA device: scripts/gpu-check"]
+fn cuda_device_solver_agrees_with_libtorchs() {
+    let problem = Problem::new(1000, 1536, 6000, 8).on(cuda());
+    let [ours, libtorchs] = on_cuda();
+    for variant in variants() {
+        let fast = problem.fast_with(&*ours, &variant, 0.01);
+        let plain = problem.fast_with(&*libtorchs, &variant, 0.01);
+        assert_eq!(fast.linear.g_idx(), plain.linear.g_idx(), "{variant}");
+        let pairs = fast.linear.codes().iter().zip(plain.linear.codes());
+        let different = pairs.filter(|(a, b)| a != b).count() as f64 / fast.linear.codes().len() as f64;
+        assert!(different <= CODES_THAT_MAY_DIFFER, "{variant}: {different} of the codes differ");
+        let ratio = fast.squared_error / plain.squared_error;
+        assert!((ratio - 1.0).abs() < OBJECTIVE_TOLERANCE, "{variant}: objective ratio {ratio}");
+    }
+}
