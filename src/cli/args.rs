@@ -192,6 +192,12 @@ pub(super) struct BenchArgs {
     /// Repetitions; the fastest counts
     #[arg(long, default_value_t = 5)]
     pub(super) repeat: usize,
+    /// Where to measure the solver: auto, cpu, cuda, cuda:N; on CUDA for the shape and for it turned around
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub(super) device: String,
+    /// Also write the result to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub(super) out: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]

@@ -4,6 +4,8 @@ use std::{hint::black_box, time::Instant};
 
 use anyhow::Result;
 use gptq::{
+    checkpoint::write_file_atomically,
+    device,
     gptq::{
         Hessian, QuantizedLinear,
         solver::{CpuSolver, Solver, Weight},
@@ -18,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     args::{BenchArgs, BenchKind, OutputArgs},
-    terminal,
+    bench_cuda, terminal,
 };
 
 /// Tokens in the solver's benchmark, and rows of activations in the matmul's.
@@ -39,11 +41,19 @@ struct Line {
 
 pub(super) fn run(args: &BenchArgs, output: &OutputArgs) -> Result<bool> {
     let _guard = tch::no_grad_guard();
+    let choice = device::resolve(&args.device)?;
+    choice.note.iter().for_each(|note| terminal::note(output, note));
+    if choice.device != Device::Cpu {
+        return bench_cuda::run(args, output, &choice);
+    }
     let lines = match args.what {
         BenchKind::Solver => solver(args)?,
         BenchKind::Pack => pack(args)?,
         BenchKind::Matmul => matmul(args)?,
     };
+    if let Some(path) = &args.out {
+        write_file_atomically(path, format!("{}\n", serde_json::to_string_pretty(&lines)?).as_bytes())?;
+    }
     if output.json {
         terminal::json(&lines)?;
         return Ok(true);

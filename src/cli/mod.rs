@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod bench_cuda;
 mod datasets;
 mod demo;
 mod environment;

@@ -15,14 +15,19 @@
 // A group whose scales are fitted is walked twice: once for the compensated weights, once for the codes.
 // (Walking a block and then updating what follows is the lazy batch update of the GPTQ paper, arXiv 2210.17323.)
 //
-// Compiled by NVRTC 13.0, --std=c++17, no include folder; ptxas -v of CUDA 13.0.88, registers a thread for sm_80 / sm_89 / sm_90a; no spills, no stack
-// (the first three may take 128, and assemblies have differed by up to 2):
+// Compiled by NVRTC 13.0, --std=c++17, no include folder; ptxas -v of CUDA 13.0.88, registers a thread for sm_80 / sm_89 /
+// sm_90a; no spills, no stack (the first three may take 128, and assemblies have differed by up to 2):
 //   gptq_solve_fitted 103 / 124 / 127, gptq_solve_given 112 / 111 / 112, gptq_compensate 103 / 101 / 103,
 //   gptq_fit_static 32 / 33 / 32, gptq_pack 32 / 40 / 32, gptq_reorder_hessian 32 / 32 / 28, gptq_stack_* 28.
 // Shared memory of the first three is dynamic: `4·(64·P32 + extra + 5376 + 3·(P32 + 32))` bytes, P32 = P rounded up to
-// 32 and `extra` floats: gptq_solve_fitted 32·(columns a group can touch, see NOTES), 0 for groups of up to 32;
-// gptq_solve_given 6144; gptq_compensate 0. P = 256: 104.4 KiB fitted in groups of 128, 112.4 KiB given: two blocks
-// a multiprocessor on Hopper.
+// 32 and `extra` floats: gptq_solve_given 6144; gptq_compensate 0; gptq_solve_fitted 0 for groups of g ≤ 32, else 32 times
+// the columns of the steps that a group touches, min(P32, g if 32 divides it, else g + 31 rounded up to 32).
+// P = 256: 88.4 KiB for groups of 32, 96.4 for 64, 104.4 for 128, 120.2 for 256, 112.4 given: two blocks a multiprocessor
+// on Hopper but for groups of 256. Blocks may have 227 KiB on sm_90, 163 on sm_80, 99 on sm_86 and sm_89, where panels are
+// narrower (solver/cuda/panels.rs, which plans the launches).
+// The three are launched on ceil(N / 32) blocks of 32·GPTQ_WARPS threads. Addresses and strides that are multiples of 16
+// bytes are copied 16 bytes at a time; others are allowed. A group wider than a panel is compensated panel by panel, then
+// solved with its scales given; its last panel ends where it ends.
 
 #define LANES 32
 #define STEP 32

@@ -62,8 +62,7 @@ const ONLY_IN_CLI: [&str; 13] = [
 ];
 
 /// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions,
-/// kernels
-/// of CUDA and copies from a device.
+/// kernels, copies from a device.
 const UNSAFE: [&str; 18] = [
     "amx/operand.rs",
     "amx/tiles.rs",

@@ -20,7 +20,7 @@ use half::f16;
 use tch::Tensor;
 
 pub use cpu::CpuSolver;
-pub use cuda::{Clock, CudaSolver, DeviceLinear, PackedCodes};
+pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes};
 pub use torch::TorchSolver;
 
 use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};

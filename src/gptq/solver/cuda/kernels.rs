@@ -25,21 +25,21 @@ const NAMES: [&str; 9] = [
     "gptq_stack_bf16",
 ];
 
-/// What runs kernels: a GPU, or in tests something that does the same on the CPU.
-pub(crate) trait Kernels: Send + Sync {
+/// What runs the kernels of `gptq_block.cu`: a GPU, or in tests a host build of them, or plain code that does the same.
+pub trait Kernels: Send + Sync {
     /// Where the tensors are.
     fn device(&self) -> Device;
 
     /// Shared memory that a block can have, bytes.
     fn shared_memory(&self) -> usize;
 
-    /// Puts a kernel of `gptq_block.cu` on the device's stream.
+    /// Puts a kernel, such as `gptq_pack`, on the device's stream.
     ///
     /// # Errors
     /// When the device refuses it.
     ///
     /// # Safety
-    /// As [`Gpu::launch`].
+    /// As [`Gpu::launch`]; pointers are of this device.
     unsafe fn launch(&self, name: &'static str, grid: Grid, arguments: &[Argument]) -> Result<()>;
 }
 

@@ -100,8 +100,7 @@ impl Launcher {
         Ok(Self { kernels: Box::new(Compiled::new(device)?), clock })
     }
 
-    /// Other kernels that do the same.
-    #[cfg(test)]
+    /// The kernels run in another way.
     pub(super) fn with(kernels: Box<dyn Kernels>) -> Self {
         Self { kernels, clock: None }
     }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-pub use kernels::Clock;
+pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
@@ -61,16 +61,18 @@ impl CudaSolver {
         Ok(Self { launcher: Arc::new(launcher) })
     }
 
-    /// With other kernels that do the same.
-    #[cfg(test)]
-    pub(crate) fn with_kernels(kernels: Box<dyn kernels::Kernels>) -> Self {
-        Self::on(Launcher::with(kernels)).unwrap()
+    /// With the kernels run in another way, for tests without a GPU.
+    ///
+    /// # Errors
+    /// When products on their device are rounded to TF32.
+    pub fn with_kernels(kernels: Box<dyn Kernels>) -> Result<Self> {
+        Self::on(Launcher::with(kernels))
     }
 
     /// With plain code on the CPU in place of kernels, on a device whose blocks have this much shared memory.
     #[cfg(test)]
     pub(super) fn stand_in(shared_memory: usize) -> Self {
-        Self::with_kernels(Box::new(stand_in::PlainKernels { shared_memory }))
+        Self::with_kernels(Box::new(stand_in::PlainKernels { shared_memory })).unwrap()
     }
 }
 
