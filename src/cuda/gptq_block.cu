@@ -17,7 +17,7 @@
 //
 // Compiled by NVRTC 13.0, --std=c++17, no include folder; ptxas -v of CUDA 13.0.88, registers a thread for sm_80 / sm_89 /
 // sm_90a; no spills, no stack (the first three may take 128, and assemblies have differed by up to 2):
-//   gptq_solve_fitted 103 / 124 / 127, gptq_solve_given 112 / 111 / 112, gptq_compensate 103 / 101 / 103,
+//   gptq_solve_fitted 103 / 124 / 125, gptq_solve_given 112 / 111 / 112, gptq_compensate 103 / 101 / 103,
 //   gptq_fit_static 32 / 33 / 32, gptq_pack 32 / 40 / 32, gptq_reorder_hessian 32 / 32 / 28, gptq_stack_* 28.
 // Shared memory of the first three is dynamic: `4·(64·P32 + extra + 5376 + 3·(P32 + 32))` bytes, P32 = P rounded up to
 // 32 and `extra` floats: gptq_solve_given 6144; gptq_compensate 0; gptq_solve_fitted 0 for groups of g ≤ 32, else 32 times

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 /// with its operations.
 pub struct Gpu {
     context: Arc<CudaContext>,
-    modules: Mutex<HashMap<(&'static str, Vec<Macro>), Arc<CudaModule>>>,
+    modules: Mutex<Modules>,
     /// `NVIDIA H200`.
     pub name: String,
     /// `(9, 0)`.
@@ -30,6 +30,9 @@ pub struct Gpu {
     /// Shared memory a thread block can have, bytes.
     pub shared_memory: usize,
 }
+
+/// By file and macros.
+type Modules = HashMap<(&'static str, Vec<Macro>), Arc<CudaModule>>;
 
 /// Memory of a device, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

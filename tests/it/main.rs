@@ -20,6 +20,7 @@
 
 mod bad_input;
 mod bad_settings;
+mod bench;
 mod foreign;
 mod generate;
 mod golden;

@@ -68,3 +68,12 @@ fn cuda_device_hessians_leave_codes_unharmed() {
         }
     }
 }
+
+#[test]
+#[ignore = "needs a CUDA device: scripts/gpu-check"]
+fn cuda_device_output_energy_is_close_to_fp32() {
+    let problem = Problem::new(300, 2200, 6000, 7).on(cuda());
+    let exact = problem.hessian.output_energy_in(Kind::Float, &problem.weight).unwrap();
+    let fast = problem.hessian.output_energy(&problem.weight).unwrap();
+    assert!((fast / exact - 1.0).abs() < 2e-3, "{fast} {exact}");
+}

@@ -82,7 +82,7 @@ fn broken_inputs_are_named() {
 #[test]
 fn output_energy_is_close_to_fp32() {
     let problem = Problem::new(64, 256, 1000, 7);
-    let exact = problem.hessian.output_energy_fp32(&problem.weight).unwrap();
+    let exact = problem.hessian.output_energy_in(Kind::Float, &problem.weight).unwrap();
     let fast = problem.hessian.output_energy(&problem.weight).unwrap();
     assert!((fast / exact - 1.0).abs() < 2e-3, "{fast} {exact}");
     let (w, h) = (problem.weight(), problem.hessian());
