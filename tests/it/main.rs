@@ -11,6 +11,7 @@
 //! | `foreign` | checkpoints written by other tools mean the same |
 //! | `golden` | our packing against bytes that other code made |
 //! | `models` | our forward pass against logits that transformers computed |
+//! | `bench` | where its result goes, and what it says without a device |
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |

@@ -128,27 +128,46 @@ struct Panel {
 
 impl Panel {
     /// `K` columns of which the last `p` are to be solved. Groups are runs of columns.
-    fn new(text: &str, (n, k, p): (i64, i64, i64), device: Device) -> Self {
+    fn new(text: &str, (n, k, p): (i64, i64, i64)) -> Self {
         let variant: Variant = text.parse().unwrap();
         let size = variant.group_size.features(k as usize);
         let x = random(&[2 * k, k], 5);
         let factor = factor_of(x.tr().mm(&x) / k as f64).unwrap().unwrap();
         let groups: Vec<i32> = (0..k as i32).map(|i| i / size as i32).collect();
-        let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, device));
+        let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, Device::Cpu));
         let g = variant.group_size.groups(k as usize) as i64;
         Self {
             variant,
             size,
-            factor: factor.to_device(device),
-            weights: (random(&[k, n], 6) * 0.02).to_device(device),
-            residuals: (random(&[p, n], 7) * 0.02).to_device(device),
+            factor,
+            weights: random(&[k, n], 6) * 0.02,
+            residuals: random(&[p, n], 7) * 0.02,
             codes: zeros(&[k, n], Kind::Uint8),
             scales: (zeros(&[g, n], Kind::Half) + 0.004).to_kind(Kind::Half),
             zeros: zeros(&[g, n], Kind::Uint8) + 2,
-            groups: Tensor::from_slice(&groups).to_device(device),
-            columns: permutation(k).0.to_device(device),
+            groups: Tensor::from_slice(&groups),
+            columns: permutation(k).0,
             objective: zeros(&[n], Kind::Double) + 0.5,
             distance: zeros(&[n], Kind::Double),
+        }
+    }
+
+    /// A copy. (Panels are not made twice: other tests draw from the same generator.)
+    fn on(&self, launcher: &Launcher) -> Self {
+        let copy = |t: &Tensor| t.to_device(launcher.device()).copy();
+        Self {
+            variant: self.variant,
+            size: self.size,
+            factor: copy(&self.factor),
+            weights: copy(&self.weights),
+            residuals: copy(&self.residuals),
+            codes: copy(&self.codes),
+            scales: copy(&self.scales),
+            zeros: copy(&self.zeros),
+            groups: copy(&self.groups),
+            columns: copy(&self.columns),
+            objective: copy(&self.objective),
+            distance: copy(&self.distance),
         }
     }
 
@@ -181,8 +200,9 @@ fn close(what: &str, expected: &Tensor, found: &Tensor) {
 fn cuda_device_fits_scales_beforehand() {
     for text in ["4bit-32g", "8bit-100g-asym", "4bit--1g"] {
         let (_, positions) = permutation(300);
+        let panel = Panel::new(text, (70, 300, 1));
         same_to_the_bit(|launcher| {
-            let panel = Panel::new(text, (70, 300, 1), launcher.device());
+            let panel = panel.on(launcher);
             launcher.fit_static(&panel.stacked(), &positions.to_device(launcher.device())).unwrap();
             vec![panel.scales, panel.zeros]
         });
@@ -204,9 +224,9 @@ fn cuda_device_solves_panels() {
         for (mode, with_residuals) in
             [Mode::Fitted, Mode::Given].into_iter().flat_map(|m| [(m, true), (m, false)])
         {
+            let ((_, k, p), panel) = (shape, Panel::new(text, shape));
             let run = |launcher: &Launcher| {
-                let (_, k, p) = shape;
-                let panel = Panel::new(text, shape, launcher.device());
+                let panel = panel.on(launcher);
                 // Groups begin where the panel does.
                 let start = (k - p) as usize / panel.size * panel.size;
                 let columns = start..start + p as usize;
@@ -239,8 +259,9 @@ fn cuda_device_solves_panels() {
 #[ignore = "needs a CUDA device: scripts/gpu-check"]
 fn cuda_device_compensates_panels() {
     for (n, k, p) in [(64, 512, 256), (70, 300, 77), (31, 97, 97)] {
+        let panel = Panel::new("4bit-512g-asym", (n, k, p));
         let run = |launcher: &Launcher| {
-            let panel = Panel::new("4bit-512g-asym", (n, k, p), launcher.device());
+            let panel = panel.on(launcher);
             let options = (Kind::Float, launcher.device());
             let x = Tensor::zeros([p, n], options);
             let (minima, maxima) = (Tensor::zeros([n], options), Tensor::zeros([n], options));
