@@ -52,6 +52,19 @@ pub fn resolve(name: &str) -> Result<Choice> {
     }
 }
 
+/// The devices that a list such as `cuda:0,cuda:1` stands for. One that is named twice works as two.
+///
+/// # Errors
+/// As [`resolve`], and when the list mixes the CPU with others.
+pub fn resolve_all(names: &str) -> Result<Vec<Choice>> {
+    let choices = names.split(',').map(|name| resolve(name.trim())).collect::<Result<Vec<_>>>()?;
+    if choices.iter().any(|c| (c.device == Device::Cpu) != (choices[0].device == Device::Cpu)) {
+        let problem = "the CPU does not work beside other devices".into();
+        return Err(Error::Device { device: names.into(), problem });
+    }
+    Ok(choices)
+}
+
 /// How many CUDA devices there are, at least one; else why there is none.
 fn cuda_devices() -> std::result::Result<usize, String> {
     static FOUND: OnceLock<std::result::Result<usize, String>> = OnceLock::new();
@@ -118,6 +131,13 @@ mod tests {
             Device::Cpu => assert!(note.starts_with("device auto: the CPU, for "), "{note}"),
             _ => assert_eq!(note, "device auto: cuda:0"),
         }
+    }
+
+    #[test]
+    fn lists() {
+        let names = |text| resolve_all(text).unwrap().into_iter().map(|c| c.name).collect::<Vec<_>>();
+        assert_eq!((names("cpu"), names("cpu, cpu")), (vec!["cpu".into()], vec!["cpu".into(), "cpu".into()]));
+        assert!(resolve_all("cpu,").is_err());
     }
 
     #[test]

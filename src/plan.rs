@@ -35,10 +35,16 @@ pub struct Plan {
     pub shared_hessian: bool,
     /// What forward passes are computed in.
     pub compute_dtype: ComputeDtype,
-    /// Where.
+    /// Where: `cpu`, `auto`, `cuda:N`, or several of the latter with commas between them.
     pub device: String,
     /// Largest weights file, bytes.
     pub max_shard_size: u64,
+    /// Memory that may be used, bytes; activations that do not fit go to disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_memory: Option<u64>,
+    /// Memory of each CUDA device that may be used, bytes; activations that do not fit go to memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_device_memory: Option<u64>,
 }
 
 impl Default for Plan {
@@ -57,6 +63,8 @@ impl Default for Plan {
             compute_dtype: ComputeDtype::Auto,
             device: "cpu".into(),
             max_shard_size: 10_000_000_000,
+            max_memory: None,
+            max_device_memory: None,
         }
     }
 }
@@ -80,7 +88,13 @@ impl Plan {
 
     /// The keys a plan can have.
     fn keys() -> Vec<String> {
-        let every = Self { split: Some(String::new()), text_column: Some(String::new()), ..Self::default() };
+        let every = Self {
+            split: Some(String::new()),
+            text_column: Some(String::new()),
+            max_memory: Some(0),
+            max_device_memory: Some(0),
+            ..Self::default()
+        };
         let table = toml::Table::try_from(every).expect("a plan is a table of plain values");
         table.keys().cloned().collect()
     }

@@ -1,7 +1,7 @@
 //! How the library tells what it is doing; drawing it is the caller's affair.
 
-/// Receives what happens during a long run. All methods are called from the thread that runs the work.
-pub trait Progress {
+/// Receives what happens during a long run, from several threads if the run has several devices.
+pub trait Progress: Sync {
     /// A phase of `total` steps begins, e.g. `layer 3/32`.
     fn begin(&self, phase: &str, total: u64);
     /// `steps` more steps of the current phase are done.

@@ -82,9 +82,15 @@ pub(super) struct QuantizeArgs {
     /// What forward passes are computed in: auto, fp32, bf16, fp16 [default: auto]
     #[arg(long, value_name = "DTYPE")]
     pub(super) compute_dtype: Option<ComputeDtype>,
-    /// Where to compute [default: cpu]
+    /// Where to compute: cpu, cuda, cuda:0,cuda:1, or auto [default: cpu]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
+    /// Memory to use at most, e.g. 8GiB; activations that do not fit go to disk [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) max_memory: Option<u64>,
+    /// Memory of each CUDA device to use at most; activations that do not fit go to memory [default: what is free]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(super) max_device_memory: Option<u64>,
     /// Largest weights file, e.g. 5GB [default: 10GB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(super) max_shard_size: Option<u64>,

@@ -1,6 +1,6 @@
 //! `gptq demo`: the whole way on a model that is part of this program, offline.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::atomic::AtomicBool};
 
 use anyhow::{Context, Result, bail};
 use gptq::{
@@ -74,6 +74,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         tokens: &tokens,
         provenance: calibration.provenance(),
         out: &out,
+        stop: &AtomicBool::new(false),
     };
     let mut report = pipeline::quantize(&run, &terminal)?;
 

@@ -1,6 +1,6 @@
 //! `gptq quantize`.
 
-use std::path::Path;
+use std::{path::Path, sync::atomic::AtomicBool};
 
 use anyhow::Result;
 use gptq::{
@@ -51,6 +51,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         tokens: &tokens,
         provenance: corpus.provenance(),
         out: &args.out,
+        stop: &AtomicBool::new(false),
     };
     let mut report = pipeline::quantize(&run, &terminal)?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
@@ -119,6 +120,8 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.compute_dtype, args.compute_dtype);
     set(&mut plan.device, args.device.clone());
     set(&mut plan.max_shard_size, args.max_shard_size);
+    set(&mut plan.max_memory, args.max_memory.map(Some));
+    set(&mut plan.max_device_memory, args.max_device_memory.map(Some));
     set(&mut plan.split, args.text.split.clone().map(Some));
     set(&mut plan.text_column, args.text.text_column.clone().map(Some));
     if !args.variants.is_empty() {

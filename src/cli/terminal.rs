@@ -3,8 +3,8 @@
 #![expect(clippy::print_stderr, reason = "this is where printing is done")]
 
 use std::{
-    cell::RefCell,
     io::{IsTerminal, Write},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use anyhow::Context;
@@ -63,7 +63,7 @@ pub(super) struct Terminal {
     verbose: bool,
     quiet: bool,
     bars: Option<MultiProgress>,
-    state: RefCell<State>,
+    state: Mutex<State>,
 }
 
 #[derive(Default)]
@@ -82,8 +82,12 @@ impl Terminal {
             verbose: output.verbose,
             quiet: output.quiet,
             bars: bars.then(MultiProgress::new),
-            state: RefCell::default(),
+            state: Mutex::default(),
         }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn line(&self, text: &str) {
@@ -100,7 +104,7 @@ impl Terminal {
 impl Progress for Terminal {
     fn begin(&self, phase: &str, total: u64) {
         let Some(bars) = &self.bars else { return };
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         if let Some(old) = state.phase.take() {
             old.finish_and_clear();
         }
@@ -110,7 +114,7 @@ impl Progress for Terminal {
     }
 
     fn advance(&self, steps: u64) {
-        if let Some(phase) = &self.state.borrow().phase {
+        if let Some(phase) = &self.state().phase {
             phase.inc(steps);
         }
     }
@@ -123,7 +127,7 @@ impl Progress for Terminal {
                 self.line(&format!("{variant:<16} {name:<40} error {relative_error:.5}"));
             }
             Event::Stage { variant, stage } => {
-                let state = self.state.borrow();
+                let state = self.state();
                 if let Some(phase) = &state.phase {
                     phase.set_message(format!("{} · {variant} · {stage}", state.phase_name));
                 }
@@ -142,7 +146,7 @@ impl Terminal {
             }
             return;
         };
-        let mut state = self.state.borrow_mut();
+        let mut state = self.state();
         let overall = state.overall.get_or_insert_with(|| {
             bars.insert(
                 0,

@@ -133,6 +133,10 @@ impl Gpu {
         })
     }
 
+    pub(super) fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
     /// What NVRTC calls this device's architecture, with Hopper's own instructions.
     pub fn architecture(&self) -> String {
         match self.capability {
@@ -226,7 +230,7 @@ impl Gpu {
     }
 }
 
-fn failed(action: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
+pub(super) fn failed(action: impl Into<String>) -> impl FnOnce(DriverError) -> Error {
     let action = action.into();
     move |error| {
         let name = error.error_string().map_or_else(|_| format!("{error:?}"), |s| s.to_string_lossy().into());

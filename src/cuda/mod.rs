@@ -2,9 +2,11 @@
 //! stream that libtorch uses. Nothing links CUDA; its libraries are opened when they are needed.
 
 mod compile;
+mod copies;
 mod gpu;
 
 pub use compile::{Macro, Source, compile, compiler_missing};
+pub use copies::{Copies, Copy};
 pub use gpu::{Argument, Gpu, Grid, Kernel, Memory};
 
 /// The column loop and what stands around it.

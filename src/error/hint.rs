@@ -30,6 +30,13 @@ impl Error {
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
+            Self::Corrupt { .. } => "start the run anew with --restart".into(),
+            Self::Memory { memory, .. } if memory.starts_with("cuda") => {
+                "use fewer --variant, a shorter --seq-len, or a device with more memory".into()
+            }
+            Self::Memory { .. } => {
+                "allow more with --max-memory, or use fewer --variant or a shorter --seq-len".into()
+            }
             Self::Torch { source, .. } if is_out_of_memory(source) => {
                 "use fewer --samples, a shorter --seq-len or fewer --variant".into()
             }
@@ -38,6 +45,17 @@ impl Error {
             }
             _ => return None,
         })
+    }
+}
+
+impl Error {
+    /// Whether a device has too little memory for an operation, which smaller operations might still fit.
+    pub fn is_out_of_device_memory(&self) -> bool {
+        match self {
+            Self::Torch { source, .. } => source.to_string().contains("CUDA out of memory"),
+            Self::Cuda { problem, .. } => problem == "out of memory",
+            _ => false,
+        }
     }
 }
 

@@ -1,10 +1,12 @@
 //! The library's one error type: every variant names the thing, what was expected and what was found.
 
 mod hint;
+mod make;
 mod torch;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+pub(crate) use make::toml_error;
 pub use torch::TorchContext;
 use torch::without_backtrace;
 
@@ -357,6 +359,29 @@ pub enum Error {
         /// What differs.
         problem: String,
     },
+    /// A file that is not what was written.
+    #[error("`{}`: {what} is not what was written", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// The part of it.
+        what: String,
+    },
+    /// The user asked to stop.
+    #[error("stopped as asked")]
+    Interrupted,
+    /// The work does not fit the memory allowed for it.
+    #[error("{memory}: {available} are allowed, and at least {needed} are needed ({what})")]
+    Memory {
+        /// Whose memory.
+        memory: String,
+        /// Allowed, readable.
+        available: String,
+        /// Needed, readable.
+        needed: String,
+        /// By what.
+        what: String,
+    },
     /// A device that is not there.
     #[error("device `{device}` cannot be used: {problem}")]
     Device {
@@ -381,19 +406,4 @@ pub enum Error {
         /// libtorch's reason.
         source: tch::TchError,
     },
-}
-
-impl Error {
-    /// An [`Error::Io`] for `path`; made for `map_err`.
-    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
-        let path = path.into();
-        move |source| Self::Io { action, path, source }
-    }
-}
-
-/// An [`Error::Toml`] that says the line and nothing of the parser's own drawing; `text` is what was parsed.
-pub(crate) fn toml_error(path: &Path, text: &str, error: &toml::de::Error) -> Error {
-    let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-    let place = line.map_or_else(String::new, |line| format!("line {line}: "));
-    Error::Toml { path: path.into(), message: format!("{place}{}", error.message()) }
 }

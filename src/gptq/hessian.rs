@@ -93,6 +93,28 @@ impl Hessian {
         Ok(())
     }
 
+    /// Adds another device's sums over other tokens.
+    ///
+    /// # Errors
+    /// When they cannot be copied.
+    pub fn absorb(&mut self, other: Self) -> Result<()> {
+        let mut add = || {
+            // What lies above the diagonal means nothing in either.
+            let matrix = other.matrix.f_to_device(self.matrix.device())?;
+            if self.tokens == 0 {
+                self.matrix.f_copy_(&matrix)
+            } else {
+                self.matrix.f_add_(&matrix).map(drop)
+            }
+        };
+        if other.tokens > 0 {
+            add().torch("add two Hessians")?;
+        }
+        self.tokens += other.tokens;
+        self.warning = self.warning.take().or(other.warning);
+        Ok(())
+    }
+
     /// What went otherwise than planned, for the user.
     pub fn warning(&self) -> Option<&str> {
         self.warning.as_deref()

@@ -1,35 +1,44 @@
 //! The order of the steps, from checkpoint and text to branches and report.
 
-mod hidden_states;
-mod layers;
+mod branches;
+mod crew;
+mod estimate;
+mod member;
+mod memory;
 mod output_folder;
 mod preflight;
+mod stream;
+mod team;
+mod weights;
+mod window_file;
 
-use std::{path::Path, time::Instant};
+use std::{
+    path::Path,
+    sync::{Mutex, atomic::AtomicBool},
+    time::Instant,
+};
 
 use tch::{Device, Kind};
 
 use crate::{
     calibration::{self, Tokens, Windows, check_seq_len},
     checkpoint::{Checkpoint, LinearId, dense_tensors},
+    cuda::Gpu,
     device,
-    emit::{BranchWriter, Provenance},
+    emit::Provenance,
     error::{Error, Result},
-    gptq::solver::{CpuSolver, CudaSolver, Solved, Solver},
-    model::{Llama, source_kind},
+    model::source_kind,
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
-    report::{
-        BranchReport, CalibrationReport, ComputeReport, LinearReport, ModelReport, REPORT_FILE,
-        REPORT_SCHEMA, Report,
-    },
-    variant::Variant,
-    verify,
+    report::{CalibrationReport, ComputeReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report, bytes},
 };
-use hidden_states::HiddenStates;
-use layers::{Layers, Record, Sink};
+use branches::Branches;
+use crew::{Crew, Limits};
+use estimate::Shape;
+use member::Surroundings;
 use output_folder::OutputFolder;
 pub use preflight::{available_space, fast_bf16, peak_memory, resident_memory};
+use team::Task;
 
 /// `gptq 0.1.0`.
 pub const GENERATED_BY: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));
@@ -46,6 +55,8 @@ pub struct Run<'a> {
     pub provenance: &'a calibration::Provenance,
     /// The folder for the branches; must not exist.
     pub out: &'a Path,
+    /// Set by whoever wants the run to stop; it then ends at the next batch or linear.
+    pub stop: &'a AtomicBool,
 }
 
 /// Quantizes a model into all of the plan's variants. `out` is complete afterwards, or absent.
@@ -54,30 +65,31 @@ pub struct Run<'a> {
 /// When anything at all does not fit, before the work where it can be known before.
 pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let begun = Instant::now();
-    let Run { plan, checkpoint, tokens, provenance: text, out } = run;
+    let Run { plan, checkpoint, tokens, provenance: text, out, stop } = run;
     check(plan, checkpoint, out)?;
     let config = checkpoint.config();
     let windows = Windows::random(tokens, plan.samples, plan.seq_len, plan.seed)?;
-    let choice = device::resolve(&plan.device)?;
-    choice.note.iter().for_each(|text| progress.event(&Event::Note(text)));
+    let choices = device::resolve_all(&plan.device)?;
+    choices.iter().filter_map(|c| c.note.as_ref()).for_each(|text| progress.event(&Event::Note(text)));
     check_dense(checkpoint)?;
     let mut warnings = warnings(checkpoint, plan, &windows);
     warnings.iter().for_each(|text| progress.event(&Event::Warning(text)));
 
     let _guard = tch::no_grad_guard();
+    let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
+    let kind = compute_kind(plan.compute_dtype, devices[0], source_kind(checkpoint)?);
+    let limits = limits(plan, checkpoint, devices[0], kind, progress)?;
     let folder = OutputFolder::create(out)?;
-    let mut sink = Branches::create(plan, checkpoint, out)?;
-    let kind = compute_kind(plan.compute_dtype, choice.device, source_kind(checkpoint)?);
-    let llama = Llama::new(checkpoint, plan.seq_len, kind, choice.device)?;
-    let solver = solver(choice.device)?;
-    let layers =
-        Layers { llama: &llama, solver: &*solver, variants: &plan.variants, damp: plan.damp, progress };
+    let mut branches = Branches::create(plan, checkpoint, out)?;
+    let task = Task {
+        variants: &plan.variants,
+        damp: plan.damp,
+        shared_hessian: plan.shared_hessian,
+        layers: config.num_layers,
+    };
+    let around = Surroundings { progress, stop };
+    let mut crew = Crew::new(checkpoint, &devices, kind, &windows, task, limits, out, around)?;
 
-    let first = HiddenStates::embed(&llama, &windows)?;
-    let steps = layers.steps(&first, plan.shared_hessian);
-    let streams = if plan.shared_hessian { 1 } else { plan.variants.len() };
-    let mut hidden: Vec<HiddenStates> = (1..streams).map(|_| first.share()).collect();
-    hidden.push(first);
     let mut layer_seconds = Vec::with_capacity(config.num_layers);
     let report_layer = |done: usize, seconds: f64| {
         let (total, memory) = (config.num_layers, resident_memory().unwrap_or(0));
@@ -86,17 +98,14 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     report_layer(0, 0.0);
     for layer in 0..config.num_layers {
         let begun = Instant::now();
-        progress.begin(&format!("layer {}/{}", layer + 1, config.num_layers), steps);
-        if plan.shared_hessian {
-            layers.solve_shared(layer, &mut hidden[0], &mut sink)?;
-        } else {
-            layers.solve_each(layer, &mut hidden, &mut sink)?;
-        }
+        progress.begin(&format!("layer {}/{}", layer + 1, config.num_layers), crew.steps(layer));
+        crew.solve_layer(layer, &Mutex::new(&mut branches))?;
         let seconds = begun.elapsed().as_secs_f64();
         layer_seconds.push(seconds);
         report_layer(layer + 1, seconds);
     }
-    drop(hidden);
+    let solver = crew.solver_name().to_owned();
+    drop(crew);
 
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
@@ -108,8 +117,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
         damp_percent: plan.damp,
         shared_hessian: plan.shared_hessian,
     };
-    warnings.extend(sink.warnings());
-    let branches = sink.finish(checkpoint, &provenance, progress)?;
+    warnings.extend(branches.warnings());
+    let branches = branches.finish(checkpoint, &provenance, progress)?;
     let report = Report {
         schema: REPORT_SCHEMA.into(),
         generated_by: GENERATED_BY.into(),
@@ -124,8 +133,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
             seq_len: windows.seq_len(),
         },
         compute: ComputeReport {
-            device: choice.name,
-            solver: solver.name().into(),
+            device: choices.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(","),
+            solver,
             dtype: kind_name(kind).into(),
             threads: rayon::current_num_threads(),
         },
@@ -147,7 +156,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
 /// When something does not fit.
 pub fn check(plan: &Plan, checkpoint: &Checkpoint, out: &Path) -> Result<()> {
     plan.check()?;
-    device::resolve(&plan.device)?;
+    device::resolve_all(&plan.device)?;
     checkpoint.check()?;
     let config = checkpoint.config();
     check_seq_len(plan.seq_len, config.max_position_embeddings)?;
@@ -201,12 +210,42 @@ fn kind_name(kind: Kind) -> &'static str {
     }
 }
 
-/// The fastest there is for a device.
-fn solver(device: Device) -> Result<Box<dyn Solver>> {
-    Ok(match device {
-        Device::Cpu => Box::new(CpuSolver::new()),
-        _ => Box::new(CudaSolver::new(device)?),
-    })
+/// What may be held where, told to the user beforehand.
+fn limits(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    device: Device,
+    kind: Kind,
+    progress: &dyn Progress,
+) -> Result<Limits> {
+    let shape = Shape {
+        config: checkpoint.config(),
+        source_bytes: source_kind(checkpoint)?.elt_size_in_bytes() as u64,
+        kind,
+        windows: plan.samples,
+        seq_len: plan.seq_len,
+        variants: plan.variants.len(),
+        shared_hessian: plan.shared_hessian,
+    };
+    let device_memory = match (device, plan.max_device_memory) {
+        (Device::Cpu, _) => None,
+        (_, Some(limit)) => Some(limit),
+        // Others may want some too, and a heap has holes.
+        (_, None) => Some(Gpu::of(device)?.memory()?.free as u64 / 10 * 9),
+    };
+    let base = resident_memory().unwrap_or(0);
+    let limits = shape.limits(device, device_memory, plan.max_memory, base)?;
+    let need = shape.need(device, limits.batch_tokens);
+    let (whose, own) = if device == Device::Cpu { ("memory", base) } else { ("device memory", 0) };
+    let allowed = if device == Device::Cpu { limits.in_memory } else { limits.on_device };
+    let held = need.activations.min(allowed.unwrap_or(u64::MAX));
+    let mut text = format!("{whose}: about {} at most", bytes(own + need.working + held));
+    if held < need.activations {
+        let elsewhere = if device == Device::Cpu { "on disk" } else { "in memory or on disk" };
+        text += &format!("; {} of activations {elsewhere}", bytes(need.activations - held));
+    }
+    progress.event(&Event::Note(&text));
+    Ok(limits)
 }
 
 fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {
@@ -244,92 +283,4 @@ fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<Stri
         ));
     }
     warnings
-}
-
-/// All branches while they grow.
-struct Branches {
-    writers: Vec<BranchWriter>,
-    reports: Vec<BranchReport>,
-    warnings: Vec<String>,
-}
-
-impl Branches {
-    fn create(plan: &Plan, checkpoint: &Checkpoint, out: &Path) -> Result<Self> {
-        let create = |v: &Variant| BranchWriter::create(out, *v, checkpoint.config(), plan.max_shard_size);
-        let report = |v: &Variant| BranchReport {
-            branch: v.branch(),
-            variant: *v,
-            bytes: 0,
-            bits_per_weight: bits_per_weight(v, checkpoint),
-            seconds: 0.0,
-            linears: Vec::new(),
-        };
-        Ok(Self {
-            writers: plan.variants.iter().map(create).collect::<Result<_>>()?,
-            reports: plan.variants.iter().map(report).collect(),
-            warnings: Vec::new(),
-        })
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        let raised = self.reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.damp_raised > 0).count()));
-        let raised = raised
-            .filter(|(_, count)| *count > 0)
-            .map(|(r, count)| format!("{}: damping was raised for {count} linears", r.branch));
-        self.warnings.iter().cloned().chain(raised).collect()
-    }
-
-    /// Seals, checks and publishes the branches. They appear together: a failure in the last leaves none.
-    fn finish(
-        mut self,
-        checkpoint: &Checkpoint,
-        provenance: &Provenance,
-        progress: &dyn Progress,
-    ) -> Result<Vec<BranchReport>> {
-        progress.begin("writing and checking", self.writers.len() as u64);
-        for writer in &mut self.writers {
-            let folder = writer.seal(checkpoint, provenance)?;
-            verify::written(folder)?;
-            progress.advance(1);
-        }
-        for (writer, report) in self.writers.into_iter().zip(&mut self.reports) {
-            report.bytes = writer.publish()?.1;
-        }
-        Ok(self.reports)
-    }
-}
-
-impl Sink for Branches {
-    fn warn(&mut self, text: String) {
-        self.warnings.push(text);
-    }
-
-    fn take(&mut self, variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()> {
-        let begun = Instant::now();
-        self.writers[variant].write_linear(id, linear)?;
-        let report = &mut self.reports[variant];
-        report.seconds += record.seconds + begun.elapsed().as_secs_f64();
-        report.linears.push(LinearReport {
-            name: id.to_string(),
-            relative_error: record.relative_error,
-            damp: record.facts.damp,
-            damp_raised: record.facts.damp_raised,
-            dead_columns: record.facts.dead_columns,
-            seconds: record.seconds,
-        });
-        Ok(())
-    }
-}
-
-/// Bits of codes, scales, zeros and group indices over the quantized weights.
-fn bits_per_weight(variant: &Variant, checkpoint: &Checkpoint) -> f64 {
-    let (mut bits, mut weights) = (0.0, 0.0);
-    for id in LinearId::all(checkpoint.config()) {
-        let [n, k] = id.kind.shape(checkpoint.config()).map(|size| size as f64);
-        let groups = variant.group_size.groups(k as usize) as f64;
-        let code = f64::from(variant.bits.get());
-        bits += n * k * code + groups * n * (16.0 + code) + 32.0 * k;
-        weights += n * k;
-    }
-    bits / weights
 }

@@ -63,12 +63,13 @@ const ONLY_IN_CLI: [&str; 13] = [
 
 /// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions,
 /// kernels, copies from a device.
-const UNSAFE: [&str; 18] = [
+const UNSAFE: [&str; 19] = [
     "amx/operand.rs",
     "amx/tiles.rs",
     "checkpoint/reader.rs",
     "checkpoint/values.rs",
     "cuda/compile.rs",
+    "cuda/copies.rs",
     "cuda/gpu.rs",
     "device.rs",
     "gptq/raw.rs",

@@ -1,0 +1,20 @@
+//! Making errors.
+
+use std::path::{Path, PathBuf};
+
+use super::Error;
+
+impl Error {
+    /// An [`Error::Io`] for `path`; made for `map_err`.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+/// An [`Error::Toml`] that says the line and nothing of the parser's own drawing; `text` is what was parsed.
+pub(crate) fn toml_error(path: &Path, text: &str, error: &toml::de::Error) -> Error {
+    let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    let place = line.map_or_else(String::new, |line| format!("line {line}: "));
+    Error::Toml { path: path.into(), message: format!("{place}{}", error.message()) }
+}

@@ -1,0 +1,170 @@
+//! All devices of a run: variants are spread over them first, then windows.
+
+use std::{ops::Range, path::Path, sync::Arc, thread};
+
+use tch::{Device, Kind};
+
+use super::{
+    member::{Member, Surroundings},
+    memory::{Ledger, Room},
+    team::{SharedSink, Task, Team},
+    weights::Weights,
+};
+use crate::{
+    calibration::Windows,
+    checkpoint::Checkpoint,
+    error::Result,
+    gptq::solver::{CpuSolver, CudaSolver, Solver},
+    model::Llama,
+};
+
+/// What may be held where, bytes; `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// Activations on each device that is not the CPU.
+    pub(super) on_device: Option<u64>,
+    /// Activations in memory, of all devices together.
+    pub(super) in_memory: Option<u64>,
+    /// Tokens that go through the model together.
+    pub(super) batch_tokens: usize,
+}
+
+/// Everyone who works on a run.
+pub(super) struct Crew<'a> {
+    checkpoint: &'a Checkpoint,
+    teams: Vec<Team<'a>>,
+    layers: usize,
+    /// The next layer's weights, read while this one is solved; only worth it beside a device that is not the CPU.
+    next: Option<Weights>,
+    pinned_for: Option<Device>,
+}
+
+impl<'a> Crew<'a> {
+    /// Spreads the work over `devices` and embeds the windows. `spill` is a folder for what does not fit memory.
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        devices: &[Device],
+        kind: Kind,
+        windows: &Windows,
+        task: Task<'a>,
+        limits: Limits,
+        spill: &Path,
+        around: Surroundings<'a>,
+    ) -> Result<Self> {
+        let streams = if task.shared_hessian { 1 } else { task.variants.len() };
+        let memory = Ledger::new(limits.in_memory);
+        let per_batch = (limits.batch_tokens / windows.seq_len()).max(1);
+        let mut teams = Vec::new();
+        for (devices, own) in spread(devices, streams) {
+            let parts = split(windows.count(), devices.len());
+            let mut members = Vec::with_capacity(devices.len());
+            for (&device, part) in devices.iter().zip(parts) {
+                let near = match device {
+                    Device::Cpu => Arc::clone(&memory),
+                    _ => Ledger::new(limits.on_device),
+                };
+                let room = Room::new(device, kind, near, Arc::clone(&memory), spill)?;
+                let llama = Llama::new(checkpoint, windows.seq_len(), kind, device)?;
+                members.push(Member::new(llama, room, part, windows.seq_len(), per_batch, around));
+            }
+            let variants =
+                if task.shared_hessian { (0..task.variants.len()).collect() } else { own.collect() };
+            let mut team = Team::new(members, solver(devices[0])?, variants, task, around);
+            let streams = team.streams();
+            team.members_mut().iter_mut().try_for_each(|member| member.embed(windows, streams))?;
+            teams.push(team);
+        }
+        let pinned_for = devices.iter().copied().find(|d| *d != Device::Cpu);
+        Ok(Self { checkpoint, teams, layers: task.layers, next: None, pinned_for })
+    }
+
+    pub(super) fn solver_name(&self) -> &'static str {
+        self.teams[0].solver_name()
+    }
+
+    /// Progress steps of a layer.
+    pub(super) fn steps(&self, layer: usize) -> u64 {
+        self.teams.iter().map(|team| team.steps(layer)).sum()
+    }
+
+    /// Solves a layer for all variants.
+    pub(super) fn solve_layer(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+        let (checkpoint, pinned_for) = (self.checkpoint, self.pinned_for);
+        let weights = match self.next.take() {
+            Some(weights) => weights,
+            None => Weights::read(checkpoint, layer, pinned_for)?,
+        };
+        if pinned_for.is_none() && self.teams.len() == 1 {
+            return self.teams[0].solve_layer(layer, &weights, sink);
+        }
+        let prefetch = pinned_for.is_some() && layer + 1 < self.layers;
+        let (solved, next) = thread::scope(|scope| {
+            let next =
+                prefetch.then(|| scope.spawn(move || Weights::read(checkpoint, layer + 1, pinned_for)));
+            let solved = solve_all(&mut self.teams, layer, weights, sink);
+            (solved, next.map(|thread| thread.join().expect("reading does not panic")))
+        });
+        solved?;
+        self.next = next.transpose()?;
+        Ok(())
+    }
+}
+
+/// All teams at the same time.
+fn solve_all(teams: &mut [Team<'_>], layer: usize, weights: Weights, sink: &SharedSink<'_>) -> Result<()> {
+    if let [only] = teams {
+        return only.solve_layer(layer, &weights, sink);
+    }
+    // Tensors may go to other threads, but not be looked at by two.
+    let copies = (0..teams.len()).map(|_| weights.on(Device::Cpu)).collect::<Result<Vec<_>>>()?;
+    thread::scope(|scope| {
+        let start = |(team, weights): (&'_ mut Team<'_>, Weights)| -> Result<()> {
+            let _guard = tch::no_grad_guard();
+            team.solve_layer(layer, &weights, sink)
+        };
+        let mut threads = Vec::with_capacity(teams.len());
+        for (team, weights) in teams.iter_mut().zip(copies) {
+            threads.push(scope.spawn(move || start((team, weights))));
+        }
+        threads.into_iter().try_for_each(|thread| thread.join().expect("a team's thread does not panic"))
+    })
+}
+
+/// The fastest there is for a device.
+fn solver(device: Device) -> Result<Box<dyn Solver + Send>> {
+    Ok(match device {
+        Device::Cpu => Box::new(CpuSolver::new()),
+        _ => Box::new(CudaSolver::new(device)?),
+    })
+}
+
+/// Which devices work on which of `streams` variants: each on some variants; where there are more devices than variants,
+/// several on one.
+fn spread(devices: &[Device], streams: usize) -> Vec<(Vec<Device>, Range<usize>)> {
+    let teams = devices.len().min(streams);
+    let own = split(streams, teams);
+    let devices = split(devices.len(), teams).into_iter().map(|part| devices[part].to_vec());
+    devices.zip(own).collect()
+}
+
+/// `count` things in `parts` runs, as even as can be, the first ones longer.
+fn split(count: usize, parts: usize) -> Vec<Range<usize>> {
+    let start = |part: usize| part * (count / parts) + part.min(count % parts);
+    (0..parts).map(|part| start(part)..start(part + 1)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variants_are_spread_before_windows() {
+        let gpus = |count| (0..count).map(Device::Cuda).collect::<Vec<_>>();
+        assert_eq!(spread(&gpus(1), 4), [(gpus(1), 0..4)]);
+        let two = spread(&gpus(2), 3);
+        assert_eq!(two, [(vec![Device::Cuda(0)], 0..2), (vec![Device::Cuda(1)], 2..3)]);
+        let three = spread(&gpus(3), 2);
+        assert_eq!(three, [(gpus(2), 0..1), (vec![Device::Cuda(2)], 1..2)]);
+        assert_eq!(split(7, 3), [0..3, 3..5, 5..7]);
+    }
+}

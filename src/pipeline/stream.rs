@@ -1,0 +1,286 @@
+//! Activations of many windows, batch by batch: held where there is room, else in memory, else in a file.
+
+use std::{ops::Range, sync::Arc};
+
+use tch::{Device, Tensor};
+
+use super::{
+    memory::{Reserved, Room},
+    window_file::WindowFile,
+};
+use crate::{
+    cuda::Copy,
+    error::{Result, TorchContext},
+};
+
+/// Activations `[B, S, width]` of a range of windows, in batches of whole windows.
+pub(super) struct Stream {
+    room: Arc<Room>,
+    /// Windows of each batch, counted from the run's first.
+    batches: Vec<Range<usize>>,
+    slots: Vec<Slot>,
+    /// `[S, width]`.
+    window: [i64; 2],
+    /// Page-locked memory to be used again.
+    pool: Vec<(Tensor, Reserved)>,
+    /// The batch that is being copied to the device ahead of its use.
+    coming: Option<(usize, Copy)>,
+    /// Copies from the device under way: their sources must live.
+    leaving: Vec<Copy>,
+    scratch: Option<Arc<WindowFile>>,
+}
+
+enum Slot {
+    Empty,
+    /// On the device that computes.
+    Near(Tensor, #[expect(dead_code, reason = "held, and given back when dropped")] Reserved),
+    /// In page-locked memory.
+    Pinned(Tensor, Reserved),
+    Filed(Arc<WindowFile>),
+}
+
+impl Stream {
+    /// An empty one; `window` is `[S, width]`.
+    pub(super) fn new(room: &Arc<Room>, windows: Range<usize>, per_batch: usize, window: [usize; 2]) -> Self {
+        let starts = windows.clone().step_by(per_batch);
+        let batches: Vec<_> = starts.map(|start| start..(start + per_batch).min(windows.end)).collect();
+        Self {
+            room: Arc::clone(room),
+            slots: batches.iter().map(|_| Slot::Empty).collect(),
+            batches,
+            window: window.map(|size| size as i64),
+            pool: Vec::new(),
+            coming: None,
+            leaving: Vec::new(),
+            scratch: None,
+        }
+    }
+
+    /// An empty one with the same windows in the same batches.
+    pub(super) fn empty_like(&self, window: [usize; 2]) -> Self {
+        Self {
+            room: Arc::clone(&self.room),
+            batches: self.batches.clone(),
+            slots: self.batches.iter().map(|_| Slot::Empty).collect(),
+            window: window.map(|size| size as i64),
+            pool: Vec::new(),
+            coming: None,
+            leaving: Vec::new(),
+            scratch: None,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.batches.len()
+    }
+
+    /// Windows of each batch.
+    pub(super) fn batches(&self) -> &[Range<usize>] {
+        &self.batches
+    }
+
+    /// Batch `i` on the device that computes. The next one is copied there meanwhile, if it has to be.
+    pub(super) fn get(&mut self, i: usize) -> Result<Tensor> {
+        let batch = match self.coming.take() {
+            Some((index, copy)) if index == i => copy.on_device()?,
+            _ => self.fetch(i)?,
+        };
+        if let (Some(Slot::Pinned(tensor, _)), Some(copies)) = (self.slots.get(i + 1), &self.room.copies) {
+            self.coming = Some((i + 1, copies.upload(tensor)?));
+        }
+        Ok(batch)
+    }
+
+    fn fetch(&self, i: usize) -> Result<Tensor> {
+        match &self.slots[i] {
+            Slot::Empty => unreachable!("batches are put before they are got"),
+            Slot::Near(tensor, _) => Ok(tensor.shallow_clone()),
+            Slot::Pinned(tensor, _) => match &self.room.copies {
+                Some(copies) => copies.upload(tensor)?.on_device(),
+                None => unreachable!("only devices other than the CPU have pinned batches"),
+            },
+            Slot::Filed(file) => {
+                let windows = &self.batches[i];
+                let bytes = file.read(windows.start - self.batches[0].start, windows.len())?;
+                let size = [windows.len() as i64, self.window[0], self.window[1]];
+                let tensor = Tensor::f_from_data_size(&bytes, &size, self.room.kind);
+                tensor.and_then(|t| t.f_to_device(self.room.device)).torch("read activations back")
+            }
+        }
+    }
+
+    /// Batch `i` is not needed any more.
+    pub(super) fn discard(&mut self, i: usize) {
+        if let Slot::Pinned(tensor, reserved) = std::mem::replace(&mut self.slots[i], Slot::Empty) {
+            self.pool.push((tensor, reserved));
+        }
+    }
+
+    /// Keeps batch `i`, which is on the device that computes.
+    pub(super) fn put(&mut self, i: usize, batch: Tensor) -> Result<()> {
+        let bytes = (batch.numel() * batch.kind().elt_size_in_bytes()) as u64;
+        let room = Arc::clone(&self.room);
+        self.discard(i);
+        self.slots[i] = if let Some(reserved) = room.near.reserve(bytes) {
+            Slot::Near(batch, reserved)
+        } else if let Some((pinned, reserved)) = self.pinned(&batch, bytes)? {
+            let copies = room.copies.as_ref().expect("pinned memory is for copies");
+            self.leaving.retain(|copy| !copy.ended());
+            let batch = batch.f_contiguous().torch("lay out activations")?;
+            self.leaving.push(copies.download(batch, &pinned)?);
+            Slot::Pinned(pinned, reserved)
+        } else {
+            Slot::Filed(self.file(i, &batch)?)
+        };
+        Ok(())
+    }
+
+    /// Page-locked memory for a batch, if there is room for it.
+    fn pinned(&mut self, batch: &Tensor, bytes: u64) -> Result<Option<(Tensor, Reserved)>> {
+        let Some(copies) = &self.room.copies else { return Ok(None) };
+        if let Some(at) = self.pool.iter().position(|(tensor, _)| tensor.size() == batch.size()) {
+            return Ok(Some(self.pool.swap_remove(at)));
+        }
+        match self.room.memory.reserve(bytes) {
+            Some(reserved) => Ok(Some((copies.pinned_like(batch)?, reserved))),
+            None => Ok(None),
+        }
+    }
+
+    fn file(&mut self, i: usize, batch: &Tensor) -> Result<Arc<WindowFile>> {
+        let file = match &self.scratch {
+            Some(file) => Arc::clone(file),
+            None => {
+                let windows = self.batches.iter().map(Range::len).sum();
+                let window_bytes =
+                    batch.kind().elt_size_in_bytes() * (self.window[0] * self.window[1]) as usize;
+                let file = Arc::new(WindowFile::scratch(self.room.spill(), windows, window_bytes)?);
+                self.scratch = Some(Arc::clone(&file));
+                file
+            }
+        };
+        file.write(self.batches[i].start - self.batches[0].start, &to_bytes(batch)?)?;
+        Ok(file)
+    }
+
+    /// Moves what is held on the device to where there is room otherwise.
+    pub(super) fn leave_device(&mut self) -> Result<()> {
+        self.coming = None;
+        for i in 0..self.slots.len() {
+            if matches!(self.slots[i], Slot::Near(..)) {
+                let Slot::Near(tensor, _) = std::mem::replace(&mut self.slots[i], Slot::Empty) else {
+                    continue;
+                };
+                self.put(i, tensor)?;
+            }
+        }
+        // Only then is their memory free.
+        for copy in self.leaving.drain(..) {
+            drop(copy.finish()?);
+        }
+        Ok(())
+    }
+
+    /// Halves batch `i`, if it has more than one window. False if it has not.
+    pub(super) fn halve(&mut self, i: usize) -> Result<bool> {
+        let windows = self.batches[i].clone();
+        if windows.len() < 2 {
+            return Ok(false);
+        }
+        self.coming = None;
+        let batch = match &self.slots[i] {
+            Slot::Empty => None,
+            _ => Some(self.fetch(i)?),
+        };
+        self.discard(i);
+        let half = windows.len() / 2;
+        self.batches.splice(i..=i, [windows.start..windows.start + half, windows.start + half..windows.end]);
+        self.slots.splice(i..=i, [Slot::Empty, Slot::Empty]);
+        if let Some(batch) = batch {
+            let part = |first: usize, count: usize| {
+                let part = batch.f_narrow(0, first as i64, count as i64).and_then(|t| t.f_contiguous());
+                part.torch("split a batch")
+            };
+            self.put(i, part(0, half)?)?;
+            self.put(i + 1, part(half, windows.len() - half)?)?;
+        }
+        Ok(true)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Some(copies) = &self.room.copies {
+            // Page-locked memory is used again as soon as it is dropped. A failure shows at the next operation too.
+            let _ = copies.synchronize();
+        }
+    }
+}
+
+/// A tensor's values, row by row, as they lie in memory.
+pub(super) fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let copy = || {
+        let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        Ok(bytes)
+    };
+    copy().torch("copy activations")
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+    use crate::pipeline::memory::Ledger;
+
+    fn batch(from: f64, windows: i64) -> Tensor {
+        (Tensor::arange(windows * 6, (Kind::Float, Device::Cpu)) + from).reshape([windows, 2, 3])
+    }
+
+    fn stream(near: u64, folder: &std::path::Path) -> Stream {
+        let (near, memory) = (Ledger::new(Some(near)), Ledger::new(Some(0)));
+        let room = Arc::new(Room::new(Device::Cpu, Kind::Float, near, memory, folder).unwrap());
+        Stream::new(&room, 3..10, 2, [2, 3])
+    }
+
+    #[test]
+    fn batches_come_back_from_memory_and_from_files() {
+        let folder = tempfile::tempdir().unwrap();
+        for near in [0, 100, 10_000] {
+            let mut stream = stream(near, folder.path());
+            assert_eq!(stream.batches(), [3..5, 5..7, 7..9, 9..10]);
+            let sizes = [2, 2, 2, 1];
+            for round in 0..3 {
+                for (i, &windows) in sizes.iter().enumerate() {
+                    stream.put(i, batch(f64::from(round * 100 + i as i32), windows)).unwrap();
+                }
+                for (i, &windows) in sizes.iter().enumerate() {
+                    let expected = batch(f64::from(round * 100 + i as i32), windows);
+                    assert_eq!(stream.get(i).unwrap(), expected);
+                }
+            }
+            stream.discard(1);
+            stream.leave_device().unwrap();
+            assert_eq!(stream.get(2).unwrap(), batch(202.0, 2));
+        }
+    }
+
+    #[test]
+    fn a_batch_can_be_halved() {
+        let folder = tempfile::tempdir().unwrap();
+        for near in [0, 10_000] {
+            let mut stream = stream(near, folder.path());
+            for i in 0..3 {
+                stream.put(i, batch(100.0 * i as f64, 2)).unwrap();
+            }
+            stream.put(3, batch(300.0, 1)).unwrap();
+            assert!(stream.halve(1).unwrap());
+            assert!(!stream.halve(1).unwrap());
+            assert_eq!(stream.batches(), [3..5, 5..6, 6..7, 7..9, 9..10]);
+            assert_eq!(stream.get(2).unwrap(), batch(106.0, 1));
+            assert_eq!(stream.get(3).unwrap(), batch(200.0, 2));
+        }
+    }
+}

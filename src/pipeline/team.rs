@@ -1,0 +1,331 @@
+//! Some variants of one layer on one device or several: capture a stage's inputs, solve it, go on with the quantized weights.
+
+use std::{
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
+
+use super::{
+    member::{Member, Surroundings},
+    weights::Weights,
+};
+use crate::{
+    checkpoint::{LinearId, LinearKind},
+    error::Result,
+    gptq::{
+        Hessian,
+        solver::{Factorization, Solved, Solver, Weight},
+    },
+    model::Stage,
+    progress::Event,
+    variant::Variant,
+};
+
+/// Takes solved linears, variant by variant.
+pub(super) trait Sink {
+    /// `variant` is an index into the run's variants.
+    fn take(&mut self, variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()>;
+
+    /// Takes a warning, for the report.
+    fn warn(&mut self, text: String);
+}
+
+/// A sink for several teams.
+pub(super) type SharedSink<'s> = Mutex<&'s mut (dyn Sink + Send)>;
+
+/// How one linear fared.
+#[derive(Debug, Clone)]
+pub(super) struct Record {
+    pub(super) relative_error: f64,
+    pub(super) facts: Factorization,
+    /// The linear's share of its stage's time, by size.
+    pub(super) seconds: f64,
+}
+
+/// What does not change during a run.
+#[derive(Clone, Copy)]
+pub(super) struct Task<'a> {
+    /// All of the run's.
+    pub(super) variants: &'a [Variant],
+    pub(super) damp: f64,
+    pub(super) shared_hessian: bool,
+    /// Decoder layers.
+    pub(super) layers: usize,
+}
+
+/// Devices that work on the same variants, each with a part of the windows; the first solves.
+pub(super) struct Team<'a> {
+    members: Vec<Member<'a>>,
+    solver: Box<dyn Solver + Send>,
+    /// Indices of its variants.
+    variants: Vec<usize>,
+    task: Task<'a>,
+    around: Surroundings<'a>,
+}
+
+impl<'a> Team<'a> {
+    pub(super) fn new(
+        members: Vec<Member<'a>>,
+        solver: Box<dyn Solver + Send>,
+        variants: Vec<usize>,
+        task: Task<'a>,
+        around: Surroundings<'a>,
+    ) -> Self {
+        assert!(!members.is_empty() && !variants.is_empty(), "a team has work and someone to do it");
+        Self { members, solver, variants, task, around }
+    }
+
+    /// Hidden states that are advanced: the variants' own, or the unquantized model's.
+    pub(super) fn streams(&self) -> usize {
+        if self.task.shared_hessian { 1 } else { self.variants.len() }
+    }
+
+    /// Progress steps of a layer: each batch through four captures and, but in the last layer, out of the layer; and each
+    /// variant's four solves.
+    pub(super) fn steps(&self, layer: usize) -> u64 {
+        let batches: usize = self.members.iter().map(Member::batches).sum();
+        let passes = Stage::ALL.len() + usize::from(!self.is_last(layer));
+        let mut steps = passes * batches * self.streams() + Stage::ALL.len() * self.variants.len();
+        if layer == 0 && !self.task.shared_hessian {
+            // One capture for all.
+            steps -= batches * (self.streams() - 1);
+        }
+        steps as u64
+    }
+
+    pub(super) fn members_mut(&mut self) -> &mut [Member<'a>] {
+        &mut self.members
+    }
+
+    pub(super) fn solver_name(&self) -> &'static str {
+        self.solver.name()
+    }
+
+    fn is_last(&self, layer: usize) -> bool {
+        layer + 1 == self.task.layers
+    }
+
+    /// Solves a layer for the team's variants.
+    pub(super) fn solve_layer(
+        &mut self,
+        layer: usize,
+        weights: &Weights,
+        sink: &SharedSink<'_>,
+    ) -> Result<()> {
+        // Tensors may go to other threads, but not be looked at by two.
+        self.members.iter_mut().try_for_each(|member| member.enter_layer(weights))?;
+        if self.task.shared_hessian { self.solve_shared(layer, sink) } else { self.solve_each(layer, sink) }
+    }
+
+    /// Each variant on hidden states of its own, which are advanced through the quantized layer.
+    fn solve_each(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+        let all = self.variants.clone();
+        // Before the first layer all variants have the same hidden states, hence the same first Hessian.
+        let mut first_stage = Vec::new();
+        if layer == 0 {
+            self.stage(None, Stage::AttentionInput);
+            let hessian = self.capture(|member| member.capture_attention_input(0))?;
+            first_stage = self.solve_stage(layer, Stage::AttentionInput, hessian, &all, sink)?;
+        }
+        for (stream, &variant) in all.iter().enumerate() {
+            let solved = if layer == 0 {
+                std::mem::take(&mut first_stage[stream])
+            } else {
+                self.stage(Some(variant), Stage::AttentionInput);
+                let hessian = self.capture(|member| member.capture_attention_input(stream))?;
+                self.solve_one(layer, Stage::AttentionInput, hessian, variant, sink)?
+            };
+            self.go_on_with(Stage::AttentionInput, solved)?;
+
+            self.stage(Some(variant), Stage::AttentionOutput);
+            let hessian = self.capture(|member| member.capture_attention_output(stream))?;
+            let solved = self.solve_one(layer, Stage::AttentionOutput, hessian, variant, sink)?;
+            self.go_on_with(Stage::AttentionOutput, solved)?;
+
+            self.stage(Some(variant), Stage::MlpInput);
+            let hessian = self.capture(|member| member.capture_mlp_input(stream))?;
+            let solved = self.solve_one(layer, Stage::MlpInput, hessian, variant, sink)?;
+            self.go_on_with(Stage::MlpInput, solved)?;
+
+            self.stage(Some(variant), Stage::MlpOutput);
+            let hessian = self.capture(|member| member.capture_mlp_output(stream))?;
+            let solved = self.solve_one(layer, Stage::MlpOutput, hessian, variant, sink)?;
+            if self.is_last(layer) {
+                // Nobody's inputs.
+                self.everywhere(|member| {
+                    member.end();
+                    Ok(())
+                })?;
+            } else {
+                self.go_on_with(Stage::MlpOutput, solved)?;
+                self.everywhere(|member| member.leave_layer(stream))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All variants with the Hessians of the unquantized model, whose hidden states are advanced: one forward pass and one
+    /// Hessian a stage, one factorization a column order.
+    fn solve_shared(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+        let all = self.variants.clone();
+        for stage in Stage::ALL {
+            self.stage(None, stage);
+            let hessian = self.capture(|member| match stage {
+                Stage::AttentionInput => member.capture_attention_input(0),
+                Stage::AttentionOutput => member.capture_attention_output(0),
+                Stage::MlpInput => member.capture_mlp_input(0),
+                Stage::MlpOutput => member.capture_mlp_output(0),
+            })?;
+            drop(self.solve_stage(layer, stage, hessian, &all, sink)?);
+            self.everywhere(|member| member.set_dense(stage))?;
+        }
+        if self.is_last(layer) {
+            return self.everywhere(|member| {
+                member.end();
+                Ok(())
+            });
+        }
+        self.everywhere(|member| member.leave_layer(0))
+    }
+
+    fn stage(&self, variant: Option<usize>, stage: Stage) {
+        let variant = variant.map_or("all variants".to_owned(), |v| self.task.variants[v].to_string());
+        self.around.progress.event(&Event::Stage { variant: &variant, stage: stage.name() });
+    }
+
+    /// All devices' sums, added in their order.
+    fn capture(&mut self, capture: impl Fn(&mut Member<'a>) -> Result<Hessian> + Sync) -> Result<Hessian> {
+        let mut parts = self.on_all(capture)?.into_iter();
+        let mut sum = parts.next().expect("a team has members");
+        parts.try_for_each(|part| sum.absorb(part))?;
+        Ok(sum)
+    }
+
+    fn go_on_with(&mut self, stage: Stage, solved: Vec<Solved>) -> Result<()> {
+        // What is solved lies on the first device and does not go from thread to thread.
+        self.members.iter_mut().try_for_each(|member| member.set_solved(stage, &solved))
+    }
+
+    fn everywhere(&mut self, work: impl Fn(&mut Member<'a>) -> Result<()> + Sync) -> Result<()> {
+        self.on_all(work).map(drop)
+    }
+
+    /// Does something on all devices at the same time.
+    fn on_all<T: Send>(&mut self, work: impl Fn(&mut Member<'a>) -> Result<T> + Sync) -> Result<Vec<T>> {
+        if let [only] = &mut self.members[..] {
+            return Ok(vec![work(only)?]);
+        }
+        thread::scope(|scope| {
+            let work = &work;
+            let start = |member| {
+                scope.spawn(move || {
+                    let _guard = tch::no_grad_guard();
+                    work(member)
+                })
+            };
+            let started: Vec<_> = self.members.iter_mut().map(start).collect();
+            let joined =
+                started.into_iter().map(|thread| thread.join().expect("a device's thread does not panic"));
+            joined.collect()
+        })
+    }
+
+    fn solve_one(
+        &self,
+        layer: usize,
+        stage: Stage,
+        hessian: Hessian,
+        variant: usize,
+        sink: &SharedSink<'_>,
+    ) -> Result<Vec<Solved>> {
+        let solved = self.solve_stage(layer, stage, hessian, &[variant], sink)?;
+        Ok(solved.into_iter().next().unwrap_or_default())
+    }
+
+    /// Solves a stage for some variants; returns the quantized linears of each.
+    fn solve_stage(
+        &self,
+        layer: usize,
+        stage: Stage,
+        hessian: Hessian,
+        variants: &[usize],
+        sink: &SharedSink<'_>,
+    ) -> Result<Vec<Vec<Solved>>> {
+        let sink = || sink.lock().unwrap_or_else(PoisonError::into_inner);
+        let progress = self.around.progress;
+        let weights = self.members[0].weights();
+        let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
+        let name = format!("layer {layer}, {}", stage.name());
+        if let Some(text) = hessian.warning() {
+            progress.event(&Event::Warning(text));
+            sink().warn(text.to_owned());
+        }
+        let mut hessian = Some(hessian.finish(&name)?);
+        let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
+        let values = |kind: LinearKind| &weights.of(kind).0;
+        let dense: Vec<Weight<'_>> =
+            ids.iter().zip(&names).map(|(id, name)| Weight { name, values: values(id.kind) }).collect();
+        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w.values)));
+        let energies = energies.collect::<Result<Vec<_>>>()?;
+        let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
+
+        let mut by_order: Vec<(bool, Vec<usize>)> = Vec::new();
+        for (position, &variant) in variants.iter().enumerate() {
+            let order = self.task.variants[variant].order.desc_act();
+            match by_order.iter_mut().find(|(o, _)| *o == order) {
+                Some((_, list)) => list.push(position),
+                None => by_order.push((order, vec![position])),
+            }
+        }
+        let orders = by_order.len();
+        for (i, (order, list)) in by_order.into_iter().enumerate() {
+            let begun = Instant::now();
+            let factor = {
+                let hessian = hessian.as_ref().expect("kept until the last order");
+                self.solver.factorize(hessian, order, self.task.damp, &name)?
+            };
+            if i + 1 == orders {
+                hessian = None;
+            }
+            self.warn(&name, factor.facts());
+            // The factorization is shared by this order's variants, and so is its time.
+            let factor_seconds = begun.elapsed().as_secs_f64() / list.len() as f64;
+            for position in list {
+                self.around.go_on()?;
+                let variant = &self.task.variants[variants[position]];
+                let begun = Instant::now();
+                let solutions = factor.solve(&dense, variant)?;
+                let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
+                let size = |linear: &Solved| linear.in_features() * linear.out_features();
+                let total: usize = solutions.iter().map(|s| size(&s.linear)).sum();
+                for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
+                    let relative_error =
+                        if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
+                    let share = size(&solution.linear) as f64 / total as f64;
+                    let record =
+                        Record { relative_error, facts: factor.facts().clone(), seconds: seconds * share };
+                    progress.event(&Event::Linear {
+                        name: &id.to_string(),
+                        variant: &variant.to_string(),
+                        relative_error,
+                    });
+                    sink().take(variants[position], *id, &solution.linear, record)?;
+                    solved[position].push(solution.linear);
+                }
+                progress.advance(1);
+            }
+        }
+        Ok(solved)
+    }
+
+    fn warn(&self, stage: &str, facts: &Factorization) {
+        if facts.damp_raised > 0 {
+            let text = format!(
+                "{stage}: not positive definite at damping {}; raised {} times to {}",
+                self.task.damp, facts.damp_raised, facts.damp
+            );
+            self.around.progress.event(&Event::Warning(&text));
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! Activations in a file, window by window, each with its checksum.
+
+use std::{
+    fs::File,
+    io::{Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::error::{Error, Result};
+
+/// Windows of equal size.
+#[derive(Debug)]
+pub(super) struct WindowFile {
+    path: PathBuf,
+    window_bytes: usize,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    file: File,
+    /// Of each window; `None` until it is written.
+    checksums: Vec<Option<u128>>,
+}
+
+impl WindowFile {
+    /// A file without a name in `folder`, gone with the program however it ends.
+    pub(super) fn scratch(folder: &Path, windows: usize, window_bytes: usize) -> Result<Self> {
+        let file = tempfile::tempfile_in(folder).map_err(Error::io("create a file in", folder))?;
+        Ok(Self::of(folder.join("(activations)"), file, vec![None; windows], window_bytes))
+    }
+
+    fn of(path: PathBuf, file: File, checksums: Vec<Option<u128>>, window_bytes: usize) -> Self {
+        Self { path, window_bytes, inner: Mutex::new(Inner { file, checksums }) }
+    }
+
+    /// Writes whole windows, from `first` on.
+    pub(super) fn write(&self, first: usize, bytes: &[u8]) -> Result<()> {
+        let sums: Vec<_> = bytes.chunks(self.window_bytes).map(|window| Some(xxh3_128(window))).collect();
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let offset = SeekFrom::Start((first * self.window_bytes) as u64);
+        let written = inner.file.seek(offset).and_then(|_| inner.file.write_all(bytes));
+        written.map_err(Error::io("write", &self.path))?;
+        inner.checksums[first..first + sums.len()].copy_from_slice(&sums);
+        Ok(())
+    }
+
+    /// Reads `count` windows from `first` on.
+    ///
+    /// # Errors
+    /// Also when they are not what was written.
+    pub(super) fn read(&self, first: usize, count: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; count * self.window_bytes];
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let offset = SeekFrom::Start((first * self.window_bytes) as u64);
+        let read = inner.file.seek(offset).and_then(|_| inner.file.read_exact(&mut bytes));
+        read.map_err(Error::io("read", &self.path))?;
+        let expected = inner.checksums[first..first + count].to_vec();
+        drop(inner);
+        for (index, (window, expected)) in bytes.chunks(self.window_bytes).zip(expected).enumerate() {
+            if expected != Some(xxh3_128(window)) {
+                return Err(Error::Corrupt {
+                    path: self.path.clone(),
+                    what: format!("window {}", first + index),
+                });
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_come_back_and_a_changed_one_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = WindowFile::scratch(folder.path(), 3, 4).unwrap();
+        file.write(1, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+        file.write(0, &[9; 4]).unwrap();
+        assert_eq!(file.read(0, 2).unwrap(), [9, 9, 9, 9, 1, 2, 3, 4]);
+        file.inner.lock().unwrap().file.seek(SeekFrom::Start(5)).unwrap();
+        file.inner.lock().unwrap().file.write_all(&[7]).unwrap();
+        assert_eq!(file.read(2, 1).unwrap(), [5, 6, 7, 8]);
+        assert!(matches!(file.read(0, 2), Err(Error::Corrupt { .. })));
+    }
+}
