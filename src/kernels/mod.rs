@@ -9,6 +9,9 @@ mod cpu_simd;
 #[cfg(target_arch = "x86_64")]
 mod cpu_simd_x86;
 mod cpu_unpack;
+pub mod cuda_layout;
+mod cuda_repack;
 
 pub use cpu_dequantize::dequantize_into;
 pub use cpu_matmul::matmul;
+pub use cuda_repack::{Features, RepackError, Repacked, repack};

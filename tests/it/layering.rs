@@ -31,13 +31,15 @@ const LAYERS: [&str; 19] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 10] = [
+const WITHOUT_LIBTORCH: [&str; 12] = [
     "amx",
     "calibration",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",
     "gptq/solver/reference.rs",
+    "kernels/cuda_layout.rs",
+    "kernels/cuda_repack.rs",
     "pack",
     "plan.rs",
     "report",
