@@ -7,7 +7,10 @@ use super::cuda_layout::{
     CHUNK, LANES, PADDED_FEATURES, ROW_MULTIPLE, STRIP, TILE, TILES, chunk_bytes, code_bit, group_tiles,
     operand_column, operand_row, param_bytes, param_index, param_offset, weight_offset, word_offset,
 };
-use crate::{pack::PackedView, variant::Bits};
+use crate::{
+    pack::PackedView,
+    variant::{Bits, GroupSize},
+};
 
 /// Why a linear cannot take the layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -119,6 +122,31 @@ pub fn repack(view: &PackedView<'_>) -> Result<Repacked, RepackError> {
     Ok(repacked)
 }
 
+/// [`Repacked::bytes`] of a linear whose groups are of one size, before it is read; `None` where it is refused. `zeros`:
+/// zero points are explicit.
+pub fn repacked_bytes(
+    bits: Bits,
+    out_features: usize,
+    in_features: usize,
+    group_size: GroupSize,
+    zeros: bool,
+) -> Option<usize> {
+    if !matches!(bits, Bits::Four | Bits::Eight) {
+        return None;
+    }
+    let (groups, size) = (group_size.groups(in_features), group_size.features(in_features));
+    let spread = groups > 1 && !(size.is_multiple_of(TILE) && in_features.is_multiple_of(ROW_MULTIPLE));
+    let positions = if spread { groups * size.next_multiple_of(TILE) } else { in_features };
+    if positions * bits.get() as usize > in_features.next_multiple_of(ROW_MULTIPLE) * 16 {
+        return None;
+    }
+    let padded = positions.next_multiple_of(CHUNK);
+    let group = if groups > 1 { size.next_multiple_of(TILE) } else { padded };
+    let features = out_features.next_multiple_of(PADDED_FEATURES);
+    let params = features / STRIP * padded.div_ceil(group) * param_bytes(zeros);
+    Some(features * padded * bits.get() as usize / 8 + params)
+}
+
 struct Placement {
     features: Features,
     positions: usize,
@@ -148,7 +176,7 @@ fn place(view: &PackedView<'_>) -> Result<Placement, RepackError> {
     let widest = counts.iter().copied().max().unwrap_or_default();
     let group = widest.next_multiple_of(if full.is_empty() { CHUNK } else { TILE });
     let positions = full.len() * group + last.max(1).next_multiple_of(ROW_MULTIPLE);
-    if positions * view.bits().get() as usize > k * 16 {
+    if positions * view.bits().get() as usize > k.next_multiple_of(ROW_MULTIPLE) * 16 {
         return Err(RepackError::Groups { groups, in_features: k });
     }
     let mut spread = vec![k as u32; positions];

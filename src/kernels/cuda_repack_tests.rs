@@ -56,6 +56,12 @@ fn check(spec: Spec, change: impl FnOnce(&mut Fixture)) -> Repacked {
     repacked
 }
 
+fn estimate(spec: Spec, zeros: bool) -> Option<usize> {
+    let bits = Bits::new(spec.bits as u32).expect("a width of the format");
+    let size = GroupSize::Features(spec.group_size);
+    repacked_bytes(bits, spec.out_features, spec.in_features, size, zeros)
+}
+
 const PLAIN: Spec = Spec {
     bits: 4,
     in_features: 320,
@@ -77,6 +83,14 @@ fn all_widths_groups_orders_and_versions_are_kept() {
     {
         for group_size in [16, 20, 32, 48, 64, 96, 128, 320] {
             let spec = Spec { bits, group_size, order, zero_offset, ..PLAIN };
+            for repacked in [check(spec, |_| ()), check(spec, symmetric)] {
+                let bytes = repacked.bytes();
+                let estimated = estimate(spec, repacked.zeros).expect("it was taken");
+                assert!(
+                    estimated >= bytes && estimated <= bytes + bytes / 20,
+                    "{spec:?}: {estimated} for {bytes}"
+                );
+            }
             assert!(check(spec, |_| ()).zeros);
             assert!(!check(spec, symmetric).zeros);
         }
@@ -136,6 +150,8 @@ fn refuses_what_the_kernels_cannot_take() {
     }
     let error = refused(Spec { bits: 8, group_size: 4, ..PLAIN });
     assert_eq!(error, RepackError::Groups { groups: 80, in_features: 320 });
+    assert_eq!(estimate(Spec { bits: 8, group_size: 4, ..PLAIN }, true), None);
+    assert_eq!(estimate(Spec { bits: 3, ..PLAIN }, false), None);
 }
 
 #[test]
