@@ -16,7 +16,7 @@ use crate::{
     emit::{BranchWriter, Provenance},
     error::{Error, Result},
     gptq::solver::{CpuSolver, CudaSolver, Solved, Solver},
-    model::{Llama, source_kind},
+    model::{Llama, kind_name, source_kind},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
     report::{
@@ -189,15 +189,6 @@ pub fn compute_kind(dtype: ComputeDtype, device: Device, source: Kind) -> Kind {
         },
         ComputeDtype::Auto if fast_bf16() => Kind::BFloat16,
         ComputeDtype::Auto => Kind::Float,
-    }
-}
-
-/// As users write it.
-fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "fp16",
-        _ => "fp32",
     }
 }
 
