@@ -134,13 +134,13 @@ pub(super) struct VerifyArgs {
     /// The checkpoint it was made from: measure the distance of every linear
     #[arg(long, value_name = "DIR")]
     pub(super) against: Option<PathBuf>,
-    /// Also put every linear through the int4 matmul of this device (auto, cpu, cuda, cuda:N) and compare it with fp64
+    /// Also put every linear through the int4 matmul of this device (auto, cpu, cuda, cuda:N) and compare it with fp64, on
+    /// activations of a bundled text or of --dataset
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
     /// What that matmul computes in: auto, fp32, bf16, fp16; fp32 on the CPU, fp16 or bf16 on CUDA
     #[arg(long, value_name = "DTYPE", default_value_t = ComputeDtype::Auto, requires = "device")]
     pub(super) compute_dtype: ComputeDtype,
-    /// The text it is given is the bundled one, unless named here
     #[command(flatten)]
     pub(super) text: TextArgs,
 }

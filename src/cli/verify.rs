@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use gptq::{
     calibration::{Corpus, CorpusSource},
     checkpoint::Checkpoint,
@@ -23,6 +23,9 @@ const SHOWN: usize = 20;
 
 pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     let against = args.against.as_ref().map(|dir| Checkpoint::open(dir)).transpose()?;
+    if args.device.is_none() && args.text.dataset.is_some() {
+        bail!("--dataset is the text for --device, which is not given");
+    }
     let kernel = args.device.as_ref().map(|device| kernel(args, device, output)).transpose()?;
     let options = kernel.as_ref().map(|(device, corpus)| {
         let (device, dtype) = (*device, args.compute_dtype);

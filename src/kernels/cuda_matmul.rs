@@ -116,6 +116,12 @@ impl Workspace {
             let kernel = load(product.name())?;
             let shared = build.shared_bytes(product);
             let resident = self.gpu.resident_blocks(&kernel, THREADS as u32, shared)?;
+            if resident == 0 {
+                return Err(Error::Cuda {
+                    action: format!("run {} on {}", product.name(), self.gpu.name),
+                    problem: format!("not even one block with {shared} bytes of shared memory fits"),
+                });
+            }
             products.insert(product, (kernel, resident));
         }
         let made = Arc::new(Kernels { products, gather: load("int4_gather")? });

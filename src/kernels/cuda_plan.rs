@@ -193,7 +193,10 @@ impl Build {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::Features;
+    use crate::{
+        cuda::{INT4_MATMUL, compile},
+        kernels::Features,
+    };
 
     const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10 };
     const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10 };
@@ -245,6 +248,26 @@ mod tests {
         assert_eq!(h200.shared_bytes(Product::Few(16)), 8 * (3 * 6400 + 8192));
         assert_eq!(h200.shared_bytes(Product::Many(256)), 4 * (32768 + 4096 + 256));
         assert!(h200.macros().contains(&("BF16", 1)) && h200.macros().contains(&("FEW_STRIPS", 8)));
+    }
+
+    #[test]
+    fn builds_compile_for_their_generation_with_nvrtc() {
+        for (limits, architecture) in [(H200, "compute_90a"), (A100, "compute_80"), (L4, "compute_89")] {
+            for (bits, bf16, zeros, group_tiles) in
+                [(4, false, false, 4), (4, true, true, 1), (8, false, true, 2), (8, true, false, 4)]
+            {
+                let build = Build::new(&linear(bits, zeros, group_tiles), bf16, limits).unwrap();
+                let ptx = compile(&INT4_MATMUL, architecture, &build.macros()).unwrap();
+                // Registers that do not suffice would show as local memory.
+                assert!(!ptx.contains(".local"), "{build:?} for {architecture}");
+                for name in Product::ALL.map(Product::name).into_iter().chain(["int4_gather"]) {
+                    assert!(
+                        ptx.contains(&format!(".entry {name}(")),
+                        "{name} of {build:?} for {architecture}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]

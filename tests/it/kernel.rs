@@ -113,12 +113,38 @@ fn verify_puts_every_linear_through_the_matmul() {
 }
 
 #[test]
+fn a_device_that_is_not_there_is_named_by_every_command() {
+    if gptq::device::resolve("cuda").is_ok() {
+        return; // the tests of `cuda_device` are for such a machine
+    }
+    let lab = Lab::with_branch("4bit-32g");
+    let (branch, model) = (text_of(&lab.branch()), text_of(&lab.model()));
+    let text = text_of(&demo("evaluation.parquet"));
+    let commands: [&[&str]; 4] = [
+        &["verify", &branch],
+        &["generate", &branch, "--prompt", "The"],
+        &["eval", "--model", &model, "--quantized", &branch, "--dataset", &text, "--seq-len", "64"],
+        &["bench", "matmul"],
+    ];
+    for command in commands {
+        let output = lab.run(&[command, &["--device", "cuda"]].concat());
+        let named = output.stderr.starts_with("error: device `cuda` cannot be used: ");
+        assert!(named && output.stdout.is_empty() && output.code == Some(2), "{command:?}: {output:?}");
+    }
+    // `auto` says what it chose instead.
+    let output = lab.verify(&lab.branch(), &["--device", "auto"]).succeeds();
+    assert!(output.stderr.starts_with("device auto: the CPU, for "), "{}", output.stderr);
+}
+
+#[test]
 fn a_text_that_is_too_short_and_a_kind_that_is_not_there() {
     let lab = Lab::with_branch("4bit-32g");
     let short = lab.write("short.txt", &"word ".repeat(300));
     let output = lab.verify(&lab.branch(), &["--device", "cpu", "--dataset", &short]);
     assert!(output.stderr.starts_with("error: short.txt has "), "{}", output.stderr);
     assert!(output.stderr.contains(" 16 x 128 need at least 2048"), "{}", output.stderr);
+    lab.verify(&lab.branch(), &["--dataset", &short])
+        .fails_with("error: --dataset is the text for --device, which is not given");
     lab.verify(&lab.branch(), &["--device", "cpu", "--compute-dtype", "bf16"])
         .fails_with("error: compute-dtype: expected fp32 on the CPU, found `bf16`");
 }
