@@ -28,10 +28,10 @@
 // is the published idea of FasterTransformer's int4 converters, and holding weights in operand order with a per-warp
 // pipeline that of Marlin (arXiv 2408.11743); the work split is stream-K (arXiv 2301.03598). All code here is our own.
 //
-// Registers and dynamic shared memory (bytes), the most over BF16, ZEROS and GROUP_TILES, with the strips and stages that
-// kernels/cuda_plan.rs chooses: few 8/3 (8/2 for small groups) on sm_90a and 4/3 or 4/2 at 8 bits there and on sm_80, 4/2 to
-// 2/2 on sm_89; MANY_STAGES 4, and 3 on sm_89 and for small groups at 8 bits on sm_80. ptxas 13.0.88 -v after NVRTC: no
-// spills and no stack in any of the 72. few has 4 static bytes more.
+// Registers and dynamic shared memory (bytes), the most over BF16, ZEROS and GROUP_TILES, with the strips and stages
+// that kernels/cuda_plan.rs chooses: few 8/3 (8/2 for small groups) on sm_90a and 4/3 or 4/2 at 8 bits there and on
+// sm_80, 4/2 to 2/2 on sm_89; MANY_STAGES 4, and 3 on sm_89 and for small groups at 8 bits on sm_80. ptxas 13.0.88 -v
+// after NVRTC: no spills and no stack in any of the 72. few has 4 static bytes more.
 //                              sm_80 4-bit    sm_80 8-bit    sm_89 4-bit    sm_89 8-bit    sm_90a 4-bit   sm_90a 8-bit
 //   int4_matmul_few_8          106  114688    126  114688     80   67584     80   65536    122  167936    117  163840
 //   int4_matmul_few_16         158  155648    153  147456    146  100352    110   90112    180  225280    162  204800
@@ -84,7 +84,7 @@ constexpr u32 WARPS = THREADS / 32;
 static_assert(BITS == 4 || BITS == 8, "codes of 4 or 8 bits");
 static_assert(GROUP_TILES == 1 || GROUP_TILES == 2 || GROUP_TILES == 4, "parts of a chunk");
 
-// ---- Layout: mirrored in kernels/cuda_layout.rs --------------------------------------------------------------------------
+// ---- Layout: mirrored in kernels/cuda_layout.rs ------------------------------------------------------------------
 
 // Bytes before the chunk of a strip.
 __device__ __forceinline__ u64 weight_offset(u32 strip, u32 chunk, u32 chunks) {
