@@ -105,6 +105,17 @@ pub(super) struct QuantizeArgs {
     pub(super) no_eval: bool,
 }
 
+/// Where a model is run, and in what.
+#[derive(Debug, Args)]
+pub(super) struct ComputeArgs {
+    /// Where to compute: auto, cpu, cuda, cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub(super) device: String,
+    /// What to compute in: auto, fp32, bf16, fp16; fp32 on the CPU, fp16 or bf16 on CUDA
+    #[arg(long, value_name = "DTYPE", default_value_t = ComputeDtype::Auto)]
+    pub(super) compute_dtype: ComputeDtype,
+}
+
 /// Where text comes from.
 #[derive(Debug, Args)]
 pub(super) struct TextArgs {
@@ -129,6 +140,15 @@ pub(super) struct VerifyArgs {
     /// The checkpoint it was made from: measure the distance of every linear
     #[arg(long, value_name = "DIR")]
     pub(super) against: Option<PathBuf>,
+    /// Also put every linear through the int4 matmul of this device (auto, cpu, cuda, cuda:N) and compare it with fp64, on
+    /// activations of a bundled text or of --dataset
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<String>,
+    /// What that matmul computes in: auto, fp32, bf16, fp16; fp32 on the CPU, fp16 or bf16 on CUDA
+    #[arg(long, value_name = "DTYPE", default_value_t = ComputeDtype::Auto, requires = "device")]
+    pub(super) compute_dtype: ComputeDtype,
+    #[command(flatten)]
+    pub(super) text: TextArgs,
 }
 
 #[derive(Debug, Args)]
@@ -150,6 +170,8 @@ pub(super) struct EvalArgs {
     /// Also write tokens and the quantized model's logits to this safetensors file; one --quantized only
     #[arg(long, value_name = "FILE")]
     pub(super) dump_logits: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) compute: ComputeArgs,
 }
 
 #[derive(Debug, Args)]
@@ -165,6 +187,8 @@ pub(super) struct InspectArgs {
 pub(super) struct GenerateArgs {
     /// Folder of a GPTQ checkpoint, or of a dense one
     pub(super) dir: PathBuf,
+    #[command(flatten)]
+    pub(super) compute: ComputeArgs,
     /// The text to go on with
     #[arg(long, value_name = "TEXT")]
     pub(super) prompt: String,
@@ -195,13 +219,13 @@ pub(super) struct BenchArgs {
     /// The variant that is solved, packed or multiplied
     #[arg(long, default_value = "4bit-128g")]
     pub(super) variant: Variant,
-    /// Repetitions; the fastest counts
+    /// Repetitions; the fastest counts, of the matmul on CUDA the median
     #[arg(long, default_value_t = 5)]
     pub(super) repeat: usize,
-    /// Where to measure the solver: auto, cpu, cuda, cuda:N; on CUDA for the shape and for it turned around
+    /// Where to measure solver and matmul: auto, cpu, cuda, cuda:N; on CUDA for the shape and for it turned around
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub(super) device: String,
-    /// Also write the result to this file, as JSON
+    /// Also write the figures as JSON to this file
     #[arg(long, value_name = "FILE")]
     pub(super) out: Option<PathBuf>,
 }

@@ -12,7 +12,7 @@ use gptq::{
     },
     kernels,
     pack::PackedLinear,
-    variant::Variant,
+    variant::{Order, Variant},
 };
 use rayon::prelude::*;
 use serde::Serialize;
@@ -20,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     args::{BenchArgs, BenchKind, OutputArgs},
-    bench_cuda, terminal,
+    bench_cuda, bench_cuda_matmul, terminal,
 };
 
 /// Tokens in the solver's benchmark, and rows of activations in the matmul's.
@@ -43,8 +43,10 @@ pub(super) fn run(args: &BenchArgs, output: &OutputArgs) -> Result<bool> {
     let _guard = tch::no_grad_guard();
     let choice = device::resolve(&args.device)?;
     choice.note.iter().for_each(|note| terminal::note(output, note));
-    if choice.device != Device::Cpu {
-        return bench_cuda::run(args, output, &choice);
+    match (args.what, choice.device) {
+        (_, Device::Cpu) => {}
+        (BenchKind::Matmul, device) => return bench_cuda_matmul::run(args, device, output),
+        _ => return bench_cuda::run(args, output, &choice),
     }
     let lines = match args.what {
         BenchKind::Solver => solver(args)?,
@@ -162,16 +164,20 @@ fn matmul(args: &BenchArgs) -> Result<Vec<Line>> {
 }
 
 /// Codes, scales and zeros without meaning but with the variant's shape.
-fn random_linear((n, k): (usize, usize), variant: &Variant) -> QuantizedLinear {
+pub(super) fn random_linear((n, k): (usize, usize), variant: &Variant) -> QuantizedLinear {
     let groups = variant.group_size.groups(k);
     let size = variant.group_size.features(k);
     let hash = |i: usize| (i as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40;
     let codes = (0..n * k).map(|i| hash(i) as u8 & variant.bits.max_code()).collect();
     let scales = vec![half::f16::from_f32(0.01); groups * n];
     let zeros = vec![variant.bits.symmetric_zero(); groups * n];
-    let g_idx =
-        (0..k).map(|i| if variant.order.desc_act() { hash(i) as usize % groups } else { i / size } as u32);
-    QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx.collect())
+    let mut order: Vec<usize> = (0..k).collect();
+    if variant.order == Order::Act {
+        order.sort_by_key(|&feature| hash(feature));
+    }
+    let mut g_idx = vec![0; k];
+    order.into_iter().enumerate().for_each(|(position, feature)| g_idx[feature] = (position / size) as u32);
+    QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx)
 }
 
 /// Seconds of the fastest of `repeat` runs, and the last one's result.

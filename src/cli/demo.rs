@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use gptq::{
     calibration::{Corpus, Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
+    model::Compute,
     pipeline::{self, Run},
     plan::Plan,
     verify,
@@ -80,7 +81,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
 
     terminal::note(output, "verifying every branch");
     for branch in &report.branches {
-        let found = verify::verify(&out.join(&branch.branch), Some(&checkpoint), &terminal)?;
+        let found = verify::verify(&out.join(&branch.branch), Some(&checkpoint), None, &terminal)?;
         if let Some(finding) = found.findings.first() {
             bail!("branch `{}`: {}: {}", branch.branch, finding.subject, finding.problem);
         }
@@ -88,8 +89,9 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     terminal::note(output, "evaluating against fp16");
     let evaluation = Tokens::new(&evaluation, &tokenizer, vocab_size)?;
     let windows = Windows::sequential(&evaluation, SEQ_LEN, None)?;
+    let name = "demo evaluation text";
     let measured =
-        quantize::evaluate_branches(&report, &out, &checkpoint, &windows, "demo evaluation text", &terminal)?;
+        quantize::evaluate_branches(&report, &out, &checkpoint, &windows, name, Compute::CPU, &terminal)?;
     report.evaluation = Some(measured);
     pipeline::write_report(&out, &report)?;
     drop(terminal);
@@ -98,6 +100,12 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         terminal::result(&how_to_load(&out))?;
     }
     Ok(true)
+}
+
+/// The bundled calibration text.
+pub(super) fn calibration_text() -> gptq::Result<Corpus> {
+    let [(name, bytes), _] = TEXTS;
+    Corpus::from_parquet_bytes(name, bytes, "text")
 }
 
 fn how_to_load(out: &Path) -> String {

@@ -7,6 +7,7 @@ use gptq::{
     calibration::{CorpusSource, Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
     eval::{self, Candidate},
+    model::Compute,
     report::evaluation_table,
 };
 use safetensors::{Dtype, tensor::TensorView};
@@ -22,6 +23,7 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     reference.check()?;
     let quantized = args.quantized.iter().map(|dir| Checkpoint::open(dir));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
+    let compute = args.compute.resolve(&reference, output)?;
     let name = args.text.dataset.as_deref().unwrap_or("wikitext2-test");
     let source = CorpusSource::resolve(name, &datasets::options(&args.text))?;
     let tokenizer = Tokenizer::open(&args.model)?;
@@ -36,11 +38,11 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         .map(|(dir, checkpoint)| Candidate { name: folder_name(dir), checkpoint })
         .collect();
     let terminal = Terminal::new(output);
-    let evaluation = eval::evaluate(&reference, &candidates, &windows, source.name(), &terminal)?;
+    let evaluation = eval::evaluate(&reference, &candidates, &windows, source.name(), compute, &terminal)?;
     drop(terminal);
     if let Some(path) = &args.dump_logits {
         let [checkpoint] = &quantized[..] else { bail!("--dump-logits needs exactly one --quantized") };
-        dump_logits(path, checkpoint, &windows)?;
+        dump_logits(path, checkpoint, &windows, compute)?;
     }
     if output.json {
         terminal::json(&evaluation)?;
@@ -56,8 +58,8 @@ fn folder_name(dir: &Path) -> String {
 }
 
 /// Writes `tokens` `[W, S]` i64 and `logits` `[W, S, vocab]` f32.
-fn dump_logits(path: &Path, checkpoint: &Checkpoint, windows: &Windows) -> Result<()> {
-    let logits = eval::logits(checkpoint, windows)?;
+fn dump_logits(path: &Path, checkpoint: &Checkpoint, windows: &Windows, compute: Compute) -> Result<()> {
+    let logits = eval::logits(checkpoint, windows, compute)?;
     let shape: Vec<usize> = logits.size().iter().map(|&s| s as usize).collect();
     let values = Vec::<f32>::try_from(logits.f_contiguous()?.f_view(-1)?)?;
     let tensors = [

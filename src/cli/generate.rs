@@ -8,11 +8,12 @@ use gptq::{
 
 use super::{
     args::{GenerateArgs, OutputArgs},
-    terminal,
+    terminal::{self, Terminal},
 };
 
 pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&args.dir)?;
+    let compute = args.compute.resolve(&checkpoint, output)?;
     let request = Request {
         prompt: args.prompt.clone(),
         max_tokens: args.max_tokens,
@@ -32,7 +33,9 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
             printed = terminal::piece(&format!("{prompt}{piece}"));
         }
     };
-    let made = generate(&checkpoint, &request, &mut piece);
+    let terminal = Terminal::new(output);
+    let made = generate(&checkpoint, &request, compute, &terminal, &mut piece);
+    drop(terminal);
     if begun {
         printed.and_then(|()| terminal::piece("\n"))?;
     }

@@ -3,6 +3,8 @@
 mod args;
 mod bench;
 mod bench_cuda;
+mod bench_cuda_matmul;
+mod compute;
 mod datasets;
 mod demo;
 mod environment;

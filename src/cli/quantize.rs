@@ -6,9 +6,11 @@ use anyhow::Result;
 use gptq::{
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
+    device,
     eval::{self, Candidate},
+    model::Compute,
     pipeline::{self, Run},
-    plan::Plan,
+    plan::{ComputeDtype, Plan},
     progress::Progress,
     report::{Evaluation, Report, evaluation_table, run_table},
 };
@@ -55,8 +57,11 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     };
     let mut report = pipeline::quantize(&run, &terminal)?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
+        // Where the run was; in what the kernels there multiply packed weights with.
+        let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
+        let (out, name) = (&args.out, source.name());
         report.evaluation =
-            Some(evaluate_branches(&report, &args.out, &checkpoint, windows, source.name(), &terminal)?);
+            Some(evaluate_branches(&report, out, &checkpoint, windows, name, compute, &terminal)?);
         pipeline::write_report(&args.out, &report)?;
     }
     drop(terminal);
@@ -71,6 +76,7 @@ pub(super) fn evaluate_branches(
     reference: &Checkpoint,
     windows: &Windows,
     dataset: &str,
+    compute: Compute,
     progress: &dyn Progress,
 ) -> gptq::Result<Evaluation> {
     let opened = report.branches.iter().map(|b| Checkpoint::open(&out.join(&b.branch)));
@@ -81,7 +87,7 @@ pub(super) fn evaluate_branches(
         .zip(&opened)
         .map(|(branch, checkpoint)| Candidate { name: branch.branch.clone(), checkpoint })
         .collect();
-    eval::evaluate(reference, &candidates, windows, dataset, progress)
+    eval::evaluate(reference, &candidates, windows, dataset, compute, progress)
 }
 
 /// Prints the run's tables or its JSON.

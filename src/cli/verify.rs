@@ -2,14 +2,19 @@
 
 use std::fmt::Write;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use gptq::{
+    calibration::{Corpus, CorpusSource},
     checkpoint::Checkpoint,
-    verify::{self, Verification},
+    device,
+    verify::{self, KernelOptions, Verification},
 };
+
+use tch::Device;
 
 use super::{
     args::{OutputArgs, VerifyArgs},
+    datasets, demo,
     terminal::{self, Terminal},
 };
 
@@ -18,8 +23,16 @@ const SHOWN: usize = 20;
 
 pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     let against = args.against.as_ref().map(|dir| Checkpoint::open(dir)).transpose()?;
+    if args.device.is_none() && args.text.dataset.is_some() {
+        bail!("--dataset is the text for --device, which is not given");
+    }
+    let kernel = args.device.as_ref().map(|device| kernel(args, device, output)).transpose()?;
+    let options = kernel.as_ref().map(|(device, corpus)| {
+        let (device, dtype) = (*device, args.compute_dtype);
+        KernelOptions { device, dtype, corpus }
+    });
     let terminal = Terminal::new(output);
-    let verification = verify::verify(&args.dir, against.as_ref(), &terminal)?;
+    let verification = verify::verify(&args.dir, against.as_ref(), options.as_ref(), &terminal)?;
     drop(terminal);
     if output.json {
         terminal::json(&verification)?;
@@ -27,6 +40,17 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
         terminal::result(&text(&verification, output.verbose))?;
     }
     Ok(verification.passed())
+}
+
+/// What to run the linears on: device and text.
+fn kernel(args: &VerifyArgs, device: &str, output: &OutputArgs) -> Result<(Device, Corpus)> {
+    let choice = device::resolve(device)?;
+    choice.note.iter().for_each(|note| terminal::note(output, note));
+    let corpus = match &args.text.dataset {
+        Some(name) => CorpusSource::resolve(name, &datasets::options(&args.text))?.load()?,
+        None => demo::calibration_text()?,
+    };
+    Ok((choice.device, corpus))
 }
 
 fn text(verification: &Verification, verbose: bool) -> String {
@@ -52,6 +76,31 @@ fn text(verification: &Verification, verbose: bool) -> String {
             worst.relative_error,
             worst.name
         );
+    }
+    if let Some(kernel) = &verification.kernel {
+        if verbose {
+            for linear in &kernel.linears {
+                let _ = writeln!(
+                    text,
+                    "{:<44} matmul {:.2e}, {:.3} of what rounding explains",
+                    linear.name, linear.relative_error, linear.rounding
+                );
+            }
+        }
+        if let Some(worst) = kernel.worst() {
+            let _ = writeln!(
+                text,
+                "int4 matmul in {} against fp64, {} tokens: at most {:.3} of what rounding explains over {} linears \
+                 ({} with {} tokens, relative error {:.2e})",
+                kernel.computed,
+                kernel.tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join("/"),
+                worst.rounding,
+                kernel.linears.len(),
+                worst.name,
+                worst.tokens,
+                worst.relative_error
+            );
+        }
     }
     for reader in &verification.readers {
         let verdict = reader.refused.as_deref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));

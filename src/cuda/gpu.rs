@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     ffi::c_void,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use cudarc::driver::{
@@ -29,6 +32,8 @@ pub struct Gpu {
     pub multiprocessors: u32,
     /// Shared memory a thread block can have, bytes.
     pub shared_memory: usize,
+    /// The second-level cache, bytes.
+    pub l2_cache: usize,
 }
 
 /// By file and macros.
@@ -47,6 +52,8 @@ pub struct Memory {
 pub struct Kernel {
     function: CudaFunction,
     name: &'static str,
+    /// Dynamic shared memory that the driver was asked to allow, bytes.
+    allowed: AtomicUsize,
 }
 
 /// How many blocks of how many threads, and their dynamic shared memory.
@@ -118,7 +125,8 @@ impl Gpu {
 
     fn open(index: usize) -> Result<Self, DriverError> {
         use CUdevice_attribute::{
-            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+            CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         };
         // The context that libtorch uses too.
         let context = CudaContext::new(index)?;
@@ -128,6 +136,7 @@ impl Gpu {
             capability: context.compute_capability()?,
             multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
             shared_memory: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+            l2_cache: attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?,
             modules: Mutex::new(HashMap::new()),
             context,
         })
@@ -180,7 +189,7 @@ impl Gpu {
             }
         };
         let function = module.load_function(name).map_err(failed(format!("find kernel {name}")))?;
-        Ok(Kernel { function, name })
+        Ok(Kernel { function, name, allowed: AtomicUsize::new(UNASKED) })
     }
 
     /// Launches a kernel. A cooperative one may wait for all of its blocks.
@@ -205,11 +214,7 @@ impl Gpu {
         let shared = grid.shared as u32;
         // A thread may launch on several devices.
         self.context.bind_to_thread().map_err(refused())?;
-        // More than 48 KiB has to be asked for.
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        if grid.shared > 48 << 10 {
-            kernel.function.set_attribute(attribute, grid.shared as i32).map_err(refused())?;
-        }
+        kernel.allow(grid.shared).map_err(refused())?;
         let mut addresses: Vec<*mut c_void> = arguments.iter().map(Argument::address).collect();
         let launch = if cooperative { launch_cooperative_kernel } else { launch_kernel };
         // libtorch's stream unless it is told otherwise: the default one.
@@ -224,9 +229,28 @@ impl Gpu {
     /// # Errors
     /// When the driver does not say.
     pub fn resident_blocks(&self, kernel: &Kernel, threads: u32, shared: usize) -> Result<usize> {
-        let occupancy = kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None);
-        let a_multiprocessor = occupancy.map_err(failed(format!("fit {} on the device", kernel.name)))?;
+        let occupancy = || {
+            self.context.bind_to_thread()?;
+            kernel.allow(shared)?;
+            kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None)
+        };
+        let a_multiprocessor = occupancy().map_err(failed(format!("fit {} on the device", kernel.name)))?;
         Ok(a_multiprocessor as usize * self.multiprocessors as usize)
+    }
+}
+
+/// Shared memory that a kernel has without asking, bytes.
+const UNASKED: usize = 48 << 10;
+
+impl Kernel {
+    /// Asks for dynamic shared memory, once for each larger amount: a launch would else cost another call.
+    fn allow(&self, shared: usize) -> Result<(), DriverError> {
+        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        if shared > self.allowed.load(Ordering::Relaxed) {
+            self.function.set_attribute(attribute, shared as i32)?;
+            self.allowed.fetch_max(shared, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 

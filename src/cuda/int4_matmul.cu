@@ -1,7 +1,8 @@
 // y[M,N] = x[M,K] · dequant(W)ᵀ for 4- and 8-bit GPTQ weights, fp16 or bf16 in and out, fp32 accumulation.
 //
-// Compiled by NVRTC for sm_80 and later; includes nothing. Every index computation below that touches the layout has
-// a Rust function of the same name in cuda_layout.rs, where a CPU emulation of all lanes tests it.
+// Compiled by NVRTC for sm_80 and later; includes nothing. The layout of weights and parameters is that of
+// kernels/cuda_layout.rs, whose functions have the names of those here; kernels/cuda_plan.rs chooses the configuration
+// and the launches.
 //
 // Configuration, by -D:
 //   BITS          4 or 8
@@ -27,16 +28,16 @@
 // is the published idea of FasterTransformer's int4 converters, and holding weights in operand order with a per-warp
 // pipeline that of Marlin (arXiv 2408.11743); the work split is stream-K (arXiv 2301.03598). All code here is our own.
 //
-// Registers and dynamic shared memory (bytes), the worst over BF16, ZEROS, GROUP_TILES and PDL; ptxas 13.0.88, no spills
-// and no stack in any of them (check.py). Strips/stages of few as in check.py: sm_90a 4-bit 8/3, 8-bit 4/3, sm_80 4/3
-// and 4/2, sm_89 2/3 and 2/2, two stages when GROUP_TILES < 4; MANY_STAGES 4 on sm_90a, else 3. few has 4 static bytes
-// more.
+// Registers and dynamic shared memory (bytes), the most over BF16, ZEROS and GROUP_TILES, with the strips and stages
+// that kernels/cuda_plan.rs chooses: few 8/3 (8/2 for small groups) on sm_90a and 4/3 or 4/2 at 8 bits there and on
+// sm_80, 4/2 to 2/2 on sm_89; MANY_STAGES 4, and 3 on sm_89 and for small groups at 8 bits on sm_80. ptxas 13.0.88 -v
+// after NVRTC: no spills and no stack in any of the 72. few has 4 static bytes more.
 //                              sm_80 4-bit    sm_80 8-bit    sm_89 4-bit    sm_89 8-bit    sm_90a 4-bit   sm_90a 8-bit
-//   int4_matmul_few_8          106   96256    126  114688     76   60416     80   65536    122  167936    117  145408
-//   int4_matmul_few_16         158  137216    153  147456    125   93184    110   90112    180  225280    162  186368
-//   int4_matmul_many_64        117   43008    127   55296    117   43008    127   55296    123   57344    127   73728
-//   int4_matmul_many_128       145   67584    149   79872    145   67584    149   79872    147   90112    148  106496
-//   int4_matmul_many_256       255  116736    255  129024     (needs more shared memory)   254  155648    255  172032
+//   int4_matmul_few_8          106  114688    126  114688     80   67584     80   65536    122  167936    117  163840
+//   int4_matmul_few_16         158  155648    153  147456    146  100352    110   90112    180  225280    162  204800
+//   int4_matmul_many_64        117   57344    127   67584    117   43008    127   55296    123   57344    127   73728
+//   int4_matmul_many_128       145   90112    148  100352    145   67584    149   79872    147   90112    148  106496
+//   int4_matmul_many_256       255  155648    255  165888    (needs more shared memory)    254  155648    255  172032
 //   int4_gather                 32       0     32       0     36       0     36       0     32       0     32       0
 
 #ifndef BITS
@@ -83,7 +84,7 @@ constexpr u32 WARPS = THREADS / 32;
 static_assert(BITS == 4 || BITS == 8, "codes of 4 or 8 bits");
 static_assert(GROUP_TILES == 1 || GROUP_TILES == 2 || GROUP_TILES == 4, "parts of a chunk");
 
-// ---- Layout: mirrored in cuda_layout.rs --------------------------------------------------------------------------
+// ---- Layout: mirrored in kernels/cuda_layout.rs ------------------------------------------------------------------
 
 // Bytes before the chunk of a strip.
 __device__ __forceinline__ u64 weight_offset(u32 strip, u32 chunk, u32 chunks) {

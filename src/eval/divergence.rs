@@ -40,7 +40,9 @@ impl Comparison {
             let count = POSITIONS.min(positions - start);
             let log_p = log_probabilities(runner, hidden, start, count)?;
             let next = &ids[start as usize + 1..][..count as usize];
-            let target = Tensor::f_from_slice(next).and_then(|t| t.f_unsqueeze(1)).torch("read tokens")?;
+            let target = Tensor::f_from_slice(next)
+                .and_then(|t| t.f_to_device(log_p.device())?.f_unsqueeze(1))
+                .torch("read tokens")?;
             comparison.nll += nll(&log_p, &target).torch("score a window")?;
             comparison.log_probabilities.push(log_p);
             comparison.targets.push(target);

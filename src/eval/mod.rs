@@ -5,14 +5,15 @@ mod statistics;
 
 use std::time::Instant;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::{
     calibration::{Windows, check_seq_len},
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, LlamaConfig},
+    cuda::Gpu,
     error::{Error, Result, TorchContext},
-    model::Runner,
-    progress::Progress,
+    model::{Compute, Runner, kind_name},
+    progress::{Event, Progress},
     report::{EvaluatedModel, Evaluation, Interval},
 };
 use divergence::{Comparison, WindowScores};
@@ -29,7 +30,7 @@ pub struct Candidate<'a> {
     pub checkpoint: &'a Checkpoint,
 }
 
-/// Evaluates quantized models against the dense `reference` on the same tokens.
+/// Evaluates quantized models against the dense `reference` on the same tokens; all of them computed in the same way.
 ///
 /// # Errors
 /// When a model cannot be run, or is not comparable with the reference.
@@ -38,6 +39,7 @@ pub fn evaluate(
     candidates: &[Candidate<'_>],
     windows: &Windows,
     dataset: &str,
+    compute: Compute,
     progress: &dyn Progress,
 ) -> Result<Evaluation> {
     let begun = Instant::now();
@@ -47,20 +49,27 @@ pub fn evaluate(
     for candidate in candidates {
         comparable(reference, candidate.checkpoint)?;
     }
-    let dense = Runner::dense(reference, seq_len, Kind::Float, Device::Cpu)?;
-    let quantized: Vec<Runner<'_>> =
-        candidates.iter().map(|c| Runner::quantized(c.checkpoint, seq_len)).collect::<Result<_>>()?;
+    let dense = Runner::dense(reference, seq_len, compute)?;
+    let quantized: Vec<Runner<'_>> = candidates
+        .iter()
+        .map(|c| Runner::quantized(c.checkpoint, seq_len, compute))
+        .collect::<Result<_>>()?;
 
     let mut reference_scores = Vec::new();
     let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
-    let per_chunk = (CHUNK_TOKENS / seq_len).max(1) * seq_len;
+    let models = 1 + candidates.len();
+    let per_chunk = (chunk_tokens(compute, reference.config(), models)? / seq_len).max(1) * seq_len;
     let layers = reference.config().num_layers as u64;
     let chunks = windows.ids().len().div_ceil(per_chunk) as u64;
-    progress.begin("evaluating", chunks * layers * (1 + candidates.len() as u64));
+    progress.begin("evaluating", chunks * layers * models as u64);
     for ids in windows.ids().chunks(per_chunk) {
         let run = |runner: &Runner<'_>| runner.hidden_states(ids, seq_len, || progress.advance(1));
         let expected = flatten(run(&dense)?)?;
         let found = quantized.iter().map(|q| flatten(run(q)?)).collect::<Result<Vec<_>>>()?;
+        for (candidate, runner) in candidates.iter().zip(&quantized) {
+            let notes = runner.notes();
+            notes.iter().for_each(|n| progress.event(&Event::Note(&format!("{}: {n}", candidate.name))));
+        }
         for (w, ids) in ids.chunks(seq_len).enumerate() {
             let comparison = Comparison::new(&dense, &expected.get(w as i64), ids)?;
             reference_scores.push(comparison.reference_nll());
@@ -85,7 +94,7 @@ pub fn evaluate(
     Ok(Evaluation {
         dataset: dataset.to_owned(),
         sha256: windows.digest().to_owned(),
-        protocol: protocol(dataset, windows),
+        protocol: protocol(dataset, windows, compute),
         windows: windows.count(),
         seq_len,
         reference_perplexity: exponential_of_mean(&reference_scores),
@@ -94,15 +103,29 @@ pub fn evaluate(
     })
 }
 
-/// Logits `[W·seq_len, vocab]` fp32 of a quantized model, for comparing with other software.
+/// Logits `[W, seq_len, vocab]` fp32, on the CPU, of a quantized model, for comparing with other software.
 ///
 /// # Errors
 /// When the model cannot be run.
-pub fn logits(checkpoint: &Checkpoint, windows: &Windows) -> Result<Tensor> {
+pub fn logits(checkpoint: &Checkpoint, windows: &Windows, compute: Compute) -> Result<Tensor> {
     let _guard = tch::no_grad_guard();
-    let runner = Runner::quantized(checkpoint, windows.seq_len())?;
+    let runner = Runner::quantized(checkpoint, windows.seq_len(), compute)?;
     let hidden = flatten(runner.hidden_states(windows.ids(), windows.seq_len(), || ())?)?;
-    runner.logits(&hidden)
+    let windows = (0..hidden.size()[0])
+        .map(|w| runner.logits(&hidden.get(w))?.f_to_device(Device::Cpu).torch("read logits"));
+    Tensor::f_stack(&windows.collect::<Result<Vec<_>>>()?, 0).torch("join logits")
+}
+
+/// Tokens whose hidden states are kept at a time. Each chunk reads every layer of every model, and on CUDA copies it, so
+/// that there a chunk is as large as a quarter of the free memory holds.
+fn chunk_tokens(compute: Compute, config: &LlamaConfig, models: usize) -> Result<usize> {
+    if compute.device == Device::Cpu {
+        return Ok(CHUNK_TOKENS);
+    }
+    let free = Gpu::of(compute.device)?.memory()?.free;
+    // A model's states exist twice while they are joined.
+    let a_token = (models + 1) * config.hidden_size * compute.kind.elt_size_in_bytes();
+    Ok((free / 4 / a_token).max(CHUNK_TOKENS))
 }
 
 /// Batches `[B, S, hidden]` → `[W, S, hidden]`.
@@ -127,14 +150,18 @@ fn comparable(reference: &Checkpoint, candidate: &Checkpoint) -> Result<()> {
     }
 }
 
-fn protocol(dataset: &str, windows: &Windows) -> String {
+fn protocol(dataset: &str, windows: &Windows, compute: Compute) -> String {
     format!(
         "Protocol: {dataset}, rows joined and tokenized once with the tokenizer's own BOS rule; the first {} \
-         non-overlapping windows of {} tokens; fp32. Perplexity is exp of the mean negative log-likelihood of each \
+         non-overlapping windows of {} tokens; {}. Perplexity is exp of the mean negative log-likelihood of each \
          window's tokens but the first; KL(fp16 ‖ quantized) in nats and top-1 agreement are means over the same \
          positions. ± is half the 95% interval over windows (paired for the change).",
         windows.count(),
-        windows.seq_len()
+        windows.seq_len(),
+        match compute.device {
+            Device::Cpu => kind_name(compute.kind).to_owned(),
+            _ => compute.to_string(),
+        }
     )
 }
 

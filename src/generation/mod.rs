@@ -12,7 +12,8 @@ use crate::{
     calibration::Tokenizer,
     checkpoint::Checkpoint,
     error::{Error, Result},
-    model::{Decoder, Runner},
+    model::{Compute, Decoder, Runner, check_device_memory, device_need},
+    progress::{Event, Progress},
 };
 
 /// What is asked for.
@@ -59,11 +60,17 @@ pub struct Generated {
     pub tokens_per_second: Option<f64>,
 }
 
-/// Goes on with a prompt, on the CPU in fp32; `emit` gets each piece of text as it comes.
+/// Goes on with a prompt; `emit` gets each piece of text as it comes.
 ///
 /// # Errors
-/// When the prompt has no tokens or does not fit the context, or the model cannot be run.
-pub fn generate(checkpoint: &Checkpoint, request: &Request, mut emit: impl FnMut(&str)) -> Result<Generated> {
+/// When the prompt has no tokens or does not fit the context, or the model cannot be run or does not fit the device.
+pub fn generate(
+    checkpoint: &Checkpoint,
+    request: &Request,
+    compute: Compute,
+    progress: &dyn Progress,
+    mut emit: impl FnMut(&str),
+) -> Result<Generated> {
     let _guard = tch::no_grad_guard();
     let config = checkpoint.config();
     let mut sampler = Sampler::new(&request.sampling)?;
@@ -84,10 +91,15 @@ pub fn generate(checkpoint: &Checkpoint, request: &Request, mut emit: impl FnMut
 
     let begun = Instant::now();
     let capacity = context.min(ids.len().saturating_add(request.max_tokens));
-    let runner = Runner::open(checkpoint, capacity)?;
+    let need = device_need(checkpoint, ids.len(), capacity)?;
+    if let Some(note) = check_device_memory(compute, &need)? {
+        progress.event(&Event::Note(&note));
+    }
+    let runner = Runner::open(checkpoint, capacity, compute)?;
     let packed =
         (0..config.num_layers).map(|layer| runner.packed_layer(layer)).collect::<Result<Vec<_>>>()?;
     let mut decoder = Decoder::new(&runner, &packed, capacity)?;
+    runner.notes().iter().for_each(|note| progress.event(&Event::Note(note)));
     let load_seconds = begun.elapsed().as_secs_f64();
 
     let begun = Instant::now();

@@ -1,9 +1,11 @@
 //! One sequence, token by token: all layers in memory, keys and values cached.
 
+use tch::Device;
+
 use super::{KvCache, Layer, PackedLayer, Runner};
 use crate::error::{Result, TorchContext};
 
-/// Decodes one sequence. Packed weights stay packed, in the memory map.
+/// Decodes one sequence. Packed weights stay packed: on the CPU in the memory map, on CUDA on the device.
 pub struct Decoder<'a> {
     runner: &'a Runner<'a>,
     layers: Vec<(Layer<'a>, KvCache)>,
@@ -15,10 +17,13 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// When a tensor is malformed or memory ends.
     pub fn new(runner: &'a Runner<'a>, packed: &'a [PackedLayer<'a>], capacity: usize) -> Result<Self> {
-        let layers = packed
-            .iter()
-            .enumerate()
-            .map(|(layer, packed)| Ok((runner.layer(layer, packed)?, runner.llama().cache(capacity)?)));
+        let layers = packed.iter().enumerate().map(|(layer, packed)| {
+            let ready = runner.layer(layer, packed)?;
+            if runner.llama().device() != Device::Cpu {
+                runner.llama().release(layer); // it has been copied
+            }
+            Ok((ready, runner.llama().cache(capacity)?))
+        });
         Ok(Self { runner, layers: layers.collect::<Result<_>>()? })
     }
 

@@ -6,7 +6,7 @@ use crate::{
     amx,
     error::{Error, Result, TorchContext},
     gptq::{QuantizedLinear, solver::Solved},
-    kernels,
+    kernels::{self, CudaMatmul},
     pack::PackedView,
 };
 
@@ -46,6 +46,23 @@ impl Dense {
         let weight = transposed.f_to_device(device).and_then(|w| w.f_tr()).torch("dequantize a linear")?;
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
         Ok(Self { weight, bias })
+    }
+
+    /// The dense form of a packed linear, in `kind` on `device`. `bias` `[N]` likewise.
+    ///
+    /// # Errors
+    /// When memory ends.
+    pub fn from_packed(
+        linear: &PackedView<'_>,
+        bias: Option<Tensor>,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self> {
+        let size = [linear.in_features() as i64, linear.out_features() as i64];
+        let transposed = Tensor::f_empty(size, (Kind::Float, Device::Cpu)).torch("dequantize a linear")?;
+        kernels::dequantize_into(linear, values_mut(&transposed));
+        let weight = transposed.f_to_device(device).and_then(|w| w.f_to_kind(kind)?.f_tr());
+        Ok(Self { weight: weight.torch("dequantize a linear")?, bias })
     }
 
     /// A dense linear in another kind.
@@ -120,6 +137,35 @@ impl Linear for Packed<'_> {
         *size.last_mut().expect("an input has at least one axis") = n as i64;
         let y = Tensor::f_zeros(&size, (Kind::Float, Device::Cpu)).torch("allocate an output")?;
         kernels::matmul(input, rows, &self.weight, values_mut(&y));
+        match &self.bias {
+            Some(bias) => y.f_add(bias).torch("add a bias"),
+            None => Ok(y),
+        }
+    }
+}
+
+/// A packed linear on a CUDA device.
+pub struct CudaPacked {
+    matmul: CudaMatmul,
+    /// `[N]` of the matmul's kind, on its device.
+    bias: Option<Tensor>,
+}
+
+impl CudaPacked {
+    /// `bias` `[N]` of the matmul's kind, on its device.
+    pub fn new(matmul: CudaMatmul, bias: Option<Tensor>) -> Self {
+        Self { matmul, bias }
+    }
+}
+
+impl Linear for CudaPacked {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut size = x.size();
+        let k = size.last().copied().unwrap_or_default();
+        let rows = x.f_reshape([-1, k]).torch("lay out an input")?;
+        let y = self.matmul.forward(&rows)?;
+        *size.last_mut().expect("an input has at least one axis") = y.size()[1];
+        let y = y.f_view(&size[..]).torch("lay out an output")?;
         match &self.bias {
             Some(bias) => y.f_add(bias).torch("add a bias"),
             None => Ok(y),

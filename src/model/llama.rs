@@ -2,11 +2,11 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Dense, KvCache, Linear, Packed, attention::Attention};
+use super::{Dense, KvCache, Linear, attention::Attention};
 use crate::{
     checkpoint::{
-        Checkpoint, Dtype, EMBED_TOKENS, FINAL_NORM, LM_HEAD, LinearId, LinearKind, LlamaConfig,
-        PackedTensors, TensorView, input_layernorm, post_attention_layernorm,
+        Checkpoint, Dtype, EMBED_TOKENS, FINAL_NORM, LM_HEAD, LinearId, LinearKind, LlamaConfig, TensorView,
+        input_layernorm, post_attention_layernorm,
     },
     error::{Error, Result, TorchContext},
 };
@@ -71,7 +71,7 @@ pub struct Norms {
 pub struct Layer<'a> {
     norms: Norms,
     /// In the order of [`LinearKind::ALL`].
-    linears: Vec<Box<dyn Linear + 'a>>,
+    linears: [Box<dyn Linear + 'a>; LinearKind::ALL.len()],
 }
 
 impl<'a> Llama<'a> {
@@ -173,25 +173,15 @@ impl<'a> Llama<'a> {
         self.checkpoint.release_layer(layer);
     }
 
-    /// A layer, of linears that are packed, borrowed from `packed` (in the order of [`LinearKind::ALL`]), or dense
-    /// where that is `None`.
+    /// A layer of these linears, in the order of [`LinearKind::ALL`].
     ///
     /// # Errors
-    /// When a tensor is missing, malformed or not finite.
-    pub fn layer<'t>(&self, layer: usize, packed: &'t [Option<PackedTensors<'_>>]) -> Result<Layer<'t>> {
-        let mut linears: Vec<Box<dyn Linear + 't>> = Vec::with_capacity(packed.len());
-        for (kind, packed) in LinearKind::ALL.into_iter().zip(packed) {
-            linears.push(match packed {
-                Some(packed) => {
-                    let bias = packed.bias.as_ref().map(|b| Tensor::f_from_slice(b)).transpose();
-                    Box::new(Packed::new(packed.into(), bias.torch("read a bias")?))
-                }
-                None => {
-                    let (weight, bias) = self.weight(LinearId { layer, kind }, self.kind)?;
-                    Box::new(Dense::new(weight, bias))
-                }
-            });
-        }
+    /// When a norm is missing, malformed or not finite.
+    pub fn layer<'t>(
+        &self,
+        layer: usize,
+        linears: [Box<dyn Linear + 't>; LinearKind::ALL.len()],
+    ) -> Result<Layer<'t>> {
         Ok(Layer { norms: self.norms(layer)?, linears })
     }
 
@@ -256,9 +246,7 @@ impl<'a> Llama<'a> {
         hidden: &Tensor,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let [q, k, v, o, gate, up, down] = &layer.linears[..] else {
-            unreachable!("layers are made with all seven linears")
-        };
+        let [q, k, v, o, gate, up, down] = &layer.linears;
         let x = self.rms_norm(hidden, &layer.norms.input)?;
         let attended = attend(&q.forward(&x)?, &k.forward(&x)?, &v.forward(&x)?)?;
         let hidden = add(hidden, &o.forward(&attended)?)?;
@@ -288,6 +276,14 @@ impl<'a> Llama<'a> {
 /// When the tensor is missing or of a kind that is not read.
 pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
     tensor_kind(&checkpoint.view(&LinearId { layer: 0, kind: LinearKind::Q }.weight())?)
+}
+
+/// The kind of the embedding, which every checkpoint holds unquantized.
+///
+/// # Errors
+/// When the tensor is missing or of a kind that is not read.
+pub(super) fn embedding_kind(checkpoint: &Checkpoint) -> Result<Kind> {
+    tensor_kind(&checkpoint.view(EMBED_TOKENS)?)
 }
 
 /// libtorch's name of a tensor's dtype.

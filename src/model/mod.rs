@@ -4,14 +4,19 @@
 //! `{q, k, v}` → `{o}` → `{gate, up}` → `{down}`.
 
 mod attention;
+mod compute;
 mod decoder;
 mod linear;
 mod llama;
+mod memory;
+mod packed;
 mod rope;
 mod runner;
 
 pub use attention::KvCache;
+pub use compute::{Compute, kind_name};
 pub use decoder::Decoder;
-pub use linear::{Dense, Linear, Packed};
+pub use linear::{CudaPacked, Dense, Linear, Packed};
 pub use llama::{Layer, Llama, Norms, Stage, add, source_kind};
+pub use memory::{DeviceNeed, check_device_memory, device_need};
 pub use runner::{PackedLayer, Runner};

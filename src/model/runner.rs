@@ -1,8 +1,8 @@
 //! Whole forward passes, dense or packed, one layer in memory at a time.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::{Dense, Layer, Linear, Llama};
+use super::{Compute, Dense, Layer, Linear, Llama, packed::PackedLinears};
 use crate::{
     checkpoint::{Checkpoint, LinearId, LinearKind, PackedTensors, QuantizationConfig, packed},
     error::{Result, TorchContext},
@@ -11,11 +11,11 @@ use crate::{
 /// Tokens that go through a layer together.
 const BATCH_TOKENS: usize = 2048;
 
-/// A model that can be run from tokens to logits; fp32 on the CPU if it is packed.
+/// A model that can be run from tokens to logits.
 pub struct Runner<'a> {
     checkpoint: &'a Checkpoint,
     llama: Llama<'a>,
-    quantization: Option<QuantizationConfig>,
+    quantization: Option<(QuantizationConfig, PackedLinears)>,
     norm: Tensor,
     head: Dense,
 }
@@ -28,41 +28,45 @@ impl<'a> Runner<'a> {
     ///
     /// # Errors
     /// When it is a quantized one, or not whole.
-    pub fn dense(checkpoint: &'a Checkpoint, seq_len: usize, kind: Kind, device: Device) -> Result<Self> {
+    pub fn dense(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         checkpoint.check()?;
-        Self::new(checkpoint, seq_len, kind, device, None)
+        Self::new(checkpoint, seq_len, compute, None)
     }
 
     /// A GPTQ checkpoint, whatever tool wrote it.
     ///
     /// # Errors
-    /// When it is not one, or not whole.
-    pub fn quantized(checkpoint: &'a Checkpoint, seq_len: usize) -> Result<Self> {
+    /// When it is not one, or not whole, or its kernels do not run on this device in this kind.
+    pub fn quantized(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         let quantization = QuantizationConfig::read(checkpoint)?;
-        Self::new(checkpoint, seq_len, Kind::Float, Device::Cpu, Some(quantization))
+        Self::new(checkpoint, seq_len, compute, Some((quantization, PackedLinears::new(compute)?)))
     }
 
-    /// A checkpoint of either sort: quantized if anything shows that it is, else dense in fp32 on the CPU.
+    /// A checkpoint of either sort: quantized if anything shows that it is, else dense.
     ///
     /// # Errors
-    /// When it is not whole.
-    pub fn open(checkpoint: &'a Checkpoint, seq_len: usize) -> Result<Self> {
-        if checkpoint.quantization_mark().is_some() {
-            return Self::quantized(checkpoint, seq_len);
+    /// As for the two.
+    pub fn open(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
+        match checkpoint.quantization_mark() {
+            Some(_) => Self::quantized(checkpoint, seq_len, compute),
+            None => Self::dense(checkpoint, seq_len, compute),
         }
-        Self::dense(checkpoint, seq_len, Kind::Float, Device::Cpu)
     }
 
     fn new(
         checkpoint: &'a Checkpoint,
         seq_len: usize,
-        kind: Kind,
-        device: Device,
-        quantization: Option<QuantizationConfig>,
+        compute: Compute,
+        quantization: Option<(QuantizationConfig, PackedLinears)>,
     ) -> Result<Self> {
-        let llama = Llama::new(checkpoint, seq_len, kind, device)?;
+        let llama = Llama::new(checkpoint, seq_len, compute.kind, compute.device)?;
         let (norm, head) = llama.head()?;
         Ok(Self { checkpoint, llama, quantization, norm, head })
+    }
+
+    /// What a user should know of how the layers run that were loaded since this was asked last.
+    pub fn notes(&self) -> Vec<String> {
+        self.quantization.as_ref().map_or_else(Vec::new, |(_, linears)| linears.notes())
     }
 
     /// Token ids, `[W, seq_len]` flattened, → normalized last hidden states, batches of `[B, seq_len, hidden]`.
@@ -93,7 +97,7 @@ impl<'a> Runner<'a> {
     /// When a tensor is malformed.
     pub fn packed_layer(&self, layer: usize) -> Result<PackedLayer<'a>> {
         let mut tensors = LinearKind::ALL.map(|_| None);
-        if let Some(quantization) = &self.quantization {
+        if let Some((quantization, _)) = &self.quantization {
             for (tensor, kind) in tensors.iter_mut().zip(LinearKind::ALL) {
                 *tensor = packed(self.checkpoint, LinearId { layer, kind }, quantization)?;
             }
@@ -101,12 +105,38 @@ impl<'a> Runner<'a> {
         Ok(tensors)
     }
 
-    /// A layer that is ready to run.
+    /// A layer that is ready to run. On CUDA the packed tensors have been copied and are not needed any more.
     ///
     /// # Errors
     /// When a tensor is malformed or memory ends.
     pub fn layer<'t>(&self, layer: usize, packed: &'t PackedLayer<'_>) -> Result<Layer<'t>> {
-        self.llama.layer(layer, packed)
+        self.layer_of(layer, packed, &mut |_, linear| linear)
+    }
+
+    /// The same, with each linear as `wrap` makes it.
+    ///
+    /// # Errors
+    /// As for [`Runner::layer`].
+    pub fn layer_of<'t>(
+        &self,
+        layer: usize,
+        packed: &'t PackedLayer<'_>,
+        wrap: &mut dyn FnMut(LinearId, Box<dyn Linear + 't>) -> Box<dyn Linear + 't>,
+    ) -> Result<Layer<'t>> {
+        let mut linears = Vec::with_capacity(LinearKind::ALL.len());
+        for (kind, packed) in LinearKind::ALL.into_iter().zip(packed) {
+            let id = LinearId { layer, kind };
+            let linear = match (packed, &self.quantization) {
+                (Some(packed), Some((_, linears))) => linears.linear(id, packed)?,
+                _ => {
+                    let (weight, bias) = self.llama.weight(id, self.llama.kind())?;
+                    Box::new(Dense::new(weight, bias))
+                }
+            };
+            linears.push(wrap(id, linear));
+        }
+        let linears = linears.try_into().unwrap_or_else(|_| unreachable!("one for each kind"));
+        self.llama.layer(layer, linears)
     }
 
     /// The model without its layers.

@@ -27,7 +27,7 @@ use crate::{
     device,
     emit::Provenance,
     error::{Error, Result},
-    model::source_kind,
+    model::{kind_name, source_kind},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
     report::{CalibrationReport, ComputeReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report, bytes},
@@ -198,15 +198,6 @@ pub fn compute_kind(dtype: ComputeDtype, device: Device, source: Kind) -> Kind {
         },
         ComputeDtype::Auto if fast_bf16() => Kind::BFloat16,
         ComputeDtype::Auto => Kind::Float,
-    }
-}
-
-/// As users write it.
-fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::BFloat16 => "bf16",
-        Kind::Half => "fp16",
-        _ => "fp32",
     }
 }
 

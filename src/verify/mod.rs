@@ -1,7 +1,9 @@
 //! Reopens what is on disk and says what is wrong with it, how far it is from the source, and who can load it.
 
+mod kernel;
 mod numeric;
 mod readers;
+mod rounding;
 mod structure;
 
 use std::path::Path;
@@ -13,8 +15,10 @@ use crate::{
     error::{Error, Result},
     progress::Progress,
 };
+pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_kernels};
 pub use numeric::LinearDistance;
 pub use readers::{Reader, readers};
+pub use rounding::KERNEL_TOLERANCE;
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -38,6 +42,9 @@ pub struct Verification {
     pub readers: Vec<Reader>,
     /// Distance of every linear from the source, if that was given.
     pub distances: Vec<LinearDistance>,
+    /// How exact the matmul with packed weights is, if that was asked for and nothing else is wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<KernelReport>,
 }
 
 impl Verification {
@@ -47,16 +54,22 @@ impl Verification {
     }
 }
 
-/// Verifies the checkpoint in `dir`, also against the dense source it was made from.
+/// Verifies the checkpoint in `dir`, also against the dense source it was made from, and the matmul that runs it.
 ///
 /// # Errors
-/// When `dir` or the source cannot be looked at at all. What is wrong *in* `dir` is a finding, not an error.
-pub fn verify(dir: &Path, against: Option<&Checkpoint>, progress: &dyn Progress) -> Result<Verification> {
+/// When `dir` or the source cannot be looked at at all, or the device cannot be used. What is wrong *in* `dir` is a
+/// finding, not an error.
+pub fn verify(
+    dir: &Path,
+    against: Option<&Checkpoint>,
+    kernel: Option<&KernelOptions<'_>>,
+    progress: &dyn Progress,
+) -> Result<Verification> {
     std::fs::read_dir(dir).map_err(Error::io("read", dir))?;
     let broken = |error: &Error| {
         let finding = Finding { subject: dir.display().to_string(), problem: error.to_string() };
         let (findings, readers, distances) = (vec![finding], Vec::new(), Vec::new());
-        Verification { findings, tensors: 0, checksums: false, readers, distances }
+        Verification { findings, tensors: 0, checksums: false, readers, distances, kernel: None }
     };
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
@@ -73,8 +86,16 @@ pub fn verify(dir: &Path, against: Option<&Checkpoint>, progress: &dyn Progress)
         }
         _ => Vec::new(),
     };
+    let kernel = match kernel {
+        Some(options) if findings.is_empty() => {
+            let report = check_kernels(&checkpoint, options, &|_, _| (), progress)?;
+            findings.extend(kernel::findings(&report));
+            Some(report)
+        }
+        _ => None,
+    };
     let readers = readers(checkpoint.config(), &quantization, &checkpoint);
-    Ok(Verification { findings, tensors: checkpoint.names().count(), checksums, readers, distances })
+    Ok(Verification { findings, tensors: checkpoint.names().count(), checksums, readers, distances, kernel })
 }
 
 /// Checks a branch that was just written; the first thing wrong is an error.

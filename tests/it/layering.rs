@@ -31,13 +31,16 @@ const LAYERS: [&str; 19] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 10] = [
+const WITHOUT_LIBTORCH: [&str; 13] = [
     "amx",
     "calibration",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",
     "gptq/solver/reference.rs",
+    "kernels/cuda_layout.rs",
+    "kernels/cuda_plan.rs",
+    "kernels/cuda_repack.rs",
     "pack",
     "plan.rs",
     "report",
@@ -63,7 +66,7 @@ const ONLY_IN_CLI: [&str; 13] = [
 
 /// Files with unsafe code: memory maps, tensors as slices, columns shared between threads, vector and matrix instructions,
 /// kernels, copies from a device.
-const UNSAFE: [&str; 19] = [
+const UNSAFE: &[&str] = &[
     "amx/operand.rs",
     "amx/tiles.rs",
     "checkpoint/reader.rs",
@@ -82,6 +85,7 @@ const UNSAFE: [&str; 19] = [
     "gptq/solver/kernel.rs",
     "kernels/cpu_simd.rs",
     "kernels/cpu_simd_x86.rs",
+    "kernels/cuda_matmul.rs",
     "model/linear.rs",
 ];
 

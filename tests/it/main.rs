@@ -7,9 +7,11 @@
 //! | `output` | what people see on the terminal |
 //! | `bad_input` | every malformed checkpoint: its error, its hint, exit code 2, nothing left behind |
 //! | `bad_settings` | the same for plans, flags, texts and disks |
+//! | `cuda_device` | whole models on a CUDA device against the CPU (needs one) |
 //! | `verify` | every kind of damage to a branch is named; a good one passes |
 //! | `foreign` | checkpoints written by other tools mean the same |
 //! | `golden` | our packing against bytes that other code made |
+//! | `kernel` | every linear of a branch through the matmul that runs it; every fault in one shows |
 //! | `models` | our forward pass against logits that transformers computed |
 //! | `bench` | where its result goes, and what it says without a device |
 //! | `generate` | text from the demo model and its branches |
@@ -22,10 +24,12 @@
 mod bad_input;
 mod bad_settings;
 mod bench;
+mod cuda_device;
 mod foreign;
 mod generate;
 mod golden;
 mod helpers;
+mod kernel;
 mod layering;
 mod models;
 mod output;

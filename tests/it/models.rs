@@ -4,11 +4,11 @@ use std::{fs, path::Path};
 
 use gptq::{
     checkpoint::{CONFIG_FILE, Checkpoint, WEIGHTS_FILE},
-    model::{Decoder, Runner},
+    model::{Compute, Decoder, Runner},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 /// Tokens of a window.
 const SEQ_LEN: usize = 32;
@@ -129,7 +129,7 @@ fn expected(golden: &Path) -> (Vec<i64>, Tensor) {
 fn decoded_difference(dir: &Path, prompt: usize) -> f64 {
     let (tokens, expected) = expected(dir);
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let runner = Runner::open(&checkpoint, SEQ_LEN).unwrap();
+    let runner = Runner::open(&checkpoint, SEQ_LEN, Compute::CPU).unwrap();
     let layers = 0..checkpoint.config().num_layers;
     let packed: Vec<_> = layers.map(|layer| runner.packed_layer(layer).unwrap()).collect();
     let mut decoder = Decoder::new(&runner, &packed, SEQ_LEN).unwrap();
@@ -151,7 +151,7 @@ fn difference(dir: &Path, golden: &Path) -> f64 {
     let (tokens, expected) = expected(golden);
 
     let checkpoint = Checkpoint::open(dir).unwrap();
-    let runner = Runner::dense(&checkpoint, SEQ_LEN, Kind::Float, Device::Cpu).unwrap();
+    let runner = Runner::dense(&checkpoint, SEQ_LEN, Compute::CPU).unwrap();
     let hidden = runner.hidden_states(&tokens, SEQ_LEN, || ()).unwrap();
     let logits: Vec<Tensor> = hidden.iter().map(|batch| runner.logits(batch).unwrap()).collect();
     let logits = Tensor::cat(&logits, 0);

@@ -1,0 +1,329 @@
+//! How `int4_matmul.cu` is compiled and launched for a linear, a number of tokens and a device: plain arithmetic.
+
+use super::cuda_layout::{CHUNK, LANES, PADDED_FEATURES, STRIP, TILES, WARPS, chunk_bytes, param_bytes};
+use super::cuda_repack::Repacked;
+use crate::cuda::Macro;
+
+/// Output features of a block of `int4_matmul_many_*`.
+const MANY_FEATURES: usize = PADDED_FEATURES;
+/// Shared memory that kernels have beside the dynamic one.
+const STATIC_SHARED: usize = 16;
+/// Tokens of one launch of `int4_matmul_few_16`.
+const FEW_TOKENS: usize = 16;
+/// The most tokens that are worth reading the weights once per 16 of them.
+const SLICED_TOKENS: usize = 64;
+/// `FEW_STRIPS` and `FEW_STAGES`, the most bytes in flight first; what fits the shared memory is taken.
+const FEW_SHAPES: [(usize, usize); 7] = [(8, 3), (8, 2), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2)];
+/// Tokens of a block of `int4_matmul_many_*`, and what a token of it costs against those of the widest: an estimate, from
+/// the operands read from shared memory for each product.
+const MANY_SHAPES: [(usize, usize); 3] = [(256, 8), (128, 9), (64, 10)];
+
+/// What plans depend on of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Streaming multiprocessors.
+    pub multiprocessors: usize,
+    /// Shared memory a block can have, bytes: 99 KiB on sm_86 and sm_89, 163 on sm_80, 227 on sm_90.
+    pub shared_memory: usize,
+}
+
+/// What the kernels are compiled for: the macros of `int4_matmul.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Build {
+    bits: usize,
+    bf16: bool,
+    zeros: bool,
+    group_tiles: usize,
+    few_strips: usize,
+    few_stages: usize,
+    many_stages: usize,
+}
+
+/// Kernels that multiply. Each takes up to so many tokens, or so many a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Product {
+    /// Weights are read once for up to 8 or 16 tokens; stream-K.
+    Few(usize),
+    /// Blocks of 64, 128 or 256 tokens by 128 output features.
+    Many(usize),
+}
+
+impl Product {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Few(8), Self::Few(16), Self::Many(64), Self::Many(128), Self::Many(256)];
+
+    /// The kernel.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Few(8) => "int4_matmul_few_8",
+            Self::Few(_) => "int4_matmul_few_16",
+            Self::Many(64) => "int4_matmul_many_64",
+            Self::Many(128) => "int4_matmul_many_128",
+            Self::Many(_) => "int4_matmul_many_256",
+        }
+    }
+}
+
+/// One launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// The kernel.
+    pub product: Product,
+    /// The first token, and how many.
+    pub tokens: (usize, usize),
+}
+
+impl Build {
+    /// The configuration for a linear with activations in bf16 or fp16; none when the device has too little shared memory
+    /// for any.
+    pub fn new(linear: &Repacked, bf16: bool, limits: Limits) -> Option<Self> {
+        let Repacked { bits, zeros, group_tiles, .. } = *linear;
+        let build = |(few_strips, few_stages), many_stages| Self {
+            bits,
+            bf16,
+            zeros,
+            group_tiles,
+            few_strips,
+            few_stages,
+            many_stages,
+        };
+        let room = limits.shared_memory.checked_sub(STATIC_SHARED)?;
+        // A fourth stage where the widest block still fits.
+        let stages = match build(FEW_SHAPES[0], 4).shared_bytes(Product::Many(256)) <= room {
+            true => 4,
+            false => 3,
+        };
+        FEW_SHAPES
+            .into_iter()
+            .map(|shape| build(shape, stages))
+            .find(|build| build.fits(Product::Few(16), limits) && build.fits(Product::Many(64), limits))
+    }
+
+    /// Values of the source's macros.
+    pub fn macros(&self) -> Vec<Macro> {
+        vec![
+            ("BITS", self.bits as i64),
+            ("BF16", i64::from(self.bf16)),
+            ("ZEROS", i64::from(self.zeros)),
+            ("GROUP_TILES", self.group_tiles as i64),
+            ("FEW_STRIPS", self.few_strips as i64),
+            ("FEW_STAGES", self.few_stages as i64),
+            ("MANY_STAGES", self.many_stages as i64),
+        ]
+    }
+
+    /// Dynamic shared memory of a block, bytes.
+    pub fn shared_bytes(&self, product: Product) -> usize {
+        let params = |strips: usize| strips * (TILES / self.group_tiles) * param_bytes(self.zeros);
+        match product {
+            Product::Few(tokens) => {
+                let activations = tokens * CHUNK * 2;
+                let weights = self.few_strips * chunk_bytes(self.bits);
+                let stage = (weights + activations + params(self.few_strips)).next_multiple_of(128);
+                WARPS * (self.few_stages * stage + self.values(tokens) * LANES * size_of::<f32>())
+            }
+            Product::Many(tokens) => {
+                let strips = MANY_FEATURES / STRIP;
+                self.many_stages * (tokens * CHUNK * 2 + strips * chunk_bytes(self.bits) + params(strips))
+            }
+        }
+    }
+
+    /// Whether a block of this kernel fits the device.
+    pub fn fits(&self, product: Product, limits: Limits) -> bool {
+        self.shared_bytes(product) + STATIC_SHARED <= limits.shared_memory
+    }
+
+    /// Accumulators of a lane of `few`.
+    fn values(&self, tokens: usize) -> usize {
+        self.few_strips * (tokens / 8) * 4
+    }
+
+    /// Blocks of a launch, x and y. `resident` is how many of the kernel's the device holds at once, which `few` must not
+    /// exceed when it gathers, and has no use for when it does not.
+    pub fn blocks(&self, launch: &Launch, n: usize, k: usize, resident: usize) -> (usize, usize) {
+        match launch.product {
+            Product::Few(_) => {
+                let units = n.div_ceil(self.few_strips * STRIP) * k.div_ceil(CHUNK);
+                (units.min(resident), 1)
+            }
+            Product::Many(tokens) => (launch.tokens.1.div_ceil(tokens), n.div_ceil(MANY_FEATURES)),
+        }
+    }
+
+    /// Values (fp32) of the workspace `partials` for so many blocks.
+    pub fn partials(&self, launch: &Launch, blocks: usize) -> usize {
+        match launch.product {
+            Product::Few(tokens) => blocks * 2 * self.values(tokens) * LANES,
+            Product::Many(_) => 0,
+        }
+    }
+
+    /// Words of the workspace `counters`: zero before the first launch, and left so by each.
+    pub fn counters(&self, n: usize) -> usize {
+        2 + n.div_ceil(self.few_strips * STRIP)
+    }
+
+    /// The launches for `m` tokens, in order.
+    pub fn launches(&self, m: usize, n: usize, limits: Limits) -> Vec<Launch> {
+        if m <= FEW_TOKENS || m <= SLICED_TOKENS && self.worth_slicing(m, n, limits) {
+            let slice = |first: usize| {
+                let tokens = FEW_TOKENS.min(m - first);
+                Launch { product: Product::Few(if tokens <= 8 { 8 } else { 16 }), tokens: (first, tokens) }
+            };
+            return (0..m).step_by(FEW_TOKENS).map(slice).collect();
+        }
+        // The longest any multiprocessor works, in tokens.
+        let cost = |&(tokens, each): &(usize, usize)| {
+            let blocks = m.div_ceil(tokens) * n.div_ceil(MANY_FEATURES);
+            blocks.div_ceil(limits.multiprocessors) * tokens * each
+        };
+        let fitting = MANY_SHAPES.iter().filter(|(tokens, _)| self.fits(Product::Many(*tokens), limits));
+        let (tokens, _) = *fitting.min_by_key(|shape| cost(shape)).expect("a build fits 64 tokens");
+        vec![Launch { product: Product::Many(tokens), tokens: (0, m) }]
+    }
+
+    /// `many` reads the weights once, with a part of the chip; `few` once per 16 tokens, with all of it.
+    fn worth_slicing(&self, m: usize, n: usize, limits: Limits) -> bool {
+        m.div_ceil(FEW_TOKENS) * n.div_ceil(MANY_FEATURES) < limits.multiprocessors
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cuda::{INT4_MATMUL, compile},
+        kernels::Features,
+    };
+
+    const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10 };
+    const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10 };
+    const L4: Limits = Limits { multiprocessors: 58, shared_memory: 99 << 10 };
+
+    fn linear(bits: usize, zeros: bool, group_tiles: usize) -> Repacked {
+        Repacked {
+            weights: Vec::new(),
+            params: Vec::new(),
+            features: Features::InPlace,
+            bits,
+            in_features: 4096,
+            out_features: 4096,
+            positions: 4096,
+            columns: 4096,
+            group: 16 * group_tiles,
+            zeros,
+            group_tiles,
+        }
+    }
+
+    fn all() -> impl Iterator<Item = Repacked> {
+        [4, 8].into_iter().flat_map(|bits| {
+            [false, true].into_iter().flat_map(move |zeros| [1, 2, 4].map(move |t| linear(bits, zeros, t)))
+        })
+    }
+
+    #[test]
+    fn every_device_has_a_build_that_fits() {
+        for (limits, widest) in [(H200, 256), (A100, 256), (L4, 128)] {
+            for linear in all() {
+                let build = Build::new(&linear, false, limits).unwrap();
+                let mut fitting = Product::ALL.into_iter().filter(|p| build.fits(*p, limits));
+                assert_eq!(fitting.next_back(), Some(Product::Many(widest)), "{limits:?} {build:?}");
+                assert!(build.fits(Product::Few(16), limits) && build.fits(Product::Few(8), limits));
+            }
+        }
+        assert_eq!(Build::new(&linear(4, false, 4), false, Limits { shared_memory: 16 << 10, ..L4 }), None);
+        assert_eq!(Build::new(&linear(4, false, 4), false, Limits { shared_memory: 0, ..L4 }), None);
+    }
+
+    #[test]
+    fn builds_of_the_card_s_branches() {
+        let build = |bits, limits| Build::new(&linear(bits, false, 4), true, limits).unwrap();
+        let shape = |b: Build| (b.few_strips, b.few_stages, b.many_stages);
+        assert_eq!([H200, A100, L4].map(|limits| shape(build(4, limits))), [(8, 3, 4), (4, 3, 4), (4, 2, 3)]);
+        assert_eq!([H200, A100, L4].map(|limits| shape(build(8, limits))), [(4, 3, 4), (4, 2, 4), (2, 2, 3)]);
+        let h200 = build(4, H200);
+        assert_eq!(h200.shared_bytes(Product::Few(16)), 8 * (3 * 6400 + 8192));
+        assert_eq!(h200.shared_bytes(Product::Many(256)), 4 * (32768 + 4096 + 256));
+        assert!(h200.macros().contains(&("BF16", 1)) && h200.macros().contains(&("FEW_STRIPS", 8)));
+    }
+
+    #[test]
+    fn builds_compile_for_their_generation_with_nvrtc() {
+        for (limits, architecture) in [(H200, "compute_90a"), (A100, "compute_80"), (L4, "compute_89")] {
+            for (bits, bf16, zeros, group_tiles) in
+                [(4, false, false, 4), (4, true, true, 1), (8, false, true, 2), (8, true, false, 4)]
+            {
+                let build = Build::new(&linear(bits, zeros, group_tiles), bf16, limits).unwrap();
+                let ptx = compile(&INT4_MATMUL, architecture, &build.macros()).unwrap();
+                // Registers that do not suffice would show as local memory.
+                assert!(!ptx.contains(".local"), "{build:?} for {architecture}");
+                for name in Product::ALL.map(Product::name).into_iter().chain(["int4_gather"]) {
+                    assert!(
+                        ptx.contains(&format!(".entry {name}(")),
+                        "{name} of {build:?} for {architecture}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_decide_the_kernel() {
+        let build = Build::new(&linear(4, false, 4), false, H200).unwrap();
+        let products = |m, n| -> Vec<_> { build.launches(m, n, H200).iter().map(|l| l.product).collect() };
+        for (m, n, expected) in [
+            (1, 4096, vec![Product::Few(8)]),
+            (8, 11008, vec![Product::Few(8)]),
+            (9, 4096, vec![Product::Few(16)]),
+            (16, 4096, vec![Product::Few(16)]),
+            // 32 blocks leave most of 132 multiprocessors idle; 86 do not.
+            (20, 4096, vec![Product::Few(16), Product::Few(8)]),
+            (64, 4096, vec![Product::Few(16); 4]),
+            (64, 11008, vec![Product::Many(64)]),
+            (256, 4096, vec![Product::Many(64)]),
+            (2048, 4096, vec![Product::Many(256)]),
+            (2048, 11008, vec![Product::Many(256)]),
+        ] {
+            assert_eq!(products(m, n), expected, "{m} tokens, {n} features");
+        }
+        let small = Build::new(&linear(4, false, 4), false, L4).unwrap();
+        assert_eq!(small.launches(4096, 4096, L4)[0].product, Product::Many(128), "256 does not fit");
+    }
+
+    #[test]
+    fn launches_cover_every_token_once() {
+        for limits in [H200, A100, L4] {
+            for linear in all() {
+                let build = Build::new(&linear, false, limits).unwrap();
+                for (m, n) in (1..70).chain([127, 2047, 2048]).flat_map(|m| [8, 4096, 11008].map(|n| (m, n)))
+                {
+                    let mut next = 0;
+                    for launch in build.launches(m, n, limits) {
+                        let (first, count) = launch.tokens;
+                        assert_eq!(first, next);
+                        next += count;
+                        if let Product::Few(most) = launch.product {
+                            assert!(count <= most);
+                        }
+                    }
+                    assert_eq!(next, m);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn grids_and_workspaces() {
+        let build = Build::new(&linear(4, false, 4), false, H200).unwrap();
+        let few = Launch { product: Product::Few(16), tokens: (0, 16) };
+        // 86 blocks of strips by 64 chunks, more than are resident; 1 by 1, fewer.
+        assert_eq!(build.blocks(&few, 11008, 4096, 132), (132, 1));
+        assert_eq!(build.blocks(&few, 64, 64, 132), (1, 1));
+        assert_eq!((build.partials(&few, 132), build.counters(11008)), (132 * 2 * 64 * 32, 88));
+        let many = Launch { product: Product::Many(256), tokens: (0, 2049) };
+        assert_eq!((build.blocks(&many, 11008, 4096, 1), build.partials(&many, 774)), ((9, 86), 0));
+    }
+}

@@ -1,0 +1,70 @@
+//! Where a model is run, and in what.
+
+use std::fmt;
+
+use tch::{Device, Kind};
+
+use super::llama::embedding_kind;
+use crate::{
+    checkpoint::Checkpoint,
+    error::{Error, Result},
+    plan::ComputeDtype,
+};
+
+/// Device, and kind of weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Compute {
+    /// For libtorch.
+    pub device: Device,
+    /// fp32 on the CPU.
+    pub kind: Kind,
+}
+
+impl Compute {
+    /// The CPU, in fp32.
+    pub const CPU: Self = Self { device: Device::Cpu, kind: Kind::Float };
+
+    /// What a checkpoint is run in on a device, if nothing else is asked for: fp32 on the CPU, on CUDA fp16 where the
+    /// checkpoint's own unquantized tensors are fp16, else bf16.
+    ///
+    /// # Errors
+    /// When the device's kernels do not compute in what is asked for, or the embedding is missing.
+    pub fn new(device: Device, dtype: ComputeDtype, checkpoint: &Checkpoint) -> Result<Self> {
+        let kind = match (device, dtype) {
+            (Device::Cpu, ComputeDtype::Auto | ComputeDtype::Fp32) => Kind::Float,
+            (Device::Cpu, _) => return Err(refused("fp32 on the CPU", dtype)),
+            (_, ComputeDtype::Fp16) => Kind::Half,
+            (_, ComputeDtype::Bf16) => Kind::BFloat16,
+            (_, ComputeDtype::Auto) => match embedding_kind(checkpoint)? {
+                Kind::Half => Kind::Half,
+                _ => Kind::BFloat16,
+            },
+            (_, ComputeDtype::Fp32) => return Err(refused("fp16 or bf16 on CUDA", dtype)),
+        };
+        Ok(Self { device, kind })
+    }
+}
+
+impl fmt::Display for Compute {
+    /// `fp16 on cuda:0`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let device = match self.device {
+            Device::Cuda(index) => format!("cuda:{index}"),
+            _ => "the CPU".to_owned(),
+        };
+        write!(f, "{} on {device}", kind_name(self.kind))
+    }
+}
+
+/// As users write it.
+pub fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::BFloat16 => "bf16",
+        Kind::Half => "fp16",
+        _ => "fp32",
+    }
+}
+
+fn refused(expected: &str, found: ComputeDtype) -> Error {
+    Error::Value { what: "compute-dtype".into(), expected: expected.into(), found: found.to_string() }
+}

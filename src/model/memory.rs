@@ -1,0 +1,112 @@
+//! How much memory of a CUDA device a whole model takes that is decoded there, known before any of it is loaded.
+
+use tch::Device;
+
+use super::Compute;
+use crate::{
+    checkpoint::{Checkpoint, LinearId, QuantizationConfig},
+    cuda::Gpu,
+    error::{Error, Result},
+    kernels::repacked_bytes,
+};
+
+/// fp16 and bf16.
+const ELEMENT_BYTES: usize = 2;
+/// cuBLAS's own workspace as libtorch gives it on Hopper, and loaded kernels.
+const LIBRARIES: usize = 64 << 20;
+
+/// Bytes of device memory, by what they are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceNeed {
+    /// Linears, packed or dense, norms and the output layer. The embedding stays in the memory map.
+    pub weights: usize,
+    /// Keys and values.
+    pub cache: usize,
+    /// Activations of the prompt, and what libraries take.
+    pub working: usize,
+}
+
+impl DeviceNeed {
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.weights + self.cache + self.working
+    }
+}
+
+/// What decoding takes with all layers resident in fp16 or bf16: a prompt of `prompt` tokens, `capacity` in all.
+///
+/// # Errors
+/// When the checkpoint's quantization cannot be read.
+pub fn device_need(checkpoint: &Checkpoint, prompt: usize, capacity: usize) -> Result<DeviceNeed> {
+    let config = checkpoint.config();
+    let quantization = match checkpoint.quantization_mark() {
+        Some(_) => Some(QuantizationConfig::read(checkpoint)?),
+        None => None,
+    };
+    let mut weights = 0;
+    for id in LinearId::all(config) {
+        let [n, k] = id.kind.shape(config);
+        let packed = quantization.as_ref().filter(|_| checkpoint.contains(&id.qweight()));
+        let packed = packed.and_then(|q| repacked_bytes(q.bits, n, k, q.group_size, !q.sym));
+        weights += packed.unwrap_or(n * k * ELEMENT_BYTES) + n * ELEMENT_BYTES;
+        // The order of features, where there is one.
+        weights += packed.map_or(0, |_| k * size_of::<u32>());
+    }
+    let (hidden, wide) = (config.hidden_size, config.intermediate_size);
+    weights += (2 * config.num_layers + 1) * hidden * size_of::<f32>();
+    weights += config.vocab_size * hidden * ELEMENT_BYTES;
+    let cache = 2 * config.num_layers * capacity * config.kv_width() * ELEMENT_BYTES;
+    // The residual stream and a norm's steps in fp32; gate, up, their product and its gathered copy; or q, k, v, rotated,
+    // repeated and attended.
+    let mlp = 4 * wide * ELEMENT_BYTES;
+    let attention = 10 * config.attention_width() * ELEMENT_BYTES;
+    let a_token = hidden * (3 * size_of::<f32>() + 3 * ELEMENT_BYTES) + mlp.max(attention);
+    let working = prompt * a_token + 2 * config.vocab_size * size_of::<f32>() + LIBRARIES;
+    Ok(DeviceNeed { weights, cache, working })
+}
+
+/// Refuses what does not fit the memory that is free; what to tell the user if it does. Nothing on the CPU, where weights
+/// stay in the memory map.
+///
+/// # Errors
+/// When it does not fit, or the driver does not say how much there is.
+pub fn check_device_memory(compute: Compute, need: &DeviceNeed) -> Result<Option<String>> {
+    let Device::Cuda(index) = compute.device else { return Ok(None) };
+    let memory = Gpu::of(compute.device)?.memory()?;
+    fits(&format!("cuda:{index}"), need, memory.free).map(Some)
+}
+
+fn fits(device: &str, need: &DeviceNeed, free: usize) -> Result<String> {
+    let gigabytes = |bytes: usize| format!("{:.2} GB", bytes as f64 / 1e9);
+    let needed = format!(
+        "about {} ({} of weights, {} of keys and values)",
+        gigabytes(need.total()),
+        gigabytes(need.weights),
+        gigabytes(need.cache)
+    );
+    if need.total() > free {
+        let problem = format!("the model needs {needed} of its memory, and {} are free", gigabytes(free));
+        return Err(Error::Device { device: device.into(), problem });
+    }
+    Ok(format!("{device}: {needed}, {} are free", gigabytes(free)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_parts() {
+        let need = DeviceNeed { weights: 3_800_000_000, cache: 1_000_000_000, working: 200_000_000 };
+        assert_eq!(
+            fits("cuda:0", &need, 5_000_000_000).unwrap(),
+            "cuda:0: about 5.00 GB (3.80 GB of weights, 1.00 GB of keys and values), 5.00 GB are free"
+        );
+        assert_eq!(
+            fits("cuda:1", &need, 4_999_999_999).unwrap_err().to_string(),
+            "device `cuda:1` cannot be used: the model needs about 5.00 GB (3.80 GB of weights, 1.00 GB of keys and \
+             values) of its memory, and 5.00 GB are free"
+        );
+        assert_eq!(check_device_memory(Compute::CPU, &need).unwrap(), None);
+    }
+}

@@ -1,0 +1,81 @@
+//! Packed linears made ready to run: on the CPU as they lie in the memory map, on CUDA as a copy in the kernels' layout.
+
+use std::{cell::RefCell, sync::Arc};
+
+use tch::{Device, Tensor};
+
+use super::{Compute, CudaPacked, Dense, Linear, Packed, kind_name};
+use crate::{
+    checkpoint::{LinearId, PackedTensors},
+    error::{Error, Result, TorchContext},
+    kernels::{CudaMatmul, RepackError, Workspace, repack},
+    pack::PackedView,
+};
+
+/// Makes the linears of one model.
+pub(super) struct PackedLinears {
+    compute: Compute,
+    /// On CUDA only.
+    workspace: Option<Arc<Workspace>>,
+    /// Why linears are run dense, each reason once, with the first of them.
+    dense: RefCell<Vec<(RepackError, LinearId)>>,
+    /// How many of those have been told.
+    told: RefCell<usize>,
+}
+
+impl PackedLinears {
+    /// # Errors
+    /// When the device cannot be used, or does not compute in this kind.
+    pub(super) fn new(compute: Compute) -> Result<Self> {
+        let workspace = match compute.device {
+            Device::Cpu if compute.kind != tch::Kind::Float => {
+                return Err(Error::Value {
+                    what: "kind of a packed model on the CPU".into(),
+                    expected: "fp32".into(),
+                    found: kind_name(compute.kind).into(),
+                });
+            }
+            Device::Cpu => None,
+            device => Some(Workspace::new(device)?),
+        };
+        Ok(Self { compute, workspace, dense: RefCell::default(), told: RefCell::default() })
+    }
+
+    /// # Errors
+    /// When memory ends or the device refuses something.
+    pub(super) fn linear<'t>(
+        &self,
+        id: LinearId,
+        packed: &'t PackedTensors<'_>,
+    ) -> Result<Box<dyn Linear + 't>> {
+        let Compute { device, kind } = self.compute;
+        let bias = packed.bias.as_ref().map(|bias| {
+            Tensor::f_from_slice(bias)
+                .and_then(|b| b.f_to_device(device)?.f_to_kind(kind))
+                .torch("read a bias")
+        });
+        let (view, bias) = (PackedView::from(packed), bias.transpose()?);
+        let Some(workspace) = &self.workspace else { return Ok(Box::new(Packed::new(view, bias))) };
+        Ok(match repack(&view) {
+            Ok(repacked) => Box::new(CudaPacked::new(CudaMatmul::new(&repacked, kind, workspace)?, bias)),
+            Err(reason) => {
+                let mut dense = self.dense.borrow_mut();
+                if !dense.iter().any(|(known, _)| *known == reason) {
+                    dense.push((reason, id));
+                }
+                Box::new(Dense::from_packed(&view, bias, kind, device)?)
+            }
+        })
+    }
+
+    /// What a user should know of the linears made so far, each thing once.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let dense = self.dense.borrow();
+        let first = self.told.replace(dense.len());
+        let note = |(reason, id): &(RepackError, LinearId)| {
+            let kind = kind_name(self.compute.kind);
+            format!("{id} and all like it are dequantized and multiplied as dense {kind}: {reason}")
+        };
+        dense[first..].iter().map(note).collect()
+    }
+}
