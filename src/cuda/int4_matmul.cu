@@ -127,7 +127,11 @@ __device__ __forceinline__ u32 block_of(u32 unit, u32 units, u32 blocks) {
 }
 
 // ---- Instructions ------------------------------------------------------------------------------------------------
+// A host build, by which the tests run these kernels without a GPU, has its own (tests/cuda_host).
 
+#ifdef CUDA_HOST
+#include "int4_matmul_instructions.h"
+#else
 __device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 
 // 16 bytes from global to shared memory past L1; zeros when `valid` is false (the address is then not read).
@@ -256,6 +260,8 @@ __device__ __forceinline__ void await_inputs() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+#endif // CUDA_HOST
 
 // ---- Codes to numbers --------------------------------------------------------------------------------------------
 
