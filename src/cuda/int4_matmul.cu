@@ -553,13 +553,16 @@ __device__ __forceinline__ void few(const FewArguments &a) {
         }
         if (first != last) {
             // Whoever comes last adds all partial sums, in the order of blocks whatever the order of arrival.
-            __threadfence();
+            // The fences stand beside the atomic, in its thread: what other threads have written and will read is
+            // ordered with them by the barriers.
             __syncthreads();
-            if (threadIdx.x == 0)
+            if (threadIdx.x == 0) {
+                __threadfence();
                 arrivals = atomicAdd(&a.counters[2 + block], 1);
+                __threadfence();
+            }
             __syncthreads();
             if (arrivals == last - first) {
-                __threadfence();
                 for (u32 i = threadIdx.x; i < VALUES * 32; i += THREADS) {
                     if (!in_use(i))
                         continue;

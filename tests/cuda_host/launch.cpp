@@ -28,6 +28,9 @@ struct Launch {
 
 using cuda_host::machine;
 
+// memory.cpp keeps a block's number in 16 bits, and needs the last ones for itself.
+constexpr uint64_t MOST_BLOCKS = 60000;
+
 // Why this cannot be launched; empty when it can.
 std::string refusal(const Launch& launch) {
     for (unsigned i = 0; i < cuda_host::library.count; ++i) {
@@ -41,11 +44,12 @@ std::string refusal(const Launch& launch) {
         }
     }
     const uint64_t blocks = uint64_t(launch.grid[0]) * launch.grid[1] * launch.grid[2];
-    if (blocks == 0 || blocks > 60000 || launch.grid[1] > 65535 || launch.grid[2] > 65535) return "its grid is empty or too large";
+    if (blocks == 0 || blocks > MOST_BLOCKS) return "its grid is empty or too large";
     if (machine.thread_count == 0 || machine.thread_count > cuda_host::MOST_THREADS ||
         machine.thread_count % cuda_host::LANES != 0) {
         return "its blocks have no threads, too many, or a part of a warp";
     }
+    if (launch.resident == 0) return "none of its blocks may run";
     if (launch.dynamic_bytes > cuda_host::DYNAMIC_BYTES) return "it asks for too much shared memory";
     return "";
 }

@@ -1,9 +1,12 @@
 //! The texts of `src/cuda`, compiled for this machine and run thread by thread (`tests/cuda_host`), against plain
 //! definitions of what they compute.
 
+mod linear;
+mod matmul;
 mod mistakes;
 mod panels;
 mod problem;
+mod product;
 mod solve;
 mod small;
 
