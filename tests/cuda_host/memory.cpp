@@ -20,23 +20,28 @@ constexpr uint32_t MANY_LANES = 0xff, MANY_WARPS = 0xff00, MANY_BLOCKS = 0xffff0
 // A writer that is a copy under way; no block has this number.
 constexpr uint32_t COPY = 0xfffe0000;
 
-uint32_t who(const Fiber& fiber) {
-    return fiber.block->number << 16 | (fiber.thread / LANES) << 8 | fiber.thread % LANES;
-}
-uint32_t warp_tick(const Fiber& fiber) { return fiber.block->warps[fiber.thread / LANES].tick; }
+// A thread where it is now.
+struct Now {
+    const Fiber& fiber;
+    uint32_t who, tick, block_tick;
 
-// Whether all that `other` stands for surely comes before what this thread does now.
-bool comes_before(uint32_t other, uint32_t tick, const Fiber& fiber, bool is_shared) {
-    const uint32_t own = who(fiber);
-    if (tick == 0 || other == own) return true;
-    if (!is_shared && (other ^ own) & MANY_BLOCKS) {
-        if ((other & MANY_BLOCKS) == MANY_BLOCKS) return false;
-        const uint32_t block = other >> 16;
-        return tick <= fiber.block->clock[block] || (!fiber.seen.empty() && tick <= fiber.seen[block]);
+    explicit Now(const Fiber& fiber)
+        : fiber(fiber), who(fiber.block->number << 16 | (fiber.thread / LANES) << 8 | fiber.thread % LANES),
+          tick(fiber.block->warps[fiber.thread / LANES].tick), block_tick(fiber.block->tick) {}
+
+    // Whether all that `other` stands for surely comes before what this thread does.
+    bool comes_after(uint32_t other, uint32_t other_tick, bool is_shared) const {
+        if (other_tick == 0 || other == who) return true;
+        if (!is_shared && (other ^ who) & MANY_BLOCKS) {
+            if ((other & MANY_BLOCKS) == MANY_BLOCKS) return false;
+            const uint32_t block = other >> 16;
+            return other_tick <= fiber.block->clock[block] ||
+                   (!fiber.seen.empty() && other_tick <= fiber.seen[block]);
+        }
+        if (other_tick < block_tick) return true;
+        return (other & MANY_WARPS) == (who & MANY_WARPS) && other_tick < tick;
     }
-    if (tick < fiber.block->tick) return true;
-    return (other & MANY_WARPS) == (own & MANY_WARPS) && tick < warp_tick(fiber);
-}
+};
 
 std::string in_words(uint32_t other) {
     std::string text;
@@ -77,36 +82,35 @@ struct Place {
 };
 
 void touch(Touch* touches, unsigned bytes, bool writes, bool is_shared, const unsigned char* at, Place place) {
-    const Fiber& fiber = *machine.current;
-    const uint32_t own = who(fiber), tick = warp_tick(fiber);
+    const Now now(*machine.current);
     const auto race = [&](const char* does, const char* did, uint32_t other) {
-        fail("race: " + name_of(fiber) + does + (is_shared ? "shared memory" : "device memory") +
+        fail("race: " + name_of(now.fiber) + does + (is_shared ? "shared memory" : "device memory") +
              place_of(place.code, place.line) + " that " + in_words(other) + did + ", and nothing orders the two");
     };
     for (unsigned i = 0; i < bytes; ++i) {
         Touch& last = touches[i];
         if (is_shared && last.writer == COPY && last.write_tick != 0) {
-            return fail(name_of(fiber) + " touches shared memory" + place_of(place.code, place.line) +
+            return fail(name_of(now.fiber) + " touches shared memory" + place_of(place.code, place.line) +
                         " while an asynchronous copy to it is under way");
         }
-        if (!comes_before(last.writer, last.write_tick, fiber, is_shared) && (is_shared || !is_word(at + i))) {
+        if (!now.comes_after(last.writer, last.write_tick, is_shared) && (is_shared || !is_word(at + i))) {
             return race(writes ? " writes " : " reads ", " has written", last.writer);
         }
         if (writes) {
-            if (!comes_before(last.reader, last.read_tick, fiber, is_shared) && (is_shared || !is_word(at + i))) {
+            if (!now.comes_after(last.reader, last.read_tick, is_shared) && (is_shared || !is_word(at + i))) {
                 return race(" writes ", " has read", last.reader);
             }
-            last.writer = own;
-            last.write_tick = tick;
-        } else if (last.reader == own || comes_before(last.reader, last.read_tick, fiber, is_shared)) {
-            last.reader = own;
-            last.read_tick = tick;
+            last.writer = now.who;
+            last.write_tick = now.tick;
+        } else if (now.comes_after(last.reader, last.read_tick, is_shared)) {
+            last.reader = now.who;
+            last.read_tick = now.tick;
         } else {
-            const uint32_t others = last.reader ^ own;
+            const uint32_t others = last.reader ^ now.who;
             if (!is_shared && others & MANY_BLOCKS) last.reader |= MANY_BLOCKS | MANY_WARPS | MANY_LANES;
             if (others & MANY_WARPS) last.reader |= MANY_WARPS | MANY_LANES;
             if (others & MANY_LANES) last.reader |= MANY_LANES;
-            last.read_tick = std::max(last.read_tick, tick);
+            last.read_tick = std::max(last.read_tick, now.tick);
         }
     }
 }
@@ -253,10 +257,11 @@ void wait_for_copies(unsigned pending) {
                 }
             }
             memcpy(copy.to, copy.value, copy.bytes);
+            const Now now(fiber);
             Touch* touches = fiber.block->touches + (copy.to - machine.shared);
             for (unsigned i = 0; i < copy.bytes; ++i) {
-                touches[i].writer = who(fiber);
-                touches[i].write_tick = warp_tick(fiber);
+                touches[i].writer = now.who;
+                touches[i].write_tick = now.tick;
             }
         }
         fiber.groups.pop_front();

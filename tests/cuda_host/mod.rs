@@ -183,7 +183,8 @@ impl Library {
         // A return address: the call is before it.
         let place = format!("{:#x}", offset - 1);
         let lines = Command::new("addr2line").arg("-ie").arg(&self.path).arg(&place).output();
-        let lines = lines.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let lines =
+            lines.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
         // Within what was inlined, the first line of the kernels' own text.
         let line = lines.lines().filter_map(|line| line.rsplit_once('/')).map(|(_, line)| line);
         let line = line.map(|line| line.split(' ').next().unwrap_or(line)).find(|line| line.contains(".cu:"));
@@ -202,9 +203,8 @@ fn aligned(bytes: &[u8]) -> Vec<u128> {
 
 /// The machine, without the texts' own files.
 const MACHINE: [&str; 5] = ["machine.cpp", "memory.cpp", "numbers.cpp", "undefined.cpp", "launch.cpp"];
-const FLAGS: [&str; 9] = [
+const FLAGS: [&str; 8] = [
     "-std=c++17",
-    "-O1",
     "-g1",
     "-gdwarf-4",
     "-fPIC",
@@ -214,8 +214,8 @@ const FLAGS: [&str; 9] = [
     "-U_FORTIFY_SOURCE",
 ];
 /// What hooks every load and store, and undefined behaviour. Nothing of the sanitizers' own libraries is linked.
-const HOOKS: [&str; 4] =
-    ["-fsanitize=thread", "-fsanitize=undefined", "-fno-sanitize=vptr", "-Wno-unknown-pragmas"];
+const HOOKS: [&str; 5] =
+    ["-O1", "-fsanitize=thread", "-fsanitize=undefined", "-fno-sanitize=vptr", "-Wno-unknown-pragmas"];
 
 /// The library for these macros, from an earlier run where nothing has changed since.
 fn build(text: &str, macros: &[(&str, i64)]) -> PathBuf {
@@ -228,17 +228,22 @@ fn build(text: &str, macros: &[(&str, i64)]) -> PathBuf {
     let work = tempfile::TempDir::with_prefix_in("cuda-host-", scratch()).expect("a folder to build in");
     let object = work.path().join("kernels.o");
     let source = folder().join(format!("{text}.cpp"));
-    compile(work.path(), &[&HOOKS.map(OsStr::new)[..], &macros.iter().map(OsStr::new).collect::<Vec<_>>(), &[
-        OsStr::new("-c"),
-        source.as_os_str(),
-        OsStr::new("-o"),
-        object.as_os_str(),
-    ]]
-    .concat());
+    compile(
+        work.path(),
+        &[
+            &HOOKS.map(OsStr::new)[..],
+            &macros.iter().map(OsStr::new).collect::<Vec<_>>(),
+            &[OsStr::new("-c"), source.as_os_str(), OsStr::new("-o"), object.as_os_str()],
+        ]
+        .concat(),
+    );
     let built = work.path().join(&name);
     let machine = machine();
     let parts = ["-shared", "-Wl,-z,defs", "-o"].map(OsStr::new);
-    compile(work.path(), &[&parts[..], &[built.as_os_str(), object.as_os_str(), machine.as_os_str()]].concat());
+    compile(
+        work.path(),
+        &[&parts[..], &[built.as_os_str(), object.as_os_str(), machine.as_os_str()]].concat(),
+    );
     // Another process may have done the same meanwhile: either is as good.
     fs::rename(&built, &library).expect("the library moves to its place");
     library
@@ -251,10 +256,11 @@ fn machine() -> &'static Path {
         let name = format!("machine-{}.o", digest(&[compiler_version()]));
         let place = scratch().join(&name);
         if !place.exists() {
-            let work = tempfile::TempDir::with_prefix_in("cuda-host-", scratch()).expect("a folder to build in");
+            let work =
+                tempfile::TempDir::with_prefix_in("cuda-host-", scratch()).expect("a folder to build in");
             let sources: Vec<PathBuf> = MACHINE.iter().map(|file| folder().join(file)).collect();
             let sources: Vec<&OsStr> = sources.iter().map(|path| path.as_os_str()).collect();
-            compile(work.path(), &[&[OsStr::new("-c")], &sources[..]].concat());
+            compile(work.path(), &[&["-O2", "-c"].map(OsStr::new)[..], &sources[..]].concat());
             let objects = MACHINE.map(|file| OsString::from(file.replace(".cpp", ".o")));
             let objects: Vec<&OsStr> = objects.iter().map(AsRef::as_ref).collect();
             let together = ["-r", "-nostdlib", "-o", &name].map(OsStr::new);
@@ -272,7 +278,10 @@ fn compile(work: &Path, arguments: &[&OsStr]) {
         command.arg("-I").arg(include);
     }
     let output = command.args(arguments).output().unwrap_or_else(|error| {
-        panic!("the C++ compiler {:?}, which the tests of the CUDA kernels need: {error}; see scripts/setup", compiler())
+        panic!(
+            "the C++ compiler {:?}, which the tests of the CUDA kernels need: {error}; see scripts/setup",
+            compiler()
+        )
     });
     assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
 }
@@ -305,7 +314,8 @@ fn digest(settings: &[String]) -> String {
     for folder in [folder(), folder().join("../../src/cuda")] {
         let files = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
         let mut files: Vec<PathBuf> = files.map(|entry| entry.expect("a file").path()).collect();
-        files.retain(|file| file.extension().is_some_and(|e| ["h", "cpp", "cu"].map(OsStr::new).contains(&e)));
+        files
+            .retain(|file| file.extension().is_some_and(|e| ["h", "cpp", "cu"].map(OsStr::new).contains(&e)));
         files.sort();
         for file in files {
             digest.update(fs::read(&file).expect("a source"));

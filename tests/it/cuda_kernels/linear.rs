@@ -60,7 +60,8 @@ impl Linear {
     }
 
     pub(crate) fn repacked(&self) -> Repacked {
-        repack(&PackedLinear::new(&self.quantized).view()).unwrap_or_else(|error| panic!("{:?}: {error}", self.spec))
+        repack(&PackedLinear::new(&self.quantized).view())
+            .unwrap_or_else(|error| panic!("{:?}: {error}", self.spec))
     }
 
     /// Activations `[M, K]`.
@@ -87,7 +88,8 @@ impl Linear {
         let (n, q) = (self.spec.n, &self.quantized);
         let weight = |i: usize| {
             let at = q.g_idx()[i / n] as usize * n + i % n;
-            let (scale, difference) = (q.scales()[at].to_f64(), f64::from(q.codes()[i]) - f64::from(q.zeros()[at]));
+            let (scale, difference) =
+                (q.scales()[at].to_f64(), f64::from(q.codes()[i]) - f64::from(q.zeros()[at]));
             match (rounding, self.spec.bf16) {
                 (Rounding::Sums, _) => scale * difference,
                 // 11 and 9 bits: the product is exact in fp32.
@@ -132,7 +134,9 @@ impl Linear {
                 let error = (found - expected[feature]).abs();
                 if error.is_nan() || error > allowed {
                     let expected = expected[feature];
-                    return Err(format!("token {token}, feature {feature}: {found} for {expected} ± {allowed}"));
+                    return Err(format!(
+                        "token {token}, feature {feature}: {found} for {expected} ± {allowed}"
+                    ));
                 }
                 off += (found - unrounded[feature]).powi(2);
                 whole += unrounded[feature].powi(2);

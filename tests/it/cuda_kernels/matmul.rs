@@ -57,8 +57,12 @@ impl Case {
         for (i, &order) in orders.iter().enumerate() {
             let how = How { blocks, resident: [1, blocks.max(2), 3][i % 3], order };
             let what = || format!("{spec:?}, {product:?} of {m} tokens, {how:?}");
-            let y = self.product.multiply(product, &x, m, how).unwrap_or_else(|error| panic!("{}: {error}", what()));
-            let rounding = if matches!(product, Product::Few(_)) { Rounding::Sums } else { Rounding::Weights };
+            let y = self
+                .product
+                .multiply(product, &x, m, how)
+                .unwrap_or_else(|error| panic!("{}: {error}", what()));
+            let rounding =
+                if matches!(product, Product::Few(_)) { Rounding::Sums } else { Rounding::Weights };
             if let Err(error) = self.linear.check(&x, &y, rounding) {
                 panic!("{}: {error}", what());
             }

@@ -94,7 +94,8 @@ fn copies_that_are_used_too_early() {
 #[test]
 fn barriers_that_diverge() {
     assert_eq!(outcome("barrier_in_branch", launch, 0).unwrap(), [1; 64]);
-    let waits = |threads: &str, comment| format!("threads {threads} in __syncthreads of line {}", line(comment));
+    let waits =
+        |threads: &str, comment| format!("threads {threads} in __syncthreads of line {}", line(comment));
     let words = ["a barrier diverges", &waits("0-39", "the first"), &waits("40-63", "the last")];
     seen("barrier_in_branch", launch, 1, &words);
     assert_eq!(outcome("lane_missing", launch, 0).unwrap(), [1; 64]);
@@ -114,7 +115,10 @@ fn memory_that_was_not_given() {
         };
         touch(99, 99, true).unwrap();
         let error = touch(100, 0, true).unwrap_err();
-        assert!(error.starts_with("touch: thread 5 of block 0 reads 4 bytes outside of all memory"), "{error}");
+        assert!(
+            error.starts_with("touch: thread 5 of block 0 reads 4 bytes outside of all memory"),
+            "{error}"
+        );
         assert!(error.ends_with(&format!("at mistakes.cu:{}", line("anywhere"))), "{error}");
         assert!(touch(-1, 0, true).unwrap_err().contains("reads 4 bytes outside"));
         assert!(touch(0, 100, true).unwrap_err().contains("writes 4 bytes outside"));
@@ -183,13 +187,21 @@ fn launches_that_no_device_would_take() {
     let mut out = vec![0; 64];
     let mut memory = Memory::default();
     let to = memory.write(&mut out);
-    let refused = |kernel: &str, launch: Launch, arguments: &[Vec<u8>]| run(kernel, launch, &memory, arguments).unwrap_err();
+    let refused = |kernel: &str, launch: Launch, arguments: &[Vec<u8>]| {
+        run(kernel, launch, &memory, arguments).unwrap_err()
+    };
     let good = launch(Order::Forward);
     assert_eq!(refused("nothing", good, &arguments![to, 0]), "nothing: there is no such kernel");
     assert!(refused("exchange", good, &arguments![to]).ends_with("another number of arguments"));
     assert!(refused("exchange", good, &arguments![to, 0i64]).ends_with("argument 1 has another size"));
-    assert!(refused("exchange", Launch { threads: (40, 1), ..good }, &arguments![to, 0]).ends_with("a part of a warp"));
-    assert!(refused("exchange", Launch { shared: 1 << 20, ..good }, &arguments![to, 0]).ends_with("shared memory"));
+    assert!(
+        refused("exchange", Launch { threads: (40, 1), ..good }, &arguments![to, 0])
+            .ends_with("a part of a warp")
+    );
+    assert!(
+        refused("exchange", Launch { shared: 1 << 20, ..good }, &arguments![to, 0])
+            .ends_with("shared memory")
+    );
     assert!(refused("exchange", Launch { blocks: (0, 1, 1), ..good }, &arguments![to, 0]).contains("grid"));
 }
 
@@ -199,8 +211,9 @@ fn numbers_are_rounded_once() {
     let mut random = Random::new(9);
     let count = 20_000;
     let bits: Vec<Vec<u16>> = (0..3).map(|_| (0..count).map(|_| random.bits() as u16).collect()).collect();
-    let wide: Vec<f64> =
-        (0..count).map(|_| f64::from(((random.normal() * 2.0).exp() * random.normal() * 1e-3) as f32)).collect();
+    let wide: Vec<f64> = (0..count)
+        .map(|_| f64::from(((random.normal() * 2.0).exp() * random.normal() * 1e-3) as f32))
+        .collect();
     let mut out = vec![0u16; 4 * count];
     let mut memory = Memory::default();
     let [a, b, c] = [0, 1, 2].map(|i| memory.read(&bits[i]));
@@ -213,12 +226,18 @@ fn numbers_are_rounded_once() {
         // The product is exact, and the sum is where no bit of either is lost.
         if (a * b + c) - a * b == c && (a * b + c) - c == a * b {
             let found = f16::from_bits(out[4 * i]).to_f64();
-            assert!(nearest(a * b + c, found, |bits| f16::from_bits(bits).to_f64(), out[4 * i]), "{a}·{b} + {c}");
+            assert!(
+                nearest(a * b + c, found, |bits| f16::from_bits(bits).to_f64(), out[4 * i]),
+                "{a}·{b} + {c}"
+            );
         }
         let [a, b, c] = operands.map(|v| bf16::from_bits(v).to_f64());
         if (a * b + c) - a * b == c && (a * b + c) - c == a * b {
             let found = bf16::from_bits(out[4 * i + 1]).to_f64();
-            assert!(nearest(a * b + c, found, |bits| bf16::from_bits(bits).to_f64(), out[4 * i + 1]), "{a}·{b} + {c}");
+            assert!(
+                nearest(a * b + c, found, |bits| bf16::from_bits(bits).to_f64(), out[4 * i + 1]),
+                "{a}·{b} + {c}"
+            );
         }
         assert_eq!(out[4 * i + 2], f16::from_f32(wide[i] as f32).to_bits(), "{}", wide[i]);
         assert_eq!(out[4 * i + 3], bf16::from_f32(wide[i] as f32).to_bits(), "{}", wide[i]);
@@ -231,7 +250,8 @@ fn nearest(exact: f64, found: f64, number: impl Fn(u16) -> f64, bits: u16) -> bo
         return exact.is_nan() == found.is_nan();
     }
     let off = (found - exact).abs();
-    [bits - 1, bits + 1].into_iter().map(|bits| (number(bits) - exact).abs()).all(|other| {
-        off < other || other.is_nan() || off == other && bits.is_multiple_of(2)
-    })
+    [bits - 1, bits + 1]
+        .into_iter()
+        .map(|bits| (number(bits) - exact).abs())
+        .all(|other| off < other || other.is_nan() || off == other && bits.is_multiple_of(2))
 }

@@ -7,8 +7,8 @@ mod mistakes;
 mod panels;
 mod problem;
 mod product;
-mod solve;
 mod small;
+mod solve;
 
 /// Bytes of arguments, in the order of the kernel's parameters.
 macro_rules! arguments {

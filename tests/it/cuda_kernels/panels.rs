@@ -37,9 +37,14 @@ fn groups_fitted_within_a_panel() {
 
 #[test]
 fn odd_groups_and_sizes() {
-    for (k, n, group, panel) in
-        [(100, 32, 17, 96), (70, 33, 33, 64), (130, 36, 100, 128), (5, 3, 16, 256), (64, 1, 64, 64), (33, 40, 40, 40)]
-    {
+    for (k, n, group, panel) in [
+        (100, 32, 17, 96),
+        (70, 33, 33, 64),
+        (130, 36, 100, 128),
+        (5, 3, 16, 256),
+        (64, 1, 64, 64),
+        (33, 40, 40, 40),
+    ] {
         for text in ["3bit-16g", "4bit-16g-act-asym"] {
             check(k, n, variant(text, group), How { panel, shift: k % 4, pad: n % 3, ..How::default() });
         }
@@ -86,7 +91,8 @@ fn no_order_number_of_warps_or_alignment_shows() {
         ("4bit-16g-asym", 100, 64),
     ] {
         let variant = variant(text, group);
-        let solve = |how: How| solve(&problem, &variant, how).unwrap_or_else(|e| panic!("{variant}, {how:?}: {e}"));
+        let solve =
+            |how: How| solve(&problem, &variant, how).unwrap_or_else(|e| panic!("{variant}, {how:?}: {e}"));
         let base = How { panel, ..How::default() };
         let expected = solve(base);
         for order in [Order::Reverse, Order::Random(1), Order::Random(2)] {
@@ -111,8 +117,13 @@ fn a_wrong_code_or_scale_is_seen() {
         let linear = &solved.linear;
         let (mut codes, mut scales) = (linear.codes().to_vec(), linear.scales().to_vec());
         change(&mut codes, &mut scales);
-        let linear =
-            gptq::gptq::QuantizedLinear::new(variant.bits, codes, scales, linear.zeros().to_vec(), linear.g_idx().into());
+        let linear = gptq::gptq::QuantizedLinear::new(
+            variant.bits,
+            codes,
+            scales,
+            linear.zeros().to_vec(),
+            linear.g_idx().into(),
+        );
         let wrong = super::problem::Solved { linear, ..solved.clone() };
         std::panic::catch_unwind(|| problem.check(&variant, &wrong)).is_err()
     };

@@ -178,7 +178,9 @@ impl Problem {
             let scales = |l: &QuantizedLinear| -> Vec<f16> {
                 l.scales().iter().copied().skip(*row).step_by(n).collect()
             };
-            same(ours.codes(), theirs.codes()) && same(ours.zeros(), theirs.zeros()) && scales(ours) == scales(theirs)
+            same(ours.codes(), theirs.codes())
+                && same(ours.zeros(), theirs.zeros())
+                && scales(ours) == scales(theirs)
         };
         let same = (0..n).filter(same_row).count();
         // Of 8 bits every row has many targets near a tie.

@@ -51,7 +51,13 @@ impl Product16 {
     ///
     /// # Errors
     /// What a thread did wrong, or did not leave as it was.
-    pub(crate) fn multiply(&self, product: Product, x: &[u16], m: usize, how: How) -> Result<Vec<u16>, String> {
+    pub(crate) fn multiply(
+        &self,
+        product: Product,
+        x: &[u16],
+        m: usize,
+        how: How,
+    ) -> Result<Vec<u16>, String> {
         let r = &self.repacked;
         let spread = self.spread(x);
         let x = spread.as_deref().unwrap_or(x);
@@ -152,13 +158,8 @@ impl Product16 {
         let k = self.repacked.positions;
         let mut gathered = vec![0xffffu16; m * k];
         let mut memory = Memory::default();
-        let arguments = arguments![
-            memory.read(x),
-            memory.read(perm),
-            memory.write(&mut gathered),
-            m as u32,
-            k as u32
-        ];
+        let arguments =
+            arguments![memory.read(x), memory.read(perm), memory.write(&mut gathered), m as u32, k as u32];
         let launch = Launch {
             // Fewer blocks than tokens, so that a block takes several.
             blocks: (k.div_ceil(THREADS * 8), m.div_ceil(3), 1),

@@ -30,7 +30,8 @@ fn packed_words_are_those_of_pack() {
             let (from, to) = (memory.read(&codes), memory.write(&mut packed));
             let arguments = arguments![from, stride as i64, to, n as i32, bits.get() as i32];
             // SAFETY: the arguments of the kernel; `memory` has all that they point to.
-            unsafe { library().launch("gptq_pack", launch(grid, (256, 1), order), &memory, &arguments) }.unwrap();
+            unsafe { library().launch("gptq_pack", launch(grid, (256, 1), order), &memory, &arguments) }
+                .unwrap();
             let own: Vec<u8> = codes.chunks(stride).flat_map(|row| &row[..n]).copied().collect();
             assert_eq!(packed, pack_rows(&own, n, bits), "{bits:?}, {n} features");
         }
@@ -85,8 +86,7 @@ fn check_stack<T: bytemuck::Pod>(kernel: &str, narrow: impl Fn(f32) -> T, order:
         let (weight, positions) = (memory.read(&weight), memory.read(&positions));
         let (marks, to) = (memory.read(&dead), memory.write(&mut stack));
         let sizes = [rows as i32, k as i32, n as i32, first as i32];
-        let arguments =
-            arguments![weight, positions, marks, to, sizes[0], sizes[1], sizes[2], sizes[3]];
+        let arguments = arguments![weight, positions, marks, to, sizes[0], sizes[1], sizes[2], sizes[3]];
         let launch = launch((k.div_ceil(64), rows.div_ceil(32)), (32, 8), order);
         // SAFETY: as above.
         unsafe { library().launch(kernel, launch, &memory, &arguments) }.unwrap();

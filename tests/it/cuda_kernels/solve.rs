@@ -298,7 +298,11 @@ impl<'a> Device<'a> {
         for (i, &column) in order.columns().iter().enumerate() {
             for row in 0..self.n {
                 let difference = dense[column as usize * self.n + row] - weights[i * self.n + row];
-                assert_eq!(self.weights[self.how.shift + i * self.n + row], difference, "column {i}, row {row}");
+                assert_eq!(
+                    self.weights[self.how.shift + i * self.n + row],
+                    difference,
+                    "column {i}, row {row}"
+                );
             }
         }
         Solved { linear, objective: self.objective, distance: self.distance }
