@@ -48,6 +48,12 @@ struct Half {
 };
 #define INFINITE 0x7c00
 
+// ---- instructions ----
+// A host build, by which the tests run these kernels without a GPU, has its own (tests/cuda_host).
+
+#ifdef CUDA_HOST
+#include "gptq_block_instructions.h"
+#else
 // Rounded once, to the nearest, ties to even.
 __device__ __forceinline__ Half nearest_half(double value) {
     Half half;
@@ -60,6 +66,30 @@ __device__ __forceinline__ float widen(Half value) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
     return wide;
 }
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+    return (unsigned)__cvta_generic_to_shared(pointer);
+}
+
+// Copies the first `bytes` of 16 (or 4), fills the rest with zeros.
+__device__ __forceinline__ void copy_16(float* to, const float* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_4(float* to, const float* from, int bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+#endif
 
 // Arguments of the three panel kernels; `#[repr(C)]` on the host. Rows of [P, N] arrays are N apart.
 struct PanelArguments {
@@ -120,29 +150,7 @@ __device__ __forceinline__ void fit(float low, float high, int bits, bool symmet
     *zero = (int)fmin(fmax(offset, 1.0), levels);
 }
 
-// ---- asynchronous copies ----
-
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
-    return (unsigned)__cvta_generic_to_shared(pointer);
-}
-
-// Copies the first `bytes` of 16 (or 4), fills the rest with zeros.
-__device__ __forceinline__ void copy_16(float* to, const float* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copy_4(float* to, const float* from, int bytes) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
+// ---- tiles ----
 
 __device__ __forceinline__ bool aligned_16(const void* pointer, long long stride) {
     return (((unsigned long long)pointer | (unsigned long long)stride * 4) & 15) == 0;

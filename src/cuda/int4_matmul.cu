@@ -127,7 +127,11 @@ __device__ __forceinline__ u32 block_of(u32 unit, u32 units, u32 blocks) {
 }
 
 // ---- Instructions ------------------------------------------------------------------------------------------------
+// A host build, by which the tests run these kernels without a GPU, has its own (tests/cuda_host).
 
+#ifdef CUDA_HOST
+#include "int4_matmul_instructions.h"
+#else
 __device__ __forceinline__ u32 shared_address(const void *p) { return u32(__cvta_generic_to_shared(p)); }
 
 // 16 bytes from global to shared memory past L1; zeros when `valid` is false (the address is then not read).
@@ -256,6 +260,8 @@ __device__ __forceinline__ void await_inputs() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+#endif // CUDA_HOST
 
 // ---- Codes to numbers --------------------------------------------------------------------------------------------
 
@@ -547,13 +553,16 @@ __device__ __forceinline__ void few(const FewArguments &a) {
         }
         if (first != last) {
             // Whoever comes last adds all partial sums, in the order of blocks whatever the order of arrival.
-            __threadfence();
+            // The fences stand beside the atomic, in its thread: what other threads have written and will read is
+            // ordered with them by the barriers.
             __syncthreads();
-            if (threadIdx.x == 0)
+            if (threadIdx.x == 0) {
+                __threadfence();
                 arrivals = atomicAdd(&a.counters[2 + block], 1);
+                __threadfence();
+            }
             __syncthreads();
             if (arrivals == last - first) {
-                __threadfence();
                 for (u32 i = threadIdx.x; i < VALUES * 32; i += THREADS) {
                     if (!in_use(i))
                         continue;

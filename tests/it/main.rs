@@ -16,6 +16,7 @@
 //! | `bench` | where its result goes, and what it says without a device |
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
+//! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
 //! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
@@ -25,6 +26,9 @@ mod bad_input;
 mod bad_settings;
 mod bench;
 mod cuda_device;
+#[path = "../cuda_host/mod.rs"]
+mod cuda_host;
+mod cuda_kernels;
 mod foreign;
 mod generate;
 mod golden;

@@ -1,0 +1,12 @@
+// gptq_block.cu as a library for this machine.
+#include "cuda_host.h"
+
+// `extern __shared__` of the text.
+alignas(1024) thread_local float memory[cuda_host::DYNAMIC_BYTES / sizeof(float)];
+
+#include "gptq_block.cu"
+
+CUDA_HOST_LIBRARY(memory, CUDA_HOST_KERNEL(gptq_solve_fitted), CUDA_HOST_KERNEL(gptq_solve_given),
+                  CUDA_HOST_KERNEL(gptq_compensate), CUDA_HOST_KERNEL(gptq_fit_static), CUDA_HOST_KERNEL(gptq_pack),
+                  CUDA_HOST_KERNEL(gptq_reorder_hessian), CUDA_HOST_KERNEL(gptq_stack_f32),
+                  CUDA_HOST_KERNEL(gptq_stack_f16), CUDA_HOST_KERNEL(gptq_stack_bf16));

@@ -1,0 +1,111 @@
+//! The product with packed weights: `int4_matmul_few_*`, `int4_matmul_many_*`, `int4_gather`.
+
+use gptq::{
+    kernels::cuda_plan::{Limits, Product},
+    variant::Bits,
+};
+
+use super::{
+    Random,
+    linear::{Linear, Rounding, Spec},
+    product::{How, Product16},
+};
+use crate::cuda_host::Order;
+
+const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10 };
+const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10 };
+const L4: Limits = Limits { multiprocessors: 58, shared_memory: 99 << 10 };
+
+/// Linears of every kind of build: bits, type, zero points, tiles that share a group, device. K and N are odd multiples
+/// of 8 but for one, whose groups fill no tiles; last groups are partial.
+fn specs() -> Vec<(Spec, Limits)> {
+    let spec = |bits, bf16, zeros, act, k, n, group| Spec { bits, bf16, zeros, act, k, n, group };
+    let (four, eight) = (Bits::Four, Bits::Eight);
+    vec![
+        (spec(four, false, false, false, 328, 136, 128), H200),
+        (spec(four, true, true, true, 200, 264, 64), A100),
+        (spec(four, false, true, true, 200, 72, 32), L4),
+        (spec(four, true, false, false, 152, 8, 48), H200),
+        (spec(eight, false, false, true, 264, 136, 96), H200),
+        (spec(eight, true, false, false, 72, 200, 72), L4),
+        (spec(eight, false, true, false, 136, 72, 16), A100),
+        (spec(eight, true, true, true, 328, 136, 128), H200),
+    ]
+}
+
+struct Case {
+    linear: Linear,
+    product: Product16,
+    random: Random,
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    specs().into_iter().map(|(spec, limits)| {
+        let mut random = Random::new(spec.k as u64 * 1000 + spec.n as u64);
+        let linear = Linear::random(spec, &mut random);
+        let product = Product16::new(&linear, limits);
+        Case { linear, product, random }
+    })
+}
+
+impl Case {
+    /// Multiplies in several orders, which must not show, and compares with the definition.
+    fn check(&mut self, product: Product, m: usize, blocks: usize, orders: &[Order]) {
+        let spec = self.linear.spec;
+        let x = self.linear.activations(m, &mut self.random);
+        let mut first = None;
+        for (i, &order) in orders.iter().enumerate() {
+            let how = How { blocks, resident: [1, blocks.max(2), 3][i % 3], order };
+            let what = || format!("{spec:?}, {product:?} of {m} tokens, {how:?}");
+            let y = self
+                .product
+                .multiply(product, &x, m, how)
+                .unwrap_or_else(|error| panic!("{}: {error}", what()));
+            let rounding =
+                if matches!(product, Product::Few(_)) { Rounding::Sums } else { Rounding::Weights };
+            if let Err(error) = self.linear.check(&x, &y, rounding) {
+                panic!("{}: {error}", what());
+            }
+            assert_eq!(*first.get_or_insert_with(|| y.clone()), y, "{}", what());
+        }
+    }
+}
+
+#[test]
+fn few_tokens() {
+    for mut case in cases() {
+        for (product, tokens) in [(Product::Few(8), [1, 7]), (Product::Few(16), [9, 16])] {
+            let units = case.product.units(product);
+            // Stream-K: one block, blocks that share output features, a unit a block, blocks without any.
+            for (m, blocks) in tokens.into_iter().cycle().zip([1, 3, units, units + 2]) {
+                case.check(product, m, blocks, &[Order::Forward]);
+            }
+        }
+    }
+}
+
+#[test]
+fn few_tokens_in_any_order() {
+    for mut case in cases() {
+        for (product, m) in [(Product::Few(8), 8), (Product::Few(16), 13)] {
+            case.check(product, m, 5, &[Order::Forward, Order::Reverse, Order::Random(1), Order::Random(2)]);
+        }
+    }
+}
+
+#[test]
+fn many_tokens() {
+    for (i, mut case) in cases().enumerate() {
+        case.check(Product::Many(64), [1, 65, 64, 130][i % 4], 0, &[Order::Forward, Order::Random(1)]);
+    }
+}
+
+#[test]
+fn many_tokens_in_wide_blocks() {
+    for (i, mut case) in cases().enumerate() {
+        case.check(Product::Many(128), [140, 33][i % 2], 0, &[Order::Reverse]);
+        if case.linear.spec.k < 300 && case.product.fits(Product::Many(256)) {
+            case.check(Product::Many(256), [40, 260][i % 2], 0, &[Order::Random(3)]);
+        }
+    }
+}
