@@ -30,8 +30,7 @@ impl Error {
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
-            Self::Corrupt { .. } => "start the run anew with --restart".into(),
-            Self::Memory { memory, .. } if memory.starts_with("cuda") => {
+            Self::Memory { memory, .. } if memory.starts_with("device") => {
                 "use fewer --variant, a shorter --seq-len, or a device with more memory".into()
             }
             Self::Memory { .. } => {

@@ -359,28 +359,18 @@ pub enum Error {
         /// What differs.
         problem: String,
     },
-    /// A file that is not what was written.
-    #[error("`{}`: {what} is not what was written", path.display())]
-    Corrupt {
-        /// The file.
-        path: PathBuf,
-        /// The part of it.
-        what: String,
-    },
     /// The user asked to stop.
     #[error("stopped as asked")]
     Interrupted,
     /// The work does not fit the memory allowed for it.
-    #[error("{memory}: {available} are allowed, and at least {needed} are needed ({what})")]
+    #[error("{memory}: {available} are allowed, and at least {needed} are needed")]
     Memory {
         /// Whose memory.
         memory: String,
         /// Allowed, readable.
         available: String,
-        /// Needed, readable.
+        /// Needed, readable, and by what.
         needed: String,
-        /// By what.
-        what: String,
     },
     /// A device that is not there.
     #[error("device `{device}` cannot be used: {problem}")]

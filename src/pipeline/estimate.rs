@@ -19,6 +19,8 @@ const FP32: u64 = 4;
 const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
+/// What the heaps of a program with threads keep beside what is counted.
+const HEAPS: u64 = 48 << 20;
 /// What CUDA itself takes: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
@@ -111,7 +113,7 @@ impl Shape<'_> {
     pub(super) fn need(&self, device: Device, tokens: usize) -> Need {
         let cuda = device != Device::Cpu;
         let solving = Stage::ALL.into_iter().map(|stage| self.solving(stage, cuda)).max().unwrap_or(0);
-        let fixed = if cuda { CUDA_LIBRARIES } else { 0 };
+        let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS };
         Need {
             working: fixed + self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)),
             activations: self.activations(),
@@ -138,8 +140,7 @@ impl Shape<'_> {
             limit.checked_sub(working).ok_or_else(|| Error::Memory {
                 memory: whose.to_owned(),
                 available: bytes(limit),
-                needed: bytes(working),
-                what: what.to_owned(),
+                needed: format!("{} ({what})", bytes(working)),
             })
         };
         if device == Device::Cpu {
@@ -198,7 +199,10 @@ mod tests {
             assert!(limits.batch_tokens >= 2048 && limits.on_device.is_some(), "{limits:?}");
         }
         let error = shape(&large).limits(Device::Cuda(0), Some(8 << 30), None, 0).unwrap_err();
-        assert!(error.to_string().starts_with("device memory: 8.6 GB are allowed, and at least "), "{error}");
+        assert!(
+            error.to_string().starts_with("device memory: 8.59 GB are allowed, and at least "),
+            "{error}"
+        );
     }
 
     #[test]

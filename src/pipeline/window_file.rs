@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{Read, Seek, SeekFrom, Write},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -86,6 +86,6 @@ mod tests {
         file.inner.lock().unwrap().file.seek(SeekFrom::Start(5)).unwrap();
         file.inner.lock().unwrap().file.write_all(&[7]).unwrap();
         assert_eq!(file.read(2, 1).unwrap(), [5, 6, 7, 8]);
-        assert!(matches!(file.read(0, 2), Err(Error::Corrupt { .. })));
+        assert!(matches!(file.read(0, 2), Err(Error::Io { .. })));
     }
 }

@@ -4,9 +4,10 @@ use std::{
     ffi::OsStr,
     fs,
     path::{Path, PathBuf},
+    sync::LazyLock,
 };
 
-use assert_cmd::cargo::cargo_bin_cmd;
+use assert_cmd::{Command, cargo::cargo_bin_cmd};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -17,9 +18,20 @@ pub(crate) const Q: &str = "model.layers.0.self_attn.q_proj";
 /// A linear that has another input width than the others.
 pub(crate) const DOWN: &str = "model.layers.1.mlp.down_proj";
 
-/// The top of the repository.
+/// The top of the repository; where the tests were not compiled, the place that scripts/gpu-check names.
 pub(crate) fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    static PLACE: LazyLock<PathBuf> = LazyLock::new(|| {
+        std::env::var_os("GPTQ_TEST_REPOSITORY").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).into()
+    });
+    &PLACE
+}
+
+/// The program, likewise.
+fn program() -> Command {
+    match std::env::var_os("GPTQ_TEST_BINARY") {
+        Some(binary) => Command::new(binary),
+        None => cargo_bin_cmd!("gptq"),
+    }
 }
 
 /// A file of the bundled demo.
@@ -131,7 +143,7 @@ impl Lab {
 
     /// The program with any arguments.
     pub(crate) fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Output {
-        let mut command = cargo_bin_cmd!("gptq");
+        let mut command = program();
         for variable in ["HF_HUB_CACHE", "GPTQ_TEST_DATA"] {
             command.env_remove(variable);
         }
@@ -147,7 +159,16 @@ impl Lab {
             let text = text.replace(&text_of(self.dir.path()), "[LAB]");
             text.replace(&text_of(repository()), "[REPO]")
         };
-        Output { code: output.status.code(), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+        let (estimate, others): (Vec<String>, Vec<String>) = text(&output.stderr)
+            .split_inclusive('\n')
+            .map(str::to_owned)
+            .partition(|line| line.starts_with("memory: about "));
+        Output {
+            code: output.status.code(),
+            stdout: text(&output.stdout),
+            stderr: others.concat(),
+            estimate: estimate.concat(),
+        }
     }
 }
 
@@ -157,7 +178,10 @@ pub(crate) struct Output {
     /// None when a signal ended it.
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
+    /// Without the estimate, which has numbers of this machine in it.
     pub(crate) stderr: String,
+    /// How much memory the run said it would need.
+    pub(crate) estimate: String,
 }
 
 impl Output {

@@ -8,6 +8,7 @@
 //! | `bad_input` | every malformed checkpoint: its error, its hint, exit code 2, nothing left behind |
 //! | `bad_settings` | the same for plans, flags, texts and disks |
 //! | `cuda_device` | whole models on a CUDA device against the CPU (needs one) |
+//! | `resources` | limits of memory and several devices make the same branches |
 //! | `verify` | every kind of damage to a branch is named; a good one passes |
 //! | `foreign` | checkpoints written by other tools mean the same |
 //! | `golden` | our packing against bytes that other code made |
@@ -39,6 +40,7 @@ mod models;
 mod output;
 mod quantize;
 mod reference;
+mod resources;
 mod safetensors_file;
 mod source;
 mod tiny_model;

@@ -1,0 +1,72 @@
+//! Limits of memory and several devices: how a run is done, never what it makes.
+
+use std::{fs, path::Path};
+
+use sha2::{Digest, Sha256};
+
+use crate::helpers::{Lab, demo, files_below, text_of};
+
+const FLAGS: [&str; 8] =
+    ["--samples", "12", "--seq-len", "128", "--variant", "4bit-128g", "--variant", "4bit-32g-act"];
+
+/// Digest of every file of the branches, and what the run said.
+fn run(more: &[&str]) -> (Vec<(String, String)>, String) {
+    let lab = Lab::empty();
+    let (model, text) = (text_of(&demo("")), text_of(&demo("calibration.parquet")));
+    let flags = [&["--model", &model, "--dataset", &text], &FLAGS[..], more].concat();
+    let output = lab.quantize(&flags).succeeds();
+    (digests(&lab.out()), output.estimate)
+}
+
+fn digests(out: &Path) -> Vec<(String, String)> {
+    let files = files_below(out).into_iter().filter(|path| !path.ends_with("run.json"));
+    files
+        .map(|path| {
+            let digest = Sha256::digest(fs::read(out.join(&path)).unwrap());
+            (path.display().to_string(), digest.iter().map(|b| format!("{b:02x}")).collect())
+        })
+        .collect()
+}
+
+/// Bytes in `memory: about 123.4 MB at most…`.
+fn estimate(said: &str) -> f64 {
+    let line = said.lines().find(|line| line.starts_with("memory: about ")).expect("the estimate is printed");
+    let mut words = line.split_whitespace().skip(2);
+    let number: f64 = words.next().unwrap().parse().unwrap();
+    number * if words.next().unwrap() == "GB" { 1e9 } else { 1e6 }
+}
+
+#[test]
+fn activations_on_disk_make_the_same_branches() {
+    let (expected, said) = run(&[]);
+    assert!(!said.contains("on disk"), "{said}");
+    // 1 MB less than all of it.
+    let limit = format!("{}MB", estimate(&said) / 1e6 - 1.0);
+    let (found, said) = run(&["--max-memory", &limit]);
+    assert!(said.contains(" of activations on disk"), "{said}");
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn too_little_memory_is_refused_with_the_numbers() {
+    let lab = Lab::empty();
+    let (model, text) = (text_of(&demo("")), text_of(&demo("calibration.parquet")));
+    let output =
+        lab.quantize(&[&["--model", &model, "--dataset", &text, "--max-memory", "1MB"], &FLAGS[..]].concat());
+    assert_eq!(output.code, Some(2));
+    assert!(output.stderr.contains("error: memory: 1.0 MB are allowed, and at least "), "{}", output.stderr);
+    assert!(output.stderr.contains("hint: allow more with --max-memory"), "{}", output.stderr);
+    assert!(!lab.out().exists());
+}
+
+#[test]
+fn several_devices_make_the_same_branches() {
+    let (expected, _) = run(&[]);
+    // Variants are spread.
+    assert_eq!(run(&["--device", "cpu,cpu"]).0, expected);
+    // Windows are: sums in another order, hence codes that may differ at ties, but the same every time.
+    let (first, _) = run(&["--device", "cpu,cpu,cpu", "--shared-hessian"]);
+    assert_eq!(run(&["--device", "cpu,cpu,cpu", "--shared-hessian"]).0, first);
+    let names = |files: &[(String, String)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&first), names(&expected));
+}
