@@ -62,10 +62,9 @@ impl WindowFile {
         drop(inner);
         for (index, (window, expected)) in bytes.chunks(self.window_bytes).zip(expected).enumerate() {
             if expected != Some(xxh3_128(window)) {
-                return Err(Error::Corrupt {
-                    path: self.path.clone(),
-                    what: format!("window {}", first + index),
-                });
+                let problem = format!("window {} is not what was written", first + index);
+                let source = io::Error::new(io::ErrorKind::InvalidData, problem);
+                return Err(Error::Io { action: "read", path: self.path.clone(), source });
             }
         }
         Ok(bytes)

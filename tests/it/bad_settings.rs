@@ -155,7 +155,7 @@ fn a_disk_that_is_too_small_is_known_before_the_run() {
     fs::write(&path, [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat()).unwrap();
     File::options().write(true).open(&path).unwrap().set_len(8 + header.len() as u64 + end).unwrap();
 
-    let Output { code, stdout, stderr } = lab.quantize(&["--variant", "4bit-32g"]);
+    let Output { code, stdout, stderr, .. } = lab.quantize(&["--variant", "4bit-32g"]);
     let (before, after) = stderr.split_once(" free").unwrap_or_else(|| panic!("{stderr}"));
     assert!(before.starts_with("error: `[LAB]` has "), "{stderr}");
     let expected =
