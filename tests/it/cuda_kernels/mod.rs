@@ -9,6 +9,7 @@ mod problem;
 mod product;
 mod small;
 mod solve;
+mod solver;
 
 /// Bytes of arguments, in the order of the kernel's parameters.
 macro_rules! arguments {
