@@ -15,7 +15,7 @@ use crate::{
     pack::PackedView,
 };
 
-/// The tolerance: the largest difference of an output, in units of what rounding explains ([`Exact::allowed`]).
+/// The tolerance: the largest difference of an output, in units of what rounding explains (`Exact::allowed`).
 pub const KERNEL_TOLERANCE: f64 = 1.0;
 
 /// Tokens up to which the CUDA kernels apply scales to fp32 sums, so that no weight is rounded.
