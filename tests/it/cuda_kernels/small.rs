@@ -1,6 +1,6 @@
 //! What stands around the column loop: packing, reordering a Hessian, stacking weights.
 
-use gptq::{pack::pack_rows, variant::Bits};
+use gptq::{gptq::Grid, pack::pack_rows, variant::Bits};
 use half::{bf16, f16};
 
 use super::{Random, arguments};
@@ -34,6 +34,62 @@ fn packed_words_are_those_of_pack() {
                 .unwrap();
             let own: Vec<u8> = codes.chunks(stride).flat_map(|row| &row[..n]).copied().collect();
             assert_eq!(packed, pack_rows(&own, n, bits), "{bits:?}, {n} features");
+        }
+    }
+}
+
+/// Ranges of every size and sign: of zeros, below and beyond what fp16 holds, on one side of zero.
+#[test]
+fn scales_are_those_of_the_grid() {
+    let mut random = Random::new(4);
+    let edges =
+        [(0.0f32, 0.0), (-1e-12, 1e-12), (0.0, 1e-7), (-1e9, 1e9), (-1e9, 0.5), (0.1, 0.7), (-1.0, -0.5)];
+    let ranges: Vec<(f32, f32)> = (0..1000)
+        .map(|i| match edges.get(i) {
+            Some(&edge) => edge,
+            None => {
+                let size = (random.fraction() * 34.0 - 20.0).exp2();
+                let ends = [0, 1].map(|_| (size * random.normal()) as f32);
+                (ends[0].min(ends[1]), ends[0].max(ends[1]))
+            }
+        })
+        .collect();
+    // Two groups of 9 features, taken in another order; a range's ends are anywhere in a group, its middle elsewhere.
+    let (n, group, groups) = (ranges.len(), 9, 2);
+    let k = groups * group;
+    let order = random.order(k);
+    let mut positions = vec![0i32; k];
+    order.iter().zip(0..).for_each(|(&feature, position)| positions[feature] = position);
+    let range_of = |g: usize, column: usize| ranges[(column + g * 500) % n];
+    let mut weights = vec![0.0f32; k * n];
+    for (g, column) in (0..groups).flat_map(|g| (0..n).map(move |column| (g, column))) {
+        let (low, high) = range_of(g, column);
+        let places = random.order(group);
+        for (i, &place) in places.iter().enumerate() {
+            let weight = [low, high, low / 2.0 + high / 2.0][i.min(2)];
+            weights[positions[g * group + place] as usize * n + column] = weight;
+        }
+    }
+    for (bits, symmetric) in Bits::ALL.into_iter().flat_map(|bits| [(bits, false), (bits, true)]) {
+        let (mut scales, mut zeros) = (vec![f16::NAN; groups * n], vec![0xffu8; groups * n]);
+        let mut memory = Memory::default();
+        let (from, by) = (memory.read(&weights), memory.read(&positions));
+        let (to, zero) = (memory.write(&mut scales), memory.write(&mut zeros));
+        let sizes = [n as i32, k as i32, group as i32, bits.get() as i32, i32::from(symmetric)];
+        let arguments = arguments![from, by, to, zero, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]];
+        let launch = launch((n.div_ceil(32), groups), (32, 8), Order::Random(1));
+        // SAFETY: as above.
+        unsafe { library().launch("gptq_fit_static", launch, &memory, &arguments) }.unwrap();
+        for (g, column) in (0..groups).flat_map(|g| (0..n).map(move |column| (g, column))) {
+            let (low, high) = range_of(g, column);
+            let expected = Grid::new(bits, symmetric).fit(f64::from(low), f64::from(high));
+            let (scale, zero) = (scales[g * n + column], zeros[g * n + column]);
+            assert_eq!(scale.to_bits(), expected.scale.to_bits(), "{bits:?}, {symmetric}: {low}..{high}");
+            // With an infinite scale the linear is refused.
+            assert!(
+                zero == expected.zero || scale.is_infinite(),
+                "{bits:?}, {symmetric}: {low}..{high}: {zero}"
+            );
         }
     }
 }
