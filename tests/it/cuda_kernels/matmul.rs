@@ -39,8 +39,17 @@ struct Case {
     random: Random,
 }
 
-fn cases() -> impl Iterator<Item = Case> {
-    specs().into_iter().map(|(spec, limits)| {
+/// Linears with more work than the pipelines of one block hold: 24 units and 16, of 52 and 51.
+fn long_specs() -> Vec<(Spec, Limits)> {
+    let spec = |bits, bf16, zeros, act, k, n, group| Spec { bits, bf16, zeros, act, k, n, group };
+    vec![
+        (spec(Bits::Four, false, false, true, 1608, 136, 128), H200),
+        (spec(Bits::Eight, true, true, false, 1080, 72, 32), L4),
+    ]
+}
+
+fn cases(specs: Vec<(Spec, Limits)>) -> impl Iterator<Item = Case> {
+    specs.into_iter().map(|(spec, limits)| {
         let mut random = Random::new(spec.k as u64 * 1000 + spec.n as u64);
         let linear = Linear::random(spec, &mut random);
         let product = Product16::new(&linear, limits);
@@ -73,7 +82,7 @@ impl Case {
 
 #[test]
 fn few_tokens() {
-    for mut case in cases() {
+    for mut case in cases(specs()) {
         for (product, tokens) in [(Product::Few(8), [1, 7]), (Product::Few(16), [9, 16])] {
             let units = case.product.units(product);
             // Stream-K: one block, blocks that share output features, a unit a block, blocks without any.
@@ -86,7 +95,7 @@ fn few_tokens() {
 
 #[test]
 fn few_tokens_in_any_order() {
-    for mut case in cases() {
+    for mut case in cases(specs()) {
         for (product, m) in [(Product::Few(8), 8), (Product::Few(16), 13)] {
             case.check(product, m, 5, &[Order::Forward, Order::Reverse, Order::Random(1), Order::Random(2)]);
         }
@@ -94,15 +103,27 @@ fn few_tokens_in_any_order() {
 }
 
 #[test]
+fn few_tokens_through_full_pipelines() {
+    for mut case in cases(long_specs()) {
+        for (product, m) in [(Product::Few(8), 5), (Product::Few(16), 11)] {
+            assert!(case.product.units(product) > 48);
+            for blocks in [1, 2] {
+                case.check(product, m, blocks, &[Order::Forward, Order::Random(4)]);
+            }
+        }
+    }
+}
+
+#[test]
 fn many_tokens() {
-    for (i, mut case) in cases().enumerate() {
+    for (i, mut case) in cases(specs()).enumerate() {
         case.check(Product::Many(64), [1, 65, 64, 130][i % 4], 0, &[Order::Forward, Order::Random(1)]);
     }
 }
 
 #[test]
 fn many_tokens_in_wide_blocks() {
-    for (i, mut case) in cases().enumerate() {
+    for (i, mut case) in cases(specs()).enumerate() {
         case.check(Product::Many(128), [140, 33][i % 2], 0, &[Order::Reverse]);
         if case.linear.spec.k < 300 && case.product.fits(Product::Many(256)) {
             case.check(Product::Many(256), [40, 260][i % 2], 0, &[Order::Random(3)]);
