@@ -17,6 +17,7 @@ pub mod error;
 pub mod eval;
 pub mod generation;
 pub mod gptq;
+pub mod hub;
 pub mod kernels;
 pub mod model;
 pub mod pack;

@@ -49,8 +49,8 @@ pub(super) enum Command {
 
 #[derive(Debug, Args)]
 pub(super) struct QuantizeArgs {
-    /// Folder of the fp16, bf16 or fp32 checkpoint
-    #[arg(long, value_name = "DIR")]
+    /// Folder of the fp16, bf16 or fp32 checkpoint, or its repository on the Hub: OWNER/NAME[@REVISION]
+    #[arg(long, value_name = "MODEL")]
     pub(super) model: PathBuf,
     /// Folder for the branches; must not exist
     #[arg(long, value_name = "DIR")]
@@ -122,7 +122,8 @@ pub(super) struct TextArgs {
     /// A recipe (wikitext2, wikitext2-test, c4), a .parquet, .txt or .jsonl file, or a folder of parquet files
     #[arg(long, value_name = "DATASET")]
     pub(super) dataset: Option<String>,
-    /// Where the recipes' files lie, laid out as on the Hub; repeatable. The Hugging Face cache is always looked into
+    /// Where the recipes' files lie, laid out as on the Hub; repeatable. The Hugging Face cache is always looked into,
+    /// and what is nowhere is fetched
     #[arg(long, value_name = "DIR")]
     pub(super) dataset_dir: Vec<PathBuf>,
     /// Split of a folder of parquet files
@@ -135,10 +136,10 @@ pub(super) struct TextArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
-    /// The quantized folder
+    /// The quantized folder, or OWNER/NAME[:BRANCH] on the Hub
     pub(super) dir: PathBuf,
     /// The checkpoint it was made from: measure the distance of every linear
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "MODEL")]
     pub(super) against: Option<PathBuf>,
     /// Also put every linear through the int4 matmul of this device (auto, cpu, cuda, cuda:N) and compare it with fp64, on
     /// activations of a bundled text or of --dataset
@@ -153,11 +154,11 @@ pub(super) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct EvalArgs {
-    /// Folder of the unquantized checkpoint
-    #[arg(long, value_name = "DIR")]
+    /// Folder of the unquantized checkpoint, or OWNER/NAME[@REVISION] on the Hub
+    #[arg(long, value_name = "MODEL")]
     pub(super) model: PathBuf,
-    /// A quantized folder; repeatable
-    #[arg(long, value_name = "DIR")]
+    /// A quantized folder, or OWNER/NAME:BRANCH on the Hub; repeatable
+    #[arg(long, value_name = "MODEL")]
     pub(super) quantized: Vec<PathBuf>,
     #[command(flatten)]
     pub(super) text: TextArgs,
@@ -176,7 +177,7 @@ pub(super) struct EvalArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
-    /// A checkpoint folder, dense or quantized
+    /// A checkpoint, dense or quantized: a folder, or OWNER/NAME[:BRANCH] on the Hub
     pub(super) dir: PathBuf,
     /// List every tensor
     #[arg(long)]
@@ -185,7 +186,7 @@ pub(super) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
-    /// Folder of a GPTQ checkpoint, or of a dense one
+    /// A GPTQ checkpoint, or a dense one: a folder, or OWNER/NAME[:BRANCH] on the Hub
     pub(super) dir: PathBuf,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,

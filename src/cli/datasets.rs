@@ -1,24 +1,44 @@
 //! Where datasets are looked for.
 
-use std::{env, path::PathBuf};
+use std::{fs, path::Path};
 
-use gptq::calibration::SourceOptions;
+use anyhow::Result;
+use gptq::{
+    Error,
+    calibration::{CorpusSource, Recipe, SourceOptions},
+    hub::{Hub, Reference},
+};
 
-use super::args::TextArgs;
+use super::{
+    args::{OutputArgs, TextArgs},
+    hub,
+    terminal::Terminal,
+};
 
 /// How dataset names are resolved, from the flags.
 pub(super) fn options(args: &TextArgs) -> SourceOptions {
     let mut roots = args.dataset_dir.clone();
-    roots.extend(hub_cache());
+    roots.push(hub::cache());
     SourceOptions { text_column: args.text_column.clone(), split: args.split.clone(), roots }
 }
 
-/// The Hugging Face cache, where it would be on this machine.
-fn hub_cache() -> Option<PathBuf> {
-    if let Some(cache) = env::var_os("HF_HUB_CACHE") {
-        return Some(cache.into());
+/// The files of a dataset; a recipe's that are not on this machine are fetched from the Hub.
+pub(super) fn resolve(name: &str, options: &SourceOptions, output: &OutputArgs) -> Result<CorpusSource> {
+    let missing = match CorpusSource::resolve(name, options) {
+        Err(error @ Error::DatasetNotFound { .. }) => error,
+        other => return Ok(other?),
+    };
+    let settings = hub::settings();
+    if settings.offline {
+        return Err(missing.into());
     }
-    let home = env::var_os("HF_HOME").map(PathBuf::from);
-    let home = home.or_else(|| env::home_dir().map(|home| home.join(".cache/huggingface")));
-    home.map(|home| home.join("hub"))
+    let recipe = match Recipe::builtin(name) {
+        Some(recipe) => recipe,
+        None => Recipe::from_toml(Path::new(name), &fs::read_to_string(name)?)?,
+    };
+    let reference = Reference::new(recipe.repository(), Some(recipe.revision()))?;
+    let terminal = Terminal::new(output);
+    Hub::new(settings)?.fetch_dataset(&reference, &recipe.paths(), &terminal)?;
+    drop(terminal);
+    Ok(CorpusSource::resolve(name, options)?)
 }

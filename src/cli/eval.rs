@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use gptq::{
-    calibration::{CorpusSource, Tokenizer, Tokens, Windows},
+    calibration::{Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
     eval::{self, Candidate},
     model::Compute,
@@ -14,28 +14,29 @@ use safetensors::{Dtype, tensor::TensorView};
 
 use super::{
     args::{EvalArgs, OutputArgs},
-    datasets,
+    datasets, hub,
     terminal::{self, Terminal},
 };
 
 pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
-    let reference = Checkpoint::open(&args.model)?;
+    let model = hub::model(&args.model, output)?;
+    let reference = Checkpoint::open(&model.folder)?;
     reference.check()?;
-    let quantized = args.quantized.iter().map(|dir| Checkpoint::open(dir));
+    let models = args.quantized.iter().map(|dir| hub::model(dir, output)).collect::<Result<Vec<_>>>()?;
+    let quantized = models.iter().map(|model| Checkpoint::open(&model.folder));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
     let compute = args.compute.resolve(&reference, output)?;
     let name = args.text.dataset.as_deref().unwrap_or("wikitext2-test");
-    let source = CorpusSource::resolve(name, &datasets::options(&args.text))?;
-    let tokenizer = Tokenizer::open(&args.model)?;
+    let source = datasets::resolve(name, &datasets::options(&args.text), output)?;
+    let tokenizer = Tokenizer::open(&model.folder)?;
     let corpus = source.load()?;
     let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
     let windows = Windows::sequential(&tokens, args.seq_len, args.windows)?;
 
-    let candidates: Vec<Candidate<'_>> = args
-        .quantized
+    let candidates: Vec<Candidate<'_>> = models
         .iter()
         .zip(&quantized)
-        .map(|(dir, checkpoint)| Candidate { name: folder_name(dir), checkpoint })
+        .map(|(model, checkpoint)| Candidate { name: model.label(), checkpoint })
         .collect();
     let terminal = Terminal::new(output);
     let evaluation = eval::evaluate(&reference, &candidates, &windows, source.name(), compute, &terminal)?;
@@ -50,11 +51,6 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         terminal::result(&evaluation_table(&evaluation))?;
     }
     Ok(true)
-}
-
-fn folder_name(dir: &Path) -> String {
-    let full = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    full.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// Writes `tokens` `[W, S]` i64 and `logits` `[W, S, vocab]` f32.

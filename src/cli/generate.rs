@@ -8,11 +8,12 @@ use gptq::{
 
 use super::{
     args::{GenerateArgs, OutputArgs},
+    hub,
     terminal::{self, Terminal},
 };
 
 pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
-    let checkpoint = Checkpoint::open(&args.dir)?;
+    let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
     let compute = args.compute.resolve(&checkpoint, output)?;
     let request = Request {
         prompt: args.prompt.clone(),

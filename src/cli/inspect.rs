@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::{
     args::{InspectArgs, OutputArgs},
-    terminal,
+    hub, terminal,
 };
 
 /// What a folder holds.
@@ -54,7 +54,7 @@ struct TensorLine {
 }
 
 pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
-    let checkpoint = Checkpoint::open(&args.dir)?;
+    let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
     let inspection = inspect(&checkpoint, args.tensors)?;
     if output.json {
         terminal::json(&inspection)?;

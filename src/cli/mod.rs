@@ -10,6 +10,7 @@ mod demo;
 mod environment;
 mod eval;
 mod generate;
+mod hub;
 mod inspect;
 mod quantize;
 mod terminal;

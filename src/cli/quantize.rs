@@ -17,22 +17,23 @@ use gptq::{
 
 use super::{
     args::{OutputArgs, QuantizeArgs},
-    datasets,
+    datasets, hub,
     terminal::{self, Terminal},
 };
 
 pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let plan = plan(args)?;
-    let checkpoint = Checkpoint::open(&args.model)?;
+    let model = hub::model(&args.model, output)?;
+    let checkpoint = Checkpoint::open(&model.folder)?;
     pipeline::check(&plan, &checkpoint, &args.out)?;
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),
         ..datasets::options(&args.text)
     };
-    let source = CorpusSource::resolve(&plan.dataset, &options)?;
+    let source = datasets::resolve(&plan.dataset, &options, output)?;
     let evaluation_source = evaluation_source(args, &source, &options, output)?;
-    let tokenizer = Tokenizer::open(&args.model)?;
+    let tokenizer = Tokenizer::open(&model.folder)?;
     let vocab_size = checkpoint.config().vocab_size;
     let corpus = source.load()?;
     let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
@@ -56,6 +57,8 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         stop: &AtomicBool::new(false),
     };
     let mut report = pipeline::quantize(&run, &terminal)?;
+    model.sign(&mut report.model);
+    pipeline::write_report(&args.out, &report)?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
@@ -153,18 +156,20 @@ fn evaluation_source(
         return Ok(None);
     }
     if let Some(name) = &args.eval {
-        return Ok(Some(CorpusSource::resolve(name, &anywhere(options))?));
+        return Ok(Some(datasets::resolve(name, &anywhere(options), output)?));
     }
     let Some(name) = calibration.recipe().map(|recipe| recipe.evaluate().to_owned()) else {
         terminal::note(output, "the branches will not be evaluated: name a text with --eval");
         return Ok(None);
     };
-    match CorpusSource::resolve(&name, &anywhere(options)) {
+    match datasets::resolve(&name, &anywhere(options), output) {
         Ok(source) => Ok(Some(source)),
-        Err(error @ gptq::Error::DatasetNotFound { .. }) => {
-            terminal::note(output, &format!("the branches will not be evaluated: {error}"));
-            Ok(None)
-        }
-        Err(error) => Err(error.into()),
+        Err(error) => match error.downcast_ref() {
+            Some(gptq::Error::DatasetNotFound { .. } | gptq::Error::Hub(_)) => {
+                terminal::note(output, &format!("the branches will not be evaluated: {error}"));
+                Ok(None)
+            }
+            _ => Err(error),
+        },
     }
 }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use anyhow::{Result, bail};
 use gptq::{
-    calibration::{Corpus, CorpusSource},
+    calibration::Corpus,
     checkpoint::Checkpoint,
     device,
     verify::{self, KernelOptions, Verification},
@@ -14,7 +14,7 @@ use tch::Device;
 
 use super::{
     args::{OutputArgs, VerifyArgs},
-    datasets, demo,
+    datasets, demo, hub,
     terminal::{self, Terminal},
 };
 
@@ -22,7 +22,9 @@ use super::{
 const SHOWN: usize = 20;
 
 pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
-    let against = args.against.as_ref().map(|dir| Checkpoint::open(dir)).transpose()?;
+    let folder = hub::model(&args.dir, output)?.folder;
+    let against = args.against.as_ref().map(|dir| hub::model(dir, output)).transpose()?;
+    let against = against.map(|model| Checkpoint::open(&model.folder)).transpose()?;
     if args.device.is_none() && args.text.dataset.is_some() {
         bail!("--dataset is the text for --device, which is not given");
     }
@@ -32,7 +34,7 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
         KernelOptions { device, dtype, corpus }
     });
     let terminal = Terminal::new(output);
-    let verification = verify::verify(&args.dir, against.as_ref(), options.as_ref(), &terminal)?;
+    let verification = verify::verify(&folder, against.as_ref(), options.as_ref(), &terminal)?;
     drop(terminal);
     if output.json {
         terminal::json(&verification)?;
@@ -47,7 +49,7 @@ fn kernel(args: &VerifyArgs, device: &str, output: &OutputArgs) -> Result<(Devic
     let choice = device::resolve(device)?;
     choice.note.iter().for_each(|note| terminal::note(output, note));
     let corpus = match &args.text.dataset {
-        Some(name) => CorpusSource::resolve(name, &datasets::options(&args.text))?.load()?,
+        Some(name) => datasets::resolve(name, &datasets::options(&args.text), output)?.load()?,
         None => demo::calibration_text()?,
     };
     Ok((choice.device, corpus))

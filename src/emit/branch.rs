@@ -26,7 +26,7 @@ use crate::{
 pub const CHECKSUMS_FILE: &str = "checksums.json";
 
 /// Files that belong to the tokenizer or to generation, copied as they are.
-const COPIED: [&str; 9] = [
+pub const COPIED_FILES: [&str; 9] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -121,11 +121,9 @@ impl BranchWriter {
         };
         add(CONFIG_FILE, &pretty(&quantized_config_json(config.raw(), &self.variant, provenance)))?;
         add(QUANTIZE_CONFIG_FILE, &pretty(&quantize_config_json(&self.variant, provenance)))?;
-        for name in COPIED {
-            let source = checkpoint.dir().join(name);
-            if source.exists() {
-                add(name, &fs::read(&source).map_err(Error::io("read", &source))?)?;
-            }
+        for name in copied(checkpoint.dir())? {
+            let source = checkpoint.dir().join(&name);
+            add(&name, &fs::read(&source).map_err(Error::io("read", &source))?)?;
         }
         let path = self.partial.join(CHECKSUMS_FILE);
         let text =
@@ -167,6 +165,13 @@ impl Drop for BranchWriter {
             let _ = fs::remove_dir_all(&self.partial);
         }
     }
+}
+
+/// Whether a file name is that of a licence, a notice or a use policy, which go wherever the weights go.
+pub fn is_licence(name: &str) -> bool {
+    const BEGIN: [&str; 5] = ["LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "ACCEPTABLE_USE"];
+    let name = name.to_ascii_uppercase().replace('-', "_");
+    BEGIN.iter().any(|begin| name.starts_with(begin)) && !name.contains('/')
 }
 
 /// Whether a file name is that of a branch that is being written, or was when its run was killed.
@@ -212,6 +217,20 @@ fn tensors(variant: &Variant, config: &LlamaConfig) -> Result<Vec<TensorSpec>> {
     let dense = dense_tensors(config).into_iter();
     specs.extend(dense.map(|(name, shape)| spec(name, WriteDtype::F16, &shape)));
     Ok(specs)
+}
+
+/// The files of the source that a branch has too, in a fixed order.
+fn copied(source: &Path) -> Result<Vec<String>> {
+    let mut names: Vec<String> = COPIED_FILES.map(str::to_owned).into();
+    let mut licences = Vec::new();
+    for entry in fs::read_dir(source).map_err(Error::io("read", source))? {
+        let name = entry.map_err(Error::io("read", source))?.file_name();
+        licences.extend(name.into_string().ok().filter(|name| is_licence(name)));
+    }
+    licences.sort();
+    names.extend(licences);
+    names.retain(|name| source.join(name).is_file());
+    Ok(names)
 }
 
 fn pretty(value: &Value) -> Vec<u8> {

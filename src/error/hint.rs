@@ -6,6 +6,7 @@ impl Error {
     /// What the user can do about it, where there is something.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
+            Self::Hub(error) => return error.hint(),
             Self::UnknownKey { nearest: Some(key), .. } => format!("did you mean `{key}`?"),
             Self::WeightsFormat { path, .. } => format!(
                 "convert it: python -c \"from transformers import AutoModelForCausalLM as M; \

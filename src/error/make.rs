@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 
 use super::Error;
 
+/// The library's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
 impl Error {
     /// An [`Error::Io`] for `path`; made for `map_err`.
     pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {

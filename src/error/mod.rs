@@ -1,22 +1,22 @@
 //! The library's one error type: every variant names the thing, what was expected and what was found.
 
 mod hint;
+mod hub;
 mod make;
 mod torch;
 
 use std::path::PathBuf;
 
 pub(crate) use make::toml_error;
-pub use torch::TorchContext;
-use torch::without_backtrace;
-
-/// The library's result.
-pub type Result<T, E = Error> = std::result::Result<T, E>;
+pub use {hub::HubError, make::Result, torch::TorchContext};
 
 /// Everything that can go wrong in the library.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The Hub or a git remote.
+    #[error(transparent)]
+    Hub(#[from] HubError),
     /// A file or folder could not be used.
     #[error("cannot {action} `{}`: {source}", path.display())]
     Io {
@@ -389,7 +389,7 @@ pub enum Error {
         problem: String,
     },
     /// libtorch refused an operation.
-    #[error("libtorch could not {action}: {}", without_backtrace(source))]
+    #[error("libtorch could not {action}: {}", torch::without_backtrace(source))]
     Torch {
         /// What was tried.
         action: String,

@@ -248,6 +248,7 @@ fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {
     let name = checkpoint.dir().canonicalize().map_err(Error::io("read", checkpoint.dir()))?;
     Ok(ModelReport {
         name: name.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
+        source: None,
         layers: config.num_layers,
         hidden_size: config.hidden_size,
         parameters,

@@ -43,8 +43,11 @@ pub struct Report {
 /// The source model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelReport {
-    /// Its folder's name.
+    /// Its folder's name, or its repository's.
     pub name: String,
+    /// Where on the Hub it comes from, if it was fetched from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<ModelSource>,
     /// Decoder layers.
     pub layers: usize,
     /// Width of the hidden states.
@@ -53,6 +56,17 @@ pub struct ModelReport {
     pub parameters: u64,
     /// Bytes of all tensors.
     pub bytes: u64,
+}
+
+/// A model's place on the Hub.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelSource {
+    /// `owner/name`.
+    pub repository: String,
+    /// The commit.
+    pub commit: String,
+    /// Whether its files are given only to those who accepted conditions; none when the Hub was not asked.
+    pub gated: Option<bool>,
 }
 
 /// The calibration text.

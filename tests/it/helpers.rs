@@ -143,12 +143,22 @@ impl Lab {
 
     /// The program with any arguments.
     pub(crate) fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Output {
+        self.run_with(&[], args)
+    }
+
+    /// The program with variables set.
+    pub(crate) fn run_with<S: AsRef<OsStr>>(&self, variables: &[(&str, &str)], args: &[S]) -> Output {
         let mut command = program();
-        for variable in ["HF_HUB_CACHE", "GPTQ_TEST_DATA"] {
-            command.env_remove(variable);
+        for (variable, _) in std::env::vars_os() {
+            let name = variable.to_string_lossy();
+            if ["HF_", "HUGGING", "XDG_"].iter().any(|begin| name.starts_with(begin)) || name == "GPTQ_TEST_DATA" {
+                command.env_remove(variable);
+            }
         }
         command.env("HF_HOME", self.path("hf-home")).env("OMP_WAIT_POLICY", "passive");
-        let output = command.args(args).output().unwrap();
+        // No test asks the real Hub for anything.
+        command.env("HF_ENDPOINT", "http://127.0.0.1:1").env("HF_HUB_OFFLINE", "1");
+        let output = command.envs(variables.iter().copied()).args(args).output().unwrap();
         self.read(&output)
     }
 

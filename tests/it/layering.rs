@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 19] = [
+const LAYERS: [&str; 20] = [
     "error",
     "progress",
     "device",
@@ -28,6 +28,7 @@ const LAYERS: [&str; 19] = [
     "eval",
     "generation",
     "pipeline",
+    "hub",
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.

@@ -18,9 +18,10 @@
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
+//! | `hub_fetch` | models and datasets from a Hub on loopback, with every fault of a network and a server |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
-//! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
+//! `hub_server` is that Hub. `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
 //! files without the library's own reader; `source` reads Rust source text.
 
 mod bad_input;
@@ -34,6 +35,8 @@ mod foreign;
 mod generate;
 mod golden;
 mod helpers;
+mod hub_fetch;
+mod hub_server;
 mod kernel;
 mod layering;
 mod models;

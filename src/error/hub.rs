@@ -1,0 +1,181 @@
+//! What can go wrong with the Hub, or with a git remote.
+
+/// A repository, a file of it, or the way to it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HubError {
+    /// A name that cannot be a repository's.
+    #[error("`{found}` is not the name of a repository: expected {expected}")]
+    Reference {
+        /// As given.
+        found: String,
+        /// What a name looks like.
+        expected: &'static str,
+    },
+    /// There is no such repository, or not for this user.
+    #[error("{kind} `{repository}` is not on {endpoint}, or is private")]
+    NotFound {
+        /// `model` or `dataset`.
+        kind: &'static str,
+        /// `owner/name`.
+        repository: String,
+        /// The Hub's address.
+        endpoint: String,
+        /// Whether a token was sent.
+        token: bool,
+    },
+    /// The repository has no such branch, tag or commit.
+    #[error("`{repository}` has no revision `{revision}` (it has {known})")]
+    Revision {
+        /// `owner/name`.
+        repository: String,
+        /// As asked for.
+        revision: String,
+        /// Branches and tags that exist.
+        known: String,
+    },
+    /// The repository's files are given only to those who accepted its conditions.
+    #[error("`{repository}` is gated, and {}", if *token { "this token's user has no access" } else { "no token was given" })]
+    Gated {
+        /// `owner/name`.
+        repository: String,
+        /// Where access is asked for.
+        page: String,
+        /// Whether a token was sent.
+        token: bool,
+    },
+    /// The token is not accepted, or may not do this.
+    #[error("the Hub refused to {action}: {message}")]
+    Unauthorized {
+        /// What was tried: `read owner/name`.
+        action: String,
+        /// The Hub's words.
+        message: String,
+        /// Whether a token was sent.
+        token: bool,
+    },
+    /// A file that is needed is not in the repository.
+    #[error("`{repository}` at revision `{revision}` has no {file}")]
+    File {
+        /// `owner/name`.
+        repository: String,
+        /// The revision looked at.
+        revision: String,
+        /// The file.
+        file: String,
+    },
+    /// Only weights in a format that is not read.
+    #[error("`{repository}` has only `{found}`; safetensors weights are needed")]
+    WeightsFormat {
+        /// `owner/name`.
+        repository: String,
+        /// A weights file that is there.
+        found: String,
+    },
+    /// Neither the network nor the cache has it.
+    #[error("{why}, and `{repository}` at revision `{revision}` is not whole in the cache: {missing} is missing")]
+    NotCached {
+        /// Why the Hub was not asked, or did not answer.
+        why: String,
+        /// `owner/name`.
+        repository: String,
+        /// The revision.
+        revision: String,
+        /// What is missing.
+        missing: String,
+        /// Whether HF_HUB_OFFLINE forbids the network.
+        offline: bool,
+    },
+    /// No answer.
+    #[error("no answer from {endpoint}: {problem}")]
+    Unreachable {
+        /// The Hub's address.
+        endpoint: String,
+        /// The reason.
+        problem: String,
+    },
+    /// Too many requests, also after waiting.
+    #[error("{endpoint} refuses further requests for now (429){}", after.map_or_else(String::new, |s| format!(": it asks to wait {s} s")))]
+    RateLimited {
+        /// The Hub's address.
+        endpoint: String,
+        /// Seconds it asks to wait.
+        after: Option<u64>,
+    },
+    /// Any other answer that is not a success.
+    #[error("the Hub could not {action}: {message}")]
+    Answer {
+        /// What was tried.
+        action: String,
+        /// Status and the Hub's words.
+        message: String,
+    },
+    /// A transfer that was cut, again and again.
+    #[error("`{file}` of `{repository}` came only to {got} of {size} bytes: {problem}")]
+    Cut {
+        /// `owner/name`.
+        repository: String,
+        /// The file.
+        file: String,
+        /// Bytes that came.
+        got: u64,
+        /// Bytes there should be.
+        size: u64,
+        /// The last reason.
+        problem: String,
+    },
+    /// What came is not what the Hub said it would be.
+    #[error("`{file}` of `{repository}` is not what the Hub says it is: expected {expected}, found {found}")]
+    Content {
+        /// `owner/name`.
+        repository: String,
+        /// The file.
+        file: String,
+        /// Size or digest expected.
+        expected: String,
+        /// Size or digest found.
+        found: String,
+    },
+}
+
+impl HubError {
+    /// What the user can do about it, where there is something.
+    pub(super) fn hint(&self) -> Option<String> {
+        const LOG_IN: &str = "set HF_TOKEN, or log in: hf auth login";
+        Some(match self {
+            Self::NotFound { token: false, .. } => {
+                format!("check the name, or whether a folder was meant; if it is private, {LOG_IN}")
+            }
+            Self::NotFound { .. } => "check the name, or whether a folder was meant; if it is private, the token \
+                                      must be of a user who may read it"
+                .into(),
+            Self::Gated { page, token: false, .. } => {
+                format!("accept its conditions at {page}, then {LOG_IN}")
+            }
+            Self::Gated { page, .. } => format!("ask for access at {page} with the account of this token"),
+            Self::Unauthorized { token: false, .. } => LOG_IN.into(),
+            Self::Unauthorized { .. } => {
+                "check HF_TOKEN: it must be valid, and may need the right to write".into()
+            }
+            Self::WeightsFormat { repository, .. } => format!(
+                "convert it: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
+                 d = '{0}-safetensors'; M.from_pretrained('{repository}').save_pretrained(d); \
+                 T.from_pretrained('{repository}').save_pretrained(d)\", then --model {0}-safetensors",
+                repository.rsplit('/').next().unwrap_or_default()
+            ),
+            Self::NotCached { offline: true, .. } => "unset HF_HUB_OFFLINE to fetch it".into(),
+            Self::NotCached { .. } | Self::Unreachable { .. } => {
+                "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: what has come is kept".into()
+            }
+            Self::RateLimited { .. } => {
+                "wait a while and start again: what has come is kept; a token (HF_TOKEN) allows more requests"
+                    .into()
+            }
+            Self::Cut { .. } => "start again: it goes on where it stopped".into(),
+            Self::Content { .. } => {
+                "start again; if it stays, the file on the Hub or something on the way to it is damaged".into()
+            }
+            _ => return None,
+        })
+    }
+}

@@ -1,0 +1,222 @@
+//! The connection to a Hub, and what its refusals mean.
+
+use std::future::Future;
+
+use hf_hub::{HFClient, HFError, error::HttpErrorContext};
+use tokio::runtime::{Builder, Runtime};
+
+use super::{
+    reference::Reference,
+    settings::{Settings, redacted},
+};
+use crate::error::{Error, HubError, Result};
+
+/// Longest wait that a Hub may ask for before a request counts as refused, seconds.
+const LONGEST_WAIT: u64 = 120;
+
+/// A Hub, or a server that speaks like one.
+pub struct Hub {
+    pub(super) settings: Settings,
+    pub(super) client: HFClient,
+    runtime: Runtime,
+}
+
+/// What a repository holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Model,
+    Dataset,
+}
+
+impl Kind {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::Dataset => "dataset",
+        }
+    }
+
+    /// What stands before `owner/name` in the address of its page.
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Model => "",
+            Self::Dataset => "datasets/",
+        }
+    }
+}
+
+impl Hub {
+    /// Nothing is sent yet.
+    ///
+    /// # Errors
+    /// When the endpoint is not an address.
+    pub fn new(settings: Settings) -> Result<Self> {
+        let unusable = |problem: String| {
+            let endpoint = settings.endpoint.clone();
+            Error::from(HubError::Unreachable { endpoint, problem })
+        };
+        if !["http://", "https://"].iter().any(|scheme| settings.endpoint.starts_with(scheme)) {
+            return Err(Error::Value {
+                what: "HF_ENDPOINT".into(),
+                expected: "an address such as https://huggingface.co".into(),
+                found: redacted(&settings.endpoint, settings.token.as_ref()),
+            });
+        }
+        let http = reqwest::Client::builder()
+            .user_agent(concat!("gptq/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(settings.silence)
+            .read_timeout(settings.silence)
+            .build()
+            .map_err(|error| unusable(error.to_string()))?;
+        let mut builder = HFClient::builder()
+            .endpoint(&settings.endpoint)
+            .cache_dir(&settings.cache)
+            .client(http)
+            .retry_max_attempts(settings.retries)
+            .retry_base_delay(settings.pause);
+        if let Some(token) = &settings.token {
+            builder = builder.token(token.secret());
+        }
+        let client = builder.build().map_err(|error| unusable(error.to_string()))?;
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| unusable(format!("no network can be used here: {error}")))?;
+        Ok(Self { settings, client, runtime })
+    }
+
+    /// How it is reached.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(super) fn block_on<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.block_on(future)
+    }
+
+    /// Sends a request, again where the Hub says how long to wait before.
+    pub(super) async fn ask<T, F>(&self, about: &About<'_>, request: impl Fn() -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T, HFError>>,
+    {
+        for last in [false, true] {
+            match request().await {
+                Ok(answer) => return Ok(answer),
+                Err(HFError::RateLimited { retry_after: Some(wait), .. })
+                    if !last && wait.as_secs() <= LONGEST_WAIT =>
+                {
+                    tokio::time::sleep(wait).await;
+                }
+                Err(error) => return Err(self.failure(error, about).into()),
+            }
+        }
+        unreachable!("the last request returns")
+    }
+
+    /// What a refusal means.
+    pub(super) fn failure(&self, error: HFError, about: &About<'_>) -> HubError {
+        let repository = about.reference.repository().to_owned();
+        let revision = about.reference.revision().to_owned();
+        let (endpoint, token) = (self.settings.endpoint.clone(), self.settings.token.is_some());
+        let clean = |text: &str| redacted(text, self.settings.token.as_ref());
+        if let HFError::RateLimited { retry_after, .. } = &error {
+            return HubError::RateLimited { endpoint, after: retry_after.map(|wait| wait.as_secs()) };
+        }
+        let context = context(&error);
+        let code = context.and_then(|context| context.error_code.as_deref()).unwrap_or_default();
+        let status = context.map_or(0, |context| context.status.as_u16());
+        let missing = matches!(status, 401 | 404);
+        let message = clean(&context.map_or_else(|| chain(&error), said));
+        match (&error, status, code) {
+            (HFError::Request { .. }, ..) => HubError::Unreachable { endpoint, problem: message },
+            (_, 401 | 403, "GatedRepo") => {
+                let page = format!("{endpoint}/{}{repository}", about.kind.prefix());
+                HubError::Gated { repository, page, token }
+            }
+            (HFError::RepoNotFound { .. }, ..) => {
+                HubError::NotFound { kind: about.kind.name(), repository, endpoint, token }
+            }
+            (_, _, "RepoNotFound") if missing => {
+                HubError::NotFound { kind: about.kind.name(), repository, endpoint, token }
+            }
+            (_, 401 | 403, _) => {
+                let action = format!("{} {repository}", about.action);
+                HubError::Unauthorized { action, message, token }
+            }
+            (HFError::EntryNotFound { path, .. }, ..) => {
+                HubError::File { repository, revision, file: format!("`{path}`") }
+            }
+            (HFError::RevisionNotFound { .. }, ..) | (_, _, "RevisionNotFound") => {
+                HubError::Revision { repository, revision, known: String::new() }
+            }
+            _ => HubError::Answer { action: format!("{} {repository}", about.action), message },
+        }
+    }
+}
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hub").field("settings", &self.settings).finish_non_exhaustive()
+    }
+}
+
+/// What a request is about, for messages.
+pub(super) struct About<'a> {
+    pub(super) kind: Kind,
+    pub(super) reference: &'a Reference,
+    /// A verb before the repository's name: `read`.
+    pub(super) action: &'static str,
+}
+
+/// Whether the same request may succeed a little later.
+pub(super) fn is_transient(error: &HFError) -> bool {
+    let status = context(error).map_or(0, |context| context.status.as_u16());
+    matches!(error, HFError::Request { .. } | HFError::Xet { .. } | HFError::RateLimited { .. })
+        || status == 408
+        || status >= 500
+}
+
+/// Whether an error says that the Hub is not there at the moment, so that the cache may stand in for it.
+pub(super) fn is_absence(error: &Error) -> bool {
+    match error {
+        Error::Hub(HubError::Unreachable { .. } | HubError::RateLimited { .. }) => true,
+        Error::Hub(HubError::Answer { message, .. }) => message.starts_with('5'),
+        _ => false,
+    }
+}
+
+fn context(error: &HFError) -> Option<&HttpErrorContext> {
+    match error {
+        HFError::Http { context }
+        | HFError::AuthRequired { context }
+        | HFError::Forbidden { context }
+        | HFError::Conflict { context }
+        | HFError::RateLimited { context, .. } => Some(context),
+        HFError::RepoNotFound { context, .. }
+        | HFError::RevisionNotFound { context, .. }
+        | HFError::EntryNotFound { context, .. } => context.as_deref(),
+        _ => None,
+    }
+}
+
+/// `404 Not Found: no such thing`.
+fn said(context: &HttpErrorContext) -> String {
+    match context.server_message.as_deref().filter(|message| !message.is_empty()) {
+        Some(message) => format!("{}: {message}", context.status),
+        None => context.status.to_string(),
+    }
+}
+
+/// An error with its causes; the client's own texts name only the last one.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,130 @@
+//! The two digests that the Hub names files by.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+};
+
+use sha1::Sha1;
+use sha2::{Digest, Sha256};
+
+/// What a file's content is known by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ContentId {
+    /// SHA-256 of a large file's content.
+    Sha256(String),
+    /// SHA-1 of a git blob: of `blob SIZE\0` and the content.
+    GitBlob(String),
+}
+
+impl ContentId {
+    /// The digest, hexadecimal: the name of the file's blob in the cache.
+    pub fn hex(&self) -> &str {
+        match self {
+            Self::Sha256(hex) | Self::GitBlob(hex) => hex,
+        }
+    }
+
+    /// Takes a digest of this kind of a content of `size` bytes.
+    pub fn hasher(&self, size: u64) -> Hasher {
+        match self {
+            Self::Sha256(_) => Hasher::Sha256(Sha256::new()),
+            Self::GitBlob(_) => Hasher::git_blob(size),
+        }
+    }
+
+    /// `sha256 …` or `git blob …`.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Sha256(hex) => format!("sha256 {hex}"),
+            Self::GitBlob(hex) => format!("git blob {hex}"),
+        }
+    }
+
+    /// Whether it has the form of a digest, and so is a plain file name.
+    pub fn is_well_formed(&self) -> bool {
+        let (hex, length) = match self {
+            Self::Sha256(hex) => (hex, 64),
+            Self::GitBlob(hex) => (hex, 40),
+        };
+        hex.len() == length && hex.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+    }
+}
+
+/// A digest that is being taken.
+#[derive(Debug, Clone)]
+pub enum Hasher {
+    /// Of a large file.
+    Sha256(Sha256),
+    /// Of a git blob.
+    GitBlob(Sha1),
+}
+
+impl Hasher {
+    /// Of a git blob of `size` bytes.
+    pub fn git_blob(size: u64) -> Self {
+        let mut sha1 = Sha1::new();
+        sha1.update(format!("blob {size}\0"));
+        Self::GitBlob(sha1)
+    }
+
+    /// More of the content.
+    pub fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Sha256(sha256) => sha256.update(bytes),
+            Self::GitBlob(sha1) => sha1.update(bytes),
+        }
+    }
+
+    /// The rest of a file.
+    pub fn read(&mut self, mut file: &File) -> io::Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match file.read(&mut buffer)? {
+                0 => return Ok(()),
+                count => self.update(&buffer[..count]),
+            }
+        }
+    }
+
+    /// The digest.
+    pub fn finish(self) -> ContentId {
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        match self {
+            Self::Sha256(sha256) => ContentId::Sha256(hex(&sha256.finalize())),
+            Self::GitBlob(sha1) => ContentId::GitBlob(hex(&sha1.finalize())),
+        }
+    }
+}
+
+/// The size of a file, and its digest of the same kind as `like`.
+pub fn of_file(path: &Path, like: &ContentId) -> io::Result<(u64, ContentId)> {
+    let file = File::open(path)?;
+    let size = file.metadata()?.len();
+    let mut hasher = like.hasher(size);
+    hasher.read(&file)?;
+    Ok((size, hasher.finish()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_as_git_and_sha256sum_print_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        std::fs::write(&path, "hello\n").unwrap();
+        // `git hash-object a`, `sha256sum a`
+        let blob = ContentId::GitBlob("ce013625030ba8dba906f756967f9e9ca394464a".into());
+        let sha256 =
+            ContentId::Sha256("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03".into());
+        for id in [blob, sha256] {
+            assert_eq!(of_file(&path, &id).unwrap(), (6, id.clone()));
+            assert!(id.is_well_formed());
+        }
+        assert!(!ContentId::GitBlob("../x".into()).is_well_formed());
+        assert!(!ContentId::Sha256("AB".repeat(32)).is_well_formed());
+    }
+}

@@ -1,0 +1,137 @@
+//! Which files of a model's repository are needed.
+
+use std::{collections::BTreeSet, path::Path};
+
+use serde::Deserialize;
+
+use crate::{
+    checkpoint::{CONFIG_FILE, INDEX_FILE, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
+    emit::{CHECKSUMS_FILE, COPIED_FILES, is_licence},
+    error::{Error, Result},
+};
+
+/// The card of a repository.
+pub const CARD_FILE: &str = "README.md";
+
+/// Ends of names of weights in formats that are not read.
+const OTHER_WEIGHTS: [&str; 8] = [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"];
+
+/// The files of a model that are needed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// By name.
+    pub(super) files: Vec<String>,
+    /// Whether the weights are the shards that the index names, which is one of the files.
+    pub(super) sharded: bool,
+}
+
+/// Why a repository is not a model that can be read.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// This is missing.
+    Missing(String),
+    /// The weights are in another format; one file of it.
+    OtherFormat(String),
+}
+
+/// What is needed of a repository with these files; what is in folders is not.
+pub(super) fn of_model(names: &[&str]) -> Result<Wanted, Lack> {
+    let named = |name: &str| names.contains(&name);
+    if !named(CONFIG_FILE) {
+        return Err(Lack::Missing(format!("`{CONFIG_FILE}`")));
+    }
+    let (weights, sharded) = weights(names)?;
+    let beside = |name: &&str| {
+        [CONFIG_FILE, QUANTIZE_CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE].contains(name)
+            || COPIED_FILES.contains(name)
+            || is_licence(name)
+    };
+    let mut files: Vec<String> = names.iter().copied().filter(beside).map(str::to_owned).collect();
+    files.push(weights.to_owned());
+    Ok(Wanted { files, sharded })
+}
+
+/// The one weights file, or the index of several, in the order in which a checkpoint is opened.
+fn weights<'a>(names: &[&'a str]) -> Result<(&'a str, bool), Lack> {
+    let find = |wanted: &str| names.iter().copied().find(|name| *name == wanted);
+    if let Some(whole) = find(WEIGHTS_FILE) {
+        return Ok((whole, false));
+    }
+    if let Some(index) = find(INDEX_FILE) {
+        return Ok((index, true));
+    }
+    let top = || names.iter().copied().filter(|name| !name.contains('/'));
+    let mut single = top().filter(|name| name.ends_with(".safetensors"));
+    match (single.next(), single.next()) {
+        (Some(only), None) => Ok((only, false)),
+        (Some(_), Some(_)) => Err(Lack::Missing(format!("`{INDEX_FILE}`, which says what is in its shards"))),
+        (None, _) => {
+            let other = top().find(|name| OTHER_WEIGHTS.iter().any(|end| name.ends_with(end)));
+            Err(match other {
+                Some(other) => Lack::OtherFormat(other.to_owned()),
+                None => Lack::Missing(format!("`{WEIGHTS_FILE}` and no `{INDEX_FILE}`")),
+            })
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: std::collections::BTreeMap<String, String>,
+}
+
+/// The shards that an index names.
+pub(super) fn shards(index: &Path) -> Result<BTreeSet<String>> {
+    let text = std::fs::read(index).map_err(Error::io("read", index))?;
+    let parsed: Index =
+        serde_json::from_slice(&text).map_err(|source| Error::Json { path: index.into(), source })?;
+    Ok(parsed.weight_map.into_values().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn needed(names: &[&str]) -> Result<Vec<String>, Lack> {
+        of_model(&[&["config.json", ".gitattributes", "x.py"], names].concat()).map(|wanted| wanted.files)
+    }
+
+    #[test]
+    fn only_what_is_needed() {
+        let names = [
+            "LICENSE.txt", "USE_POLICY.md", "README.md", "tokenizer.json", "tokenizer.model",
+            "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json", "pytorch_model-00001-of-00001.bin", "original/consolidated.00.pth",
+            "consolidated.safetensors", "original/tokenizer.model",
+        ];
+        let expected = ["config.json", "LICENSE.txt", "USE_POLICY.md", "README.md", "tokenizer.json", "tokenizer.model", "model.safetensors.index.json"];
+        assert_eq!(needed(&names).unwrap(), expected);
+        assert!(of_model(&["config.json", "model.safetensors.index.json"]).unwrap().sharded);
+        let whole = ["model.safetensors", "model.safetensors.index.json", "b.safetensors"];
+        assert_eq!(needed(&whole).unwrap(), ["config.json", "model.safetensors"]);
+        let named_freely = ["gptq_model-4bit-128g.safetensors", "quantize_config.json", "model.bin"];
+        assert_eq!(
+            needed(&named_freely).unwrap(),
+            ["config.json", "quantize_config.json", "gptq_model-4bit-128g.safetensors"]
+        );
+    }
+
+    #[test]
+    fn what_lacks_is_named() {
+        assert_eq!(of_model(&["model.safetensors"]), Err(Lack::Missing("`config.json`".into())));
+        assert_eq!(needed(&["pytorch_model.bin"]), Err(Lack::OtherFormat("pytorch_model.bin".into())));
+        assert_eq!(needed(&["m.Q4.gguf", "original/x.bin"]), Err(Lack::OtherFormat("m.Q4.gguf".into())));
+        assert!(matches!(needed(&["a.safetensors", "b.safetensors"]), Err(Lack::Missing(_))));
+        assert!(matches!(needed(&["deep/model.safetensors"]), Err(Lack::Missing(_))));
+    }
+
+    #[test]
+    fn shards_of_an_index() {
+        let folder = tempfile::tempdir().unwrap();
+        let index = folder.path().join(INDEX_FILE);
+        std::fs::write(&index, r#"{"weight_map": {"a": "2", "b": "1", "c": "2"}}"#).unwrap();
+        assert_eq!(shards(&index).unwrap().into_iter().collect::<Vec<_>>(), ["1", "2"]);
+        std::fs::write(&index, "{}").unwrap();
+        assert!(matches!(shards(&index), Err(Error::Json { .. })));
+    }
+}

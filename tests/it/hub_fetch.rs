@@ -1,0 +1,351 @@
+//! Models and datasets from a Hub: what is fetched, what of every fault is survived, and what is an error.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::Duration,
+};
+
+use gptq::{
+    Error,
+    error::HubError,
+    hub::{Hub, Reference, Settings, Snapshot, Token},
+    progress::{Event, Progress},
+};
+use tempfile::TempDir;
+
+use crate::{
+    helpers::{Lab, entries, files_below},
+    hub_server::{Fault, HubServer, Repository, TOKEN},
+};
+
+const ID: &str = "models/some/llama";
+
+/// A server with the tiny model, and a cache.
+struct Place {
+    server: HubServer,
+    model: Lab,
+    cache: TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let (server, model) = (HubServer::start(), Lab::new());
+        fs::write(model.model().join("LICENSE.txt"), "a licence").unwrap();
+        fs::write(model.model().join("training.log"), "not needed").unwrap();
+        fs::write(model.model().join("README.md"), "# A card").unwrap();
+        server.store().insert(ID.into(), Repository::of_folder(&model.model()));
+        Self { server, model, cache: tempfile::tempdir().unwrap() }
+    }
+
+    fn settings(&self) -> Settings {
+        Settings {
+            endpoint: self.server.endpoint(),
+            silence: Duration::from_millis(700),
+            retries: 2,
+            pause: Duration::from_millis(1),
+            ..Settings::new(self.cache.path().into())
+        }
+    }
+
+    fn fetch(&self, name: &str) -> Result<Snapshot, Error> {
+        self.fetch_with(self.settings(), name, &Notes::default())
+    }
+
+    fn fetch_with(&self, settings: Settings, name: &str, notes: &Notes) -> Result<Snapshot, Error> {
+        Hub::new(settings)?.fetch_model(&name.parse::<Reference>()?, notes)
+    }
+
+    /// The error, and its hint, without the server's address.
+    fn refused(&self, settings: Settings, name: &str) -> String {
+        let error = self.fetch_with(settings, name, &Notes::default()).unwrap_err();
+        let hint = error.hint().map_or_else(String::new, |hint| format!(" | {hint}"));
+        format!("{error}{hint}").replace(&self.server.endpoint(), "[HUB]")
+    }
+
+    fn repository(&self) -> PathBuf {
+        self.cache.path().join("models--some--llama")
+    }
+
+    /// Requires that what was fetched is what the server has.
+    #[track_caller]
+    fn is_right(&self, snapshot: &Snapshot) {
+        for file in files_below(&snapshot.folder) {
+            let [found, expected] = [&snapshot.folder, &self.model.model()].map(|dir| fs::read(dir.join(&file)).unwrap());
+            assert!(found == expected, "{}", file.display());
+        }
+    }
+}
+
+#[derive(Default)]
+struct Notes(Mutex<Vec<String>>);
+
+impl Progress for Notes {
+    fn begin(&self, phase: &str, total: u64) {
+        self.0.lock().unwrap().push(format!("{phase} 0/{total}"));
+    }
+    fn advance(&self, _steps: u64) {}
+    fn event(&self, event: &Event<'_>) {
+        if let Event::Note(text) | Event::Warning(text) = event {
+            self.0.lock().unwrap().push((*text).to_owned());
+        }
+    }
+}
+
+#[test]
+fn only_what_is_needed_is_fetched_and_once() {
+    let place = Place::new();
+    let notes = Notes::default();
+    let settings = Settings { token: Token::new(TOKEN), ..place.settings() };
+    let snapshot = place.fetch_with(settings.clone(), "some/llama", &notes).unwrap();
+    place.is_right(&snapshot);
+    let files = entries(&snapshot.folder);
+    assert_eq!(files, ["LICENSE.txt", "README.md", "config.json", "model.safetensors", "tokenizer.json"]);
+
+    // The layout of the Hugging Face cache.
+    assert_eq!(snapshot.folder, place.repository().join("snapshots").join(&snapshot.commit));
+    assert_eq!(fs::read_to_string(place.repository().join("refs/main")).unwrap(), snapshot.commit);
+    let link = fs::read_link(snapshot.folder.join("model.safetensors")).unwrap();
+    assert!(link.starts_with("../../blobs"), "{}", link.display());
+    assert_eq!(entries(&place.repository().join("blobs")).len(), files.len());
+    let notes = notes.0.into_inner().unwrap();
+    assert!(notes[1].starts_with("fetched 5 files, ") && notes[1].contains("of model some/llama at commit"), "{notes:?}");
+
+    // Large files come from elsewhere, and the token does not go there.
+    let seen = place.server.take_seen();
+    assert!(seen.iter().any(|seen| seen.large) && seen.iter().all(|seen| seen.token != seen.large), "{seen:?}");
+
+    // What is there is not fetched again, also not by its commit.
+    for name in ["some/llama".to_owned(), format!("some/llama@{}", snapshot.commit)] {
+        assert_eq!(place.fetch_with(settings.clone(), &name, &Notes::default()).unwrap(), snapshot);
+        let seen = place.server.take_seen();
+        assert!(seen.iter().all(|seen| seen.path.starts_with("/api/")), "{seen:?}");
+    }
+}
+
+#[test]
+fn a_branch_and_the_shards_that_its_index_names() {
+    let place = Place::new();
+    let mut store = place.server.store();
+    let repository = store.get_mut(ID).unwrap();
+    let mut tree = repository.tree("main").clone();
+    let weights = tree.remove("model.safetensors").unwrap();
+    for name in ["model-00001-of-00001.safetensors", "other.safetensors"] {
+        tree.insert(name.into(), weights.clone());
+    }
+    let index = br#"{"weight_map": {"a": "model-00001-of-00001.safetensors"}}"#.to_vec();
+    let extra = Repository::of([("model.safetensors.index.json".to_owned(), index)]);
+    tree.extend(extra.tree("main").clone());
+    let commit = repository.commit("gptq-4bit-32g-actorder_True", tree, "sharded");
+    drop(store);
+
+    let snapshot = place.fetch("some/llama:gptq-4bit-32g-actorder_True").unwrap();
+    assert_eq!(snapshot.commit, commit);
+    let names = entries(&snapshot.folder);
+    assert!(names.contains(&"model-00001-of-00001.safetensors".into()), "{names:?}");
+    assert!(!names.contains(&"other.safetensors".into()), "{names:?}");
+    assert_eq!(place.fetch("some/llama@gptq-4bit-32g-actorder_True").unwrap(), snapshot);
+}
+
+#[test]
+fn every_fault_is_survived_once() {
+    let weights = "model.safetensors";
+    let faults = [
+        ("GET /api/models", Fault::status(500, "")),
+        ("GET /api/models", Fault::Answer(429, vec![("Retry-After", "0".into())])),
+        ("/tree/", Fault::status(503, "")),
+        ("/tree/", Fault::CutAfter(0)),
+        (weights, Fault::status(502, "")),
+        (weights, Fault::Answer(429, vec![])),
+        ("GET /some/llama/resolve", Fault::CutAfter(3)),
+        ("GET /some/llama/resolve", Fault::FlippedBit),
+        (&format!("/{weights}"), Fault::CutAfter(0)),
+    ];
+    for (part, fault) in faults {
+        let place = Place::new();
+        place.server.fault(part, fault.clone(), 1);
+        let snapshot = place.fetch("some/llama").unwrap_or_else(|error| panic!("{part} {fault:?}: {error}"));
+        place.is_right(&snapshot);
+    }
+    // On the way from the other address.
+    for fault in [Fault::CutAfter(1000), Fault::FlippedBit, Fault::TooLong, Fault::SilentAfter(1000)] {
+        let place = Place::new();
+        let large = format!("GET /{}", sha256_of_weights(&place));
+        place.server.fault(&large, fault.clone(), 1);
+        let snapshot = place.fetch("some/llama").unwrap_or_else(|error| panic!("{fault:?}: {error}"));
+        place.is_right(&snapshot);
+        let ranges: Vec<_> = place.server.take_seen().into_iter().filter(|s| s.large && s.method == "GET").map(|s| s.range).collect();
+        let again = match fault {
+            Fault::CutAfter(_) | Fault::SilentAfter(_) => Some(format!("bytes=1000-{}", size_of_weights(&place) - 1)),
+            // What is wrong is not gone on with.
+            _ => None,
+        };
+        assert_eq!(ranges, [None, again], "{fault:?}");
+    }
+}
+
+#[test]
+fn a_server_that_knows_no_ranges_sends_all_again() {
+    let place = Place::new();
+    let large = format!("GET /{}", sha256_of_weights(&place));
+    place.server.fault(&large, Fault::CutAfter(1000), 1);
+    place.server.fault(&large, Fault::NoRanges, 1);
+    place.is_right(&place.fetch("some/llama").unwrap());
+}
+
+#[test]
+fn what_stays_wrong_is_an_error_and_not_in_the_cache() {
+    let place = Place::new();
+    let large = format!("GET /{}", sha256_of_weights(&place));
+    for (fault, found) in [(Fault::FlippedBit, "found sha256 "), (Fault::TooLong, "found more")] {
+        place.server.fault(&large, fault.clone(), 9);
+        let error = place.fetch("some/llama").unwrap_err();
+        assert!(matches!(&error, Error::Hub(HubError::Content { file, .. }) if file == "model.safetensors"), "{error}");
+        assert!(error.to_string().contains(found), "{error}");
+        place.server.clear_faults();
+        let blobs = entries(&place.repository().join("blobs"));
+        assert!(!blobs.contains(&sha256_of_weights(&place)), "{blobs:?}");
+        assert!(!place.repository().join("refs/main").exists());
+    }
+    // A part of another file under this one's name: found out, and fetched anew.
+    let part = place.repository().join("blobs").join(format!("{}.incomplete", sha256_of_weights(&place)));
+    fs::write(&part, [7; 500]).unwrap();
+    place.is_right(&place.fetch("some/llama").unwrap());
+    assert!(!part.exists());
+}
+
+#[test]
+fn a_transfer_goes_on_where_the_last_run_stopped() {
+    let place = Place::new();
+    let large = format!("GET /{}", sha256_of_weights(&place));
+    place.server.fault(&large, Fault::CutAfter(2000), 1);
+    place.server.fault(&large, Fault::CutAfter(0), 9);
+    let error = place.fetch("some/llama").unwrap_err();
+    assert!(matches!(error, Error::Hub(HubError::Cut { got: 2000, .. })), "{error}");
+    assert_eq!(error.hint().unwrap(), "start again: it goes on where it stopped");
+    place.server.clear_faults();
+    place.server.take_seen();
+    place.is_right(&place.fetch("some/llama").unwrap());
+    let ranges: Vec<_> = place.server.take_seen().into_iter().filter_map(|seen| seen.range).collect();
+    assert!(ranges.iter().all(|range| range.starts_with("bytes=2000-")) && !ranges.is_empty(), "{ranges:?}");
+}
+
+#[test]
+fn refusals_say_what_helps() {
+    let place = Place::new();
+    let anonymous = place.settings();
+    let known = Settings { token: Token::new(TOKEN), ..anonymous.clone() };
+    let stranger = Settings { token: Token::new("hf_wrong"), ..anonymous.clone() };
+
+    assert_eq!(
+        place.refused(anonymous.clone(), "some/lama"),
+        "model `some/lama` is not on [HUB], or is private | check the name, or whether a folder was meant; if it is \
+         private, set HF_TOKEN, or log in: hf auth login"
+    );
+    assert_eq!(
+        place.refused(known.clone(), "some/lama"),
+        "model `some/lama` is not on [HUB], or is private | check the name, or whether a folder was meant; if it is \
+         private, the token must be of a user who may read it"
+    );
+    assert_eq!(
+        place.refused(anonymous.clone(), "some/llama@maine"),
+        "`some/llama` has no revision `maine` (it has `main`)"
+    );
+    place.server.store().get_mut(ID).unwrap().gated = true;
+    assert_eq!(
+        place.refused(anonymous.clone(), "some/llama"),
+        "`some/llama` is gated, and no token was given | accept its conditions at [HUB]/some/llama, then set HF_TOKEN, \
+         or log in: hf auth login"
+    );
+    assert_eq!(
+        place.refused(stranger, "some/llama"),
+        "`some/llama` is gated, and this token's user has no access | ask for access at [HUB]/some/llama with the \
+         account of this token"
+    );
+    assert_eq!(place.fetch_with(known, "some/llama", &Notes::default()).unwrap().gated, Some(true));
+
+    place.server.fault("/api/models", Fault::Answer(401, vec![]), 1);
+    let invalid = place.refused(anonymous.clone(), "some/llama");
+    assert!(invalid.starts_with("the Hub refused to read some/llama: 401"), "{invalid}");
+    place.server.fault("/api/models", Fault::Answer(429, vec![]), 9);
+    let busy = place.refused(anonymous, "other/llama");
+    assert!(busy.starts_with("[HUB] refuses further requests for now (429) | wait a while"), "{busy}");
+}
+
+#[test]
+fn weights_that_are_not_read_name_the_conversion() {
+    let place = Place::new();
+    let files = [("config.json", "{}"), ("pytorch_model.bin", "x")];
+    let files = files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec()));
+    place.server.store().insert("models/old/llama".into(), Repository::of(files));
+    let refused = place.refused(place.settings(), "old/llama");
+    assert!(refused.starts_with("`old/llama` has only `pytorch_model.bin`; safetensors weights are needed | convert it: python -c"), "{refused}");
+    place.server.store().insert("models/no/llama".into(), Repository::of([("a.txt".to_owned(), vec![1])]));
+    assert_eq!(place.refused(place.settings(), "no/llama"), "`no/llama` at revision `main` has no `config.json`");
+    assert!(!place.cache.path().join("models--old--llama/blobs").exists(), "nothing was fetched");
+}
+
+#[test]
+fn without_a_network_the_cache_serves() {
+    let place = Place::new();
+    let gone = Settings { endpoint: "http://127.0.0.1:1".into(), ..place.settings() };
+    let offline = Settings { offline: true, ..place.settings() };
+    let error = place.fetch_with(gone.clone(), "some/llama", &Notes::default()).unwrap_err();
+    assert!(matches!(error, Error::Hub(HubError::Unreachable { .. })), "{error}");
+    assert_eq!(
+        place.refused(offline.clone(), "some/llama"),
+        "HF_HUB_OFFLINE is set, and `some/llama` at revision `main` is not whole in the cache: all of it is missing \
+         | unset HF_HUB_OFFLINE to fetch it"
+    );
+
+    let snapshot = place.fetch("some/llama").unwrap();
+    place.server.take_seen();
+    let cached = Snapshot { gated: None, ..snapshot.clone() };
+    let notes = Notes::default();
+    assert_eq!(place.fetch_with(gone.clone(), "some/llama", &notes).unwrap(), cached);
+    let notes = notes.0.into_inner().unwrap();
+    assert!(notes[0].contains("; going on with some/llama from the cache, as it was at commit"), "{notes:?}");
+    assert_eq!(place.fetch_with(offline.clone(), "some/llama", &Notes::default()).unwrap(), cached);
+    assert_eq!(place.server.take_seen().len(), 0);
+    place.server.fault("/api/models", Fault::status(503, ""), 9);
+    assert_eq!(place.fetch("some/llama").unwrap(), cached);
+
+    fs::remove_file(snapshot.folder.join("config.json")).unwrap();
+    let refused = place.refused(offline, "some/llama");
+    assert!(refused.contains("is not whole in the cache: `config.json` is missing"), "{refused}");
+}
+
+#[test]
+fn a_full_disk_is_seen_before_and_while() {
+    let place = Place::new();
+    let part = place.repository().join("blobs").join(format!("{}.incomplete", sha256_of_weights(&place)));
+    fs::create_dir_all(part.parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &part).unwrap();
+    let error = place.fetch("some/llama").unwrap_err();
+    assert!(matches!(error, Error::DiskSpace { .. }), "{error}");
+    assert_eq!(error.hint().unwrap(), "free some space or choose a folder on another disk");
+}
+
+#[test]
+fn files_of_a_dataset() {
+    let place = Place::new();
+    let files = ["a/train-00000-of-00001.parquet", "a/test-00000-of-00001.parquet"];
+    let repository = Repository::of(files.map(|name| (name.to_owned(), name.as_bytes().to_vec())));
+    place.server.store().insert("datasets/some/texts".into(), repository);
+    let hub = Hub::new(place.settings()).unwrap();
+    let fetch = |files: &[String]| hub.fetch_dataset(&"some/texts@main".parse().unwrap(), files, &Notes::default());
+    let snapshot = fetch(&[files[0].to_owned()]).unwrap();
+    assert_eq!(files_below(&snapshot.folder), [Path::new(files[0])]);
+    assert!(snapshot.folder.starts_with(place.cache.path().join("datasets--some--texts/snapshots")));
+    let error = fetch(&["a/x.parquet".into()]).unwrap_err().to_string();
+    assert_eq!(error, "`some/texts` at revision `main` has no `a/x.parquet`");
+}
+
+fn sha256_of_weights(place: &Place) -> String {
+    place.server.store()[ID].tree("main")["model.safetensors"].id.hex().to_owned()
+}
+
+fn size_of_weights(place: &Place) -> usize {
+    place.server.store()[ID].tree("main")["model.safetensors"].bytes.len()
+}
