@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use gptq::{
     calibration::{CorpusSource, Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
-    eval::{self, Candidate},
+    eval::{self, Candidate, folder_name},
     model::Compute,
     report::evaluation_table,
 };
@@ -40,6 +40,12 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let terminal = Terminal::new(output);
     let evaluation = eval::evaluate(&reference, &candidates, &windows, source.name(), compute, &terminal)?;
     drop(terminal);
+    for (checkpoint, model) in quantized.iter().zip(&evaluation.models) {
+        // The figures are there also where the folder cannot be written to.
+        if let Err(error) = eval::store(checkpoint, &evaluation, model) {
+            terminal::note(output, &format!("warning: the figures are not kept: {error}"));
+        }
+    }
     if let Some(path) = &args.dump_logits {
         let [checkpoint] = &quantized[..] else { bail!("--dump-logits needs exactly one --quantized") };
         dump_logits(path, checkpoint, &windows, compute)?;
@@ -50,11 +56,6 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         terminal::result(&evaluation_table(&evaluation))?;
     }
     Ok(true)
-}
-
-fn folder_name(dir: &Path) -> String {
-    let full = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    full.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// Writes `tokens` `[W, S]` i64 and `logits` `[W, S, vocab]` f32.
