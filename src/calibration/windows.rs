@@ -17,6 +17,8 @@ pub struct Windows {
     /// `[count, seq_len]`, row-major.
     ids: Vec<i64>,
     seq_len: usize,
+    /// From one begin to the next in the text; `seq_len` where windows have nothing to do with each other.
+    stride: usize,
     digest: String,
 }
 
@@ -96,17 +98,27 @@ impl Windows {
     /// whole is dropped. Of a text sampled by documents, the documents follow each other in their order, each
     /// tokenized by itself.
     pub fn sequential(tokens: &Tokens, seq_len: usize, limit: Option<usize>) -> Result<Windows> {
+        Self::strided(tokens, seq_len, seq_len, limit)
+    }
+
+    /// As [`Windows::sequential`], each beginning `stride` tokens after the one before: with less than `seq_len`, they
+    /// overlap.
+    pub fn strided(tokens: &Tokens, seq_len: usize, stride: usize, limit: Option<usize>) -> Result<Windows> {
         at_least_one("windows", limit.unwrap_or(1))?;
         at_least_one("sequence length", seq_len)?;
+        if !(1..=seq_len).contains(&stride) {
+            let expected = format!("1 to {seq_len}, the tokens of a window");
+            return Err(Error::Value { what: "stride".into(), expected, found: stride.to_string() });
+        }
         let limit = limit.unwrap_or(usize::MAX);
-        let mut windows = Builder::new(seq_len);
+        let mut windows = Builder { stride, ..Builder::new(seq_len) };
         match tokens.text() {
             Text::Stream(ids) => {
                 enough(tokens, ids.len(), 1, seq_len, seq_len)?;
-                ids.chunks_exact(seq_len).take(limit).for_each(|window| windows.push(window));
+                windows.push_all(ids, limit);
             }
             Text::Documents { corpus, tokenizer } => {
-                let needed = limit.saturating_mul(seq_len);
+                let needed = (limit - 1).saturating_mul(stride).saturating_add(seq_len);
                 let mut ids = Vec::new();
                 for row in corpus.rows() {
                     if ids.len() >= needed {
@@ -117,7 +129,7 @@ impl Windows {
                     ids.extend(document);
                 }
                 enough(tokens, ids.len(), 1, seq_len, seq_len)?;
-                ids.chunks_exact(seq_len).take(limit).for_each(|window| windows.push(window));
+                windows.push_all(&ids, limit);
             }
         }
         Ok(windows.finish())
@@ -131,6 +143,17 @@ impl Windows {
     /// Tokens a window.
     pub fn seq_len(&self) -> usize {
         self.seq_len
+    }
+
+    /// From one window's begin to the next one's.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The first token of a window that is scored: its first one has nothing to be predicted from, and what overlaps the
+    /// window before was scored there.
+    pub fn first_scored(&self, index: usize) -> usize {
+        if index == 0 { 1 } else { (self.seq_len - self.stride).max(1) }
     }
 
     /// All ids, `[count, seq_len]`, row-major.
@@ -169,12 +192,13 @@ fn enough(tokens: &Tokens, found: usize, windows: usize, seq_len: usize, needed:
 struct Builder {
     ids: Vec<i64>,
     seq_len: usize,
+    stride: usize,
     hasher: Sha256,
 }
 
 impl Builder {
     fn new(seq_len: usize) -> Self {
-        Self { ids: Vec::new(), seq_len, hasher: Sha256::new() }
+        Self { ids: Vec::new(), seq_len, stride: seq_len, hasher: Sha256::new() }
     }
 
     fn push(&mut self, window: &[u32]) {
@@ -185,12 +209,17 @@ impl Builder {
         }
     }
 
+    fn push_all(&mut self, ids: &[u32], limit: usize) {
+        let (seq_len, stride) = (self.seq_len, self.stride);
+        ids.windows(seq_len).step_by(stride).take(limit).for_each(|window| self.push(window));
+    }
+
     fn count(&self) -> usize {
         self.ids.len() / self.seq_len
     }
 
     fn finish(self) -> Windows {
-        Windows { ids: self.ids, seq_len: self.seq_len, digest: hex_digest(self.hasher) }
+        Windows { ids: self.ids, seq_len: self.seq_len, stride: self.stride, digest: hex_digest(self.hasher) }
     }
 }
 
@@ -315,6 +344,22 @@ mod tests {
         assert_eq!(starts(&all), [0, 10, 20]);
         assert_eq!(starts(&Windows::sequential(&counting(35), 10, Some(2)).unwrap()), [0, 10]);
         assert_eq!(Windows::sequential(&counting(35), 10, Some(9)).unwrap(), all);
+    }
+
+    #[test]
+    fn strided_windows_score_every_token_once() {
+        let windows = Windows::strided(&counting(35), 10, 4, None).unwrap();
+        assert_eq!(starts(&windows), [0, 4, 8, 12, 16, 20, 24]);
+        let scored = |index: usize| windows.window(index)[windows.first_scored(index)..].to_vec();
+        let all: Vec<i64> = (0..windows.count()).flat_map(scored).collect();
+        assert_eq!(all, (1..34).collect::<Vec<_>>());
+        let limited = Windows::strided(&counting(35), 10, 4, Some(2)).unwrap();
+        assert_eq!((starts(&limited), limited.stride()), (vec![0, 4], 4));
+        let apart = Windows::sequential(&counting(35), 10, None).unwrap();
+        assert_eq!([0, 1, 2].map(|index| apart.first_scored(index)), [1; 3]);
+        let refused = |stride| Windows::strided(&counting(35), 10, stride, None).unwrap_err().to_string();
+        assert_eq!(refused(11), "stride: expected 1 to 10, the tokens of a window, found `11`");
+        assert_eq!(refused(0), "stride: expected 1 to 10, the tokens of a window, found `0`");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use gptq::{
         Hessian,
         solver::{CudaSolver, Factorized, Solved, Solver, TorchSolver, Weight},
     },
-    pipeline::GENERATED_BY,
+    report::GENERATED_BY,
     variant::Variant,
 };
 use serde::Serialize;

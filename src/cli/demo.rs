@@ -14,7 +14,7 @@ use gptq::{
 
 use super::{
     args::{DemoArgs, OutputArgs},
-    quantize,
+    command, quantize,
     terminal::{self, Terminal},
 };
 
@@ -75,6 +75,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         tokens: &tokens,
         provenance: calibration.provenance(),
         out: &out,
+        command: &command::words(),
         stop: &AtomicBool::new(false),
     };
     let mut report = pipeline::quantize(&run, &terminal)?;
@@ -92,7 +93,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let name = "demo evaluation text";
     let measured =
         quantize::evaluate_branches(&report, &out, &checkpoint, &windows, name, Compute::CPU, &terminal)?;
-    report.evaluation = Some(measured);
+    report.evaluations = vec![measured];
     pipeline::write_report(&out, &report)?;
     drop(terminal);
     quantize::print(&report, &out, output)?;

@@ -39,8 +39,17 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         .map(|(model, checkpoint)| Candidate { name: model.label(), checkpoint })
         .collect();
     let terminal = Terminal::new(output);
-    let evaluation = eval::evaluate(&reference, &candidates, &windows, source.name(), compute, &terminal)?;
+    let mut evaluation =
+        eval::evaluate(&reference, &candidates, &windows, source.name(), compute, &terminal)?;
+    evaluation.model = model.label();
     drop(terminal);
+    let own = quantized.iter().zip(&evaluation.models).zip(&models).filter(|(_, model)| !model.is_fetched());
+    for ((checkpoint, model), _) in own {
+        // The figures are there also where the folder cannot be written to.
+        if let Err(error) = eval::store(checkpoint, &evaluation, model) {
+            terminal::note(output, &format!("warning: the figures are not kept: {error}"));
+        }
+    }
     if let Some(path) = &args.dump_logits {
         let [checkpoint] = &quantized[..] else { bail!("--dump-logits needs exactly one --quantized") };
         dump_logits(path, checkpoint, &windows, compute)?;

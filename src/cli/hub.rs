@@ -34,6 +34,11 @@ impl Model {
         name.unwrap_or_else(|| self.folder.display().to_string())
     }
 
+    /// Whether its folder is the Hub's cache, where nothing else belongs.
+    pub(super) fn is_fetched(&self) -> bool {
+        self.fetched.is_some()
+    }
+
     /// Adds to a report where the model comes from.
     pub(super) fn sign(&self, report: &mut ModelReport) {
         if let Some((reference, snapshot)) = &self.fetched {

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod bench_cuda;
 mod bench_cuda_matmul;
+mod command;
 mod compute;
 mod datasets;
 mod demo;

@@ -17,9 +17,12 @@ use gptq::{
 
 use super::{
     args::{OutputArgs, QuantizeArgs},
-    datasets, hub,
+    command, datasets, hub,
     terminal::{self, Terminal},
 };
+
+/// Tokens of a short window: the length at which perplexities are often compared.
+pub(super) const SHORT: usize = 512;
 
 pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let plan = plan(args)?;
@@ -42,7 +45,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         Some(source) => {
             let corpus = source.load()?;
             let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
-            Some(Windows::sequential(&tokens, plan.seq_len, Some(args.eval_windows))?)
+            Some(evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?)
         }
         None => None,
     };
@@ -54,6 +57,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         tokens: &tokens,
         provenance: corpus.provenance(),
         out: &args.out,
+        command: &command::words(),
         stop: &AtomicBool::new(false),
     };
     let mut report = pipeline::quantize(&run, &terminal)?;
@@ -63,8 +67,12 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
         let (out, name) = (&args.out, source.name());
-        report.evaluation =
-            Some(evaluate_branches(&report, out, &checkpoint, windows, name, compute, &terminal)?);
+        for windows in windows {
+            let mut evaluation =
+                evaluate_branches(&report, out, &checkpoint, windows, name, compute, &terminal)?;
+            evaluation.model.clone_from(&report.model.name);
+            report.evaluations.push(evaluation);
+        }
         pipeline::write_report(&args.out, &report)?;
     }
     drop(terminal);
@@ -93,13 +101,27 @@ pub(super) fn evaluate_branches(
     eval::evaluate(reference, &candidates, windows, dataset, compute, progress)
 }
 
+/// Windows of the run's own length, and as many tokens in short ones: what a model does with little to go by.
+pub(super) fn evaluation_windows(
+    tokens: &Tokens<'_>,
+    seq_len: usize,
+    count: usize,
+) -> gptq::Result<Vec<Windows>> {
+    let own = Windows::sequential(tokens, seq_len, Some(count))?;
+    if seq_len <= SHORT {
+        return Ok(vec![own]);
+    }
+    let short = Windows::sequential(tokens, SHORT, Some(own.ids().len() / SHORT))?;
+    Ok(vec![own, short])
+}
+
 /// Prints the run's tables or its JSON.
 pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<()> {
     if output.json {
         return terminal::json(report);
     }
     terminal::result(&format!("{}\n", run_table(report)))?;
-    if let Some(evaluation) = &report.evaluation {
+    for evaluation in &report.evaluations {
         terminal::result(&format!("{}\n", evaluation_table(evaluation)))?;
     }
     let branches = match report.branches.len() {

@@ -10,7 +10,7 @@ use crate::{
     gptq::solver::Solved,
     plan::Plan,
     progress::Progress,
-    report::{BranchReport, LinearReport},
+    report::{BranchReport, LinearReport, StageSeconds},
     variant::Variant,
     verify,
 };
@@ -20,6 +20,8 @@ pub(super) struct Branches {
     writers: Vec<BranchWriter>,
     reports: Vec<BranchReport>,
     warnings: Vec<String>,
+    /// The parts that happen here: solving, as told, packing and finishing.
+    seconds: StageSeconds,
 }
 
 impl Branches {
@@ -29,14 +31,17 @@ impl Branches {
             branch: v.branch(),
             variant: *v,
             bytes: 0,
+            weight_bytes: 0,
             bits_per_weight: bits_per_weight(v, checkpoint),
             seconds: 0.0,
+            readers: Vec::new(),
             linears: Vec::new(),
         };
         Ok(Self {
             writers: plan.variants.iter().map(create).collect::<Result<_>>()?,
             reports: plan.variants.iter().map(report).collect(),
             warnings: Vec::new(),
+            seconds: StageSeconds::default(),
         })
     }
 
@@ -54,7 +59,8 @@ impl Branches {
         checkpoint: &Checkpoint,
         provenance: &Provenance,
         progress: &dyn Progress,
-    ) -> Result<Vec<BranchReport>> {
+    ) -> Result<(Vec<BranchReport>, StageSeconds)> {
+        let begun = Instant::now();
         progress.begin("writing and checking", self.writers.len() as u64);
         for writer in &mut self.writers {
             let folder = writer.seal(checkpoint, provenance)?;
@@ -62,9 +68,14 @@ impl Branches {
             progress.advance(1);
         }
         for (writer, report) in self.writers.into_iter().zip(&mut self.reports) {
-            report.bytes = writer.publish()?.1;
+            let (path, bytes) = writer.publish()?;
+            report.bytes = bytes;
+            let written = Checkpoint::open(&path)?;
+            report.weight_bytes = written.bytes_total();
+            report.readers = verify::readers_of(&written)?;
         }
-        Ok(self.reports)
+        self.seconds.finishing = begun.elapsed().as_secs_f64();
+        Ok((self.reports, self.seconds))
     }
 }
 
@@ -77,13 +88,19 @@ impl Sink for Branches {
         let begun = Instant::now();
         self.writers[variant].write_linear(id, linear)?;
         let report = &mut self.reports[variant];
-        report.seconds += record.seconds + begun.elapsed().as_secs_f64();
+        let packing = begun.elapsed().as_secs_f64();
+        report.seconds += record.seconds + packing;
+        self.seconds.solving += record.seconds;
+        self.seconds.packing += packing;
         report.linears.push(LinearReport {
             name: id.to_string(),
             relative_error: record.relative_error,
             damp: record.facts.damp,
             damp_raised: record.facts.damp_raised,
             dead_columns: record.facts.dead_columns,
+            outlier_ratio: record.facts.outlier_ratio,
+            condition_estimate: record.facts.condition_estimate,
+            fallback: None,
             seconds: record.seconds,
         });
         Ok(())

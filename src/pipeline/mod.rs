@@ -30,7 +30,10 @@ use crate::{
     model::{kind_name, source_kind},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
-    report::{CalibrationReport, ComputeReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report, bytes},
+    report::{
+        CalibrationReport, ComputeReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report,
+        bytes,
+    },
 };
 use branches::Branches;
 use crew::{Crew, Limits};
@@ -39,9 +42,6 @@ use member::Surroundings;
 use output_folder::OutputFolder;
 pub use preflight::{available_space, fast_bf16, peak_memory, resident_memory};
 use team::Task;
-
-/// `gptq 0.1.0`.
-pub const GENERATED_BY: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));
 
 /// What a run needs beside the plan.
 pub struct Run<'a> {
@@ -55,6 +55,8 @@ pub struct Run<'a> {
     pub provenance: &'a calibration::Provenance,
     /// The folder for the branches; must not exist.
     pub out: &'a Path,
+    /// The command, for the report: without paths of this machine.
+    pub command: &'a [String],
     /// Set by whoever wants the run to stop; it then ends at the next batch or linear.
     pub stop: &'a AtomicBool,
 }
@@ -65,7 +67,7 @@ pub struct Run<'a> {
 /// When anything at all does not fit, before the work where it can be known before.
 pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let begun = Instant::now();
-    let Run { plan, checkpoint, tokens, provenance: text, out, stop } = run;
+    let Run { plan, checkpoint, tokens, provenance: text, out, command, stop } = run;
     check(plan, checkpoint, out)?;
     let config = checkpoint.config();
     let windows = Windows::random(tokens, plan.samples, plan.seq_len, plan.seed)?;
@@ -118,10 +120,13 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
         shared_hessian: plan.shared_hessian,
     };
     warnings.extend(branches.warnings());
-    let branches = branches.finish(checkpoint, &provenance, progress)?;
+    let (branches, mut stage_seconds) = branches.finish(checkpoint, &provenance, progress)?;
+    let layers: f64 = layer_seconds.iter().sum();
+    stage_seconds.calibrating = (layers - stage_seconds.solving - stage_seconds.packing).max(0.0);
     let report = Report {
         schema: REPORT_SCHEMA.into(),
         generated_by: GENERATED_BY.into(),
+        command: command.to_vec(),
         // A local text was given by its path on this machine.
         plan: Plan { dataset: tokens.dataset().to_owned(), ..(*plan).clone() },
         model: model_report(checkpoint)?,
@@ -142,8 +147,9 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
         warnings,
         seconds: begun.elapsed().as_secs_f64(),
         layer_seconds,
+        stage_seconds,
         peak_memory_bytes: peak_memory(),
-        evaluation: None,
+        evaluations: Vec::new(),
     };
     write_report(out, &report)?;
     folder.keep();

@@ -80,7 +80,7 @@ fn the_report_says_what_was_done(printed: &Value, out: &Path) {
             branch.linears.iter().all(|l| l.relative_error > 0.0 && l.relative_error < 0.5 && l.damp == 0.01)
         );
     }
-    let evaluation = report.evaluation.expect("it was evaluated");
+    let [evaluation] = &report.evaluations[..] else { panic!("evaluated once") };
     assert_eq!((evaluation.windows, evaluation.seq_len, evaluation.models.len()), (2, 128, 2));
     assert!(evaluation.models.iter().all(|m| m.kl_divergence.value > 0.0 && m.kl_divergence.value < 0.2));
 }
