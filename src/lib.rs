@@ -9,6 +9,7 @@
 
 pub mod amx;
 pub mod calibration;
+pub mod card;
 pub mod checkpoint;
 pub mod cuda;
 pub mod device;
@@ -24,6 +25,7 @@ pub mod pack;
 pub mod pipeline;
 pub mod plan;
 pub mod progress;
+pub mod publish;
 pub mod report;
 pub mod variant;
 pub mod verify;

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use gptq::{plan::ComputeDtype, variant::Variant};
 
+use super::{card::CardArgs, publish::PublishArgs};
+
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
@@ -41,6 +43,10 @@ pub(super) enum Command {
     Generate(GenerateArgs),
     /// Say what a folder holds
     Inspect(InspectArgs),
+    /// Write the model card of a run's branches
+    Card(CardArgs),
+    /// Publish a run's branches on the Hub or on a git remote
+    Publish(PublishArgs),
     /// Measure solver, packing and int4 matmul against this machine's limits
     Bench(BenchArgs),
     /// Quantize the built-in demo model into all four branches, verify and evaluate them

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod bench_cuda;
 mod bench_cuda_matmul;
+mod card;
 mod command;
 mod compute;
 mod datasets;
@@ -13,6 +14,7 @@ mod eval;
 mod generate;
 mod hub;
 mod inspect;
+mod publish;
 mod quantize;
 mod terminal;
 mod verify;
@@ -39,6 +41,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Eval(args) => eval::run(args, &cli.output),
         Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
+        Command::Card(args) => card::run(args, &cli.output),
+        Command::Publish(args) => publish::run(args, &cli.output),
         Command::Bench(args) => bench::run(args, &cli.output),
         Command::Demo(args) => demo::run(args, &cli.output),
     };

@@ -5,6 +5,7 @@ use std::{path::Path, sync::atomic::AtomicBool};
 use anyhow::Result;
 use gptq::{
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens, Windows},
+    card,
     checkpoint::Checkpoint,
     device,
     eval::{self, Candidate},
@@ -62,6 +63,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     };
     let mut report = pipeline::quantize(&run, &terminal)?;
     model.sign(&mut report.model);
+    card::keep_source_card(&model.folder, &args.out)?;
     pipeline::write_report(&args.out, &report)?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
         // Where the run was; in what the kernels there multiply packed weights with.

@@ -1,5 +1,7 @@
 //! What can go wrong with the Hub, or with a git remote.
 
+use std::path::PathBuf;
+
 /// A repository, a file of it, or the way to it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -110,6 +112,64 @@ pub enum HubError {
         /// Status and the Hub's words.
         message: String,
     },
+    /// Large files cannot be sent to this server through its interface.
+    #[error("{endpoint} offers `{found}` for large files, not Xet, which is how they are sent to `{repository}`")]
+    NoXet {
+        /// The Hub's address.
+        endpoint: String,
+        /// `owner/name`.
+        repository: String,
+        /// What it offers.
+        found: String,
+    },
+    /// A run that holds nothing under this name.
+    #[error("the run has no branch `{branch}` (it has {known})")]
+    Branch {
+        /// As asked for.
+        branch: String,
+        /// The ones there are.
+        known: String,
+    },
+    /// The source's conditions have not been accepted.
+    #[error("`{model}` is gated under the licence `{licence}`, which holds for what is made from it")]
+    Licence {
+        /// The source model.
+        model: String,
+        /// The name to accept it by.
+        licence: String,
+    },
+    /// What the other side says it has is not what was sent.
+    #[error("branch `{branch}` was published, but {place} says `{file}` is {found}, not {expected}")]
+    NotProven {
+        /// The branch.
+        branch: String,
+        /// Who says so.
+        place: String,
+        /// The file, or the branch itself.
+        file: String,
+        /// What was sent.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// git or git-lfs did not do something.
+    #[error("git could not {action}: {problem}")]
+    Git {
+        /// What was tried.
+        action: String,
+        /// Its words.
+        problem: String,
+        /// What can be done, where that is known.
+        hint: Option<&'static str>,
+    },
+    /// A card's template cannot be used.
+    #[error("`{}` cannot be made into a card: {problem}", path.display())]
+    Template {
+        /// The template.
+        path: PathBuf,
+        /// Line and reason.
+        problem: String,
+    },
     /// A transfer that was cut, again and again.
     #[error("`{file}` of `{repository}` came only to {got} of {size} bytes: {problem}")]
     Cut {
@@ -139,6 +199,15 @@ pub enum HubError {
 }
 
 impl HubError {
+    /// Whether the same may succeed a little later.
+    pub(crate) fn is_passing(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::RateLimited { .. } => true,
+            Self::Answer { message, .. } => ["5", "409", "412"].iter().any(|status| message.starts_with(status)),
+            _ => false,
+        }
+    }
+
     /// What the user can do about it, where there is something.
     pub(super) fn hint(&self) -> Option<String> {
         const LOG_IN: &str = "set HF_TOKEN, or log in: hf auth login";
@@ -175,6 +244,14 @@ impl HubError {
             Self::Content { .. } => {
                 "start again; if it stays, the file on the Hub or something on the way to it is damaged".into()
             }
+            Self::NoXet { endpoint, repository, .. } => {
+                format!("send it with git-lfs: --to git:{endpoint}/{repository}")
+            }
+            Self::Licence { licence, .. } => {
+                format!("read it, and publish with --accept-license {licence} if you keep to it")
+            }
+            Self::NotProven { .. } => "publish again: only what differs is sent".into(),
+            Self::Git { hint, .. } => return hint.map(str::to_owned),
             _ => return None,
         })
     }

@@ -18,6 +18,7 @@ const LONGEST_WAIT: u64 = 120;
 pub struct Hub {
     pub(super) settings: Settings,
     pub(super) client: HFClient,
+    pub(super) http: reqwest::Client,
     runtime: Runtime,
 }
 
@@ -71,7 +72,7 @@ impl Hub {
         let mut builder = HFClient::builder()
             .endpoint(&settings.endpoint)
             .cache_dir(&settings.cache)
-            .client(http)
+            .client(http.clone())
             .retry_max_attempts(settings.retries)
             .retry_base_delay(settings.pause);
         if let Some(token) = &settings.token {
@@ -82,7 +83,7 @@ impl Hub {
             .enable_all()
             .build()
             .map_err(|error| unusable(format!("no network can be used here: {error}")))?;
-        Ok(Self { settings, client, runtime })
+        Ok(Self { settings, client, http, runtime })
     }
 
     /// How it is reached.
@@ -94,23 +95,29 @@ impl Hub {
         self.runtime.block_on(future)
     }
 
-    /// Sends a request, again where the Hub says how long to wait before.
+    /// Sends a request; again where the Hub says how long to wait before, and where its answer was cut. What else may
+    /// pass is tried again by the client itself.
     pub(super) async fn ask<T, F>(&self, about: &About<'_>, request: impl Fn() -> F) -> Result<T>
     where
         F: Future<Output = Result<T, HFError>>,
     {
-        for last in [false, true] {
-            match request().await {
+        let mut tries = 0;
+        loop {
+            let error = match request().await {
                 Ok(answer) => return Ok(answer),
-                Err(HFError::RateLimited { retry_after: Some(wait), .. })
-                    if !last && wait.as_secs() <= LONGEST_WAIT =>
-                {
-                    tokio::time::sleep(wait).await;
-                }
-                Err(error) => return Err(self.failure(error, about).into()),
+                Err(error) => error,
+            };
+            let wait = match &error {
+                HFError::RateLimited { retry_after: Some(wait), .. } if wait.as_secs() <= LONGEST_WAIT => *wait,
+                HFError::Request { source, .. } if source.is_body() || source.is_decode() => self.settings.pause,
+                _ => return Err(self.failure(error, about).into()),
+            };
+            if tries == self.settings.retries {
+                return Err(self.failure(error, about).into());
             }
+            tries += 1;
+            tokio::time::sleep(wait).await;
         }
-        unreachable!("the last request returns")
     }
 
     /// What a refusal means.
@@ -128,7 +135,7 @@ impl Hub {
         let missing = matches!(status, 401 | 404);
         let message = clean(&context.map_or_else(|| chain(&error), said));
         match (&error, status, code) {
-            (HFError::Request { .. }, ..) => HubError::Unreachable { endpoint, problem: message },
+            (HFError::Request { .. } | HFError::Xet { .. }, ..) => HubError::Unreachable { endpoint, problem: message },
             (_, 401 | 403, "GatedRepo") => {
                 let page = format!("{endpoint}/{}{repository}", about.kind.prefix());
                 HubError::Gated { repository, page, token }
@@ -178,11 +185,7 @@ pub(super) fn is_transient(error: &HFError) -> bool {
 
 /// Whether an error says that the Hub is not there at the moment, so that the cache may stand in for it.
 pub(super) fn is_absence(error: &Error) -> bool {
-    match error {
-        Error::Hub(HubError::Unreachable { .. } | HubError::RateLimited { .. }) => true,
-        Error::Hub(HubError::Answer { message, .. }) => message.starts_with('5'),
-        _ => false,
-    }
+    matches!(error, Error::Hub(error) if error.is_passing())
 }
 
 fn context(error: &HFError) -> Option<&HttpErrorContext> {

@@ -77,9 +77,10 @@ impl Hasher {
         }
     }
 
-    /// The rest of a file.
-    pub fn read(&mut self, mut file: &File) -> io::Result<()> {
+    /// The next `length` bytes of a file, or as many as there are.
+    pub fn read(&mut self, file: &File, length: u64) -> io::Result<()> {
         let mut buffer = vec![0; 1 << 20];
+        let mut file = file.take(length);
         loop {
             match file.read(&mut buffer)? {
                 0 => return Ok(()),
@@ -103,7 +104,7 @@ pub fn of_file(path: &Path, like: &ContentId) -> io::Result<(u64, ContentId)> {
     let file = File::open(path)?;
     let size = file.metadata()?.len();
     let mut hasher = like.hasher(size);
-    hasher.read(&file)?;
+    hasher.read(&file, size)?;
     Ok((size, hasher.finish()))
 }
 

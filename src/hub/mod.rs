@@ -12,10 +12,14 @@ mod files;
 mod reference;
 mod settings;
 mod transfer;
+mod upload;
 
 pub use client::Hub;
 pub use digest::{ContentId, Hasher, of_file};
 pub use fetch::Snapshot;
 pub use files::CARD_FILE;
 pub use reference::{DEFAULT_REVISION, Reference};
+pub(crate) use settings::redacted;
 pub use settings::{DEFAULT_ENDPOINT, Settings, Token};
+pub use transfer::Listed;
+pub use upload::Commit;

@@ -28,10 +28,13 @@ use crate::{
 
 /// A file of a repository, as the Hub lists it.
 #[derive(Debug, Clone)]
-pub(super) struct Listed {
-    pub(super) path: String,
-    pub(super) size: u64,
-    pub(super) id: ContentId,
+pub struct Listed {
+    /// Its path below the repository's root.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// The digest that the Hub gives.
+    pub id: ContentId,
 }
 
 /// Bytes a step of the progress.
@@ -203,7 +206,7 @@ impl<'a> Part<'a> {
         if part.length > part.size {
             part.clear()?;
         }
-        part.hasher.read(&part.file).map_err(Error::io("read", &part.path))?;
+        part.hasher.read(&part.file, part.length).map_err(Error::io("read", &part.path))?;
         part.tell();
         Ok(part)
     }

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 20] = [
+const LAYERS: [&str; 22] = [
     "error",
     "progress",
     "device",
@@ -29,6 +29,8 @@ const LAYERS: [&str; 20] = [
     "generation",
     "pipeline",
     "hub",
+    "card",
+    "publish",
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.

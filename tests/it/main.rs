@@ -17,6 +17,9 @@
 //! | `bench` | where its result goes, and what it says without a device |
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
+//! | `card` | the model card: what is on it, and what is not claimed |
+//! | `publish_hub` | branches to a Hub on loopback with every fault, and the whole way from a Hub to a Hub |
+//! | `publish_git` | branches to a git remote with git-lfs, and cloned from there |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
 //! | `hub_fetch` | models and datasets from a Hub on loopback, with every fault of a network and a server |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
@@ -27,6 +30,7 @@
 mod bad_input;
 mod bad_settings;
 mod bench;
+mod card;
 mod cuda_device;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;
@@ -41,6 +45,8 @@ mod kernel;
 mod layering;
 mod models;
 mod output;
+mod publish_git;
+mod publish_hub;
 mod quantize;
 mod reference;
 mod resources;

@@ -5,6 +5,8 @@
 pub(crate) enum Fault {
     /// This status with these headers, and nothing else.
     Answer(u16, Vec<(&'static str, String)>),
+    /// This JSON, and nothing is done.
+    Pretend(String),
     /// The connection is closed after so many bytes of the body.
     CutAfter(usize),
     /// One bit of the body is another.

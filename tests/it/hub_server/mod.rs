@@ -6,6 +6,7 @@ mod http;
 mod read;
 mod store;
 mod write;
+mod xet;
 
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
@@ -19,6 +20,7 @@ use std::{
 pub(crate) use faults::Fault;
 use http::{Answer, Request};
 pub(crate) use store::{Repository, Store};
+use xet::XetServer;
 
 /// The one token that the server knows.
 pub(crate) const TOKEN: &str = "hf_TheTokenThatMustNotBeSeen";
@@ -45,8 +47,8 @@ pub(crate) struct Shared {
     store: Mutex<Store>,
     faults: Mutex<Vec<(String, Fault, usize)>>,
     seen: Mutex<Vec<Seen>>,
-    /// Address of a Xet server for large uploads, if there is one.
-    xet: Mutex<Option<String>>,
+    /// The server for large uploads, if there is one.
+    xet: Mutex<Option<XetServer>>,
     stop: AtomicBool,
 }
 
@@ -92,8 +94,10 @@ impl HubServer {
         std::mem::take(&mut *lock(&self.shared.seen))
     }
 
-    pub(crate) fn offer_xet(&self, endpoint: Option<String>) {
-        *lock(&self.shared.xet) = endpoint;
+    /// From now on, large files are taken.
+    pub(crate) fn with_xet(self) -> Self {
+        *lock(&self.shared.xet) = Some(XetServer::start());
+        self
     }
 }
 
@@ -136,6 +140,7 @@ fn serve(stream: &TcpStream, shared: &Shared, large: bool) {
         Some(Fault::Answer(status, headers)) => headers
             .iter()
             .fold(Answer::error(*status, "a fault was asked for"), |answer, (name, value)| answer.with(name, value)),
+        Some(Fault::Pretend(text)) => Answer::new(200, text.clone().into_bytes()),
         _ if large => read::content(&request, shared, fault == Some(Fault::NoRanges)),
         _ => answer(&request, shared),
     };

@@ -104,8 +104,8 @@ fn entry(path: &str, blob: &Blob) -> Value {
 
 fn xet_token(shared: &Shared) -> Answer {
     match &*lock(&shared.xet) {
-        Some(endpoint) => {
-            Answer::json(&json!({ "accessToken": "xet", "exp": 4_000_000_000_u64, "casUrl": endpoint }))
+        Some(xet) => {
+            Answer::json(&json!({ "accessToken": "xet", "exp": 4_000_000_000_u64, "casUrl": xet.endpoint() }))
         }
         None => Answer::error(404, "no Xet here"),
     }

@@ -1,0 +1,201 @@
+//! All that a template can use.
+
+use std::{fs, path::Path};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{CardOptions, metadata, prompt, source::SourceCard};
+use crate::{
+    emit::is_licence,
+    report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report},
+    variant::{GroupSize, Order},
+};
+
+/// The reader that the column `ExLlama` speaks of.
+const EXLLAMA: &str = "ExLlama, ExLlamaV2";
+
+/// A row of the table of branches.
+#[derive(Serialize)]
+struct Row {
+    branch: String,
+    variant: String,
+    bits: u32,
+    group_size: String,
+    act_order: &'static str,
+    symmetric: bool,
+    damp: String,
+    dataset: String,
+    seq_len: usize,
+    size: String,
+    exllama: &'static str,
+    /// As measured on the first text, if at all.
+    perplexity: Option<String>,
+    kl_divergence: Option<String>,
+    description: String,
+}
+
+/// The values for the card of the branch at `at`.
+pub(super) fn facts(
+    report: &Report,
+    run: &Path,
+    at: usize,
+    source: &SourceCard,
+    options: &CardOptions,
+) -> Value {
+    let folder = run.join(&report.branches[at].branch);
+    let base = options.base_model.clone().or_else(|| Some(report.model.source.as_ref()?.repository.clone()));
+    let prompt = prompt::prompt(&folder, options.prompt_template.as_deref());
+    let marlin = report.branches.iter().filter(|branch| takes(branch, "Marlin") == Some(true));
+    json!({
+        "metadata": metadata::block(report, source, options),
+        "branch": report.branches[at].branch,
+        "branches": report.branches.iter().map(|branch| row(report, branch)).collect::<Vec<_>>(),
+        "repository": options.repository,
+        "quantized_by": options.quantized_by(),
+        "model": {
+            "name": report.model.name,
+            "repository": base,
+            "commit": report.model.source.as_ref().map(|source| &source.commit),
+            "parameters": report.model.parameters,
+        },
+        "evaluations": report.evaluations.iter().map(evaluation).collect::<Vec<_>>(),
+        "readers": readers(report),
+        "marlin_branches": marlin.map(|branch| &branch.branch).collect::<Vec<_>>(),
+        "prompt": prompt,
+        "licence": {
+            "id": source.text_of("license"),
+            "name": source.licence(),
+            "link": source.text_of("license_link"),
+            "files": licence_files(&folder),
+        },
+        "calibration": report.calibration,
+        "plan": report.plan,
+        "compute": report.compute,
+        "generated_by": report.generated_by,
+        "command": report.command.join(" "),
+        "warnings": report.warnings,
+        "source_card": source.text,
+    })
+}
+
+fn row(report: &Report, branch: &BranchReport) -> Row {
+    let variant = branch.variant;
+    let measured = report.evaluations.first().and_then(|evaluation| evaluation.model_named(&branch.branch));
+    Row {
+        branch: branch.branch.clone(),
+        variant: variant.to_string(),
+        bits: variant.bits.get(),
+        group_size: match variant.group_size {
+            GroupSize::PerChannel => "None".into(),
+            GroupSize::Features(size) => size.to_string(),
+        },
+        act_order: match variant.order {
+            Order::Sequential => "No",
+            Order::Act => "Yes",
+            Order::ActStatic => "Yes, static groups",
+        },
+        symmetric: variant.symmetric,
+        damp: report.plan.damp.to_string(),
+        dataset: report.calibration.source.dataset.clone(),
+        seq_len: report.calibration.seq_len,
+        size: format!("{:.2} GB", branch.bytes as f64 / 1e9),
+        exllama: if takes(branch, EXLLAMA) == Some(true) { "Yes" } else { "No" },
+        perplexity: measured.map(|model| shown(&model.perplexity, 4)),
+        kl_divergence: measured.map(|model| shown(&model.kl_divergence, 6)),
+        description: description(report, branch),
+    }
+}
+
+/// What sets a branch apart from the others: facts of its format, and what was measured.
+fn description(report: &Report, branch: &BranchReport) -> String {
+    let mut parts = vec![match branch.variant.order {
+        Order::Sequential => "Groups of neighbouring features: `g_idx` is sequential.".to_owned(),
+        Order::Act => "Act order: `g_idx` is permuted.".to_owned(),
+        Order::ActStatic => "Act order with groups fixed beforehand: `g_idx` is sequential.".to_owned(),
+    }];
+    if !branch.variant.symmetric {
+        parts.push("Asymmetric zero points.".into());
+    }
+    let others = || report.branches.iter().filter(|other| other.branch != branch.branch);
+    if others().next().is_some() && others().all(|other| other.bytes > branch.bytes) {
+        parts.push("The smallest of these.".into());
+    }
+    if let Some(evaluation) = report.evaluations.first() {
+        let divergence = |name: &str| evaluation.model_named(name).map(|model| model.kl_divergence.value);
+        let others: Option<Vec<f64>> = others().map(|other| divergence(&other.branch)).collect();
+        match (divergence(&branch.branch), others) {
+            (Some(own), Some(others)) if !others.is_empty() && others.iter().all(|&other| other > own) => {
+                parts.push("The closest to the unquantized model, as measured below.".into());
+            }
+            _ => {}
+        }
+    }
+    parts.join(" ")
+}
+
+/// Whether a reader whose name begins so takes a branch; none when there is no such reader.
+fn takes(branch: &BranchReport, reader: &str) -> Option<bool> {
+    let found = branch.readers.iter().find(|known| known.name.starts_with(reader))?;
+    Some(found.refused.is_none())
+}
+
+fn evaluation(evaluation: &Evaluation) -> Value {
+    let model = |model: &EvaluatedModel| {
+        json!({
+            "branch": model.name,
+            "perplexity": shown(&model.perplexity, 4),
+            "perplexity_change": shown(&model.perplexity_change, 4),
+            "kl_divergence": shown(&model.kl_divergence, 6),
+            "kl_p99": format!("{:.5}", model.kl_p99),
+            "top1": shown_percent(&model.top1_agreement),
+        })
+    };
+    json!({
+        "dataset": evaluation.dataset,
+        "sha256": evaluation.sha256,
+        "protocol": evaluation.protocol,
+        "compute": evaluation.compute,
+        "windows": evaluation.windows,
+        "seq_len": evaluation.seq_len,
+        "stride": evaluation.stride,
+        "reference_perplexity": shown(&evaluation.reference_perplexity, 4),
+        "models": evaluation.models.iter().map(model).collect::<Vec<_>>(),
+    })
+}
+
+/// Readers, each with what it says of every branch.
+fn readers(report: &Report) -> Vec<Value> {
+    let Some(first) = report.branches.first() else { return Vec::new() };
+    let verdict = |branch: &BranchReport, name: &str| {
+        let found = branch.readers.iter().find(|reader| reader.name == name);
+        match found.map(|reader| &reader.refused) {
+            Some(None) => "Yes".to_owned(),
+            Some(Some(why)) => format!("No: {why}"),
+            None => "not known".to_owned(),
+        }
+    };
+    let one = |name: &String| {
+        let verdicts: Vec<String> = report.branches.iter().map(|branch| verdict(branch, name)).collect();
+        json!({ "name": name, "verdicts": verdicts })
+    };
+    first.readers.iter().map(|reader| one(&reader.name)).collect()
+}
+
+fn licence_files(folder: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names.filter(|name| is_licence(name)).collect();
+    names.sort();
+    names
+}
+
+fn shown(interval: &Interval, digits: usize) -> String {
+    let margin = interval.margin.map_or_else(String::new, |margin| format!(" ± {margin:.digits$}"));
+    format!("{:.digits$}{margin}", interval.value)
+}
+
+fn shown_percent(interval: &Interval) -> String {
+    let percent = Interval { value: interval.value * 100.0, margin: interval.margin.map(|margin| margin * 100.0) };
+    format!("{} %", shown(&percent, 2))
+}

@@ -1,0 +1,82 @@
+//! The card of a run: the `README.md` of its branches, from its report and a template.
+//!
+//! Whatever is said about quality was measured, and the card says on what; a figure that is not in the report does not
+//! appear.
+
+mod facts;
+mod metadata;
+mod prompt;
+mod source;
+
+use std::path::{Path, PathBuf};
+
+use minijinja::{Environment, ErrorKind, UndefinedBehavior};
+
+use crate::{
+    error::{Error, HubError, Result},
+    report::Report,
+};
+pub use source::{SOURCE_CARD_FILE, SourceCard, keep_source_card};
+
+/// The template where the user gives none.
+pub const TEMPLATE: &str = include_str!("card.md.jinja");
+
+/// What the report does not know.
+#[derive(Debug, Clone, Default)]
+pub struct CardOptions {
+    /// `owner/name` or the address that the branches are published to.
+    pub repository: Option<String>,
+    /// Who quantized, where that is not the repository's owner.
+    pub quantized_by: Option<String>,
+    /// The source's repository, where the report does not know it.
+    pub base_model: Option<String>,
+    /// How to speak to the model, with `{prompt}` in it.
+    pub prompt_template: Option<String>,
+    /// Another template: its file, for messages, and its text.
+    pub template: Option<(PathBuf, String)>,
+}
+
+impl CardOptions {
+    /// Who quantized.
+    fn quantized_by(&self) -> Option<&str> {
+        let owner = || {
+            let repository = self.repository.as_deref().filter(|repository| !repository.contains(':'))?;
+            repository.split_once('/').map(|(owner, _)| owner).filter(|owner| !owner.is_empty())
+        };
+        self.quantized_by.as_deref().or_else(owner)
+    }
+}
+
+/// The card of each branch of the run in `run`, in the report's order.
+///
+/// # Errors
+/// When the source's card cannot be read, or the template is wrong.
+pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<String>> {
+    let source = SourceCard::read(run)?;
+    let (path, text) = match &options.template {
+        Some((path, text)) => (path.clone(), text.as_str()),
+        None => (PathBuf::from("card.md.jinja"), TEMPLATE),
+    };
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_keep_trailing_newline(true);
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    let wrong = |error: &minijinja::Error| template_error(&path, error);
+    let template = environment.template_from_str(text).map_err(|error| wrong(&error))?;
+    let one = |at: usize| {
+        let facts = facts::facts(report, run, at, &source, options);
+        template.render(facts).map_err(|error| wrong(&error))
+    };
+    (0..report.branches.len()).map(one).collect()
+}
+
+fn template_error(path: &Path, error: &minijinja::Error) -> Error {
+    let line = error.line().map_or_else(String::new, |line| format!("line {line}: "));
+    let what = match error.kind() {
+        ErrorKind::UndefinedError => "it uses something that the card does not know".to_owned(),
+        kind => kind.to_string(),
+    };
+    let detail = error.detail().map_or_else(String::new, |detail| format!(" ({detail})"));
+    HubError::Template { path: path.into(), problem: format!("{line}{what}{detail}") }.into()
+}

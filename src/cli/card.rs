@@ -1,0 +1,89 @@
+//! `gptq card`.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use gptq::{
+    card::{CardOptions, cards},
+    checkpoint::write_file_atomically,
+    hub::CARD_FILE,
+    report::{REPORT_FILE, Report},
+};
+
+use super::{args::OutputArgs, terminal};
+
+/// The card of a run's branches.
+#[derive(Debug, Args)]
+pub(super) struct CardArgs {
+    /// The folder that `gptq quantize` made
+    pub(super) run: PathBuf,
+    /// Where the branches are going to be: OWNER/NAME on the Hub, or a git address
+    #[arg(long, value_name = "REPOSITORY")]
+    repository: Option<String>,
+    #[command(flatten)]
+    texts: CardTexts,
+    /// Print the card of this branch and write nothing
+    #[arg(long, value_name = "BRANCH")]
+    print: Option<String>,
+}
+
+/// What a card says that the run does not know.
+#[derive(Debug, Args)]
+pub(super) struct CardTexts {
+    /// Template of the card, in Jinja's language
+    #[arg(long = "card-template", value_name = "FILE")]
+    template: Option<PathBuf>,
+    /// How to speak to the model, with {prompt} in it [default: its chat template]
+    #[arg(long, value_name = "TEXT")]
+    prompt_template: Option<String>,
+    /// The source model on the Hub, where it was not fetched from there
+    #[arg(long, value_name = "OWNER/NAME")]
+    base_model: Option<String>,
+    /// Who quantized [default: the repository's owner]
+    #[arg(long, value_name = "NAME")]
+    quantized_by: Option<String>,
+}
+
+pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
+    let report = Report::read(&args.run.join(REPORT_FILE))?;
+    let made = cards(&report, &args.run, &args.texts.options(args.repository.clone())?)?;
+    let branches = report.branches.iter().map(|branch| &branch.branch);
+    if let Some(wanted) = &args.print {
+        let found = branches.zip(&made).find(|(branch, _)| *branch == wanted);
+        let (_, card) = found.with_context(|| format!("the run has no branch `{wanted}`"))?;
+        terminal::piece(card)?;
+        return Ok(true);
+    }
+    let mut written = Vec::new();
+    for (branch, card) in branches.zip(&made) {
+        let path = args.run.join(branch).join(CARD_FILE);
+        write_file_atomically(&path, card.as_bytes())?;
+        written.push(path);
+    }
+    if output.json {
+        terminal::json(&written)?;
+    } else {
+        written.iter().try_for_each(|path| terminal::result(&path.display().to_string()))?;
+    }
+    Ok(true)
+}
+
+impl CardTexts {
+    pub(super) fn options(&self, repository: Option<String>) -> Result<CardOptions> {
+        let template = match &self.template {
+            Some(path) => {
+                let text = fs::read_to_string(path);
+                Some((path.clone(), text.map_err(gptq::Error::io("read", path))?))
+            }
+            None => None,
+        };
+        Ok(CardOptions {
+            repository,
+            quantized_by: self.quantized_by.clone(),
+            base_model: self.base_model.clone(),
+            prompt_template: self.prompt_template.clone(),
+            template,
+        })
+    }
+}

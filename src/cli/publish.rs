@@ -1,0 +1,137 @@
+//! `gptq publish`.
+
+use std::{fmt::Write, path::PathBuf, str::FromStr};
+
+use anyhow::{Result, bail};
+use clap::Args;
+use gptq::{
+    card::{SourceCard, cards},
+    hub::{CARD_FILE, Hub, Reference},
+    publish::{self, GitOptions, HubOptions, Outcome},
+    report::{REPORT_FILE, Report, bytes},
+    verify,
+};
+
+use super::{
+    args::OutputArgs,
+    card::CardTexts,
+    hub,
+    terminal::{self, Terminal},
+};
+
+/// Publishing.
+#[derive(Debug, Args)]
+pub(super) struct PublishArgs {
+    /// The folder that `gptq quantize` made
+    run: PathBuf,
+    /// hub:OWNER/NAME, or git:ADDRESS or git:PATH of a repository
+    #[arg(long, value_name = "PLACE")]
+    to: Place,
+    /// Only this branch; repeatable [default: all]
+    #[arg(long = "branch", value_name = "BRANCH")]
+    branches: Vec<String>,
+    /// A repository that is made on the Hub is private
+    #[arg(long)]
+    private: bool,
+    /// Say what would be sent, and send nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// On a git remote: begin the branches anew and throw away their history there
+    #[arg(long)]
+    force: bool,
+    /// Name of a gated source's licence that you keep to; repeatable
+    #[arg(long, value_name = "LICENCE")]
+    accept_license: Vec<String>,
+    #[command(flatten)]
+    texts: CardTexts,
+}
+
+/// Where to publish.
+#[derive(Debug, Clone)]
+enum Place {
+    Hub(Reference),
+    Git(String),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("hub", name)) => {
+                let reference = Reference::new(name, None);
+                Ok(Self::Hub(reference.map_err(|error| error.to_string())?))
+            }
+            Some(("git", place)) if !place.is_empty() => Ok(Self::Git(place.to_owned())),
+            _ => Err("expected hub:OWNER/NAME, git:ADDRESS or git:PATH".into()),
+        }
+    }
+}
+
+pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
+    match &args.to {
+        Place::Hub(_) if args.force => bail!("--force is for git remotes; on the Hub history is always kept"),
+        Place::Git(_) if args.private => bail!("--private is for the Hub; a git remote is made beforehand"),
+        _ => {}
+    }
+    let report = Report::read(&args.run.join(REPORT_FILE))?;
+    publish::check_licence(&report, &SourceCard::read(&args.run)?, &args.accept_license)?;
+    let settings = hub::settings();
+    let repository = match &args.to {
+        Place::Hub(reference) => reference.repository().to_owned(),
+        // A branch on the Hub is on the Hub, whichever way it got there.
+        Place::Git(place) => match place.strip_prefix(&format!("{}/", settings.endpoint)) {
+            Some(name) if name.parse::<Reference>().is_ok() => name.to_owned(),
+            _ => place.clone(),
+        },
+    };
+    let made = cards(&report, &args.run, &args.texts.options(Some(repository))?)?;
+    let branches = publish::branches(&report, &args.run, &args.branches, &made)?;
+    let terminal = Terminal::new(output);
+    for branch in &branches {
+        let folder = args.run.join(&branch.name);
+        // What is damaged is not published.
+        verify::written(&folder)?;
+        if folder.join(CARD_FILE).exists() {
+            terminal::note(output, &format!("branch {}: its card is the {CARD_FILE} in its folder", branch.name));
+        }
+    }
+    let outcomes = match &args.to {
+        Place::Hub(reference) => {
+            let options = HubOptions { private: args.private, dry_run: args.dry_run };
+            publish::to_hub(&Hub::new(settings)?, reference, &branches, &options, &terminal)?
+        }
+        Place::Git(remote) => {
+            let options = GitOptions { force: args.force, dry_run: args.dry_run };
+            publish::to_git(remote, &args.run, &branches, &options, &settings, &terminal)?
+        }
+    };
+    drop(terminal);
+    if output.json {
+        terminal::json(&outcomes)?;
+    } else {
+        terminal::result(&table(&outcomes, args.dry_run))?;
+    }
+    Ok(true)
+}
+
+fn table(outcomes: &[Outcome], dry_run: bool) -> String {
+    let mut text = String::new();
+    for outcome in outcomes {
+        let commit = outcome.commit.as_deref().map_or("new", |commit| &commit[..commit.len().min(12)]);
+        let what = match (outcome.sent.len(), outcome.deleted.len()) {
+            (0, 0) => "nothing to send".to_owned(),
+            (sent, deleted) => {
+                let verb = if dry_run { "would send" } else { "sent" };
+                let deleted = if deleted == 0 { String::new() } else { format!(", {deleted} deleted") };
+                format!("{verb} {sent} files, {}{deleted}", bytes(outcome.bytes))
+            }
+        };
+        let _ = writeln!(text, "{:<36} {commit:<12} {what}, {} unchanged", outcome.branch, outcome.unchanged);
+        if dry_run {
+            outcome.sent.iter().for_each(|file| _ = writeln!(text, "    + {file}"));
+            outcome.deleted.iter().for_each(|file| _ = writeln!(text, "    - {file}"));
+        }
+    }
+    text
+}

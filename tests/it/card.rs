@@ -1,0 +1,144 @@
+//! The card of a run: everything that was made and measured is in it, and nothing else is claimed.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::helpers::{Lab, demo, read_json, text_of};
+
+const SOURCE: &str = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE.txt\nlanguage:\n- en\ntags:\n- llama\n---\n# Tiny\n\nThe original text.\n";
+const ACT: &str = "gptq-4bit-16g-actorder_True";
+
+/// A run of two branches of a model with a card and a licence.
+fn run(flags: &[&str]) -> Lab {
+    let lab = Lab::new();
+    fs::write(lab.model().join("README.md"), SOURCE).unwrap();
+    fs::write(lab.model().join("LICENSE.txt"), "the licence").unwrap();
+    fs::write(lab.model().join("USE_POLICY.md"), "the policy").unwrap();
+    lab.quantize(&[&["--variant", "4bit-32g", "--variant", "4bit-16g-act"], flags].concat()).succeeds();
+    lab
+}
+
+fn card(lab: &Lab, flags: &[&str]) -> String {
+    let out = text_of(&lab.out());
+    lab.run(&[&["card", &out], flags].concat()).succeeds();
+    fs::read_to_string(lab.out().join(ACT).join("README.md")).unwrap()
+}
+
+#[test]
+fn everything_that_is_known_is_on_the_card() {
+    let eval = text_of(&demo("evaluation.parquet"));
+    let lab = run(&["--eval", &eval, "--eval-windows", "2"]);
+    let card = card(&lab, &["--repository", "me/Tiny-GPTQ", "--base-model", "some/tiny"]);
+    let report = read_json(&lab.out().join("run.json"));
+
+    let (metadata, text) = card.strip_prefix("---\n").unwrap().split_once("\n---\n").unwrap();
+    let metadata: Value = serde_saphyr::from_str(metadata).unwrap();
+    let expected = serde_json::json!({
+        "base_model": "some/tiny", "base_model_relation": "quantized", "license": "other", "license_name": "llama2",
+        "license_link": "LICENSE.txt", "language": ["en"], "library_name": "transformers",
+        "pipeline_tag": "text-generation", "model_name": "model", "model_creator": "some", "quantized_by": "me",
+        "tags": ["llama", "gptq", "quantized", "4-bit"],
+    });
+    assert_eq!(metadata, expected);
+
+    let head = "| Branch | Bits | GS | Act Order | Damp % | GPTQ Dataset | Seq Len | Size | ExLlama | Perplexity | KL divergence | Desc |";
+    let table: Vec<&str> = text.lines().skip_while(|line| *line != head).take_while(|line| !line.is_empty()).collect();
+    assert_eq!(table.len(), 4, "{text}");
+    let measured = &report["evaluations"][0]["models"][1];
+    let figure = |value: &Value, digits: usize| {
+        let [value, margin] = ["value", "margin"].map(|key| value[key].as_f64().unwrap());
+        format!("{value:.digits$} ± {margin:.digits$}")
+    };
+    let row = format!(
+        "| [{ACT}](https://huggingface.co/me/Tiny-GPTQ/tree/{ACT}) | 4 | 16 | Yes | 0.01 | evaluation.parquet | 64 | \
+         {:.2} GB | Yes | {} | {} | Act order: `g_idx` is permuted.",
+        report["branches"][1]["bytes"].as_f64().unwrap() / 1e9,
+        figure(&measured["perplexity"], 4),
+        figure(&measured["kl_divergence"], 6),
+    );
+    assert!(table[3].starts_with(&row), "{}\n{row}", table[3]);
+    // Every row of every table has as many cells as its head.
+    for table in text.split("\n\n").filter(|part| part.starts_with("| ")) {
+        let cells: Vec<usize> = table.lines().map(|line| line.matches('|').count()).collect();
+        assert!(cells.iter().all(|count| *count == cells[0]), "{table}");
+    }
+
+    let of_report = |pointer: &str| report.pointer(pointer).unwrap().as_str().unwrap();
+    for part in [
+        "`me/Tiny-GPTQ:gptq-4bit-16g-actorder_True`",
+        &format!("git clone --single-branch --branch {ACT} https://huggingface.co/me/Tiny-GPTQ\n"),
+        &format!("name, revision = \"me/Tiny-GPTQ\", \"{ACT}\""),
+        &format!("hf download me/Tiny-GPTQ --revision {ACT}"),
+        "| mistral.rs | Yes | No: act order gives wrong results |",
+        "The tokenizer of this model has no chat template",
+        of_report("/calibration/sha256"),
+        of_report("/calibration/source/files/0/sha256"),
+        of_report("/evaluations/0/sha256"),
+        "states the licence llama2 (LICENSE.txt)",
+        "Copied from it: [`LICENSE.txt`](LICENSE.txt), [`USE_POLICY.md`](USE_POLICY.md).",
+        "# The source model's card\n\n# Tiny\n\nThe original text.\n",
+        "Remark of the run: ",
+    ] {
+        assert!(text.contains(part), "{part}\n{text}");
+    }
+    assert!(!card.contains(&text_of(&lab.path(""))) && !card.contains("\n\n\n"), "{card}");
+    // The licence went with the weights; a card in the folder does not disturb its checksums.
+    assert_eq!(fs::read_to_string(lab.out().join("main").join("USE_POLICY.md")).ok(), None, "no such branch");
+    let branch = lab.out().join(ACT);
+    assert_eq!(fs::read_to_string(branch.join("USE_POLICY.md")).unwrap(), "the policy");
+    lab.verify(&branch, &[]).succeeds();
+}
+
+#[test]
+fn what_was_not_measured_is_not_claimed() {
+    let lab = run(&[]);
+    fs::remove_file(lab.out().join("source-card.md")).unwrap();
+    let card = card(&lab, &[]);
+    for word in ["erplexity", "KL", "closest", "±", "license:", "base_model", "quantized_by", "source model's card below"] {
+        assert!(!card.contains(word), "{word}: {card}");
+    }
+    for part in [
+        "| Size | ExLlama | Desc |",
+        "The quality of these branches was not measured.",
+        "No licence of the source model is known here",
+        "OWNER/REPOSITORY",
+    ] {
+        assert!(card.contains(part), "{part}: {card}");
+    }
+}
+
+#[test]
+fn chat_templates_and_git_addresses() {
+    let lab = run(&[]);
+    let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}";
+    fs::write(lab.out().join(ACT).join("chat_template.jinja"), template).unwrap();
+    let card = card(&lab, &["--repository", "https://git.example.org/me/tiny.git"]);
+    assert!(card.contains("```\n[system] {system_message}\n[user] {prompt}\n```"), "{card}");
+    let clone = format!("git clone --single-branch --branch {ACT} https://git.example.org/me/tiny.git model-GPTQ");
+    assert!(card.contains(&clone) && !card.contains("text-generation-webui"), "{card}");
+    let out = text_of(&lab.out());
+    let printed = lab.run(&["card", &out, "--print", ACT, "--prompt-template", "Q: {prompt} A:"]).succeeds();
+    assert!(printed.stdout.contains("```\nQ: {prompt} A:\n```"), "{}", printed.stdout);
+}
+
+#[test]
+fn a_template_of_ones_own_and_what_can_be_wrong_with_it() {
+    let lab = run(&[]);
+    let out = text_of(&lab.out());
+    let template = lab.write("mine.jinja", "{{ model.name }}: {% for b in branches %}{{ b.variant }} {% endfor %}\n");
+    let made = card(&lab, &["--card-template", &template]);
+    assert_eq!(made, "model: 4bit-32g 4bit-16g-act \n");
+    for (text, problem) in [
+        ("a\n{{ perplexity_of_the_moon }}", "line 2: it uses something that the card does not know"),
+        ("{% for %}", "line 1: syntax error"),
+    ] {
+        let template = lab.write("bad.jinja", text);
+        let failed = lab.run(&["card", &out, "--card-template", &template]);
+        assert_eq!(failed.code, Some(2));
+        let expected = format!("error: `[LAB]/bad.jinja` cannot be made into a card: {problem}");
+        assert!(failed.stderr.starts_with(&expected), "{}", failed.stderr);
+    }
+    lab.run(&["card", &out, "--card-template", "/none"]).fails_with("error: cannot read `/none`: No such file or directory (os error 2)");
+    lab.run(&["card", &out, "--print", "dev"]).fails_with("error: the run has no branch `dev`");
+}
