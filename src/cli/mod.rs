@@ -12,6 +12,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod quantize;
+mod signals;
 mod terminal;
 mod verify;
 

@@ -28,6 +28,14 @@ impl Error {
                 "use more or more varied calibration text (--samples), or a larger --damp".into()
             }
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
+            Self::Journal { .. } => {
+                "--restart throws what was begun away; if its journal lies elsewhere, name it with --journal-dir"
+                    .into()
+            }
+            Self::JournalDiffers { .. } => {
+                "repeat the settings of then to go on, choose another folder, or throw it away with --restart".into()
+            }
+            Self::Busy { .. } => "wait until it has ended, or choose another folder".into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
             Self::Memory { memory, .. } if memory.starts_with("device") => {
@@ -40,7 +48,7 @@ impl Error {
                 "use fewer --samples, a shorter --seq-len or fewer --variant".into()
             }
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "the disk is full: free some space and start again; nothing half-written was left".into()
+                "the disk is full: free some space and start the same command again".into()
             }
             _ => return None,
         })

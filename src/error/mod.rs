@@ -329,6 +329,35 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
     },
+    /// A run that was begun cannot be gone on with.
+    #[error("`{}` cannot be gone on with: {problem}", path.display())]
+    Journal {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A run that was begun is another one.
+    #[error(
+        "`{}` holds a run that was begun otherwise ({layers} of {total} layers are finished); different: {differences}",
+        path.display()
+    )]
+    JournalDiffers {
+        /// The output folder.
+        path: PathBuf,
+        /// Layers finished.
+        layers: usize,
+        /// Of how many.
+        total: usize,
+        /// What differs, then and now.
+        differences: String,
+    },
+    /// Another program works on the same output.
+    #[error("another run is writing to `{}`", path.display())]
+    Busy {
+        /// The output folder.
+        path: PathBuf,
+    },
     /// The disk has too little room for the result.
     #[error("`{}` has {available} free, and the result needs {needed}", path.display())]
     DiskSpace {

@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use super::{journal, output_folder::Place};
 use crate::{
     checkpoint::LlamaConfig,
     emit::{is_partial, planned_bytes},
@@ -13,21 +14,76 @@ use crate::{
 /// Room for configs, tokenizer and checksums of one branch.
 const SMALL_FILES: u64 = 16 << 20;
 
-/// Refuses a run whose output exists or does not fit the disk.
-pub(super) fn check(plan: &Plan, config: &LlamaConfig, out: &Path) -> Result<()> {
-    if out.exists() && !only_partial(out) {
-        return Err(Error::OutputExists { path: out.into() });
-    }
-    let mut needed = 0;
-    for variant in &plan.variants {
-        needed += planned_bytes(variant, config, plan.max_shard_size)? + SMALL_FILES;
-    }
-    let folder = nearest_folder(out);
-    match available_space(folder) {
-        Some(available) if available < needed => {
-            Err(Error::DiskSpace { path: folder.into(), available: bytes(available), needed: bytes(needed) })
+/// Bytes of disk that a run takes beyond what it has taken already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DiskNeed {
+    /// The branches.
+    pub(super) branches: u64,
+    /// Hidden states to go on from, and activations that do not fit memory, until the run is complete.
+    pub(super) journal: u64,
+}
+
+impl DiskNeed {
+    /// `states` are the bytes of all hidden states, `spilled` those of activations that do not fit memory.
+    ///
+    /// # Errors
+    /// When a variant does not fit the model.
+    pub(super) fn new(
+        plan: &Plan,
+        config: &LlamaConfig,
+        place: &Place<'_>,
+        states: u64,
+        spilled: u64,
+    ) -> Result<Self> {
+        let begun = if place.restart { None } else { journal::begun(place) };
+        let mut branches = 0;
+        for variant in &plan.variants {
+            // The files of a branch that was begun have their full size.
+            let bytes =
+                if begun.is_some() { 0 } else { planned_bytes(variant, config, plan.max_shard_size)? };
+            branches += bytes + SMALL_FILES;
         }
-        _ => Ok(()),
+        // One set of states beside the one that is being written; behind the last layer there are none.
+        let sets = match (config.num_layers, begun) {
+            (1, _) => 0,
+            (2, None) | (_, Some(_)) => 1,
+            (_, None) => 2,
+        };
+        Ok(Self { branches, journal: sets * states + spilled })
+    }
+
+    /// Refuses what the disks have no room for.
+    ///
+    /// # Errors
+    /// When there is too little.
+    pub(super) fn check(&self, place: &Place<'_>) -> Result<()> {
+        let out = nearest_folder(place.out);
+        let needs = match place.journal_dir.map(nearest_folder) {
+            Some(dir) if !same_disk(dir, out) => vec![(out, self.branches), (dir, self.journal)],
+            _ => vec![(out, self.branches + self.journal)],
+        };
+        for (folder, needed) in needs {
+            match available_space(folder) {
+                Some(available) if available < needed => {
+                    return Err(Error::DiskSpace {
+                        path: folder.into(),
+                        available: bytes(available),
+                        needed: bytes(needed),
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether two folders are on one file system, as far as can be told.
+fn same_disk(left: &Path, right: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (fs::metadata(left), fs::metadata(right)) {
+        (Ok(left), Ok(right)) => left.dev() == right.dev(),
+        _ => true,
     }
 }
 
@@ -37,10 +93,13 @@ pub(super) fn only_partial(out: &Path) -> bool {
     entries.all(|entry| entry.is_ok_and(|e| is_partial(&e.file_name().to_string_lossy())))
 }
 
-/// Removes everything in a folder.
-pub(super) fn clear(folder: &Path) -> std::io::Result<()> {
+/// Removes everything in a folder but what is called `keep`.
+pub(super) fn clear(folder: &Path, keep: Option<&str>) -> std::io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
+        if keep.is_some_and(|name| entry.file_name() == name) {
+            continue;
+        }
         if entry.file_type()?.is_dir() {
             fs::remove_dir_all(entry.path())?;
         } else {

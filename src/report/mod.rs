@@ -4,7 +4,7 @@ mod json;
 mod text;
 
 pub use json::{
-    BranchReport, CalibrationReport, ComputeReport, EvaluatedModel, Evaluation, Interval, LinearReport,
-    ModelReport, REPORT_FILE, REPORT_SCHEMA, Report,
+    BranchReport, CalibrationReport, ComputeReport, EvaluatedModel, Evaluation, Interval, LayersComputed,
+    LinearReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report,
 };
 pub use text::{bytes, evaluation_table, run_table};
