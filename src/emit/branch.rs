@@ -221,12 +221,20 @@ pub fn is_partial(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(".partial")
 }
 
-/// Bytes of a branch's weights files.
+/// Bytes of all files of a branch, those that are made at the end with some to spare.
 ///
 /// # Errors
 /// When the variant does not fit the model.
-pub fn planned_bytes(variant: &Variant, config: &LlamaConfig, max_shard_size: u64) -> Result<u64> {
-    Ok(ShardPlan::new(tensors(variant, config)?, max_shard_size)?.total_bytes())
+pub fn planned_bytes(variant: &Variant, checkpoint: &Checkpoint, max_shard_size: u64) -> Result<u64> {
+    /// Both configs.
+    const CONFIGS: u64 = 64 << 10;
+    /// A tensor's line in the checksums and in an index of shards.
+    const LINES: u64 = 512;
+    let tensors = tensors(variant, checkpoint.config())?;
+    let lines = tensors.len() as u64 * LINES;
+    let copied = COPIED.iter().filter_map(|name| fs::metadata(checkpoint.dir().join(name)).ok());
+    let copied: u64 = copied.map(|file| file.len()).sum();
+    Ok(ShardPlan::new(tensors, max_shard_size)?.total_bytes() + copied + CONFIGS + lines)
 }
 
 /// All tensors of a branch in the order of the file: layer by layer, so that a shard is a run of layers.

@@ -56,7 +56,7 @@ impl Needs {
         let elsewhere = need.activations - held;
         let in_memory = if device == Device::Cpu { Some(0) } else { limits.in_memory };
         let spilled = elsewhere.saturating_sub(in_memory.unwrap_or(u64::MAX));
-        let disk = DiskNeed::new(plan, checkpoint.config(), place, shape.hidden_states(), spilled)?;
+        let disk = DiskNeed::new(plan, checkpoint, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
         Ok(Self { kind, limits, device, memory: own + need.working + held, elsewhere, disk })
     }

@@ -4,15 +4,12 @@ use std::{fs, path::Path};
 
 use super::{journal, output_folder::Place};
 use crate::{
-    checkpoint::LlamaConfig,
+    checkpoint::Checkpoint,
     emit::{is_partial, planned_bytes},
     error::{Error, Result},
     plan::Plan,
     report::bytes,
 };
-
-/// Room for configs, tokenizer and checksums of one branch.
-const SMALL_FILES: u64 = 16 << 20;
 
 /// Bytes of disk that a run takes beyond what it has taken already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,21 +27,19 @@ impl DiskNeed {
     /// When a variant does not fit the model.
     pub(super) fn new(
         plan: &Plan,
-        config: &LlamaConfig,
+        checkpoint: &Checkpoint,
         place: &Place<'_>,
         states: u64,
         spilled: u64,
     ) -> Result<Self> {
         let begun = if place.restart { None } else { journal::begun(place) };
         let mut branches = 0;
-        for variant in &plan.variants {
-            // The files of a branch that was begun have their full size.
-            let bytes =
-                if begun.is_some() { 0 } else { planned_bytes(variant, config, plan.max_shard_size)? };
-            branches += bytes + SMALL_FILES;
+        // The weights of branches that were begun have their room.
+        for variant in plan.variants.iter().filter(|_| begun.is_none()) {
+            branches += planned_bytes(variant, checkpoint, plan.max_shard_size)?;
         }
         // One set of states beside the one that is being written; behind the last layer there are none.
-        let sets = match (config.num_layers, begun) {
+        let sets = match (checkpoint.config().num_layers, begun) {
             (1, _) => 0,
             (2, None) | (_, Some(_)) => 1,
             (_, None) => 2,

@@ -160,7 +160,7 @@ fn fill_after_layer(lab: &Lab, args: &[String], layer: usize, fill: impl FnOnce(
 }
 
 #[test]
-fn a_disk_that_fills_up_in_any_phase_costs_nothing_mounted() {
+fn a_disk_that_fills_up_costs_nothing_with_small_disk() {
     let lab = Lab::empty();
     lab.run(&card(&lab, "whole", &[])).succeeds();
     let whole = lab.path("whole");

@@ -16,6 +16,8 @@ use gptq::{
     report::Report,
 };
 
+use serde_json::Value;
+
 use crate::{
     helpers::{Lab, copy, demo, digests, entries, text_of},
     safetensors_file,
@@ -241,9 +243,13 @@ fn a_damaged_journal_is_named_and_never_used() {
     // The branches are part of what is gone on with.
     let branch = ".gptq-3bit-64g-actorder_True.partial";
     let error = corrupted(&lab, &from, "tensor", |out| {
-        safetensors_file::change(&out.join(branch), |tensors| {
-            tensors.get_mut("model.layers.0.mlp.up_proj.qweight").unwrap().bytes[5] ^= 4;
-        });
+        let path = out.join(branch).join("model.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        let header = u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+        let json: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+        let offset = &json["model.layers.0.mlp.up_proj.qweight"]["data_offsets"][0];
+        bytes[8 + header + offset.as_u64().unwrap() as usize] ^= 4;
+        fs::write(&path, bytes).unwrap();
     });
     assert!(
         error.to_string().contains("tensor `model.layers.0.mlp.up_proj.qweight` is not what was written")
