@@ -38,6 +38,9 @@ impl Error {
             Self::Busy { .. } => "wait until it has ended, or choose another folder".into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
+            Self::Memory { flag: Some(flag), .. } => {
+                format!("it fits with {flag}: activations that do not fit are kept on disk, in the journal's folder")
+            }
             Self::Memory { memory, .. } if memory.starts_with("device") => {
                 "use fewer --variant, a shorter --seq-len, or a device with more memory".into()
             }

@@ -392,7 +392,7 @@ pub enum Error {
     #[error("stopped as asked")]
     Interrupted,
     /// The work does not fit the memory allowed for it.
-    #[error("{memory}: {available} are allowed, and at least {needed} are needed")]
+    #[error("{memory}: {available} are available, and at least {needed} are needed")]
     Memory {
         /// Whose memory.
         memory: String,
@@ -400,6 +400,8 @@ pub enum Error {
         available: String,
         /// Needed, readable, and by what.
         needed: String,
+        /// The flag with which it would fit.
+        flag: Option<String>,
     },
     /// A device that is not there.
     #[error("device `{device}` cannot be used: {problem}")]

@@ -147,6 +147,7 @@ impl Shape<'_> {
                 memory: whose.to_owned(),
                 available: bytes(limit),
                 needed: format!("{} ({what})", bytes(working)),
+                flag: None,
             })
         };
         if device == Device::Cpu {
@@ -206,7 +207,7 @@ mod tests {
         }
         let error = shape(&large).limits(Device::Cuda(0), Some(8 << 30), None, 0).unwrap_err();
         assert!(
-            error.to_string().starts_with("device memory: 8.59 GB are allowed, and at least "),
+            error.to_string().starts_with("device memory: 8.59 GB are available, and at least "),
             "{error}"
         );
     }

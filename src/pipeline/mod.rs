@@ -5,6 +5,7 @@ mod crew;
 mod estimate;
 mod journal;
 mod layers;
+mod machine;
 mod member;
 mod memory;
 mod needs;
@@ -34,10 +35,10 @@ use crate::{
 };
 pub use journal::{Begun, begun};
 use journal::{Identity, Journal};
+pub use machine::{available_memory, available_space, fast_bf16, peak_memory, resident_memory};
 use needs::Needs;
 use output_folder::OutputFolder;
 pub use output_folder::Place;
-pub use preflight::{available_space, fast_bf16, peak_memory, resident_memory};
 
 /// `gptq 0.1.0`.
 pub const GENERATED_BY: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));

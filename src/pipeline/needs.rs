@@ -5,10 +5,17 @@ use std::fmt;
 use tch::{Device, Kind};
 
 use super::{
-    compute_kind, crew::Limits, estimate::Shape, output_folder::Place, preflight::DiskNeed, resident_memory,
+    available_memory, compute_kind, crew::Limits, estimate::Shape, output_folder::Place, preflight::DiskNeed,
+    resident_memory,
 };
 use crate::{
-    checkpoint::Checkpoint, cuda::Gpu, device, error::Result, model::source_kind, plan::Plan, report::bytes,
+    checkpoint::Checkpoint,
+    cuda::Gpu,
+    device,
+    error::{Error, Result},
+    model::source_kind,
+    plan::Plan,
+    report::bytes,
 };
 
 /// What a run needs.
@@ -56,10 +63,31 @@ impl Needs {
         let elsewhere = need.activations - held;
         let in_memory = if device == Device::Cpu { Some(0) } else { limits.in_memory };
         let spilled = elsewhere.saturating_sub(in_memory.unwrap_or(u64::MAX));
+        let needs_host = match device {
+            Device::Cpu => need.working + held,
+            // What leaves the device goes to memory first.
+            _ => shape.host_beside_cuda() + elsewhere - spilled,
+        };
+        fits_machine(needs_host, &shape, device, base, plan)?;
         let disk = DiskNeed::new(plan, checkpoint, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
         Ok(Self { kind, limits, device, memory: own + need.working + held, elsewhere, disk })
     }
+}
+
+/// Refuses a run that takes more than the machine's memory, where the user has not said how much it may take. `needed` are
+/// bytes beyond `base`, what the program holds already.
+fn fits_machine(needed: u64, shape: &Shape<'_>, device: Device, base: u64, plan: &Plan) -> Result<()> {
+    let Some(available) = available_memory().filter(|&available| available < needed) else { return Ok(()) };
+    // Whole percents that leave some for others.
+    let limit = (base + available) / 100 * 95;
+    let fits = plan.max_memory.is_none() && shape.limits(device, None, Some(limit), base).is_ok();
+    Err(Error::Memory {
+        memory: "memory".into(),
+        available: bytes(base + available),
+        needed: bytes(base + needed),
+        flag: fits.then(|| format!("--max-memory {}MB", limit / 1_000_000)),
+    })
 }
 
 impl fmt::Display for Needs {

@@ -1,8 +1,8 @@
-//! What is checked before any work, and what the machine has.
+//! Whether the disks have room for a run, and what a run that was killed left on them.
 
 use std::{fs, path::Path};
 
-use super::{journal, output_folder::Place};
+use super::{journal, machine::available_space, output_folder::Place};
 use crate::{
     checkpoint::Checkpoint,
     emit::{is_partial, planned_bytes},
@@ -108,34 +108,4 @@ pub(super) fn clear(folder: &Path, keep: Option<&str>) -> std::io::Result<()> {
 fn nearest_folder(path: &Path) -> &Path {
     let existing = path.ancestors().find(|a| a.is_dir());
     existing.unwrap_or(Path::new("."))
-}
-
-/// Bytes that can still be written to the disk of `folder`; none where the system does not say.
-pub fn available_space(folder: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(folder).ok()?;
-    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// Whether the processor multiplies bf16 much faster than fp32.
-pub fn fast_bf16() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
-/// Resident memory of this process now, bytes; none where the system does not say.
-pub fn resident_memory() -> Option<u64> {
-    status_field("VmRSS:")
-}
-
-/// Largest resident memory of this process so far, bytes; none where the system does not say.
-pub fn peak_memory() -> Option<u64> {
-    status_field("VmHWM:")
-}
-
-fn status_field(key: &str) -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with(key))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }

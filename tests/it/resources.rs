@@ -40,7 +40,11 @@ fn too_little_memory_is_refused_with_the_numbers() {
     let output =
         lab.quantize(&[&["--model", &model, "--dataset", &text, "--max-memory", "1MB"], &FLAGS[..]].concat());
     assert_eq!(output.code, Some(2));
-    assert!(output.stderr.contains("error: memory: 1.0 MB are allowed, and at least "), "{}", output.stderr);
+    assert!(
+        output.stderr.contains("error: memory: 1.0 MB are available, and at least "),
+        "{}",
+        output.stderr
+    );
     assert!(output.stderr.contains("hint: allow more with --max-memory"), "{}", output.stderr);
     assert!(!lab.out().exists());
 }

@@ -20,8 +20,8 @@ pub(super) use state::{BranchState, State};
 use state::{HiddenFile, HiddenFiles};
 
 use super::{
+    machine::peak_memory,
     output_folder::{JOURNAL_FOLDER, Place},
-    preflight::peak_memory,
     window_file::WindowFile,
 };
 use crate::{
