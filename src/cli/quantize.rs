@@ -58,7 +58,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         stop: &stop,
     };
     let mut finished =
-        pipeline::quantize(&run, &terminal).inspect_err(|error| say_what_is_kept(error, &place))?;
+        pipeline::quantize(&run, &terminal).inspect_err(|error| say_what_is_kept(error, &place, output))?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
@@ -74,18 +74,16 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
 }
 
 /// Tells that an error did not cost what was done before.
-fn say_what_is_kept(error: &gptq::Error, place: &Place<'_>) {
+fn say_what_is_kept(error: &gptq::Error, place: &Place<'_>, output: &OutputArgs) {
     use gptq::Error as E;
-    let own = !matches!(
-        error,
-        E::Journal { .. } | E::JournalDiffers { .. } | E::Busy { .. } | E::OutputExists { .. }
-    );
+    let own = !matches!(error, E::Journal(_) | E::OutputExists { .. });
     if let Some(begun) = pipeline::begun(place).filter(|_| own) {
         let pipeline::Begun { layers, total_layers } = begun;
         let out = place.out.display();
-        terminal::line(&format!(
+        let text = format!(
             "{layers} of {total_layers} layers are kept in {out}: the same command goes on from there"
-        ));
+        );
+        terminal::note(output, &text);
     }
 }
 

@@ -28,18 +28,13 @@ impl Error {
                 "use more or more varied calibration text (--samples), or a larger --damp".into()
             }
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
-            Self::Journal { .. } => {
-                "--restart throws what was begun away; if its journal lies elsewhere, name it with --journal-dir"
-                    .into()
-            }
-            Self::JournalDiffers { .. } => {
-                "repeat the settings of then to go on, choose another folder, or throw it away with --restart".into()
-            }
-            Self::Busy { .. } => "wait until it has ended, or choose another folder".into(),
+            Self::Journal(error) => error.hint().into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
             Self::Memory { flag: Some(flag), .. } => {
-                format!("it fits with {flag}: activations that do not fit are kept on disk, in the journal's folder")
+                format!(
+                    "it fits with {flag}: activations that do not fit are kept on disk, in the journal's folder"
+                )
             }
             Self::Memory { memory, .. } if memory.starts_with("device") => {
                 "use fewer --variant, a shorter --seq-len, or a device with more memory".into()

@@ -1,11 +1,13 @@
 //! The library's one error type: every variant names the thing, what was expected and what was found.
 
 mod hint;
+mod journal;
 mod make;
 mod torch;
 
 use std::path::PathBuf;
 
+pub use journal::JournalError;
 pub(crate) use make::toml_error;
 pub use torch::TorchContext;
 use torch::without_backtrace;
@@ -330,34 +332,8 @@ pub enum Error {
         path: PathBuf,
     },
     /// A run that was begun cannot be gone on with.
-    #[error("`{}` cannot be gone on with: {problem}", path.display())]
-    Journal {
-        /// The file or folder.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// A run that was begun is another one.
-    #[error(
-        "`{}` holds a run that was begun otherwise ({layers} of {total} layers are finished); different: {differences}",
-        path.display()
-    )]
-    JournalDiffers {
-        /// The output folder.
-        path: PathBuf,
-        /// Layers finished.
-        layers: usize,
-        /// Of how many.
-        total: usize,
-        /// What differs, then and now.
-        differences: String,
-    },
-    /// Another program works on the same output.
-    #[error("another run is writing to `{}`", path.display())]
-    Busy {
-        /// The output folder.
-        path: PathBuf,
-    },
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// The disk has too little room for the result.
     #[error("`{}` has {available} free, and the result needs {needed}", path.display())]
     DiskSpace {

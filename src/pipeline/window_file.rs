@@ -50,7 +50,7 @@ impl WindowFile {
         let expected = (checksums.len() * window_bytes) as u64;
         if found != expected {
             let problem = format!("it has {found} bytes, where {expected} were written");
-            return Err(Error::Journal { path, problem });
+            return Err(Error::journal(path, problem));
         }
         let checksums: Vec<_> = checksums.iter().copied().map(Some).collect();
         let opened = Self::of(path, file, checksums, window_bytes);
@@ -103,7 +103,7 @@ impl WindowFile {
         for (index, (window, expected)) in bytes.chunks(self.window_bytes).zip(expected).enumerate() {
             if expected != Some(xxh3_128(window)) {
                 let problem = format!("window {} is not what was written (checksum)", first + index);
-                return Err(Error::Journal { path: self.path.clone(), problem });
+                return Err(Error::journal(&self.path, problem));
             }
         }
         Ok(bytes)
@@ -146,7 +146,7 @@ mod tests {
         file.inner.lock().unwrap().file.seek(SeekFrom::Start(5)).unwrap();
         file.inner.lock().unwrap().file.write_all(&[7]).unwrap();
         assert_eq!(file.read(2, 1).unwrap(), [5, 6, 7, 8]);
-        assert!(matches!(file.read(0, 2), Err(Error::Journal { .. })));
+        assert!(matches!(file.read(0, 2), Err(Error::Journal(_))));
     }
 
     #[test]
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(WindowFile::open(path.clone(), &sums, 4).unwrap().read(1, 1).unwrap(), [5, 6, 7, 8]);
         for broken in [&[1, 2, 3, 4, 5, 6, 7][..], &[1, 2, 3, 4, 5, 6, 7, 9]] {
             std::fs::write(&path, broken).unwrap();
-            assert!(matches!(WindowFile::open(path.clone(), &sums, 4), Err(Error::Journal { .. })));
+            assert!(matches!(WindowFile::open(path.clone(), &sums, 4), Err(Error::Journal(_))));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use gptq::{
-    Error, Result,
+    Error, JournalError, Result,
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens},
     checkpoint::Checkpoint,
     pipeline::{self, Begun, Place, Run},
@@ -155,7 +155,7 @@ fn a_run_begun_otherwise_is_refused_with_what_differs() {
     let before = digests(&out);
     let refused = |plan: &Plan, model: &Path| {
         let error = run(model, plan, &Place::new(&out), None).unwrap_err();
-        assert!(matches!(error, Error::JournalDiffers { .. }), "{error}");
+        assert!(matches!(error, Error::Journal(JournalError::Differs { .. })), "{error}");
         assert!(error.hint().unwrap().contains("--restart"));
         assert_eq!(digests(&out), before, "{error}: nothing is touched");
         error.to_string().split("different: ").nth(1).unwrap().to_owned()

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     emit::{is_partial, remove_unfinished},
-    error::{Error, Result},
+    error::{Error, JournalError, Result},
     model::kind_name,
     report::{ComputeReport, LayersComputed},
 };
@@ -72,7 +72,7 @@ impl Journal {
         if !place.restart && !folder.join(state::STATE_FILE).exists() && holds_branches(place.out) {
             let problem =
                 format!("it holds a run that was begun, whose journal is not in `{}`", folder.display());
-            return Err(Error::Journal { path: place.out.into(), problem });
+            return Err(Error::journal(place.out, problem));
         }
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
         let lock = lock(&folder, place.out)?;
@@ -84,12 +84,12 @@ impl Journal {
             Some(state) if state.layers > 0 => {
                 let differences = state.identity.differences(&identity);
                 if !differences.is_empty() {
-                    return Err(Error::JournalDiffers {
+                    return Err(Error::Journal(JournalError::Differs {
                         path: place.out.into(),
                         layers: state.layers,
                         total: state.total_layers,
                         differences: differences.join("; "),
-                    });
+                    }));
                 }
                 state
             }
@@ -147,7 +147,7 @@ impl Journal {
     }
 
     fn broken(&self, what: String) -> Error {
-        Error::Journal { path: self.folder.clone(), problem: format!("it holds {what}") }
+        Error::journal(&self.folder, format!("it holds {what}"))
     }
 
     /// New files for the hidden states behind the next layer.
@@ -334,7 +334,7 @@ fn lock(folder: &Path, out: &Path) -> Result<File> {
     let file = File::options().write(true).create(true).truncate(false).open(&path);
     let file = file.map_err(Error::io("create", &path))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::Busy { path: out.into() }),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(JournalError::Busy { path: out.into() }.into()),
         other => {
             other.map_err(|errno| Error::io("lock", &path)(errno.into()))?;
             Ok(file)

@@ -100,7 +100,7 @@ impl State {
             Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             read => read.map_err(Error::io("read", &path))?,
         };
-        let broken = |problem: &str| Error::Journal { path: path.clone(), problem: problem.into() };
+        let broken = |problem: &str| Error::journal(&path, problem);
         let text = String::from_utf8(bytes).map_err(|_| broken("it is not what was written (not UTF-8)"))?;
         let (first, rest) = text.split_once('\n').ok_or_else(|| broken("it is cut off"))?;
         let checksum = first
