@@ -34,6 +34,9 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// The whole run, without evaluation.
     pub seconds: f64,
+    /// Of these, what it took to be able to go on after an interruption; flushing to the disk beside the computation is not
+    /// counted.
+    pub journal_seconds: f64,
     /// Each layer, all variants.
     pub layer_seconds: Vec<f64>,
     /// Largest resident memory during the run, bytes; none where the system does not say.

@@ -7,4 +7,4 @@ pub use json::{
     BranchReport, CalibrationReport, ComputeReport, EvaluatedModel, Evaluation, Interval, LayersComputed,
     LinearReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report,
 };
-pub use text::{bytes, evaluation_table, run_table};
+pub use text::{bytes, duration, evaluation_table, run_table};
