@@ -24,9 +24,7 @@ impl Error {
             Self::GroupSize { in_features, .. } => {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }
-            Self::NotPositiveDefinite { .. } => {
-                "use more or more varied calibration text (--samples), or a larger --damp".into()
-            }
+            Self::Numerical(problem) => problem.hint().into(),
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),

@@ -2,11 +2,13 @@
 
 mod hint;
 mod make;
+mod numerical;
 mod torch;
 
 use std::path::PathBuf;
 
 pub(crate) use make::toml_error;
+pub use numerical::NumericalError;
 pub use torch::TorchContext;
 use torch::without_backtrace;
 
@@ -307,22 +309,9 @@ pub enum Error {
         /// Input features.
         in_features: usize,
     },
-    /// The damped Hessian could not be factorized.
-    #[error(
-        "the Hessian of {stage} is not positive definite, also with damping raised to {damp} of its mean diagonal"
-    )]
-    NotPositiveDefinite {
-        /// Layer and stage.
-        stage: String,
-        /// The last damping tried.
-        damp: f64,
-    },
-    /// A Hessian that calibration left empty.
-    #[error("the Hessian of {stage} is all zero: its inputs carried nothing")]
-    EmptyHessian {
-        /// Layer and stage.
-        stage: String,
-    },
+    /// Numbers that the method cannot deal with.
+    #[error(transparent)]
+    Numerical(#[from] NumericalError),
     /// The output exists already.
     #[error("`{}` exists already", path.display())]
     OutputExists {

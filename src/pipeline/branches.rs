@@ -45,7 +45,11 @@ impl Branches {
         let raised = raised
             .filter(|(_, count)| *count > 0)
             .map(|(r, count)| format!("{}: damping was raised for {count} linears", r.branch));
-        self.warnings.iter().cloned().chain(raised).collect()
+        let rounded = self.reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.fallback.is_some()).count()));
+        let rounded = rounded
+            .filter(|(_, count)| *count > 0)
+            .map(|(r, count)| format!("{}: {count} linears were rounded to nearest, not solved", r.branch));
+        self.warnings.iter().cloned().chain(raised).chain(rounded).collect()
     }
 
     /// Seals, checks and publishes the branches. They appear together: a failure in the last leaves none.
@@ -85,6 +89,7 @@ impl Sink for Branches {
             damp_raised: record.facts.damp_raised,
             dead_columns: record.facts.dead_columns,
             seconds: record.seconds,
+            fallback: record.fallback,
         });
         Ok(())
     }

@@ -85,6 +85,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
         variants: &plan.variants,
         damp: plan.damp,
         shared_hessian: plan.shared_hessian,
+        on_failure: plan.on_failure,
         layers: config.num_layers,
     };
     let around = Surroundings { progress, stop };

@@ -115,6 +115,18 @@ pub struct LinearReport {
     pub dead_columns: usize,
     /// Factorizing and solving.
     pub seconds: f64,
+    /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+}
+
+impl Report {
+    /// Every linear that was rounded to nearest instead of solved, with its branch and the reason.
+    pub fn fallbacks(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+        self.branches.iter().flat_map(|branch| {
+            branch.linears.iter().filter_map(|l| Some((&*branch.branch, &*l.name, l.fallback.as_deref()?)))
+        })
+    }
 }
 
 /// Quality against the unquantized model, on the same tokens.

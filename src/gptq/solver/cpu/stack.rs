@@ -169,7 +169,7 @@ impl CpuFactor {
                 distance: distance[range].iter().sum(),
             };
             solutions.push(solution(
-                weight.name,
+                weight,
                 variant,
                 own_codes,
                 &steps,
