@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result, toml_error},
+    folder,
     variant::Variant,
 };
 
@@ -78,7 +79,7 @@ impl Plan {
     /// # Errors
     /// When the file cannot be read or holds an unknown key or value.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = folder::read_text(path)?;
         let fail = |e: toml::de::Error| toml_error(path, &text, &e);
         let table: toml::Table = toml::from_str(&text).map_err(fail)?;
         let known = Self::keys();

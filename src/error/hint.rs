@@ -18,6 +18,9 @@ impl Error {
                 path.display()
             ),
             Self::DatasetNotFound { fetch, .. } => fetch.clone(),
+            Self::OutOfFolder { .. } => {
+                "copy the folder with what its links lead to, if you trust them: cp -rL FOLDER COPY".into()
+            }
             Self::MissingColumn { .. } => "name the column with --text-column".into(),
             Self::TooLittleText { .. } => "use fewer or shorter windows, or more text".into(),
             Self::SequenceTooLong { max, .. } => format!("use --seq-len {max} or less"),
@@ -25,6 +28,10 @@ impl Error {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }
             Self::Numerical(problem) => problem.hint().into(),
+            Self::NonFinite { place, .. } if place.starts_with("inputs of") => {
+                "the model itself computes them: look at the weights of the layers before, or use --compute-dtype fp32".into()
+            }
+            Self::NonFinite { .. } => "the file holds them: download it again, or look for a better copy".into(),
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),

@@ -123,6 +123,14 @@ pub enum Error {
         /// What is wrong, with numbers.
         problem: String,
     },
+    /// A link, or a name in a file, that points elsewhere on this machine.
+    #[error("`{}` leads out of its folder, to `{}`", path.display(), target.display())]
+    OutOfFolder {
+        /// The file as it is named.
+        path: PathBuf,
+        /// What it is.
+        target: PathBuf,
+    },
     /// A tensor the model needs is not in the checkpoint.
     #[error("tensor `{name}` is missing from `{}`", path.display())]
     MissingTensor {

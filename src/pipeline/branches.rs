@@ -89,6 +89,7 @@ impl Sink for Branches {
             damp_raised: record.facts.damp_raised,
             dead_columns: record.facts.dead_columns,
             seconds: record.seconds,
+            uncompensated_features: record.uncompensated,
             fallback: record.fallback,
         });
         Ok(())

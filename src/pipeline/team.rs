@@ -42,7 +42,9 @@ pub(super) struct Record {
     pub(super) facts: Factorization,
     /// The linear's share of its stage's time, by size.
     pub(super) seconds: f64,
-    /// Why it was rounded to nearest, if it was.
+    /// Output features that were rounded to nearest, as that is better.
+    pub(super) uncompensated: usize,
+    /// Why all of it was, if it was.
     pub(super) fallback: Option<String>,
 }
 
@@ -311,7 +313,8 @@ impl<'a> Team<'a> {
                     if let Some(reason) = &fallback {
                         progress.event(&Event::Warning(&format!("{id}, {variant}: rounded to nearest: {reason}")));
                     }
-                    let record = Record { relative_error, facts, seconds: seconds * share, fallback };
+                    let (seconds, uncompensated) = (seconds * share, solution.uncompensated);
+                    let record = Record { relative_error, facts, seconds, uncompensated, fallback };
                     progress.event(&Event::Linear {
                         name: &id.to_string(),
                         variant: &variant.to_string(),

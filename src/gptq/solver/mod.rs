@@ -93,6 +93,9 @@ pub struct Solution {
     pub linear: Solved,
     /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
     pub squared_error: f64,
+    /// Output features that are rounded to nearest, as compensation would have made their error larger: with the common
+    /// grids it clips what it moves out of them.
+    pub uncompensated: usize,
     /// Why it was rounded to nearest instead of solved, if it was: see [`OrRounded`].
     pub fallback: Option<String>,
 }
@@ -139,6 +142,8 @@ impl Solved {
 struct Damped<F> {
     factor: F,
     order: ColumnOrder,
+    /// Undamped, in the features' own order.
+    diagonal: Vec<f32>,
     dead: Vec<u32>,
     /// What was added to the diagonal.
     lambda: f64,
@@ -174,7 +179,7 @@ fn damped<F>(
         let lambda = damp * mean;
         if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {
             let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
-            return Ok(Damped { factor, order, dead, lambda, facts });
+            return Ok(Damped { factor, order, diagonal, dead, lambda, facts });
         }
     }
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
@@ -187,7 +192,7 @@ fn panel_width(variant: &Variant, k: usize, panel: usize) -> usize {
     if variant.scales_known_beforehand() { panel } else { size.max(panel / size * size) }
 }
 
-/// What solving one weight added up over its rows.
+/// What solving one weight, or one row of it, added up.
 #[derive(Debug, Clone, Copy)]
 struct Sums {
     /// `tr(D (H+λI) Dᵀ)`.
@@ -221,7 +226,7 @@ fn solution(
     check_sums(weight, sums)?;
     let zeros = steps.iter().map(|s| s.zero).collect();
     let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
-    Ok(Solution { linear: Solved::Host(linear), squared_error: sums.undamped(lambda), fallback: None })
+    Ok(Solution { linear: Solved::Host(linear), squared_error: sums.undamped(lambda), uncompensated: 0, fallback: None })
 }
 
 /// Refuses a scale that does not fit fp16, of `scales` `[G, N]`: the fault of a weight, or of what was made of it.

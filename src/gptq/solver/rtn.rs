@@ -76,12 +76,7 @@ impl Rounding {
         let work = floats_mut(&mut differences).par_chunks_mut(k).zip(rows).zip(out);
         work.for_each(|((values, row), (codes, steps))| {
             row.widen(values);
-            fit(grid, g_idx, values, steps);
-            for ((value, code), &group) in values.iter_mut().zip(codes).zip(g_idx) {
-                let step = steps[group as usize];
-                *code = grid.code(f64::from(*value), step);
-                *value = (step.weight(*code) - f64::from(*value)) as f32;
-            }
+            round_row(grid, g_idx, values, steps, codes);
         });
         let (codes, steps) = (transposed(&codes, k), transposed(&steps, groups));
 
@@ -92,7 +87,29 @@ impl Rounding {
         let energy = differences.and_then(|d| self.hessian.output_energy_in(Kind::Float, &d));
         let squared_error = energy.torch("measure a linear's error")?.max(0.0);
         let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx.to_vec());
-        Ok(Solution { linear: Solved::Host(linear), squared_error, fallback: None })
+        Ok(Solution { linear: Solved::Host(linear), squared_error, uncompensated: 0, fallback: None })
+    }
+}
+
+/// Rounds a row of weights `[K]`: its groups' steps `[G]` and codes `[K]` come out, and the weights become `Ŵ − W`. A
+/// scale that fp16 cannot hold comes out infinite, and the differences with it mean nothing.
+pub(super) fn round_row(
+    grid: Grid,
+    g_idx: &[u32],
+    values: &mut [f32],
+    steps: &mut [Step],
+    codes: &mut [u8],
+) {
+    /// Added to a small number and taken away again, this leaves the nearest integer, ties to even.
+    const INTEGERS: f32 = 12_582_912.0;
+    fit(grid, g_idx, values, steps);
+    let wide = |step: &Step| (step.scale.to_f32(), f32::from(step.zero));
+    let (steps, max_code): (Vec<_>, _) = (steps.iter().map(wide).collect(), f32::from(grid.max_code()));
+    for ((value, code), &group) in values.iter_mut().zip(codes).zip(g_idx) {
+        let (scale, zero) = steps[group as usize];
+        let offset = ((*value / scale).clamp(-zero, max_code - zero) + INTEGERS) - INTEGERS;
+        *code = (offset + zero) as u8;
+        *value = offset * scale - *value;
     }
 }
 

@@ -221,6 +221,7 @@ impl CudaFactor {
                 Ok(Solution {
                     linear: Solved::Device(linear),
                     squared_error: sums.undamped(self.damped.lambda),
+                    uncompensated: 0,
                     fallback: None,
                 })
             });
