@@ -15,6 +15,7 @@ pub mod device;
 pub mod emit;
 pub mod error;
 pub mod eval;
+pub mod folder;
 pub mod generation;
 pub mod gptq;
 pub mod kernels;
@@ -27,4 +28,4 @@ pub mod report;
 pub mod variant;
 pub mod verify;
 
-pub use error::{Error, JournalError, Result};
+pub use error::{Error, JournalError, NumericalError, ResourceError, Result};

@@ -12,6 +12,7 @@ mod reader;
 mod rope_config;
 #[cfg(test)]
 mod tests;
+mod unique;
 mod values;
 mod writer;
 

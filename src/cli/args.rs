@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use gptq::{plan::ComputeDtype, variant::Variant};
+use gptq::{
+    plan::{ComputeDtype, OnFailure},
+    variant::Variant,
+};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -85,6 +88,10 @@ pub(super) struct QuantizeArgs {
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]
     pub(super) shared_hessian: bool,
+    /// What becomes of a linear that cannot be solved for the numbers in it: error, or rtn, which rounds it to nearest and
+    /// says so [default: error]
+    #[arg(long, value_name = "WHAT")]
+    pub(super) on_failure: Option<OnFailure>,
     /// What forward passes are computed in: auto, fp32, bf16, fp16 [default: auto]
     #[arg(long, value_name = "DTYPE")]
     pub(super) compute_dtype: Option<ComputeDtype>,

@@ -121,7 +121,12 @@ pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<
         1 => "1 branch".to_owned(),
         count => format!("{count} branches"),
     };
-    terminal::result(&format!("{branches} in {} ({:.1} s)", out.display(), report.seconds))?;
+    let rounded = match report.fallbacks().count() {
+        0 => String::new(),
+        1 => "; 1 linear could not be solved and was rounded to nearest".into(),
+        count => format!("; {count} linears could not be solved and were rounded to nearest"),
+    };
+    terminal::result(&format!("{branches} in {} ({:.1} s){rounded}", out.display(), report.seconds))?;
     Ok(())
 }
 
@@ -141,6 +146,7 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.seq_len, args.seq_len);
     set(&mut plan.seed, args.seed);
     set(&mut plan.damp, args.damp);
+    set(&mut plan.on_failure, args.on_failure);
     set(&mut plan.compute_dtype, args.compute_dtype);
     set(&mut plan.device, args.device.clone());
     set(&mut plan.max_shard_size, args.max_shard_size);

@@ -17,6 +17,7 @@ use crate::{
         TensorSpec, UNFINISHED, WriteDtype, dense_tensors,
     },
     error::{Error, Result},
+    folder,
     gptq::solver::Solved,
     pack::PackedLinear,
     variant::Variant,
@@ -150,9 +151,9 @@ impl BranchWriter {
         add(CONFIG_FILE, &pretty(&quantized_config_json(config.raw(), &self.variant, provenance)))?;
         add(QUANTIZE_CONFIG_FILE, &pretty(&quantize_config_json(&self.variant, provenance)))?;
         for name in COPIED {
-            let source = checkpoint.dir().join(name);
+            let source = folder::file_in(checkpoint.dir(), name)?;
             if source.exists() {
-                add(name, &fs::read(&source).map_err(Error::io("read", &source))?)?;
+                add(name, &folder::read(&source, folder::TEXT_LIMIT)?)?;
             }
         }
         let path = self.partial.join(CHECKSUMS_FILE);

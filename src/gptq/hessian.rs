@@ -5,7 +5,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{raw, tensor_cores};
 use crate::{
     amx,
-    error::{Error, Result, TorchContext},
+    error::{Error, NumericalError, Result, TorchContext},
 };
 
 /// Rows of `H` computed by one matrix product. Only blocks on and below the diagonal are computed, so smaller
@@ -126,10 +126,10 @@ impl Hessian {
     /// inputs in errors.
     ///
     /// # Errors
-    /// When any input was NaN or infinite, or all were zero.
+    /// When any input was NaN or infinite, or there were none.
     pub fn finish(mut self, stage: &str) -> Result<Self> {
         if self.tokens == 0 {
-            return Err(Error::EmptyHessian { stage: stage.to_owned() });
+            return Err(NumericalError::EmptyHessian { stage: stage.to_owned() }.into());
         }
         let scaled = self.matrix.f_div_scalar_(self.tokens as f64);
         drop(scaled.torch("scale a Hessian")?);
@@ -140,9 +140,6 @@ impl Hessian {
         if broken > 0 {
             let (place, total) = (format!("inputs of {stage}"), diagonal.len() as u64);
             return Err(Error::NonFinite { place, count: broken, total });
-        }
-        if diagonal.iter().all(|&d| d == 0.0) {
-            return Err(Error::EmptyHessian { stage: stage.to_owned() });
         }
         Ok(self)
     }
@@ -171,6 +168,12 @@ impl Hessian {
     #[cfg(test)]
     pub(super) fn on(&self, device: Device) -> Self {
         let matrix = self.matrix.to_device(device);
+        Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
+    }
+
+    /// The same matrix, to be kept beside this.
+    pub(super) fn shared(&self) -> Self {
+        let matrix = self.matrix.shallow_clone();
         Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
     }
 

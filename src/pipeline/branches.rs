@@ -93,7 +93,11 @@ pub(super) fn warnings(reports: &[BranchReport], as_they_came: &[String]) -> Vec
     let raised = raised
         .filter(|(_, count)| *count > 0)
         .map(|(r, count)| format!("{}: damping was raised for {count} linears", r.branch));
-    as_they_came.iter().cloned().chain(raised).collect()
+    let rounded = reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.fallback.is_some()).count()));
+    let rounded = rounded
+        .filter(|(_, count)| *count > 0)
+        .map(|(r, count)| format!("{}: {count} linears were rounded to nearest, not solved", r.branch));
+    as_they_came.iter().cloned().chain(raised).chain(rounded).collect()
 }
 
 /// Checks branches that an earlier part of the run completed and that are not in their places yet.
@@ -127,6 +131,8 @@ impl Sink for Branches {
             damp_raised: record.facts.damp_raised,
             dead_columns: record.facts.dead_columns,
             seconds: record.seconds,
+            uncompensated_features: record.uncompensated,
+            fallback: record.fallback,
         });
         Ok(())
     }

@@ -15,8 +15,9 @@ use crate::{
     calibration::Windows,
     checkpoint::Checkpoint,
     error::Result,
-    gptq::solver::{CpuSolver, CudaSolver, Solver},
+    gptq::solver::{CpuSolver, CudaSolver, OrRounded, Solver},
     model::Llama,
+    plan::OnFailure,
 };
 
 /// What may be held where, bytes; `None` is no limit.
@@ -72,7 +73,7 @@ impl<'a> Crew<'a> {
             }
             let variants =
                 if task.shared_hessian { (0..task.variants.len()).collect() } else { own.collect() };
-            let mut team = Team::new(members, solver(devices[0])?, variants, task, around);
+            let mut team = Team::new(members, solver(devices[0], task.on_failure)?, variants, task, around);
             let streams = team.streams();
             let own: Vec<_> = match kept {
                 Some(kept) if task.shared_hessian => kept.files.clone(),
@@ -153,10 +154,12 @@ fn solve_all(
 }
 
 /// The fastest there is for a device.
-fn solver(device: Device) -> Result<Box<dyn Solver + Send>> {
-    Ok(match device {
-        Device::Cpu => Box::new(CpuSolver::new()),
-        _ => Box::new(CudaSolver::new(device)?),
+fn solver(device: Device, on_failure: OnFailure) -> Result<Box<dyn Solver + Send>> {
+    Ok(match (device, on_failure) {
+        (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new()),
+        (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new())),
+        (_, OnFailure::Error) => Box::new(CudaSolver::new(device)?),
+        (_, OnFailure::Rtn) => Box::new(OrRounded(CudaSolver::new(device)?)),
     })
 }
 

@@ -9,7 +9,7 @@ use tch::{Device, Kind};
 use super::crew::Limits;
 use crate::{
     checkpoint::{LinearKind, LlamaConfig},
-    error::{Error, Result},
+    error::{ResourceError, Result},
     model::Stage,
     report::bytes,
 };
@@ -162,7 +162,7 @@ impl Shape<'_> {
         base: u64,
     ) -> Result<Limits> {
         let left = |whose: &str, limit: u64, working: u64, what: &str| {
-            limit.checked_sub(working).ok_or_else(|| Error::Memory {
+            limit.checked_sub(working).ok_or_else(|| ResourceError::Memory {
                 memory: whose.to_owned(),
                 available: bytes(limit),
                 needed: format!("{} ({what})", bytes(working)),

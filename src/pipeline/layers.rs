@@ -58,6 +58,7 @@ pub(super) fn solve(
         variants: &plan.variants,
         damp: plan.damp,
         shared_hessian: plan.shared_hessian,
+        on_failure: plan.on_failure,
         layers: total,
     };
     let around = Surroundings { progress, stop };

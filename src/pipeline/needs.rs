@@ -12,7 +12,7 @@ use crate::{
     checkpoint::Checkpoint,
     cuda::Gpu,
     device,
-    error::{Error, Result},
+    error::{ResourceError, Result},
     model::source_kind,
     plan::Plan,
     report::bytes,
@@ -103,12 +103,13 @@ fn fits_machine(needed: u64, shape: &Shape<'_>, device: Device, base: u64, plan:
     // Whole percents that leave some for others.
     let limit = (base + available) / 100 * 95;
     let fits = plan.max_memory.is_none() && shape.limits(device, None, Some(limit), base).is_ok();
-    Err(Error::Memory {
+    let error = ResourceError::Memory {
         memory: "memory".into(),
         available: bytes(base + available),
         needed: bytes(base + needed),
         flag: fits.then(|| format!("--max-memory {}MB", limit / 1_000_000)),
-    })
+    };
+    Err(error.into())
 }
 
 impl fmt::Display for Needs {

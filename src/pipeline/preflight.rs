@@ -6,7 +6,7 @@ use super::{journal, machine::available_space, output_folder::Place};
 use crate::{
     checkpoint::Checkpoint,
     emit::{is_partial, planned_bytes},
-    error::{Error, Result},
+    error::{ResourceError, Result},
     plan::Plan,
     report::bytes,
 };
@@ -60,11 +60,12 @@ impl DiskNeed {
         for (folder, needed) in needs {
             match available_space(folder) {
                 Some(available) if available < needed => {
-                    return Err(Error::DiskSpace {
+                    let error = ResourceError::DiskSpace {
                         path: folder.into(),
                         available: bytes(available),
                         needed: bytes(needed),
-                    });
+                    };
+                    return Err(error.into());
                 }
                 _ => {}
             }

@@ -20,6 +20,7 @@ use crate::{
         solver::{Factorization, Solved, Solver, Weight},
     },
     model::Stage,
+    plan::OnFailure,
     progress::Event,
     variant::Variant,
 };
@@ -46,6 +47,10 @@ pub(super) struct Record {
     pub(super) facts: Factorization,
     /// The linear's share of its stage's time, by size.
     pub(super) seconds: f64,
+    /// Output features that were rounded to nearest, as that is better.
+    pub(super) uncompensated: usize,
+    /// Why all of it was, if it was.
+    pub(super) fallback: Option<String>,
 }
 
 /// What does not change during a run.
@@ -55,6 +60,7 @@ pub(super) struct Task<'a> {
     pub(super) variants: &'a [Variant],
     pub(super) damp: f64,
     pub(super) shared_hessian: bool,
+    pub(super) on_failure: OnFailure,
     /// Decoder layers.
     pub(super) layers: usize,
 }
@@ -349,8 +355,14 @@ impl<'a> Team<'a> {
                     let relative_error =
                         if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
                     let share = size(&solution.linear) as f64 / total as f64;
-                    let record =
-                        Record { relative_error, facts: factor.facts().clone(), seconds: seconds * share };
+                    let (facts, fallback) = (factor.facts().clone(), solution.fallback);
+                    if let Some(reason) = &fallback {
+                        progress.event(&Event::Warning(&format!(
+                            "{id}, {variant}: rounded to nearest: {reason}"
+                        )));
+                    }
+                    let (seconds, uncompensated) = (seconds * share, solution.uncompensated);
+                    let record = Record { relative_error, facts, seconds, uncompensated, fallback };
                     progress.event(&Event::Linear {
                         name: &id.to_string(),
                         variant: &variant.to_string(),

@@ -132,6 +132,25 @@ pub struct LinearReport {
     pub dead_columns: usize,
     /// Factorizing and solving.
     pub seconds: f64,
+    /// Output features that are rounded to nearest, as compensation would have made their error larger.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub uncompensated_features: usize,
+    /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+impl Report {
+    /// Every linear that was rounded to nearest instead of solved, with its branch and the reason.
+    pub fn fallbacks(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+        self.branches.iter().flat_map(|branch| {
+            branch.linears.iter().filter_map(|l| Some((&*branch.branch, &*l.name, l.fallback.as_deref()?)))
+        })
+    }
 }
 
 /// Quality against the unquantized model, on the same tokens.

@@ -25,7 +25,7 @@ pub fn bytes(count: u64) -> String {
     }
 }
 
-/// The branches of a run: what each is, how large, how far its linears are off.
+/// The branches of a run: what each is, how large, how far its linears are off; and which linears are not what was asked for.
 pub fn run_table(report: &Report) -> String {
     let header =
         ["branch", "bits", "group", "act order", "size", "bits/weight", "mean error", "worst linear"];
@@ -49,7 +49,13 @@ pub fn run_table(report: &Report) -> String {
             worst.map_or_else(String::new, |l| format!("{:.4} {}", l.relative_error, short(&l.name))),
         ]
     });
-    table(&header, rows.collect())
+    let mut text = table(&header, rows.collect());
+    if report.fallbacks().next().is_some() {
+        text.push_str("\nRounded to nearest, as they could not be solved:\n");
+        let rows = report.fallbacks().map(|texts| <[&str; 3]>::from(texts).map(str::to_owned).to_vec());
+        text.push_str(&table(&["branch", "linear", "reason"], rows.collect()));
+    }
+    text
 }
 
 /// What each model cost against fp16.

@@ -8,9 +8,10 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 19] = [
+const LAYERS: [&str; 20] = [
     "error",
     "progress",
+    "folder",
     "device",
     "cuda",
     "variant",

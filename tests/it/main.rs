@@ -13,6 +13,7 @@
 //! | `resources` | limits of memory and several devices make the same branches |
 //! | `verify` | every kind of damage to a branch is named; a good one passes |
 //! | `foreign` | checkpoints written by other tools mean the same |
+//! | `fuzz_findings` | inputs that fuzzers found something with |
 //! | `golden` | our packing against bytes that other code made |
 //! | `kernel` | every linear of a branch through the matmul that runs it; every fault in one shows |
 //! | `models` | our forward pass against logits that transformers computed |
@@ -33,6 +34,7 @@ mod cuda_device;
 mod cuda_host;
 mod cuda_kernels;
 mod foreign;
+mod fuzz_findings;
 mod generate;
 mod golden;
 mod helpers;

@@ -12,8 +12,8 @@ use crate::{
     plan::Plan,
 };
 
-/// Settings that say how a run is done, not what it makes: they may differ when it is gone on with.
-const FREE: [&str; 3] = ["device", "max-memory", "max-device-memory"];
+/// Settings that say how a run is done, not what its finished layers are: they may differ when it is gone on with.
+const FREE: [&str; 4] = ["device", "max-memory", "max-device-memory", "on-failure"];
 
 /// What a run makes, and from what.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
