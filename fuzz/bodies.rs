@@ -29,7 +29,7 @@ const CHECKSUMS: &str = "checksums.json";
 const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
 /// `data` as the weights of a branch.
-pub fn safetensors_header(data: &[u8]) {
+pub(crate) fn safetensors_header(data: &[u8]) {
     with_folder(|folder| {
         branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
         folder.write(WEIGHTS, data);
@@ -38,7 +38,7 @@ pub fn safetensors_header(data: &[u8]) {
 }
 
 /// `data` as the index of a branch in two shards.
-pub fn safetensors_index(data: &[u8]) {
+pub(crate) fn safetensors_index(data: &[u8]) {
     with_folder(|folder| {
         sharded().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
         folder.write(INDEX, data);
@@ -47,7 +47,7 @@ pub fn safetensors_index(data: &[u8]) {
 }
 
 /// `data` as the config of a branch.
-pub fn config(data: &[u8]) {
+pub(crate) fn config(data: &[u8]) {
     with_folder(|folder| {
         branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
         folder.write(CONFIG, data);
@@ -56,7 +56,7 @@ pub fn config(data: &[u8]) {
 }
 
 /// `data` as `quantize_config.json`, and as `quantization_config` in the config.
-pub fn quantize_config(data: &[u8]) {
+pub(crate) fn quantize_config(data: &[u8]) {
     with_folder(|folder| {
         branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
         let mut config = model_config();
@@ -71,12 +71,12 @@ pub fn quantize_config(data: &[u8]) {
 }
 
 /// `data` as a parquet file of text.
-pub fn parquet(data: &[u8]) {
+pub(crate) fn parquet(data: &[u8]) {
     let _ = Corpus::from_parquet_bytes("fuzz", data.to_vec(), "text");
 }
 
 /// `data` without its first byte as a file of text, whose kind that byte decides.
-pub fn jsonl(data: &[u8]) {
+pub(crate) fn jsonl(data: &[u8]) {
     let Some((kind, data)) = data.split_first() else { return };
     let name = ["a.jsonl", "a.jsonl.gz", "a.json", "a.txt"][usize::from(kind % 4)];
     with_folder(|folder| {
@@ -88,7 +88,7 @@ pub fn jsonl(data: &[u8]) {
 }
 
 /// `data` as a plan, and as a recipe.
-pub fn plan(data: &[u8]) {
+pub(crate) fn plan(data: &[u8]) {
     with_folder(|folder| {
         folder.write("plan.toml", data);
         let path = folder.path().join("plan.toml");
@@ -103,7 +103,7 @@ pub fn plan(data: &[u8]) {
 }
 
 /// A branch of which one file is changed: the first byte says which, the second how, the others what it becomes.
-pub fn verify(data: &[u8]) {
+pub(crate) fn verify(data: &[u8]) {
     let [file, how, rest @ ..] = data else { return };
     with_folder(|folder| {
         let (mut files, whole) = (if file & 0x80 == 0 { branch() } else { sharded() }, how & 1 == 0);
@@ -240,7 +240,7 @@ fn file_of(tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)]) -> Vec<u8> {
 }
 
 /// The files of a good branch.
-pub fn branch() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn branch() -> Vec<(&'static str, Vec<u8>)> {
     let mut config = model_config();
     config["quantization_config"] = quantization();
     let sums = json!({ "algorithm": "sha256", "tensors": {}, "files": { CONFIG: "00" } });
@@ -253,7 +253,7 @@ pub fn branch() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 /// The same in two shards.
-pub fn sharded() -> Vec<(&'static str, Vec<u8>)> {
+pub(crate) fn sharded() -> Vec<(&'static str, Vec<u8>)> {
     let tensors = tensors();
     let (first, second) = tensors.split_at(tensors.len() / 2);
     let place =

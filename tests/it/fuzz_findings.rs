@@ -7,7 +7,10 @@ use crate::helpers::{entries, repository};
 #[path = "../../fuzz/bodies.rs"]
 mod bodies;
 
-const TARGETS: [(&str, fn(&[u8])); 8] = [
+/// What a target does with an input.
+type Body = fn(&[u8]);
+
+const TARGETS: [(&str, Body); 8] = [
     ("safetensors_header", bodies::safetensors_header),
     ("safetensors_index", bodies::safetensors_index),
     ("config", bodies::config),

@@ -64,10 +64,6 @@ fn the_estimate_is_within_a_fifth_of_the_peak() {
         let output = lab.quantize(&flags).succeeds();
         let peak = read_json(&lab.out().join("run.json"))["peak_memory_bytes"].as_f64().unwrap();
         let ratio = estimate(&output.estimate) / peak;
-        println!(
-            "hidden {hidden}, intermediate {intermediate}: estimated {ratio:.2} of {:.0} MB",
-            peak / 1e6
-        );
         assert!((0.8..1.2).contains(&ratio), "hidden {hidden}: estimated {ratio:.2} of {peak}");
     }
 }
