@@ -103,6 +103,8 @@ pub(super) struct QuantizeArgs {
     /// Do not evaluate
     #[arg(long, conflicts_with = "eval")]
     pub(super) no_eval: bool,
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
 }
 
 /// Where a model is run, and in what.
@@ -116,12 +118,31 @@ pub(super) struct ComputeArgs {
     pub(super) compute_dtype: ComputeDtype,
 }
 
+/// Where the unquantized model's predictions are kept.
+#[derive(Debug, Args)]
+pub(super) struct CacheArgs {
+    /// Where the unquantized model's predictions are kept, so that it is not run again for the same text [default: gptq in
+    /// $XDG_CACHE_HOME or ~/.cache]
+    #[arg(long, value_name = "DIR")]
+    pub(super) cache_dir: Option<PathBuf>,
+    /// Neither keep predictions nor use kept ones
+    #[arg(long, conflicts_with = "cache_dir")]
+    pub(super) no_cache: bool,
+}
+
 /// Where text comes from.
 #[derive(Debug, Args)]
 pub(super) struct TextArgs {
     /// A recipe (wikitext2, wikitext2-test, c4), a .parquet, .txt or .jsonl file, or a folder of parquet files
     #[arg(long, value_name = "DATASET")]
     pub(super) dataset: Option<String>,
+    #[command(flatten)]
+    pub(super) places: TextPlaces,
+}
+
+/// Where in a text's files to look, and where for these.
+#[derive(Debug, Args)]
+pub(super) struct TextPlaces {
     /// Where the recipes' files lie, laid out as on the Hub; repeatable. The Hugging Face cache is always looked into
     #[arg(long, value_name = "DIR")]
     pub(super) dataset_dir: Vec<PathBuf>,
@@ -159,14 +180,27 @@ pub(super) struct EvalArgs {
     /// A quantized folder; repeatable
     #[arg(long, value_name = "DIR")]
     pub(super) quantized: Vec<PathBuf>,
+    /// A recipe (wikitext2, wikitext2-test, c4), a .parquet, .txt or .jsonl file, or a folder of parquet files; repeatable
+    /// [default: wikitext2-test]
+    #[arg(long = "dataset", value_name = "DATASET")]
+    pub(super) datasets: Vec<String>,
     #[command(flatten)]
-    pub(super) text: TextArgs,
-    /// Tokens a window
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    pub(super) seq_len: usize,
+    pub(super) places: TextPlaces,
+    /// Tokens a window; repeatable
+    #[arg(long, value_name = "N", default_value = "2048")]
+    pub(super) seq_len: Vec<usize>,
     /// Windows, from the front of the text [default: all]
     #[arg(long, value_name = "N")]
     pub(super) windows: Option<usize>,
+    /// Tokens from one window's begin to the next one's; less than --seq-len, windows overlap and only new tokens are
+    /// scored [default: --seq-len]
+    #[arg(long, value_name = "N")]
+    pub(super) stride: Option<usize>,
+    /// Do not write the figures into the quantized folders (eval.json)
+    #[arg(long)]
+    pub(super) no_save: bool,
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
     /// Also write tokens and the quantized model's logits to this safetensors file; one --quantized only
     #[arg(long, value_name = "FILE")]
     pub(super) dump_logits: Option<PathBuf>,

@@ -91,8 +91,16 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let evaluation = Tokens::new(&evaluation, &tokenizer, vocab_size)?;
     let windows = Windows::sequential(&evaluation, SEQ_LEN, None)?;
     let name = "demo evaluation text";
-    let measured =
-        quantize::evaluate_branches(&report, &out, &checkpoint, &windows, name, Compute::CPU, &terminal)?;
+    let measured = quantize::evaluate_branches(
+        &report,
+        &out,
+        &checkpoint,
+        &windows,
+        name,
+        Compute::CPU,
+        None,
+        &terminal,
+    )?;
     report.evaluations = vec![measured];
     pipeline::write_report(&out, &report)?;
     drop(terminal);

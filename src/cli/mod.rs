@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod bench_cuda;
 mod bench_cuda_matmul;
+mod cache;
 mod command;
 mod compute;
 mod datasets;

@@ -31,7 +31,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),
-        ..datasets::options(&args.text)
+        ..datasets::options(&args.text.places)
     };
     let source = CorpusSource::resolve(&plan.dataset, &options)?;
     let evaluation_source = evaluation_source(args, &source, &options, output)?;
@@ -64,9 +64,19 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
         let (out, name) = (&args.out, source.name());
+        let cache = args.cache.dir();
         for windows in windows {
-            let evaluation = evaluate_branches(&report, out, &checkpoint, windows, name, compute, &terminal)?;
-            report.evaluations.push(evaluation);
+            let found = evaluate_branches(
+                &report,
+                out,
+                &checkpoint,
+                windows,
+                name,
+                compute,
+                cache.as_deref(),
+                &terminal,
+            )?;
+            report.evaluations.push(found);
         }
         pipeline::write_report(&args.out, &report)?;
     }
@@ -83,6 +93,7 @@ pub(super) fn evaluate_branches(
     windows: &Windows,
     dataset: &str,
     compute: Compute,
+    cache: Option<&Path>,
     progress: &dyn Progress,
 ) -> gptq::Result<Evaluation> {
     let opened = report.branches.iter().map(|b| Checkpoint::open(&out.join(&b.branch)));
@@ -93,7 +104,7 @@ pub(super) fn evaluate_branches(
         .zip(&opened)
         .map(|(branch, checkpoint)| Candidate { name: branch.branch.clone(), checkpoint })
         .collect();
-    eval::evaluate(reference, &candidates, windows, dataset, compute, progress)
+    eval::evaluate(reference, &candidates, windows, dataset, compute, cache, progress)
 }
 
 /// Windows of the run's own length, and as many tokens in short ones: what a model does with little to go by.
@@ -148,8 +159,8 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.max_shard_size, args.max_shard_size);
     set(&mut plan.max_memory, args.max_memory.map(Some));
     set(&mut plan.max_device_memory, args.max_device_memory.map(Some));
-    set(&mut plan.split, args.text.split.clone().map(Some));
-    set(&mut plan.text_column, args.text.text_column.clone().map(Some));
+    set(&mut plan.split, args.text.places.split.clone().map(Some));
+    set(&mut plan.text_column, args.text.places.text_column.clone().map(Some));
     if !args.variants.is_empty() {
         plan.variants.clone_from(&args.variants);
     }

@@ -47,7 +47,7 @@ fn kernel(args: &VerifyArgs, device: &str, output: &OutputArgs) -> Result<(Devic
     let choice = device::resolve(device)?;
     choice.note.iter().for_each(|note| terminal::note(output, note));
     let corpus = match &args.text.dataset {
-        Some(name) => CorpusSource::resolve(name, &datasets::options(&args.text))?.load()?,
+        Some(name) => CorpusSource::resolve(name, &datasets::options(&args.text.places))?.load()?,
         None => demo::calibration_text()?,
     };
     Ok((choice.device, corpus))

@@ -138,7 +138,7 @@ impl Lab {
         for dir in quantized {
             args.extend(["--quantized".to_owned(), text_of(dir)]);
         }
-        self.run(&args).json()
+        self.run(&args).json()["evaluations"][0].take()
     }
 
     /// The program with any arguments.
@@ -147,7 +147,10 @@ impl Lab {
         for variable in ["HF_HUB_CACHE", "GPTQ_TEST_DATA"] {
             command.env_remove(variable);
         }
-        command.env("HF_HOME", self.path("hf-home")).env("OMP_WAIT_POLICY", "passive");
+        command
+            .env("HF_HOME", self.path("hf-home"))
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .env("OMP_WAIT_POLICY", "passive");
         let output = command.args(args).output().unwrap();
         self.read(&output)
     }
