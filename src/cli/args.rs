@@ -19,8 +19,17 @@ pub(super) struct Cli {
 #[derive(Debug, Args)]
 pub(super) struct OutputArgs {
     /// Print the result as JSON on standard output
-    #[arg(long, global = true)]
-    pub(super) json: bool,
+    // `report` has a flag of this name that takes a file: both must be of the same type.
+    #[arg(
+        long,
+        global = true,
+        value_name = "-",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "-",
+        value_parser = standard_output
+    )]
+    pub(super) json: Option<PathBuf>,
     /// A line for every linear
     #[arg(short, long, global = true)]
     pub(super) verbose: bool,
@@ -37,6 +46,8 @@ pub(super) enum Command {
     Verify(VerifyArgs),
     /// Compare quantized folders with the unquantized model: perplexity, KL divergence, top-1
     Eval(EvalArgs),
+    /// Compare runs and other checkpoints on one page: which branch to take, and why
+    Report(ReportArgs),
     /// Go on with a text, to read what a quantized (or unquantized) model says
     Generate(GenerateArgs),
     /// Say what a folder holds
@@ -209,6 +220,29 @@ pub(super) struct EvalArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    /// Folder of a run (or its run.json); repeatable
+    #[arg(value_name = "RUN", required_unless_present = "quantized")]
+    pub(super) runs: Vec<PathBuf>,
+    /// A quantized folder with figures of `gptq eval` (or its eval.json); repeatable
+    #[arg(long, value_name = "DIR")]
+    pub(super) quantized: Vec<PathBuf>,
+    /// Folder of the unquantized checkpoint: make sure that all figures are against it
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: Option<PathBuf>,
+    /// Write the report as one HTML file
+    #[arg(long, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
+    /// Write it as Markdown that fits a comment on a pull request
+    #[arg(long, value_name = "FILE")]
+    pub(super) markdown: Option<PathBuf>,
+    /// Write it as JSON; `-` is standard output
+    // In place of the global flag of this name, which takes no separate word.
+    #[arg(id = "json", long, value_name = "FILE")]
+    pub(super) _json: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct InspectArgs {
     /// A checkpoint folder, dense or quantized
     pub(super) dir: PathBuf,
@@ -278,6 +312,10 @@ pub(super) enum BenchKind {
 pub(super) struct DemoArgs {
     /// Folder for the branches; must not exist [default: a temporary one]
     pub(super) out: Option<PathBuf>,
+}
+
+fn standard_output(text: &str) -> Result<PathBuf, String> {
+    if text == "-" { Ok(text.into()) } else { Err("only `report` writes its JSON to a file".into()) }
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -105,7 +105,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     pipeline::write_report(&out, &report)?;
     drop(terminal);
     quantize::print(&report, &out, output)?;
-    if !output.json {
+    if output.json.is_none() {
         terminal::result(&how_to_load(&out))?;
     }
     Ok(true)

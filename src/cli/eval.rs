@@ -64,7 +64,7 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     if let (Some(path), [checkpoint], [(_, windows)]) = (&args.dump_logits, &quantized[..], &texts[..]) {
         dump_logits(path, checkpoint, windows, compute)?;
     }
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&Evaluations { schema: EVALUATION_SCHEMA, evaluations })?;
     } else {
         let tables: Vec<String> = evaluations.iter().map(evaluation_table).collect();

@@ -123,7 +123,7 @@ pub(super) fn evaluation_windows(
 
 /// Prints the run's tables or its JSON.
 pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<()> {
-    if output.json {
+    if output.json.is_some() {
         return terminal::json(report);
     }
     terminal::result(&format!("{}\n", run_table(report)))?;

@@ -34,7 +34,7 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     let terminal = Terminal::new(output);
     let verification = verify::verify(&args.dir, against.as_ref(), options.as_ref(), &terminal)?;
     drop(terminal);
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&verification)?;
     } else {
         terminal::result(&text(&verification, output.verbose))?;
