@@ -63,9 +63,15 @@ pub(super) struct QuantizeArgs {
     /// Folder of the fp16, bf16 or fp32 checkpoint
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
-    /// Folder for the branches; must not exist
+    /// Folder for the branches; must not exist. A run that was interrupted goes on with the same command
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
+    /// Folder for what is needed to go on after an interruption [default: in --out, until the run is complete]
+    #[arg(long, value_name = "DIR")]
+    pub(super) journal_dir: Option<PathBuf>,
+    /// Throw away what an interrupted run left in --out, and begin anew
+    #[arg(long)]
+    pub(super) restart: bool,
     /// Settings from a file; flags go before them
     #[arg(long, value_name = "FILE")]
     pub(super) plan: Option<PathBuf>,

@@ -15,6 +15,7 @@ mod generate;
 mod inspect;
 mod quantize;
 mod report;
+mod signals;
 mod terminal;
 mod verify;
 

@@ -1,6 +1,6 @@
 //! `gptq quantize`.
 
-use std::{path::Path, sync::atomic::AtomicBool};
+use std::path::Path;
 
 use anyhow::Result;
 use gptq::{
@@ -9,7 +9,7 @@ use gptq::{
     device,
     eval::{self, Candidate},
     model::Compute,
-    pipeline::{self, Run},
+    pipeline::{self, Place, Run},
     plan::{ComputeDtype, Plan},
     progress::Progress,
     report::{Evaluation, Report, evaluation_table, run_table},
@@ -17,7 +17,7 @@ use gptq::{
 
 use super::{
     args::{OutputArgs, QuantizeArgs},
-    command, datasets,
+    command, datasets, signals,
     terminal::{self, Terminal},
 };
 
@@ -27,7 +27,8 @@ pub(super) const SHORT: usize = 512;
 pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let plan = plan(args)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    pipeline::check(&plan, &checkpoint, &args.out)?;
+    let place = Place { out: &args.out, journal_dir: args.journal_dir.as_deref(), restart: args.restart };
+    pipeline::check(&plan, &checkpoint, &place)?;
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),
@@ -50,24 +51,27 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     };
 
     let terminal = Terminal::new(output);
+    let stop = signals::stop_flag(output)?;
     let run = Run {
         plan: &plan,
         checkpoint: &checkpoint,
         tokens: &tokens,
         provenance: corpus.provenance(),
-        out: &args.out,
+        place,
         command: &command::words(),
-        stop: &AtomicBool::new(false),
+        stop: &stop,
     };
-    let mut report = pipeline::quantize(&run, &terminal)?;
+    let mut finished =
+        pipeline::quantize(&run, &terminal).inspect_err(|error| say_what_is_kept(error, &place, output))?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
         let (out, name) = (&args.out, source.name());
         let cache = args.cache.dir();
+        let report = &mut finished.report;
         for windows in windows {
             let found = evaluate_branches(
-                &report,
+                report,
                 out,
                 &checkpoint,
                 windows,
@@ -78,11 +82,25 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
             )?;
             report.evaluations.push(found);
         }
-        pipeline::write_report(&args.out, &report)?;
     }
+    let report = finished.complete()?;
     drop(terminal);
     print(&report, &args.out, output)?;
     Ok(true)
+}
+
+/// Tells that an error did not cost what was done before.
+fn say_what_is_kept(error: &gptq::Error, place: &Place<'_>, output: &OutputArgs) {
+    use gptq::Error as E;
+    let own = !matches!(error, E::Journal(_) | E::OutputExists { .. });
+    if let Some(begun) = pipeline::begun(place).filter(|_| own) {
+        let pipeline::Begun { layers, total_layers } = begun;
+        let out = place.out.display();
+        let text = format!(
+            "{layers} of {total_layers} layers are kept in {out}: the same command goes on from there"
+        );
+        terminal::note(output, &text);
+    }
 }
 
 /// Evaluates every branch of a run.

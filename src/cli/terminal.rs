@@ -51,10 +51,15 @@ pub(super) fn piece(text: &str) -> anyhow::Result<()> {
     }
 }
 
+/// Prints a line beside the result.
+pub(super) fn line(text: &str) {
+    eprintln!("{text}");
+}
+
 /// Prints a remark.
 pub(super) fn note(output: &OutputArgs, text: &str) {
     if !output.quiet {
-        eprintln!("{text}");
+        line(text);
     }
 }
 

@@ -28,8 +28,14 @@ impl Error {
                 "use more or more varied calibration text (--samples), or a larger --damp".into()
             }
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
+            Self::Journal(error) => error.hint().into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
+            Self::Memory { flag: Some(flag), .. } => {
+                format!(
+                    "it fits with {flag}: activations that do not fit are kept on disk, in the journal's folder"
+                )
+            }
             Self::Memory { memory, .. } if memory.starts_with("device") => {
                 "use fewer --variant, a shorter --seq-len, or a device with more memory".into()
             }
@@ -40,7 +46,7 @@ impl Error {
                 "use fewer --samples, a shorter --seq-len or fewer --variant".into()
             }
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "the disk is full: free some space and start again; nothing half-written was left".into()
+                "the disk is full: free some space and start the same command again".into()
             }
             _ => return None,
         })

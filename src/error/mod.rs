@@ -1,11 +1,13 @@
 //! The library's one error type: every variant names the thing, what was expected and what was found.
 
 mod hint;
+mod journal;
 mod make;
 mod torch;
 
 use std::path::PathBuf;
 
+pub use journal::JournalError;
 pub(crate) use make::toml_error;
 pub use torch::TorchContext;
 use torch::without_backtrace;
@@ -329,6 +331,9 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
     },
+    /// A run that was begun cannot be gone on with.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// The disk has too little room for the result.
     #[error("`{}` has {available} free, and the result needs {needed}", path.display())]
     DiskSpace {
@@ -363,7 +368,7 @@ pub enum Error {
     #[error("stopped as asked")]
     Interrupted,
     /// The work does not fit the memory allowed for it.
-    #[error("{memory}: {available} are allowed, and at least {needed} are needed")]
+    #[error("{memory}: {available} are available, and at least {needed} are needed")]
     Memory {
         /// Whose memory.
         memory: String,
@@ -371,6 +376,8 @@ pub enum Error {
         available: String,
         /// Needed, readable, and by what.
         needed: String,
+        /// The flag with which it would fit.
+        flag: Option<String>,
     },
     /// A device that is not there.
     #[error("device `{device}` cannot be used: {problem}")]

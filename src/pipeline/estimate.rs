@@ -81,12 +81,18 @@ impl Shape<'_> {
         tokens as u64 * (norm + most)
     }
 
+    /// Hidden states of all streams.
+    pub(super) fn hidden_states(&self) -> u64 {
+        let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
+        let tokens = (self.windows * self.seq_len) as u64;
+        tokens * self.element() * streams * self.config.hidden_size as u64
+    }
+
     /// Hidden states of all streams, and one stage's inputs, which are kept until its linears are solved.
     fn activations(&self) -> u64 {
-        let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
         let widest = (self.config.attention_width() as u64).max(self.config.intermediate_size as u64);
         let tokens = (self.windows * self.seq_len) as u64;
-        tokens * self.element() * (streams * self.config.hidden_size as u64 + widest)
+        self.hidden_states() + tokens * self.element() * widest
     }
 
     /// The largest of what a stage's steps take beside the layer's weights.
@@ -141,6 +147,7 @@ impl Shape<'_> {
                 memory: whose.to_owned(),
                 available: bytes(limit),
                 needed: format!("{} ({what})", bytes(working)),
+                flag: None,
             })
         };
         if device == Device::Cpu {
@@ -200,7 +207,7 @@ mod tests {
         }
         let error = shape(&large).limits(Device::Cuda(0), Some(8 << 30), None, 0).unwrap_err();
         assert!(
-            error.to_string().starts_with("device memory: 8.59 GB are allowed, and at least "),
+            error.to_string().starts_with("device memory: 8.59 GB are available, and at least "),
             "{error}"
         );
     }

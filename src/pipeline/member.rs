@@ -8,9 +8,9 @@ use std::{
     },
 };
 
-use tch::Device;
+use tch::{Device, Kind};
 
-use super::{memory::Room, stream::Stream, weights::Weights};
+use super::{memory::Room, stream::Stream, weights::Weights, window_file::WindowFile};
 use crate::{
     calibration::Windows,
     error::{Error, Result},
@@ -94,6 +94,16 @@ impl<'a> Member<'a> {
                 let ids = &windows.ids()[batch.start * self.seq_len..batch.end * self.seq_len];
                 hidden.put(i, self.llama.embed(ids, self.seq_len)?)?;
             }
+            self.hidden.push(hidden);
+        }
+        Ok(())
+    }
+
+    /// Begins the variants' hidden states where another program left them: a file for each, of `kind`.
+    pub(super) fn go_on_from(&mut self, files: &[Arc<WindowFile>], kind: Kind) -> Result<()> {
+        for file in files {
+            let mut hidden = self.stream(self.llama.config().hidden_size);
+            hidden.take_from_journal(file, kind)?;
             self.hidden.push(hidden);
         }
         Ok(())
@@ -213,8 +223,8 @@ impl<'a> Member<'a> {
         Ok(hessian)
     }
 
-    /// Hidden states behind the layer, with its down.
-    pub(super) fn leave_layer(&mut self, stream: usize) -> Result<()> {
+    /// Hidden states behind the layer, with its down; also into the journal's `file`.
+    pub(super) fn leave_layer(&mut self, stream: usize, file: &Arc<WindowFile>) -> Result<()> {
         self.each_batch(
             stream,
             |member, i| {
@@ -223,7 +233,7 @@ impl<'a> Member<'a> {
             },
             |member, i, hidden| {
                 member.between().discard(i);
-                member.hidden[stream].put(i, hidden)
+                member.hidden[stream].put_in_journal(i, hidden, file)
             },
         )?;
         self.linears.clear();

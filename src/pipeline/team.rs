@@ -1,12 +1,13 @@
 //! Some variants of one layer on one device or several: capture a stage's inputs, solve it, go on with the quantized weights.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::Instant,
 };
 
 use super::{
+    journal::NextStates,
     member::{Member, Surroundings},
     weights::Weights,
 };
@@ -34,6 +35,9 @@ pub(super) trait Sink {
 /// A sink for several teams.
 pub(super) type SharedSink<'s> = Mutex<&'s mut (dyn Sink + Send)>;
 
+/// Where the hidden states behind a layer go, for several teams.
+pub(super) type SharedStates<'s> = Mutex<&'s mut NextStates>;
+
 /// How one linear fared.
 #[derive(Debug, Clone)]
 pub(super) struct Record {
@@ -52,6 +56,13 @@ pub(super) struct Task<'a> {
     pub(super) shared_hessian: bool,
     /// Decoder layers.
     pub(super) layers: usize,
+}
+
+impl Task<'_> {
+    /// Hidden states that are advanced: the variants' own, or the unquantized model's.
+    pub(super) fn streams(&self) -> usize {
+        if self.shared_hessian { 1 } else { self.variants.len() }
+    }
 }
 
 /// Devices that work on the same variants, each with a part of the windows; the first solves.
@@ -94,6 +105,11 @@ impl<'a> Team<'a> {
         steps as u64
     }
 
+    /// Indices of its variants.
+    pub(super) fn variants(&self) -> &[usize] {
+        &self.variants
+    }
+
     pub(super) fn members_mut(&mut self) -> &mut [Member<'a>] {
         &mut self.members
     }
@@ -112,14 +128,24 @@ impl<'a> Team<'a> {
         layer: usize,
         weights: &Weights,
         sink: &SharedSink<'_>,
+        next: Option<&SharedStates<'_>>,
     ) -> Result<()> {
         // Tensors may go to other threads, but not be looked at by two.
         self.members.iter_mut().try_for_each(|member| member.enter_layer(weights))?;
-        if self.task.shared_hessian { self.solve_shared(layer, sink) } else { self.solve_each(layer, sink) }
+        if self.task.shared_hessian {
+            self.solve_shared(layer, sink, next)
+        } else {
+            self.solve_each(layer, sink, next)
+        }
     }
 
     /// Each variant on hidden states of its own, which are advanced through the quantized layer.
-    fn solve_each(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+    fn solve_each(
+        &mut self,
+        layer: usize,
+        sink: &SharedSink<'_>,
+        next: Option<&SharedStates<'_>>,
+    ) -> Result<()> {
         let all = self.variants.clone();
         // Before the first layer all variants have the same hidden states, hence the same first Hessian.
         let mut first_stage = Vec::new();
@@ -151,15 +177,13 @@ impl<'a> Team<'a> {
             self.stage(Some(variant), Stage::MlpOutput);
             let hessian = self.capture(|member| member.capture_mlp_output(stream))?;
             let solved = self.solve_one(layer, Stage::MlpOutput, hessian, variant, sink)?;
-            if self.is_last(layer) {
+            match next {
                 // Nobody's inputs.
-                self.everywhere(|member| {
-                    member.end();
-                    Ok(())
-                })?;
-            } else {
-                self.go_on_with(Stage::MlpOutput, solved)?;
-                self.everywhere(|member| member.leave_layer(stream))?;
+                None => self.end()?,
+                Some(next) => {
+                    self.go_on_with(Stage::MlpOutput, solved)?;
+                    self.leave_layer(stream, variant, next)?;
+                }
             }
         }
         Ok(())
@@ -167,7 +191,12 @@ impl<'a> Team<'a> {
 
     /// All variants with the Hessians of the unquantized model, whose hidden states are advanced: one forward pass and one
     /// Hessian a stage, one factorization a column order.
-    fn solve_shared(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+    fn solve_shared(
+        &mut self,
+        layer: usize,
+        sink: &SharedSink<'_>,
+        next: Option<&SharedStates<'_>>,
+    ) -> Result<()> {
         let all = self.variants.clone();
         for stage in Stage::ALL {
             self.stage(None, stage);
@@ -180,13 +209,26 @@ impl<'a> Team<'a> {
             drop(self.solve_stage(layer, stage, hessian, &all, sink)?);
             self.everywhere(|member| member.set_dense(stage))?;
         }
-        if self.is_last(layer) {
-            return self.everywhere(|member| {
-                member.end();
-                Ok(())
-            });
+        match next {
+            None => self.end(),
+            Some(next) => self.leave_layer(0, 0, next),
         }
-        self.everywhere(|member| member.leave_layer(0))
+    }
+
+    /// Advances a stream of hidden states behind the layer; it is the run's `of_all`-th.
+    fn leave_layer(&mut self, stream: usize, of_all: usize, next: &SharedStates<'_>) -> Result<()> {
+        let states = || next.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = Arc::clone(states().file(of_all));
+        self.everywhere(|member| member.leave_layer(stream, &file))?;
+        states().sync(of_all);
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.everywhere(|member| {
+            member.end();
+            Ok(())
+        })
     }
 
     fn stage(&self, variant: Option<usize>, stage: Stage) {

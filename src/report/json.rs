@@ -37,8 +37,11 @@ pub struct Report {
     pub model: ModelReport,
     /// The calibration text.
     pub calibration: CalibrationReport,
-    /// How it was computed.
+    /// How it was computed, at last if the run was interrupted.
     pub compute: ComputeReport,
+    /// How which layers were computed, if the run was interrupted and gone on with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<LayersComputed>,
     /// What was made, in the plan's order.
     pub branches: Vec<BranchReport>,
     /// Whatever went otherwise than planned.
@@ -136,6 +139,17 @@ pub struct ComputeReport {
     pub dtype: String,
     /// Threads.
     pub threads: usize,
+}
+
+/// Layers that were computed without a break.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayersComputed {
+    /// The first of them, from 0.
+    pub first: usize,
+    /// How many.
+    pub count: usize,
+    /// How.
+    pub compute: ComputeReport,
 }
 
 /// One branch.

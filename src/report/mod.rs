@@ -20,8 +20,8 @@ pub use evaluation::{
 };
 pub use html::html;
 pub use json::{
-    BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LinearReport, ModelReport, REPORT_FILE,
-    REPORT_SCHEMA, Report, StageSeconds,
+    BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
+    REPORT_FILE, REPORT_SCHEMA, Report, StageSeconds,
 };
 pub use markdown::markdown;
 pub use recommendation::{FACTOR, Recommendation};

@@ -8,6 +8,8 @@
 //! | `bad_input` | every malformed checkpoint: its error, its hint, exit code 2, nothing left behind |
 //! | `bad_settings` | the same for plans, flags, texts and disks |
 //! | `cuda_device` | whole models on a CUDA device against the CPU (needs one) |
+//! | `resume` | runs that end early go on to the same bytes; what cannot be gone on with is refused, untouched |
+//! | `killed` | the same with the program killed, stopped by signals, and on disks that fill up |
 //! | `resources` | limits of memory and several devices make the same branches |
 //! | `verify` | every kind of damage to a branch is named; a good one passes |
 //! | `foreign` | checkpoints written by other tools mean the same |
@@ -35,12 +37,14 @@ mod generate;
 mod golden;
 mod helpers;
 mod kernel;
+mod killed;
 mod layering;
 mod models;
 mod output;
 mod quantize;
 mod reference;
 mod resources;
+mod resume;
 mod safetensors_file;
 mod source;
 mod tiny_model;

@@ -36,7 +36,9 @@ fn a_run_ends_with_its_tables() {
         "2",
     ];
     let output = lab.quantize(&flags).succeeds();
-    insta::assert_snapshot!(masked(&output.stdout), @r"
+    // Two linears are about equally bad; which is worse depends on the processor.
+    let table = masked(&output.stdout).replace("self_attn.q_proj", "self_attn.k_proj");
+    insta::assert_snapshot!(table, @r"
     branch bits group act order size bits/weight mean error worst linear
     gptq-0bit-0g-actorder_False 0 0 no 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj
     gptq-0bit-0g-actorder_True-static-asym 0 0 static 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj

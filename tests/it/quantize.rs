@@ -247,12 +247,17 @@ fn a_plan_is_followed_and_flags_go_before_it() {
 }
 
 #[test]
-fn what_a_killed_run_left_is_not_in_the_way() {
+fn what_a_run_without_a_journal_left_needs_a_word() {
     let lab = Lab::new();
     let partial = lab.out().join(".gptq-4bit-32g-actorder_False.partial");
     fs::create_dir_all(&partial).unwrap();
     fs::write(partial.join("model.safetensors"), "half of it").unwrap();
-    lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    lab.quantize(&["--variant", "4bit-32g"]).fails_with(
+        "error: `[LAB]/out` cannot be gone on with: it holds a run that was begun, whose journal is not in \
+         `[LAB]/out/.journal.partial`\nhint: --restart throws what was begun away; if its journal lies elsewhere, name \
+         it with --journal-dir",
+    );
+    lab.quantize(&["--variant", "4bit-32g", "--restart"]).succeeds();
     assert_eq!(entries(&lab.out()), ["gptq-4bit-32g-actorder_False", "run.json"]);
     assert_eq!(entries(&lab.branch()), BRANCH_FILES);
     // Even that of another variant, and behind a link to another disk, which stays one.
@@ -260,7 +265,7 @@ fn what_a_killed_run_left_is_not_in_the_way() {
     let disk = lab.path("disk");
     fs::create_dir_all(disk.join(".main.partial")).unwrap();
     std::os::unix::fs::symlink(&disk, &out).unwrap();
-    lab.quantize(&["--variant", "4bit-32g", "--out", &text_of(&out)]).succeeds();
+    lab.quantize(&["--variant", "4bit-32g", "--restart", "--out", &text_of(&out)]).succeeds();
     assert_eq!(entries(&disk), ["gptq-4bit-32g-actorder_False", "run.json"]);
 }
 

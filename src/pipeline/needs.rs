@@ -1,0 +1,111 @@
+//! What a run needs of memory and disk, told to the user and refused before any work.
+
+use std::fmt;
+
+use tch::{Device, Kind};
+
+use super::{
+    available_memory, compute_kind, crew::Limits, estimate::Shape, output_folder::Place, preflight::DiskNeed,
+    resident_memory,
+};
+use crate::{
+    checkpoint::Checkpoint,
+    cuda::Gpu,
+    device,
+    error::{Error, Result},
+    model::source_kind,
+    plan::Plan,
+    report::bytes,
+};
+
+/// What a run needs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Needs {
+    /// Of forward passes.
+    pub(super) kind: Kind,
+    /// What may be held where.
+    pub(super) limits: Limits,
+    device: Device,
+    /// At most, in the memory of the device, or of the machine where that is the CPU.
+    memory: u64,
+    /// Activations that are held elsewhere.
+    elsewhere: u64,
+    disk: DiskNeed,
+}
+
+impl Needs {
+    /// # Errors
+    /// When it does not fit.
+    pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
+        let device = device::resolve_all(&plan.device)?[0].device;
+        let kind = compute_kind(plan.compute_dtype, device, source_kind(checkpoint)?);
+        let shape = Shape {
+            config: checkpoint.config(),
+            source_bytes: source_kind(checkpoint)?.elt_size_in_bytes() as u64,
+            kind,
+            windows: plan.samples,
+            seq_len: plan.seq_len,
+            variants: plan.variants.len(),
+            shared_hessian: plan.shared_hessian,
+        };
+        let device_memory = match (device, plan.max_device_memory) {
+            (Device::Cpu, _) => None,
+            (_, Some(limit)) => Some(limit),
+            // Others may want some too, and a heap has holes.
+            (_, None) => Some(Gpu::of(device)?.memory()?.free as u64 / 10 * 9),
+        };
+        let base = resident_memory().unwrap_or(0);
+        let limits = shape.limits(device, device_memory, plan.max_memory, base)?;
+        let need = shape.need(device, limits.batch_tokens);
+        let own = if device == Device::Cpu { base } else { 0 };
+        let allowed = if device == Device::Cpu { limits.in_memory } else { limits.on_device };
+        let held = need.activations.min(allowed.unwrap_or(u64::MAX));
+        let elsewhere = need.activations - held;
+        let in_memory = if device == Device::Cpu { Some(0) } else { limits.in_memory };
+        let spilled = elsewhere.saturating_sub(in_memory.unwrap_or(u64::MAX));
+        let needs_host = match device {
+            Device::Cpu => need.working + held,
+            // What leaves the device goes to memory first.
+            _ => shape.host_beside_cuda() + elsewhere - spilled,
+        };
+        fits_machine(needs_host, &shape, device, base, plan)?;
+        let disk = DiskNeed::new(plan, checkpoint, place, shape.hidden_states(), spilled)?;
+        disk.check(place)?;
+        Ok(Self { kind, limits, device, memory: own + need.working + held, elsewhere, disk })
+    }
+}
+
+/// Refuses a run that takes more than the machine's memory, where the user has not said how much it may take. `needed` are
+/// bytes beyond `base`, what the program holds already.
+fn fits_machine(needed: u64, shape: &Shape<'_>, device: Device, base: u64, plan: &Plan) -> Result<()> {
+    let Some(available) = available_memory().filter(|&available| available < needed) else { return Ok(()) };
+    // Whole percents that leave some for others.
+    let limit = (base + available) / 100 * 95;
+    let fits = plan.max_memory.is_none() && shape.limits(device, None, Some(limit), base).is_ok();
+    Err(Error::Memory {
+        memory: "memory".into(),
+        available: bytes(base + available),
+        needed: bytes(base + needed),
+        flag: fits.then(|| format!("--max-memory {}MB", limit / 1_000_000)),
+    })
+}
+
+impl fmt::Display for Needs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (whose, elsewhere) = match self.device {
+            Device::Cpu => ("memory", "on disk"),
+            _ => ("device memory", "in memory or on disk"),
+        };
+        write!(f, "{whose}: about {} at most", bytes(self.memory))?;
+        if self.elsewhere > 0 {
+            write!(f, "; {} of activations {elsewhere}", bytes(self.elsewhere))?;
+        }
+        let DiskNeed { branches, journal } = self.disk;
+        write!(
+            f,
+            "; disk: {} for the branches, {} for the journal until it is done",
+            bytes(branches),
+            bytes(journal)
+        )
+    }
+}
