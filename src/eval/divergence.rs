@@ -90,7 +90,7 @@ fn each_piece(
         let log_p = logits
             .f_log_softmax(-1, Kind::Float)
             .and_then(|l| l.f_to_device(Device::Cpu)?.f_contiguous()?.f_view(-1))
-            .and_then(|l| Vec::<f32>::try_from(l))
+            .and_then(Vec::<f32>::try_from)
             .torch("normalize logits")?;
         use_piece(&log_p, log_p.len() / targets.len(), targets);
         start += targets.len();
