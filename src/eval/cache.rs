@@ -17,7 +17,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_128};
 use super::prediction::Prediction;
 use crate::error::{Error, Result};
 
-const MAGIC: &[u8; 8] = b"gptqprd1";
+const MAGIC: &[u8; 8] = b"gptqprd2";
 
 /// What predictions depend on.
 #[derive(Debug, Clone, Serialize)]
@@ -44,10 +44,6 @@ impl Key {
     /// Where its file is or will be.
     pub(super) fn path(&self, dir: &Path) -> PathBuf {
         dir.join(format!("predictions-{:032x}", xxh3_128(&self.json())))
-    }
-
-    fn wide(&self) -> bool {
-        self.vocab > usize::from(u16::MAX) + 1
     }
 }
 
@@ -92,7 +88,7 @@ impl Reader {
         let damaged = |problem: String| Error::Dataset { path: self.path.clone(), problem };
         let block = block(&mut self.file).map_err(damaged)?;
         let mut rest = &block[..];
-        let read = |_| Prediction::read(self.key.wide(), self.key.vocab, &mut rest);
+        let read = |_| Prediction::read(self.key.vocab, &mut rest);
         let predictions = (0..positions).map(read).collect::<Option<Vec<_>>>();
         match predictions {
             Some(predictions) if rest.is_empty() => Ok(predictions),
@@ -145,7 +141,7 @@ fn block(file: &mut BufReader<File>) -> Result<Vec<u8>, String> {
 pub(super) struct Writer {
     file: BufWriter<NamedTempFile>,
     path: PathBuf,
-    wide: bool,
+    vocab: usize,
     /// Reused.
     content: Vec<u8>,
 }
@@ -159,7 +155,7 @@ impl Writer {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let file = tempfile::Builder::new().prefix(".predictions-").tempfile_in(dir);
         let file = BufWriter::with_capacity(1 << 20, file.map_err(Error::io("create a file in", dir))?);
-        let mut writer = Self { file, path: key.path(dir), wide: key.wide(), content: Vec::new() };
+        let mut writer = Self { file, path: key.path(dir), vocab: key.vocab, content: Vec::new() };
         writer.file.write_all(MAGIC).map_err(Error::io("write", &writer.path))?;
         writer.content = key.json();
         writer.block()?;
@@ -172,7 +168,7 @@ impl Writer {
     /// When the disk is full.
     pub(super) fn window(&mut self, predictions: &[Prediction]) -> Result<()> {
         self.content.clear();
-        predictions.iter().for_each(|p| p.write(self.wide, &mut self.content));
+        predictions.iter().for_each(|p| p.write(self.vocab, &mut self.content));
         self.block()
     }
 

@@ -2,16 +2,18 @@
 //! away from it.
 //!
 //! Kept are the most likely tokens that together have all but [`TAIL`] of the probability, at most, each with its
-//! log-probability in steps of [`STEP`] nats; of the others only how many of 1 they have together. The divergence over
-//! these (the tail counts as one token) is never above that over all tokens, up to the rounding of the steps, and what it
-//! falls short by is the tail's mass times the divergence *within* the tail: less than a thousandth of the divergence,
-//! unless the tail is predicted worse than the rest. Kept probabilities are scaled so that they add up again, so that the
-//! steps' rounding enters only in second order. `the_error_is_as_stated` measures both.
+//! log-probability in steps of [`STEP`] nats; of the others only how many of 1 they have together. Over these (the tail counts
+//! as one token) the divergence falls short by the tail's mass times the divergence *within* the tail. That is taken to be
+//! what the kept tokens have for the same mass: the sum is divided by 1 less the tail's mass. What remains is an error of
+//! less than 0.25% of the divergence where the tail is off by 0.7 to 1.3 times as much as the rest, and at most a shortfall of
+//! the tail's mass times its own divergence where it is off by more. On real text it is 0.1% (a test compares with the
+//! whole vocabulary), in `the_error_is_as_stated` less than 0.4%. Kept probabilities are scaled so that they add up again,
+//! so that the steps' rounding enters only in second order.
 
 use bytemuck::cast_slice;
 
 /// The largest probability that is kept only as a sum.
-pub(super) const TAIL: f64 = 1.0 / 1024.0;
+pub(super) const TAIL: f64 = 1.0 / 128.0;
 
 /// Nats; 65535 of them are 32 nats below the most likely token.
 const STEP: f32 = 1.0 / 2048.0;
@@ -76,17 +78,22 @@ impl Prediction {
             let tail = f64::from(self.tail);
             divergence += tail * (tail / rest).ln();
         }
-        (divergence, most_likely(log_q) == self.top as usize)
+        (divergence / (1.0 - f64::from(self.tail)), most_likely(log_q) == self.top as usize)
     }
 
-    /// Appends it to a file's bytes. With `wide`, ids have four bytes, else two.
-    pub(super) fn write(&self, wide: bool, bytes: &mut Vec<u8>) {
+    /// Appends it to a file's bytes: of kept tokens the ids, or a bit for each token of the vocabulary where that is less.
+    pub(super) fn write(&self, vocab: usize, bytes: &mut Vec<u8>) {
         bytes.extend(self.target.to_le_bytes());
         bytes.extend(self.top.to_le_bytes());
         bytes.extend(self.top_log_p.to_le_bytes());
         bytes.extend(self.tail.to_le_bytes());
-        bytes.extend((self.ids.len() as u32).to_le_bytes());
-        if wide {
+        let count = self.ids.len();
+        bytes.extend((count as u32).to_le_bytes());
+        if as_bits(vocab, count) {
+            let mut bits = vec![0u8; vocab.div_ceil(8)];
+            self.ids.iter().for_each(|&id| bits[id as usize / 8] |= 1 << (id % 8));
+            bytes.extend(bits);
+        } else if id_bytes(vocab) == 4 {
             bytes.extend_from_slice(cast_slice(&self.ids));
         } else {
             self.ids.iter().for_each(|&id| bytes.extend((id as u16).to_le_bytes()));
@@ -95,7 +102,7 @@ impl Prediction {
     }
 
     /// Takes it from the front of a file's bytes; none when they are not those of a prediction over `vocab` tokens.
-    pub(super) fn read(wide: bool, vocab: usize, bytes: &mut &[u8]) -> Option<Self> {
+    pub(super) fn read(vocab: usize, bytes: &mut &[u8]) -> Option<Self> {
         fn word(bytes: &mut &[u8]) -> Option<[u8; 4]> {
             let (word, rest) = bytes.split_first_chunk()?;
             *bytes = rest;
@@ -109,21 +116,39 @@ impl Prediction {
         if count > vocab {
             return None;
         }
-        let (ids, rest) = bytes.split_at_checked(count * if wide { 4 } else { 2 })?;
-        let (steps, rest) = rest.split_at_checked(count * 2)?;
-        *bytes = rest;
         let halves = |bytes: &[u8]| -> Vec<u16> {
             bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect()
         };
-        let ids: Vec<u32> = if wide {
+        let bits = as_bits(vocab, count);
+        let length = if bits { vocab.div_ceil(8) } else { count * id_bytes(vocab) };
+        let (ids, rest) = bytes.split_at_checked(length)?;
+        let ids: Vec<u32> = if bits {
+            let set = |id: &u32| ids[*id as usize / 8] >> (id % 8) & 1 == 1;
+            (0..ids.len() as u32 * 8).filter(set).collect()
+        } else if id_bytes(vocab) == 4 {
             ids.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
         } else {
             halves(ids).into_iter().map(u32::from).collect()
         };
+        if ids.len() != count {
+            return None;
+        }
+        let (steps, rest) = rest.split_at_checked(count * 2)?;
+        *bytes = rest;
         let ascending = ids.is_sorted_by(|a, b| a < b);
         let inside = ids.last().is_none_or(|&id| (id as usize) < vocab) && (top as usize) < vocab;
         (ascending && inside).then(|| Self { target, top, top_log_p, tail, ids, steps: halves(steps) })
     }
+}
+
+/// Bytes of an id.
+fn id_bytes(vocab: usize) -> usize {
+    if vocab > usize::from(u16::MAX) + 1 { 4 } else { 2 }
+}
+
+/// Whether a bit for every token of the vocabulary takes less than `count` ids.
+fn as_bits(vocab: usize, count: usize) -> bool {
+    vocab.div_ceil(8) < count * id_bytes(vocab)
 }
 
 /// The first of the largest.
@@ -156,8 +181,7 @@ mod tests {
         terms.sum()
     }
 
-    /// Vocabularies, spreads of the logits and noises as models have them: the mean divergence is short by less than
-    /// `TAIL` of it, and not too large.
+    /// Vocabularies, spreads of the logits and noises as models have them.
     #[test]
     fn the_error_is_as_stated() {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
@@ -178,7 +202,7 @@ mod tests {
                 kept += prediction.ids.len();
             }
             let short = 1.0 - found / expected;
-            assert!(short.abs() < 2.0 * TAIL, "{vocab} {spread} {noise}: short by {short}");
+            assert!(short.abs() < 0.004, "{vocab} {spread} {noise}: short by {short}");
             assert!(kept <= POSITIONS * vocab);
         }
     }
@@ -198,22 +222,22 @@ mod tests {
     #[test]
     fn bytes_and_back() {
         let mut rng = ChaCha8Rng::seed_from_u64(3);
-        let log_p = log_softmax(&(0..300).map(|_| normal(&mut rng) * 3.0).collect::<Vec<_>>());
-        let prediction = Prediction::new(&log_p, 5);
-        for wide in [false, true] {
+        // Few of many tokens, many of few.
+        for (vocab, spread) in [(300, 6.0), (300, 1.0), (70_000, 4.0), (70_000, 1.0)] {
+            let logits: Vec<f64> = (0..vocab).map(|_| normal(&mut rng) * spread).collect();
+            let prediction = Prediction::new(&log_softmax(&logits), 5);
+            assert_eq!(as_bits(vocab, prediction.ids.len()), spread == 1.0);
             let mut bytes = Vec::new();
-            prediction.write(wide, &mut bytes);
+            prediction.write(vocab, &mut bytes);
             let mut rest = &bytes[..];
-            assert_eq!(Prediction::read(wide, 300, &mut rest), Some(prediction.clone()));
+            assert_eq!(Prediction::read(vocab, &mut rest), Some(prediction.clone()));
             assert!(rest.is_empty());
-            for end in 0..bytes.len() {
-                assert_eq!(Prediction::read(wide, 300, &mut &bytes[..end]), None);
+            for end in (0..bytes.len()).step_by(bytes.len().div_ceil(500)) {
+                assert_eq!(Prediction::read(vocab, &mut &bytes[..end]), None);
             }
             // A token that the vocabulary does not have.
-            assert_eq!(
-                Prediction::read(wide, *prediction.ids.last().unwrap() as usize, &mut &bytes[..]),
-                None
-            );
+            let last = *prediction.ids.last().unwrap() as usize;
+            assert_eq!(Prediction::read(last, &mut &bytes[..]), None);
         }
     }
 }
