@@ -13,6 +13,8 @@ use crate::{
 const BLOCK: i64 = 1024;
 /// The same on CUDA: fewer, larger products, each of which fills the device.
 const CUDA_BLOCK: i64 = 2048;
+/// Rows of a weight whose output energy is computed together on a CPU without AMX.
+const ENERGY_ROWS: i64 = 1024;
 
 /// The Hessian of a stage's inputs, accumulated in fp32 in the order in which batches arrive: on CUDA from fp16 and bf16
 /// by tensor cores, else, or where these are found to be inexact, by plain fp32 products. fp16 cannot overflow here: the
@@ -212,8 +214,17 @@ impl Hessian {
                 (0..weight.size()[0] as usize).map(|row| raw::floats(&weight, row * k, k)).collect();
             return Ok(amx::quadratic_form(h.all(), k, &rows, |row, to| row.widen(to)));
         }
-        let kind = if self.matrix.device() == Device::Cpu { Kind::Float } else { Kind::BFloat16 };
-        self.output_energy_in(kind, weight).torch("measure a linear's output")
+        let measure = || {
+            if self.matrix.device() != Device::Cpu {
+                return self.output_energy_in(Kind::BFloat16, weight);
+            }
+            // Some rows at a time: products of all would take several times the weight's memory.
+            let rows = weight.size()[0];
+            let parts = (0..rows).step_by(ENERGY_ROWS as usize);
+            let parts = parts.map(|first| weight.f_narrow(0, first, ENERGY_ROWS.min(rows - first)));
+            parts.map(|part| self.output_energy_in(Kind::Float, &part?)).sum()
+        };
+        measure().torch("measure a linear's output")
     }
 
     /// With products of `kind`, bf16 or fp32, and sums in fp32; one wait for the device at the end.

@@ -115,6 +115,25 @@ impl Shape<'_> {
         factoring.max(energy).max(solving).max(leaving).max(capturing)
     }
 
+    /// Floating-point operations of a layer on the CPU, but for attention's scores and whatever is not a product.
+    pub(super) fn layer_operations(&self) -> f64 {
+        let tokens = (self.windows * self.seq_len) as f64;
+        let (mut forward, mut hessians, mut factors, mut solves) = (0.0, 0.0, 0.0, 0.0);
+        for stage in Stage::ALL {
+            let (n, k) = self.stage(stage);
+            let (n, k) = (n as f64, k as f64);
+            forward += 2.0 * tokens * n * k;
+            // The lower triangles alone.
+            hessians += tokens * k * k;
+            factors += k.powi(3) / 3.0;
+            // The energy of the outputs, for the reported error, and the compensation.
+            solves += 2.0 * n * k * k;
+        }
+        let variants = self.variants as f64;
+        let streams = if self.shared_hessian { 1.0 } else { variants };
+        streams * (forward + hessians + factors) + variants * solves
+    }
+
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
     pub(super) fn need(&self, device: Device, tokens: usize) -> Need {
         let cuda = device != Device::Cpu;

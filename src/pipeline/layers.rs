@@ -14,7 +14,7 @@ use crate::{
     error::Result,
     model::kind_name,
     progress::{Event, Progress},
-    report::ComputeReport,
+    report::{ComputeReport, duration},
 };
 
 /// Solves the layers that are not finished; each is in the journal, and the branches are durable, before the next begins.
@@ -49,7 +49,10 @@ pub(super) fn solve(
     let _guard = tch::no_grad_guard();
     let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
     let needs = Needs::of(plan, checkpoint, place)?;
-    progress.event(&Event::Note(&needs.to_string()));
+    let time = needs
+        .layer_seconds()?
+        .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
+    progress.event(&Event::Note(&format!("{needs}{time}")));
     let kind = needs.kind;
     let task = Task {
         variants: &plan.variants,

@@ -1,6 +1,10 @@
 //! What the machine has, and what this process has of it.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, time::Instant};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Result, TorchContext};
 
 /// Bytes that can still be written to the disk of `folder`; none where the system does not say.
 pub fn available_space(folder: &Path) -> Option<u64> {
@@ -33,6 +37,36 @@ pub fn available_memory() -> Option<u64> {
     match (system, container_memory()) {
         (Some(system), Some(container)) => Some(system.min(container)),
         (system, container) => system.or(container),
+    }
+}
+
+/// Floating-point operations a second of matrix products in `kind` on the CPU, as a layer has them: the better of two tries,
+/// which take a fraction of a second.
+///
+/// # Errors
+/// When libtorch cannot compute them.
+pub(super) fn product_speed(kind: Kind) -> Result<f64> {
+    const SIZE: i64 = 1024;
+    let products = || {
+        let x = Tensor::f_ones([SIZE, SIZE], (kind, Device::Cpu))?;
+        let mut best = f64::INFINITY;
+        for _ in 0..2 {
+            let begun = Instant::now();
+            let _product = x.f_mm(&x)?;
+            best = best.min(begun.elapsed().as_secs_f64());
+        }
+        Ok(2.0 * (SIZE as f64).powi(3) / best)
+    };
+    products().torch("measure a matrix product")
+}
+
+/// Gives memory that is free, but kept for later, back to the system: buffers of a few megabytes, which a forward pass takes
+/// and frees in numbers, otherwise add up in the heaps of its threads.
+pub(super) fn return_free_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it only looks at what is free, and locks what it looks at.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

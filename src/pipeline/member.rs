@@ -116,10 +116,13 @@ impl<'a> Member<'a> {
 
     /// Takes a layer's weights.
     pub(super) fn enter_layer(&mut self, weights: &Weights) -> Result<()> {
-        // The old ones first: two layers at a time need not fit.
-        self.weights = None;
         self.weights = Some(weights.on(self.device())?);
         Ok(())
+    }
+
+    /// Lets them go: two layers at a time need not fit.
+    pub(super) fn forget_layer(&mut self) {
+        self.weights = None;
     }
 
     pub(super) fn weights(&self) -> &Weights {
@@ -179,6 +182,7 @@ impl<'a> Member<'a> {
                 member.between().put(i, attended)
             },
         )?;
+        self.linears.clear();
         Ok(hessian)
     }
 
@@ -199,6 +203,7 @@ impl<'a> Member<'a> {
                 member.hidden[stream].put(i, hidden)
             },
         )?;
+        self.linears.clear();
         self.between = None;
         Ok(hessian)
     }
@@ -220,6 +225,7 @@ impl<'a> Member<'a> {
                 member.between().put(i, activated)
             },
         )?;
+        self.linears.clear();
         Ok(hessian)
     }
 

@@ -140,6 +140,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         branches,
         warnings,
         seconds: state.seconds(),
+        journal_seconds: state.journal_seconds(),
         layer_seconds: state.layer_seconds().to_vec(),
         stage_seconds: state.stage_seconds(),
         peak_memory_bytes: peak_memory().max(state.peak_memory_bytes()),

@@ -8,6 +8,7 @@ use std::{
 
 use super::{
     journal::NextStates,
+    machine::return_free_memory,
     member::{Member, Surroundings},
     weights::Weights,
 };
@@ -133,10 +134,12 @@ impl<'a> Team<'a> {
         // Tensors may go to other threads, but not be looked at by two.
         self.members.iter_mut().try_for_each(|member| member.enter_layer(weights))?;
         if self.task.shared_hessian {
-            self.solve_shared(layer, sink, next)
+            self.solve_shared(layer, sink, next)?;
         } else {
-            self.solve_each(layer, sink, next)
+            self.solve_each(layer, sink, next)?;
         }
+        self.members.iter_mut().for_each(Member::forget_layer);
+        Ok(())
     }
 
     /// Each variant on hidden states of its own, which are advanced through the quantized layer.
@@ -294,6 +297,7 @@ impl<'a> Team<'a> {
         variants: &[usize],
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
+        return_free_memory();
         let sink = || sink.lock().unwrap_or_else(PoisonError::into_inner);
         let progress = self.around.progress;
         let weights = self.members[0].weights();

@@ -5,6 +5,7 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::Instant,
 };
 
 use xxhash_rust::xxh3::xxh3_128;
@@ -24,6 +25,8 @@ struct Inner {
     file: File,
     /// Of each window; `None` until it is written.
     checksums: Vec<Option<u128>>,
+    /// Spent on checksums and writing.
+    seconds: f64,
 }
 
 impl WindowFile {
@@ -60,7 +63,7 @@ impl WindowFile {
     }
 
     fn of(path: PathBuf, file: File, checksums: Vec<Option<u128>>, window_bytes: usize) -> Self {
-        Self { path, window_bytes, inner: Mutex::new(Inner { file, checksums }) }
+        Self { path, window_bytes, inner: Mutex::new(Inner { file, checksums, seconds: 0.0 }) }
     }
 
     fn windows(&self) -> usize {
@@ -79,12 +82,14 @@ impl WindowFile {
 
     /// Writes whole windows, from `first` on.
     pub(super) fn write(&self, first: usize, bytes: &[u8]) -> Result<()> {
+        let begun = Instant::now();
         let sums: Vec<_> = bytes.chunks(self.window_bytes).map(|window| Some(xxh3_128(window))).collect();
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let offset = SeekFrom::Start((first * self.window_bytes) as u64);
         let written = inner.file.seek(offset).and_then(|_| inner.file.write_all(bytes));
         written.map_err(Error::io("write", &self.path))?;
         inner.checksums[first..first + sums.len()].copy_from_slice(&sums);
+        inner.seconds += begun.elapsed().as_secs_f64();
         Ok(())
     }
 
@@ -107,6 +112,11 @@ impl WindowFile {
             }
         }
         Ok(bytes)
+    }
+
+    /// Seconds spent on writing so far.
+    pub(super) fn seconds(&self) -> f64 {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).seconds
     }
 
     /// Makes what was written durable.

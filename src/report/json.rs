@@ -48,6 +48,9 @@ pub struct Report {
     pub warnings: Vec<String>,
     /// The whole run, without evaluation.
     pub seconds: f64,
+    /// Of these, what it took to be able to go on after an interruption; flushing to the disk beside the computation is not
+    /// counted.
+    pub journal_seconds: f64,
     /// Each layer, all variants.
     pub layer_seconds: Vec<f64>,
     /// Where the time went.

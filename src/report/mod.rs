@@ -25,4 +25,4 @@ pub use json::{
 };
 pub use markdown::markdown;
 pub use recommendation::{FACTOR, Recommendation};
-pub use text::{bytes, comparison_table, evaluation_table, run_table};
+pub use text::{bytes, comparison_table, duration, evaluation_table, run_table};

@@ -9,6 +9,15 @@ use super::{
 };
 use crate::variant::Order;
 
+/// Seconds as people say them.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 90.0 * 60.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
+
 /// `3.90 GB`, in powers of ten as on the Hub.
 pub fn bytes(count: u64) -> String {
     let count = count as f64;

@@ -87,6 +87,7 @@ const UNSAFE: &[&str] = &[
     "kernels/cpu_simd_x86.rs",
     "kernels/cuda_matmul.rs",
     "model/linear.rs",
+    "pipeline/machine.rs",
 ];
 
 const LONGEST: usize = 400;

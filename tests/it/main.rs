@@ -18,12 +18,15 @@
 //! | `models` | our forward pass against logits that transformers computed |
 //! | `bench` | where its result goes, and what it says without a device |
 //! | `generate` | text from the demo model and its branches |
-//! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
+//! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
+//! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
+//! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
 //! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
-//! files without the library's own reader; `source` reads Rust source text.
+//! files without the library's own reader; `rounded` makes a quantized model without calibration; `source` reads Rust
+//! source text.
 
 mod bad_input;
 mod bad_settings;
@@ -32,6 +35,7 @@ mod cuda_device;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;
 mod cuda_kernels;
+mod evaluation;
 mod foreign;
 mod generate;
 mod golden;
@@ -43,8 +47,10 @@ mod models;
 mod output;
 mod quantize;
 mod reference;
+mod reports;
 mod resources;
 mod resume;
+mod rounded;
 mod safetensors_file;
 mod source;
 mod tiny_model;

@@ -1,6 +1,9 @@
 //! Limits of memory and several devices: how a run is done, never what it makes.
 
-use crate::helpers::{Lab, demo, digests, text_of};
+use crate::{
+    helpers::{Lab, demo, digests, read_json, text_of},
+    tiny_model::Model,
+};
 
 const FLAGS: [&str; 8] =
     ["--samples", "12", "--seq-len", "128", "--variant", "4bit-128g", "--variant", "4bit-32g-act"];
@@ -47,6 +50,26 @@ fn too_little_memory_is_refused_with_the_numbers() {
     );
     assert!(output.stderr.contains("hint: allow more with --max-memory"), "{}", output.stderr);
     assert!(!lab.out().exists());
+}
+
+/// Wider than deep, deeper than wide, and with few heads of keys; large enough that what a run needs is more than what any
+/// program does.
+#[test]
+fn the_estimate_is_within_a_fifth_of_the_peak() {
+    let shapes = [(768, 2560, 6, 6), (512, 3072, 8, 2), (1024, 1024, 8, 8)];
+    for (hidden, intermediate, heads, kv_heads) in shapes {
+        let lab = Lab::with(&Model { hidden, intermediate, heads, kv_heads, ..Model::default() });
+        let flags =
+            ["--samples", "48", "--seq-len", "128", "--variant", "4bit-128g", "--variant", "4bit-32g-act"];
+        let output = lab.quantize(&flags).succeeds();
+        let peak = read_json(&lab.out().join("run.json"))["peak_memory_bytes"].as_f64().unwrap();
+        let ratio = estimate(&output.estimate) / peak;
+        println!(
+            "hidden {hidden}, intermediate {intermediate}: estimated {ratio:.2} of {:.0} MB",
+            peak / 1e6
+        );
+        assert!((0.8..1.2).contains(&ratio), "hidden {hidden}: estimated {ratio:.2} of {peak}");
+    }
 }
 
 #[test]

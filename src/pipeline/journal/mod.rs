@@ -183,12 +183,15 @@ impl Journal {
         stage_seconds: StageSeconds,
         compute: &ComputeReport,
     ) -> Result<()> {
+        let begun = Instant::now();
         let mut next = next;
         let mut state = State { branches, warnings, stage_seconds, ..self.state.clone() };
         state.layers += 1;
         state.hidden = next.as_mut().map(NextStates::finish).transpose()?;
         state.layer_seconds.push(layer_seconds);
         state.seconds = self.seconds();
+        let writing: f64 = next.iter().flat_map(|next| &next.files).map(|file| file.seconds()).sum();
+        state.journal_seconds += writing + begun.elapsed().as_secs_f64();
         state.peak_memory_bytes = peak_memory().max(state.peak_memory_bytes);
         match state.parts.last_mut() {
             Some(part) if self.going_on => part.count += 1,

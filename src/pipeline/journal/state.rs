@@ -38,6 +38,8 @@ pub(in crate::pipeline) struct State {
     pub(super) stage_seconds: StageSeconds,
     /// Everything before, interrupted layers included.
     pub(super) seconds: f64,
+    /// Of these, what this journal took.
+    pub(super) journal_seconds: f64,
     /// Largest resident memory of all parts of the run, bytes.
     pub(super) peak_memory_bytes: Option<u64>,
     /// Who computed the finished layers.
@@ -87,6 +89,7 @@ impl State {
             layer_seconds: Vec::new(),
             stage_seconds: StageSeconds::default(),
             seconds: 0.0,
+            journal_seconds: 0.0,
             peak_memory_bytes: None,
             parts: Vec::new(),
             sealed: false,
@@ -161,6 +164,11 @@ impl State {
     /// The whole run so far.
     pub(in crate::pipeline) fn seconds(&self) -> f64 {
         self.seconds
+    }
+
+    /// Of these, what this journal took.
+    pub(in crate::pipeline) fn journal_seconds(&self) -> f64 {
+        self.journal_seconds
     }
 
     /// Largest resident memory of all parts of the run, bytes.
