@@ -2,6 +2,7 @@
 //! by plan. The only place that knows file and tensor names.
 
 mod config;
+mod digest;
 mod fields;
 mod fingerprint;
 mod header;

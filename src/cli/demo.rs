@@ -14,7 +14,7 @@ use gptq::{
 
 use super::{
     args::{DemoArgs, OutputArgs},
-    quantize, signals,
+    command, quantize, signals,
     terminal::{self, Terminal},
 };
 
@@ -76,6 +76,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         tokens: &tokens,
         provenance: calibration.provenance(),
         place,
+        command: &command::words(),
         stop: &*signals::stop_flag(output)?,
     };
     let mut finished = pipeline::quantize(&run, &terminal)?;
@@ -92,13 +93,21 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let evaluation = Tokens::new(&evaluation, &tokenizer, vocab_size)?;
     let windows = Windows::sequential(&evaluation, SEQ_LEN, None)?;
     let name = "demo evaluation text";
-    let measured =
-        quantize::evaluate_branches(report, &out, &checkpoint, &windows, name, Compute::CPU, &terminal)?;
-    finished.report.evaluation = Some(measured);
+    let measured = quantize::evaluate_branches(
+        report,
+        &out,
+        &checkpoint,
+        &windows,
+        name,
+        Compute::CPU,
+        None,
+        &terminal,
+    )?;
+    finished.report.evaluations = vec![measured];
     let report = finished.complete()?;
     drop(terminal);
     quantize::print(&report, &out, output)?;
-    if !output.json {
+    if output.json.is_none() {
         terminal::result(&how_to_load(&out))?;
     }
     Ok(true)

@@ -17,9 +17,12 @@ use gptq::{
 
 use super::{
     args::{OutputArgs, QuantizeArgs},
-    datasets, signals,
+    command, datasets, signals,
     terminal::{self, Terminal},
 };
+
+/// Tokens of a short window: the length at which perplexities are often compared.
+pub(super) const SHORT: usize = 512;
 
 pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let plan = plan(args)?;
@@ -29,7 +32,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),
-        ..datasets::options(&args.text)
+        ..datasets::options(&args.text.places)
     };
     let source = CorpusSource::resolve(&plan.dataset, &options)?;
     let evaluation_source = evaluation_source(args, &source, &options, output)?;
@@ -42,7 +45,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         Some(source) => {
             let corpus = source.load()?;
             let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
-            Some(Windows::sequential(&tokens, plan.seq_len, Some(args.eval_windows))?)
+            Some(evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?)
         }
         None => None,
     };
@@ -55,6 +58,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         tokens: &tokens,
         provenance: corpus.provenance(),
         place,
+        command: &command::words(),
         stop: &stop,
     };
     let mut finished =
@@ -63,9 +67,21 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
         let (out, name) = (&args.out, source.name());
+        let cache = args.cache.dir();
         let report = &mut finished.report;
-        report.evaluation =
-            Some(evaluate_branches(report, out, &checkpoint, windows, name, compute, &terminal)?);
+        for windows in windows {
+            let found = evaluate_branches(
+                report,
+                out,
+                &checkpoint,
+                windows,
+                name,
+                compute,
+                cache.as_deref(),
+                &terminal,
+            )?;
+            report.evaluations.push(found);
+        }
     }
     let report = finished.complete()?;
     drop(terminal);
@@ -95,6 +111,7 @@ pub(super) fn evaluate_branches(
     windows: &Windows,
     dataset: &str,
     compute: Compute,
+    cache: Option<&Path>,
     progress: &dyn Progress,
 ) -> gptq::Result<Evaluation> {
     let opened = report.branches.iter().map(|b| Checkpoint::open(&out.join(&b.branch)));
@@ -105,16 +122,30 @@ pub(super) fn evaluate_branches(
         .zip(&opened)
         .map(|(branch, checkpoint)| Candidate { name: branch.branch.clone(), checkpoint })
         .collect();
-    eval::evaluate(reference, &candidates, windows, dataset, compute, progress)
+    eval::evaluate(reference, &candidates, windows, dataset, compute, cache, progress)
+}
+
+/// Windows of the run's own length, and as many tokens in short ones: what a model does with little to go by.
+pub(super) fn evaluation_windows(
+    tokens: &Tokens<'_>,
+    seq_len: usize,
+    count: usize,
+) -> gptq::Result<Vec<Windows>> {
+    let own = Windows::sequential(tokens, seq_len, Some(count))?;
+    if seq_len <= SHORT {
+        return Ok(vec![own]);
+    }
+    let short = Windows::sequential(tokens, SHORT, Some(own.ids().len() / SHORT))?;
+    Ok(vec![own, short])
 }
 
 /// Prints the run's tables or its JSON.
 pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<()> {
-    if output.json {
+    if output.json.is_some() {
         return terminal::json(report);
     }
     terminal::result(&format!("{}\n", run_table(report)))?;
-    if let Some(evaluation) = &report.evaluation {
+    for evaluation in &report.evaluations {
         terminal::result(&format!("{}\n", evaluation_table(evaluation)))?;
     }
     let branches = match report.branches.len() {
@@ -152,8 +183,8 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.max_shard_size, args.max_shard_size);
     set(&mut plan.max_memory, args.max_memory.map(Some));
     set(&mut plan.max_device_memory, args.max_device_memory.map(Some));
-    set(&mut plan.split, args.text.split.clone().map(Some));
-    set(&mut plan.text_column, args.text.text_column.clone().map(Some));
+    set(&mut plan.split, args.text.places.split.clone().map(Some));
+    set(&mut plan.text_column, args.text.places.text_column.clone().map(Some));
     if !args.variants.is_empty() {
         plan.variants.clone_from(&args.variants);
     }

@@ -13,7 +13,7 @@ use crate::{
     gptq::solver::Solved,
     plan::Plan,
     progress::Progress,
-    report::{BranchReport, LinearReport},
+    report::{BranchReport, LinearReport, StageSeconds},
     variant::Variant,
     verify,
 };
@@ -23,6 +23,8 @@ pub(super) struct Branches {
     writers: Vec<BranchWriter>,
     reports: Vec<BranchReport>,
     warnings: Vec<String>,
+    /// The parts that happen here: solving, as told, packing and finishing.
+    seconds: StageSeconds,
 }
 
 impl Branches {
@@ -32,14 +34,17 @@ impl Branches {
             branch: v.branch(),
             variant: *v,
             bytes: 0,
+            weight_bytes: 0,
             bits_per_weight: bits_per_weight(v, checkpoint),
             seconds: 0.0,
+            readers: Vec::new(),
             linears: Vec::new(),
         };
         Ok(Self {
             writers: plan.variants.iter().map(create).collect::<Result<_>>()?,
             reports: plan.variants.iter().map(report).collect(),
             warnings: Vec::new(),
+            seconds: StageSeconds::default(),
         })
     }
 
@@ -54,6 +59,7 @@ impl Branches {
             writers: plan.variants.iter().zip(branches).map(reopen).collect::<Result<_>>()?,
             reports: branches.iter().map(|branch| branch.report.clone()).collect(),
             warnings: state.warnings().to_vec(),
+            seconds: state.stage_seconds(),
         })
     }
 
@@ -70,6 +76,11 @@ impl Branches {
         &self.warnings
     }
 
+    /// Where the time went, as far as it went here.
+    pub(super) fn seconds(&self) -> StageSeconds {
+        self.seconds
+    }
+
     /// Completes the branches and checks them.
     pub(super) fn seal(
         &mut self,
@@ -77,12 +88,14 @@ impl Branches {
         provenance: &Provenance,
         progress: &dyn Progress,
     ) -> Result<()> {
+        let begun = Instant::now();
         progress.begin("writing and checking", self.writers.len() as u64);
         for writer in &mut self.writers {
             let folder = writer.seal(checkpoint, provenance)?;
             verify::written(folder)?;
             progress.advance(1);
         }
+        self.seconds.finishing = begun.elapsed().as_secs_f64();
         Ok(())
     }
 }
@@ -110,6 +123,9 @@ pub(super) fn check_sealed(out: &Path, variants: &[Variant]) -> Result<()> {
 pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<BranchReport>> {
     for report in &mut reports {
         report.bytes = emit::publish(out, &report.variant)?;
+        let written = Checkpoint::open(&out.join(&report.branch))?;
+        report.weight_bytes = written.bytes_total();
+        report.readers = verify::readers_of(&written)?;
     }
     Ok(reports)
 }
@@ -123,13 +139,18 @@ impl Sink for Branches {
         let begun = Instant::now();
         self.writers[variant].write_linear(id, linear)?;
         let report = &mut self.reports[variant];
-        report.seconds += record.seconds + begun.elapsed().as_secs_f64();
+        let packing = begun.elapsed().as_secs_f64();
+        report.seconds += record.seconds + packing;
+        self.seconds.solving += record.seconds;
+        self.seconds.packing += packing;
         report.linears.push(LinearReport {
             name: id.to_string(),
             relative_error: record.relative_error,
             damp: record.facts.damp,
             damp_raised: record.facts.damp_raised,
             dead_columns: record.facts.dead_columns,
+            outlier_ratio: record.facts.outlier_ratio,
+            condition_estimate: record.facts.condition_estimate,
             seconds: record.seconds,
             uncompensated_features: record.uncompensated,
             fallback: record.fallback,

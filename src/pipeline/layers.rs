@@ -86,7 +86,8 @@ pub(super) fn solve(
         crew.solve_layer(layer, &Mutex::new(&mut branches), states.as_ref())?;
         let committed = branches.commit()?;
         let layer_seconds = layer_begun.elapsed().as_secs_f64();
-        journal.commit(next, committed, branches.warnings().to_vec(), layer_seconds, &compute)?;
+        let (warnings, stages) = (branches.warnings().to_vec(), branches.seconds());
+        journal.commit(next, committed, warnings, layer_seconds, stages, &compute)?;
         folder.hold();
         report_layer(layer + 1, layer_seconds);
     }

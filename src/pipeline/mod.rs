@@ -31,7 +31,7 @@ use crate::{
     error::{Error, Result},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
-    report::{CalibrationReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report},
+    report::{CalibrationReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report},
 };
 pub use journal::{Begun, begun};
 use journal::{Identity, Journal};
@@ -39,9 +39,6 @@ pub use machine::{available_memory, available_space, fast_bf16, peak_memory, res
 use needs::Needs;
 use output_folder::OutputFolder;
 pub use output_folder::Place;
-
-/// `gptq 0.1.0`.
-pub const GENERATED_BY: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));
 
 /// What a run needs beside the plan.
 pub struct Run<'a> {
@@ -55,6 +52,8 @@ pub struct Run<'a> {
     pub provenance: &'a calibration::Provenance,
     /// Where the branches go; what the same run left there unfinished is gone on with.
     pub place: Place<'a>,
+    /// The command, for the report: without paths of this machine.
+    pub command: &'a [String],
     /// Set by whoever wants the run to stop; it then ends at the next batch or linear.
     pub stop: &'a AtomicBool,
 }
@@ -87,7 +86,7 @@ impl Finished {
 /// # Errors
 /// When anything at all does not fit, before the work where it can be known before.
 pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
-    let Run { plan, checkpoint, tokens, provenance: text, place, .. } = run;
+    let Run { plan, checkpoint, tokens, provenance: text, place, command, .. } = run;
     check(plan, checkpoint, place)?;
     let windows = Windows::random(tokens, plan.samples, plan.seq_len, plan.seed)?;
     check_dense(checkpoint)?;
@@ -117,7 +116,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     } else {
         let mut branches = layers::solve(run, &windows, &mut journal, &mut folder, progress)?;
         branches.seal(checkpoint, &provenance, progress)?;
-        journal.seal()?;
+        journal.seal(branches.seconds())?;
     }
     let state = journal.state();
     let branches = branches::publish(place.out, state.reports())?;
@@ -125,6 +124,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     let report = Report {
         schema: REPORT_SCHEMA.into(),
         generated_by: GENERATED_BY.into(),
+        command: command.to_vec(),
         // A local text was given by its path on this machine.
         plan: Plan { dataset: tokens.dataset().to_owned(), ..(*plan).clone() },
         model: model_report(checkpoint)?,
@@ -142,8 +142,9 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         seconds: state.seconds(),
         journal_seconds: state.journal_seconds(),
         layer_seconds: state.layer_seconds().to_vec(),
+        stage_seconds: state.stage_seconds(),
         peak_memory_bytes: peak_memory().max(state.peak_memory_bytes()),
-        evaluation: None,
+        evaluations: Vec::new(),
     };
     write_report(place.out, &report)?;
     folder.hold();

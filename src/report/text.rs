@@ -2,7 +2,11 @@
 
 use std::fmt::Write;
 
-use super::{Evaluation, Interval, Report};
+use super::{
+    Comparison, Evaluation, Interval, Report,
+    advice::{advice, headline, rule},
+    figures::{cells, headers},
+};
 use crate::variant::Order;
 
 /// Seconds as people say them.
@@ -55,6 +59,27 @@ pub fn run_table(report: &Report) -> String {
         let rows = report.fallbacks().map(|texts| <[&str; 3]>::from(texts).map(str::to_owned).to_vec());
         text.push_str(&table(&["branch", "linear", "reason"], rows.collect()));
     }
+    text
+}
+
+/// Several runs and checkpoints: what to take, and the figures that decide.
+pub fn comparison_table(comparison: &Comparison) -> String {
+    const SHOWN: [&str; 5] = ["size", "mean KL", "Δ to fp16", "same top-1", "readers"];
+    let headers = headers(comparison);
+    let kept: Vec<usize> = (0..headers.len())
+        .filter(|&c| SHOWN.contains(&headers[c].0.as_str()) || headers[c].0.starts_with("perplexity"))
+        .collect();
+    let names: Vec<&str> =
+        std::iter::once("branch").chain(kept.iter().map(|&c| headers[c].0.as_str())).collect();
+    let rows = comparison.entries.iter().map(|entry| {
+        let cells = cells(comparison, entry);
+        std::iter::once(entry.name.clone()).chain(kept.iter().map(|&c| cells[c].text.clone())).collect()
+    });
+    let mut text = format!("{}\n\n", headline(comparison));
+    for advice in advice(comparison) {
+        let _ = writeln!(text, "{}: {}, {}", advice.when, advice.entry.name, advice.because);
+    }
+    let _ = writeln!(text, "\n{}{}", table(&names, rows.collect()), rule(comparison));
     text
 }
 

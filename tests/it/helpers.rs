@@ -142,7 +142,7 @@ impl Lab {
         for dir in quantized {
             args.extend(["--quantized".to_owned(), text_of(dir)]);
         }
-        self.run(&args).json()
+        self.run(&args).json()["evaluations"][0].take()
     }
 
     /// The program with any arguments, running; what it prints on standard error can be read.
@@ -159,7 +159,10 @@ impl Lab {
         for variable in ["HF_HUB_CACHE", "GPTQ_TEST_DATA"] {
             command.env_remove(variable);
         }
-        command.env("HF_HOME", self.path("hf-home")).env("OMP_WAIT_POLICY", "passive");
+        command
+            .env("HF_HOME", self.path("hf-home"))
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .env("OMP_WAIT_POLICY", "passive");
         let output = command.args(args).output().unwrap();
         self.read(&output)
     }

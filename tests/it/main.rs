@@ -19,12 +19,13 @@
 //! | `models` | our forward pass against logits that transformers computed |
 //! | `bench` | where its result goes, and what it says without a device |
 //! | `generate` | text from the demo model and its branches |
-//! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
+//! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
 //! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
-//! files without the library's own reader; `source` reads Rust source text.
+//! files without the library's own reader; `rounded` makes a quantized model without calibration; `source` reads Rust
+//! source text.
 
 mod bad_input;
 mod bad_settings;
@@ -47,6 +48,7 @@ mod quantize;
 mod reference;
 mod resources;
 mod resume;
+mod rounded;
 mod safetensors_file;
 mod source;
 mod tiny_model;

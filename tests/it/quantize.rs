@@ -63,7 +63,7 @@ fn a_run_leaves_complete_branches_and_a_report() {
 fn the_report_says_what_was_done(printed: &Value, out: &Path) {
     assert_eq!(*printed, read_json(&out.join("run.json")), "what is printed is what is written");
     let report: Report = serde_json::from_value(printed.clone()).unwrap();
-    assert_eq!((report.schema.as_str(), REPORT_SCHEMA), ("gptq-run/1", "gptq-run/1"));
+    assert_eq!((report.schema.as_str(), REPORT_SCHEMA), ("gptq-run/2", "gptq-run/2"));
     assert_eq!(report.generated_by, concat!("gptq ", env!("CARGO_PKG_VERSION")));
     assert_eq!((report.model.layers, report.model.parameters), (4, 5_114_112));
     assert_eq!((report.calibration.samples, report.calibration.seq_len), (8, 128));
@@ -75,13 +75,22 @@ fn the_report_says_what_was_done(printed: &Value, out: &Path) {
         let sizes = entries(&out.join(&branch.branch)).into_iter().map(|f| out.join(&branch.branch).join(f));
         assert_eq!(branch.bytes, sizes.map(|f| f.metadata().unwrap().len()).sum::<u64>());
         assert_eq!(branch.linears.len(), 4 * 7);
+        assert!(branch.linears.iter().all(|l| l.outlier_ratio >= 1.0 && l.condition_estimate >= 1.0));
+        assert!(branch.readers.iter().any(|r| r.refused.is_none()) && branch.weight_bytes < branch.bytes);
         assert_eq!(branch.linears[0].name, "model.layers.0.self_attn.q_proj");
         assert!(
             branch.linears.iter().all(|l| l.relative_error > 0.0 && l.relative_error < 0.5 && l.damp == 0.01)
         );
     }
-    let evaluation = report.evaluation.expect("it was evaluated");
+    let stages = report.stage_seconds;
+    let all = [stages.calibrating, stages.solving, stages.packing, stages.finishing];
+    assert!(all.iter().all(|&s| s > 0.0) && all.iter().sum::<f64>() <= report.seconds, "{stages:?}");
+    assert_eq!(report.command[..4], ["gptq", "quantize", "--model", "demo"]);
+    assert!(report.command.iter().all(|word| !word.contains('/')), "{:?}", report.command);
+    let [evaluation] = &report.evaluations[..] else { panic!("evaluated once") };
     assert_eq!((evaluation.windows, evaluation.seq_len, evaluation.models.len()), (2, 128, 2));
+    assert_eq!((&evaluation.window_tokens[..], evaluation.window_nll.len()), (&[127, 127][..], 2));
+    assert!(evaluation.models.iter().all(|m| m.window_nll.len() == 2 && m.kl_p99 <= m.kl_max));
     assert!(evaluation.models.iter().all(|m| m.kl_divergence.value > 0.0 && m.kl_divergence.value < 0.2));
 }
 

@@ -65,6 +65,7 @@ fn run(model: &Path, plan: &Plan, place: &Place<'_>, stop_after: Option<usize>) 
         tokens: &tokens,
         provenance: corpus.provenance(),
         place: *place,
+        command: &[],
         stop: &stop,
     };
     pipeline::quantize(&run, &StopAfter { layers: stop_after, stop: &stop })?.complete()

@@ -18,6 +18,8 @@ mod rtn;
 pub(in crate::gptq) mod tests;
 mod torch;
 
+use std::borrow::Borrow;
+
 use half::f16;
 use tch::{Kind, Tensor};
 
@@ -84,6 +86,10 @@ pub struct Factorization {
     pub damp_raised: u32,
     /// Input features that carried nothing during calibration; their weights are set to zero.
     pub dead_columns: usize,
+    /// Largest over median diagonal element, dead features left out.
+    pub outlier_ratio: f64,
+    /// The square of the largest over the smallest diagonal element of the factor: at most the condition number.
+    pub condition_estimate: f64,
 }
 
 /// One solved linear.
@@ -159,8 +165,8 @@ struct Damping<'a> {
     lambda: f64,
 }
 
-/// Orders a Hessian and tries dampings from `damp` on until `factorize` returns a factor.
-fn damped<F>(
+/// Orders a Hessian and tries dampings from `damp` on until `factorize` returns a factor, triangular in any direction.
+fn damped<F: Borrow<Tensor>>(
     hessian: &Hessian,
     desc_act: bool,
     damp: f64,
@@ -178,11 +184,30 @@ fn damped<F>(
     for (raised, damp) in damping_steps(damp).enumerate() {
         let lambda = damp * mean;
         if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {
-            let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
+            let facts = Factorization {
+                damp,
+                damp_raised: raised as u32,
+                dead_columns: dead.len(),
+                outlier_ratio: outlier_ratio(&diagonal),
+                condition_estimate: condition_estimate(factor.borrow()).torch("look at a factor")?,
+            };
             return Ok(Damped { factor, order, diagonal, dead, lambda, facts });
         }
     }
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
+}
+
+/// Largest over median of what is not zero; 0 when all is.
+fn outlier_ratio(diagonal: &[f32]) -> f64 {
+    let mut alive: Vec<f32> = diagonal.iter().copied().filter(|&d| d != 0.0).collect();
+    alive.sort_unstable_by(f32::total_cmp);
+    let largest = alive.last().map_or(0.0, |&d| f64::from(d));
+    alive.get(alive.len() / 2).map_or(0.0, |&median| largest / f64::from(median))
+}
+
+fn condition_estimate(factor: &Tensor) -> Result<f64, tch::TchError> {
+    let (smallest, largest) = factor.f_diagonal(0, 0, 1)?.f_aminmax(0, false)?;
+    Ok((f64::try_from(largest)? / f64::try_from(smallest)?).powi(2))
 }
 
 /// Columns solved between two matrix products: about `panel`, but whole groups where these are fitted on the way. `k` are

@@ -5,7 +5,9 @@ use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::{Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales};
+use super::{
+    Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales, outlier_ratio,
+};
 use crate::{
     error::{Result, TorchContext},
     gptq::{
@@ -35,7 +37,9 @@ impl Solver for RtnSolver {
     ) -> Result<Box<dyn Factorized>> {
         let diagonal = hessian.diagonal()?;
         let dead_columns = dead_columns(&diagonal).len();
-        let facts = Factorization { damp: 0.0, damp_raised: 0, dead_columns };
+        let outlier_ratio = outlier_ratio(&diagonal);
+        let facts =
+            Factorization { damp: 0.0, damp_raised: 0, dead_columns, outlier_ratio, condition_estimate: 0.0 };
         let order = ColumnOrder::new(desc_act, &diagonal);
         Ok(Box::new(Rounding { hessian: hessian.shared(), order, facts }))
     }

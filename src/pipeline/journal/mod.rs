@@ -28,7 +28,7 @@ use crate::{
     emit::{is_partial, remove_unfinished},
     error::{Error, JournalError, Result},
     model::kind_name,
-    report::{ComputeReport, LayersComputed},
+    report::{ComputeReport, LayersComputed, StageSeconds},
 };
 
 /// Keeps two runs from one output folder.
@@ -180,11 +180,12 @@ impl Journal {
         branches: Vec<BranchState>,
         warnings: Vec<String>,
         layer_seconds: f64,
+        stage_seconds: StageSeconds,
         compute: &ComputeReport,
     ) -> Result<()> {
         let begun = Instant::now();
         let mut next = next;
-        let mut state = State { branches, warnings, ..self.state.clone() };
+        let mut state = State { branches, warnings, stage_seconds, ..self.state.clone() };
         state.layers += 1;
         state.hidden = next.as_mut().map(NextStates::finish).transpose()?;
         state.layer_seconds.push(layer_seconds);
@@ -213,8 +214,9 @@ impl Journal {
     ///
     /// # Errors
     /// When that cannot be written down.
-    pub(super) fn seal(&mut self) -> Result<()> {
+    pub(super) fn seal(&mut self, stage_seconds: StageSeconds) -> Result<()> {
         self.state.sealed = true;
+        self.state.stage_seconds = stage_seconds;
         self.state.seconds = self.seconds();
         self.state.write(&self.folder)
     }

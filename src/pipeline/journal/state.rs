@@ -9,13 +9,13 @@ use super::identity::Identity;
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
-    report::{BranchReport, ComputeReport, LayersComputed},
+    report::{BranchReport, ComputeReport, LayersComputed, StageSeconds},
 };
 
 /// The file's name.
 pub(super) const STATE_FILE: &str = "state.json";
 /// How it begins; the number goes up when a reader of older ones could misread a newer one.
-const MAGIC: &str = "gptq-journal/1 ";
+const MAGIC: &str = "gptq-journal/2 ";
 
 /// How far a run is.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub(in crate::pipeline) struct State {
     pub(super) warnings: Vec<String>,
     /// Each finished layer.
     pub(super) layer_seconds: Vec<f64>,
+    /// Where the time of the finished layers went, and of sealing; `calibrating` is what is left of them.
+    pub(super) stage_seconds: StageSeconds,
     /// Everything before, interrupted layers included.
     pub(super) seconds: f64,
     /// Of these, what this journal took.
@@ -85,6 +87,7 @@ impl State {
             branches: Vec::new(),
             warnings: Vec::new(),
             layer_seconds: Vec::new(),
+            stage_seconds: StageSeconds::default(),
             seconds: 0.0,
             journal_seconds: 0.0,
             peak_memory_bytes: None,
@@ -149,6 +152,13 @@ impl State {
     /// Each finished layer.
     pub(in crate::pipeline) fn layer_seconds(&self) -> &[f64] {
         &self.layer_seconds
+    }
+
+    /// Where the time went.
+    pub(in crate::pipeline) fn stage_seconds(&self) -> StageSeconds {
+        let StageSeconds { solving, packing, .. } = self.stage_seconds;
+        let layers: f64 = self.layer_seconds.iter().sum();
+        StageSeconds { calibrating: (layers - solving - packing).max(0.0), ..self.stage_seconds }
     }
 
     /// The whole run so far.
