@@ -21,6 +21,7 @@
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
+//! | `documentation` | the tests that it names exist |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
 //! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
@@ -34,6 +35,7 @@ mod cuda_device;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;
 mod cuda_kernels;
+mod documentation;
 mod foreign;
 mod fuzz_findings;
 mod generate;
