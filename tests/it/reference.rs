@@ -35,7 +35,8 @@ fn figures_are_those_of(golden: &str, data: &std::path::Path, text: &str) {
     let (model, quantized) = (data.join("booklm"), lab.path("rounded"));
     rounded::write(&model, &quantized);
     let (model, quantized, text) = (text_of(&model), text_of(&quantized), text_of(&data.join(text)));
-    let args = ["eval", "--model", &model, "--quantized", &quantized, "--dataset", &text, "--seq-len", "1024"];
+    let args =
+        ["eval", "--model", &model, "--quantized", &quantized, "--dataset", &text, "--seq-len", "1024"];
     let more = ["--windows", "16", "--compute-dtype", "fp32", "--json"];
     let found = lab.run(&[&args[..], &more].concat()).json()["evaluations"][0].take();
     assert_eq!((&found["windows"], &found["seq_len"]), (&golden["windows"], &golden["seq_len"]));
