@@ -27,4 +27,4 @@ pub mod report;
 pub mod variant;
 pub mod verify;
 
-pub use error::{Error, JournalError, Result};
+pub use error::{Error, JournalError, ReportError, Result};

@@ -29,6 +29,7 @@ impl Error {
             }
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::Journal(error) => error.hint().into(),
+            Self::Report(error) => error.hint(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
             Self::Memory { flag: Some(flag), .. } => {

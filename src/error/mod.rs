@@ -3,12 +3,14 @@
 mod hint;
 mod journal;
 mod make;
+mod report;
 mod torch;
 
 use std::path::PathBuf;
 
 pub use journal::JournalError;
 pub(crate) use make::toml_error;
+pub use report::ReportError;
 pub use torch::TorchContext;
 use torch::without_backtrace;
 
@@ -334,6 +336,9 @@ pub enum Error {
     /// A run that was begun cannot be gone on with.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// Figures cannot be reported.
+    #[error(transparent)]
+    Report(#[from] ReportError),
     /// The disk has too little room for the result.
     #[error("`{}` has {available} free, and the result needs {needed}", path.display())]
     DiskSpace {

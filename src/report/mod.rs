@@ -3,6 +3,7 @@
 mod advice;
 mod charts;
 mod comparison;
+mod costs;
 mod evaluation;
 mod figures;
 mod html;
