@@ -35,6 +35,7 @@ mod cuda_device;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;
 mod cuda_kernels;
+mod evaluation;
 mod foreign;
 mod generate;
 mod golden;
@@ -46,6 +47,7 @@ mod models;
 mod output;
 mod quantize;
 mod reference;
+mod reports;
 mod resources;
 mod resume;
 mod rounded;
