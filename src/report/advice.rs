@@ -12,7 +12,7 @@ pub(super) struct Advice<'a> {
     /// What it has for it.
     pub(super) because: String,
     /// The figures that matter most: value and meaning.
-    pub(super) figures: Vec<(String, &'static str)>,
+    pub(super) figures: Vec<(String, String)>,
 }
 
 impl Advice<'_> {
@@ -92,18 +92,17 @@ pub(super) fn headline(comparison: &Comparison) -> String {
     }
 }
 
-fn figures(comparison: &Comparison, entry: &Entry) -> Vec<(String, &'static str)> {
-    let mut figures = vec![(bytes(entry.checkpoint.bytes), "of weights")];
-    if let Some(fp16) = comparison.source.bytes.filter(|&fp16| fp16 > 0) {
-        let share = entry.checkpoint.bytes as f64 / fp16 as f64 * 100.0;
-        figures.push((format!("{share:.0}%"), "of fp16's size"));
-    }
+fn figures(comparison: &Comparison, entry: &Entry) -> Vec<(String, String)> {
+    let share =
+        |fp16| format!("weights, {:.0}% of fp16", entry.checkpoint.bytes as f64 / fp16 as f64 * 100.0);
+    let weights = comparison.source.bytes.filter(|&fp16| fp16 > 0).map_or_else(|| "weights".into(), share);
+    let mut figures = vec![(bytes(entry.checkpoint.bytes), weights)];
     if let Some(main) = entry.main() {
         let (change, whole) = (main.perplexity_change.value, main.perplexity.value);
         figures.extend([
-            (format!("{:.1}%", main.top1_agreement.value * 100.0), "same next token as fp16"),
-            (percent(change / (whole - change)), "perplexity"),
-            (format!("{:.6}", main.kl_divergence.value), "mean KL"),
+            (format!("{:.1}%", main.top1_agreement.value * 100.0), "same next token as fp16".into()),
+            (percent(change / (whole - change)), "perplexity".into()),
+            (format!("{:.6}", main.kl_divergence.value), "mean KL divergence".into()),
         ]);
     }
     figures

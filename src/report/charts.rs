@@ -260,7 +260,7 @@ fn axes<'a, 'b>(
         .margin(6)
         .margin_right(14)
         .x_label_area_size(40)
-        .y_label_area_size(62)
+        .y_label_area_size(76)
         .build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
