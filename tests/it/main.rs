@@ -18,6 +18,8 @@
 //! | `kernel` | every linear of a branch through the matmul that runs it; every fault in one shows |
 //! | `models` | our forward pass against logits that transformers computed |
 //! | `bench` | where its result goes, and what it says without a device |
+//! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
+//! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
@@ -36,6 +38,7 @@ mod cuda_device;
 mod cuda_host;
 mod cuda_kernels;
 mod documentation;
+mod evaluation;
 mod foreign;
 mod fuzz_findings;
 mod generate;
@@ -48,6 +51,7 @@ mod models;
 mod output;
 mod quantize;
 mod reference;
+mod reports;
 mod resources;
 mod resume;
 mod rounded;
