@@ -92,13 +92,13 @@ fn a_run_is_reported_with_what_was_measured_later() {
     ])
     .succeeds();
     let out = text_of(&lab.out());
-    let short = lab.run(&["report", &out, "--json"]).json();
+    let short = lab.run(&["report", &out, "--json", "-"]).json();
     assert_eq!(short["protocols"].as_array().unwrap().len(), 1);
     let (model, branch) = (text_of(&lab.model()), lab.out().join("gptq-4bit-32g-actorder_True"));
     lab.eval(&[&branch]);
     let args = ["eval", "--model", &model, "--quantized", &text_of(&branch), "--dataset", &text];
     lab.run(&[&args[..], &["--seq-len", "32", "--windows", "2"]].concat()).succeeds();
-    let long = lab.run(&["report", &out, "--model", &model, "--json"]).json();
+    let long = lab.run(&["report", &out, "--model", &model, "--json", "-"]).json();
     let lengths: Vec<_> =
         long["protocols"].as_array().unwrap().iter().map(|p| p["seq_len"].as_u64()).collect();
     assert_eq!(lengths, [Some(64), Some(32)]);
