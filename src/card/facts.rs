@@ -196,6 +196,7 @@ fn shown(interval: &Interval, digits: usize) -> String {
 }
 
 fn shown_percent(interval: &Interval) -> String {
-    let percent = Interval { value: interval.value * 100.0, margin: interval.margin.map(|margin| margin * 100.0) };
+    let percent =
+        Interval { value: interval.value * 100.0, margin: interval.margin.map(|margin| margin * 100.0) };
     format!("{} %", shown(&percent, 2))
 }

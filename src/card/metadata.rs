@@ -8,7 +8,8 @@ use crate::report::Report;
 /// The lines between the `---`.
 pub(super) fn block(report: &Report, source: &SourceCard, options: &CardOptions) -> String {
     let mut lines = Lines::default();
-    let base = options.base_model.as_deref().or_else(|| report.model.source.as_ref().map(|s| s.repository.as_str()));
+    let base =
+        options.base_model.as_deref().or_else(|| report.model.source.as_ref().map(|s| s.repository.as_str()));
     if let Some(base) = base {
         lines.text("base_model", base);
         lines.text("base_model_relation", "quantized");
@@ -67,7 +68,8 @@ fn scalar(text: &str) -> String {
     let plain = text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || " ._/-".contains(c))
         && !text.ends_with(' ')
-        && !["true", "false", "null", "yes", "no", "on", "off", "y", "n"].contains(&text.to_ascii_lowercase().as_str());
+        && !["true", "false", "null", "yes", "no", "on", "off", "y", "n"]
+            .contains(&text.to_ascii_lowercase().as_str());
     if plain { text.to_owned() } else { json!(text).to_string() }
 }
 
@@ -77,7 +79,22 @@ mod tests {
 
     #[test]
     fn every_text_comes_back_from_yaml() {
-        for text in ["llama2", "Llama 2 7B", "no", "4-bit", "1.0", "a: b", "- x", "#", "line\nbreak", "Ünicode", "it's \"so\"", "null", "a ", "n"] {
+        for text in [
+            "llama2",
+            "Llama 2 7B",
+            "no",
+            "4-bit",
+            "1.0",
+            "a: b",
+            "- x",
+            "#",
+            "line\nbreak",
+            "Ünicode",
+            "it's \"so\"",
+            "null",
+            "a ",
+            "n",
+        ] {
             let yaml = format!("key: {}\nlist:\n- {}\n", scalar(text), scalar(text));
             let value: serde_json::Value = serde_saphyr::from_str(&yaml).unwrap();
             assert_eq!(value, json!({ "key": text, "list": [text] }), "{yaml}");

@@ -10,7 +10,7 @@ mod source;
 
 use std::path::{Path, PathBuf};
 
-use minijinja::{Environment, ErrorKind, UndefinedBehavior};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig, value::Serde};
 
 use crate::{
     error::{Error, HubError, Result},
@@ -58,17 +58,22 @@ pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<S
         None => (PathBuf::from("card.md.jinja"), TEMPLATE),
     };
     let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
-    environment.set_keep_trailing_newline(true);
+    environment.set_syntax(syntax());
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     let wrong = |error: &minijinja::Error| template_error(&path, error);
     let template = environment.template_from_str(text).map_err(|error| wrong(&error))?;
     let one = |at: usize| {
         let facts = facts::facts(report, run, at, &source, options);
-        template.render(facts).map_err(|error| wrong(&error))
+        template.render(Value::from(Serde(facts))).map_err(|error| wrong(&error))
     };
     (0..report.branches.len()).map(one).collect()
+}
+
+/// As transformers reads chat templates: lines of tags alone leave nothing behind.
+fn syntax() -> SyntaxConfig {
+    let mut syntax = SyntaxConfig::builder();
+    syntax.trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true);
+    syntax.build().expect("the usual delimiters")
 }
 
 fn template_error(path: &Path, error: &minijinja::Error) -> Error {

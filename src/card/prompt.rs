@@ -2,9 +2,11 @@
 
 use std::{fs, path::Path};
 
-use minijinja::{Environment, context};
+use minijinja::{Environment, value::Serde};
 use serde::Serialize;
 use serde_json::{Value, json};
+
+use super::syntax;
 
 /// What a card says about prompts.
 #[derive(Debug, Serialize)]
@@ -25,7 +27,8 @@ pub(super) fn prompt(branch: &Path, given: Option<&str>) -> Prompt {
     };
     let system = json!({ "role": "system", "content": "{system_message}" });
     let user = json!({ "role": "user", "content": "{prompt}" });
-    let filled = fill(&template, &[system, user.clone()], &tokens).or_else(|| fill(&template, &[user], &tokens));
+    let filled =
+        fill(&template, &[system, user.clone()], &tokens).or_else(|| fill(&template, &[user], &tokens));
     match filled.filter(|text| text.contains("{prompt}")) {
         Some(text) => Prompt { text, origin: "chat template" },
         None => Prompt { text: template, origin: "raw chat template" },
@@ -56,20 +59,19 @@ fn chat_template(branch: &Path) -> Option<(String, Value)> {
 
 fn fill(template: &str, messages: &[Value], tokens: &Value) -> Option<String> {
     let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
+    environment.set_syntax(syntax());
     environment.set_fuel(Some(100_000));
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
         Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
     });
-    let values = context! {
-        messages => messages,
-        add_generation_prompt => true,
-        bos_token => tokens["bos_token"],
-        eos_token => tokens["eos_token"],
-    };
-    environment.render_str(template, values).ok()
+    let values = json!({
+        "messages": messages,
+        "add_generation_prompt": true,
+        "bos_token": tokens["bos_token"],
+        "eos_token": tokens["eos_token"],
+    });
+    environment.render_str(template, minijinja::Value::from(Serde(values))).ok()
 }
 
 #[cfg(test)]
@@ -88,9 +90,13 @@ mod tests {
     #[test]
     fn templates_are_filled_in() {
         assert_eq!(of(&[]), ("{prompt}".into(), "none"));
-        let plain = "{% for m in messages %}<{{ m['role'] }}>{{ m.content.strip() }}{{ eos_token }}\n{% endfor %}";
+        let plain =
+            "{% for m in messages %}<{{ m['role'] }}>{{ m.content.strip() }}{{ eos_token }}\n{% endfor %}";
         assert_eq!(
-            of(&[("chat_template.jinja", plain), ("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}}"#)]),
+            of(&[
+                ("chat_template.jinja", plain),
+                ("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}}"#)
+            ]),
             ("<system>{system_message}</s>\n<user>{prompt}</s>\n".into(), "chat template")
         );
         let no_system = json!({ "chat_template":
@@ -99,13 +105,19 @@ mod tests {
             of(&[("tokenizer_config.json", &no_system.to_string())]),
             ("[INST] {prompt} [/INST]".into(), "chat template")
         );
-        let named = json!({ "chat_template": [{ "name": "default", "template": "{{ messages[1].content }}" }] });
+        let named =
+            json!({ "chat_template": [{ "name": "default", "template": "{{ messages[1].content }}" }] });
         assert_eq!(of(&[("tokenizer_config.json", &named.to_string())]).0, "{prompt}");
     }
 
     #[test]
     fn a_template_that_cannot_be_filled_in_is_shown() {
-        for broken in ["{% for", "{{ unknown_function() }}", "no place for it", "{% for i in range(9999999) %}{% endfor %}"] {
+        for broken in [
+            "{% for",
+            "{{ unknown_function() }}",
+            "no place for it",
+            "{% for i in range(9999999) %}{% endfor %}",
+        ] {
             assert_eq!(of(&[("chat_template.jinja", broken)]), (broken.into(), "raw chat template"));
         }
         assert_eq!(prompt(Path::new("/none"), Some("USER: {prompt}")).text, "USER: {prompt}");

@@ -72,7 +72,9 @@ impl SourceCard {
     pub fn list_of(&self, key: &str) -> Vec<String> {
         match self.metadata.get(key) {
             Some(Value::String(text)) => vec![text.clone()],
-            Some(Value::Array(values)) => values.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+            Some(Value::Array(values)) => {
+                values.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+            }
             _ => Vec::new(),
         }
     }
@@ -97,7 +99,10 @@ mod tests {
         let card = SourceCard::parse(
             "---\nlicense: other\nlicense_name: llama2\nlanguage:\n- en\n- no\nextra_gated_prompt: >-\n  Do you\n  agree?\n---\n\n# Llama\ntext\n",
         );
-        assert_eq!((card.text.as_str(), card.licence(), card.is_gated()), ("# Llama\ntext", Some("llama2"), true));
+        assert_eq!(
+            (card.text.as_str(), card.licence(), card.is_gated()),
+            ("# Llama\ntext", Some("llama2"), true)
+        );
         assert_eq!((card.text_of("license"), card.text_of("none")), (Some("other"), None));
         assert_eq!(card.list_of("license"), ["other"]);
         assert_eq!(card.list_of("language")[0], "en");

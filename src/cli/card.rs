@@ -61,7 +61,7 @@ pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
         write_file_atomically(&path, card.as_bytes())?;
         written.push(path);
     }
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&written)?;
     } else {
         written.iter().try_for_each(|path| terminal::result(&path.display().to_string()))?;

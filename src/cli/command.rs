@@ -32,9 +32,26 @@ mod tests {
 
     #[test]
     fn the_way_to_a_file_stays_out() {
-        let short =
-            ["--model=some/Llama@v1", "--model=/data/Llama", "/data/Llama/", "../text.parquet", "4bit-32g", "--seq-len=8", "-1", "."];
-        let expected = ["--model=some/Llama@v1", "--model=Llama", "Llama", "text.parquet", "4bit-32g", "--seq-len=8", "-1", "."];
+        let short = [
+            "--model=some/Llama@v1",
+            "--model=/data/Llama",
+            "/data/Llama/",
+            "../text.parquet",
+            "4bit-32g",
+            "--seq-len=8",
+            "-1",
+            ".",
+        ];
+        let expected = [
+            "--model=some/Llama@v1",
+            "--model=Llama",
+            "Llama",
+            "text.parquet",
+            "4bit-32g",
+            "--seq-len=8",
+            "-1",
+            ".",
+        ];
         assert_eq!(short.map(without_way), expected);
     }
 }

@@ -10,13 +10,13 @@ use gptq::{
 };
 
 use super::{
-    args::{OutputArgs, TextArgs},
+    args::{OutputArgs, TextPlaces},
     hub,
     terminal::Terminal,
 };
 
 /// How dataset names are resolved, from the flags.
-pub(super) fn options(args: &TextArgs) -> SourceOptions {
+pub(super) fn options(args: &TextPlaces) -> SourceOptions {
     let mut roots = args.dataset_dir.clone();
     roots.push(hub::cache());
     SourceOptions { text_column: args.text_column.clone(), split: args.split.clone(), roots }

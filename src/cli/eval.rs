@@ -4,13 +4,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use gptq::{
-    calibration::{Tokenizer, Tokens, Windows},
+    calibration::{Tokenizer, Tokens, Windows, check_seq_len},
     checkpoint::Checkpoint,
     eval::{self, Candidate},
     model::Compute,
-    report::evaluation_table,
+    progress::{Event, Progress},
+    report::{EVALUATION_SCHEMA, Evaluation, evaluation_table},
 };
 use safetensors::{Dtype, tensor::TensorView};
+use serde::Serialize;
 
 use super::{
     args::{EvalArgs, OutputArgs},
@@ -18,20 +20,27 @@ use super::{
     terminal::{self, Terminal},
 };
 
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Evaluations {
+    schema: &'static str,
+    evaluations: Vec<Evaluation>,
+}
+
 pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let model = hub::model(&args.model, output)?;
     let reference = Checkpoint::open(&model.folder)?;
     reference.check()?;
+    let longest = args.seq_len.iter().copied().max().unwrap_or_default();
+    check_seq_len(longest, reference.config().max_position_embeddings)?;
     let models = args.quantized.iter().map(|dir| hub::model(dir, output)).collect::<Result<Vec<_>>>()?;
     let quantized = models.iter().map(|model| Checkpoint::open(&model.folder));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
     let compute = args.compute.resolve(&reference, output)?;
-    let name = args.text.dataset.as_deref().unwrap_or("wikitext2-test");
-    let source = datasets::resolve(name, &datasets::options(&args.text), output)?;
-    let tokenizer = Tokenizer::open(&model.folder)?;
-    let corpus = source.load()?;
-    let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
-    let windows = Windows::sequential(&tokens, args.seq_len, args.windows)?;
+    let texts = windows(args, &reference, output)?;
+    if args.dump_logits.is_some() && (quantized.len() != 1 || texts.len() != 1) {
+        bail!("--dump-logits needs exactly one --quantized, one --dataset and one --seq-len");
+    }
 
     let candidates: Vec<Candidate<'_>> = models
         .iter()
@@ -39,27 +48,57 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         .map(|(model, checkpoint)| Candidate { name: model.label(), checkpoint })
         .collect();
     let terminal = Terminal::new(output);
-    let mut evaluation =
-        eval::evaluate(&reference, &candidates, &windows, source.name(), compute, &terminal)?;
-    evaluation.model = model.label();
-    drop(terminal);
-    let own = quantized.iter().zip(&evaluation.models).zip(&models).filter(|(_, model)| !model.is_fetched());
-    for ((checkpoint, model), _) in own {
-        // The figures are there also where the folder cannot be written to.
-        if let Err(error) = eval::store(checkpoint, &evaluation, model) {
-            terminal::note(output, &format!("warning: the figures are not kept: {error}"));
+    let cache = args.cache.dir();
+    let mut evaluations = Vec::with_capacity(texts.len());
+    for (dataset, windows) in &texts {
+        let mut evaluation =
+            eval::evaluate(&reference, &candidates, windows, dataset, compute, cache.as_deref(), &terminal)?;
+        evaluation.model = model.label();
+        // The Hub's cache keeps what the Hub has and nothing else.
+        let own =
+            quantized.iter().zip(&evaluation.models).zip(&models).filter(|(_, model)| !model.is_fetched());
+        for ((checkpoint, model), _) in own.filter(|_| !args.no_save) {
+            // The figures are there also where the folder cannot be written to.
+            if let Err(error) = eval::store(checkpoint, &evaluation, model) {
+                terminal.event(&Event::Warning(&format!("the figures are not kept: {error}")));
+            }
         }
+        evaluations.push(evaluation);
     }
-    if let Some(path) = &args.dump_logits {
-        let [checkpoint] = &quantized[..] else { bail!("--dump-logits needs exactly one --quantized") };
-        dump_logits(path, checkpoint, &windows, compute)?;
+    drop(terminal);
+    if let (Some(path), [checkpoint], [(_, windows)]) = (&args.dump_logits, &quantized[..], &texts[..]) {
+        dump_logits(path, checkpoint, windows, compute)?;
     }
-    if output.json {
-        terminal::json(&evaluation)?;
+    if output.json.is_some() {
+        terminal::json(&Evaluations { schema: EVALUATION_SCHEMA, evaluations })?;
     } else {
-        terminal::result(&evaluation_table(&evaluation))?;
+        let tables: Vec<String> = evaluations.iter().map(evaluation_table).collect();
+        terminal::result(&tables.join("\n"))?;
     }
     Ok(true)
+}
+
+/// The windows of each text and length, with the text's name. `--windows` are of the greatest length; shorter ones are as
+/// many more as make the same number of tokens.
+fn windows(args: &EvalArgs, reference: &Checkpoint, output: &OutputArgs) -> Result<Vec<(String, Windows)>> {
+    let tokenizer = Tokenizer::open(reference.dir())?;
+    let longest = args.seq_len.iter().copied().max().unwrap_or_default();
+    let named = match args.datasets.is_empty() {
+        true => vec!["wikitext2-test".to_owned()],
+        false => args.datasets.clone(),
+    };
+    let mut all = Vec::new();
+    for name in &named {
+        let source = datasets::resolve(name, &datasets::options(&args.places), output)?;
+        let corpus = source.load()?;
+        let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
+        for &seq_len in &args.seq_len {
+            let count = args.windows.map(|count| count * longest / seq_len.max(1));
+            let windows = Windows::strided(&tokens, seq_len, args.stride.unwrap_or(seq_len), count)?;
+            all.push((source.name().to_owned(), windows));
+        }
+    }
+    Ok(all)
 }
 
 /// Writes `tokens` `[W, S]` i64 and `logits` `[W, S, vocab]` f32.

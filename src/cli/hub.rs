@@ -8,14 +8,12 @@ use std::{
 
 use anyhow::Result;
 use gptq::{
+    eval::folder_name,
     hub::{Hub, Reference, Settings, Snapshot, Token},
     report::{ModelReport, ModelSource},
 };
 
-use super::{
-    args::OutputArgs,
-    terminal::Terminal,
-};
+use super::{args::OutputArgs, terminal::Terminal};
 
 /// A model's folder, wherever it came from.
 pub(super) struct Model {
@@ -29,9 +27,7 @@ impl Model {
         if let Some((reference, _)) = &self.fetched {
             return reference.label();
         }
-        let full = self.folder.canonicalize().unwrap_or_else(|_| self.folder.clone());
-        let name = full.file_name().map(|name| name.to_string_lossy().into_owned());
-        name.unwrap_or_else(|| self.folder.display().to_string())
+        folder_name(&self.folder)
     }
 
     /// Whether its folder is the Hub's cache, where nothing else belongs.

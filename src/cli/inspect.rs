@@ -57,7 +57,7 @@ struct TensorLine {
 pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
     let inspection = inspect(&checkpoint, args.tensors)?;
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&inspection)?;
     } else {
         terminal::result(&text(&inspection))?;

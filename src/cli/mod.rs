@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod bench_cuda;
 mod bench_cuda_matmul;
+mod cache;
 mod card;
 mod command;
 mod compute;
@@ -16,6 +17,8 @@ mod hub;
 mod inspect;
 mod publish;
 mod quantize;
+mod report;
+mod signals;
 mod terminal;
 mod verify;
 
@@ -39,6 +42,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args, &cli.output),
         Command::Verify(args) => verify::run(args, &cli.output),
         Command::Eval(args) => eval::run(args, &cli.output),
+        Command::Report(args) => report::run(args, &cli.output),
         Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Card(args) => card::run(args, &cli.output),

@@ -93,7 +93,10 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
         // What is damaged is not published.
         verify::written(&folder)?;
         if folder.join(CARD_FILE).exists() {
-            terminal::note(output, &format!("branch {}: its card is the {CARD_FILE} in its folder", branch.name));
+            terminal::note(
+                output,
+                &format!("branch {}: its card is the {CARD_FILE} in its folder", branch.name),
+            );
         }
     }
     let outcomes = match &args.to {
@@ -107,7 +110,7 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
         }
     };
     drop(terminal);
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&outcomes)?;
     } else {
         terminal::result(&table(&outcomes, args.dry_run))?;

@@ -3,5 +3,8 @@
 mod branch;
 mod metadata;
 
-pub use branch::{BranchWriter, CHECKSUMS_FILE, COPIED_FILES, Checksums, is_licence, is_partial, planned_bytes};
+pub use branch::{
+    BranchWriter, CHECKSUMS_FILE, COPIED_FILES, Checksums, is_licence, is_partial, places, planned_bytes,
+    publish, remove_unfinished,
+};
 pub use metadata::{Provenance, quantize_config_json, quantized_config_json};

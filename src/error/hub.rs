@@ -75,7 +75,9 @@ pub enum HubError {
         found: String,
     },
     /// Neither the network nor the cache has it.
-    #[error("{why}, and `{repository}` at revision `{revision}` is not whole in the cache: {missing} is missing")]
+    #[error(
+        "{why}, and `{repository}` at revision `{revision}` is not whole in the cache: {missing} is missing"
+    )]
     NotCached {
         /// Why the Hub was not asked, or did not answer.
         why: String,
@@ -113,7 +115,9 @@ pub enum HubError {
         message: String,
     },
     /// Large files cannot be sent to this server through its interface.
-    #[error("{endpoint} offers `{found}` for large files, not Xet, which is how they are sent to `{repository}`")]
+    #[error(
+        "{endpoint} offers `{found}` for large files, not Xet, which is how they are sent to `{repository}`"
+    )]
     NoXet {
         /// The Hub's address.
         endpoint: String,
@@ -203,7 +207,9 @@ impl HubError {
     pub(crate) fn is_passing(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::RateLimited { .. } => true,
-            Self::Answer { message, .. } => ["5", "409", "412"].iter().any(|status| message.starts_with(status)),
+            Self::Answer { message, .. } => {
+                ["5", "409", "412"].iter().any(|status| message.starts_with(status))
+            }
             _ => false,
         }
     }
@@ -215,9 +221,11 @@ impl HubError {
             Self::NotFound { token: false, .. } => {
                 format!("check the name, or whether a folder was meant; if it is private, {LOG_IN}")
             }
-            Self::NotFound { .. } => "check the name, or whether a folder was meant; if it is private, the token \
+            Self::NotFound { .. } => {
+                "check the name, or whether a folder was meant; if it is private, the token \
                                       must be of a user who may read it"
-                .into(),
+                    .into()
+            }
             Self::Gated { page, token: false, .. } => {
                 format!("accept its conditions at {page}, then {LOG_IN}")
             }
@@ -234,7 +242,8 @@ impl HubError {
             ),
             Self::NotCached { offline: true, .. } => "unset HF_HUB_OFFLINE to fetch it".into(),
             Self::NotCached { .. } | Self::Unreachable { .. } => {
-                "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: what has come is kept".into()
+                "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: what has come is kept"
+                    .into()
             }
             Self::RateLimited { .. } => {
                 "wait a while and start again: what has come is kept; a token (HF_TOKEN) allows more requests"
@@ -242,7 +251,8 @@ impl HubError {
             }
             Self::Cut { .. } => "start again: it goes on where it stopped".into(),
             Self::Content { .. } => {
-                "start again; if it stays, the file on the Hub or something on the way to it is damaged".into()
+                "start again; if it stays, the file on the Hub or something on the way to it is damaged"
+                    .into()
             }
             Self::NoXet { endpoint, repository, .. } => {
                 format!("send it with git-lfs: --to git:{endpoint}/{repository}")

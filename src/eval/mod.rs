@@ -1,7 +1,10 @@
 //! What quantization cost: perplexity, KL divergence and top-1 agreement against the unquantized model.
 
+mod cache;
 mod describe;
 mod divergence;
+mod prediction;
+mod reference;
 mod store;
 
 use std::{path::Path, time::Instant};
@@ -21,7 +24,8 @@ use crate::{
     },
 };
 pub use describe::{bits_per_weight, describe};
-use divergence::{Comparison, WindowScores};
+use divergence::{WindowScores, mean_nll, score};
+use reference::Reference;
 pub use store::store;
 
 /// Hidden states of this many tokens are kept for each model at a time.
@@ -37,6 +41,9 @@ pub struct Candidate<'a> {
 
 /// Evaluates quantized models against the dense `reference` on the same tokens; all of them computed in the same way.
 ///
+/// `cache` is a folder in which the reference's predictions are kept, and taken from; the figures are the same, to the
+/// last digit, with it and without.
+///
 /// # Errors
 /// When a model cannot be run, or is not comparable with the reference.
 pub fn evaluate(
@@ -45,6 +52,7 @@ pub fn evaluate(
     windows: &Windows,
     dataset: &str,
     compute: Compute,
+    cache: Option<&Path>,
     progress: &dyn Progress,
 ) -> Result<Evaluation> {
     let begun = Instant::now();
@@ -54,36 +62,39 @@ pub fn evaluate(
     for candidate in candidates {
         comparable(reference, candidate.checkpoint)?;
     }
-    let dense = Runner::dense(reference, seq_len, compute)?;
+    let model_digest = reference.digest()?;
+    let mut dense = Reference::new(reference, &model_digest, windows, compute, cache, progress)?;
     let quantized: Vec<Runner<'_>> = candidates
         .iter()
         .map(|c| Runner::quantized(c.checkpoint, seq_len, compute))
         .collect::<Result<_>>()?;
 
-    let mut reference_scores = Vec::new();
+    let mut window_nll = Vec::new();
     let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
-    let models = 1 + candidates.len();
+    let models = usize::from(dense.is_run()) + candidates.len();
     let per_chunk = (chunk_tokens(compute, reference.config(), models)? / seq_len).max(1) * seq_len;
     let layers = reference.config().num_layers as u64;
     let chunks = windows.ids().len().div_ceil(per_chunk) as u64;
     progress.begin("evaluating", chunks * layers * models as u64);
     for ids in windows.ids().chunks(per_chunk) {
         let run = |runner: &Runner<'_>| runner.hidden_states(ids, seq_len, || progress.advance(1));
-        let expected = flatten(run(&dense)?)?;
+        let expected = dense.hidden_states(ids, seq_len)?;
         let found = quantized.iter().map(|q| flatten(run(q)?)).collect::<Result<Vec<_>>>()?;
         for (candidate, runner) in candidates.iter().zip(&quantized) {
             let notes = runner.notes();
             notes.iter().for_each(|n| progress.event(&Event::Note(&format!("{}: {n}", candidate.name))));
         }
         for (w, ids) in ids.chunks(seq_len).enumerate() {
-            let first = windows.first_scored(reference_scores.len());
-            let comparison = Comparison::new(&dense, &expected.get(w as i64), ids, first)?;
-            reference_scores.push(comparison.reference_nll());
+            let first = windows.first_scored(window_nll.len());
+            let hidden = expected.as_ref().map(|expected| expected.get(w as i64));
+            let predictions = dense.window(hidden, ids, first)?;
+            window_nll.push(mean_nll(&predictions));
             for ((runner, found), scores) in quantized.iter().zip(&found).zip(&mut scores) {
-                scores.push(comparison.score(runner, &found.get(w as i64))?);
+                scores.push(score(&predictions, runner, &found.get(w as i64), ids, first)?);
             }
         }
     }
+    dense.finish();
 
     let tokens: Vec<usize> = (0..windows.count()).map(|w| seq_len - windows.first_scored(w)).collect();
     let model = |candidate: &Candidate<'_>, scores: &[WindowScores]| {
@@ -94,7 +105,7 @@ pub fn evaluate(
             name: candidate.name.clone(),
             weight_bytes: candidate.checkpoint.bytes_total(),
             perplexity: exponential_of_mean(&nll, &tokens),
-            perplexity_change: difference_of_exponentials(&nll, &reference_scores, &tokens),
+            perplexity_change: difference_of_exponentials(&nll, &window_nll, &tokens),
             kl_divergence: mean(&kl, &tokens),
             kl_max: quantile(of_tokens.clone(), 1.0),
             kl_p99: quantile(of_tokens, 0.99),
@@ -109,15 +120,15 @@ pub fn evaluate(
         sha256: windows.digest().to_owned(),
         protocol: protocol(dataset, windows, compute),
         model: folder_name(reference.dir()),
-        model_digest: reference.digest()?,
+        model_digest,
         compute: in_words(compute),
         windows: windows.count(),
         seq_len,
         stride: windows.stride(),
-        reference_perplexity: exponential_of_mean(&reference_scores, &tokens),
+        reference_perplexity: exponential_of_mean(&window_nll, &tokens),
         models: candidates.iter().zip(&scores).map(|(c, s)| model(c, s)).collect(),
         window_tokens: tokens,
-        window_nll: reference_scores,
+        window_nll,
         seconds: begun.elapsed().as_secs_f64(),
     })
 }

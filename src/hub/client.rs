@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use hf_hub::{HFClient, HFError, error::HttpErrorContext};
+use hf_hub::{HFClient, HFError};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{
@@ -108,8 +108,12 @@ impl Hub {
                 Err(error) => error,
             };
             let wait = match &error {
-                HFError::RateLimited { retry_after: Some(wait), .. } if wait.as_secs() <= LONGEST_WAIT => *wait,
-                HFError::Request { source, .. } if source.is_body() || source.is_decode() => self.settings.pause,
+                HFError::RateLimited { retry_after: Some(wait), .. } if wait.as_secs() <= LONGEST_WAIT => {
+                    *wait
+                }
+                HFError::Request { source, .. } if source.is_body() || source.is_decode() => {
+                    self.settings.pause
+                }
                 _ => return Err(self.failure(error, about).into()),
             };
             if tries == self.settings.retries {
@@ -129,13 +133,15 @@ impl Hub {
         if let HFError::RateLimited { retry_after, .. } = &error {
             return HubError::RateLimited { endpoint, after: retry_after.map(|wait| wait.as_secs()) };
         }
-        let context = context(&error);
-        let code = context.and_then(|context| context.error_code.as_deref()).unwrap_or_default();
-        let status = context.map_or(0, |context| context.status.as_u16());
+        let refusal = refusal(&error);
+        let (status, code) =
+            refusal.as_ref().map_or((0, ""), |refusal| (refusal.status, refusal.code.as_str()));
         let missing = matches!(status, 401 | 404);
-        let message = clean(&context.map_or_else(|| chain(&error), said));
+        let message = clean(&refusal.as_ref().map_or_else(|| chain(&error), |refusal| refusal.said.clone()));
         match (&error, status, code) {
-            (HFError::Request { .. } | HFError::Xet { .. }, ..) => HubError::Unreachable { endpoint, problem: message },
+            (HFError::Request { .. } | HFError::Xet { .. }, ..) => {
+                HubError::Unreachable { endpoint, problem: message }
+            }
             (_, 401 | 403, "GatedRepo") => {
                 let page = format!("{endpoint}/{}{repository}", about.kind.prefix());
                 HubError::Gated { repository, page, token }
@@ -177,7 +183,7 @@ pub(super) struct About<'a> {
 
 /// Whether the same request may succeed a little later.
 pub(super) fn is_transient(error: &HFError) -> bool {
-    let status = context(error).map_or(0, |context| context.status.as_u16());
+    let status = refusal(error).map_or(0, |refusal| refusal.status);
     matches!(error, HFError::Request { .. } | HFError::Xet { .. } | HFError::RateLimited { .. })
         || status == 408
         || status >= 500
@@ -188,26 +194,33 @@ pub(super) fn is_absence(error: &Error) -> bool {
     matches!(error, Error::Hub(error) if error.is_passing())
 }
 
-fn context(error: &HFError) -> Option<&HttpErrorContext> {
-    match error {
+/// An answer that is not a success.
+struct Refusal {
+    status: u16,
+    /// By which the Hub tells refusals of one status apart.
+    code: String,
+    /// `404 Not Found: no such thing`.
+    said: String,
+}
+
+fn refusal(error: &HFError) -> Option<Refusal> {
+    let context = match error {
         HFError::Http { context }
         | HFError::AuthRequired { context }
         | HFError::Forbidden { context }
         | HFError::Conflict { context }
-        | HFError::RateLimited { context, .. } => Some(context),
+        | HFError::RateLimited { context, .. } => context,
         HFError::RepoNotFound { context, .. }
         | HFError::RevisionNotFound { context, .. }
-        | HFError::EntryNotFound { context, .. } => context.as_deref(),
-        _ => None,
-    }
-}
-
-/// `404 Not Found: no such thing`.
-fn said(context: &HttpErrorContext) -> String {
-    match context.server_message.as_deref().filter(|message| !message.is_empty()) {
+        | HFError::EntryNotFound { context, .. } => context.as_ref()?,
+        _ => return None,
+    };
+    let said = match context.server_message.as_deref().filter(|message| !message.is_empty()) {
         Some(message) => format!("{}: {message}", context.status),
         None => context.status.to_string(),
-    }
+    };
+    let code = context.error_code.clone().unwrap_or_default();
+    Some(Refusal { status: context.status.as_u16(), code, said })
 }
 
 /// An error with its causes; the client's own texts name only the last one.

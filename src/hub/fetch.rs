@@ -1,6 +1,9 @@
 //! Models and datasets from the Hub, or from the cache.
 
-use std::{collections::BTreeSet, path::{Path, PathBuf}};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use futures_util::{StreamExt, TryStreamExt, pin_mut, stream};
 use hf_hub::{
@@ -18,7 +21,7 @@ use super::{
 };
 use crate::{
     checkpoint::INDEX_FILE,
-    error::{Error, HubError, Result},
+    error::{Error, HubError, ResourceError, Result},
     pipeline::available_space,
     progress::{Event, Progress},
     report::bytes,
@@ -83,7 +86,9 @@ impl Hub {
         match self.block_on(self.fetch_online(repository, about, &cache, wish, progress)) {
             Err(error) if is_absence(&error) => {
                 let snapshot = match self.cached(&cache, reference, wish, error.to_string()) {
-                    Err(Error::Hub(HubError::NotCached { .. })) if cache.commit(reference.revision()).is_none() => {
+                    Err(Error::Hub(HubError::NotCached { .. }))
+                        if cache.commit(reference.revision()).is_none() =>
+                    {
                         return Err(error);
                     }
                     other => other?,
@@ -228,7 +233,8 @@ impl Hub {
         }
         let distinct: BTreeSet<_> = missing.iter().map(|file| (file.id.hex(), file.size)).collect();
         let total: u64 = distinct.iter().map(|(_, size)| size).sum();
-        let there = |file: &&&Listed| std::fs::metadata(cache.incomplete(&file.id)).map_or(0, |part| part.len());
+        let there =
+            |file: &&&Listed| std::fs::metadata(cache.incomplete(&file.id)).map_or(0, |part| part.len());
         let needed = total.saturating_sub(missing.iter().map(|file| there(&file)).sum());
         require_space(&self.settings.cache, needed)?;
         let reference = about.reference;
@@ -300,9 +306,12 @@ fn lacks(reference: &Reference, lack: Lack) -> Error {
 fn require_space(cache: &Path, needed: u64) -> Result<()> {
     std::fs::create_dir_all(cache).map_err(Error::io("create", cache))?;
     match available_space(cache) {
-        Some(available) if available < needed => {
-            Err(Error::DiskSpace { path: cache.into(), available: bytes(available), needed: bytes(needed) })
+        Some(available) if available < needed => Err(ResourceError::DiskSpace {
+            path: cache.into(),
+            available: bytes(available),
+            needed: bytes(needed),
         }
+        .into()),
         _ => Ok(()),
     }
 }

@@ -99,12 +99,28 @@ mod tests {
     #[test]
     fn only_what_is_needed() {
         let names = [
-            "LICENSE.txt", "USE_POLICY.md", "README.md", "tokenizer.json", "tokenizer.model",
-            "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
-            "model.safetensors.index.json", "pytorch_model-00001-of-00001.bin", "original/consolidated.00.pth",
-            "consolidated.safetensors", "original/tokenizer.model",
+            "LICENSE.txt",
+            "USE_POLICY.md",
+            "README.md",
+            "tokenizer.json",
+            "tokenizer.model",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model-00001-of-00001.bin",
+            "original/consolidated.00.pth",
+            "consolidated.safetensors",
+            "original/tokenizer.model",
         ];
-        let expected = ["config.json", "LICENSE.txt", "USE_POLICY.md", "README.md", "tokenizer.json", "tokenizer.model", "model.safetensors.index.json"];
+        let expected = [
+            "config.json",
+            "LICENSE.txt",
+            "USE_POLICY.md",
+            "README.md",
+            "tokenizer.json",
+            "tokenizer.model",
+            "model.safetensors.index.json",
+        ];
         assert_eq!(needed(&names).unwrap(), expected);
         assert!(of_model(&["config.json", "model.safetensors.index.json"]).unwrap().sharded);
         let whole = ["model.safetensors", "model.safetensors.index.json", "b.safetensors"];

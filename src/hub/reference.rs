@@ -65,8 +65,7 @@ impl FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Self> {
         let at = text.find(['@', ':']);
-        let (repository, revision) =
-            at.map_or((text, None), |at| (&text[..at], Some(&text[at + 1..])));
+        let (repository, revision) = at.map_or((text, None), |at| (&text[..at], Some(&text[at + 1..])));
         Self::new(repository, revision)
     }
 }
@@ -106,7 +105,11 @@ mod tests {
         for (text, repository, revision) in [
             ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", "main"),
             ("a/b@v1.0", "a/b", "v1.0"),
-            ("TheBloke/Llama-2-7B-GPTQ:gptq-4bit-32g-actorder_True", "TheBloke/Llama-2-7B-GPTQ", "gptq-4bit-32g-actorder_True"),
+            (
+                "TheBloke/Llama-2-7B-GPTQ:gptq-4bit-32g-actorder_True",
+                "TheBloke/Llama-2-7B-GPTQ",
+                "gptq-4bit-32g-actorder_True",
+            ),
             ("a/b@refs/pr/1", "a/b", "refs/pr/1"),
         ] {
             let reference: Reference = text.parse().unwrap();
@@ -119,7 +122,10 @@ mod tests {
 
     #[test]
     fn what_is_not_a_repository() {
-        for text in ["", "a", "a/b/c", "/b", "a/", "a/b c", "./b", "../b", "-a/b", "a/b@", "a/b:", "a/b@../x", "a/b@x..y", "a/b@-x", "a/b@x/.y", "a/b@x y"] {
+        for text in [
+            "", "a", "a/b/c", "/b", "a/", "a/b c", "./b", "../b", "-a/b", "a/b@", "a/b:", "a/b@../x",
+            "a/b@x..y", "a/b@-x", "a/b@x/.y", "a/b@x y",
+        ] {
             let error = text.parse::<Reference>().unwrap_err();
             assert!(matches!(error, Error::Hub(HubError::Reference { .. })), "{text}: {error}");
         }

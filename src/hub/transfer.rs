@@ -7,11 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use futures_util::StreamExt;
-use hf_hub::{
-    HFError, HFRepository,
-    repository::{HFByteStream, RepoType},
-};
+use futures_util::{Stream, StreamExt};
+use hf_hub::{HFError, HFRepository, repository::RepoType};
 
 use super::{
     cache::{RepositoryCache, create_parent},
@@ -20,7 +17,7 @@ use super::{
     settings::redacted,
 };
 use crate::{
-    error::{Error, HubError, Result},
+    error::{Error, HubError, ResourceError, Result},
     pipeline::available_space,
     progress::Progress,
     report::bytes,
@@ -134,7 +131,7 @@ impl<T: RepoType> Transfer<'_, T> {
         &self,
         file: &Listed,
         range: Option<std::ops::Range<u64>>,
-    ) -> Result<(Option<u64>, HFByteStream), HFError> {
+    ) -> Result<(Option<u64>, impl Stream<Item = Result<bytes::Bytes, HFError>> + Unpin), HFError> {
         self.repository
             .download_file_stream()
             .filename(&file.path)
@@ -159,7 +156,7 @@ impl<T: RepoType> Transfer<'_, T> {
         let needed = bytes(part.size - part.length.min(part.size));
         let folder = self.cache.folder().to_owned();
         let available = bytes(available_space(&folder).unwrap_or(0));
-        Error::DiskSpace { path: folder, available, needed }
+        ResourceError::DiskSpace { path: folder, available, needed }.into()
     }
 
     fn wrong(&self, file: &Listed, (expected, found): (String, String)) -> HubError {

@@ -2,10 +2,13 @@
 
 use std::{path::Path, time::Instant};
 
-use super::team::{Record, Sink};
+use super::{
+    journal::{BranchState, State},
+    team::{Record, Sink},
+};
 use crate::{
     checkpoint::{Checkpoint, LinearId},
-    emit::{BranchWriter, Provenance},
+    emit::{self, BranchWriter, Provenance},
     error::Result,
     gptq::solver::Solved,
     plan::Plan,
@@ -45,21 +48,46 @@ impl Branches {
         })
     }
 
-    pub(super) fn warnings(&self) -> Vec<String> {
-        let raised = self.reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.damp_raised > 0).count()));
-        let raised = raised
-            .filter(|(_, count)| *count > 0)
-            .map(|(r, count)| format!("{}: damping was raised for {count} linears", r.branch));
-        self.warnings.iter().cloned().chain(raised).collect()
+    /// Goes on with branches that were committed to.
+    pub(super) fn reopen(plan: &Plan, checkpoint: &Checkpoint, out: &Path, state: &State) -> Result<Self> {
+        let branches = state.branches();
+        let reopen = |(variant, branch): (&Variant, &BranchState)| {
+            let tensors = branch.tensors.clone();
+            BranchWriter::reopen(out, *variant, checkpoint.config(), plan.max_shard_size, tensors)
+        };
+        Ok(Self {
+            writers: plan.variants.iter().zip(branches).map(reopen).collect::<Result<_>>()?,
+            reports: branches.iter().map(|branch| branch.report.clone()).collect(),
+            warnings: state.warnings().to_vec(),
+            seconds: state.stage_seconds(),
+        })
     }
 
-    /// Seals, checks and publishes the branches. They appear together: a failure in the last leaves none.
-    pub(super) fn finish(
-        mut self,
+    /// Makes what there is durable, to be gone on with.
+    pub(super) fn commit(&mut self) -> Result<Vec<BranchState>> {
+        let commit = |(writer, report): (&mut BranchWriter, &BranchReport)| {
+            Ok(BranchState { report: report.clone(), tensors: writer.commit()? })
+        };
+        self.writers.iter_mut().zip(&self.reports).map(commit).collect()
+    }
+
+    /// What went otherwise than planned, as it came.
+    pub(super) fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Where the time went, as far as it went here.
+    pub(super) fn seconds(&self) -> StageSeconds {
+        self.seconds
+    }
+
+    /// Completes the branches and checks them.
+    pub(super) fn seal(
+        &mut self,
         checkpoint: &Checkpoint,
         provenance: &Provenance,
         progress: &dyn Progress,
-    ) -> Result<(Vec<BranchReport>, StageSeconds)> {
+    ) -> Result<()> {
         let begun = Instant::now();
         progress.begin("writing and checking", self.writers.len() as u64);
         for writer in &mut self.writers {
@@ -67,16 +95,39 @@ impl Branches {
             verify::written(folder)?;
             progress.advance(1);
         }
-        for (writer, report) in self.writers.into_iter().zip(&mut self.reports) {
-            let (path, bytes) = writer.publish()?;
-            report.bytes = bytes;
-            let written = Checkpoint::open(&path)?;
-            report.weight_bytes = written.bytes_total();
-            report.readers = verify::readers_of(&written)?;
-        }
         self.seconds.finishing = begun.elapsed().as_secs_f64();
-        Ok((self.reports, self.seconds))
+        Ok(())
     }
+}
+
+/// What went otherwise than planned: as it came, and in sum.
+pub(super) fn warnings(reports: &[BranchReport], as_they_came: &[String]) -> Vec<String> {
+    let raised = reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.damp_raised > 0).count()));
+    let raised = raised
+        .filter(|(_, count)| *count > 0)
+        .map(|(r, count)| format!("{}: damping was raised for {count} linears", r.branch));
+    let rounded = reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.fallback.is_some()).count()));
+    let rounded = rounded
+        .filter(|(_, count)| *count > 0)
+        .map(|(r, count)| format!("{}: {count} linears were rounded to nearest, not solved", r.branch));
+    as_they_came.iter().cloned().chain(raised).chain(rounded).collect()
+}
+
+/// Checks branches that an earlier part of the run completed and that are not in their places yet.
+pub(super) fn check_sealed(out: &Path, variants: &[Variant]) -> Result<()> {
+    let partial = variants.iter().map(|variant| emit::places(out, variant)[1].clone());
+    partial.filter(|folder| folder.exists()).try_for_each(|folder| verify::written(&folder))
+}
+
+/// Moves sealed branches to their places, those that are not there already. Returns their reports, complete.
+pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<BranchReport>> {
+    for report in &mut reports {
+        report.bytes = emit::publish(out, &report.variant)?;
+        let written = Checkpoint::open(&out.join(&report.branch))?;
+        report.weight_bytes = written.bytes_total();
+        report.readers = verify::readers_of(&written)?;
+    }
+    Ok(reports)
 }
 
 impl Sink for Branches {
@@ -100,8 +151,9 @@ impl Sink for Branches {
             dead_columns: record.facts.dead_columns,
             outlier_ratio: record.facts.outlier_ratio,
             condition_estimate: record.facts.condition_estimate,
-            fallback: None,
             seconds: record.seconds,
+            uncompensated_features: record.uncompensated,
+            fallback: record.fallback,
         });
         Ok(())
     }

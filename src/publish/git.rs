@@ -100,7 +100,9 @@ impl Git {
         let text = String::from_utf8_lossy(&output.stderr);
         let text = crate::hub::redacted(&text, self.token.as_ref());
         let telling = |line: &&str| {
-            ["fatal:", "error:", "! [", "remote:", "batch response"].iter().any(|begin| line.starts_with(begin))
+            ["fatal:", "error:", "! [", "remote:", "batch response"]
+                .iter()
+                .any(|begin| line.starts_with(begin))
         };
         let lines: Vec<&str> = text.lines().map(str::trim).filter(telling).collect();
         match lines.is_empty() {
@@ -115,7 +117,9 @@ fn hint(problem: &str) -> Option<&'static str> {
     if says(&["fetch first", "non-fast-forward", "stale info"]) {
         Some("somebody else published in the meantime: publish again, on top of that")
     } else if says(&["could not read Username", "Authentication failed", "Permission denied", "403"]) {
-        Some("git needs to know who you are: set up a credential helper or an SSH key, or set HF_TOKEN for the Hub")
+        Some(
+            "git needs to know who you are: set up a credential helper or an SSH key, or set HF_TOKEN for the Hub",
+        )
     } else if says(&["does not appear to be a git repository", "not found", "does not exist"]) {
         Some("make the repository first: git init --bare PATH, or on the server's page")
     } else {

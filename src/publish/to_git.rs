@@ -44,11 +44,15 @@ pub fn to_git(
     settings: &Settings,
     progress: &dyn Progress,
 ) -> Result<Vec<Outcome>> {
-    if remote.split_once("://").is_some_and(|(scheme, rest)| scheme.starts_with("http") && user_of(rest).is_some()) {
+    if remote
+        .split_once("://")
+        .is_some_and(|(scheme, rest)| scheme.starts_with("http") && user_of(rest).is_some())
+    {
         // git hands addresses on to other programs, where everybody on this machine sees them.
         return Err(Error::Value {
             what: "--to git:".into(),
-            expected: "an address without name or password in it (use a credential helper, or HF_TOKEN)".into(),
+            expected: "an address without name or password in it (use a credential helper, or HF_TOKEN)"
+                .into(),
             found: "one with".into(),
         });
     }
@@ -128,7 +132,12 @@ fn publish(
         return Ok(outcome);
     }
     let commit = commit(git, branch, parent.as_ref())?;
-    let text = format!("sending {} files, {}, to {remote} {}", outcome.sent.len(), bytes(outcome.bytes), branch.name);
+    let text = format!(
+        "sending {} files, {}, to {remote} {}",
+        outcome.sent.len(),
+        bytes(outcome.bytes),
+        branch.name
+    );
     progress.event(&Event::Note(&text));
     push(git, branch, &commit, head, options.force)?;
     prove(git, remote, branch, &commit)?;
@@ -182,7 +191,8 @@ fn pointer(git: &Git, file: &LocalFile) -> Result<String> {
             }
         }
     }
-    let text = format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {}\n", file.size);
+    let text =
+        format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {}\n", file.size);
     git.run_with("take a file in", &["hash-object", "-w", "--stdin", "--no-filters"], text.as_bytes())
 }
 

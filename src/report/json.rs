@@ -37,18 +37,27 @@ pub struct Report {
     pub model: ModelReport,
     /// The calibration text.
     pub calibration: CalibrationReport,
-    /// How it was computed.
+    /// How it was computed, at last if the run was interrupted.
     pub compute: ComputeReport,
+    /// How which layers were computed, if the run was interrupted and gone on with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<LayersComputed>,
     /// What was made, in the plan's order.
     pub branches: Vec<BranchReport>,
     /// Whatever went otherwise than planned.
     pub warnings: Vec<String>,
     /// The whole run, without evaluation.
     pub seconds: f64,
+    /// Of these, what it took to be able to go on after an interruption; flushing to the disk beside the computation is not
+    /// counted.
+    pub journal_seconds: f64,
     /// Each layer, all variants.
     pub layer_seconds: Vec<f64>,
     /// Where the time went.
     pub stage_seconds: StageSeconds,
+    /// And the memory.
+    #[serde(default)]
+    pub stage_memory_bytes: StageMemory,
     /// Largest resident memory during the run, bytes; none where the system does not say.
     pub peak_memory_bytes: Option<u64>,
     /// What the branches cost, if it was measured: one for each text and protocol.
@@ -93,6 +102,20 @@ pub struct StageSeconds {
     pub packing: f64,
     /// Writing everything else, syncing, reopening and checking.
     pub finishing: f64,
+}
+
+/// Largest resident memory while a stage was at work, bytes, looked at fifty times a second; none where the system does not
+/// say. Of devices that work at the same time, the stage that began last counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageMemory {
+    /// Reading weights, forward passes and Hessians.
+    pub calibrating: Option<u64>,
+    /// Factorizing Hessians and solving linears.
+    pub solving: Option<u64>,
+    /// Packing and writing linears.
+    pub packing: Option<u64>,
+    /// Writing everything else, syncing, reopening and checking.
+    pub finishing: Option<u64>,
 }
 
 /// The source model.
@@ -152,6 +175,17 @@ pub struct ComputeReport {
     pub threads: usize,
 }
 
+/// Layers that were computed without a break.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayersComputed {
+    /// The first of them, from 0.
+    pub first: usize,
+    /// How many.
+    pub count: usize,
+    /// How.
+    pub compute: ComputeReport,
+}
+
 /// One branch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BranchReport {
@@ -187,14 +221,30 @@ pub struct LinearReport {
     /// Input features that carried nothing.
     pub dead_columns: usize,
     /// Largest over median diagonal element of the Hessian, dead features left out: how far the input features with the
-    /// largest values stand out.
+    /// largest values stand out; 0 when all are dead.
     pub outlier_ratio: f64,
     /// An estimate, from below, of the condition number of the damped Hessian: the square of the largest over the smallest
-    /// diagonal element of its Cholesky factor.
+    /// diagonal element of its Cholesky factor; 0 when there is none.
     pub condition_estimate: f64,
-    /// What was done in place of GPTQ, if that failed and this was allowed.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fallback: Option<String>,
     /// Factorizing and solving.
     pub seconds: f64,
+    /// Output features that are rounded to nearest, as compensation would have made their error larger.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub uncompensated_features: usize,
+    /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+impl Report {
+    /// Every linear that was rounded to nearest instead of solved, with its branch and the reason.
+    pub fn fallbacks(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+        self.branches.iter().flat_map(|branch| {
+            branch.linears.iter().filter_map(|l| Some((&*branch.branch, &*l.name, l.fallback.as_deref()?)))
+        })
+    }
 }

@@ -43,7 +43,8 @@ fn everything_that_is_known_is_on_the_card() {
     assert_eq!(metadata, expected);
 
     let head = "| Branch | Bits | GS | Act Order | Damp % | GPTQ Dataset | Seq Len | Size | ExLlama | Perplexity | KL divergence | Desc |";
-    let table: Vec<&str> = text.lines().skip_while(|line| *line != head).take_while(|line| !line.is_empty()).collect();
+    let table: Vec<&str> =
+        text.lines().skip_while(|line| *line != head).take_while(|line| !line.is_empty()).collect();
     assert_eq!(table.len(), 4, "{text}");
     let measured = &report["evaluations"][0]["models"][1];
     let figure = |value: &Value, digits: usize| {
@@ -95,7 +96,16 @@ fn what_was_not_measured_is_not_claimed() {
     let lab = run(&[]);
     fs::remove_file(lab.out().join("source-card.md")).unwrap();
     let card = card(&lab, &[]);
-    for word in ["erplexity", "KL", "closest", "±", "license:", "base_model", "quantized_by", "source model's card below"] {
+    for word in [
+        "erplexity",
+        "KL",
+        "closest",
+        "±",
+        "license:",
+        "base_model",
+        "quantized_by",
+        "source model's card below",
+    ] {
         assert!(!card.contains(word), "{word}: {card}");
     }
     for part in [
@@ -115,7 +125,8 @@ fn chat_templates_and_git_addresses() {
     fs::write(lab.out().join(ACT).join("chat_template.jinja"), template).unwrap();
     let card = card(&lab, &["--repository", "https://git.example.org/me/tiny.git"]);
     assert!(card.contains("```\n[system] {system_message}\n[user] {prompt}\n```"), "{card}");
-    let clone = format!("git clone --single-branch --branch {ACT} https://git.example.org/me/tiny.git model-GPTQ");
+    let clone =
+        format!("git clone --single-branch --branch {ACT} https://git.example.org/me/tiny.git model-GPTQ");
     assert!(card.contains(&clone) && !card.contains("text-generation-webui"), "{card}");
     let out = text_of(&lab.out());
     let printed = lab.run(&["card", &out, "--print", ACT, "--prompt-template", "Q: {prompt} A:"]).succeeds();
@@ -126,7 +137,8 @@ fn chat_templates_and_git_addresses() {
 fn a_template_of_ones_own_and_what_can_be_wrong_with_it() {
     let lab = run(&[]);
     let out = text_of(&lab.out());
-    let template = lab.write("mine.jinja", "{{ model.name }}: {% for b in branches %}{{ b.variant }} {% endfor %}\n");
+    let template =
+        lab.write("mine.jinja", "{{ model.name }}: {% for b in branches %}{{ b.variant }} {% endfor %}\n");
     let made = card(&lab, &["--card-template", &template]);
     assert_eq!(made, "model: 4bit-32g 4bit-16g-act \n");
     for (text, problem) in [
@@ -139,6 +151,7 @@ fn a_template_of_ones_own_and_what_can_be_wrong_with_it() {
         let expected = format!("error: `[LAB]/bad.jinja` cannot be made into a card: {problem}");
         assert!(failed.stderr.starts_with(&expected), "{}", failed.stderr);
     }
-    lab.run(&["card", &out, "--card-template", "/none"]).fails_with("error: cannot read `/none`: No such file or directory (os error 2)");
+    lab.run(&["card", &out, "--card-template", "/none"])
+        .fails_with("error: cannot read `/none`: No such file or directory (os error 2)");
     lab.run(&["card", &out, "--print", "dev"]).fails_with("error: the run has no branch `dev`");
 }

@@ -9,7 +9,7 @@ use std::{
 
 use gptq::{
     Error,
-    error::HubError,
+    error::{HubError, ResourceError},
     hub::{Hub, Reference, Settings, Snapshot, Token},
     progress::{Event, Progress},
 };
@@ -72,7 +72,8 @@ impl Place {
     #[track_caller]
     fn is_right(&self, snapshot: &Snapshot) {
         for file in files_below(&snapshot.folder) {
-            let [found, expected] = [&snapshot.folder, &self.model.model()].map(|dir| fs::read(dir.join(&file)).unwrap());
+            let [found, expected] =
+                [&snapshot.folder, &self.model.model()].map(|dir| fs::read(dir.join(&file)).unwrap());
             assert!(found == expected, "{}", file.display());
         }
     }
@@ -110,11 +111,17 @@ fn only_what_is_needed_is_fetched_and_once() {
     assert!(link.starts_with("../../blobs"), "{}", link.display());
     assert_eq!(entries(&place.repository().join("blobs")).len(), files.len());
     let notes = notes.0.into_inner().unwrap();
-    assert!(notes[1].starts_with("fetched 5 files, ") && notes[1].contains("of model some/llama at commit"), "{notes:?}");
+    assert!(
+        notes[1].starts_with("fetched 5 files, ") && notes[1].contains("of model some/llama at commit"),
+        "{notes:?}"
+    );
 
     // Large files come from elsewhere, and the token does not go there.
     let seen = place.server.take_seen();
-    assert!(seen.iter().any(|seen| seen.large) && seen.iter().all(|seen| seen.token != seen.large), "{seen:?}");
+    assert!(
+        seen.iter().any(|seen| seen.large) && seen.iter().all(|seen| seen.token != seen.large),
+        "{seen:?}"
+    );
 
     // What is there is not fetched again, also not by its commit.
     for name in ["some/llama".to_owned(), format!("some/llama@{}", snapshot.commit)] {
@@ -175,9 +182,17 @@ fn every_fault_is_survived_once() {
         place.server.fault(&large, fault.clone(), 1);
         let snapshot = place.fetch("some/llama").unwrap_or_else(|error| panic!("{fault:?}: {error}"));
         place.is_right(&snapshot);
-        let ranges: Vec<_> = place.server.take_seen().into_iter().filter(|s| s.large && s.method == "GET").map(|s| s.range).collect();
+        let ranges: Vec<_> = place
+            .server
+            .take_seen()
+            .into_iter()
+            .filter(|s| s.large && s.method == "GET")
+            .map(|s| s.range)
+            .collect();
         let again = match fault {
-            Fault::CutAfter(_) | Fault::SilentAfter(_) => Some(format!("bytes=1000-{}", size_of_weights(&place) - 1)),
+            Fault::CutAfter(_) | Fault::SilentAfter(_) => {
+                Some(format!("bytes=1000-{}", size_of_weights(&place) - 1))
+            }
             // What is wrong is not gone on with.
             _ => None,
         };
@@ -201,7 +216,10 @@ fn what_stays_wrong_is_an_error_and_not_in_the_cache() {
     for (fault, found) in [(Fault::FlippedBit, "found sha256 "), (Fault::TooLong, "found more")] {
         place.server.fault(&large, fault.clone(), 9);
         let error = place.fetch("some/llama").unwrap_err();
-        assert!(matches!(&error, Error::Hub(HubError::Content { file, .. }) if file == "model.safetensors"), "{error}");
+        assert!(
+            matches!(&error, Error::Hub(HubError::Content { file, .. }) if file == "model.safetensors"),
+            "{error}"
+        );
         assert!(error.to_string().contains(found), "{error}");
         place.server.clear_faults();
         let blobs = entries(&place.repository().join("blobs"));
@@ -280,9 +298,17 @@ fn weights_that_are_not_read_name_the_conversion() {
     let files = files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec()));
     place.server.store().insert("models/old/llama".into(), Repository::of(files));
     let refused = place.refused(place.settings(), "old/llama");
-    assert!(refused.starts_with("`old/llama` has only `pytorch_model.bin`; safetensors weights are needed | convert it: python -c"), "{refused}");
+    assert!(
+        refused.starts_with(
+            "`old/llama` has only `pytorch_model.bin`; safetensors weights are needed | convert it: python -c"
+        ),
+        "{refused}"
+    );
     place.server.store().insert("models/no/llama".into(), Repository::of([("a.txt".to_owned(), vec![1])]));
-    assert_eq!(place.refused(place.settings(), "no/llama"), "`no/llama` at revision `main` has no `config.json`");
+    assert_eq!(
+        place.refused(place.settings(), "no/llama"),
+        "`no/llama` at revision `main` has no `config.json`"
+    );
     assert!(!place.cache.path().join("models--old--llama/blobs").exists(), "nothing was fetched");
 }
 
@@ -323,7 +349,7 @@ fn a_full_disk_is_seen_before_and_while() {
     fs::create_dir_all(part.parent().unwrap()).unwrap();
     std::os::unix::fs::symlink("/dev/full", &part).unwrap();
     let error = place.fetch("some/llama").unwrap_err();
-    assert!(matches!(error, Error::DiskSpace { .. }), "{error}");
+    assert!(matches!(error, Error::Resource(ResourceError::DiskSpace { .. })), "{error}");
     assert_eq!(error.hint().unwrap(), "free some space or choose a folder on another disk");
 }
 
@@ -334,7 +360,8 @@ fn files_of_a_dataset() {
     let repository = Repository::of(files.map(|name| (name.to_owned(), name.as_bytes().to_vec())));
     place.server.store().insert("datasets/some/texts".into(), repository);
     let hub = Hub::new(place.settings()).unwrap();
-    let fetch = |files: &[String]| hub.fetch_dataset(&"some/texts@main".parse().unwrap(), files, &Notes::default());
+    let fetch =
+        |files: &[String]| hub.fetch_dataset(&"some/texts@main".parse().unwrap(), files, &Notes::default());
     let snapshot = fetch(&[files[0].to_owned()]).unwrap();
     assert_eq!(files_below(&snapshot.folder), [Path::new(files[0])]);
     assert!(snapshot.folder.starts_with(place.cache.path().join("datasets--some--texts/snapshots")));

@@ -9,8 +9,7 @@ use std::{
 use crate::helpers::{Lab, Output, demo, entries, files_below, read_json, text_of};
 
 const ACT: &str = "gptq-4bit-32g-actorder_True";
-const BRANCHES: [&str; 4] =
-    ["main", ACT, "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True"];
+const BRANCHES: [&str; 4] = ["main", ACT, "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True"];
 
 /// The demo model in its four branches, and an empty remote.
 fn demo_run() -> (Lab, PathBuf) {
@@ -71,7 +70,10 @@ fn four_branches_are_cloned_and_loaded_with_git_lfs() {
         assert_eq!(outcome[at]["commit"], git(&lab, &["-C", &text_of(&folder), "rev-parse", "HEAD"]));
         let source = lab.out().join(branch);
         for file in entries(&source) {
-            assert!(fs::read(source.join(&file)).unwrap() == fs::read(folder.join(&file)).unwrap(), "{branch} {file}");
+            assert!(
+                fs::read(source.join(&file)).unwrap() == fs::read(folder.join(&file)).unwrap(),
+                "{branch} {file}"
+            );
         }
         let card = fs::read_to_string(folder.join("README.md")).unwrap();
         assert!(card.contains(&format!("--branch {branch} ")), "{card}");
@@ -118,7 +120,11 @@ fn only_what_changed_is_sent_on_top_of_what_is_there_with_git_lfs() {
     // One file of one branch.
     fs::write(lab.out().join(ACT).join("generation_config.json"), "{}\n").unwrap();
     let dry = publish(&lab, &remote, &["--dry-run"]).succeeds();
-    assert!(dry.stdout.contains("would send 1 files") && dry.stdout.contains("+ generation_config.json"), "{}", dry.stdout);
+    assert!(
+        dry.stdout.contains("would send 1 files") && dry.stdout.contains("+ generation_config.json"),
+        "{}",
+        dry.stdout
+    );
     assert_eq!(git(&lab, &["-C", &bare, "for-each-ref"]), heads, "a dry run sends nothing");
     let outcome = publish(&lab, &remote, &["--json", "--branch", ACT]).json();
     assert_eq!(outcome[0]["sent"], serde_json::json!(["generation_config.json"]));
@@ -148,11 +154,15 @@ fn what_cannot_be_published_says_why_with_git_lfs() {
          repository; fatal: Could not read from remote repository.\n\
          hint: make the repository first: git init --bare PATH, or on the server's page",
     );
-    publish(&lab, &remote, &["--branch", "dev"]).fails_with(&format!(
-        "error: the run has no branch `dev` (it has `main`, `{ACT}`)"
-    ));
-    let secret = lab.run(&["publish", &text_of(&lab.out()), "--to", "git:https://me:hf_secret@127.0.0.1:1/x"]);
-    assert!(secret.stderr.starts_with("error: --to git:: expected an address without name or password"), "{}", secret.stderr);
+    publish(&lab, &remote, &["--branch", "dev"])
+        .fails_with(&format!("error: the run has no branch `dev` (it has `main`, `{ACT}`)"));
+    let secret =
+        lab.run(&["publish", &text_of(&lab.out()), "--to", "git:https://me:hf_secret@127.0.0.1:1/x"]);
+    assert!(
+        secret.stderr.starts_with("error: --to git:: expected an address without name or password"),
+        "{}",
+        secret.stderr
+    );
     assert!(!secret.stderr.contains("hf_secret"));
 
     // A hook refuses: nothing is there, and the next time it is.
@@ -161,7 +171,11 @@ fn what_cannot_be_published_says_why_with_git_lfs() {
     Command::new("chmod").args(["+x", &text_of(&hook)]).status().unwrap();
     let refused = publish(&lab, &remote, &[]);
     assert_eq!(refused.code, Some(2));
-    assert!(refused.stderr.contains("error: git could not send branch main: remote: not today"), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("error: git could not send branch main: remote: not today"),
+        "{}",
+        refused.stderr
+    );
     fs::remove_file(hook).unwrap();
     publish(&lab, &remote, &[]).succeeds();
 
@@ -173,7 +187,11 @@ fn what_cannot_be_published_says_why_with_git_lfs() {
     fs::write(&weights, bytes).unwrap();
     let damaged = publish(&lab, &remote, &[]);
     assert_eq!(damaged.code, Some(2));
-    assert!(damaged.stderr.contains("model.safetensors") || damaged.stderr.contains("lm_head"), "{}", damaged.stderr);
+    assert!(
+        damaged.stderr.contains("model.safetensors") || damaged.stderr.contains("lm_head"),
+        "{}",
+        damaged.stderr
+    );
 }
 
 #[test]
@@ -182,7 +200,8 @@ fn a_token_is_given_to_git_without_being_seen_with_git_lfs() {
     let bin = lab.path("bin");
     fs::create_dir(&bin).unwrap();
     // A git that writes down how it is called, and whom it would tell the token.
-    let real = String::from_utf8(Command::new("sh").args(["-c", "command -v git"]).output().unwrap().stdout).unwrap();
+    let real = String::from_utf8(Command::new("sh").args(["-c", "command -v git"]).output().unwrap().stdout)
+        .unwrap();
     let log = lab.path("git.log");
     let script = format!(
         "#!/bin/sh\necho \"$@\" >> {log}\nexec {real} \"$@\"\n",
@@ -194,8 +213,10 @@ fn a_token_is_given_to_git_without_being_seen_with_git_lfs() {
     let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
     let out = text_of(&lab.out());
     // Nobody listens there: git fails, and says so.
-    let variables = [("PATH", path.as_str()), ("HF_TOKEN", "hf_secret"), ("HF_ENDPOINT", "http://127.0.0.1:1")];
-    let failed = lab.run_with(&variables, &["publish", &out, "--to", "git:http://127.0.0.1:1/me/tiny", "--verbose"]);
+    let variables =
+        [("PATH", path.as_str()), ("HF_TOKEN", "hf_secret"), ("HF_ENDPOINT", "http://127.0.0.1:1")];
+    let failed =
+        lab.run_with(&variables, &["publish", &out, "--to", "git:http://127.0.0.1:1/me/tiny", "--verbose"]);
     assert_eq!(failed.code, Some(2));
     let calls = fs::read_to_string(&log).unwrap();
     assert!(calls.contains("config credential.http://127.0.0.1:1.helper"), "{calls}");

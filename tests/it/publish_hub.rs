@@ -42,7 +42,10 @@ fn is_published(lab: &Lab, server: &HubServer, id: &str, branch: &str) {
     let tree = store[id].tree(branch);
     let folder = lab.out().join(branch);
     for file in entries(&folder) {
-        assert!(tree.get(&file).is_some_and(|blob| *blob.bytes == fs::read(folder.join(&file)).unwrap()), "{branch}/{file}");
+        assert!(
+            tree.get(&file).is_some_and(|blob| *blob.bytes == fs::read(folder.join(&file)).unwrap()),
+            "{branch}/{file}"
+        );
     }
     let card = String::from_utf8(tree["README.md"].bytes.to_vec()).unwrap();
     assert!(card.contains(&format!("card of branch `{branch}`")), "{card}");
@@ -52,7 +55,11 @@ fn is_published(lab: &Lab, server: &HubServer, id: &str, branch: &str) {
 fn branches_are_made_sent_and_proven() {
     let (lab, server) = place();
     let dry = publish(&lab, &server, &["--dry-run"]).succeeds();
-    assert!(dry.stdout.contains("would send") && dry.stdout.contains("+ model.safetensors"), "{}", dry.stdout);
+    assert!(
+        dry.stdout.contains("would send") && dry.stdout.contains("+ model.safetensors"),
+        "{}",
+        dry.stdout
+    );
     assert!(server.store().is_empty(), "a dry run makes nothing");
 
     let outcome = publish(&lab, &server, &["--private", "--json"]).json();
@@ -78,13 +85,17 @@ fn branches_are_made_sent_and_proven() {
 #[test]
 fn weights_of_before_go_and_other_files_stay() {
     let (lab, server) = place();
-    let before = ["old.safetensors", "NOTES.md", "model.safetensors"].map(|name| (name.to_owned(), b"x".to_vec()));
+    let before =
+        ["old.safetensors", "NOTES.md", "model.safetensors"].map(|name| (name.to_owned(), b"x".to_vec()));
     server.store().insert(ID.into(), Repository::of(before));
     let outcome = publish(&lab, &server, &["--json", "--branch", "main"]).json();
     assert_eq!(outcome[0]["deleted"], json!(["old.safetensors"]));
     is_published(&lab, &server, ID, "main");
     let store = server.store();
-    assert!(store[ID].tree("main").contains_key("NOTES.md") && !store[ID].tree("main").contains_key("old.safetensors"));
+    assert!(
+        store[ID].tree("main").contains_key("NOTES.md")
+            && !store[ID].tree("main").contains_key("old.safetensors")
+    );
     assert_eq!(store[ID].branches.len(), 1);
 }
 
@@ -143,7 +154,11 @@ fn what_the_hub_refuses() {
     );
     let wrong = on_hub(&lab, &server, "hf_another", &arguments);
     assert_eq!(wrong.code, Some(2));
-    assert!(wrong.stderr.contains("Invalid credentials") && wrong.stderr.contains("hint: check HF_TOKEN"), "{}", wrong.stderr);
+    assert!(
+        wrong.stderr.contains("Invalid credentials") && wrong.stderr.contains("hint: check HF_TOKEN"),
+        "{}",
+        wrong.stderr
+    );
     for (to, problem) in [
         ("hub:tiny", "`tiny` is not the name of a repository"),
         ("s3:tiny", "expected hub:OWNER/NAME, git:ADDRESS or git:PATH"),
@@ -211,7 +226,13 @@ fn from_the_hub_to_the_hub() {
         }
         let tree = server.store()["models/me/demo-GPTQ"].tree(ACT).clone();
         let card = String::from_utf8(tree["README.md"].bytes.to_vec()).unwrap();
-        for part in ["base_model: some/demo\n", "license: apache-2.0\n", "quantized_by: me\n", "Words of the source.", "(LICENSE)"] {
+        for part in [
+            "base_model: some/demo\n",
+            "license: apache-2.0\n",
+            "quantized_by: me\n",
+            "Words of the source.",
+            "(LICENSE)",
+        ] {
             assert!(card.contains(part), "{part}: {card}");
         }
 
@@ -285,7 +306,20 @@ fn what_is_evaluated_from_the_hub_leaves_its_cache_alone() {
     publish(&lab, &server, &[]).succeeds();
     let (model, text) = (text_of(&lab.model()), text_of(&demo("evaluation.parquet")));
     let branch = format!("me/tiny-GPTQ:{ACT}");
-    let arguments = ["eval", "--model", &model, "--quantized", &branch, "--dataset", &text, "--seq-len", "64", "--windows", "2", "--json"];
+    let arguments = [
+        "eval",
+        "--model",
+        &model,
+        "--quantized",
+        &branch,
+        "--dataset",
+        &text,
+        "--seq-len",
+        "64",
+        "--windows",
+        "2",
+        "--json",
+    ];
     let evaluation: Value = on_hub(&lab, &server, TOKEN, &arguments).json();
     assert_eq!(evaluation["model"], "model");
     let snapshots = lab.path("hf-home/hub/models--me--tiny-GPTQ/snapshots");

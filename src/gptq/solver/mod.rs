@@ -9,9 +9,11 @@
 mod cholesky;
 mod cpu;
 mod cuda;
+mod fallback;
 mod instructions;
 mod kernel;
 pub mod reference;
+mod rtn;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
 mod torch;
@@ -19,15 +21,17 @@ mod torch;
 use std::borrow::Borrow;
 
 use half::f16;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 pub use cpu::CpuSolver;
 pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes};
+pub use fallback::OrRounded;
+pub use rtn::RtnSolver;
 pub use torch::TorchSolver;
 
 use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};
 use crate::{
-    error::{Error, Result, TorchContext},
+    error::{Error, NumericalError, Result, TorchContext},
     variant::Variant,
 };
 
@@ -41,7 +45,7 @@ pub trait Solver {
     /// factorization fails. `stage` names the inputs in errors.
     ///
     /// # Errors
-    /// When the Hessian stays indefinite at full damping, or memory ends.
+    /// When the Hessian is all zero or stays indefinite at full damping, or memory ends.
     fn factorize(
         &self,
         hessian: &Hessian,
@@ -60,7 +64,7 @@ pub trait Factorized {
     /// of the order that was factorized.
     ///
     /// # Errors
-    /// When a scale does not fit fp16, or libtorch fails.
+    /// When a weight is NaN or infinite, a scale does not fit fp16, the arithmetic leaves the numbers, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
 }
 
@@ -95,6 +99,11 @@ pub struct Solution {
     pub linear: Solved,
     /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
     pub squared_error: f64,
+    /// Output features that are rounded to nearest, as compensation would have made their error larger: with the common
+    /// grids it clips what it moves out of them.
+    pub uncompensated: usize,
+    /// Why it was rounded to nearest instead of solved, if it was: see [`OrRounded`].
+    pub fallback: Option<String>,
 }
 
 /// Codes, scales, zeros and groups, where the solver left them.
@@ -139,6 +148,8 @@ impl Solved {
 struct Damped<F> {
     factor: F,
     order: ColumnOrder,
+    /// Undamped, in the features' own order.
+    diagonal: Vec<f32>,
     dead: Vec<u32>,
     /// What was added to the diagonal.
     lambda: f64,
@@ -165,6 +176,9 @@ fn damped<F: Borrow<Tensor>>(
     let diagonal = hessian.diagonal()?;
     let dead = dead_columns(&diagonal);
     let alive = diagonal.len() - dead.len();
+    if alive == 0 {
+        return Err(NumericalError::EmptyHessian { stage: stage.to_owned() }.into());
+    }
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
     let order = ColumnOrder::new(desc_act, &diagonal);
     for (raised, damp) in damping_steps(damp).enumerate() {
@@ -177,18 +191,18 @@ fn damped<F: Borrow<Tensor>>(
                 outlier_ratio: outlier_ratio(&diagonal),
                 condition_estimate: condition_estimate(factor.borrow()).torch("look at a factor")?,
             };
-            return Ok(Damped { factor, order, dead, lambda, facts });
+            return Ok(Damped { factor, order, diagonal, dead, lambda, facts });
         }
     }
-    Err(Error::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 })
+    Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
 }
 
-/// Largest over median of what is not zero.
+/// Largest over median of what is not zero; 0 when all is.
 fn outlier_ratio(diagonal: &[f32]) -> f64 {
     let mut alive: Vec<f32> = diagonal.iter().copied().filter(|&d| d != 0.0).collect();
     alive.sort_unstable_by(f32::total_cmp);
-    let largest = alive.last().map_or(f64::NAN, |&d| f64::from(d));
-    alive.get(alive.len() / 2).map_or(f64::NAN, |&median| largest / f64::from(median))
+    let largest = alive.last().map_or(0.0, |&d| f64::from(d));
+    alive.get(alive.len() / 2).map_or(0.0, |&median| largest / f64::from(median))
 }
 
 fn condition_estimate(factor: &Tensor) -> Result<f64, tch::TchError> {
@@ -203,7 +217,7 @@ fn panel_width(variant: &Variant, k: usize, panel: usize) -> usize {
     if variant.scales_known_beforehand() { panel } else { size.max(panel / size * size) }
 }
 
-/// What solving one weight added up over its rows.
+/// What solving one weight, or one row of it, added up.
 #[derive(Debug, Clone, Copy)]
 struct Sums {
     /// `tr(D (H+λI) Dᵀ)`.
@@ -222,9 +236,9 @@ impl Sums {
 /// A solution out of its parts: codes `[K, N]`, steps `[G, N]`.
 ///
 /// # Errors
-/// When a scale does not fit fp16.
+/// When it is not one that can be used: see [`check_scales`] and [`check_sums`].
 fn solution(
-    name: &str,
+    weight: &Weight<'_>,
     variant: &Variant,
     codes: Vec<u8>,
     steps: &[Step],
@@ -233,17 +247,56 @@ fn solution(
     lambda: f64,
 ) -> Result<Solution> {
     let scales: Vec<f16> = steps.iter().map(|s| s.scale).collect();
-    check_scales(name, &scales, codes.len() / g_idx.len())?;
+    check_scales(weight, &scales, codes.len() / g_idx.len())?;
+    check_sums(weight, sums)?;
     let zeros = steps.iter().map(|s| s.zero).collect();
     let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
-    Ok(Solution { linear: Solved::Host(linear), squared_error: sums.undamped(lambda) })
+    Ok(Solution {
+        linear: Solved::Host(linear),
+        squared_error: sums.undamped(lambda),
+        uncompensated: 0,
+        fallback: None,
+    })
 }
 
-/// Refuses a scale that does not fit fp16, of `scales` `[G, N]`.
-fn check_scales(name: &str, scales: &[f16], n: usize) -> Result<()> {
+/// Refuses a scale that does not fit fp16, of `scales` `[G, N]`: the fault of a weight, or of what was made of it.
+fn check_scales(weight: &Weight<'_>, scales: &[f16], n: usize) -> Result<()> {
     let Some(at) = scales.iter().position(|s| !s.is_finite()) else { return Ok(()) };
-    let place = format!("{name}: scale of group {}, output feature {}", at / n, at % n);
-    Err(Error::Fp16Overflow { place, value: f32::INFINITY })
+    check_finite(weight)?;
+    let place = format!("scale of group {}, output feature {}", at / n, at % n);
+    let largest = largest(weight)?;
+    if largest > f16::MAX.to_f32() {
+        let place = format!("{}: {place}, from its largest weight", weight.name);
+        return Err(Error::Fp16Overflow { place, value: largest });
+    }
+    let problem = format!("{place}: it does not fit fp16, though the largest weight, {largest}, does");
+    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
+}
+
+/// Refuses a solution in which the arithmetic left the numbers; nothing in its codes shows that.
+fn check_sums(weight: &Weight<'_>, sums: Sums) -> Result<()> {
+    if sums.objective.is_finite() && sums.distance.is_finite() {
+        return Ok(());
+    }
+    check_finite(weight)?;
+    let problem = "its error came out as NaN or infinite, though its weights are numbers".to_owned();
+    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
+}
+
+/// Refuses a weight with NaN or infinity in it.
+fn check_finite(weight: &Weight<'_>) -> Result<()> {
+    let total = weight.values.numel() as u64;
+    let count = || i64::try_from(weight.values.f_isfinite()?.f_sum(Kind::Int64)?);
+    let count = total - count().torch("look for NaN and infinity")? as u64;
+    if count == 0 {
+        return Ok(());
+    }
+    Err(Error::NonFinite { place: format!("weight of `{}`", weight.name), count, total })
+}
+
+fn largest(weight: &Weight<'_>) -> Result<f32> {
+    let largest = || f64::try_from(weight.values.f_abs()?.f_max()?);
+    Ok(largest().torch("find the largest weight")? as f32)
 }
 
 /// The dampings tried one after another, as fractions of the mean diagonal: `start`, then doubled up to 1.

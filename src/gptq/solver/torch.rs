@@ -72,7 +72,7 @@ impl Factorized for TorchFactor {
         let g_idx = self.0.order.g_idx(variant);
         let solved = solved.torch("solve a stage")?;
         let solutions = solved.into_iter().zip(weights).map(|((codes, steps, sums), weight)| {
-            solution(weight.name, variant, codes, &steps, g_idx.clone(), sums, self.0.lambda)
+            solution(weight, variant, codes, &steps, g_idx.clone(), sums, self.0.lambda)
         });
         solutions.collect()
     }

@@ -103,7 +103,8 @@ pub(super) fn write(mut stream: &TcpStream, request: &Request, answer: Answer, f
         }
         _ => {}
     }
-    let mut head = format!("HTTP/1.1 {} -\r\nConnection: close\r\nContent-Length: {length}\r\n", answer.status);
+    let mut head =
+        format!("HTTP/1.1 {} -\r\nConnection: close\r\nContent-Length: {length}\r\n", answer.status);
     for (name, value) in &answer.headers {
         head += &format!("{name}: {value}\r\n");
     }

@@ -137,9 +137,11 @@ fn serve(stream: &TcpStream, shared: &Shared, large: bool) {
     });
     let fault = take_fault(shared, &format!("{} {}", request.method, request.path));
     let answer = match &fault {
-        Some(Fault::Answer(status, headers)) => headers
-            .iter()
-            .fold(Answer::error(*status, "a fault was asked for"), |answer, (name, value)| answer.with(name, value)),
+        Some(Fault::Answer(status, headers)) => {
+            headers.iter().fold(Answer::error(*status, "a fault was asked for"), |answer, (name, value)| {
+                answer.with(name, value)
+            })
+        }
         Some(Fault::Pretend(text)) => Answer::new(200, text.clone().into_bytes()),
         _ if large => read::content(&request, shared, fault == Some(Fault::NoRanges)),
         _ => answer(&request, shared),

@@ -19,7 +19,9 @@ pub(super) fn answer(request: &Request, shared: &Shared) -> Answer {
     match parts[..] {
         ["api", kind, owner, name, ref rest @ ..] => {
             let store = lock(&shared.store);
-            let Some(repository) = store.get(&format!("{kind}/{owner}/{name}")).filter(|r| may_see(request, r)) else {
+            let Some(repository) =
+                store.get(&format!("{kind}/{owner}/{name}")).filter(|r| may_see(request, r))
+            else {
                 return no_repository(request);
             };
             match *rest {
@@ -81,12 +83,18 @@ fn tree(request: &Request, shared: &Shared, repository: &Repository, revision: &
     let cursor = request.query.split('&').find_map(|pair| pair.strip_prefix("cursor="));
     let start: usize = cursor.and_then(|cursor| cursor.parse().ok()).unwrap_or(0);
     let files = &repository.commits[&commit];
-    let page: Vec<Value> = files.iter().skip(start).take(PAGE).map(|(path, blob)| entry(path, blob)).collect();
+    let page: Vec<Value> =
+        files.iter().skip(start).take(PAGE).map(|(path, blob)| entry(path, blob)).collect();
     let answer = Answer::json(&page.into());
     if start + PAGE >= files.len() {
         return answer;
     }
-    let next = format!("<http://{}{}?recursive=true&cursor={}>; rel=\"next\"", shared.api, request.path, start + PAGE);
+    let next = format!(
+        "<http://{}{}?recursive=true&cursor={}>; rel=\"next\"",
+        shared.api,
+        request.path,
+        start + PAGE
+    );
     answer.with("Link", &next)
 }
 
@@ -124,9 +132,9 @@ fn resolve(request: &Request, shared: &Shared, id: &str, revision: &str, path: &
         return Answer::error(404, "Entry not found").with("X-Error-Code", "EntryNotFound");
     };
     match &blob.id {
-        ContentId::GitBlob(hex) => part(request, blob, false)
-            .with("ETag", &format!("\"{hex}\""))
-            .with("X-Repo-Commit", &commit),
+        ContentId::GitBlob(hex) => {
+            part(request, blob, false).with("ETag", &format!("\"{hex}\"")).with("X-Repo-Commit", &commit)
+        }
         ContentId::Sha256(hex) => Answer::new(302, Vec::new())
             .with("X-Repo-Commit", &commit)
             .with("X-Linked-Etag", &format!("\"{hex}\""))

@@ -1,11 +1,6 @@
 //! Repositories in memory.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
 use gptq::hub::{ContentId, Hasher};
 use sha2::{Digest, Sha256};
@@ -36,7 +31,8 @@ pub(crate) struct Repository {
 
 impl Blob {
     pub(crate) fn new(path: &str, bytes: Vec<u8>) -> Self {
-        let hasher = if is_large(path) { Hasher::Sha256(Sha256::new()) } else { Hasher::git_blob(bytes.len() as u64) };
+        let hasher =
+            if is_large(path) { Hasher::Sha256(Sha256::new()) } else { Hasher::git_blob(bytes.len() as u64) };
         let mut hasher = hasher;
         hasher.update(&bytes);
         Self { bytes: Arc::new(bytes), id: hasher.finish() }

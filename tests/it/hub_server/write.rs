@@ -90,7 +90,9 @@ fn commit(shared: &Shared, repository: &mut Repository, branch: &str, lines: &[u
                 }
                 message = value["summary"].as_str().unwrap().to_owned();
             }
-            "file" if is_large(path) => return Answer::error(400, "this file must be uploaded as a large one"),
+            "file" if is_large(path) => {
+                return Answer::error(400, "this file must be uploaded as a large one");
+            }
             "file" => {
                 tree.insert(path.into(), Blob::new(path, from_base64(value["content"].as_str().unwrap())));
             }
@@ -111,7 +113,9 @@ fn commit(shared: &Shared, repository: &mut Repository, branch: &str, lines: &[u
         }
     }
     let commit = repository.commit(branch, tree, &message);
-    Answer::json(&json!({ "commitOid": commit, "commitUrl": format!("http://{}/commit/{commit}", shared.api), "success": true }))
+    Answer::json(
+        &json!({ "commitOid": commit, "commitUrl": format!("http://{}/commit/{commit}", shared.api), "success": true }),
+    )
 }
 
 fn from_base64(text: &str) -> Vec<u8> {

@@ -19,7 +19,8 @@ pub(super) struct XetServer {
 
 impl XetServer {
     pub(super) fn start() -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let contents = runtime.block_on(async { MemoryClient::new(XetContext::default().unwrap()) });
         let server = runtime.block_on(LocalTestServerBuilder::new().with_client(contents.clone()).start());
         Self { server, contents, runtime }

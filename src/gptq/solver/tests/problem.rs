@@ -68,6 +68,11 @@ impl Problem {
         reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant).unwrap()
     }
 
+    /// With rows rounded to nearest where that is better, as the CPU solver does it.
+    pub(in crate::gptq) fn reference_or_rounded(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
+        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant).unwrap()
+    }
+
     pub(in crate::gptq) fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
         self.fast_with(&CpuSolver::new(), variant, damp)
     }
