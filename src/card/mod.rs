@@ -1,9 +1,10 @@
 //! The card of a run: the `README.md` of its branches, from its report and a template.
 //!
-//! Whatever is said about quality was measured, and the card says on what; a figure that is not in the report does not
-//! appear.
+//! Whatever is said about quality was measured, and the card says on what; a figure that is neither in the report nor
+//! beside the weights it is of does not appear.
 
 mod facts;
+mod measured;
 mod metadata;
 mod prompt;
 mod source;
@@ -52,6 +53,7 @@ impl CardOptions {
 /// # Errors
 /// When the source's card cannot be read, or the template is wrong.
 pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<String>> {
+    let report = &Report { evaluations: measured::evaluations(report, run)?, ..report.clone() };
     let source = SourceCard::read(run)?;
     let (path, text) = match &options.template {
         Some((path, text)) => (path.clone(), text.as_str()),

@@ -2,10 +2,12 @@
 
 use std::future::Future;
 
-use hf_hub::{HFClient, HFError};
+use hf_hub::HFClient;
+use reqwest::{Response, Url};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{
+    answer::Problem,
     reference::Reference,
     settings::{Settings, redacted},
 };
@@ -34,6 +36,14 @@ impl Kind {
         match self {
             Self::Model => "model",
             Self::Dataset => "dataset",
+        }
+    }
+
+    /// What it is called in addresses of the Hub's interface.
+    pub(super) fn plural(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
         }
     }
 
@@ -96,73 +106,82 @@ impl Hub {
     }
 
     /// Sends a request; again where the Hub says how long to wait before, and where its answer was cut. What else may
-    /// pass is tried again by the client itself.
-    pub(super) async fn ask<T, F>(&self, about: &About<'_>, request: impl Fn() -> F) -> Result<T>
+    /// pass is tried again by the client itself, and by [`Hub::get`].
+    pub(super) async fn ask<T, E, F>(&self, about: &About<'_>, request: impl Fn() -> F) -> Result<T>
     where
-        F: Future<Output = Result<T, HFError>>,
+        E: Into<Problem>,
+        F: Future<Output = Result<T, E>>,
     {
         let mut tries = 0;
         loop {
-            let error = match request().await {
+            let problem = match request().await {
                 Ok(answer) => return Ok(answer),
-                Err(error) => error,
+                Err(error) => error.into(),
             };
-            let wait = match &error {
-                HFError::RateLimited { retry_after: Some(wait), .. } if wait.as_secs() <= LONGEST_WAIT => {
-                    *wait
-                }
-                HFError::Request { source, .. } if source.is_body() || source.is_decode() => {
-                    self.settings.pause
-                }
-                _ => return Err(self.failure(error, about).into()),
+            let wait = match &problem {
+                Problem::Refused(refusal) => refusal.wait.filter(|wait| wait.as_secs() <= LONGEST_WAIT),
+                Problem::Cut(_) => Some(self.settings.pause),
+                _ => None,
             };
-            if tries == self.settings.retries {
-                return Err(self.failure(error, about).into());
+            match wait {
+                Some(wait) if tries < self.settings.retries => tokio::time::sleep(wait).await,
+                _ => return Err(self.failure(problem, about).into()),
             }
             tries += 1;
-            tokio::time::sleep(wait).await;
         }
     }
 
-    /// What a refusal means.
-    pub(super) fn failure(&self, error: HFError, about: &About<'_>) -> HubError {
-        let repository = about.reference.repository().to_owned();
-        let revision = about.reference.revision().to_owned();
-        let (endpoint, token) = (self.settings.endpoint.clone(), self.settings.token.is_some());
-        let clean = |text: &str| redacted(text, self.settings.token.as_ref());
-        if let HFError::RateLimited { retry_after, .. } = &error {
-            return HubError::RateLimited { endpoint, after: retry_after.map(|wait| wait.as_secs()) };
-        }
-        let refusal = refusal(&error);
-        let (status, code) =
-            refusal.as_ref().map_or((0, ""), |refusal| (refusal.status, refusal.code.as_str()));
-        let missing = matches!(status, 401 | 404);
-        let message = clean(&refusal.as_ref().map_or_else(|| chain(&error), |refusal| refusal.said.clone()));
-        match (&error, status, code) {
-            (HFError::Request { .. } | HFError::Xet { .. }, ..) => {
-                HubError::Unreachable { endpoint, problem: message }
+    /// The answer to a request that the client does not know.
+    pub(super) async fn get(&self, address: &Url) -> Result<Response, Problem> {
+        let mut tries = 0;
+        loop {
+            let mut request = self.http.get(address.clone());
+            if let Some(token) = &self.settings.token {
+                request = request.bearer_auth(token.secret());
             }
-            (_, 401 | 403, "GatedRepo") => {
+            let problem = match request.send().await {
+                Ok(answer) if answer.status().is_success() => return Ok(answer),
+                Ok(answer) => Problem::of_answer(answer).await,
+                Err(error) => Problem::from(&error),
+            };
+            let told = matches!(&problem, Problem::Refused(refusal) if refusal.wait.is_some());
+            if told || !problem.is_transient() || tries >= self.settings.retries {
+                return Err(problem);
+            }
+            tokio::time::sleep(self.settings.pause * (1 << tries.min(8))).await;
+            tries += 1;
+        }
+    }
+
+    /// What a problem means.
+    pub(super) fn failure(&self, problem: impl Into<Problem>, about: &About<'_>) -> HubError {
+        let problem = problem.into();
+        let repository = about.reference.repository().to_owned();
+        let action = format!("{} {repository}", about.action);
+        let (endpoint, token) = (self.settings.endpoint.clone(), self.settings.token.is_some());
+        let message = redacted(problem.text(), self.settings.token.as_ref());
+        let refusal = match problem {
+            Problem::Refused(refusal) => refusal,
+            Problem::Silence(_) | Problem::Cut(_) => {
+                return HubError::Unreachable { endpoint, problem: message };
+            }
+            Problem::Other(_) => return HubError::Answer { action, message },
+        };
+        match (refusal.status, refusal.code.as_str()) {
+            (429, _) => HubError::RateLimited { endpoint, after: refusal.wait.map(|wait| wait.as_secs()) },
+            (401 | 403, "GatedRepo") => {
                 let page = format!("{endpoint}/{}{repository}", about.kind.prefix());
                 HubError::Gated { repository, page, token }
             }
-            (HFError::RepoNotFound { .. }, ..) => {
+            (401 | 404, "RepoNotFound") => {
                 HubError::NotFound { kind: about.kind.name(), repository, endpoint, token }
             }
-            (_, _, "RepoNotFound") if missing => {
-                HubError::NotFound { kind: about.kind.name(), repository, endpoint, token }
-            }
-            (_, 401 | 403, _) => {
-                let action = format!("{} {repository}", about.action);
-                HubError::Unauthorized { action, message, token }
-            }
-            (HFError::EntryNotFound { path, .. }, ..) => {
-                HubError::File { repository, revision, file: format!("`{path}`") }
-            }
-            (HFError::RevisionNotFound { .. }, ..) | (_, _, "RevisionNotFound") => {
+            (401 | 403, _) => HubError::Unauthorized { action, message, token },
+            (_, "RevisionNotFound") => {
+                let revision = about.reference.revision().to_owned();
                 HubError::Revision { repository, revision, known: String::new() }
             }
-            _ => HubError::Answer { action: format!("{} {repository}", about.action), message },
+            _ => HubError::Answer { action, message },
         }
     }
 }
@@ -181,58 +200,7 @@ pub(super) struct About<'a> {
     pub(super) action: &'static str,
 }
 
-/// Whether the same request may succeed a little later.
-pub(super) fn is_transient(error: &HFError) -> bool {
-    let status = refusal(error).map_or(0, |refusal| refusal.status);
-    matches!(error, HFError::Request { .. } | HFError::Xet { .. } | HFError::RateLimited { .. })
-        || status == 408
-        || status >= 500
-}
-
 /// Whether an error says that the Hub is not there at the moment, so that the cache may stand in for it.
 pub(super) fn is_absence(error: &Error) -> bool {
     matches!(error, Error::Hub(error) if error.is_passing())
-}
-
-/// An answer that is not a success.
-struct Refusal {
-    status: u16,
-    /// By which the Hub tells refusals of one status apart.
-    code: String,
-    /// `404 Not Found: no such thing`.
-    said: String,
-}
-
-fn refusal(error: &HFError) -> Option<Refusal> {
-    let context = match error {
-        HFError::Http { context }
-        | HFError::AuthRequired { context }
-        | HFError::Forbidden { context }
-        | HFError::Conflict { context }
-        | HFError::RateLimited { context, .. } => context,
-        HFError::RepoNotFound { context, .. }
-        | HFError::RevisionNotFound { context, .. }
-        | HFError::EntryNotFound { context, .. } => context.as_ref()?,
-        _ => return None,
-    };
-    let said = match context.server_message.as_deref().filter(|message| !message.is_empty()) {
-        Some(message) => format!("{}: {message}", context.status),
-        None => context.status.to_string(),
-    };
-    let code = context.error_code.clone().unwrap_or_default();
-    Some(Refusal { status: context.status.as_u16(), code, said })
-}
-
-/// An error with its causes; the client's own texts name only the last one.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }

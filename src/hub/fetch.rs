@@ -5,16 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use futures_util::{StreamExt, TryStreamExt, pin_mut, stream};
-use hf_hub::{
-    HFRepository,
-    repository::{RepoTreeEntry, RepoType},
-};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use hf_hub::{HFRepository, repository::RepoType};
 
 use super::{
     cache::{RepositoryCache, is_commit},
     client::{About, Hub, Kind, is_absence},
-    digest::ContentId,
     files::{self, Lack},
     reference::Reference,
     transfer::{Listed, STEP, Transfer},
@@ -112,7 +108,7 @@ impl Hub {
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
         let (commit, gated) = self.head(about).await?;
-        let listed = self.list(repository, about, &commit).await?;
+        let listed = self.list(about, &commit).await?;
         let transfer = Transfer { hub: self, repository, about, commit: &commit, cache, progress };
         let pick = |names: &[String]| -> Result<Vec<Listed>> {
             let find = |name: &String| listed.iter().find(|file| file.path == *name).cloned();
@@ -186,41 +182,6 @@ impl Hub {
             }
             Err(_) => "others".into(),
         }
-    }
-
-    /// All files of a commit.
-    pub(super) async fn list<T: RepoType>(
-        &self,
-        repository: &HFRepository<T>,
-        about: &About<'_>,
-        revision: &str,
-    ) -> Result<Vec<Listed>> {
-        let entries = self
-            .ask(about, || async {
-                let entries = repository.list_tree().revision(revision).recursive(true).send()?;
-                pin_mut!(entries);
-                let mut files = Vec::new();
-                while let Some(entry) = entries.next().await {
-                    files.push(entry?);
-                }
-                Ok(files)
-            })
-            .await?;
-        let mut files = Vec::new();
-        for entry in entries {
-            let RepoTreeEntry::File { oid, size, path, lfs, .. } = entry else { continue };
-            let (size, id) = match lfs {
-                Some(lfs) => (lfs.size.unwrap_or(size), ContentId::Sha256(lfs.sha256.unwrap_or(oid))),
-                None => (size, ContentId::GitBlob(oid)),
-            };
-            if !id.is_well_formed() {
-                let action = format!("say the digest of `{path}` of {}", about.reference);
-                let message = format!("it says `{}`", id.hex());
-                return Err(HubError::Answer { action, message }.into());
-            }
-            files.push(Listed { path, size, id });
-        }
-        Ok(files)
     }
 
     /// Brings files into the cache, several at a time.

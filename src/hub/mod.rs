@@ -4,6 +4,7 @@
 //! those that the Hub lists; a transfer that was cut goes on where it stopped. Nothing here reads the environment:
 //! [`Settings`] hold what it says.
 
+mod answer;
 mod cache;
 mod client;
 mod digest;
@@ -12,6 +13,7 @@ mod files;
 mod reference;
 mod settings;
 mod transfer;
+mod tree;
 mod upload;
 
 pub use client::Hub;

@@ -11,8 +11,9 @@ use futures_util::{Stream, StreamExt};
 use hf_hub::{HFError, HFRepository, repository::RepoType};
 
 use super::{
+    answer::Problem,
     cache::{RepositoryCache, create_parent},
-    client::{About, Hub, chain, is_transient},
+    client::{About, Hub},
     digest::{ContentId, Hasher},
     settings::redacted,
 };
@@ -142,10 +143,11 @@ impl<T: RepoType> Transfer<'_, T> {
     }
 
     fn failure(&self, error: HFError) -> Failure {
-        if is_transient(&error) {
-            Failure::Passing(redacted(&chain(&error), self.hub.settings.token.as_ref()))
+        let problem = Problem::from(error);
+        if problem.is_transient() {
+            Failure::Passing(redacted(problem.text(), self.hub.settings.token.as_ref()))
         } else {
-            Failure::Final(self.hub.failure(error, self.about).into())
+            Failure::Final(self.hub.failure(problem, self.about).into())
         }
     }
 

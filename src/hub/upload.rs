@@ -93,8 +93,7 @@ impl Hub {
     /// As [`Hub::branches`].
     pub fn files(&self, reference: &Reference) -> Result<Vec<Listed>> {
         let about = About { kind: Kind::Model, reference, action: "read" };
-        let repository = self.client.model(reference.owner(), reference.name());
-        self.block_on(self.list(&repository, &about, reference.revision()))
+        self.block_on(self.list(&about, reference.revision()))
     }
 
     /// Commits to a branch that is at `parent`. Returns the new commit, if the Hub says it.

@@ -4,11 +4,10 @@ use std::{
     ffi::{OsStr, OsString},
     fs,
     path::{Path, PathBuf},
-    process::{Child, Stdio},
+    process::{Child, Command, Stdio},
     sync::LazyLock,
 };
 
-use assert_cmd::Command;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -29,11 +28,6 @@ pub(crate) fn repository() -> &'static Path {
 }
 
 /// The program, likewise.
-fn program() -> Command {
-    Command::new(program_path())
-}
-
-/// Where the program is.
 fn program_path() -> OsString {
     std::env::var_os("GPTQ_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_gptq").into())
 }
@@ -147,10 +141,13 @@ impl Lab {
 
     /// The program with any arguments, running; what it prints on standard error can be read.
     pub(crate) fn start<S: AsRef<OsStr>>(&self, args: &[S]) -> Child {
-        let mut command = std::process::Command::new(program_path());
-        command.args(args).env_remove("HF_HUB_CACHE").env("HF_HOME", self.path("hf-home"));
-        command.env("OMP_WAIT_POLICY", "passive").stdout(Stdio::null()).stderr(Stdio::piped());
-        command.spawn().unwrap()
+        self.start_with(&[], args)
+    }
+
+    /// The same with variables set.
+    pub(crate) fn start_with<S: AsRef<OsStr>>(&self, variables: &[(&str, &str)], args: &[S]) -> Child {
+        let mut command = self.command(variables);
+        command.args(args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     }
 
     /// The program with any arguments.
@@ -158,25 +155,30 @@ impl Lab {
         self.run_with(&[], args)
     }
 
-    /// The program with variables set.
+    /// The same with variables set.
     pub(crate) fn run_with<S: AsRef<OsStr>>(&self, variables: &[(&str, &str)], args: &[S]) -> Output {
-        let mut command = program();
+        self.read(&self.command(variables).args(args).output().unwrap())
+    }
+
+    /// The program, which finds nothing of this machine's caches and tokens, and asks the real Hub for nothing.
+    fn command(&self, variables: &[(&str, &str)]) -> Command {
+        let mut command = Command::new(program_path());
         for (variable, _) in std::env::vars_os() {
             let name = variable.to_string_lossy();
-            if ["HF_", "HUGGING", "XDG_"].iter().any(|begin| name.starts_with(begin))
-                || name == "GPTQ_TEST_DATA"
-            {
+            let ours = ["HF_", "HUGGING", "XDG_"].iter().any(|begin| name.starts_with(begin));
+            if ours || name == "GPTQ_TEST_DATA" {
                 command.env_remove(variable);
             }
         }
         command
             .env("HF_HOME", self.path("hf-home"))
             .env("XDG_CACHE_HOME", self.path("cache"))
-            .env("OMP_WAIT_POLICY", "passive");
-        // No test asks the real Hub for anything.
-        command.env("HF_ENDPOINT", "http://127.0.0.1:1").env("HF_HUB_OFFLINE", "1");
-        let output = command.envs(variables.iter().copied()).args(args).output().unwrap();
-        self.read(&output)
+            .env("HF_ENDPOINT", "http://127.0.0.1:1")
+            .env("HF_HUB_OFFLINE", "1")
+            .env("OMP_WAIT_POLICY", "passive")
+            .envs(variables.iter().copied())
+            .stdin(Stdio::null());
+        command
     }
 
     /// What a process printed, with this folder's path as `[LAB]` and the repository's as `[REPO]`.

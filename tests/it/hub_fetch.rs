@@ -61,7 +61,12 @@ impl Place {
     fn refused(&self, settings: Settings, name: &str) -> String {
         let error = self.fetch_with(settings, name, &Notes::default()).unwrap_err();
         let hint = error.hint().map_or_else(String::new, |hint| format!(" | {hint}"));
-        format!("{error}{hint}").replace(&self.server.endpoint(), "[HUB]")
+        let text = format!("{error}{hint}").replace(&self.server.endpoint(), "[HUB]");
+        assert!(
+            !text.contains(TOKEN) && !text.contains("hf_wrong") && !format!("{error:?}").contains(TOKEN),
+            "{text}"
+        );
+        text
     }
 
     fn repository(&self) -> PathBuf {
@@ -198,6 +203,16 @@ fn every_fault_is_survived_once() {
         };
         assert_eq!(ranges, [None, again], "{fault:?}");
     }
+}
+
+#[test]
+fn a_slow_answer_is_waited_for() {
+    let place = Place::new();
+    place.server.fault(&format!("GET /{}", sha256_of_weights(&place)), Fault::Slow, 1);
+    place.is_right(&place.fetch("some/llama").unwrap());
+    let large =
+        place.server.take_seen().into_iter().filter(|seen| seen.large && seen.method == "GET").count();
+    assert_eq!(large, 1, "once, in one piece");
 }
 
 #[test]

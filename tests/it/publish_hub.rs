@@ -5,6 +5,7 @@ use std::{
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     thread,
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -25,9 +26,11 @@ fn place() -> (Lab, HubServer) {
 }
 
 fn on_hub<S: AsRef<std::ffi::OsStr>>(lab: &Lab, server: &HubServer, token: &str, arguments: &[S]) -> Output {
-    let endpoint = server.endpoint();
-    let variables = [("HF_ENDPOINT", endpoint.as_str()), ("HF_HUB_OFFLINE", "0"), ("HF_TOKEN", token)];
-    lab.run_with(&variables, arguments)
+    lab.run_with(&variables(&server.endpoint(), token), arguments)
+}
+
+fn variables<'a>(endpoint: &'a str, token: &'a str) -> [(&'a str, &'a str); 3] {
+    [("HF_ENDPOINT", endpoint), ("HF_HUB_OFFLINE", "0"), ("HF_TOKEN", token)]
 }
 
 fn publish(lab: &Lab, server: &HubServer, flags: &[&str]) -> Output {
@@ -124,6 +127,31 @@ fn every_fault_of_publishing_is_survived_once() {
         is_published(&lab, &server, ID, ACT);
         server.clear_faults();
     }
+}
+
+#[test]
+fn an_interrupted_publication_goes_on() {
+    let (lab, server) = place();
+    // Killed while it waits for an answer about its second branch.
+    let about = format!("/preupload/{ACT}");
+    server.fault(&about, Fault::SilentAfter(0), 1);
+    let (out, endpoint) = (text_of(&lab.out()), server.endpoint());
+    let mut killed =
+        lab.start_with(&variables(&endpoint, TOKEN), &["publish", &out, "--to", "hub:me/tiny-GPTQ"]);
+    let begun = Instant::now();
+    while !server.take_seen().iter().any(|seen| seen.path.ends_with(&about)) {
+        assert!(begun.elapsed().as_secs() < 60 && killed.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(10));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    is_published(&lab, &server, ID, "main");
+    assert!(!server.store()[ID].tree(ACT).contains_key("quantize_config.json"));
+
+    let outcome = publish(&lab, &server, &["--json"]).json();
+    assert_eq!(outcome[0]["sent"], json!([]), "what has arrived is not sent again");
+    assert!(outcome[1]["sent"].as_array().unwrap().contains(&json!("model.safetensors")));
+    is_published(&lab, &server, ID, ACT);
 }
 
 #[test]
@@ -245,7 +273,7 @@ fn from_the_hub_to_the_hub() {
         let evaluated = on_hub(&other, &server, TOKEN, &eval).json();
         let measured = report["evaluations"][0]["models"].as_array().unwrap();
         let measured = measured.iter().find(|model| model["name"] == ACT).unwrap();
-        let again = &evaluated["models"][0];
+        let again = &evaluated["evaluations"][0]["models"][0];
         assert_eq!(again["name"], format!("demo-GPTQ:{ACT}"));
         for figure in ["perplexity", "perplexity_change", "kl_divergence", "top1_agreement"] {
             assert_eq!(again[figure], measured[figure], "{figure}");
@@ -288,7 +316,7 @@ fn watch_processes(work: impl FnOnce()) -> Vec<String> {
                         seen.push(line);
                     }
                 }
-                thread::sleep(std::time::Duration::from_millis(5));
+                thread::sleep(Duration::from_millis(5));
             }
             seen
         });
@@ -320,8 +348,8 @@ fn what_is_evaluated_from_the_hub_leaves_its_cache_alone() {
         "2",
         "--json",
     ];
-    let evaluation: Value = on_hub(&lab, &server, TOKEN, &arguments).json();
-    assert_eq!(evaluation["model"], "model");
+    let evaluated: Value = on_hub(&lab, &server, TOKEN, &arguments).json();
+    assert_eq!(evaluated["evaluations"][0]["model"], "model");
     let snapshots = lab.path("hf-home/hub/models--me--tiny-GPTQ/snapshots");
     let [commit] = &entries(&snapshots)[..] else { panic!("one snapshot") };
     assert!(!Path::new(&snapshots).join(commit).join("eval.json").exists());

@@ -17,6 +17,8 @@ pub(crate) enum Fault {
     NoRanges,
     /// After so many bytes, nothing more comes for seconds.
     SilentAfter(usize),
+    /// It comes in four parts with pauses that a client has to bear.
+    Slow,
 }
 
 impl Fault {

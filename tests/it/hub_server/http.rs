@@ -14,6 +14,9 @@ use super::Fault;
 /// Longer than any client of a test waits.
 const SILENCE: Duration = Duration::from_secs(4);
 
+/// Shorter than that.
+const PAUSE: Duration = Duration::from_millis(150);
+
 pub(super) struct Request {
     pub(super) method: String,
     /// Without what follows a `?`.
@@ -116,7 +119,13 @@ pub(super) fn write(mut stream: &TcpStream, request: &Request, answer: Answer, f
         Some(Fault::CutAfter(bytes) | Fault::SilentAfter(bytes)) => &body[..body.len().min(*bytes)],
         _ => &body[..],
     };
-    let _ = stream.write_all(now).and_then(|()| stream.flush());
+    let parts = if fault == Some(&Fault::Slow) { 4 } else { 1 };
+    for part in now.chunks(now.len().div_ceil(parts).max(1)) {
+        if parts > 1 {
+            thread::sleep(PAUSE);
+        }
+        let _ = stream.write_all(part).and_then(|()| stream.flush());
+    }
     if let Some(Fault::SilentAfter(_)) = fault {
         thread::sleep(SILENCE);
     }

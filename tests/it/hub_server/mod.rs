@@ -22,7 +22,7 @@ use http::{Answer, Request};
 pub(crate) use store::{Repository, Store};
 use xet::XetServer;
 
-/// The one token that the server knows.
+/// The token of one who has access to everything; any other is of one who has none to what is gated or private.
 pub(crate) const TOKEN: &str = "hf_TheTokenThatMustNotBeSeen";
 
 /// A request that was answered.

@@ -104,7 +104,7 @@ fn entry(path: &str, blob: &Blob) -> Value {
         ContentId::GitBlob(hex) => json!({ "type": "file", "path": path, "size": size, "oid": hex }),
         ContentId::Sha256(hex) => {
             // The blob is the pointer; the content is named by its own digest.
-            let lfs = json!({ "oid": hex, "sha256": hex, "size": size, "pointerSize": 130 });
+            let lfs = json!({ "oid": hex, "size": size, "pointerSize": 130 });
             json!({ "type": "file", "path": path, "size": size, "oid": "0".repeat(40), "lfs": lfs })
         }
     }
@@ -125,7 +125,8 @@ fn resolve(request: &Request, shared: &Shared, id: &str, revision: &str, path: &
         return no_repository(request);
     };
     if repository.gated && !has_token(request) {
-        return Answer::error(401, "Access to model is restricted").with("X-Error-Code", "GatedRepo");
+        let status = if request.header("authorization").is_some() { 403 } else { 401 };
+        return Answer::error(status, "Access to model is restricted").with("X-Error-Code", "GatedRepo");
     }
     let Some(commit) = repository.resolve(revision) else { return no_revision() };
     let Some(blob) = repository.commits[&commit].get(path) else {
