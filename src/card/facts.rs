@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::{CardOptions, metadata, prompt, source::SourceCard};
 use crate::{
     emit::is_licence,
-    report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report},
+    report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report, bytes},
     variant::{GroupSize, Order},
 };
 
@@ -99,7 +99,7 @@ fn row(report: &Report, branch: &BranchReport) -> Row {
         damp: report.plan.damp.to_string(),
         dataset: report.calibration.source.dataset.clone(),
         seq_len: report.calibration.seq_len,
-        size: format!("{:.2} GB", branch.bytes as f64 / 1e9),
+        size: bytes(branch.bytes),
         exllama: if takes(branch, EXLLAMA) == Some(true) { "Yes" } else { "No" },
         perplexity: measured.map(|model| shown(&model.perplexity, 4)),
         kl_divergence: measured.map(|model| shown(&model.kl_divergence, 6)),
@@ -122,10 +122,16 @@ fn description(report: &Report, branch: &BranchReport) -> String {
         parts.push("The smallest of these.".into());
     }
     if let Some(evaluation) = report.evaluations.first() {
-        let divergence = |name: &str| evaluation.model_named(name).map(|model| model.kl_divergence.value);
-        let others: Option<Vec<f64>> = others().map(|other| divergence(&other.branch)).collect();
+        let divergence = |name: &str| {
+            let found = evaluation.model_named(name)?.kl_divergence;
+            found.margin.map(|margin| (found.value - margin, found.value + margin))
+        };
+        let others: Option<Vec<_>> = others().map(|other| divergence(&other.branch)).collect();
         match (divergence(&branch.branch), others) {
-            (Some(own), Some(others)) if !others.is_empty() && others.iter().all(|&other| other > own) => {
+            // Only where the intervals leave no doubt.
+            (Some((_, own)), Some(others))
+                if !others.is_empty() && others.iter().all(|other| other.0 > own) =>
+            {
                 parts.push("The closest to the unquantized model, as measured below.".into());
             }
             _ => {}

@@ -6,7 +6,10 @@ use std::{
     process::Command,
 };
 
-use crate::helpers::{Lab, Output, demo, entries, files_below, read_json, text_of};
+use crate::{
+    helpers::{Lab, Output, demo, entries, files_below, read_json, text_of},
+    tiny_model::Model,
+};
 
 const ACT: &str = "gptq-4bit-32g-actorder_True";
 const BRANCHES: [&str; 4] = ["main", ACT, "gptq-4bit-64g-actorder_True", "gptq-4bit-128g-actorder_True"];
@@ -23,7 +26,7 @@ fn demo_run() -> (Lab, PathBuf) {
 
 /// A small run of two branches, and an empty remote.
 fn small_run() -> (Lab, PathBuf) {
-    let lab = Lab::new();
+    let lab = Lab::with(&Model { hidden: 128, ..Model::default() });
     lab.quantize(&["--variant", "4bit-128g", "--variant", "4bit-32g-act"]).succeeds();
     let remote = lab.path("remote.git");
     git(&lab, &["init", "--quiet", "--bare", "--initial-branch=main", &text_of(&remote)]);

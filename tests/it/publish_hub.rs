@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     helpers::{Lab, Output, demo, entries, files_below, read_json, text_of},
     hub_server::{Fault, HubServer, Repository, TOKEN},
+    tiny_model::Model,
 };
 
 const ACT: &str = "gptq-4bit-32g-actorder_True";
@@ -20,7 +21,7 @@ const ID: &str = "models/me/tiny-GPTQ";
 
 /// A small run of two branches, and a Hub that has nothing.
 fn place() -> (Lab, HubServer) {
-    let lab = Lab::new();
+    let lab = Lab::with(&Model { hidden: 128, ..Model::default() });
     lab.quantize(&["--variant", "4bit-128g", "--variant", "4bit-32g-act"]).succeeds();
     (lab, HubServer::start().with_xet())
 }
