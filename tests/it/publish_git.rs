@@ -121,16 +121,16 @@ fn only_what_changed_is_sent_on_top_of_what_is_there_with_git_lfs() {
     assert_eq!(git(&lab, &["-C", &bare, "for-each-ref"]), heads);
 
     // One file of one branch.
-    fs::write(lab.out().join(ACT).join("generation_config.json"), "{}\n").unwrap();
+    fs::write(lab.out().join(ACT).join("EXTRA.md"), "{}\n").unwrap();
     let dry = publish(&lab, &remote, &["--dry-run"]).succeeds();
     assert!(
-        dry.stdout.contains("would send 1 files") && dry.stdout.contains("+ generation_config.json"),
+        dry.stdout.contains("would send 1 files") && dry.stdout.contains("+ EXTRA.md"),
         "{}",
         dry.stdout
     );
     assert_eq!(git(&lab, &["-C", &bare, "for-each-ref"]), heads, "a dry run sends nothing");
     let outcome = publish(&lab, &remote, &["--json", "--branch", ACT]).json();
-    assert_eq!(outcome[0]["sent"], serde_json::json!(["generation_config.json"]));
+    assert_eq!(outcome[0]["sent"], serde_json::json!(["EXTRA.md"]));
     assert_eq!(outcome.as_array().unwrap().len(), 1);
     assert_eq!(git(&lab, &["-C", &bare, "rev-list", "--count", ACT]), "2");
 }
@@ -139,7 +139,7 @@ fn only_what_changed_is_sent_on_top_of_what_is_there_with_git_lfs() {
 fn history_goes_only_by_force_with_git_lfs() {
     let (lab, remote) = small_run();
     publish(&lab, &remote, &[]).succeeds();
-    fs::write(lab.out().join("main/generation_config.json"), "{}\n").unwrap();
+    fs::write(lab.out().join("main/EXTRA.md"), "{}\n").unwrap();
     publish(&lab, &remote, &["--branch", "main"]).succeeds();
     let bare = text_of(&remote);
     let count = |branch: &str| git(&lab, &["-C", &bare, "rev-list", "--count", branch]);

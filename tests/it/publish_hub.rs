@@ -79,9 +79,9 @@ fn branches_are_made_sent_and_proven() {
     // Again: nothing to send. One file changed: it alone, in one commit of one branch.
     let again = publish(&lab, &server, &[]).succeeds();
     assert!(again.stdout.contains("nothing to send"), "{}", again.stdout);
-    fs::write(lab.out().join(ACT).join("generation_config.json"), "{}\n").unwrap();
+    fs::write(lab.out().join(ACT).join("EXTRA.md"), "{}\n").unwrap();
     let outcome = publish(&lab, &server, &["--json"]).json();
-    assert_eq!((&outcome[0]["sent"], &outcome[1]["sent"]), (&json!([]), &json!(["generation_config.json"])));
+    assert_eq!((&outcome[0]["sent"], &outcome[1]["sent"]), (&json!([]), &json!(["EXTRA.md"])));
     assert_eq!(server.store()[ID].log.len(), 4);
     is_published(&lab, &server, ID, ACT);
 }
@@ -161,12 +161,12 @@ fn a_publication_that_cannot_be_proven_is_an_error() {
     publish(&lab, &server, &[]).succeeds();
     // A server that says it has done something and has not.
     let done = json!({ "commitOid": "0".repeat(40) }).to_string();
-    fs::write(lab.out().join("main/generation_config.json"), "{}\n").unwrap();
+    fs::write(lab.out().join("main/EXTRA.md"), "{}\n").unwrap();
     server.fault("/commit/main", Fault::Pretend(done), 1);
     let failed = publish(&lab, &server, &[]);
     assert_eq!(failed.code, Some(2), "{}", failed.stdout);
     let error = failed.stderr.replace(&server.endpoint(), "[HUB]");
-    assert!(error.contains("error: branch `main` was published, but [HUB] says `generation_config.json` is missing, not 3 bytes"), "{error}");
+    assert!(error.contains("error: branch `main` was published, but [HUB] says `EXTRA.md` is missing, not 3 bytes"), "{error}");
     assert!(error.contains("hint: publish again: only what differs is sent"), "{error}");
     publish(&lab, &server, &[]).succeeds();
     is_published(&lab, &server, ID, "main");
