@@ -123,11 +123,7 @@ fn only_what_changed_is_sent_on_top_of_what_is_there_with_git_lfs() {
     // One file of one branch.
     fs::write(lab.out().join(ACT).join("EXTRA.md"), "{}\n").unwrap();
     let dry = publish(&lab, &remote, &["--dry-run"]).succeeds();
-    assert!(
-        dry.stdout.contains("would send 1 files") && dry.stdout.contains("+ EXTRA.md"),
-        "{}",
-        dry.stdout
-    );
+    assert!(dry.stdout.contains("would send 1 files") && dry.stdout.contains("+ EXTRA.md"), "{}", dry.stdout);
     assert_eq!(git(&lab, &["-C", &bare, "for-each-ref"]), heads, "a dry run sends nothing");
     let outcome = publish(&lab, &remote, &["--json", "--branch", ACT]).json();
     assert_eq!(outcome[0]["sent"], serde_json::json!(["EXTRA.md"]));

@@ -166,7 +166,12 @@ fn a_publication_that_cannot_be_proven_is_an_error() {
     let failed = publish(&lab, &server, &[]);
     assert_eq!(failed.code, Some(2), "{}", failed.stdout);
     let error = failed.stderr.replace(&server.endpoint(), "[HUB]");
-    assert!(error.contains("error: branch `main` was published, but [HUB] says `EXTRA.md` is missing, not 3 bytes"), "{error}");
+    assert!(
+        error.contains(
+            "error: branch `main` was published, but [HUB] says `EXTRA.md` is missing, not 3 bytes"
+        ),
+        "{error}"
+    );
     assert!(error.contains("hint: publish again: only what differs is sent"), "{error}");
     publish(&lab, &server, &[]).succeeds();
     is_published(&lab, &server, ID, "main");
