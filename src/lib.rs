@@ -15,6 +15,7 @@ pub mod device;
 pub mod emit;
 pub mod error;
 pub mod eval;
+pub mod gate;
 pub mod generation;
 pub mod gptq;
 pub mod kernels;

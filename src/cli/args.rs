@@ -37,6 +37,8 @@ pub(super) enum Command {
     Verify(VerifyArgs),
     /// Compare quantized folders with the unquantized model: perplexity, KL divergence, top-1
     Eval(EvalArgs),
+    /// Fail when a run is worse than fp16 allows, or than a baseline, which is kept in a file
+    Gate(GateArgs),
     /// Go on with a text, to read what a quantized (or unquantized) model says
     Generate(GenerateArgs),
     /// Say what a folder holds
@@ -172,6 +174,36 @@ pub(super) struct EvalArgs {
     pub(super) dump_logits: Option<PathBuf>,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GateArgs {
+    /// Folder of a run, with run.json and the branches; or a run.json by itself
+    pub(super) run: PathBuf,
+    /// The figures of a run that was good; made by --update
+    #[arg(long, value_name = "FILE")]
+    pub(super) baseline: PathBuf,
+    /// What is let pass, as TOML: docs/ci.md has the keys and their defaults
+    #[arg(long, value_name = "FILE")]
+    pub(super) thresholds: Option<PathBuf>,
+    /// Make this run the baseline, if it passes against fp16
+    #[arg(long)]
+    pub(super) update: bool,
+    /// How to print what was found; --json is --format json [default: text]
+    #[arg(long, value_name = "FORMAT", conflicts_with = "json")]
+    pub(super) format: Option<GateFormat>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum GateFormat {
+    /// Lines for a terminal
+    Text,
+    /// Annotations of GitHub Actions
+    Github,
+    /// XML that most CI servers read
+    Junit,
+    /// Every check
+    Json,
 }
 
 #[derive(Debug, Args)]

@@ -10,6 +10,7 @@ mod datasets;
 mod demo;
 mod environment;
 mod eval;
+mod gate;
 mod generate;
 mod inspect;
 mod quantize;
@@ -23,7 +24,7 @@ use clap::Parser;
 
 /// Done, or passed.
 const DONE: u8 = 0;
-/// A verification failed.
+/// A verification or a gate failed.
 const FAILED: u8 = 1;
 /// Usage or run-time error.
 const ERROR: u8 = 2;
@@ -36,6 +37,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args, &cli.output),
         Command::Verify(args) => verify::run(args, &cli.output),
         Command::Eval(args) => eval::run(args, &cli.output),
+        Command::Gate(args) => gate::run(args, &cli.output),
         Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Bench(args) => bench::run(args, &cli.output),

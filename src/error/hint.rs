@@ -27,6 +27,7 @@ impl Error {
             Self::NotPositiveDefinite { .. } => {
                 "use more or more varied calibration text (--samples), or a larger --damp".into()
             }
+            Self::NoBaseline { .. } => "make it from a run that is good, with --update".into(),
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),

@@ -323,6 +323,12 @@ pub enum Error {
         /// Layer and stage.
         stage: String,
     },
+    /// A baseline that was never made.
+    #[error("there is no baseline `{}`", path.display())]
+    NoBaseline {
+        /// The file.
+        path: PathBuf,
+    },
     /// The output exists already.
     #[error("`{}` exists already", path.display())]
     OutputExists {

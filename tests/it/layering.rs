@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 19] = [
+const LAYERS: [&str; 20] = [
     "error",
     "progress",
     "device",
@@ -23,6 +23,7 @@ const LAYERS: [&str; 19] = [
     "kernels",
     "model",
     "report",
+    "gate",
     "emit",
     "verify",
     "eval",
@@ -31,9 +32,10 @@ const LAYERS: [&str; 19] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 13] = [
+const WITHOUT_LIBTORCH: [&str; 14] = [
     "amx",
     "calibration",
+    "gate",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",
