@@ -29,4 +29,4 @@ pub mod report;
 pub mod variant;
 pub mod verify;
 
-pub use error::{Error, JournalError, NumericalError, ResourceError, Result};
+pub use error::{Error, JournalError, NumericalError, ReportError, ResourceError, Result};

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use gptq::{
+    ReportError,
     checkpoint::{Checkpoint, write_file_atomically},
-    eval::folder_name,
+    eval::{describe, folder_name},
     report::{
-        Comparison, EVALUATION_FILE, ModelEvaluations, REPORT_FILE, Report, RunInput, Source,
-        comparison_table, html, markdown,
+        Comparison, EVALUATION_FILE, EVALUATION_SCHEMA, GENERATED_BY, ModelEvaluations, REPORT_FILE, Report,
+        RunInput, Source, comparison_table, html, markdown,
     },
 };
 
@@ -19,7 +20,7 @@ use super::{
 
 pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
     let runs = args.runs.iter().map(|run| read_run(run)).collect::<gptq::Result<Vec<_>>>()?;
-    let others = args.quantized.iter().map(|dir| ModelEvaluations::read(&inside(dir, EVALUATION_FILE)));
+    let others = args.quantized.iter().map(|dir| read_quantized(dir, output));
     let others = others.collect::<gptq::Result<Vec<_>>>()?;
     let source = args.model.as_deref().map(source).transpose()?;
     let comparison = Comparison::new(runs, others, source)?;
@@ -58,10 +59,41 @@ fn read_run(run: &Path) -> gptq::Result<RunInput> {
     for branch in &report.branches {
         let path = dir.join(&branch.branch).join(EVALUATION_FILE);
         if path.exists() {
-            measured.push(ModelEvaluations::read(&path)?);
+            measured.push(read_figures(&path)?);
         }
     }
     Ok(RunInput { name: folder_name(dir), report, measured })
+}
+
+/// A quantized folder, or its figures; without figures, what the checkpoint says of itself.
+fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluations> {
+    let figures = inside(path, EVALUATION_FILE);
+    if figures.exists() || !path.is_dir() {
+        return read_figures(&figures);
+    }
+    let described = describe(&Checkpoint::open(path)?)?;
+    let dir = path.display();
+    terminal::note(
+        output,
+        &format!("`{dir}` has not been measured: gptq eval --model MODEL --quantized {dir} does it"),
+    );
+    Ok(ModelEvaluations {
+        schema: EVALUATION_SCHEMA.into(),
+        generated_by: GENERATED_BY.into(),
+        name: folder_name(path),
+        checkpoint: described,
+        evaluations: Vec::new(),
+    })
+}
+
+/// Figures; they must be of the weights beside them, where there are any.
+fn read_figures(path: &Path) -> gptq::Result<ModelEvaluations> {
+    let figures = ModelEvaluations::read(path)?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if dir.join("config.json").exists() && Checkpoint::open(dir)?.digest()? != figures.checkpoint.digest {
+        return Err(ReportError::Stale { path: path.into() }.into());
+    }
+    Ok(figures)
 }
 
 /// The file itself, or the file of that name in the folder.

@@ -36,6 +36,7 @@ impl Error {
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::Journal(error) => error.hint().into(),
             Self::Resource(error) => error.hint(),
+            Self::Report(error) => error.hint(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
             Self::Torch { source, .. } if is_out_of_memory(source) => {
                 "use fewer --samples, a shorter --seq-len or fewer --variant".into()

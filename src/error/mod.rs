@@ -4,6 +4,7 @@ mod hint;
 mod journal;
 mod make;
 mod numerical;
+mod report;
 mod resource;
 mod torch;
 
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 pub use journal::JournalError;
 pub(crate) use make::toml_error;
 pub use numerical::NumericalError;
+pub use report::ReportError;
 pub use resource::ResourceError;
 pub use torch::TorchContext;
 use torch::without_backtrace;
@@ -342,6 +344,9 @@ pub enum Error {
     /// The machine has too little of something.
     #[error(transparent)]
     Resource(#[from] ResourceError),
+    /// Figures cannot be reported.
+    #[error(transparent)]
+    Report(#[from] ReportError),
     /// A checkpoint that is not GPTQ where a GPTQ one is needed, or the reverse.
     #[error("`{}`: expected {expected}, found {found}", path.display())]
     CheckpointKind {

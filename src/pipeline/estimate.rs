@@ -84,15 +84,19 @@ impl Shape<'_> {
     /// Hidden states of all streams.
     pub(super) fn hidden_states(&self) -> u64 {
         let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
-        let tokens = (self.windows * self.seq_len) as u64;
-        tokens * self.element() * streams * self.config.hidden_size as u64
+        self.of_all_tokens(streams * self.config.hidden_size as u64)
     }
 
     /// Hidden states of all streams, and one stage's inputs, which are kept until its linears are solved.
     fn activations(&self) -> u64 {
         let widest = (self.config.attention_width() as u64).max(self.config.intermediate_size as u64);
-        let tokens = (self.windows * self.seq_len) as u64;
-        self.hidden_states() + tokens * self.element() * widest
+        self.hidden_states().saturating_add(self.of_all_tokens(widest))
+    }
+
+    /// Bytes of so many values of every token. The number of tokens is the user's, and may be anything.
+    fn of_all_tokens(&self, values: u64) -> u64 {
+        let tokens = (self.windows as u64).saturating_mul(self.seq_len as u64);
+        tokens.saturating_mul(values * self.element())
     }
 
     /// The largest of what a stage's steps take beside the layer's weights.
@@ -117,7 +121,7 @@ impl Shape<'_> {
 
     /// Floating-point operations of a layer on the CPU, but for attention's scores and whatever is not a product.
     pub(super) fn layer_operations(&self) -> f64 {
-        let tokens = (self.windows * self.seq_len) as f64;
+        let tokens = self.windows as f64 * self.seq_len as f64;
         let (mut forward, mut hessians, mut factors, mut solves) = (0.0, 0.0, 0.0, 0.0);
         for stage in Stage::ALL {
             let (n, k) = self.stage(stage);

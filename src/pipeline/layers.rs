@@ -5,8 +5,16 @@ use std::{sync::Mutex, time::Instant};
 use tch::Device;
 
 use super::{
-    Run, branches::Branches, crew::Crew, journal::Journal, member::Surroundings, needs::Needs,
-    output_folder::OutputFolder, resident_memory, team::Task,
+    Run,
+    branches::Branches,
+    crew::Crew,
+    journal::{Journal, LayerCosts},
+    member::Surroundings,
+    needs::Needs,
+    output_folder::OutputFolder,
+    resident_memory,
+    stage_memory::MemoryWatch,
+    team::Task,
 };
 use crate::{
     calibration::Windows,
@@ -23,6 +31,7 @@ pub(super) fn solve(
     windows: &Windows,
     journal: &mut Journal,
     folder: &mut OutputFolder<'_>,
+    memory: &MemoryWatch,
     progress: &dyn Progress,
 ) -> Result<Branches> {
     let Run { plan, checkpoint, place, stop, .. } = run;
@@ -61,7 +70,7 @@ pub(super) fn solve(
         on_failure: plan.on_failure,
         layers: total,
     };
-    let around = Surroundings { progress, stop };
+    let around = Surroundings { progress, stop, memory };
     let kept = journal.kept()?;
     let spill = journal.folder().to_owned();
     let mut crew =
@@ -86,8 +95,12 @@ pub(super) fn solve(
         crew.solve_layer(layer, &Mutex::new(&mut branches), states.as_ref())?;
         let committed = branches.commit()?;
         let layer_seconds = layer_begun.elapsed().as_secs_f64();
-        let (warnings, stages) = (branches.warnings().to_vec(), branches.seconds());
-        journal.commit(next, committed, warnings, layer_seconds, stages, &compute)?;
+        let costs = LayerCosts {
+            seconds: layer_seconds,
+            stage_seconds: branches.seconds(),
+            stage_memory: memory.peaks(),
+        };
+        journal.commit(next, committed, branches.warnings().to_vec(), costs, &compute)?;
         folder.hold();
         report_layer(layer + 1, layer_seconds);
     }

@@ -10,7 +10,9 @@ use std::{
 
 use tch::{Device, Kind};
 
-use super::{memory::Room, stream::Stream, weights::Weights, window_file::WindowFile};
+use super::{
+    memory::Room, stage_memory::MemoryWatch, stream::Stream, weights::Weights, window_file::WindowFile,
+};
 use crate::{
     calibration::Windows,
     error::{Error, Result},
@@ -25,6 +27,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) progress: &'a dyn Progress,
     /// Set when the user asks to stop.
     pub(super) stop: &'a AtomicBool,
+    /// Told what is being done.
+    pub(super) memory: &'a MemoryWatch,
 }
 
 impl Surroundings<'_> {

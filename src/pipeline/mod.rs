@@ -11,6 +11,7 @@ mod memory;
 mod needs;
 mod output_folder;
 mod preflight;
+mod stage_memory;
 mod stream;
 mod team;
 mod weights;
@@ -39,6 +40,7 @@ pub use machine::{available_memory, available_space, fast_bf16, peak_memory, res
 use needs::Needs;
 use output_folder::OutputFolder;
 pub use output_folder::Place;
+use stage_memory::{At, MemoryWatch};
 
 /// What a run needs beside the plan.
 pub struct Run<'a> {
@@ -114,9 +116,11 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     if journal.state().sealed() {
         branches::check_sealed(place.out, &plan.variants)?;
     } else {
-        let mut branches = layers::solve(run, &windows, &mut journal, &mut folder, progress)?;
+        let memory = MemoryWatch::begin(journal.state().stage_memory());
+        let mut branches = layers::solve(run, &windows, &mut journal, &mut folder, &memory, progress)?;
+        memory.enter(At::Finishing);
         branches.seal(checkpoint, &provenance, progress)?;
-        journal.seal(branches.seconds())?;
+        journal.seal(branches.seconds(), memory.peaks())?;
     }
     let state = journal.state();
     let branches = branches::publish(place.out, state.reports())?;
@@ -143,6 +147,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         journal_seconds: state.journal_seconds(),
         layer_seconds: state.layer_seconds().to_vec(),
         stage_seconds: state.stage_seconds(),
+        stage_memory_bytes: state.stage_memory(),
         peak_memory_bytes: peak_memory().max(state.peak_memory_bytes()),
         evaluations: Vec::new(),
     };

@@ -71,14 +71,14 @@ impl Needs {
         let in_memory = if device == Device::Cpu { Some(0) } else { limits.in_memory };
         let spilled = elsewhere.saturating_sub(in_memory.unwrap_or(u64::MAX));
         let needs_host = match device {
-            Device::Cpu => need.working + held,
+            Device::Cpu => need.working.saturating_add(held),
             // What leaves the device goes to memory first.
-            _ => shape.host_beside_cuda() + elsewhere - spilled,
+            _ => shape.host_beside_cuda().saturating_add(elsewhere - spilled),
         };
-        fits_machine(needs_host, &shape, device, base, plan)?;
+        fits_machine(available_memory(), needs_host, &shape, device, base, plan)?;
         let disk = DiskNeed::new(plan, checkpoint, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
-        let memory = own + need.working + held;
+        let memory = (own + need.working).saturating_add(held);
         let operations = shape.layer_operations();
         Ok(Self { kind, limits, device, memory, elsewhere, disk, operations })
     }
@@ -96,17 +96,24 @@ impl Needs {
     }
 }
 
-/// Refuses a run that takes more than the machine's memory, where the user has not said how much it may take. `needed` are
-/// bytes beyond `base`, what the program holds already.
-fn fits_machine(needed: u64, shape: &Shape<'_>, device: Device, base: u64, plan: &Plan) -> Result<()> {
-    let Some(available) = available_memory().filter(|&available| available < needed) else { return Ok(()) };
+/// Refuses a run that takes more than the memory that is `available`, where that is known. `needed` are bytes beyond `base`,
+/// what the program holds already.
+fn fits_machine(
+    available: Option<u64>,
+    needed: u64,
+    shape: &Shape<'_>,
+    device: Device,
+    base: u64,
+    plan: &Plan,
+) -> Result<()> {
+    let Some(available) = available.filter(|&available| available < needed) else { return Ok(()) };
     // Whole percents that leave some for others.
     let limit = (base + available) / 100 * 95;
     let fits = plan.max_memory.is_none() && shape.limits(device, None, Some(limit), base).is_ok();
     let error = ResourceError::Memory {
         memory: "memory".into(),
         available: bytes(base + available),
-        needed: bytes(base + needed),
+        needed: bytes(base.saturating_add(needed)),
         flag: fits.then(|| format!("--max-memory {}MB", limit / 1_000_000)),
     };
     Err(error.into())
@@ -129,5 +136,72 @@ impl fmt::Display for Needs {
             bytes(branches),
             bytes(journal)
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::LlamaConfig;
+
+    #[test]
+    fn a_run_that_does_not_fit_is_refused_with_the_flag_that_fits() {
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
+        });
+        let config = LlamaConfig::from_json("config.json", &json).unwrap();
+        let plan = Plan::default();
+        let shape = Shape {
+            config: &config,
+            source_bytes: 2,
+            kind: Kind::Float,
+            windows: plan.samples,
+            seq_len: plan.seq_len,
+            variants: plan.variants.len(),
+            shared_hessian: false,
+        };
+        let need = shape.need(Device::Cpu, 1024);
+        let (base, all) = (100_000_000, need.working + need.activations);
+        let fits = |available: u64| fits_machine(Some(available), all, &shape, Device::Cpu, base, &plan);
+        fits(all).unwrap();
+        fits_machine(None, all, &shape, Device::Cpu, base, &plan).unwrap();
+
+        // Room for what is needed in any case, and for some activations.
+        let error = fits(need.working + need.activations / 2).unwrap_err();
+        let hint = error.hint().unwrap();
+        let flag = hint.strip_prefix("it fits with --max-memory ").and_then(|rest| rest.split("MB").next());
+        let limit = flag.unwrap_or_else(|| panic!("{hint}")).parse::<u64>().unwrap() * 1_000_000;
+        assert!(limit < base + need.working + need.activations / 2);
+        let limits = shape.limits(Device::Cpu, None, Some(limit), base).unwrap();
+        assert!(limits.in_memory.unwrap() > need.activations / 4);
+
+        // None for that.
+        let error = fits(need.working / 2).unwrap_err();
+        assert!(!error.hint().unwrap().contains("it fits with"), "{error}");
+        assert!(error.to_string().starts_with("memory: "), "{error}");
+    }
+
+    #[test]
+    fn numbers_beyond_any_machine_do_not_overflow() {
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+        });
+        let config = LlamaConfig::from_json("config.json", &json).unwrap();
+        let windows = usize::MAX / 4096;
+        let shape = Shape {
+            config: &config,
+            source_bytes: 2,
+            kind: Kind::Float,
+            windows,
+            seq_len: 4096,
+            variants: 4,
+            shared_hessian: false,
+        };
+        assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
+        assert_eq!(shape.hidden_states(), u64::MAX);
     }
 }

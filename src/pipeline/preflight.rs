@@ -44,7 +44,7 @@ impl DiskNeed {
             (2, None) | (_, Some(_)) => 1,
             (_, None) => 2,
         };
-        Ok(Self { branches, journal: sets * states + spilled })
+        Ok(Self { branches, journal: states.saturating_mul(sets).saturating_add(spilled) })
     }
 
     /// Refuses what the disks have no room for.
@@ -55,7 +55,7 @@ impl DiskNeed {
         let out = nearest_folder(place.out);
         let needs = match place.journal_dir.map(nearest_folder) {
             Some(dir) if !same_disk(dir, out) => vec![(out, self.branches), (dir, self.journal)],
-            _ => vec![(out, self.branches + self.journal)],
+            _ => vec![(out, self.branches.saturating_add(self.journal))],
         };
         for (folder, needed) in needs {
             match available_space(folder) {

@@ -10,6 +10,7 @@ use super::{
     journal::NextStates,
     machine::return_free_memory,
     member::{Member, Surroundings},
+    stage_memory::At,
     weights::Weights,
 };
 use crate::{
@@ -247,6 +248,7 @@ impl<'a> Team<'a> {
 
     /// All devices' sums, added in their order.
     fn capture(&mut self, capture: impl Fn(&mut Member<'a>) -> Result<Hessian> + Sync) -> Result<Hessian> {
+        self.around.memory.enter(At::Calibrating);
         let mut parts = self.on_all(capture)?.into_iter();
         let mut sum = parts.next().expect("a team has members");
         parts.try_for_each(|part| sum.absorb(part))?;
@@ -313,6 +315,7 @@ impl<'a> Team<'a> {
             progress.event(&Event::Warning(text));
             sink().warn(text.to_owned());
         }
+        self.around.memory.enter(At::Solving);
         let mut hessian = Some(hessian.finish(&name)?);
         let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
         let values = |kind: LinearKind| &weights.of(kind).0;
@@ -368,12 +371,15 @@ impl<'a> Team<'a> {
                         variant: &variant.to_string(),
                         relative_error,
                     });
+                    self.around.memory.enter(At::Packing);
                     sink().take(variants[position], *id, &solution.linear, record)?;
+                    self.around.memory.enter(At::Solving);
                     solved[position].push(solution.linear);
                 }
                 progress.advance(1);
             }
         }
+        self.around.memory.enter(At::Calibrating);
         Ok(solved)
     }
 

@@ -71,7 +71,14 @@ pub(super) fn size_against_kl(comparison: &Comparison) -> Option<Picture> {
         .collect();
     sentences.push("Lower and further left is better".into());
     draw(&title, &sentences.join(". "), 340, |root| {
-        let mut chart = axes(root, x0..x1, 0.0..y1, &format!("weights, {name}"), "mean KL to fp16", 2)?;
+        let mut chart = axes(
+            root,
+            x0..x1,
+            0.0..y1,
+            &format!("weights, {name}"),
+            "mean KL to fp16",
+            (6, &|x| format!("{x:.2}")),
+        )?;
         let mut line: Vec<(f64, f64)> = points.iter().filter(|p| p.1.pareto).map(|p| (p.2, p.3)).collect();
         line.sort_by(|a, b| a.0.total_cmp(&b.0));
         chart.draw_series(LineSeries::new(line, INK.mix(0.5).stroke_width(2)))?;
@@ -96,28 +103,50 @@ pub(super) fn size_against_kl(comparison: &Comparison) -> Option<Picture> {
 
 /// Mean relative error of each layer, a line a variant.
 pub(super) fn error_by_layer(entries: &[(usize, &Entry)]) -> Option<Picture> {
+    let layers = entries.iter().filter_map(|(_, e)| by(e, |place| place.0).len().checked_sub(1)).max()?;
+    let names: Vec<String> = (0..=layers).map(|layer| layer.to_string()).collect();
+    error_lines("Relative error by layer", "layer", &names, entries, |place| place.0)
+}
+
+/// Mean relative error of each of [`LINEARS`], a line a variant.
+pub(super) fn error_by_linear(entries: &[(usize, &Entry)]) -> Option<Picture> {
+    let names = LINEARS.map(|name| name.trim_end_matches("_proj").to_owned());
+    error_lines("Relative error by linear", "linear", &names, entries, |place| place.1)
+}
+
+/// A line a variant over what `position` makes of a linear's place; `names` are those positions'.
+fn error_lines(
+    title: &str,
+    x_name: &str,
+    names: &[String],
+    entries: &[(usize, &Entry)],
+    position: fn((usize, usize)) -> usize,
+) -> Option<Picture> {
     let lines: Vec<(usize, &Entry, Vec<f64>)> =
-        entries.iter().map(|&(i, e)| (i, e, layer_means(e))).filter(|l| !l.2.is_empty()).collect();
-    let layers = lines.iter().map(|l| l.2.len()).max()?;
-    let (_, y1) = range(lines.iter().flat_map(|l| l.2.iter().copied()), 0.15)?;
-    let title = "Relative error by layer".to_owned();
+        entries.iter().map(|&(i, e)| (i, e, by(e, position))).filter(|l| !l.2.is_empty()).collect();
+    let (_, y1) = range(lines.iter().flat_map(|l| l.2.iter().copied()).filter(|v| v.is_finite()), 0.15)?;
     let describe = |(_, entry, means): &(usize, &Entry, Vec<f64>)| {
-        let worst = means.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |w| w.0);
-        let (first, last) = (means[0], means[means.len() - 1]);
-        format!(
-            "{}: {first:.4} in the first layer, {last:.4} in the last, largest in layer {worst}",
-            entry.name
-        )
+        let of = |order: fn(&f64, &f64) -> std::cmp::Ordering| {
+            let found = means.iter().enumerate().max_by(|a, b| order(a.1, b.1));
+            found.map_or_else(String::new, |(i, v)| format!("{v:.4} at {x_name} {}", names[i]))
+        };
+        format!("{}: from {} to {}", entry.name, of(|a, b| b.total_cmp(a)), of(f64::total_cmp))
     };
     let description = lines.iter().map(describe).collect::<Vec<_>>().join(". ");
-    draw(&title, &description, 300, |root| {
-        let right = (layers.max(2) - 1) as f64;
-        let mut chart = axes(root, 0.0..right, 0.0..y1, "layer", "mean relative error", 0)?;
+    draw(title, &description, 300, |root| {
+        let right = (names.len().max(2) - 1) as f64;
+        // More labels than there is room for are left out by whole steps.
+        let count = names.len().clamp(2, 12);
+        let label = |x: &f64| match names.get(x.round() as usize) {
+            Some(name) if (x - x.round()).abs() < 1e-6 => name.clone(),
+            _ => String::new(),
+        };
+        let mut chart = axes(root, 0.0..right, 0.0..y1, x_name, "mean relative error", (count, &label))?;
         for (i, _, means) in &lines {
             let points: Vec<(f64, f64)> = means.iter().enumerate().map(|(l, &e)| (l as f64, e)).collect();
             let color = series(*i);
             chart.draw_series(LineSeries::new(points.clone(), color.stroke_width(2)))?;
-            if layers <= 40 {
+            if names.len() <= 40 {
                 chart.draw_series(points.into_iter().map(|point| Circle::new(point, 3, color.filled())))?;
             }
         }
@@ -180,19 +209,20 @@ pub(super) fn series(index: usize) -> RGBColor {
     SERIES[index % SERIES.len()]
 }
 
-fn layer_means(entry: &Entry) -> Vec<f64> {
+/// Means of the relative error over all linears at the same position.
+fn by(entry: &Entry, position: fn((usize, usize)) -> usize) -> Vec<f64> {
     let mut sums: Vec<(f64, usize)> = Vec::new();
     for linear in &entry.linears {
-        let Some((layer, _)) = place(&linear.name) else { continue };
-        // No more layers than linears, whatever a file says.
-        if layer >= entry.linears.len() || !linear.relative_error.is_finite() {
+        let Some(position) = place(&linear.name).map(position) else { continue };
+        // No more than there are linears, whatever a file says.
+        if position >= entry.linears.len() || !linear.relative_error.is_finite() {
             continue;
         }
-        if sums.len() <= layer {
-            sums.resize(layer + 1, (0.0, 0));
+        if sums.len() <= position {
+            sums.resize(position + 1, (0.0, 0));
         }
-        sums[layer].0 += linear.relative_error;
-        sums[layer].1 += 1;
+        sums[position].0 += linear.relative_error;
+        sums[position].1 += 1;
     }
     sums.into_iter().map(|(sum, count)| sum / count.max(1) as f64).collect()
 }
@@ -223,14 +253,14 @@ fn axes<'a, 'b>(
     y: std::ops::Range<f64>,
     x_name: &str,
     y_name: &str,
-    x_digits: usize,
+    (x_labels, x_label): (usize, &dyn Fn(&f64) -> String),
 ) -> Result<Chart<'a, 'b>, Box<dyn std::error::Error>> {
     let digits = (2.0 - y.end.abs().max(1e-12).log10().floor()).clamp(0.0, 8.0) as usize;
     let mut chart = ChartBuilder::on(root)
         .margin(6)
         .margin_right(14)
         .x_label_area_size(40)
-        .y_label_area_size(62)
+        .y_label_area_size(76)
         .build_cartesian_2d(x, y)?;
     chart
         .configure_mesh()
@@ -238,9 +268,9 @@ fn axes<'a, 'b>(
         .light_line_style(TRANSPARENT)
         .bold_line_style(FAINT)
         .axis_style(INK.mix(0.6))
-        .x_labels(6)
+        .x_labels(x_labels)
         .y_labels(6)
-        .x_label_formatter(&|v| format!("{v:.x_digits$}"))
+        .x_label_formatter(&x_label)
         .y_label_formatter(&|v| format!("{v:.digits$}"))
         .x_desc(x_name)
         .y_desc(y_name)

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     BranchReport, CheckpointReport, EvaluatedModel, Evaluation, GENERATED_BY, Interval, LinearReport,
-    ModelEvaluations, ReaderReport, Report, recommendation::Recommendation,
+    ModelEvaluations, ModelReport, ReaderReport, Report, recommendation::Recommendation,
 };
 use crate::{
     error::{Error, Result},
@@ -201,6 +201,19 @@ fn same_source(runs: &[RunInput], evaluations: &[&Evaluation], given: Option<Sou
             return Err(Error::Value { what, expected: "a run, or a checkpoint with figures".into(), found });
         }
     };
+    for other in runs {
+        let (a, b) = (&runs[0].report.model, &other.report.model);
+        if (a.layers, a.hidden_size, a.parameters) != (b.layers, b.hidden_size, b.parameters) {
+            let shape = |m: &ModelReport| {
+                format!("{} layers, hidden {}, {} parameters", m.layers, m.hidden_size, m.parameters)
+            };
+            return Err(Error::NotComparable {
+                left: PathBuf::from(&runs[0].name),
+                right: PathBuf::from(&other.name),
+                problem: format!("they are of two models: {}, and {}", shape(a), shape(b)),
+            });
+        }
+    }
     for evaluation in evaluations {
         let expected = source.digest.get_or_insert_with(|| evaluation.model_digest.clone());
         if *expected != evaluation.model_digest {

@@ -138,7 +138,7 @@ pub(super) fn worst(comparison: &Comparison, count: usize) -> Vec<Worst<'_>> {
     found
 }
 
-/// A figure that is this many times the branch's median is named as a reason.
+/// A figure that is this many times the branch's median, which is the usual, is named as a reason.
 const STANDS_OUT: f64 = 3.0;
 
 fn why(entry: &Entry, linear: &LinearReport) -> String {
@@ -158,18 +158,20 @@ fn why(entry: &Entry, linear: &LinearReport) -> String {
         reasons.push(format!("{} dead input features", linear.dead_columns));
     }
     let outliers = linear.outlier_ratio / median(|l| l.outlier_ratio);
-    if outliers >= STANDS_OUT {
-        reasons.push(format!("outlier inputs: {outliers:.0} times the branch's usual ratio"));
-    }
     let condition = linear.condition_estimate / median(|l| l.condition_estimate);
+    if outliers >= STANDS_OUT {
+        reasons.push(format!("outlier inputs: {outliers:.1} times the usual ratio"));
+    }
     if condition >= STANDS_OUT {
-        reasons.push(format!("inputs alike: condition {condition:.0} times the usual"));
+        reasons.push(format!("inputs alike: {condition:.1} times the usual condition number"));
     }
     if reasons.is_empty() {
-        "nothing stands out: its weights are hard to round for these inputs".into()
-    } else {
-        reasons.join("; ")
+        reasons.push(format!(
+            "nothing stands out (outliers {outliers:.1} times, condition {condition:.1} times the usual): its weights \
+             are hard to round for these inputs"
+        ));
     }
+    reasons.join("; ")
 }
 
 fn short_name(name: &str) -> String {

@@ -3,10 +3,11 @@
 use askama::Template;
 
 use super::{
-    Comparison, Entry, EvaluatedModel, RunSummary,
+    Comparison, Entry, EvaluatedModel,
     advice::{Advice, advice, headline, rule},
     bytes,
     charts::{self, LINEARS, Picture, SERIES, place},
+    costs::{Costs, costs},
     figures::{Cell, Worst, cells, headers, interval, none, worst},
     provenance::{self, Facts},
 };
@@ -22,14 +23,14 @@ struct Page<'a> {
     rule: String,
     reference: String,
     pareto: Option<Picture>,
-    lines: Option<Picture>,
+    lines: Vec<Picture>,
     heat: Vec<Heat>,
     largest: String,
     headers: Vec<(String, &'static str)>,
     rows: Vec<Row>,
     texts: Vec<Text>,
     worst: Vec<Worst<'a>>,
-    runs: Vec<Time>,
+    runs: Vec<Costs>,
     readers: Vec<Reader>,
     provenance: Vec<Facts>,
     colors: Vec<(usize, String)>,
@@ -59,12 +60,6 @@ struct Text {
     title: String,
     reference: String,
     rows: Vec<(String, Vec<Cell>)>,
-}
-
-/// Where a run's time and memory went.
-struct Time {
-    name: String,
-    facts: Vec<(&'static str, String)>,
 }
 
 /// A reader, and for each entry whether it takes it, or why not.
@@ -101,14 +96,17 @@ pub fn html(comparison: &Comparison) -> String {
             )
         }),
         pareto: charts::size_against_kl(comparison),
-        lines: charts::error_by_layer(&solved),
+        lines: [charts::error_by_layer(&solved), charts::error_by_linear(&solved)]
+            .into_iter()
+            .flatten()
+            .collect(),
         heat: solved.iter().filter_map(|(_, e)| heat(e, largest)).collect(),
         largest: format!("{largest:.4}"),
         headers: headers(comparison),
         rows: comparison.entries.iter().enumerate().map(|(i, e)| row(comparison, i, e)).collect(),
         texts: (0..comparison.protocols.len()).map(|p| text(comparison, p)).collect(),
         worst: worst(comparison, 10),
-        runs: comparison.runs.iter().map(time).collect(),
+        runs: comparison.runs.iter().map(costs).collect(),
         readers: readers(comparison),
         provenance: provenance::all(comparison),
         colors: SERIES.iter().map(|c| format!("#{:02X}{:02X}{:02X}", c.0, c.1, c.2)).enumerate().collect(),
@@ -176,31 +174,6 @@ fn text(comparison: &Comparison, position: usize) -> Text {
         reference: interval(protocol.reference_perplexity, 4, false).text,
         rows,
     }
-}
-
-fn time(run: &RunSummary) -> Time {
-    let (report, seconds) = (&run.report, |s: f64| format!("{s:.1} s"));
-    let stages = &report.stage_seconds;
-    let layers = &report.layer_seconds;
-    let mut facts = vec![
-        ("whole run", seconds(report.seconds)),
-        ("reading weights, forward passes, Hessians", seconds(stages.calibrating)),
-        ("factorizing and solving", seconds(stages.solving)),
-        ("packing and writing linears", seconds(stages.packing)),
-        ("writing the rest, syncing, checking", seconds(stages.finishing)),
-        ("evaluating", seconds(run.evaluation_seconds)),
-    ];
-    if let Some(slowest) = layers.iter().copied().reduce(f64::max) {
-        let mean = layers.iter().sum::<f64>() / layers.len() as f64;
-        facts.push(("a layer", format!("{mean:.1} s on average, {slowest:.1} s at most")));
-    }
-    let branch = |(name, s): &(String, f64)| format!("{name} {s:.1} s");
-    facts.push((
-        "solving and packing by branch",
-        run.branch_seconds.iter().map(branch).collect::<Vec<_>>().join(", "),
-    ));
-    facts.push(("peak memory", report.peak_memory_bytes.map_or_else(|| "not known".into(), bytes)));
-    Time { name: run.name.clone(), facts }
 }
 
 fn readers(comparison: &Comparison) -> Vec<Reader> {

@@ -55,6 +55,9 @@ pub struct Report {
     pub layer_seconds: Vec<f64>,
     /// Where the time went.
     pub stage_seconds: StageSeconds,
+    /// And the memory.
+    #[serde(default)]
+    pub stage_memory_bytes: StageMemory,
     /// Largest resident memory during the run, bytes; none where the system does not say.
     pub peak_memory_bytes: Option<u64>,
     /// What the branches cost, if it was measured: one for each text and protocol.
@@ -99,6 +102,20 @@ pub struct StageSeconds {
     pub packing: f64,
     /// Writing everything else, syncing, reopening and checking.
     pub finishing: f64,
+}
+
+/// Largest resident memory while a stage was at work, bytes, looked at fifty times a second; none where the system does not
+/// say. Of devices that work at the same time, the stage that began last counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageMemory {
+    /// Reading weights, forward passes and Hessians.
+    pub calibrating: Option<u64>,
+    /// Factorizing Hessians and solving linears.
+    pub solving: Option<u64>,
+    /// Packing and writing linears.
+    pub packing: Option<u64>,
+    /// Writing everything else, syncing, reopening and checking.
+    pub finishing: Option<u64>,
 }
 
 /// The source model.

@@ -3,6 +3,7 @@
 mod advice;
 mod charts;
 mod comparison;
+mod costs;
 mod evaluation;
 mod figures;
 mod html;
@@ -21,7 +22,7 @@ pub use evaluation::{
 pub use html::html;
 pub use json::{
     BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
-    REPORT_FILE, REPORT_SCHEMA, Report, StageSeconds,
+    REPORT_FILE, REPORT_SCHEMA, Report, StageMemory, StageSeconds,
 };
 pub use markdown::markdown;
 pub use recommendation::{FACTOR, Recommendation};

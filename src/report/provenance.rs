@@ -1,6 +1,6 @@
 //! What is needed to make a run again.
 
-use super::{Comparison, Evaluation, RunSummary};
+use super::{Comparison, Evaluation, LayersComputed, RunSummary};
 
 /// A heading and its facts: name and value.
 pub(super) type Facts = (String, Vec<(String, String)>);
@@ -49,12 +49,29 @@ fn run(run: &RunSummary) -> Facts {
             compute.dtype, compute.device, compute.solver, compute.threads
         ),
     ));
+    for part in &report.resumed {
+        let LayersComputed { first, count, compute } = part;
+        facts.push((
+            "went on",
+            format!(
+                "{count} layers from layer {first}: {} on {}, {} threads",
+                compute.dtype, compute.device, compute.threads
+            ),
+        ));
+    }
     facts.extend(report.warnings.iter().map(|warning| ("warning", warning.clone())));
     (format!("Run {}", run.name), owned(facts))
 }
 
 fn protocol(protocol: &Evaluation) -> Facts {
+    let Evaluation { model, dataset, seq_len, windows, stride, .. } = protocol;
+    let words =
+        ["gptq", "eval", "--model", model, "--quantized", "FOLDER", "--dataset", dataset].map(str::to_owned);
+    let numbers = [("--seq-len", seq_len), ("--windows", windows), ("--stride", stride)];
+    let numbers = numbers.into_iter().filter(|(flag, n)| *flag != "--stride" || *n != seq_len);
+    let numbers = numbers.flat_map(|(flag, number)| [flag.to_owned(), number.to_string()]);
     let facts = vec![
+        ("command", command(&words.into_iter().chain(numbers).collect::<Vec<_>>())),
         ("unquantized model", format!("{}, digest {}", protocol.model, protocol.model_digest)),
         ("tokens", format!("sha256 {}", protocol.sha256)),
         ("how", protocol.protocol.trim_start_matches("Protocol: ").to_owned()),

@@ -77,7 +77,7 @@ pub fn comparison_table(comparison: &Comparison) -> String {
     });
     let mut text = format!("{}\n\n", headline(comparison));
     for advice in advice(comparison) {
-        let _ = writeln!(text, "{}: {}, {}", advice.when, advice.entry.name, advice.because);
+        let _ = writeln!(text, "{}: {}. {}", advice.when, advice.entry.name, advice.line());
     }
     let _ = writeln!(text, "\n{}{}", table(&names, rows.collect()), rule(comparison));
     text

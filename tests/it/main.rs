@@ -18,9 +18,12 @@
 //! | `kernel` | every linear of a branch through the matmul that runs it; every fault in one shows |
 //! | `models` | our forward pass against logits that transformers computed |
 //! | `bench` | where its result goes, and what it says without a device |
+//! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
+//! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
+//! | `documentation` | the tests that it names exist |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
 //! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
@@ -34,6 +37,8 @@ mod cuda_device;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;
 mod cuda_kernels;
+mod documentation;
+mod evaluation;
 mod foreign;
 mod fuzz_findings;
 mod generate;
@@ -46,6 +51,7 @@ mod models;
 mod output;
 mod quantize;
 mod reference;
+mod reports;
 mod resources;
 mod resume;
 mod rounded;

@@ -28,7 +28,7 @@ use crate::{
     emit::{is_partial, remove_unfinished},
     error::{Error, JournalError, Result},
     model::kind_name,
-    report::{ComputeReport, LayersComputed, StageSeconds},
+    report::{ComputeReport, LayersComputed, StageMemory, StageSeconds},
 };
 
 /// Keeps two runs from one output folder.
@@ -52,6 +52,15 @@ pub struct Begun {
     pub layers: usize,
     /// Of how many.
     pub total_layers: usize,
+}
+
+/// What a layer took, and all stages until now.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LayerCosts {
+    /// This layer.
+    pub(super) seconds: f64,
+    pub(super) stage_seconds: StageSeconds,
+    pub(super) stage_memory: StageMemory,
 }
 
 /// Hidden states that were kept.
@@ -179,16 +188,17 @@ impl Journal {
         next: Option<NextStates>,
         branches: Vec<BranchState>,
         warnings: Vec<String>,
-        layer_seconds: f64,
-        stage_seconds: StageSeconds,
+        costs: LayerCosts,
         compute: &ComputeReport,
     ) -> Result<()> {
         let begun = Instant::now();
         let mut next = next;
-        let mut state = State { branches, warnings, stage_seconds, ..self.state.clone() };
+        let mut state = State { branches, warnings, ..self.state.clone() };
         state.layers += 1;
         state.hidden = next.as_mut().map(NextStates::finish).transpose()?;
-        state.layer_seconds.push(layer_seconds);
+        state.layer_seconds.push(costs.seconds);
+        state.stage_seconds = costs.stage_seconds;
+        state.stage_memory = costs.stage_memory;
         state.seconds = self.seconds();
         let writing: f64 = next.iter().flat_map(|next| &next.files).map(|file| file.seconds()).sum();
         state.journal_seconds += writing + begun.elapsed().as_secs_f64();
@@ -214,9 +224,10 @@ impl Journal {
     ///
     /// # Errors
     /// When that cannot be written down.
-    pub(super) fn seal(&mut self, stage_seconds: StageSeconds) -> Result<()> {
+    pub(super) fn seal(&mut self, stage_seconds: StageSeconds, stage_memory: StageMemory) -> Result<()> {
         self.state.sealed = true;
         self.state.stage_seconds = stage_seconds;
+        self.state.stage_memory = stage_memory;
         self.state.seconds = self.seconds();
         self.state.write(&self.folder)
     }

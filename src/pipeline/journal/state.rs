@@ -9,7 +9,7 @@ use super::identity::Identity;
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
-    report::{BranchReport, ComputeReport, LayersComputed, StageSeconds},
+    report::{BranchReport, ComputeReport, LayersComputed, StageMemory, StageSeconds},
 };
 
 /// The file's name.
@@ -36,6 +36,8 @@ pub(in crate::pipeline) struct State {
     pub(super) layer_seconds: Vec<f64>,
     /// Where the time of the finished layers went, and of sealing; `calibrating` is what is left of them.
     pub(super) stage_seconds: StageSeconds,
+    /// What was seen of memory meanwhile.
+    pub(super) stage_memory: StageMemory,
     /// Everything before, interrupted layers included.
     pub(super) seconds: f64,
     /// Of these, what this journal took.
@@ -88,6 +90,7 @@ impl State {
             warnings: Vec::new(),
             layer_seconds: Vec::new(),
             stage_seconds: StageSeconds::default(),
+            stage_memory: StageMemory::default(),
             seconds: 0.0,
             journal_seconds: 0.0,
             peak_memory_bytes: None,
@@ -159,6 +162,11 @@ impl State {
         let StageSeconds { solving, packing, .. } = self.stage_seconds;
         let layers: f64 = self.layer_seconds.iter().sum();
         StageSeconds { calibrating: (layers - solving - packing).max(0.0), ..self.stage_seconds }
+    }
+
+    /// What was seen of memory.
+    pub(in crate::pipeline) fn stage_memory(&self) -> StageMemory {
+        self.stage_memory
     }
 
     /// The whole run so far.
