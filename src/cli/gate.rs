@@ -70,10 +70,15 @@ fn update(run: &Figures, path: &Path, thresholds: &Thresholds) -> Result<Judgeme
         judgement.notes.push(format!("the baseline was left as it was: {}", path.display()));
         return Ok(judgement);
     }
-    if let Ok(old) = gate::read_baseline(path) {
-        let against = gate::judge(run, &old, thresholds);
-        judgement.notes.extend(against.breaches().map(|check| format!("accepted: {}", check.line())));
-        judgement.branches = against.branches;
+    if path.exists() {
+        match gate::read_baseline(path) {
+            Ok(old) => {
+                let against = gate::judge(run, &old, thresholds);
+                judgement.notes.extend(against.breaches().map(|check| format!("accepted: {}", check.line())));
+                judgement.branches = against.branches;
+            }
+            Err(error) => judgement.notes.push(format!("the old baseline cannot be used: {error}")),
+        }
     }
     gate::write_baseline(path, run)?;
     judgement.notes.push(format!("the baseline is this run now: {}", path.display()));
@@ -84,8 +89,8 @@ fn print(judgement: &Judgement, args: &GateArgs, output: &OutputArgs) -> Result<
     match args.format {
         Some(GateFormat::Github) => terminal::result(&gate::github(judgement)),
         Some(GateFormat::Junit) => terminal::result(&gate::junit(judgement)),
-        Some(GateFormat::Json) => terminal::json(judgement),
-        None if output.json.is_some() => terminal::json(judgement),
+        Some(GateFormat::Json) => terminal::json(&judgement.to_json()),
+        None if output.json.is_some() => terminal::json(&judgement.to_json()),
         Some(GateFormat::Text) | None => terminal::result(&gate::text(judgement, output.verbose)),
     }
 }

@@ -32,7 +32,8 @@ pub fn read_baseline(path: &Path) -> Result<Figures> {
 /// # Errors
 /// When the file cannot be written.
 pub fn write_baseline(path: &Path, run: &Figures) -> Result<()> {
-    let value = serde_json::to_value(baseline(run)).map_err(|source| Error::Json { path: path.into(), source })?;
+    let value =
+        serde_json::to_value(baseline(run)).map_err(|source| Error::Json { path: path.into(), source })?;
     let mut text = String::new();
     write_value(&mut text, &value, 0);
     text.push('\n');
@@ -47,7 +48,8 @@ fn baseline(run: &Figures) -> Figures {
         relative_error: l.relative_error.map(rounded),
         ..LinearFigures::default()
     };
-    let branch = |b: &BranchFigures| BranchFigures { linears: b.linears.iter().map(linear).collect(), ..b.clone() };
+    let branch =
+        |b: &BranchFigures| BranchFigures { linears: b.linears.iter().map(linear).collect(), ..b.clone() };
     let model = |m: &EvaluatedFigures| EvaluatedFigures {
         name: m.name.clone(),
         window_nll: numbers(&m.window_nll),

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{
-    error::{Error, Result},
+    checkpoint::{CONFIG_FILE, Checkpoint},
+    error::{Error, ReportError, Result},
     report::{EVALUATION_FILE, EVALUATION_SCHEMA, REPORT_FILE, REPORT_SCHEMA, Report},
 };
 
@@ -81,6 +82,8 @@ pub struct BranchFigures {
     pub variant: String,
     /// Bytes of all files.
     pub bytes: Option<f64>,
+    /// Significant bits that the scales of each linear use, of the linear that uses the fewest.
+    pub scale_bits: Option<f64>,
     /// Every linear.
     pub linears: Vec<LinearFigures>,
 }
@@ -168,10 +171,19 @@ impl Figures {
             let path = run.join(&branch).join(EVALUATION_FILE);
             if path.exists() {
                 let beside: Beside = read_json(&path, EVALUATION_SCHEMA)?;
-                beside.evaluations.into_iter().for_each(|evaluation| figures.add(&branch, evaluation));
+                beside.check(&path)?;
+                figures.take(&branch, beside);
             }
         }
         Ok(figures)
+    }
+
+    /// Takes what was measured of a branch after the run.
+    fn take(&mut self, name: &str, beside: Beside) {
+        for branch in self.branches.iter_mut().filter(|branch| branch.branch == name) {
+            branch.scale_bits = beside.checkpoint.scale_bits;
+        }
+        beside.evaluations.into_iter().for_each(|evaluation| self.add(name, evaluation));
     }
 
     /// Takes the figures of one branch from an evaluation.
@@ -204,7 +216,26 @@ impl EvaluationFigures {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Beside {
+    checkpoint: BesideCheckpoint,
     evaluations: Vec<EvaluationFigures>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct BesideCheckpoint {
+    digest: String,
+    scale_bits: Option<f64>,
+}
+
+impl Beside {
+    /// Figures must be of the weights beside them, where there are any.
+    fn check(&self, path: &Path) -> Result<()> {
+        let dir = path.parent().unwrap_or(path);
+        if dir.join(CONFIG_FILE).exists() && Checkpoint::open(dir)?.digest()? != self.checkpoint.digest {
+            return Err(ReportError::Stale { path: path.into() }.into());
+        }
+        Ok(())
+    }
 }
 
 /// Reads a file that says which schema it has.

@@ -9,10 +9,10 @@ pub fn text(judgement: &Judgement, verbose: bool) -> String {
     let mut text = String::new();
     for check in judgement.checks.iter().filter(|check| verbose || check.breached) {
         let outcome = if check.breached { "FAILED" } else { "ok    " };
-        let _ = writeln!(text, "{outcome} {}", check.line());
+        let _ = writeln!(text, "{outcome} {}", one_line(&check.line()));
     }
     for note in &judgement.notes {
-        let _ = writeln!(text, "note   {note}");
+        let _ = writeln!(text, "note   {}", one_line(note));
     }
     for compared in &judgement.branches {
         let against = match (compared.baseline_kl_divergence, &compared.growth) {
@@ -22,7 +22,9 @@ pub fn text(judgement: &Judgement, verbose: bool) -> String {
         let _ = writeln!(
             text,
             "       {}: KL divergence {:.6} on {}{against}",
-            compared.branch, compared.kl_divergence, compared.dataset
+            one_line(&compared.branch),
+            compared.kl_divergence,
+            one_line(&compared.dataset)
         );
     }
     let _ = writeln!(text, "{}", summary(judgement));
@@ -59,7 +61,12 @@ pub fn junit(judgement: &Judgement) -> String {
     let failures = |checks: &[&Check]| checks.iter().filter(|check| check.breached).count();
     let all: Vec<&Check> = judgement.checks.iter().collect();
     let mut text = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
-    let _ = writeln!(text, "<testsuites name=\"gptq gate\" tests=\"{}\" failures=\"{}\">", all.len(), failures(&all));
+    let _ = writeln!(
+        text,
+        "<testsuites name=\"gptq gate\" tests=\"{}\" failures=\"{}\">",
+        all.len(),
+        failures(&all)
+    );
     for (suite, checks) in suites {
         let suite = xml(suite);
         let (tests, failed) = (checks.len(), failures(&checks));
@@ -127,6 +134,11 @@ fn interval(growth: &Growth) -> String {
     format!("{value} ({low} to {high})")
 }
 
+/// Names come from outside: neither line ends nor control characters reach the terminal.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect()
+}
+
 /// GitHub's escapes in messages.
 fn data(text: &str) -> String {
     text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A")
@@ -163,7 +175,9 @@ fn escaped(text: &str) -> String {
     for c in text.chars() {
         match c {
             '\n' | '\r' => escaped.push(' '),
-            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '|' | '#' | '~' | '&' | '@' => escaped.extend(['\\', c]),
+            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '|' | '#' | '~' | '&' | '@' => {
+                escaped.extend(['\\', c])
+            }
             c => escaped.push(c),
         }
     }

@@ -2,6 +2,9 @@
 
 use serde::Serialize;
 
+/// Goes up when a reader of older judgements could misread a newer one.
+pub const JUDGEMENT_SCHEMA: &str = "gptq-gate/1";
+
 /// Everything the gate looked at.
 #[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct Judgement {
@@ -66,6 +69,19 @@ pub enum Verdict {
 }
 
 impl Judgement {
+    /// [`JUDGEMENT_SCHEMA`] and the verdict in front, for programs.
+    pub fn to_json(&self) -> impl Serialize {
+        #[derive(Serialize)]
+        struct Document {
+            schema: &'static str,
+            verdict: &'static str,
+            #[serde(flatten)]
+            judgement: Judgement,
+        }
+        let verdict = if self.verdict() == Verdict::Pass { "pass" } else { "fail" };
+        Document { schema: JUDGEMENT_SCHEMA, verdict, judgement: self.clone() }
+    }
+
     /// Pass only if something was checked and nothing was breached.
     pub fn verdict(&self) -> Verdict {
         let breaches: Vec<Check> = self.breaches().cloned().collect();

@@ -49,6 +49,27 @@ impl<'a> Ledger<'a> {
         }
     }
 
+    /// A number that must not be below `limit`; nothing is asked for when that is 0.
+    pub(super) fn at_least(
+        &mut self,
+        check: &str,
+        what: &str,
+        found: Option<f64>,
+        limit: f64,
+        show: impl Fn(f64) -> String,
+    ) {
+        if limit == 0.0 {
+            return;
+        }
+        match finite(found) {
+            None => self.breach(check, missing(what)),
+            Some(found) => {
+                let finding = format!("{what} {}; at least {} needed", show(found), show(limit));
+                self.check(check, found < limit, finding);
+            }
+        }
+    }
+
     /// A number that must not be above the baseline's by more than this fraction of it.
     pub(super) fn grows_at_most(
         &mut self,
@@ -82,7 +103,7 @@ impl<'a> Ledger<'a> {
 
 /// The finding for a figure that is not there.
 pub(super) fn missing(what: &str) -> String {
-    format!("the report has no {what}, or it is no number")
+    format!("the report has no {}, or it is no number", what.trim_end_matches(':'))
 }
 
 pub(super) fn finite(number: Option<f64>) -> Option<f64> {

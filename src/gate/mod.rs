@@ -9,16 +9,18 @@ mod formats;
 mod judgement;
 mod ledger;
 mod run;
+#[cfg(test)]
+mod tests;
 mod thresholds;
 mod windows;
 
 pub use baseline::{BASELINE_SCHEMA, read_baseline, write_baseline};
 pub use figures::{
-    BranchFigures, CalibrationFigures, ComputeFigures, EvaluatedFigures, EvaluationFigures, Figures, LinearFigures,
-    ModelFigures, Numbers,
+    BranchFigures, CalibrationFigures, ComputeFigures, EvaluatedFigures, EvaluationFigures, Figures,
+    LinearFigures, ModelFigures, Numbers,
 };
 pub use formats::{github, junit, markdown, text};
-pub use judgement::{Check, Comparison, Growth, Judgement, Verdict};
+pub use judgement::{Check, Comparison, Growth, JUDGEMENT_SCHEMA, Judgement, Verdict};
 pub use thresholds::{BranchLimits, RunLimits, Thresholds};
 
 use ledger::Ledger;
@@ -26,10 +28,9 @@ use windows::Measured;
 
 /// Judges a run against fp16 and a baseline.
 pub fn judge(run: &Figures, baseline: &Figures, thresholds: &Thresholds) -> Judgement {
-    let mut judgement = judge_alone(run, thresholds);
+    let mut judgement = Judgement::default();
     let mut of_run = Ledger::of_run(&mut judgement);
-    run::missing_branches(&mut of_run, run, baseline, &thresholds.run);
-    run::thresholds(&mut of_run, run, baseline, thresholds);
+    by_itself(&mut of_run, run, Some(baseline), thresholds);
     run::evaluated(&mut of_run, baseline, "the baseline");
     run::model(&mut of_run, run, baseline);
     run::protocol(&mut of_run, run, baseline);
@@ -39,35 +40,8 @@ pub fn judge(run: &Figures, baseline: &Figures, thresholds: &Thresholds) -> Judg
         differences.iter().for_each(|difference| of_run.breach("same-plan", difference.clone()));
     }
     judgement.notes.extend(differences);
-
-    judgement.branches.clear();
     for branch in &run.branches {
-        let name = branch.branch.as_str();
-        let limits = thresholds.of(name);
-        let mut ledger = Ledger::of_branch(&mut judgement, name);
-        let Some(before) = baseline.branches.iter().find(|b| b.branch == name) else {
-            ledger.breach("baseline", "the baseline has no such branch".into());
-            continue;
-        };
-        branch::against_baseline(&mut ledger, branch, before, limits);
-        let mut compared = Vec::new();
-        for evaluation in &run.evaluations {
-            let Ok(measured) = Measured::of(evaluation, name) else { continue };
-            let same = baseline.evaluations.iter().find(|other| other.same_protocol(evaluation));
-            let before = match same.map(|same| Measured::of(same, name)) {
-                Some(Err(problem)) => {
-                    ledger.breach("baseline", format!("in the baseline, it {problem}"));
-                    None
-                }
-                Some(Ok(before)) => {
-                    branch::paired(&mut ledger, &measured, &before, &evaluation.dataset, limits);
-                    Some(before)
-                }
-                None => None,
-            };
-            compared.push(branch::comparison(name, &evaluation.dataset, &measured, before.as_ref()));
-        }
-        judgement.branches.extend(compared);
+        judge_branch(&mut judgement, branch, run, Some(baseline), thresholds);
     }
     judgement
 }
@@ -75,26 +49,65 @@ pub fn judge(run: &Figures, baseline: &Figures, thresholds: &Thresholds) -> Judg
 /// Judges a run against fp16 alone.
 pub fn judge_alone(run: &Figures, thresholds: &Thresholds) -> Judgement {
     let mut judgement = Judgement::default();
-    let mut of_run = Ledger::of_run(&mut judgement);
-    run::branches(&mut of_run, run);
-    run::evaluated(&mut of_run, run, "the report");
-    run::costs(&mut of_run, run, &thresholds.run);
+    by_itself(&mut Ledger::of_run(&mut judgement), run, None, thresholds);
     for branch in &run.branches {
-        let name = branch.branch.as_str();
-        let limits = thresholds.of(name);
-        let mut ledger = Ledger::of_branch(&mut judgement, name);
-        branch::by_itself(&mut ledger, branch, run.model.layers, limits);
-        let mut compared = Vec::new();
-        for evaluation in &run.evaluations {
-            match Measured::of(evaluation, name) {
-                Err(problem) => ledger.breach("evaluation", problem),
-                Ok(measured) => {
-                    branch::against_fp16(&mut ledger, &measured, &evaluation.dataset, limits);
-                    compared.push(branch::comparison(name, &evaluation.dataset, &measured, None));
-                }
-            }
-        }
-        judgement.branches.extend(compared);
+        judge_branch(&mut judgement, branch, run, None, thresholds);
     }
     judgement
+}
+
+fn by_itself(ledger: &mut Ledger<'_>, run: &Figures, baseline: Option<&Figures>, thresholds: &Thresholds) {
+    run::branches(ledger, run);
+    run::missing_branches(ledger, run, baseline, &thresholds.run);
+    run::thresholds(ledger, run, baseline, thresholds);
+    run::evaluated(ledger, run, "the report");
+    run::costs(ledger, run, &thresholds.run);
+}
+
+fn judge_branch(
+    judgement: &mut Judgement,
+    branch: &BranchFigures,
+    run: &Figures,
+    baseline: Option<&Figures>,
+    thresholds: &Thresholds,
+) {
+    let name = branch.branch.as_str();
+    let limits = thresholds.of(name);
+    let mut compared = Vec::new();
+    let mut ledger = Ledger::of_branch(judgement, name);
+    branch::by_itself(&mut ledger, branch, run.model.layers, limits);
+    if let Some(baseline) = baseline {
+        match baseline.branches.iter().find(|before| before.branch == name) {
+            Some(before) => branch::against_baseline(&mut ledger, branch, before, limits),
+            None => ledger.breach("baseline", "the baseline has no such branch".into()),
+        }
+    }
+    for evaluation in &run.evaluations {
+        // Of texts that the baseline does not have, one branch alone may have been evaluated, by hand.
+        let same = baseline.map(|b| b.evaluations.iter().find(|before| before.same_protocol(evaluation)));
+        let optional = same.is_some_and(|same| same.is_none());
+        if optional && !evaluation.models.iter().any(|model| model.name == name) {
+            continue;
+        }
+        let measured = match Measured::of(evaluation, name) {
+            Ok(measured) => measured,
+            Err(problem) => {
+                ledger.breach("evaluation", problem);
+                continue;
+            }
+        };
+        branch::against_fp16(&mut ledger, &measured, &evaluation.dataset, limits);
+        let before = same.flatten().and_then(|same| match Measured::of(same, name) {
+            Ok(before) => Some(before),
+            Err(problem) => {
+                ledger.breach("baseline", format!("in the baseline, it {problem}"));
+                None
+            }
+        });
+        if let Some(before) = &before {
+            branch::paired(&mut ledger, &measured, before, &evaluation.dataset, limits);
+        }
+        compared.push(branch::comparison(name, &evaluation.dataset, &measured, before.as_ref()));
+    }
+    judgement.branches.append(&mut compared);
 }

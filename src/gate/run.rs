@@ -28,15 +28,29 @@ pub(super) fn branches(ledger: &mut Ledger<'_>, run: &Figures) {
 }
 
 /// The branches of the plan and of the baseline.
-pub(super) fn missing_branches(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures, limits: &RunLimits) {
-    let planned = run.plan.get("variants").and_then(Value::as_array).into_iter().flatten();
-    let planned = planned.filter_map(|v| Some(v.as_str()?.parse::<Variant>().ok()?.branch()));
-    let expected: BTreeSet<String> = baseline.branches.iter().map(|b| b.branch.clone()).chain(planned).collect();
+pub(super) fn missing_branches(
+    ledger: &mut Ledger<'_>,
+    run: &Figures,
+    baseline: Option<&Figures>,
+    limits: &RunLimits,
+) {
+    let variants = run.plan.get("variants").and_then(Value::as_array);
+    let branch = |variant: &Value| Some(variant.as_str()?.parse::<Variant>().ok()?.branch());
+    let planned = variants.and_then(|variants| variants.iter().map(branch).collect::<Option<Vec<_>>>());
+    let Some(planned) = planned.filter(|planned| !planned.is_empty()) else {
+        let finding = "the report does not say which branches were planned, or not so that it can be read";
+        return ledger.breach("max-missing-branches", finding.into());
+    };
+    let known = baseline.into_iter().flat_map(|baseline| &baseline.branches).map(|b| b.branch.clone());
+    let expected: BTreeSet<String> = known.chain(planned).collect();
+    let whose = if baseline.is_some() { "the plan and the baseline" } else { "the plan" };
     let is_there = |name: &String| run.branches.iter().any(|b| b.branch == *name);
     let missing: Vec<&str> = expected.iter().filter(|name| !is_there(name)).map(String::as_str).collect();
     let finding = match missing.len() {
-        0 => format!("all {} branches of the plan and the baseline are there", expected.len()),
-        count => format!("{count} of {} branches are missing: {}", expected.len(), missing.join(", ")),
+        0 => format!("all {} branches of {whose} are there", expected.len()),
+        count => {
+            format!("{count} of {} branches of {whose} are missing: {}", expected.len(), missing.join(", "))
+        }
     };
     let limit = limits.max_missing_branches;
     let finding = format!("{finding}; at most {limit} may be missing");
@@ -44,10 +58,19 @@ pub(super) fn missing_branches(ledger: &mut Ledger<'_>, run: &Figures, baseline:
 }
 
 /// Branches that thresholds are meant for and nobody has: a typing error would else loosen or tighten nothing.
-pub(super) fn thresholds(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures, thresholds: &Thresholds) {
-    let known: Vec<&str> = run.branches.iter().chain(&baseline.branches).map(|b| b.branch.as_str()).collect();
+pub(super) fn thresholds(
+    ledger: &mut Ledger<'_>,
+    run: &Figures,
+    baseline: Option<&Figures>,
+    thresholds: &Thresholds,
+) {
+    let all = [Some(run), baseline].into_iter().flatten().flat_map(|figures| &figures.branches);
+    let known: Vec<&str> = all.map(|b| b.branch.as_str()).collect();
     for name in thresholds.branches.keys().filter(|name| !known.contains(&name.as_str())) {
-        ledger.breach("thresholds", format!("thresholds name branch {name}, which neither the run nor the baseline has"));
+        ledger.breach(
+            "thresholds",
+            format!("thresholds name branch {name}, which neither the run nor the baseline has"),
+        );
     }
 }
 
@@ -62,7 +85,8 @@ pub(super) fn model(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures) 
         format!("{name} ({layers} layers, hidden {hidden_size}, {parameters} parameters, digest {digests})")
     };
     let (digest, shapes) = (digests(run), (shape(run), shape(baseline)));
-    let same = shapes.0 == shapes.1 && run.model.layers > 0 && digest == digests(baseline) && digest.len() == 1;
+    let same =
+        shapes.0 == shapes.1 && run.model.layers > 0 && digest == digests(baseline) && digest.len() == 1;
     let finding = match same {
         true => format!("the model is the baseline's: {}", text(run)),
         false => format!("the model is {}, and the baseline is for {}", text(run), text(baseline)),
@@ -79,7 +103,8 @@ pub(super) fn evaluated(ledger: &mut Ledger<'_>, figures: &Figures, whose: &str)
     for (i, evaluation) in evaluations.iter().enumerate() {
         let said = [&evaluation.sha256, &evaluation.model_digest, &evaluation.compute];
         if said.iter().any(|text| text.is_empty()) {
-            let finding = format!("{whose} does not say of what model and tokens its evaluation {} is", i + 1);
+            let finding =
+                format!("{whose} does not say of what model and tokens its evaluation {} is", i + 1);
             ledger.breach("evaluation", finding);
         }
         if evaluations[..i].iter().any(|other| other.same_protocol(evaluation)) {

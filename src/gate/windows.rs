@@ -4,7 +4,10 @@ use super::{
     figures::{EvaluatedFigures, EvaluationFigures},
     judgement::Growth,
 };
-use crate::report::{Interval, statistics::{difference_of_exponentials, difference_of_means, mean}};
+use crate::report::{
+    Interval,
+    statistics::{difference_of_exponentials, difference_of_means, mean},
+};
 
 /// One branch on one text, complete and in order.
 pub(super) struct Measured {
@@ -50,7 +53,10 @@ impl Measured {
         };
         // Two models that differ in anything have a divergence above 0: this one was compared with itself, or not at all.
         if measured.kl_divergence() <= 0.0 {
-            return Err(format!("KL divergence {on} is {}, as of a model that is not quantized", measured.kl_divergence()));
+            return Err(format!(
+                "KL divergence {on} is {}, as of a model that is not quantized",
+                measured.kl_divergence()
+            ));
         }
         if measured.top1.iter().any(|share| !(0.0..=1.0).contains(share)) {
             return Err(format!("top-1 agreement {on} is no share from 0 to 1 in some windows"));
@@ -95,6 +101,10 @@ impl Growth {
     /// A change as a fraction of `whole`. Without a margin nothing is known.
     fn of(change: Interval, whole: f64) -> Self {
         let margin = change.margin.unwrap_or(f64::INFINITY);
-        Self { value: change.value / whole, low: (change.value - margin) / whole, high: (change.value + margin) / whole }
+        Self {
+            value: change.value / whole,
+            low: (change.value - margin) / whole,
+            high: (change.value + margin) / whole,
+        }
     }
 }
