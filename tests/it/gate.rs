@@ -161,6 +161,22 @@ fn a_run_that_fails_or_is_incomplete_makes_no_baseline() {
 }
 
 #[test]
+fn the_documentation_has_every_limit_with_its_default() {
+    let text = fs::read_to_string(crate::helpers::repository().join("docs/ci.md")).unwrap();
+    let row = |line: &str| {
+        Some(line.strip_prefix("| `")?.split_once(" |")?.0.to_owned() + "|" + line.split(" | ").nth(1)?)
+    };
+    let mut documented: Vec<String> = text.lines().filter_map(row).filter(|row| row.contains("`|")).collect();
+    let mut expected: Vec<String> = gptq::gate::Thresholds::defaults()
+        .into_iter()
+        .map(|(key, default)| format!("{key}`|{default}"))
+        .collect();
+    documented.sort();
+    expected.sort();
+    assert_eq!(documented, expected);
+}
+
+#[test]
 fn what_cannot_be_read_is_exit_code_2() {
     let lab = lab();
     gate(&lab, &["--update"]).succeeds();
