@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::{
     figures::{BranchFigures, LinearFigures},
     judgement::{Comparison, Growth},
-    ledger::{Ledger, finite, percent},
+    ledger::{Ledger, finite, percent, signed},
     thresholds::BranchLimits,
     windows::Measured,
 };
@@ -205,5 +205,5 @@ fn share(share: f64) -> String {
 }
 
 fn points(share: f64) -> String {
-    format!("{:+.2}%", share * 100.0)
+    signed(share, 2)
 }

@@ -2,7 +2,10 @@
 
 use std::fmt::Write;
 
-use super::judgement::{Check, Growth, Judgement, Verdict};
+use super::{
+    judgement::{Check, Growth, Judgement, Verdict},
+    ledger::percent,
+};
 
 /// For a terminal: a line for each reason to fail, then notes, then the verdict; all checks with `verbose`.
 pub fn text(judgement: &Judgement, verbose: bool) -> String {
@@ -130,7 +133,7 @@ fn summary(judgement: &Judgement) -> String {
 
 /// `+1.2% (-0.1% to +2.5%)`.
 fn interval(growth: &Growth) -> String {
-    let [value, low, high] = [growth.value, growth.low, growth.high].map(|x| format!("{:+.1}%", x * 100.0));
+    let [value, low, high] = [growth.value, growth.low, growth.high].map(percent);
     format!("{value} ({low} to {high})")
 }
 

@@ -112,5 +112,12 @@ pub(super) fn finite(number: Option<f64>) -> Option<f64> {
 
 /// `+12.3%`.
 pub(super) fn percent(fraction: f64) -> String {
-    format!("{:+.1}%", fraction * 100.0)
+    signed(fraction, 1)
+}
+
+/// A fraction in percent with its sign; what rounds to nothing is `+0.0%`, from whichever side.
+pub(super) fn signed(fraction: f64, digits: usize) -> String {
+    let text = format!("{:+.digits$}%", fraction * 100.0);
+    let nothing = text.chars().all(|c| "-0.%".contains(c));
+    if nothing { text.replace('-', "+") } else { text }
 }

@@ -207,7 +207,7 @@ fn what_cannot_be_read_is_exit_code_2() {
 
     fs::write(lab.path("baseline.json"), "{ \"schema\": \"gptq-baseline/1\", ").unwrap();
     fs::remove_file(lab.branch().join("eval.json")).unwrap();
-    bad(&[], "error: `[LAB]/baseline.json` is not valid JSON");
+    bad(&[], "error: `[LAB]/baseline.json` is not the JSON expected here: ");
     fs::copy(lab.out().join("run.json"), lab.path("baseline.json")).unwrap();
     bad(&[], "error: `[LAB]/baseline.json`: `schema`");
     fs::write(lab.out().join("run.json"), "{}").unwrap();

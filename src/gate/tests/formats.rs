@@ -92,6 +92,12 @@ fn markdown_has_the_reasons_and_a_table() {
 }
 
 #[test]
+fn what_rounds_to_nothing_has_one_sign() {
+    use crate::gate::ledger::percent;
+    assert_eq!([-0.0004, 0.0004, -0.0006, 0.012].map(percent), ["+0.0%", "+0.0%", "-0.1%", "+1.2%"]);
+}
+
+#[test]
 fn json_has_every_check() {
     let value = serde_json::to_value(failed().to_json()).unwrap();
     assert_eq!(value["verdict"], "fail");

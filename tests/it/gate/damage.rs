@@ -34,7 +34,7 @@ pub(super) fn round_to_nearest(branch: &Path) {
 /// The zero points of one linear, one higher than they are.
 pub(super) fn zeros_off_by_one(branch: &Path) {
     change(branch, DOWN, "qzeros", |zeros| {
-        zeros.change_words(|words| words.iter_mut().for_each(|word| *word += 0x1111_1111));
+        zeros.change_words(|words| words.iter_mut().for_each(|word| *word = word.wrapping_add(0x1111_1111)));
     });
 }
 
@@ -75,10 +75,15 @@ pub(super) fn coarse_scales(branch: &Path) {
     });
 }
 
-/// A decoder layer that adds nothing to the hidden states.
+/// A decoder layer that adds nothing to the hidden states: every code is the zero point.
 pub(super) fn layer_without_effect(branch: &Path) {
     for linear in ["model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"] {
-        change(branch, linear, "scales", |scales| scales.fill(0..scales.len(), 0.0));
+        change(branch, linear, "qzeros", |zeros| {
+            assert!(zeros.words().iter().all(|&word| word == 0x7777_7777))
+        });
+        change(branch, linear, "qweight", |codes| {
+            codes.change_words(|words| words.fill(0x8888_8888_u32 as i32))
+        });
     }
 }
 
