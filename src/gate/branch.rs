@@ -165,8 +165,11 @@ pub(super) fn paired(
         &percent,
     );
     let (now, before) = (measured.top1_agreement(), baseline.top1_agreement());
-    let what =
-        format!("top-1 agreement {} on {dataset}, the baseline's is {}: drop", share(now), share(before));
+    let what = format!(
+        "drop of top-1 agreement to {} on {dataset}, from the baseline's {}",
+        share(now),
+        share(before)
+    );
     check("max-top1-drop", &what, measured.top1_drop(baseline), limits.max_top1_drop, &points);
 }
 

@@ -209,9 +209,9 @@ fn what_cannot_be_read_is_exit_code_2() {
     fs::remove_file(lab.branch().join("eval.json")).unwrap();
     bad(&[], "error: `[LAB]/baseline.json` is not the JSON expected here: ");
     fs::copy(lab.out().join("run.json"), lab.path("baseline.json")).unwrap();
-    bad(&[], "error: `[LAB]/baseline.json`: `schema`");
+    bad(&[], "error: `[LAB]/baseline.json`: key `schema`: expected");
     fs::write(lab.out().join("run.json"), "{}").unwrap();
-    bad(&[], "error: `[LAB]/out/run.json`: `schema`");
+    bad(&[], "error: `[LAB]/out/run.json`: key `schema`: expected");
     fs::remove_file(lab.out().join("run.json")).unwrap();
     bad(&[], "error: cannot read `[LAB]/out/run.json`");
 }

@@ -92,7 +92,9 @@ impl Workshop {
 fn row(what: &str, judgement: &Judgement) -> String {
     let compared = &judgement.branches[0];
     let growth = compared.growth.unwrap();
-    let [value, low, high] = [growth.value, growth.low, growth.high].map(|x| format!("{:+.0}%", 100.0 * x));
+    let percent = |fraction: f64| format!("{:+.0}%", 100.0 * fraction);
+    let percent = |fraction| if percent(fraction) == "-0%" { "+0%".into() } else { percent(fraction) };
+    let [value, low, high] = [growth.value, growth.low, growth.high].map(percent);
     let mut checks: Vec<&str> = judgement.breaches().map(|check| check.check.as_str()).collect();
     checks.sort_unstable();
     checks.dedup();
