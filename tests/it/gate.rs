@@ -141,7 +141,8 @@ fn a_run_that_fails_or_is_incomplete_makes_no_baseline() {
     gate(&lab, &["--update"]).succeeds();
     let before = fs::read(lab.path("baseline.json")).unwrap();
     let good = read_json(&lab.out().join("run.json"));
-    let damages: [(fn(&mut Value), &str); 4] = [
+    type Damage = fn(&mut Value);
+    let damages: [(Damage, &str); 4] = [
         (|run| run["evaluations"] = Value::Array(Vec::new()), "the report has no evaluation [evaluation]"),
         (|run| run["branches"] = Value::Array(Vec::new()), "the report has no branches [branches]"),
         (|run| run["evaluations"][0]["models"][0]["window_nll"][1] = Value::Null, "is missing or no number"),

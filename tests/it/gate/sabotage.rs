@@ -106,6 +106,7 @@ fn row(what: &str, judgement: &Judgement) -> String {
 /// The longest test of the gate: seven runs of the demo model, and sixteen branches evaluated, which share the kept
 /// predictions of the unquantized model.
 #[test]
+#[allow(clippy::print_stdout, reason = "the table of docs/ci.md")]
 fn ten_sabotages_are_seen_and_noise_is_not() {
     let workshop = Workshop { lab: Lab::empty() };
     let flags: Vec<&str> = VARIANTS.iter().flat_map(|variant| ["--variant", variant]).collect();
