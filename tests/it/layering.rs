@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 20] = [
+const LAYERS: [&str; 21] = [
     "error",
     "progress",
     "folder",
@@ -24,6 +24,7 @@ const LAYERS: [&str; 20] = [
     "kernels",
     "model",
     "report",
+    "gate",
     "emit",
     "verify",
     "eval",
@@ -32,9 +33,10 @@ const LAYERS: [&str; 20] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 13] = [
+const WITHOUT_LIBTORCH: [&str; 14] = [
     "amx",
     "calibration",
+    "gate",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",
