@@ -41,8 +41,8 @@ fn every_key_has_a_check_that_can_fail() {
         ("/branches/0/bytes", json!(9e6), "max-size-growth = inf\nmax-size = 8000000", format!("{MAIN}: size 9.0 MB; at most 8.0 MB allowed [max-size]")),
         ("/seconds", json!(150.0), "max-seconds = 120", "time of the run 150.0 s; at most 120.0 s allowed [max-seconds]".into()),
         ("/seconds", json!(150.0), "max-seconds-growth = 0.2", "time of the run 150.0 s, the baseline's is 100.0 s: +50.0%; at most +20.0% allowed [max-seconds-growth]".into()),
-        ("/peak_memory_bytes", json!(3e9), "max-memory = 2e9", "peak memory 3.0 GB; at most 2.0 GB allowed [max-memory]".into()),
-        ("/peak_memory_bytes", json!(3e9), "max-memory-growth = 1", "peak memory 3.0 GB, the baseline's is 1.0 GB: +200.0%; at most +100.0% allowed [max-memory-growth]".into()),
+        ("/peak_memory_bytes", json!(3e9), "max-memory = 2e9", "peak memory 3.00 GB; at most 2.00 GB allowed [max-memory]".into()),
+        ("/peak_memory_bytes", json!(3e9), "max-memory-growth = 1", "peak memory 3.00 GB, the baseline's is 1.00 GB: +200.0%; at most +100.0% allowed [max-memory-growth]".into()),
     ];
     let mut seen: Vec<String> = cases
         .iter()
