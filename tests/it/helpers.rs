@@ -176,6 +176,7 @@ impl Lab {
             .env("HF_ENDPOINT", "http://127.0.0.1:1")
             .env("HF_HUB_OFFLINE", "1")
             .env("OMP_WAIT_POLICY", "passive")
+            .env_remove("GITHUB_STEP_SUMMARY")
             .envs(variables.iter().copied())
             .stdin(Stdio::null());
         command

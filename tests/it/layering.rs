@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 23] = [
+const LAYERS: [&str; 24] = [
     "error",
     "progress",
     "folder",
@@ -24,6 +24,7 @@ const LAYERS: [&str; 23] = [
     "kernels",
     "model",
     "report",
+    "gate",
     "emit",
     "verify",
     "eval",
@@ -35,9 +36,10 @@ const LAYERS: [&str; 23] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 13] = [
+const WITHOUT_LIBTORCH: [&str; 14] = [
     "amx",
     "calibration",
+    "gate",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",

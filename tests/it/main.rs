@@ -20,6 +20,7 @@
 //! | `bench` | where its result goes, and what it says without a device |
 //! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
 //! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
+//! | `gate` | its verdicts, forms and exit codes; ten ways to make a model worse, each seen; what must not fail |
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `card` | the model card: what is on it, and what is not claimed |
@@ -46,6 +47,7 @@ mod documentation;
 mod evaluation;
 mod foreign;
 mod fuzz_findings;
+mod gate;
 mod generate;
 mod golden;
 mod helpers;
