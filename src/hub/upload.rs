@@ -11,6 +11,7 @@ use std::{
 };
 
 use hf_hub::{
+    HFError,
     progress::{ProgressEvent, ProgressHandler, UploadEvent},
     repository::{CommitOperation, RepoTypeModel},
 };
@@ -74,17 +75,26 @@ impl Hub {
         self.block_on(self.ask(&about, request)).map(|_| ())
     }
 
-    /// Makes a branch, from where the main branch is.
+    /// Makes a branch, from the main branch's first commit: where nothing is committed to it after that, it does not
+    /// hold the weights of another.
     ///
     /// # Errors
     /// As [`Hub::branches`].
     pub fn create_branch(&self, reference: &Reference) -> Result<()> {
         let about = About { kind: Kind::Model, reference, action: "make a branch of" };
         let repository = self.client.model(reference.owner(), reference.name());
-        let request = || async {
-            repository.create_branch().branch(reference.revision()).revision(DEFAULT_REVISION).send().await
-        };
-        self.block_on(self.ask(&about, request))
+        self.block_on(async {
+            let start = self.first_commit(&about, DEFAULT_REVISION).await?;
+            let start = start.as_deref().unwrap_or(DEFAULT_REVISION);
+            let request = || async {
+                match repository.create_branch().branch(reference.revision()).revision(start).send().await {
+                    // A request before this one had arrived.
+                    Err(HFError::Conflict { .. }) => Ok(()),
+                    made => made,
+                }
+            };
+            self.ask(&about, request).await
+        })
     }
 
     /// All files of a revision.

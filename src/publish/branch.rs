@@ -46,7 +46,7 @@ pub enum Content {
 }
 
 /// The branches of a run, or those of them that are `wanted`, each with its card: the one in its folder, else the one
-/// of `cards`, which are in the report's order. `main` comes first: on the Hub other branches begin from it.
+/// of `cards`, which are in the report's order. `main` comes first: it is what people see.
 ///
 /// # Errors
 /// When there is no such branch, or a folder cannot be read.

@@ -119,7 +119,7 @@ fn only_what_is_needed_is_fetched_and_once() {
     assert_eq!(entries(&place.repository().join("blobs")).len(), files.len());
     let notes = notes.0.into_inner().unwrap();
     assert!(
-        notes[1].starts_with("fetched 5 files, ") && notes[1].contains("of model some/llama at commit"),
+        notes[1].starts_with("fetched 8 files, ") && notes[1].contains("of model some/llama at commit"),
         "{notes:?}"
     );
 

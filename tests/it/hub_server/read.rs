@@ -29,6 +29,7 @@ pub(super) fn answer(request: &Request, shared: &Shared) -> Answer {
                 ["revision", revision] => info(repository, owner, name, revision),
                 ["refs"] => refs(repository),
                 ["tree", revision] => tree(request, shared, repository, revision),
+                ["commits", branch] => commits(repository, branch),
                 ["xet-write-token" | "xet-read-token", _] => xet_token(shared),
                 _ => Answer::error(404, "no such address"),
             }
@@ -76,6 +77,13 @@ fn refs(repository: &Repository) -> Answer {
     let branch = |(name, commit): (&String, &String)| json!({ "name": name, "ref": format!("refs/heads/{name}"), "targetCommit": commit });
     let branches: Vec<Value> = repository.branches.iter().map(branch).collect();
     Answer::json(&json!({ "branches": branches, "tags": [], "converts": [] }))
+}
+
+/// Of a branch that did not begin from another.
+fn commits(repository: &Repository, branch: &str) -> Answer {
+    let of_branch = repository.log.iter().rev().filter(|(_, made_on)| made_on == branch);
+    let commits: Vec<Value> = of_branch.map(|(commit, _)| json!({ "id": commit, "authors": [] })).collect();
+    Answer::json(&commits.into())
 }
 
 fn tree(request: &Request, shared: &Shared, repository: &Repository, revision: &str) -> Answer {

@@ -25,8 +25,8 @@ pub(crate) struct Repository {
     pub(crate) branches: BTreeMap<String, String>,
     pub(crate) gated: bool,
     pub(crate) private: bool,
-    /// Messages of the commits, in their order.
-    pub(crate) log: Vec<String>,
+    /// The commits in their order, each with the branch that it was made on.
+    pub(crate) log: Vec<(String, String)>,
 }
 
 impl Blob {
@@ -65,7 +65,7 @@ impl Repository {
         let commit: String = hasher.finalize()[..20].iter().map(|byte| format!("{byte:02x}")).collect();
         self.commits.insert(commit.clone(), tree);
         self.branches.insert(branch.into(), commit.clone());
-        self.log.push(message.into());
+        self.log.push((commit.clone(), branch.into()));
         commit
     }
 
