@@ -249,8 +249,8 @@ pub(super) struct ReportArgs {
     /// A quantized folder with figures of `gptq eval` (or its eval.json); repeatable
     #[arg(long, value_name = "DIR")]
     pub(super) quantized: Vec<PathBuf>,
-    /// Folder of the unquantized checkpoint: make sure that all figures are against it
-    #[arg(long, value_name = "DIR")]
+    /// The unquantized checkpoint, a folder or OWNER/NAME[@REVISION] on the Hub: make sure that all figures are against it
+    #[arg(long, value_name = "MODEL")]
     pub(super) model: Option<PathBuf>,
     /// Write the report as one HTML file
     #[arg(long, value_name = "FILE")]

@@ -15,14 +15,14 @@ use gptq::{
 
 use super::{
     args::{OutputArgs, ReportArgs},
-    terminal,
+    hub, terminal,
 };
 
 pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
     let runs = args.runs.iter().map(|run| read_run(run)).collect::<gptq::Result<Vec<_>>>()?;
     let others = args.quantized.iter().map(|dir| read_quantized(dir, output));
     let others = others.collect::<gptq::Result<Vec<_>>>()?;
-    let source = args.model.as_deref().map(source).transpose()?;
+    let source = args.model.as_deref().map(|model| source(model, output)).transpose()?;
     let comparison = Comparison::new(runs, others, source)?;
 
     let write = |path: &Path, text: &str| -> Result<()> {
@@ -101,14 +101,15 @@ fn inside(path: &Path, name: &str) -> PathBuf {
     if path.is_dir() { path.join(name) } else { path.to_owned() }
 }
 
-fn source(dir: &Path) -> gptq::Result<Source> {
-    let checkpoint = Checkpoint::open(dir)?;
+fn source(model: &Path, output: &OutputArgs) -> Result<Source> {
+    let model = hub::model(model, output)?;
+    let checkpoint = Checkpoint::open(&model.folder)?;
     let mut parameters = 0;
     for name in checkpoint.names() {
         parameters += checkpoint.view(name)?.shape.iter().product::<usize>() as u64;
     }
     Ok(Source {
-        name: folder_name(dir),
+        name: model.label(),
         digest: Some(checkpoint.digest()?),
         parameters: Some(parameters),
         bytes: Some(checkpoint.bytes_total()),

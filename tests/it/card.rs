@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::helpers::{Lab, demo, read_json, text_of};
+use crate::helpers::{Lab, demo, read_json, text_of, write_json};
 
 const SOURCE: &str = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LICENSE.txt\nlanguage:\n- en\ntags:\n- llama\n---\n# Tiny\n\nThe original text.\n";
 const ACT: &str = "gptq-4bit-16g-actorder_True";
@@ -88,6 +88,38 @@ fn everything_that_is_known_is_on_the_card() {
     let branch = lab.out().join(ACT);
     assert_eq!(fs::read_to_string(branch.join("USE_POLICY.md")).unwrap(), "the policy");
     lab.verify(&branch, &[]).succeeds();
+}
+
+#[test]
+fn figures_of_later_evaluations_are_on_the_card() {
+    let lab = run(&[]);
+    let branch = lab.out().join(ACT);
+    let measured = lab.eval(&[&branch])["models"][0].take();
+    let card_of = |branch: &str| {
+        let out = text_of(&lab.out());
+        lab.run(&["card", &out, "--print", branch])
+    };
+    let card = card_of(ACT).succeeds().stdout;
+    let rows: Vec<&str> = card.lines().filter(|line| line.contains(" | 4 | ")).collect();
+    let figure = |name: &str, key: &str, digits: usize| {
+        let value = measured[name][key].as_f64().unwrap();
+        format!("{value:.digits$}")
+    };
+    let perplexity = format!("{} ± {}", figure("perplexity", "value", 4), figure("perplexity", "margin", 4));
+    let divergence =
+        format!("{} ± {}", figure("kl_divergence", "value", 6), figure("kl_divergence", "margin", 6));
+    assert!(rows[1].contains(&format!(" | {perplexity} | {divergence} | ")), "{rows:?}\n{perplexity}");
+    // The other branch was not measured, and nothing is said of it or of which is the closest.
+    assert!(!rows[0].contains('±') && !card.contains("closest"), "{rows:?}");
+
+    // Figures of other weights are not taken.
+    let mut figures = read_json(&branch.join("eval.json"));
+    figures["checkpoint"]["digest"] = "0".repeat(64).into();
+    write_json(&branch.join("eval.json"), &figures);
+    card_of(ACT).fails_with(&format!(
+        "error: `[LAB]/out/{ACT}/eval.json` has figures of other weights than those beside it\n\
+         hint: measure again: gptq eval --model MODEL --quantized [LAB]/out/{ACT}",
+    ));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::helpers::{Lab, Output, demo, entries, read_json, text_of, write_json};
 
 /// What the tiny model, whose weights are random, can be held to.
-const LOOSE: &str = "max-kl = 10\nmax-perplexity-increase = 10\nmin-top1 = 0\nmax-linear-error = 10\n\
+pub(crate) const LOOSE: &str = "max-kl = 10\nmax-perplexity-increase = 10\nmin-top1 = 0\nmax-linear-error = 10\n\
                      max-dead-columns = inf\n";
 
 /// A lab with a run of one branch that was evaluated, and thresholds that it keeps.

@@ -11,6 +11,7 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
+    gate::LOOSE,
     helpers::{Lab, Output, demo, entries, files_below, read_json, text_of},
     hub_server::{Fault, HubServer, Repository, TOKEN},
     tiny_model::Model,
@@ -287,6 +288,23 @@ fn from_the_hub_to_the_hub() {
         for figure in ["perplexity", "perplexity_change", "kl_divergence", "top1_agreement"] {
             assert_eq!(again[figure], measured[figure], "{figure}");
         }
+        // The cache keeps what the Hub has, and nothing else.
+        let cached = files_below(&other.path("hf-home/hub"));
+        assert!(cached.iter().any(|file| file.ends_with("model.safetensors")), "{cached:?}");
+        assert!(!cached.iter().any(|file| file.ends_with("eval.json")), "{cached:?}");
+
+        // A run of a fetched model is compared and judged as any other.
+        let compared = on_hub(&lab, &server, TOKEN, &["report", &out, "--model", "some/demo", "--json"]).json();
+        assert_eq!(compared["source"]["name"], "demo");
+        assert_eq!(compared["entries"].as_array().unwrap().len(), 4);
+        let thresholds = lab.write("thresholds.toml", LOOSE);
+        let gate = |flags: &[&str]| {
+            let baseline = text_of(&lab.path("baseline.json"));
+            let gate = ["gate", &out, "--baseline", &baseline, "--thresholds", &thresholds];
+            lab.run(&[&gate[..], flags].concat()).succeeds();
+        };
+        gate(&["--update"]);
+        gate(&[]);
         is_without_token(&lab, &server, &published);
     });
     assert!(seen.iter().any(|line| line.contains("publish")), "the processes were looked at");
