@@ -294,7 +294,8 @@ fn from_the_hub_to_the_hub() {
         assert!(!cached.iter().any(|file| file.ends_with("eval.json")), "{cached:?}");
 
         // A run of a fetched model is compared and judged as any other.
-        let compared = on_hub(&lab, &server, TOKEN, &["report", &out, "--model", "some/demo", "--json"]).json();
+        let compared =
+            on_hub(&lab, &server, TOKEN, &["report", &out, "--model", "some/demo", "--json", "-"]).json();
         assert_eq!(compared["source"]["name"], "demo");
         assert_eq!(compared["entries"].as_array().unwrap().len(), 4);
         let thresholds = lab.write("thresholds.toml", LOOSE);
