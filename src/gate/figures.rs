@@ -199,6 +199,19 @@ impl Figures {
     }
 }
 
+impl Figures {
+    /// An evaluation's text for messages; with the windows' length where that is what tells it from another.
+    pub(super) fn text_of(&self, evaluation: &EvaluationFigures) -> String {
+        let lengths = |e: &EvaluationFigures| (e.seq_len, e.stride);
+        let alike =
+            |e: &EvaluationFigures| e.dataset == evaluation.dataset && lengths(e) != lengths(evaluation);
+        match self.evaluations.iter().any(alike) {
+            true => format!("{} in windows of {}", evaluation.dataset, evaluation.seq_len),
+            false => evaluation.dataset.clone(),
+        }
+    }
+}
+
 impl EvaluationFigures {
     /// Whether both measured the same model on the same tokens in the same way.
     pub fn same_protocol(&self, other: &Self) -> bool {

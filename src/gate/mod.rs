@@ -96,7 +96,8 @@ fn judge_branch(
                 continue;
             }
         };
-        branch::against_fp16(&mut ledger, &measured, &evaluation.dataset, limits);
+        let text = run.text_of(evaluation);
+        branch::against_fp16(&mut ledger, &measured, &text, limits);
         let before = same.flatten().and_then(|same| match Measured::of(same, name) {
             Ok(before) => Some(before),
             Err(problem) => {
@@ -105,9 +106,9 @@ fn judge_branch(
             }
         });
         if let Some(before) = &before {
-            branch::paired(&mut ledger, &measured, before, &evaluation.dataset, limits);
+            branch::paired(&mut ledger, &measured, before, &text, limits);
         }
-        compared.push(branch::comparison(name, &evaluation.dataset, &measured, before.as_ref()));
+        compared.push(branch::comparison(name, &text, &measured, before.as_ref()));
     }
     judgement.branches.append(&mut compared);
 }

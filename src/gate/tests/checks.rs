@@ -141,6 +141,13 @@ fn a_further_text_is_judged_against_fp16_where_it_was_measured() {
     more["evaluations"][1]["models"][0]["window_kl"] = json!(vec![0.1; WINDOWS]);
     let found = lines(&judged(&more));
     assert!(found.len() == 1 && found[0].contains("KL divergence on more 0.100000"), "{found:?}");
+    // The same text in windows of another length is told apart by it.
+    let mut lengths = more.clone();
+    for (key, value) in [("dataset", json!("text")), ("seq_len", json!(31)), ("stride", json!(31))] {
+        lengths["evaluations"][1][key] = value;
+    }
+    let found = lines(&judged(&lengths));
+    assert!(found.len() == 1 && found[0].contains("KL divergence on text in windows of 31 0.1"), "{found:?}");
     // A baseline is made of complete runs alone.
     let alone = judge_alone(&figures(&more), &thresholds("max-kl = 1"));
     assert_eq!(lines(&alone), [format!("{OTHER}: was not evaluated on more [evaluation]")]);
