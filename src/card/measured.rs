@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use crate::{
-    checkpoint::Checkpoint,
-    error::{ReportError, Result},
-    report::{Comparison, EVALUATION_FILE, EvaluatedModel, Evaluation, ModelEvaluations, Report, RunInput},
+    error::Result,
+    report::{
+        Comparison, EVALUATION_FILE, EvaluatedModel, Evaluation, ModelEvaluations, Report, RunInput,
+        check_weights_beside,
+    },
 };
 
 /// All evaluations of the run's branches, the one that decides first: those in its report, and those that `gptq eval`
@@ -13,13 +15,10 @@ use crate::{
 pub(super) fn evaluations(report: &Report, run: &Path) -> Result<Vec<Evaluation>> {
     let mut measured = Vec::new();
     for branch in &report.branches {
-        let folder = run.join(&branch.branch);
-        let path = folder.join(EVALUATION_FILE);
+        let path = run.join(&branch.branch).join(EVALUATION_FILE);
         if path.exists() {
             let mut figures = ModelEvaluations::read(&path)?;
-            if Checkpoint::open(&folder)?.digest()? != figures.checkpoint.digest {
-                return Err(ReportError::Stale { path }.into());
-            }
+            check_weights_beside(&path, &figures.checkpoint.digest)?;
             figures.name.clone_from(&branch.branch);
             measured.push(figures);
         }
