@@ -330,12 +330,6 @@ pub enum Error {
     /// Numbers that the method cannot deal with.
     #[error(transparent)]
     Numerical(#[from] NumericalError),
-    /// A baseline that was never made.
-    #[error("there is no baseline `{}`", path.display())]
-    NoBaseline {
-        /// The file.
-        path: PathBuf,
-    },
     /// The output exists already.
     #[error("`{}` exists already", path.display())]
     OutputExists {
@@ -348,7 +342,7 @@ pub enum Error {
     /// The machine has too little of something.
     #[error(transparent)]
     Resource(#[from] ResourceError),
-    /// Figures cannot be reported.
+    /// Figures cannot be reported or compared.
     #[error(transparent)]
     Report(#[from] ReportError),
     /// A checkpoint that is not GPTQ where a GPTQ one is needed, or the reverse.

@@ -1,8 +1,8 @@
-//! Why figures cannot be reported.
+//! Why figures cannot be reported or compared.
 
 use std::path::PathBuf;
 
-/// Why figures cannot be reported.
+/// Why figures cannot be reported or compared.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ReportError {
@@ -10,6 +10,12 @@ pub enum ReportError {
     #[error("`{}` has figures of other weights than those beside it", path.display())]
     Stale {
         /// The figures' file.
+        path: PathBuf,
+    },
+    /// A baseline that was never made.
+    #[error("there is no baseline `{}`", path.display())]
+    NoBaseline {
+        /// The file.
         path: PathBuf,
     },
 }
@@ -21,6 +27,7 @@ impl ReportError {
                 let folder = path.parent().unwrap_or(path).display();
                 format!("measure again: gptq eval --model MODEL --quantized {folder}")
             }
+            Self::NoBaseline { .. } => "make it from a run that is good, with --update".into(),
         }
     }
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::figures::{BranchFigures, EvaluatedFigures, Figures, LinearFigures, Numbers};
 use crate::{
     checkpoint::write_file_atomically,
-    error::{Error, Result},
+    error::{Error, ReportError, Result},
     report::read_schema,
 };
 
@@ -23,7 +23,7 @@ const DIGITS: usize = 6;
 /// When it cannot be read, is no JSON, or of another schema.
 pub fn read_baseline(path: &Path) -> Result<Figures> {
     if !path.exists() {
-        return Err(Error::NoBaseline { path: path.into() });
+        return Err(ReportError::NoBaseline { path: path.into() }.into());
     }
     read_schema(path, BASELINE_SCHEMA)
 }
