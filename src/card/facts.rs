@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{CardOptions, metadata, prompt, source::SourceCard};
+use super::{Address, CardOptions, metadata, prompt, source::SourceCard};
 use crate::{
     emit::is_licence,
     report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report, bytes},
@@ -51,7 +51,8 @@ pub(super) fn facts(
         "metadata": metadata::block(report, source, options),
         "branch": report.branches[at].branch,
         "branches": report.branches.iter().map(|branch| row(report, branch)).collect::<Vec<_>>(),
-        "repository": options.repository,
+        "repository": options.repository.as_ref().map(Address::text),
+        "on_hub": !matches!(options.repository, Some(Address::Git(_))),
         "quantized_by": options.quantized_by(),
         "model": {
             "name": report.model.name,

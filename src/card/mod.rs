@@ -15,18 +15,44 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, syntax::Syntax
 
 use crate::{
     error::{Error, HubError, Result},
-    report::Report,
+    hub::Reference,
+    report::{Report, markdown_text},
 };
 pub use source::{SOURCE_CARD_FILE, SourceCard, keep_source_card};
 
 /// The template where the user gives none.
 pub const TEMPLATE: &str = include_str!("card.md.jinja");
 
+/// Where branches are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// `owner/name` on the Hub.
+    Hub(String),
+    /// The address or path of any other git repository.
+    Git(String),
+}
+
+impl Address {
+    /// What looks like a repository on the Hub is one there.
+    pub fn new(text: &str) -> Self {
+        match text.parse::<Reference>() {
+            Ok(reference) if reference.repository() == text => Self::Hub(text.to_owned()),
+            _ => Self::Git(text.to_owned()),
+        }
+    }
+
+    fn text(&self) -> &str {
+        match self {
+            Self::Hub(text) | Self::Git(text) => text,
+        }
+    }
+}
+
 /// What the report does not know.
 #[derive(Debug, Clone, Default)]
 pub struct CardOptions {
-    /// `owner/name` or the address that the branches are published to.
-    pub repository: Option<String>,
+    /// Where the branches are published to.
+    pub repository: Option<Address>,
     /// Who quantized, where that is not the repository's owner.
     pub quantized_by: Option<String>,
     /// The source's repository, where the report does not know it.
@@ -40,9 +66,9 @@ pub struct CardOptions {
 impl CardOptions {
     /// Who quantized.
     fn quantized_by(&self) -> Option<&str> {
-        let owner = || {
-            let repository = self.repository.as_deref().filter(|repository| !repository.contains(':'))?;
-            repository.split_once('/').map(|(owner, _)| owner).filter(|owner| !owner.is_empty())
+        let owner = || match &self.repository {
+            Some(Address::Hub(repository)) => repository.split_once('/').map(|(owner, _)| owner),
+            _ => None,
         };
         self.quantized_by.as_deref().or_else(owner)
     }
@@ -62,6 +88,7 @@ pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<S
     let mut environment = Environment::new();
     environment.set_syntax(syntax());
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.add_filter("plain", |text: &str| markdown_text(text));
     let wrong = |error: &minijinja::Error| template_error(&path, error);
     let template = environment.template_from_str(text).map_err(|error| wrong(&error))?;
     let one = |at: usize| {

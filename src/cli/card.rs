@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use gptq::{
-    card::{CardOptions, cards},
+    card::{Address, CardOptions, cards},
     checkpoint::write_file_atomically,
     hub::CARD_FILE,
     report::{REPORT_FILE, Report},
@@ -47,7 +47,7 @@ pub(super) struct CardTexts {
 
 pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
     let report = Report::read(&args.run.join(REPORT_FILE))?;
-    let made = cards(&report, &args.run, &args.texts.options(args.repository.clone())?)?;
+    let made = cards(&report, &args.run, &args.texts.options(args.repository.as_deref().map(Address::new))?)?;
     let branches = report.branches.iter().map(|branch| &branch.branch);
     if let Some(wanted) = &args.print {
         let found = branches.zip(&made).find(|(branch, _)| *branch == wanted);
@@ -70,7 +70,7 @@ pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
 }
 
 impl CardTexts {
-    pub(super) fn options(&self, repository: Option<String>) -> Result<CardOptions> {
+    pub(super) fn options(&self, repository: Option<Address>) -> Result<CardOptions> {
         let template = match &self.template {
             Some(path) => {
                 let text = fs::read_to_string(path);

@@ -92,7 +92,7 @@ fn home() -> PathBuf {
 }
 
 fn token() -> Option<Token> {
-    if text("HF_HUB_DISABLE_IMPLICIT_TOKEN").is_some() {
+    if is_set("HF_HUB_DISABLE_IMPLICIT_TOKEN") {
         return None;
     }
     let variable = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].iter().find_map(|name| Token::new(&text(name)?));

@@ -5,7 +5,7 @@ use std::{fmt::Write, path::PathBuf, str::FromStr};
 use anyhow::{Result, bail};
 use clap::Args;
 use gptq::{
-    card::{SourceCard, cards},
+    card::{Address, SourceCard, cards},
     hub::{CARD_FILE, Hub, Reference},
     publish::{self, GitOptions, HubOptions, Outcome},
     report::{REPORT_FILE, Report, bytes},
@@ -78,11 +78,11 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
     publish::check_licence(&report, &SourceCard::read(&args.run)?, &args.accept_license)?;
     let settings = hub::settings();
     let repository = match &args.to {
-        Place::Hub(reference) => reference.repository().to_owned(),
+        Place::Hub(reference) => Address::Hub(reference.repository().to_owned()),
         // A branch on the Hub is on the Hub, whichever way it got there.
         Place::Git(place) => match place.strip_prefix(&format!("{}/", settings.endpoint)) {
-            Some(name) if name.parse::<Reference>().is_ok() => name.to_owned(),
-            _ => place.clone(),
+            Some(name) if name.parse::<Reference>().is_ok() => Address::Hub(name.to_owned()),
+            _ => Address::Git(place.clone()),
         },
     };
     let made = cards(&report, &args.run, &args.texts.options(Some(repository))?)?;

@@ -1,9 +1,6 @@
 //! Models and datasets from the Hub, or from the cache.
 
-use std::{
-    collections::BTreeSet,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use hf_hub::{HFRepository, repository::RepoType};
@@ -192,12 +189,16 @@ impl Hub {
         if missing.is_empty() {
             return Ok(());
         }
-        let distinct: BTreeSet<_> = missing.iter().map(|file| (file.id.hex(), file.size)).collect();
-        let total: u64 = distinct.iter().map(|(_, size)| size).sum();
-        let there =
-            |file: &&&Listed| std::fs::metadata(cache.incomplete(&file.id)).map_or(0, |part| part.len());
-        let needed = total.saturating_sub(missing.iter().map(|file| there(&file)).sum());
-        require_space(&self.settings.cache, needed)?;
+        // Once each, and nothing of those that another revision brought.
+        let length = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
+        let mut contents: Vec<&Listed> =
+            missing.iter().copied().filter(|file| length(cache.blob(&file.id)) != file.size).collect();
+        contents.sort_by_key(|file| file.id.hex());
+        contents.dedup_by_key(|file| file.id.hex());
+        let sum = |sizes: &mut dyn Iterator<Item = u64>| sizes.fold(0, u64::saturating_add);
+        let total = sum(&mut contents.iter().map(|file| file.size));
+        let begun = sum(&mut contents.iter().map(|file| length(cache.incomplete(&file.id)).min(file.size)));
+        require_space(&self.settings.cache, total - begun)?;
         let reference = about.reference;
         progress.begin(&format!("fetching {reference}, MB"), total.div_ceil(STEP));
         stream::iter(&missing)
@@ -205,7 +206,8 @@ impl Hub {
             .buffer_unordered(self.settings.parallel.max(1))
             .try_collect::<Vec<()>>()
             .await?;
-        let count = match missing.len() {
+        let count = match contents.len() {
+            0 => return Ok(()),
             1 => "1 file".to_owned(),
             count => format!("{count} files"),
         };

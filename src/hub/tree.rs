@@ -51,6 +51,11 @@ impl Hub {
                 let message = format!("it says `{}`", id.hex());
                 return Err(HubError::Answer { action, message }.into());
             }
+            if !entry.path.split('/').all(|part| !["", ".", ".."].contains(&part)) {
+                let action = format!("list the files of {}", about.reference);
+                let message = format!("it names `{}`, which is not below the repository", entry.path);
+                return Err(HubError::Answer { action, message }.into());
+            }
             files.push(Listed { path: entry.path, size, id });
         }
         Ok(files)

@@ -1,15 +1,10 @@
 //! Models and datasets from a Hub: what is fetched, what of every fault is survived, and what is an error.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    sync::Mutex,
-    time::Duration,
-};
+use std::{fs, path::PathBuf, sync::Mutex, time::Duration};
 
 use gptq::{
     Error,
-    error::{HubError, ResourceError},
+    error::HubError,
     hub::{Hub, Reference, Settings, Snapshot, Token},
     progress::{Event, Progress},
 };
@@ -20,17 +15,17 @@ use crate::{
     hub_server::{Fault, HubServer, Repository, TOKEN},
 };
 
-const ID: &str = "models/some/llama";
+pub(crate) const ID: &str = "models/some/llama";
 
 /// A server with the tiny model, and a cache.
-struct Place {
-    server: HubServer,
+pub(crate) struct Place {
+    pub(crate) server: HubServer,
     model: Lab,
-    cache: TempDir,
+    pub(crate) cache: TempDir,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let (server, model) = (HubServer::start(), Lab::new());
         fs::write(model.model().join("LICENSE.txt"), "a licence").unwrap();
         fs::write(model.model().join("training.log"), "not needed").unwrap();
@@ -39,7 +34,7 @@ impl Place {
         Self { server, model, cache: tempfile::tempdir().unwrap() }
     }
 
-    fn settings(&self) -> Settings {
+    pub(crate) fn settings(&self) -> Settings {
         Settings {
             endpoint: self.server.endpoint(),
             silence: Duration::from_millis(700),
@@ -49,16 +44,21 @@ impl Place {
         }
     }
 
-    fn fetch(&self, name: &str) -> Result<Snapshot, Error> {
+    pub(crate) fn fetch(&self, name: &str) -> Result<Snapshot, Error> {
         self.fetch_with(self.settings(), name, &Notes::default())
     }
 
-    fn fetch_with(&self, settings: Settings, name: &str, notes: &Notes) -> Result<Snapshot, Error> {
+    pub(crate) fn fetch_with(
+        &self,
+        settings: Settings,
+        name: &str,
+        notes: &Notes,
+    ) -> Result<Snapshot, Error> {
         Hub::new(settings)?.fetch_model(&name.parse::<Reference>()?, notes)
     }
 
     /// The error, and its hint, without the server's address.
-    fn refused(&self, settings: Settings, name: &str) -> String {
+    pub(crate) fn refused(&self, settings: Settings, name: &str) -> String {
         let error = self.fetch_with(settings, name, &Notes::default()).unwrap_err();
         let hint = error.hint().map_or_else(String::new, |hint| format!(" | {hint}"));
         let text = format!("{error}{hint}").replace(&self.server.endpoint(), "[HUB]");
@@ -69,13 +69,13 @@ impl Place {
         text
     }
 
-    fn repository(&self) -> PathBuf {
+    pub(crate) fn repository(&self) -> PathBuf {
         self.cache.path().join("models--some--llama")
     }
 
     /// Requires that what was fetched is what the server has.
     #[track_caller]
-    fn is_right(&self, snapshot: &Snapshot) {
+    pub(crate) fn is_right(&self, snapshot: &Snapshot) {
         for file in files_below(&snapshot.folder) {
             let [found, expected] =
                 [&snapshot.folder, &self.model.model()].map(|dir| fs::read(dir.join(&file)).unwrap());
@@ -85,7 +85,7 @@ impl Place {
 }
 
 #[derive(Default)]
-struct Notes(Mutex<Vec<String>>);
+pub(crate) struct Notes(pub(crate) Mutex<Vec<String>>);
 
 impl Progress for Notes {
     fn begin(&self, phase: &str, total: u64) {
@@ -329,64 +329,7 @@ fn weights_that_are_not_read_name_the_conversion() {
     assert!(!place.cache.path().join("models--old--llama/blobs").exists(), "nothing was fetched");
 }
 
-#[test]
-fn without_a_network_the_cache_serves() {
-    let place = Place::new();
-    let gone = Settings { endpoint: "http://127.0.0.1:1".into(), ..place.settings() };
-    let offline = Settings { offline: true, ..place.settings() };
-    let error = place.fetch_with(gone.clone(), "some/llama", &Notes::default()).unwrap_err();
-    assert!(matches!(error, Error::Hub(HubError::Unreachable { .. })), "{error}");
-    assert_eq!(
-        place.refused(offline.clone(), "some/llama"),
-        "HF_HUB_OFFLINE is set, and `some/llama` at revision `main` is not whole in the cache: all of it is missing \
-         | unset HF_HUB_OFFLINE to fetch it"
-    );
-
-    let snapshot = place.fetch("some/llama").unwrap();
-    place.server.take_seen();
-    let cached = Snapshot { gated: None, ..snapshot.clone() };
-    let notes = Notes::default();
-    assert_eq!(place.fetch_with(gone.clone(), "some/llama", &notes).unwrap(), cached);
-    let notes = notes.0.into_inner().unwrap();
-    assert!(notes[0].contains("; going on with some/llama from the cache, as it was at commit"), "{notes:?}");
-    assert_eq!(place.fetch_with(offline.clone(), "some/llama", &Notes::default()).unwrap(), cached);
-    assert_eq!(place.server.take_seen().len(), 0);
-    place.server.fault("/api/models", Fault::status(503, ""), 9);
-    assert_eq!(place.fetch("some/llama").unwrap(), cached);
-
-    fs::remove_file(snapshot.folder.join("config.json")).unwrap();
-    let refused = place.refused(offline, "some/llama");
-    assert!(refused.contains("is not whole in the cache: `config.json` is missing"), "{refused}");
-}
-
-#[test]
-fn a_full_disk_is_seen_before_and_while() {
-    let place = Place::new();
-    let part = place.repository().join("blobs").join(format!("{}.incomplete", sha256_of_weights(&place)));
-    fs::create_dir_all(part.parent().unwrap()).unwrap();
-    std::os::unix::fs::symlink("/dev/full", &part).unwrap();
-    let error = place.fetch("some/llama").unwrap_err();
-    assert!(matches!(error, Error::Resource(ResourceError::DiskSpace { .. })), "{error}");
-    assert_eq!(error.hint().unwrap(), "free some space or choose a folder on another disk");
-}
-
-#[test]
-fn files_of_a_dataset() {
-    let place = Place::new();
-    let files = ["a/train-00000-of-00001.parquet", "a/test-00000-of-00001.parquet"];
-    let repository = Repository::of(files.map(|name| (name.to_owned(), name.as_bytes().to_vec())));
-    place.server.store().insert("datasets/some/texts".into(), repository);
-    let hub = Hub::new(place.settings()).unwrap();
-    let fetch =
-        |files: &[String]| hub.fetch_dataset(&"some/texts@main".parse().unwrap(), files, &Notes::default());
-    let snapshot = fetch(&[files[0].to_owned()]).unwrap();
-    assert_eq!(files_below(&snapshot.folder), [Path::new(files[0])]);
-    assert!(snapshot.folder.starts_with(place.cache.path().join("datasets--some--texts/snapshots")));
-    let error = fetch(&["a/x.parquet".into()]).unwrap_err().to_string();
-    assert_eq!(error, "`some/texts` at revision `main` has no `a/x.parquet`");
-}
-
-fn sha256_of_weights(place: &Place) -> String {
+pub(crate) fn sha256_of_weights(place: &Place) -> String {
     place.server.store()[ID].tree("main")["model.safetensors"].id.hex().to_owned()
 }
 

@@ -25,6 +25,8 @@
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `card` | the model card: what is on it, and what is not claimed |
 //! | `hub_fetch` | models and datasets from a Hub on loopback, with every fault of a network and a server |
+//! | `hub_cache` | the cache of what comes from it |
+//! | `hub_datasets` | datasets from that Hub |
 //! | `publish_hub` | branches to a Hub on loopback with every fault, and the whole way from a Hub to a Hub |
 //! | `publish_git` | branches to a git remote with git-lfs, and cloned from there |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
@@ -51,6 +53,8 @@ mod gate;
 mod generate;
 mod golden;
 mod helpers;
+mod hub_cache;
+mod hub_datasets;
 mod hub_fetch;
 mod hub_server;
 mod kernel;

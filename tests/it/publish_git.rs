@@ -58,6 +58,16 @@ fn git_command(lab: &Lab) -> Command {
     command
 }
 
+/// Runs a card's command in a folder of its own, and gives the folder that it names.
+#[track_caller]
+fn by_the_card(lab: &Lab, command: &str, inside: &str) -> PathBuf {
+    let inside = lab.path(inside);
+    fs::create_dir(&inside).unwrap();
+    let output = git_command(lab).args(command.split(' ').skip(1)).current_dir(&inside).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    inside.join(command.rsplit(' ').next().unwrap())
+}
+
 fn clone(lab: &Lab, remote: &Path, branch: &str, to: &str) -> PathBuf {
     let remote = format!("file://{}", remote.display());
     git(lab, &["clone", "--quiet", "--single-branch", "--branch", branch, &remote, to]);
@@ -69,7 +79,9 @@ fn four_branches_are_cloned_and_loaded_with_git_lfs() {
     let (lab, remote) = demo_run();
     let outcome = publish(&lab, &remote, &["--json"]).json();
     for (at, branch) in BRANCHES.into_iter().enumerate() {
-        let folder = clone(&lab, &remote, branch, &format!("clone-{at}"));
+        let card = git(&lab, &["-C", &text_of(&remote), "show", &format!("{branch}:README.md")]);
+        let command = card.lines().find(|line| line.starts_with("git clone ")).expect("a command");
+        let folder = by_the_card(&lab, command, &format!("clone-{at}"));
         assert_eq!(outcome[at]["commit"], git(&lab, &["-C", &text_of(&folder), "rev-parse", "HEAD"]));
         let source = lab.out().join(branch);
         for file in entries(&source) {
@@ -78,15 +90,20 @@ fn four_branches_are_cloned_and_loaded_with_git_lfs() {
                 "{branch} {file}"
             );
         }
-        let card = fs::read_to_string(folder.join("README.md")).unwrap();
-        assert!(card.contains(&format!("--branch {branch} ")), "{card}");
         // What git itself holds of the weights is a pointer.
         let pointer = git(&lab, &["-C", &text_of(&folder), "cat-file", "blob", "HEAD:model.safetensors"]);
         assert!(pointer.starts_with("version https://git-lfs.github.com/spec/v1\noid sha256:"), "{pointer}");
         assert_eq!(git(&lab, &["-C", &text_of(&folder), "status", "--porcelain"]), "");
         lab.verify(&folder, &[]).succeeds();
     }
-    let said = lab.run(&["generate", &text_of(&lab.path("clone-1")), "--prompt", "The", "--max-tokens", "4"]);
+    let said = lab.run(&[
+        "generate",
+        &text_of(&lab.path("clone-1").join("demo-GPTQ")),
+        "--prompt",
+        "The",
+        "--max-tokens",
+        "4",
+    ]);
     said.succeeds();
     assert!(entries(&lab.out()).iter().all(|name| !name.starts_with('.')), "nothing is left behind");
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::{
     gate::LOOSE,
     helpers::{Lab, Output, demo, entries, files_below, read_json, text_of},
-    hub_server::{Fault, HubServer, Repository, TOKEN},
+    hub_server::{Fault, HubServer, Repository, TOKEN, on_hub, variables},
     tiny_model::Model,
 };
 
@@ -25,14 +25,6 @@ fn place() -> (Lab, HubServer) {
     let lab = Lab::with(&Model { hidden: 128, ..Model::default() });
     lab.quantize(&["--variant", "4bit-128g", "--variant", "4bit-32g-act"]).succeeds();
     (lab, HubServer::start().with_xet())
-}
-
-fn on_hub<S: AsRef<std::ffi::OsStr>>(lab: &Lab, server: &HubServer, token: &str, arguments: &[S]) -> Output {
-    lab.run_with(&variables(&server.endpoint(), token), arguments)
-}
-
-fn variables<'a>(endpoint: &'a str, token: &'a str) -> [(&'a str, &'a str); 3] {
-    [("HF_ENDPOINT", endpoint), ("HF_HUB_OFFLINE", "0"), ("HF_TOKEN", token)]
 }
 
 fn publish(lab: &Lab, server: &HubServer, flags: &[&str]) -> Output {
@@ -179,6 +171,16 @@ fn a_publication_that_cannot_be_proven_is_an_error() {
     assert!(error.contains("hint: publish again: only what differs is sent"), "{error}");
     publish(&lab, &server, &[]).succeeds();
     is_published(&lab, &server, ID, "main");
+
+    // One that says it has something else, after the commit.
+    server.store().clear();
+    let other = json!([{ "type": "file", "path": "EXTRA.md", "size": 3, "oid": "0".repeat(40) }]);
+    server.fault("/tree/main", Fault::Nothing, 1);
+    server.fault("/tree/main", Fault::Pretend(other.to_string()), 1);
+    let failed = publish(&lab, &server, &[]);
+    assert_eq!(failed.code, Some(2), "{}", failed.stdout);
+    let found = format!("says `EXTRA.md` is 3 bytes, git blob {}, not 3 bytes, git blob ", "0".repeat(40));
+    assert!(failed.stderr.contains(&found), "{}", failed.stderr);
 }
 
 #[test]

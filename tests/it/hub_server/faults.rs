@@ -3,6 +3,8 @@
 /// A fault of one answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Fault {
+    /// None, so that the next one comes later.
+    Nothing,
     /// This status with these headers, and nothing else.
     Answer(u16, Vec<(&'static str, String)>),
     /// This JSON, and nothing is done.

@@ -9,6 +9,7 @@ mod write;
 mod xet;
 
 use std::{
+    ffi::OsStr,
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -22,8 +23,20 @@ use http::{Answer, Request};
 pub(crate) use store::{Repository, Store};
 use xet::XetServer;
 
+use crate::helpers::{Lab, Output};
+
 /// The token of one who has access to everything; any other is of one who has none to what is gated or private.
 pub(crate) const TOKEN: &str = "hf_TheTokenThatMustNotBeSeen";
+
+/// Runs the program with this server as its Hub.
+pub(crate) fn on_hub<S: AsRef<OsStr>>(lab: &Lab, server: &HubServer, token: &str, arguments: &[S]) -> Output {
+    lab.run_with(&variables(&server.endpoint(), token), arguments)
+}
+
+/// What makes a server the program's Hub.
+pub(crate) fn variables<'a>(endpoint: &'a str, token: &'a str) -> [(&'a str, &'a str); 3] {
+    [("HF_ENDPOINT", endpoint), ("HF_HUB_OFFLINE", "0"), ("HF_TOKEN", token)]
+}
 
 /// A request that was answered.
 #[derive(Debug, Clone)]
