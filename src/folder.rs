@@ -8,7 +8,7 @@
 use std::{
     fs::{self, File},
     io::{ErrorKind, Read},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use crate::error::{Error, Result};
@@ -16,10 +16,14 @@ use crate::error::{Error, Result};
 /// Bytes of the largest text file that is read whole: configs, indices, tokenizers, plans.
 pub const TEXT_LIMIT: u64 = 256 << 20;
 
-/// Whether `name` names a file in a folder or below it: no `..`, no root, nothing empty.
+/// Whether a path with `/` leads from a folder down: no `.` or `..`, no root, nothing empty.
+pub fn leads_down(path: &str) -> bool {
+    path.split('/').all(|part| !["", ".", ".."].contains(&part))
+}
+
+/// Whether `name` names a file in a folder or below it, whatever the system's separator.
 pub fn is_below(name: &str) -> bool {
-    let mut parts = Path::new(name).components().peekable();
-    parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_))) && !name.contains('\\')
+    leads_down(name) && !name.contains('\\')
 }
 
 /// Whether `name` is the name of a file and nothing more.
@@ -118,7 +122,7 @@ mod tests {
         for name in ["a.json", "model-00001-of-00002.safetensors", "..a", "a b"] {
             assert!(is_file_name(name), "{name}");
         }
-        for name in ["", ".", "..", "../a", "/a", "a/../b", "a\\b", "./a"] {
+        for name in ["", ".", "..", "../a", "/a", "a/../b", "a\\b", "./a", "a/./b", "a//b"] {
             assert!(!is_below(name), "{name}");
         }
         assert!(is_below("sub/b") && !is_file_name("sub/b"));

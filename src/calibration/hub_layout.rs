@@ -1,7 +1,7 @@
 //! Where a dataset repository's files lie on this machine.
 
 use super::recipe::Recipe;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, quoted};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,11 +24,9 @@ pub(super) fn locate(recipe: &Recipe, roots: &[PathBuf]) -> Result<Located> {
     if let Some(found) = roots.iter().flat_map(|root| candidates(recipe, root)).find(complete) {
         return Ok(found);
     }
-    let quoted =
-        |names: Vec<String>| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
     let places = match roots {
         [] => "no folder, as none was given".into(),
-        _ => quoted(roots.iter().map(|root| root.display().to_string()).collect()),
+        _ => quoted(roots.iter().map(|root| root.display())),
     };
     let (name, fetch) = (recipe.name().to_owned(), recipe.fetch_command());
     Err(Error::DatasetNotFound { name, files: quoted(paths), places, fetch })
@@ -72,7 +70,7 @@ impl Shard {
 /// split asked for it is `train`, or the only one there is.
 pub(super) fn split_files(folder: &Path, name: &str, split: Option<&str>) -> Result<Vec<String>> {
     let (below, mut splits) = splits_of(folder, name)?;
-    let known = splits.keys().map(|split| format!("`{split}`")).collect::<Vec<_>>().join(", ");
+    let known = quoted(splits.keys());
     let only = if splits.len() == 1 { splits.keys().next().cloned() } else { None };
     let default = if splits.contains_key("train") { Some("train".to_owned()) } else { only };
     let wanted = split.map(str::to_owned).or(default);
@@ -86,7 +84,7 @@ pub(super) fn split_files(folder: &Path, name: &str, split: Option<&str>) -> Res
     let whole =
         shards.iter().enumerate().all(|(at, (shard, _))| shard.index == at && shard.count == shards.len());
     if !whole {
-        let names = shards.iter().map(|(_, name)| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        let names = quoted(shards.iter().map(|(_, name)| name));
         let count = shards.iter().map(|(shard, _)| shard.count).max().unwrap_or_default();
         return Err(Error::Dataset {
             path: folder.join(below),

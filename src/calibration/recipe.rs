@@ -4,6 +4,7 @@
 //! has the same keys.
 
 use crate::error::{Error, Result, toml_error};
+use crate::folder;
 use serde::{Deserialize, Serialize};
 use std::path::{Component, Path};
 
@@ -65,6 +66,14 @@ impl Recipe {
         let (name, text) = BUILTIN.iter().find(|(known, _)| *known == name)?;
         let path = format!("calibration/{name}.toml");
         Some(Self::from_toml(path, text).expect("the built-in recipes are correct; a test reads them all"))
+    }
+
+    /// The recipe in a file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is none.
+    pub fn read(path: &Path) -> Result<Recipe> {
+        Self::from_toml(path, &folder::read_text(path)?)
     }
 
     /// All built-in recipes.

@@ -55,8 +55,7 @@ impl CorpusSource {
         if path.is_dir() {
             Self::of_folder(path, options)
         } else if path.extension().is_some_and(|extension| extension == "toml") {
-            let text = folder::read_text(path)?;
-            Self::of_recipe(Recipe::from_toml(path, &text)?, options)
+            Self::of_recipe(Recipe::read(path)?, options)
         } else {
             Self::of_file(path, options)
         }

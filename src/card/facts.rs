@@ -44,7 +44,6 @@ pub(super) fn facts(
     options: &CardOptions,
 ) -> Value {
     let folder = run.join(&report.branches[at].branch);
-    let base = options.base_model.clone().or_else(|| Some(report.model.source.as_ref()?.repository.clone()));
     let prompt = prompt::prompt(&folder, options.prompt_template.as_deref());
     let marlin = report.branches.iter().filter(|branch| takes(branch, "Marlin") == Some(true));
     json!({
@@ -56,7 +55,7 @@ pub(super) fn facts(
         "quantized_by": options.quantized_by(),
         "model": {
             "name": report.model.name,
-            "repository": base,
+            "repository": options.base_model(report),
             "commit": report.model.source.as_ref().map(|source| &source.commit),
             "parameters": report.model.parameters,
         },

@@ -8,8 +8,7 @@ use crate::report::Report;
 /// The lines between the `---`.
 pub(super) fn block(report: &Report, source: &SourceCard, options: &CardOptions) -> String {
     let mut lines = Lines::default();
-    let base =
-        options.base_model.as_deref().or_else(|| report.model.source.as_ref().map(|s| s.repository.as_str()));
+    let base = options.base_model(report);
     if let Some(base) = base {
         lines.text("base_model", base);
         lines.text("base_model_relation", "quantized");

@@ -26,8 +26,8 @@ pub const TEMPLATE: &str = include_str!("card.md.jinja");
 /// Where branches are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
-    /// `owner/name` on the Hub.
-    Hub(String),
+    /// A repository on the Hub.
+    Hub(Reference),
     /// The address or path of any other git repository.
     Git(String),
 }
@@ -36,14 +36,15 @@ impl Address {
     /// What looks like a repository on the Hub is one there.
     pub fn new(text: &str) -> Self {
         match text.parse::<Reference>() {
-            Ok(reference) if reference.repository() == text => Self::Hub(text.to_owned()),
+            Ok(reference) if reference.repository() == text => Self::Hub(reference),
             _ => Self::Git(text.to_owned()),
         }
     }
 
     fn text(&self) -> &str {
         match self {
-            Self::Hub(text) | Self::Git(text) => text,
+            Self::Hub(reference) => reference.repository(),
+            Self::Git(text) => text,
         }
     }
 }
@@ -67,10 +68,16 @@ impl CardOptions {
     /// Who quantized.
     fn quantized_by(&self) -> Option<&str> {
         let owner = || match &self.repository {
-            Some(Address::Hub(repository)) => repository.split_once('/').map(|(owner, _)| owner),
+            Some(Address::Hub(reference)) => Some(reference.owner()),
             _ => None,
         };
         self.quantized_by.as_deref().or_else(owner)
+    }
+
+    /// The source's repository.
+    fn base_model<'a>(&'a self, report: &'a Report) -> Option<&'a str> {
+        let fetched = || report.model.source.as_ref().map(|source| source.repository.as_str());
+        self.base_model.as_deref().or_else(fetched)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Where datasets are looked for.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use anyhow::Result;
 use gptq::{
@@ -32,10 +32,7 @@ pub(super) fn resolve(name: &str, options: &SourceOptions, output: &OutputArgs) 
     if settings.offline {
         return Err(missing.into());
     }
-    let recipe = match Recipe::builtin(name) {
-        Some(recipe) => recipe,
-        None => Recipe::from_toml(Path::new(name), &fs::read_to_string(name)?)?,
-    };
+    let recipe = Recipe::builtin(name).map_or_else(|| Recipe::read(Path::new(name)), Ok)?;
     let reference = Reference::new(recipe.repository(), Some(recipe.revision()))?;
     let terminal = Terminal::new(output);
     Hub::new(settings)?.fetch_dataset(&reference, &recipe.paths(), &terminal)?;

@@ -78,10 +78,10 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
     publish::check_licence(&report, &SourceCard::read(&args.run)?, &args.accept_license)?;
     let settings = hub::settings();
     let repository = match &args.to {
-        Place::Hub(reference) => Address::Hub(reference.repository().to_owned()),
+        Place::Hub(reference) => Address::Hub(reference.clone()),
         // A branch on the Hub is on the Hub, whichever way it got there.
-        Place::Git(place) => match place.strip_prefix(&format!("{}/", settings.endpoint)) {
-            Some(name) if name.parse::<Reference>().is_ok() => Address::Hub(name.to_owned()),
+        Place::Git(place) => match place.strip_prefix(&format!("{}/", settings.endpoint)).map(Address::new) {
+            Some(on_hub @ Address::Hub(_)) => on_hub,
             _ => Address::Git(place.clone()),
         },
     };

@@ -1,6 +1,9 @@
 //! Making errors.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt::Display,
+    path::{Path, PathBuf},
+};
 
 use super::Error;
 
@@ -13,6 +16,11 @@ impl Error {
         let path = path.into();
         move |source| Self::Io { action, path, source }
     }
+}
+
+/// `` `a`, `b` ``: names, for messages.
+pub(crate) fn quoted(names: impl IntoIterator<Item: Display>) -> String {
+    names.into_iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
 }
 
 /// An [`Error::Toml`] that says the line and nothing of the parser's own drawing; `text` is what was parsed.

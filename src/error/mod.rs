@@ -14,7 +14,7 @@ use std::path::PathBuf;
 pub use hub::HubError;
 pub use journal::JournalError;
 pub use make::Result;
-pub(crate) use make::toml_error;
+pub(crate) use make::{quoted, toml_error};
 pub use numerical::NumericalError;
 pub use report::ReportError;
 pub use resource::ResourceError;

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{client::Kind, digest::ContentId, reference::Reference};
+use super::{client::Kind, digest::ContentId, reference::Reference, transfer::Listed};
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
@@ -34,6 +34,11 @@ impl RepositoryCache {
 
     pub(super) fn blob(&self, id: &ContentId) -> PathBuf {
         self.folder.join("blobs").join(id.hex())
+    }
+
+    /// Whether this content is there, whole.
+    pub(super) fn has(&self, file: &Listed) -> bool {
+        fs::metadata(self.blob(&file.id)).is_ok_and(|found| found.len() == file.size)
     }
 
     /// Where a content is until it is whole.

@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use hf_hub::HFClient;
-use reqwest::{Response, Url};
+use reqwest::{RequestBuilder, Response, Url};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{
@@ -135,11 +135,7 @@ impl Hub {
     pub(super) async fn get(&self, address: &Url) -> Result<Response, Problem> {
         let mut tries = 0;
         loop {
-            let mut request = self.http.get(address.clone());
-            if let Some(token) = &self.settings.token {
-                request = request.bearer_auth(token.secret());
-            }
-            let problem = match request.send().await {
+            let problem = match self.signed(self.http.get(address.clone())).send().await {
                 Ok(answer) if answer.status().is_success() => return Ok(answer),
                 Ok(answer) => Problem::of_answer(answer).await,
                 Err(error) => Problem::from(&error),
@@ -148,8 +144,16 @@ impl Hub {
             if told || !problem.is_transient() || tries >= self.settings.retries {
                 return Err(problem);
             }
-            tokio::time::sleep(self.settings.pause * (1 << tries.min(8))).await;
+            tokio::time::sleep(self.settings.pause_after(tries)).await;
             tries += 1;
+        }
+    }
+
+    /// A request that the client does not know, with the token.
+    pub(super) fn signed(&self, request: RequestBuilder) -> RequestBuilder {
+        match &self.settings.token {
+            Some(token) => request.bearer_auth(token.secret()),
+            None => request,
         }
     }
 

@@ -27,7 +27,7 @@ impl ContentId {
     }
 
     /// Takes a digest of this kind of a content of `size` bytes.
-    pub fn hasher(&self, size: u64) -> Hasher {
+    pub(super) fn hasher(&self, size: u64) -> Hasher {
         match self {
             Self::Sha256(_) => Hasher::Sha256(Sha256::new()),
             Self::GitBlob(_) => Hasher::git_blob(size),
@@ -54,7 +54,7 @@ impl ContentId {
 
 /// A digest that is being taken.
 #[derive(Debug, Clone)]
-pub enum Hasher {
+pub(super) enum Hasher {
     /// Of a large file.
     Sha256(Sha256),
     /// Of a git blob.
@@ -63,14 +63,14 @@ pub enum Hasher {
 
 impl Hasher {
     /// Of a git blob of `size` bytes.
-    pub fn git_blob(size: u64) -> Self {
+    fn git_blob(size: u64) -> Self {
         let mut sha1 = Sha1::new();
         sha1.update(format!("blob {size}\0"));
         Self::GitBlob(sha1)
     }
 
     /// More of the content.
-    pub fn update(&mut self, bytes: &[u8]) {
+    pub(super) fn update(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(sha256) => sha256.update(bytes),
             Self::GitBlob(sha1) => sha1.update(bytes),
@@ -78,7 +78,7 @@ impl Hasher {
     }
 
     /// The next `length` bytes of a file, or as many as there are.
-    pub fn read(&mut self, file: &File, length: u64) -> io::Result<()> {
+    pub(super) fn read(&mut self, file: &File, length: u64) -> io::Result<()> {
         let mut buffer = vec![0; 1 << 20];
         let mut file = file.take(length);
         loop {
@@ -90,13 +90,20 @@ impl Hasher {
     }
 
     /// The digest.
-    pub fn finish(self) -> ContentId {
+    pub(super) fn finish(self) -> ContentId {
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         match self {
             Self::Sha256(sha256) => ContentId::Sha256(hex(&sha256.finalize())),
             Self::GitBlob(sha1) => ContentId::GitBlob(hex(&sha1.finalize())),
         }
     }
+}
+
+/// The digest of a content, of the same kind as `like`.
+pub fn of_bytes(bytes: &[u8], like: &ContentId) -> ContentId {
+    let mut hasher = like.hasher(bytes.len() as u64);
+    hasher.update(bytes);
+    hasher.finish()
 }
 
 /// The size of a file, and its digest of the same kind as `like`.
@@ -123,6 +130,7 @@ mod tests {
             ContentId::Sha256("5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03".into());
         for id in [blob, sha256] {
             assert_eq!(of_file(&path, &id).unwrap(), (6, id.clone()));
+            assert_eq!(of_bytes(b"hello\n", &id), id);
             assert!(id.is_well_formed());
         }
         assert!(!ContentId::GitBlob("../x".into()).is_well_formed());

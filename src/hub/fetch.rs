@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     checkpoint::INDEX_FILE,
-    error::{Error, HubError, ResourceError, Result},
-    pipeline::available_space,
+    error::{Error, HubError, Result, quoted},
+    pipeline::require_space,
     progress::{Event, Progress},
     report::bytes,
 };
@@ -173,10 +173,7 @@ impl Hub {
             Kind::Dataset => self.client.dataset(owner, name).list_refs().send().await,
         };
         match refs {
-            Ok(refs) => {
-                let names = refs.branches.iter().chain(&refs.tags).map(|found| format!("`{}`", found.name));
-                names.collect::<Vec<_>>().join(", ")
-            }
+            Ok(refs) => quoted(refs.branches.iter().chain(&refs.tags).map(|found| &found.name)),
             Err(_) => "others".into(),
         }
     }
@@ -190,15 +187,17 @@ impl Hub {
             return Ok(());
         }
         // Once each, and nothing of those that another revision brought.
-        let length = |path: PathBuf| std::fs::metadata(path).map_or(0, |file| file.len());
-        let mut contents: Vec<&Listed> =
-            missing.iter().copied().filter(|file| length(cache.blob(&file.id)) != file.size).collect();
+        let mut contents: Vec<&Listed> = missing.iter().copied().filter(|file| !cache.has(file)).collect();
         contents.sort_by_key(|file| file.id.hex());
         contents.dedup_by_key(|file| file.id.hex());
         let sum = |sizes: &mut dyn Iterator<Item = u64>| sizes.fold(0, u64::saturating_add);
         let total = sum(&mut contents.iter().map(|file| file.size));
-        let begun = sum(&mut contents.iter().map(|file| length(cache.incomplete(&file.id)).min(file.size)));
-        require_space(&self.settings.cache, total - begun)?;
+        let begun = |file: &&Listed| {
+            std::fs::metadata(cache.incomplete(&file.id)).map_or(0, |part| part.len().min(file.size))
+        };
+        let folder = &self.settings.cache;
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        require_space(folder, total - sum(&mut contents.iter().map(begun)))?;
         let reference = about.reference;
         progress.begin(&format!("fetching {reference}, MB"), total.div_ceil(STEP));
         stream::iter(&missing)
@@ -263,19 +262,6 @@ fn lacks(reference: &Reference, lack: Lack) -> Error {
         Lack::Missing(file) => {
             HubError::File { repository, revision: reference.revision().to_owned(), file }.into()
         }
-    }
-}
-
-fn require_space(cache: &Path, needed: u64) -> Result<()> {
-    std::fs::create_dir_all(cache).map_err(Error::io("create", cache))?;
-    match available_space(cache) {
-        Some(available) if available < needed => Err(ResourceError::DiskSpace {
-            path: cache.into(),
-            available: bytes(available),
-            needed: bytes(needed),
-        }
-        .into()),
-        _ => Ok(()),
     }
 }
 

@@ -17,7 +17,7 @@ mod tree;
 mod upload;
 
 pub use client::Hub;
-pub use digest::{ContentId, Hasher, of_file};
+pub use digest::{ContentId, of_bytes, of_file};
 pub use fetch::Snapshot;
 pub use files::CARD_FILE;
 pub use reference::{DEFAULT_REVISION, Reference};

@@ -40,6 +40,11 @@ impl Settings {
             parallel: 4,
         }
     }
+
+    /// How long to wait after so many failures.
+    pub(crate) fn pause_after(&self, failures: usize) -> Duration {
+        self.pause * (1 << failures.min(8))
+    }
 }
 
 /// A secret: it is sent, and never shown.

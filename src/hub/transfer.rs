@@ -51,12 +51,10 @@ pub(super) struct Transfer<'a, T: RepoType> {
 impl<T: RepoType> Transfer<'_, T> {
     /// Brings a file into the cache, unless it is there.
     pub(super) async fn fetch(&self, file: &Listed) -> Result<()> {
-        let blob = self.cache.blob(&file.id);
-        let is_there = || fs::metadata(&blob).is_ok_and(|found| found.len() == file.size);
-        if !is_there() {
+        if !self.cache.has(file) {
             let _lock = self.cache.lock(&file.id, &file.path, self.progress)?;
-            if !is_there() {
-                self.receive(file, &blob).await?;
+            if !self.cache.has(file) {
+                self.receive(file, &self.cache.blob(&file.id)).await?;
             }
         }
         self.cache.link(self.commit, &file.path, &file.id)
@@ -98,7 +96,7 @@ impl<T: RepoType> Transfer<'_, T> {
                 }
                 .into());
             }
-            tokio::time::sleep(settings.pause * (1 << failures.min(8))).await;
+            tokio::time::sleep(settings.pause_after(failures)).await;
         }
     }
 

@@ -11,7 +11,10 @@ use super::{
     digest::ContentId,
     transfer::Listed,
 };
-use crate::error::{HubError, Result};
+use crate::{
+    error::{HubError, Result},
+    folder::leads_down,
+};
 
 #[derive(Deserialize)]
 struct Entry {
@@ -51,7 +54,7 @@ impl Hub {
                 let message = format!("it says `{}`", id.hex());
                 return Err(HubError::Answer { action, message }.into());
             }
-            if !entry.path.split('/').all(|part| !["", ".", ".."].contains(&part)) {
+            if !leads_down(&entry.path) {
                 let action = format!("list the files of {}", about.reference);
                 let message = format!("it names `{}`, which is not below the repository", entry.path);
                 return Err(HubError::Answer { action, message }.into());

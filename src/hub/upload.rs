@@ -106,7 +106,7 @@ impl Hub {
         self.block_on(self.list(&about, reference.revision()))
     }
 
-    /// Commits to a branch that is at `parent`. Returns the new commit, if the Hub says it.
+    /// Commits to a branch that is at `parent`.
     ///
     /// # Errors
     /// When the Hub refuses, takes no large files, or the way to it fails.
@@ -116,7 +116,7 @@ impl Hub {
         commit: &Commit,
         parent: &str,
         progress: &dyn Progress,
-    ) -> Result<Option<String>> {
+    ) -> Result<()> {
         self.block_on(async {
             self.require_xet(reference, commit).await?;
             let sent = Arc::new(Sent::default());
@@ -142,8 +142,8 @@ impl Hub {
                 }
             };
             let about = About { kind: Kind::Model, reference, action: "commit to" };
-            let info = result.map_err(|error| self.failure(error, &about))?;
-            Ok(info.commit_oid)
+            result.map_err(|error| self.failure(error, &about))?;
+            Ok(())
         })
     }
 
@@ -161,10 +161,7 @@ impl Hub {
             "hash_algo": "sha256",
             "ref": { "name": reference.revision() },
         });
-        let mut request = self.http.post(address).header("Accept", "application/vnd.git-lfs+json");
-        if let Some(token) = &self.settings.token {
-            request = request.bearer_auth(token.secret());
-        }
+        let request = self.signed(self.http.post(address)).header("Accept", "application/vnd.git-lfs+json");
         // Whatever else is wrong, the commit itself will say better.
         let Ok(answer) = request.json(&body).send().await else { return Ok(()) };
         if !answer.status().is_success() {

@@ -4,12 +4,31 @@ use std::{fs, path::Path, time::Instant};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::{Result, TorchContext};
+use crate::{
+    error::{ResourceError, Result, TorchContext},
+    report::bytes,
+};
 
 /// Bytes that can still be written to the disk of `folder`; none where the system does not say.
 pub fn available_space(folder: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(folder).ok()?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Requires that the disk of `folder` has room for so many bytes, where the system says what it has.
+///
+/// # Errors
+/// When there is too little.
+pub fn require_space(folder: &Path, needed: u64) -> Result<()> {
+    match available_space(folder) {
+        Some(available) if available < needed => Err(ResourceError::DiskSpace {
+            path: folder.into(),
+            available: bytes(available),
+            needed: bytes(needed),
+        }
+        .into()),
+        _ => Ok(()),
+    }
 }
 
 /// Whether the processor multiplies bf16 much faster than fp32.

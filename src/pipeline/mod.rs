@@ -36,7 +36,9 @@ use crate::{
 };
 pub use journal::{Begun, begun};
 use journal::{Identity, Journal};
-pub use machine::{available_memory, available_space, fast_bf16, peak_memory, resident_memory};
+pub use machine::{
+    available_memory, available_space, fast_bf16, peak_memory, require_space, resident_memory,
+};
 use needs::Needs;
 use output_folder::OutputFolder;
 pub use output_folder::Place;

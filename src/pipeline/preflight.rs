@@ -2,13 +2,12 @@
 
 use std::{fs, path::Path};
 
-use super::{journal, machine::available_space, output_folder::Place};
+use super::{journal, machine::require_space, output_folder::Place};
 use crate::{
     checkpoint::Checkpoint,
     emit::{is_partial, planned_bytes},
-    error::{ResourceError, Result},
+    error::Result,
     plan::Plan,
-    report::bytes,
 };
 
 /// Bytes of disk that a run takes beyond what it has taken already.
@@ -57,20 +56,7 @@ impl DiskNeed {
             Some(dir) if !same_disk(dir, out) => vec![(out, self.branches), (dir, self.journal)],
             _ => vec![(out, self.branches.saturating_add(self.journal))],
         };
-        for (folder, needed) in needs {
-            match available_space(folder) {
-                Some(available) if available < needed => {
-                    let error = ResourceError::DiskSpace {
-                        path: folder.into(),
-                        available: bytes(available),
-                        needed: bytes(needed),
-                    };
-                    return Err(error.into());
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        needs.into_iter().try_for_each(|(folder, needed)| require_space(folder, needed))
     }
 }
 

@@ -5,12 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use sha2::{Digest, Sha256};
-
 use crate::{
     checkpoint::INDEX_FILE,
-    error::{Error, HubError, Result},
-    hub::{CARD_FILE, ContentId, Hasher, Listed, of_file},
+    error::{Error, HubError, Result, quoted},
+    hub::{CARD_FILE, ContentId, Listed, of_bytes, of_file},
     report::Report,
 };
 
@@ -53,8 +51,7 @@ pub enum Content {
 pub fn branches(report: &Report, run: &Path, wanted: &[String], cards: &[String]) -> Result<Vec<Branch>> {
     for name in wanted {
         if !report.branches.iter().any(|branch| branch.branch == *name) {
-            let known = report.branches.iter().map(|branch| format!("`{}`", branch.branch));
-            let known = known.collect::<Vec<_>>().join(", ");
+            let known = quoted(report.branches.iter().map(|branch| &branch.branch));
             return Err(HubError::Branch { branch: name.clone(), known }.into());
         }
     }
@@ -71,25 +68,23 @@ pub fn branches(report: &Report, run: &Path, wanted: &[String], cards: &[String]
 impl Branch {
     fn read(folder: &Path, name: &str, card: &str) -> Result<Self> {
         let mut files = Vec::new();
+        let like = ContentId::Sha256(String::new());
         for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
             let path = entry.map_err(Error::io("read", folder))?.path();
             let name = path.file_name().and_then(|name| name.to_str());
             // What is hidden is of some tool's own; branches have no folders.
             if let Some(name) = name.filter(|name| !name.starts_with('.') && path.is_file()) {
-                let like = ContentId::Sha256(String::new());
                 let (size, sha256) = of_file(&path, &like).map_err(Error::io("read", &path))?;
                 let (path, content) = (name.to_owned(), Content::File(path.clone()));
                 files.push(LocalFile { path, content, size, sha256: sha256.hex().to_owned() });
             }
         }
         if !files.iter().any(|file| file.path == CARD_FILE) {
-            let mut hasher = Hasher::Sha256(Sha256::new());
-            hasher.update(card.as_bytes());
             files.push(LocalFile {
                 path: CARD_FILE.to_owned(),
                 content: Content::Bytes(card.as_bytes().to_vec()),
                 size: card.len() as u64,
-                sha256: hasher.finish().hex().to_owned(),
+                sha256: of_bytes(card.as_bytes(), &like).hex().to_owned(),
             });
         }
         files.sort_by(|a, b| a.path.cmp(&b.path));
@@ -114,11 +109,7 @@ impl LocalFile {
     pub(super) fn id_like(&self, like: &ContentId) -> Result<ContentId> {
         match (like, &self.content) {
             (ContentId::Sha256(_), _) => Ok(ContentId::Sha256(self.sha256.clone())),
-            (ContentId::GitBlob(_), Content::Bytes(bytes)) => {
-                let mut hasher = Hasher::git_blob(self.size);
-                hasher.update(bytes);
-                Ok(hasher.finish())
-            }
+            (ContentId::GitBlob(_), Content::Bytes(bytes)) => Ok(of_bytes(bytes, like)),
             (ContentId::GitBlob(_), Content::File(path)) => {
                 Ok(of_file(path, like).map_err(Error::io("read", path))?.1)
             }

@@ -54,13 +54,13 @@ impl Git {
         self.run_with(action, arguments, b"")
     }
 
-    /// The same, with this on its standard input.
-    pub(super) fn run_with<S: AsRef<OsStr>>(
-        &self,
-        action: &str,
-        arguments: &[S],
-        input: &[u8],
-    ) -> Result<String> {
+    /// Puts a content into the repository as it is; returns its blob.
+    pub(super) fn store(&self, action: &str, content: &[u8]) -> Result<String> {
+        self.run_with(action, &["hash-object", "-w", "--stdin", "--no-filters"], content)
+    }
+
+    /// The same as [`Git::run`], with this on its standard input.
+    fn run_with<S: AsRef<OsStr>>(&self, action: &str, arguments: &[S], input: &[u8]) -> Result<String> {
         let failed = |problem: String, hint| HubError::Git { action: action.to_owned(), problem, hint };
         let mut command = Command::new("git");
         command.args(arguments).current_dir(self.folder.path());

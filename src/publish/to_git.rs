@@ -170,7 +170,7 @@ fn blob(git: &Git, file: &LocalFile) -> Result<String> {
         Content::Bytes(bytes) => bytes.clone(),
         Content::File(path) => fs::read(path).map_err(Error::io("read", path))?,
     };
-    git.run_with("take a file in", &["hash-object", "-w", "--stdin", "--no-filters"], &bytes)
+    git.store("take a file in", &bytes)
 }
 
 /// Lets git-lfs find a large file's content, and puts a pointer to it into the repository.
@@ -193,7 +193,7 @@ fn pointer(git: &Git, file: &LocalFile) -> Result<String> {
     }
     let text =
         format!("version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {}\n", file.size);
-    git.run_with("take a file in", &["hash-object", "-w", "--stdin", "--no-filters"], text.as_bytes())
+    git.store("take a file in", text.as_bytes())
 }
 
 /// The blob of the attributes: what is there, and that the large files are git-lfs's.
@@ -213,7 +213,7 @@ fn attributes(git: &Git, before: Option<&String>, large: &[&LocalFile]) -> Resul
         }
     }
     let text = format!("{}\n", text.trim_end());
-    git.run_with("write its attributes", &["hash-object", "-w", "--stdin", "--no-filters"], text.as_bytes())
+    git.store("write its attributes", text.as_bytes())
 }
 
 fn commit(git: &Git, branch: &Branch, parent: Option<&String>) -> Result<String> {

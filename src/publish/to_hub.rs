@@ -4,7 +4,7 @@ use hf_hub::repository::CommitOperation;
 
 use super::{Branch, Content, Outcome};
 use crate::{
-    error::{Error, HubError, Result},
+    error::{Error, HubError, Result, quoted},
     hub::{Commit, DEFAULT_REVISION, Hub, Listed, Reference},
     progress::{Event, Progress},
     report::bytes,
@@ -80,7 +80,7 @@ fn send(hub: &Hub, place: &Reference, branch: &Branch, progress: &dyn Progress) 
         let text = format!("sending {} files, {}, to {place}", outcome.sent.len(), bytes(outcome.bytes));
         progress.event(&Event::Note(&text));
         match hub.commit(place, &commit, &head, progress) {
-            Ok(_) => {
+            Ok(()) => {
                 prove(hub, place, branch)?;
                 outcome.commit = Some(self::head(hub, place)?);
                 break;
@@ -89,7 +89,7 @@ fn send(hub: &Hub, place: &Reference, branch: &Branch, progress: &dyn Progress) 
             Err(Error::Hub(error)) if error.is_passing() && failures < hub.settings().retries => {
                 failures += 1;
                 progress.event(&Event::Warning(&format!("{error}; going on")));
-                std::thread::sleep(hub.settings().pause * (1 << failures.min(8)));
+                std::thread::sleep(hub.settings().pause_after(failures));
             }
             Err(error) => return Err(error),
         }
@@ -101,9 +101,8 @@ fn send(hub: &Hub, place: &Reference, branch: &Branch, progress: &dyn Progress) 
 fn head(hub: &Hub, place: &Reference) -> Result<String> {
     let heads = hub.branches(place)?.unwrap_or_default();
     heads.get(place.revision()).cloned().ok_or_else(|| {
-        let known = heads.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
         let (repository, revision) = (place.repository().to_owned(), place.revision().to_owned());
-        HubError::Revision { repository, revision, known }.into()
+        HubError::Revision { repository, revision, known: quoted(heads.keys()) }.into()
     })
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc};
 
-use gptq::hub::{ContentId, Hasher};
+use gptq::hub::{ContentId, of_bytes};
 use sha2::{Digest, Sha256};
 
 use crate::helpers::files_below;
@@ -31,11 +31,9 @@ pub(crate) struct Repository {
 
 impl Blob {
     pub(crate) fn new(path: &str, bytes: Vec<u8>) -> Self {
-        let hasher =
-            if is_large(path) { Hasher::Sha256(Sha256::new()) } else { Hasher::git_blob(bytes.len() as u64) };
-        let mut hasher = hasher;
-        hasher.update(&bytes);
-        Self { bytes: Arc::new(bytes), id: hasher.finish() }
+        let like = if is_large(path) { ContentId::Sha256 } else { ContentId::GitBlob };
+        let id = of_bytes(&bytes, &like(String::new()));
+        Self { bytes: Arc::new(bytes), id }
     }
 }
 

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use gptq::hub::{ContentId, Hasher};
-use sha2::{Digest, Sha256};
+use gptq::hub::{ContentId, of_bytes};
 use tokio::runtime::Runtime;
 use xet_client::cas_client::simulation::{
     DeletionControlableClient, DirectAccessClient, LocalTestServer, LocalTestServerBuilder, MemoryClient,
@@ -35,9 +34,8 @@ impl XetServer {
         self.runtime.block_on(async {
             for (file, _) in self.contents.list_file_shard_entries().await.unwrap() {
                 let bytes = self.contents.get_file_data(&file, None).await.unwrap();
-                let mut hasher = Hasher::Sha256(Sha256::new());
-                hasher.update(&bytes);
-                if hasher.finish() == ContentId::Sha256(sha256.to_owned()) {
+                let wanted = ContentId::Sha256(sha256.to_owned());
+                if of_bytes(&bytes, &wanted) == wanted {
                     return Some(bytes.to_vec());
                 }
             }
