@@ -5,6 +5,7 @@ use std::{fmt, path::Path, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    accuracy::{Quality, Refinements, ScaleSearch, Scales},
     error::{Error, Result, toml_error},
     variant::Variant,
 };
@@ -31,6 +32,13 @@ pub struct Plan {
     pub variants: Vec<Variant>,
     /// Damping, as a fraction of the Hessian's mean diagonal.
     pub damp: f64,
+    /// How much is done for accuracy: a preset.
+    pub quality: Quality,
+    /// Whether scales stay positive, whatever the preset says.
+    pub unsigned_scales: bool,
+    /// How scales are searched for, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale_search: Option<ScaleSearch>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// What forward passes are computed in.
@@ -59,6 +67,9 @@ impl Default for Plan {
             seed: 0,
             variants: Variant::card(),
             damp: 0.01,
+            quality: Quality::default(),
+            unsigned_scales: false,
+            scale_search: None,
             shared_hessian: false,
             compute_dtype: ComputeDtype::Auto,
             device: "cpu".into(),
@@ -91,12 +102,23 @@ impl Plan {
         let every = Self {
             split: Some(String::new()),
             text_column: Some(String::new()),
+            scale_search: Some(ScaleSearch::Off),
             max_memory: Some(0),
             max_device_memory: Some(0),
             ..Self::default()
         };
         let table = toml::Table::try_from(every).expect("a plan is a table of plain values");
         table.keys().cloned().collect()
+    }
+
+    /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise.
+    pub fn refinements(&self) -> Refinements {
+        let preset = self.quality.refinements();
+        let scales = Scales {
+            signed: preset.scales.signed && !self.unsigned_scales,
+            search: self.scale_search.unwrap_or(preset.scales.search),
+        };
+        Refinements { scales }
     }
 
     /// Checks what can be checked without the model.

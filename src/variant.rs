@@ -105,16 +105,33 @@ pub enum Order {
     /// Act order over static groups: descending diagonal, but groups are runs of neighbouring features whose
     /// scales are fitted beforehand, so `g_idx` stays sequential.
     ActStatic,
+    /// Group-aware reordering, as GPTQModel has it: groups are runs of neighbouring features, taken by their largest
+    /// Hessian diagonal, and within a group features are taken by theirs. Scales are fitted where groups begin, and `g_idx`
+    /// stays sequential: to a reader it is as if there were no order.
+    #[serde(rename = "act-group-aware")]
+    ActGroupAware,
+}
+
+/// By what input features are sorted before they are quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sorting {
+    /// As stored.
+    Stored,
+    /// By descending Hessian diagonal.
+    Descending,
+    /// Groups of this many neighbours by their largest diagonal, features within a group by theirs; a shorter last group
+    /// stays the last.
+    Grouped(usize),
 }
 
 impl Order {
-    /// Whether columns are taken by descending Hessian diagonal (`desc_act` in files).
+    /// `desc_act` in files.
     pub fn desc_act(self) -> bool {
-        self != Self::Sequential
+        matches!(self, Self::Act | Self::ActStatic)
     }
 }
 
-/// One output of a run. Written as `4bit-128g`, `4bit-32g-act`, `4bit-128g-static`, `3bit--1g-asym`.
+/// One output of a run. Written as `4bit-128g`, `4bit-32g-act`, `4bit-128g-static`, `4bit-128g-gar`, `3bit--1g-asym`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Variant {
     /// Bits a code.
@@ -131,6 +148,15 @@ impl Variant {
     /// Whether every scale is known before the first column is quantized, and not fitted where its group begins.
     pub fn scales_known_beforehand(&self) -> bool {
         self.order == Order::ActStatic || self.group_size == GroupSize::PerChannel
+    }
+
+    /// The order that this variant's features are quantized in.
+    pub fn sorting(&self) -> Sorting {
+        match (self.order, self.group_size) {
+            (Order::Sequential, _) => Sorting::Stored,
+            (Order::ActGroupAware, GroupSize::Features(size)) => Sorting::Grouped(size),
+            _ => Sorting::Descending,
+        }
     }
 
     /// The four branches of the model card.
@@ -155,6 +181,9 @@ impl Variant {
         if self.order == Order::ActStatic {
             name.push_str("-static");
         }
+        if self.order == Order::ActGroupAware {
+            name.push_str("-gar");
+        }
         if !self.symmetric {
             name.push_str("-asym");
         }
@@ -169,6 +198,7 @@ impl fmt::Display for Variant {
             Order::Sequential => "",
             Order::Act => "-act",
             Order::ActStatic => "-static",
+            Order::ActGroupAware => "-gar",
         })?;
         f.write_str(if self.symmetric { "" } else { "-asym" })
     }
@@ -183,7 +213,7 @@ impl FromStr for Variant {
             expected: expected.into(),
             found: text.into(),
         };
-        let form = "{bits}bit-{group}g[-act|-static][-asym], e.g. 4bit-32g-act";
+        let form = "{bits}bit-{group}g[-act|-static|-gar][-asym], e.g. 4bit-32g-act";
         let (bits, rest) = text.split_once("bit-").ok_or_else(|| fail(form))?;
         let bits = bits.parse().ok().and_then(Bits::new).ok_or_else(|| fail("2, 3, 4 or 8 bits"))?;
         let end = rest.find('g').ok_or_else(|| fail(form))?;
@@ -198,8 +228,12 @@ impl FromStr for Variant {
         let (order, flags) = match flags {
             f if f.starts_with("-act") => (Order::Act, &f[4..]),
             f if f.starts_with("-static") => (Order::ActStatic, &f[7..]),
+            f if f.starts_with("-gar") => (Order::ActGroupAware, &f[4..]),
             f => (Order::Sequential, f),
         };
+        if order == Order::ActGroupAware && group_size == GroupSize::PerChannel {
+            return Err(fail("more than one group to order; with one, act order leaves g_idx as it is"));
+        }
         let symmetric = match flags {
             "" => true,
             "-asym" => false,
@@ -228,14 +262,15 @@ mod tests {
 
     #[test]
     fn prints_what_it_parses() {
-        for text in ["4bit-128g", "4bit-32g-act", "3bit--1g", "8bit-64g-static-asym", "2bit-16g-asym"] {
+        for text in ["4bit-128g", "4bit-32g-act", "3bit--1g", "8bit-64g-static-asym", "4bit-128g-gar", "2bit-16g-asym"]
+        {
             assert_eq!(text.parse::<Variant>().unwrap().to_string(), text);
         }
     }
 
     #[test]
     fn refuses_what_the_format_cannot_hold() {
-        for text in ["", "4bit", "5bit-128g", "4bit-0g", "4bit-8g", "4bit-2048g", "4bit-128", "4bit-32g-foo"]
+        for text in ["", "4bit", "5bit-128g", "4bit-0g", "4bit-8g", "4bit-2048g", "4bit-128", "4bit-32g-foo", "4bit--1g-gar"]
         {
             assert!(text.parse::<Variant>().is_err(), "{text}");
         }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use gptq::{plan::ComputeDtype, variant::Variant};
+use gptq::{accuracy::{Quality, ScaleSearch}, plan::ComputeDtype, variant::Variant};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -69,13 +69,22 @@ pub(super) struct QuantizeArgs {
     /// Where the windows begin [default: 0]
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<u64>,
-    /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static; repeatable
+    /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static, 4bit-128g-gar; repeatable
     /// [default: the model card's four]
     #[arg(long = "variant", value_name = "VARIANT")]
     pub(super) variants: Vec<Variant>,
     /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) damp: Option<f64>,
+    /// How much is done for accuracy: fast (plain GPTQ), standard, best [default: standard]
+    #[arg(long, value_name = "PRESET")]
+    pub(super) quality: Option<Quality>,
+    /// Keep all scales positive
+    #[arg(long)]
+    pub(super) unsigned_scales: bool,
+    /// How scales are searched for: off, diagonal, block [default: what the preset says]
+    #[arg(long, value_name = "SEARCH")]
+    pub(super) scale_search: Option<ScaleSearch>,
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]
     pub(super) shared_hessian: bool,

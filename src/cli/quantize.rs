@@ -123,6 +123,8 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.seq_len, args.seq_len);
     set(&mut plan.seed, args.seed);
     set(&mut plan.damp, args.damp);
+    set(&mut plan.quality, args.quality);
+    set(&mut plan.scale_search, args.scale_search.map(Some));
     set(&mut plan.compute_dtype, args.compute_dtype);
     set(&mut plan.device, args.device.clone());
     set(&mut plan.max_shard_size, args.max_shard_size);
@@ -133,6 +135,7 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     if !args.variants.is_empty() {
         plan.variants.clone_from(&args.variants);
     }
+    plan.unsigned_scales |= args.unsigned_scales;
     plan.shared_hessian |= args.shared_hessian;
     Ok(plan)
 }

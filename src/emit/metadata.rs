@@ -68,7 +68,7 @@ pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Pro
         "checkpoint_format": CheckpointFormat::Gptq.name(),
         "pack_dtype": "int32",
         // transformers takes true where this is missing, and refuses it together with desc_act.
-        "act_group_aware": false,
+        "act_group_aware": variant.order == Order::ActGroupAware,
         "meta": provenance,
     });
     let mut config: Map<String, Value> = source.as_object().cloned().unwrap_or_default();

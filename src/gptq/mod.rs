@@ -8,6 +8,7 @@ mod hessian;
 mod order;
 mod quantized;
 mod raw;
+mod scale_search;
 pub mod solver;
 mod tensor_cores;
 

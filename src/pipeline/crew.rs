@@ -11,6 +11,7 @@ use super::{
     weights::Weights,
 };
 use crate::{
+    accuracy::Refinements,
     calibration::Windows,
     checkpoint::Checkpoint,
     error::Result,
@@ -69,7 +70,7 @@ impl<'a> Crew<'a> {
             }
             let variants =
                 if task.shared_hessian { (0..task.variants.len()).collect() } else { own.collect() };
-            let mut team = Team::new(members, solver(devices[0])?, variants, task, around);
+            let mut team = Team::new(members, solver(devices[0], task.refinements)?, variants, task, around);
             let streams = team.streams();
             team.members_mut().iter_mut().try_for_each(|member| member.embed(windows, streams))?;
             teams.push(team);
@@ -131,10 +132,10 @@ fn solve_all(teams: &mut [Team<'_>], layer: usize, weights: Weights, sink: &Shar
 }
 
 /// The fastest there is for a device.
-fn solver(device: Device) -> Result<Box<dyn Solver + Send>> {
+fn solver(device: Device, refinements: Refinements) -> Result<Box<dyn Solver + Send>> {
     Ok(match device {
-        Device::Cpu => Box::new(CpuSolver::new()),
-        _ => Box::new(CudaSolver::new(device)?),
+        Device::Cpu => Box::new(CpuSolver::new().with_scales(refinements.scales)),
+        _ => Box::new(CudaSolver::new(device)?.with_scales(refinements.scales)),
     })
 }
 

@@ -81,9 +81,12 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
     let limits = limits(plan, checkpoint, devices[0], kind, progress)?;
     let folder = OutputFolder::create(out)?;
     let mut branches = Branches::create(plan, checkpoint, out)?;
+    let refinements = plan.refinements();
+    progress.event(&Event::Note(&format!("quality {}: {refinements}", plan.quality)));
     let task = Task {
         variants: &plan.variants,
         damp: plan.damp,
+        refinements,
         shared_hessian: plan.shared_hessian,
         layers: config.num_layers,
     };

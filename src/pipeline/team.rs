@@ -11,6 +11,7 @@ use super::{
     weights::Weights,
 };
 use crate::{
+    accuracy::Refinements,
     checkpoint::{LinearId, LinearKind},
     error::Result,
     gptq::{
@@ -19,7 +20,7 @@ use crate::{
     },
     model::Stage,
     progress::Event,
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// Takes solved linears, variant by variant.
@@ -49,6 +50,7 @@ pub(super) struct Task<'a> {
     /// All of the run's.
     pub(super) variants: &'a [Variant],
     pub(super) damp: f64,
+    pub(super) refinements: Refinements,
     pub(super) shared_hessian: bool,
     /// Decoder layers.
     pub(super) layers: usize,
@@ -270,9 +272,9 @@ impl<'a> Team<'a> {
         let energies = energies.collect::<Result<Vec<_>>>()?;
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
 
-        let mut by_order: Vec<(bool, Vec<usize>)> = Vec::new();
+        let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
         for (position, &variant) in variants.iter().enumerate() {
-            let order = self.task.variants[variant].order.desc_act();
+            let order = self.task.variants[variant].sorting();
             match by_order.iter_mut().find(|(o, _)| *o == order) {
                 Some((_, list)) => list.push(position),
                 None => by_order.push((order, vec![position])),

@@ -11,10 +11,12 @@ mod cpu;
 mod cuda;
 mod instructions;
 mod kernel;
+mod lane_scales;
 pub mod reference;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
 mod torch;
+mod torch_scales;
 
 use half::f16;
 use tch::Tensor;
@@ -26,7 +28,7 @@ pub use torch::TorchSolver;
 use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};
 use crate::{
     error::{Error, Result},
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// A way to solve: one implementation a kind of device.
@@ -34,7 +36,7 @@ pub trait Solver {
     /// For reports.
     fn name(&self) -> &'static str;
 
-    /// Orders (by descending diagonal if `desc_act`), damps and factorizes a Hessian; the result solves any number of
+    /// Orders (`sorting`), damps and factorizes a Hessian; the result solves any number of
     /// weights and variants of that order. Damping starts at `damp` of the mean diagonal and is raised only when the
     /// factorization fails. `stage` names the inputs in errors.
     ///
@@ -43,7 +45,7 @@ pub trait Solver {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>>;
@@ -151,7 +153,7 @@ struct Damping<'a> {
 /// Orders a Hessian and tries dampings from `damp` on until `factorize` returns a factor.
 fn damped<F>(
     hessian: &Hessian,
-    desc_act: bool,
+    sorting: Sorting,
     damp: f64,
     stage: &str,
     factorize: impl Fn(&Damping<'_>) -> Result<Option<F>>,
@@ -160,7 +162,7 @@ fn damped<F>(
     let dead = dead_columns(&diagonal);
     let alive = diagonal.len() - dead.len();
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
-    let order = ColumnOrder::new(desc_act, &diagonal);
+    let order = ColumnOrder::new(sorting, &diagonal);
     for (raised, damp) in damping_steps(damp).enumerate() {
         let lambda = damp * mean;
         if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {

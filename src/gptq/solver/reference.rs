@@ -3,7 +3,11 @@
 use half::f16;
 
 use crate::{
-    gptq::{ColumnOrder, Grid, QuantizedLinear, Step, dead_columns},
+    accuracy::Scales,
+    gptq::{
+        ColumnOrder, Grid, QuantizedLinear, Step, dead_columns,
+        scale_search::{Group, best_step},
+    },
     variant::{Order, Variant},
 };
 
@@ -24,11 +28,12 @@ pub fn solve(
     k: usize,
     damp: f64,
     variant: &Variant,
+    scales: Scales,
 ) -> Option<ReferenceSolution> {
     let n = weight.len() / k;
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
     let dead = dead_columns(&diagonal);
-    let order = ColumnOrder::new(variant.order.desc_act(), &diagonal);
+    let order = ColumnOrder::new(variant.sorting(), &diagonal);
     let columns = order.columns();
 
     let u = {
@@ -63,17 +68,27 @@ pub fn solve(
             }
         }
         let mut d = vec![0.0; k];
+        let pivots: Vec<f64> = (0..k).map(|i| u[i * k + i]).collect();
         if variant.order == Order::ActStatic {
             for group in 0..groups {
-                let of_group = (0..k).filter(|&i| order.group_at(i, variant) == group);
-                steps[group * n + row] = fit(grid, of_group.map(|i| w[i]));
+                let of_group: Vec<usize> =
+                    (0..k).filter(|&i| order.group_at(i, variant) == group).collect();
+                let of = |values: &[f64]| of_group.iter().map(|&i| values[i]).collect::<Vec<_>>();
+                let (weights, pivots) = (of(&w), of(&pivots));
+                let group_of = Group { weights: &weights, pivots: &pivots, block: None };
+                steps[group * n + row] = best_step(grid, scales, &group_of);
             }
         }
         for i in 0..k {
             let group = order.group_at(i, variant);
             if variant.order != Order::ActStatic && i % group_features == 0 {
                 let end = (i + group_features).min(k);
-                steps[group * n + row] = fit(grid, compensated(&w, &d, &u, k, i, end).into_iter());
+                let weights = compensated(&w, &d, &u, k, i, end);
+                let block: Vec<f64> =
+                    (i..end).flat_map(|j| u[j * k + i..j * k + end].iter().copied()).collect();
+                let block = (!variant.scales_known_beforehand()).then_some(&block[..]);
+                let group_of = Group { weights: &weights, pivots: &pivots[i..end], block };
+                steps[group * n + row] = best_step(grid, scales, &group_of);
             }
             let step = steps[group * n + row];
             let residual: f64 = (0..i).map(|j| u[j * k + i] * d[j]).sum();
@@ -91,11 +106,6 @@ pub fn solve(
     let zeros = steps.iter().map(|s| s.zero).collect();
     let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
     Some(ReferenceSolution { linear, squared_error })
-}
-
-fn fit(grid: Grid, weights: impl Iterator<Item = f64>) -> Step {
-    let (min, max) = weights.fold((f64::INFINITY, f64::NEG_INFINITY), |(lo, hi), w| (lo.min(w), hi.max(w)));
-    grid.fit(min, max)
 }
 
 /// The weights of columns `start..end` as compensated for all columns before `start`:

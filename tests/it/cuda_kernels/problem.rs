@@ -64,7 +64,7 @@ impl Problem {
     }
 
     pub(crate) fn order(&self, variant: &Variant) -> ColumnOrder {
-        ColumnOrder::new(variant.order.desc_act(), &self.diagonal())
+        ColumnOrder::new(variant.sorting(), &self.diagonal())
     }
 
     /// The mean diagonal of features that are not dead.

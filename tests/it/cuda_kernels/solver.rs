@@ -104,7 +104,7 @@ fn the_cuda_solver_agrees_with_the_definition() {
         let shared_memory = [227 << 10, 99 << 10][i % 2];
         let order = [Order::Forward, Order::Random(5), Order::Reverse][i % 3];
         let solver = CudaSolver::with_kernels(Box::new(HostKernels { shared_memory, order })).unwrap();
-        let factor = solver.factorize(&hessian, variant.order.desc_act(), DAMP, "test").unwrap();
+        let factor = solver.factorize(&hessian, variant.sorting(), DAMP, "test").unwrap();
         let stage: Vec<Weight<'_>> = weights.iter().map(|values| Weight { name: "weight", values }).collect();
         let solutions = factor.solve(&stage, &variant).unwrap_or_else(|error| panic!("{variant}: {error}"));
         for (solution, weight) in solutions.iter().zip(&weights) {

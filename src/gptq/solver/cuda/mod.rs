@@ -24,9 +24,10 @@ use super::{
     Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales, damped,
 };
 use crate::{
+    accuracy::Scales,
     error::{Error, Result, TorchContext},
     gptq::Hessian,
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 use columns::Columns;
 use launch::Launcher;
@@ -35,6 +36,7 @@ use launch::Launcher;
 #[derive(Debug)]
 pub struct CudaSolver {
     launcher: Arc<Launcher>,
+    scales: Scales,
 }
 
 impl CudaSolver {
@@ -58,7 +60,14 @@ impl CudaSolver {
 
     fn on(launcher: Launcher) -> Result<Self> {
         check_fp32(launcher.device())?;
-        Ok(Self { launcher: Arc::new(launcher) })
+        Ok(Self { launcher: Arc::new(launcher), scales: Scales::PLAIN })
+    }
+
+    /// Choosing scales in another way: where one is searched for, libtorch does it, group by group, and our kernels take it
+    /// as given.
+    #[must_use]
+    pub fn with_scales(self, scales: Scales) -> Self {
+        Self { scales, ..self }
     }
 
     /// With the kernels run in another way, for tests without a GPU.
@@ -84,14 +93,15 @@ impl Solver for CudaSolver {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>> {
         let factorize = |damping: &Damping<'_>| upper_factor(&self.launcher, hessian.matrix(), damping);
-        let damped = damped(hessian, desc_act, damp, stage, factorize)?;
+        let damped = damped(hessian, sorting, damp, stage, factorize)?;
         let order = DeviceOrder::new(&damped, self.launcher.device()).torch("copy an order")?;
-        Ok(Box::new(CudaFactor { damped, order, launcher: Arc::clone(&self.launcher) }))
+        let (launcher, scales) = (Arc::clone(&self.launcher), self.scales);
+        Ok(Box::new(CudaFactor { damped, order, launcher, scales }))
     }
 }
 
@@ -171,6 +181,7 @@ struct CudaFactor {
     damped: Damped<Tensor>,
     order: DeviceOrder,
     launcher: Arc<Launcher>,
+    scales: Scales,
 }
 
 impl Factorized for CudaFactor {

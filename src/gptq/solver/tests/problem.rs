@@ -78,7 +78,7 @@ impl Problem {
         variant: &Variant,
         damp: f64,
     ) -> ReferenceSolution {
-        let factor = solver.factorize(&self.hessian, variant.order.desc_act(), damp, "test").unwrap();
+        let factor = solver.factorize(&self.hessian, variant.sorting(), damp, "test").unwrap();
         solve(&*factor, &[&self.weight], variant).remove(0)
     }
 

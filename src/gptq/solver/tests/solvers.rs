@@ -130,7 +130,7 @@ fn zero_and_count_dead_columns(solvers: &[Box<dyn Solver>], device: Device) {
         .flat_map(|t| solvers.iter().map(move |s| (t, s)))
     {
         let variant: Variant = text.parse().unwrap();
-        let factor = solver.factorize(&problem.hessian, variant.order.desc_act(), 0.01, "test").unwrap();
+        let factor = solver.factorize(&problem.hessian, variant.sorting(), 0.01, "test").unwrap();
         let name = format!("{text}, {}", solver.name());
         assert_eq!(factor.facts().dead_columns, 3, "{name}");
         let solution = solve(&*factor, &[&problem.weight], &variant).remove(0);
