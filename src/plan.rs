@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     accuracy::{Quality, Refinements, ScaleSearch, Scales},
     error::{Error, Result, toml_error},
+    folder,
     variant::Variant,
 };
 
@@ -41,6 +42,8 @@ pub struct Plan {
     pub scale_search: Option<ScaleSearch>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
+    /// What becomes of a linear that cannot be solved for the numbers in it.
+    pub on_failure: OnFailure,
     /// What forward passes are computed in.
     pub compute_dtype: ComputeDtype,
     /// Where: `cpu`, `auto`, `cuda:N`, or several of the latter with commas between them.
@@ -71,6 +74,7 @@ impl Default for Plan {
             unsigned_scales: false,
             scale_search: None,
             shared_hessian: false,
+            on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
             device: "cpu".into(),
             max_shard_size: 10_000_000_000,
@@ -86,7 +90,7 @@ impl Plan {
     /// # Errors
     /// When the file cannot be read or holds an unknown key or value.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = folder::read_text(path)?;
         let fail = |e: toml::de::Error| toml_error(path, &text, &e);
         let table: toml::Table = toml::from_str(&text).map_err(fail)?;
         let known = Self::keys();
@@ -160,6 +164,32 @@ pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<S
         .filter(|(similarity, _)| *similarity > 0.7)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, k)| k.to_owned())
+}
+
+/// What becomes of a linear that cannot be solved for the numbers in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnFailure {
+    /// The run ends.
+    Error,
+    /// It is rounded to nearest, and everything that tells of the run says so.
+    Rtn,
+}
+
+impl FromStr for OnFailure {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "error" => Ok(Self::Error),
+            "rtn" => Ok(Self::Rtn),
+            _ => Err(Error::Value {
+                what: "on-failure".into(),
+                expected: "error or rtn".into(),
+                found: text.into(),
+            }),
+        }
+    }
 }
 
 /// What forward passes are computed in. Hessians and solves are fp32 always.

@@ -66,13 +66,13 @@ impl FromStr for Quality {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        [Self::Fast, Self::Standard, Self::Best].into_iter().find(|q| q.to_string() == text).ok_or_else(|| {
-            Error::Value {
+        [Self::Fast, Self::Standard, Self::Best].into_iter().find(|q| q.to_string() == text).ok_or_else(
+            || Error::Value {
                 what: "quality".into(),
                 expected: "fast, standard or best".into(),
                 found: text.into(),
-            }
-        })
+            },
+        )
     }
 }
 
@@ -85,11 +85,7 @@ mod tests {
         let said = [Quality::Fast, Quality::Standard, Quality::Best].map(|q| q.refinements().to_string());
         assert_eq!(
             said,
-            [
-                "plain GPTQ",
-                "signed scales, scale search by diagonal",
-                "signed scales, scale search by block",
-            ]
+            ["plain GPTQ", "signed scales, scale search by diagonal", "signed scales, scale search by block",]
         );
         assert_eq!("best".parse::<Quality>().unwrap(), Quality::Best);
         assert!("good".parse::<Quality>().is_err());

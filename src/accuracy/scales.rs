@@ -78,13 +78,13 @@ impl FromStr for ScaleSearch {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        [Self::Off, Self::Diagonal, Self::Block].into_iter().find(|s| s.to_string() == text).ok_or_else(|| {
-            Error::Value {
+        [Self::Off, Self::Diagonal, Self::Block].into_iter().find(|s| s.to_string() == text).ok_or_else(
+            || Error::Value {
                 what: "scale search".into(),
                 expected: "off, diagonal or block".into(),
                 found: text.into(),
-            }
-        })
+            },
+        )
     }
 }
 

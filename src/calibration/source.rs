@@ -4,8 +4,9 @@ use super::corpus::{Corpus, Provenance, ProvenanceFile, Rows};
 use super::recipe::{Recipe, Sampling};
 use super::{hex_digest, hub_layout, parquet_rows, text_rows};
 use crate::error::{Error, Result};
+use crate::folder;
 use sha2::{Digest, Sha256};
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +29,8 @@ pub struct CorpusSource {
     recipe: Option<Recipe>,
     revision: Option<String>,
     root: PathBuf,
+    /// Whether the user named a file, not a folder or a recipe.
+    single_file: bool,
     /// Below `root`.
     files: Vec<(String, Format)>,
     /// Plain text has none.
@@ -52,7 +55,7 @@ impl CorpusSource {
         if path.is_dir() {
             Self::of_folder(path, options)
         } else if path.extension().is_some_and(|extension| extension == "toml") {
-            let text = fs::read_to_string(path).map_err(Error::io("read", path))?;
+            let text = folder::read_text(path)?;
             Self::of_recipe(Recipe::from_toml(path, &text)?, options)
         } else {
             Self::of_file(path, options)
@@ -76,6 +79,7 @@ impl CorpusSource {
             name: recipe.name().to_owned(),
             revision,
             root,
+            single_file: false,
             files,
             text_column: Some(column),
             sampling: recipe.sampling().clone(),
@@ -88,7 +92,7 @@ impl CorpusSource {
         let files = hub_layout::split_files(path, &name, options.split.as_deref())?;
         let files = files.into_iter().map(|file| (file, Format::Parquet)).collect();
         let column = options.text_column.clone().unwrap_or_else(|| DEFAULT_COLUMN.into());
-        Ok(Self::local(name, path.into(), files, Some(column)))
+        Ok(Self::local(name, path.into(), false, files, Some(column)))
     }
 
     fn of_file(path: &Path, options: &SourceOptions) -> Result<Self> {
@@ -108,12 +112,18 @@ impl CorpusSource {
             _ => Some(options.text_column.clone().unwrap_or_else(|| DEFAULT_COLUMN.into())),
         };
         let root = path.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Self::local(name.clone(), root, vec![(name, format)], column))
+        Ok(Self::local(name.clone(), root, true, vec![(name, format)], column))
     }
 
-    fn local(name: String, root: PathBuf, files: Vec<(String, Format)>, text_column: Option<String>) -> Self {
+    fn local(
+        name: String,
+        root: PathBuf,
+        single_file: bool,
+        files: Vec<(String, Format)>,
+        text_column: Option<String>,
+    ) -> Self {
         let sampling = Sampling::joined_by_empty_line();
-        Self { name, recipe: None, revision: None, root, files, text_column, sampling }
+        Self { name, recipe: None, revision: None, root, single_file, files, text_column, sampling }
     }
 
     /// The recipe's name, or the name of the file or folder without the way to it.
@@ -131,7 +141,11 @@ impl CorpusSource {
         let mut rows = Rows::new(&self.sampling);
         let mut files = Vec::new();
         for (name, format) in &self.files {
-            let path = self.root.join(name);
+            // A single file is the user's own choice, wherever a link leads; those of a folder are not.
+            let path = match self.single_file {
+                true => self.root.join(name),
+                false => folder::file_in(&self.root, name)?,
+            };
             let column = self.text_column.as_deref().unwrap_or(DEFAULT_COLUMN);
             match format {
                 Format::Parquet => {
@@ -210,6 +224,8 @@ impl io::Write for HashWriter {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::calibration::test_support::demo;
 

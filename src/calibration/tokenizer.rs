@@ -1,6 +1,7 @@
 //! The model's own tokenizer, as `tokenizer.json` defines it.
 
 use crate::error::{Error, Result};
+use crate::folder;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use tokenizers::ModelWrapper;
@@ -15,14 +16,13 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Opens `tokenizer.json` in a model's folder.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
-        match std::fs::read(&path) {
-            Ok(bytes) => Self::parse(path, &bytes),
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("read", path)(error)),
-            Err(_) if dir.join("tokenizer.model").exists() => {
+        let path = folder::file_in(dir, "tokenizer.json")?;
+        match path.exists() {
+            true => Self::parse(path.clone(), &folder::read(&path, folder::TEXT_LIMIT)?),
+            false if dir.join("tokenizer.model").exists() => {
                 Err(Error::TokenizerModelOnly { path: dir.into() })
             }
-            Err(_) => Err(Error::NotACheckpoint { path: dir.into(), missing: "`tokenizer.json`".into() }),
+            false => Err(Error::NotACheckpoint { path: dir.into(), missing: "`tokenizer.json`".into() }),
         }
     }
 

@@ -10,6 +10,7 @@ use crate::{
         rope_config::Rope,
     },
     error::{Error, Result},
+    folder::file_in,
 };
 
 /// The model's config, in the checkpoint folder.
@@ -106,7 +107,7 @@ impl LlamaConfig {
     /// Reads `config.json` in the folder `dir`.
     pub fn read(dir: &Path) -> Result<Self> {
         std::fs::metadata(dir).map_err(Error::io("read", dir))?;
-        let path = dir.join(CONFIG_FILE);
+        let path = file_in(dir, CONFIG_FILE)?;
         let value = read_json(&path).map_err(|error| match error {
             Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 Error::NotACheckpoint { path: dir.into(), missing: format!("`{CONFIG_FILE}`") }

@@ -1,10 +1,14 @@
 //! Typed reading of one JSON object, with errors that name the file and the key.
 
-use std::{fmt::Display, fs, path::Path};
+use std::{fmt::Display, path::Path};
 
 use serde_json::{Map, Value};
 
-use crate::error::{Error, Result};
+use super::unique;
+use crate::{
+    error::{Error, Result},
+    folder,
+};
 
 /// Sizes from outside stay below this (2³¹), so that the product of two of them fits 64 bits.
 pub(super) const SIZE_LIMIT: usize = 1 << 31;
@@ -110,6 +114,6 @@ impl<'a> Fields<'a> {
 
 /// Reads and parses the JSON file at `path`.
 pub(super) fn read_json(path: &Path) -> Result<Value> {
-    let bytes = fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&bytes).map_err(|source| Error::Json { path: path.into(), source })
+    let bytes = folder::read(path, folder::TEXT_LIMIT)?;
+    unique::parse(&bytes).map_err(|source| Error::Json { path: path.into(), source })
 }

@@ -2,7 +2,9 @@
 //! by plan. The only place that knows file and tensor names.
 
 mod config;
+mod digest;
 mod fields;
+mod fingerprint;
 mod header;
 mod names;
 mod packed;
@@ -11,6 +13,7 @@ mod reader;
 mod rope_config;
 #[cfg(test)]
 mod tests;
+mod unique;
 mod values;
 mod writer;
 
@@ -24,7 +27,9 @@ pub use quantization::{CheckpointFormat, QUANTIZE_CONFIG_FILE, QuantizationConfi
 pub use reader::{Checkpoint, INDEX_FILE, TensorView, WEIGHTS_FILE};
 pub use rope_config::{Rope, RopeScaling};
 pub use safetensors::Dtype;
-pub use writer::{ShardPlan, ShardWriter, TensorSpec, WriteDtype, Written, write_file_atomically};
+pub use writer::{
+    ShardPlan, ShardWriter, TensorSpec, UNFINISHED, WriteDtype, Written, write_file_atomically,
+};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian and are read here as they lie");

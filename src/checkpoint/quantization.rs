@@ -12,6 +12,7 @@ use crate::{
         reader::Checkpoint,
     },
     error::{Error, Result},
+    folder::file_in,
     variant::{Bits, GroupSize},
 };
 
@@ -92,7 +93,7 @@ impl QuantizationConfig {
             Some(value) => Some(Said::new(&Fields::new(&new_path, QUANTIZATION_KEY, value)?, true)?),
             None => None,
         };
-        let old_path = dir.join(QUANTIZE_CONFIG_FILE);
+        let old_path = file_in(dir, QUANTIZE_CONFIG_FILE)?;
         let old = if old_path.exists() {
             let value = read_json(&old_path)?;
             Some(Said::new(&Fields::new(&old_path, "", &value)?, false)?)

@@ -22,6 +22,7 @@ use crate::{
         values,
     },
     error::{Error, Result},
+    folder::{file_in, is_file_name},
 };
 
 /// All weights in one file.
@@ -75,12 +76,13 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self> {
         let config = LlamaConfig::read(dir)?;
         let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors: BTreeMap::new() };
-        if dir.join(WEIGHTS_FILE).exists() {
-            checkpoint.add_shard(dir.join(WEIGHTS_FILE))?;
-        } else if dir.join(INDEX_FILE).exists() {
-            checkpoint.add_indexed_shards(&dir.join(INDEX_FILE))?;
+        let (weights, index) = (file_in(dir, WEIGHTS_FILE)?, file_in(dir, INDEX_FILE)?);
+        if weights.exists() {
+            checkpoint.add_shard(weights)?;
+        } else if index.exists() {
+            checkpoint.add_indexed_shards(&index)?;
         } else {
-            checkpoint.add_shard(only_weights_file(dir)?)?;
+            checkpoint.add_shard(file_in(dir, &only_weights_file(dir)?)?)?;
         }
         Ok(checkpoint)
     }
@@ -107,10 +109,10 @@ impl Checkpoint {
             files.entry(shard).or_insert(tensor);
         }
         for (shard, tensor) in files {
-            if Path::new(shard).file_name().is_none_or(|name| name != shard) || shard.contains('\\') {
+            if !is_file_name(shard) {
                 return Err(problem(tensor, shard, "that is not a plain file name"));
             }
-            let path = self.dir.join(shard);
+            let path = file_in(&self.dir, shard)?;
             if !path.is_file() {
                 return Err(problem(tensor, shard, "there is no such file"));
             }
@@ -322,8 +324,8 @@ impl Checkpoint {
     }
 }
 
-/// The folder's only `*.safetensors` file; an error that says what there is instead.
-fn only_weights_file(dir: &Path) -> Result<PathBuf> {
+/// The name of the folder's only `*.safetensors` file; an error that says what there is instead.
+fn only_weights_file(dir: &Path) -> Result<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let entry = entry.map_err(Error::io("read", dir))?;
@@ -332,7 +334,7 @@ fn only_weights_file(dir: &Path) -> Result<PathBuf> {
     names.sort();
     let mut safetensors = names.iter().filter(|name| name.ends_with(".safetensors"));
     match (safetensors.next(), safetensors.next()) {
-        (Some(name), None) => return Ok(dir.join(name)),
+        (Some(name), None) => return Ok(name.clone()),
         (Some(_), Some(_)) => {
             return Err(Error::NotACheckpoint { path: dir.into(), missing: format!("`{INDEX_FILE}`") });
         }

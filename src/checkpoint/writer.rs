@@ -5,9 +5,11 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs::{self, File},
     io::{Seek, SeekFrom, Write},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
+use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -226,6 +228,54 @@ impl ShardWriter {
         Ok(Self { dir: dir.into(), plan, files, sha256: BTreeMap::new() })
     }
 
+    /// Goes on with files that an earlier writer of the same `plan` left in `dir`: `sha256` are the digests of the tensors
+    /// that it had written, all of which are read again and compared.
+    ///
+    /// # Errors
+    /// When a file is missing or is not what that writer left.
+    pub fn reopen(dir: &Path, plan: ShardPlan, sha256: BTreeMap<String, String>) -> Result<Self> {
+        let broken = |path: &Path, problem: String| Error::Safetensors { path: path.into(), problem };
+        let mut files = Vec::with_capacity(plan.shards.len());
+        for shard in &plan.shards {
+            let path = dir.join(&shard.file);
+            let file =
+                File::options().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
+            let bytes = file.metadata().map_err(Error::io("read", &path))?.len();
+            if bytes != shard.bytes {
+                return Err(broken(&path, format!("{bytes} bytes, where {} were planned", shard.bytes)));
+            }
+            if read_at(&file, &path, 0, shard.header.len())? != shard.header {
+                return Err(broken(&path, "its header is not the one that was written".into()));
+            }
+            files.push(file);
+        }
+        let check = |(name, expected): (&String, &String)| {
+            let place = plan
+                .places
+                .get(name)
+                .ok_or_else(|| write_error(name, "it is not among the planned".into()))?;
+            let path = dir.join(&plan.shards[place.shard].file);
+            let bytes = read_at(&files[place.shard], &path, place.offset, place.bytes as usize)?;
+            if hexadecimal(&Sha256::digest(bytes)) == *expected {
+                return Ok(());
+            }
+            Err(broken(&path, format!("tensor `{name}` is not what was written")))
+        };
+        sha256.par_iter().try_for_each(check)?;
+        Ok(Self { dir: dir.into(), plan, files, sha256 })
+    }
+
+    /// Makes what was written so far durable. Returns the digests of the tensors so far, hexadecimal SHA-256.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn sync(&self) -> Result<&BTreeMap<String, String>> {
+        for (shard, file) in self.plan.shards.iter().zip(&self.files) {
+            file.sync_data().map_err(Error::io("sync", self.dir.join(&shard.file)))?;
+        }
+        Ok(&self.sha256)
+    }
+
     /// Writes one tensor, little-endian and row-major. Any order; each once, with just its planned bytes.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let Some(&place) = self.plan.places.get(name) else {
@@ -301,6 +351,16 @@ pub(super) fn write_at(file: &mut File, path: &Path, offset: u64, bytes: &[u8]) 
     written.map_err(Error::io("write", path))
 }
 
+/// Reads without moving the file's position, so that several threads can.
+fn read_at(file: &File, path: &Path, offset: u64, count: usize) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; count];
+    file.read_exact_at(&mut bytes, offset).map_err(Error::io("read", path))?;
+    Ok(bytes)
+}
+
+/// How the names of files begin that [`write_file_atomically`] has not finished.
+pub const UNFINISHED: &str = ".writing-";
+
 /// Writes a whole file so that its name holds the old contents or the new, never a part: into a temporary
 /// sibling, synced, then renamed.
 pub fn write_file_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -309,7 +369,7 @@ pub fn write_file_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         _ => Path::new("."),
     };
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".writing-");
+    builder.prefix(UNFINISHED);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let mut file = builder.tempfile_in(dir).map_err(Error::io("create", path))?;

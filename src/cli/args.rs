@@ -3,7 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use gptq::{accuracy::{Quality, ScaleSearch}, plan::ComputeDtype, variant::Variant};
+use gptq::{
+    accuracy::{Quality, ScaleSearch},
+    plan::{ComputeDtype, OnFailure},
+    variant::Variant,
+};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -19,8 +23,17 @@ pub(super) struct Cli {
 #[derive(Debug, Args)]
 pub(super) struct OutputArgs {
     /// Print the result as JSON on standard output
-    #[arg(long, global = true)]
-    pub(super) json: bool,
+    // `report` has a flag of this name that takes a file: both must be of the same type.
+    #[arg(
+        long,
+        global = true,
+        value_name = "-",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "-",
+        value_parser = standard_output
+    )]
+    pub(super) json: Option<PathBuf>,
     /// A line for every linear
     #[arg(short, long, global = true)]
     pub(super) verbose: bool,
@@ -37,6 +50,8 @@ pub(super) enum Command {
     Verify(VerifyArgs),
     /// Compare quantized folders with the unquantized model: perplexity, KL divergence, top-1
     Eval(EvalArgs),
+    /// Compare runs and other checkpoints on one page: which branch to take, and why
+    Report(ReportArgs),
     /// Go on with a text, to read what a quantized (or unquantized) model says
     Generate(GenerateArgs),
     /// Say what a folder holds
@@ -52,9 +67,15 @@ pub(super) struct QuantizeArgs {
     /// Folder of the fp16, bf16 or fp32 checkpoint
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
-    /// Folder for the branches; must not exist
+    /// Folder for the branches; must not exist. A run that was interrupted goes on with the same command
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
+    /// Folder for what is needed to go on after an interruption [default: in --out, until the run is complete]
+    #[arg(long, value_name = "DIR")]
+    pub(super) journal_dir: Option<PathBuf>,
+    /// Throw away what an interrupted run left in --out, and begin anew
+    #[arg(long)]
+    pub(super) restart: bool,
     /// Settings from a file; flags go before them
     #[arg(long, value_name = "FILE")]
     pub(super) plan: Option<PathBuf>,
@@ -88,6 +109,10 @@ pub(super) struct QuantizeArgs {
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]
     pub(super) shared_hessian: bool,
+    /// What becomes of a linear that cannot be solved for the numbers in it: error, or rtn, which rounds it to nearest and
+    /// says so [default: error]
+    #[arg(long, value_name = "WHAT")]
+    pub(super) on_failure: Option<OnFailure>,
     /// What forward passes are computed in: auto, fp32, bf16, fp16 [default: auto]
     #[arg(long, value_name = "DTYPE")]
     pub(super) compute_dtype: Option<ComputeDtype>,
@@ -112,6 +137,8 @@ pub(super) struct QuantizeArgs {
     /// Do not evaluate
     #[arg(long, conflicts_with = "eval")]
     pub(super) no_eval: bool,
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
 }
 
 /// Where a model is run, and in what.
@@ -125,12 +152,31 @@ pub(super) struct ComputeArgs {
     pub(super) compute_dtype: ComputeDtype,
 }
 
+/// Where the unquantized model's predictions are kept.
+#[derive(Debug, Args)]
+pub(super) struct CacheArgs {
+    /// Where the unquantized model's predictions are kept, so that it is not run again for the same text [default: gptq in
+    /// $XDG_CACHE_HOME or ~/.cache]
+    #[arg(long, value_name = "DIR")]
+    pub(super) cache_dir: Option<PathBuf>,
+    /// Neither keep predictions nor use kept ones
+    #[arg(long, conflicts_with = "cache_dir")]
+    pub(super) no_cache: bool,
+}
+
 /// Where text comes from.
 #[derive(Debug, Args)]
 pub(super) struct TextArgs {
     /// A recipe (wikitext2, wikitext2-test, c4), a .parquet, .txt or .jsonl file, or a folder of parquet files
     #[arg(long, value_name = "DATASET")]
     pub(super) dataset: Option<String>,
+    #[command(flatten)]
+    pub(super) places: TextPlaces,
+}
+
+/// Where in a text's files to look, and where for these.
+#[derive(Debug, Args)]
+pub(super) struct TextPlaces {
     /// Where the recipes' files lie, laid out as on the Hub; repeatable. The Hugging Face cache is always looked into
     #[arg(long, value_name = "DIR")]
     pub(super) dataset_dir: Vec<PathBuf>,
@@ -168,19 +214,55 @@ pub(super) struct EvalArgs {
     /// A quantized folder; repeatable
     #[arg(long, value_name = "DIR")]
     pub(super) quantized: Vec<PathBuf>,
+    /// A recipe (wikitext2, wikitext2-test, c4), a .parquet, .txt or .jsonl file, or a folder of parquet files; repeatable
+    /// [default: wikitext2-test]
+    #[arg(long = "dataset", value_name = "DATASET")]
+    pub(super) datasets: Vec<String>,
     #[command(flatten)]
-    pub(super) text: TextArgs,
-    /// Tokens a window
-    #[arg(long, value_name = "N", default_value_t = 2048)]
-    pub(super) seq_len: usize,
+    pub(super) places: TextPlaces,
+    /// Tokens a window; repeatable
+    #[arg(long, value_name = "N", default_value = "2048")]
+    pub(super) seq_len: Vec<usize>,
     /// Windows, from the front of the text [default: all]
     #[arg(long, value_name = "N")]
     pub(super) windows: Option<usize>,
+    /// Tokens from one window's begin to the next one's; less than --seq-len, windows overlap and only new tokens are
+    /// scored [default: --seq-len]
+    #[arg(long, value_name = "N")]
+    pub(super) stride: Option<usize>,
+    /// Do not write the figures into the quantized folders (eval.json)
+    #[arg(long)]
+    pub(super) no_save: bool,
+    #[command(flatten)]
+    pub(super) cache: CacheArgs,
     /// Also write tokens and the quantized model's logits to this safetensors file; one --quantized only
     #[arg(long, value_name = "FILE")]
     pub(super) dump_logits: Option<PathBuf>,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ReportArgs {
+    /// Folder of a run (or its run.json); repeatable
+    #[arg(value_name = "RUN", required_unless_present = "quantized")]
+    pub(super) runs: Vec<PathBuf>,
+    /// A quantized folder with figures of `gptq eval` (or its eval.json); repeatable
+    #[arg(long, value_name = "DIR")]
+    pub(super) quantized: Vec<PathBuf>,
+    /// Folder of the unquantized checkpoint: make sure that all figures are against it
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: Option<PathBuf>,
+    /// Write the report as one HTML file
+    #[arg(long, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
+    /// Write it as Markdown that fits a comment on a pull request
+    #[arg(long, value_name = "FILE")]
+    pub(super) markdown: Option<PathBuf>,
+    /// Write it as JSON; `-` is standard output
+    // In place of the global flag of this name, which takes no separate word.
+    #[arg(id = "json", long, value_name = "FILE")]
+    pub(super) _json: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -253,6 +335,10 @@ pub(super) enum BenchKind {
 pub(super) struct DemoArgs {
     /// Folder for the branches; must not exist [default: a temporary one]
     pub(super) out: Option<PathBuf>,
+}
+
+fn standard_output(text: &str) -> Result<PathBuf, String> {
+    if text == "-" { Ok(text.into()) } else { Err("only `report` writes its JSON to a file".into()) }
 }
 
 fn size(text: &str) -> Result<u64, String> {

@@ -56,7 +56,7 @@ pub(super) fn run(args: &BenchArgs, output: &OutputArgs) -> Result<bool> {
     if let Some(path) = &args.out {
         write_file_atomically(path, format!("{}\n", serde_json::to_string_pretty(&lines)?).as_bytes())?;
     }
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&lines)?;
         return Ok(true);
     }

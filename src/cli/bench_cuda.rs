@@ -12,7 +12,7 @@ use gptq::{
         Hessian,
         solver::{CudaSolver, Factorized, Solved, Solver, TorchSolver, Weight},
     },
-    pipeline::GENERATED_BY,
+    report::GENERATED_BY,
     variant::Variant,
 };
 use serde::Serialize;
@@ -103,7 +103,7 @@ pub(super) fn run(args: &BenchArgs, output: &OutputArgs, choice: &Choice) -> Res
     if let Some(path) = &args.out {
         write_file_atomically(path, format!("{}\n", serde_json::to_string_pretty(&report)?).as_bytes())?;
     }
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&report)?;
     } else {
         print(&report)?;

@@ -103,7 +103,7 @@ pub(super) fn run(args: &BenchArgs, device: Device, output: &OutputArgs) -> Resu
     if let Some(path) = &args.out {
         write(path, &measured)?;
     }
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&measured)?;
     } else {
         terminal::result(&table(&measured))?;

@@ -4,10 +4,10 @@ use std::{env, path::PathBuf};
 
 use gptq::calibration::SourceOptions;
 
-use super::args::TextArgs;
+use super::args::TextPlaces;
 
 /// How dataset names are resolved, from the flags.
-pub(super) fn options(args: &TextArgs) -> SourceOptions {
+pub(super) fn options(args: &TextPlaces) -> SourceOptions {
     let mut roots = args.dataset_dir.clone();
     roots.extend(hub_cache());
     SourceOptions { text_column: args.text_column.clone(), split: args.split.clone(), roots }

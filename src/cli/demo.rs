@@ -1,20 +1,20 @@
 //! `gptq demo`: the whole way on a model that is part of this program, offline.
 
-use std::{fs, path::Path, sync::atomic::AtomicBool};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail};
 use gptq::{
     calibration::{Corpus, Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
     model::Compute,
-    pipeline::{self, Run},
+    pipeline::{self, Place, Run},
     plan::Plan,
     verify,
 };
 
 use super::{
     args::{DemoArgs, OutputArgs},
-    quantize,
+    command, quantize, signals,
     terminal::{self, Terminal},
 };
 
@@ -58,7 +58,8 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         seq_len: SEQ_LEN,
         ..Plan::default()
     };
-    pipeline::check(&plan, &checkpoint, &out)?;
+    let place = Place::new(&out);
+    pipeline::check(&plan, &checkpoint, &place)?;
     let [calibration, evaluation] =
         TEXTS.map(|(name, bytes)| Corpus::from_parquet_bytes(name, bytes, "text"));
     let (calibration, evaluation) = (calibration?, evaluation?);
@@ -74,10 +75,12 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         checkpoint: &checkpoint,
         tokens: &tokens,
         provenance: calibration.provenance(),
-        out: &out,
-        stop: &AtomicBool::new(false),
+        place,
+        command: &command::words(),
+        stop: &*signals::stop_flag(output)?,
     };
-    let mut report = pipeline::quantize(&run, &terminal)?;
+    let mut finished = pipeline::quantize(&run, &terminal)?;
+    let report = &finished.report;
 
     terminal::note(output, "verifying every branch");
     for branch in &report.branches {
@@ -90,13 +93,21 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let evaluation = Tokens::new(&evaluation, &tokenizer, vocab_size)?;
     let windows = Windows::sequential(&evaluation, SEQ_LEN, None)?;
     let name = "demo evaluation text";
-    let measured =
-        quantize::evaluate_branches(&report, &out, &checkpoint, &windows, name, Compute::CPU, &terminal)?;
-    report.evaluation = Some(measured);
-    pipeline::write_report(&out, &report)?;
+    let measured = quantize::evaluate_branches(
+        report,
+        &out,
+        &checkpoint,
+        &windows,
+        name,
+        Compute::CPU,
+        None,
+        &terminal,
+    )?;
+    finished.report.evaluations = vec![measured];
+    let report = finished.complete()?;
     drop(terminal);
     quantize::print(&report, &out, output)?;
-    if !output.json {
+    if output.json.is_none() {
         terminal::result(&how_to_load(&out))?;
     }
     Ok(true)

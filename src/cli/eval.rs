@@ -4,13 +4,15 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use gptq::{
-    calibration::{CorpusSource, Tokenizer, Tokens, Windows},
+    calibration::{CorpusSource, Tokenizer, Tokens, Windows, check_seq_len},
     checkpoint::Checkpoint,
-    eval::{self, Candidate},
+    eval::{self, Candidate, folder_name},
     model::Compute,
-    report::evaluation_table,
+    progress::{Event, Progress},
+    report::{EVALUATION_SCHEMA, Evaluation, evaluation_table},
 };
 use safetensors::{Dtype, tensor::TensorView};
+use serde::Serialize;
 
 use super::{
     args::{EvalArgs, OutputArgs},
@@ -18,18 +20,25 @@ use super::{
     terminal::{self, Terminal},
 };
 
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Evaluations {
+    schema: &'static str,
+    evaluations: Vec<Evaluation>,
+}
+
 pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let reference = Checkpoint::open(&args.model)?;
     reference.check()?;
+    let longest = args.seq_len.iter().copied().max().unwrap_or_default();
+    check_seq_len(longest, reference.config().max_position_embeddings)?;
     let quantized = args.quantized.iter().map(|dir| Checkpoint::open(dir));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
     let compute = args.compute.resolve(&reference, output)?;
-    let name = args.text.dataset.as_deref().unwrap_or("wikitext2-test");
-    let source = CorpusSource::resolve(name, &datasets::options(&args.text))?;
-    let tokenizer = Tokenizer::open(&args.model)?;
-    let corpus = source.load()?;
-    let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
-    let windows = Windows::sequential(&tokens, args.seq_len, args.windows)?;
+    let texts = windows(args, &reference)?;
+    if args.dump_logits.is_some() && (quantized.len() != 1 || texts.len() != 1) {
+        bail!("--dump-logits needs exactly one --quantized, one --dataset and one --seq-len");
+    }
 
     let candidates: Vec<Candidate<'_>> = args
         .quantized
@@ -38,23 +47,53 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         .map(|(dir, checkpoint)| Candidate { name: folder_name(dir), checkpoint })
         .collect();
     let terminal = Terminal::new(output);
-    let evaluation = eval::evaluate(&reference, &candidates, &windows, source.name(), compute, &terminal)?;
-    drop(terminal);
-    if let Some(path) = &args.dump_logits {
-        let [checkpoint] = &quantized[..] else { bail!("--dump-logits needs exactly one --quantized") };
-        dump_logits(path, checkpoint, &windows, compute)?;
+    let cache = args.cache.dir();
+    let mut evaluations = Vec::with_capacity(texts.len());
+    for (dataset, windows) in &texts {
+        let evaluation =
+            eval::evaluate(&reference, &candidates, windows, dataset, compute, cache.as_deref(), &terminal)?;
+        for (checkpoint, model) in quantized.iter().zip(&evaluation.models).filter(|_| !args.no_save) {
+            // The figures are there also where the folder cannot be written to.
+            if let Err(error) = eval::store(checkpoint, &evaluation, model) {
+                terminal.event(&Event::Warning(&format!("the figures are not kept: {error}")));
+            }
+        }
+        evaluations.push(evaluation);
     }
-    if output.json {
-        terminal::json(&evaluation)?;
+    drop(terminal);
+    if let (Some(path), [checkpoint], [(_, windows)]) = (&args.dump_logits, &quantized[..], &texts[..]) {
+        dump_logits(path, checkpoint, windows, compute)?;
+    }
+    if output.json.is_some() {
+        terminal::json(&Evaluations { schema: EVALUATION_SCHEMA, evaluations })?;
     } else {
-        terminal::result(&evaluation_table(&evaluation))?;
+        let tables: Vec<String> = evaluations.iter().map(evaluation_table).collect();
+        terminal::result(&tables.join("\n"))?;
     }
     Ok(true)
 }
 
-fn folder_name(dir: &Path) -> String {
-    let full = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    full.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+/// The windows of each text and length, with the text's name. `--windows` are of the greatest length; shorter ones are as
+/// many more as make the same number of tokens.
+fn windows(args: &EvalArgs, reference: &Checkpoint) -> Result<Vec<(String, Windows)>> {
+    let tokenizer = Tokenizer::open(&args.model)?;
+    let longest = args.seq_len.iter().copied().max().unwrap_or_default();
+    let named = match args.datasets.is_empty() {
+        true => vec!["wikitext2-test".to_owned()],
+        false => args.datasets.clone(),
+    };
+    let mut all = Vec::new();
+    for name in &named {
+        let source = CorpusSource::resolve(name, &datasets::options(&args.places))?;
+        let corpus = source.load()?;
+        let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
+        for &seq_len in &args.seq_len {
+            let count = args.windows.map(|count| count * longest / seq_len.max(1));
+            let windows = Windows::strided(&tokens, seq_len, args.stride.unwrap_or(seq_len), count)?;
+            all.push((source.name().to_owned(), windows));
+        }
+    }
+    Ok(all)
 }
 
 /// Writes `tokens` `[W, S]` i64 and `logits` `[W, S, vocab]` f32.

@@ -27,7 +27,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     // Only once the first piece is there, so that an error stands alone.
     let (mut begun, mut printed) = (false, Ok(()));
     let mut piece = |piece: &str| {
-        if !output.json && printed.is_ok() {
+        if output.json.is_none() && printed.is_ok() {
             let prompt = if begun { "" } else { &args.prompt };
             begun = true;
             printed = terminal::piece(&format!("{prompt}{piece}"));
@@ -40,7 +40,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
         printed.and_then(|()| terminal::piece("\n"))?;
     }
     let made = made?;
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&made)?;
         return Ok(true);
     }

@@ -4,7 +4,8 @@ use std::fmt::Write;
 
 use anyhow::Result;
 use gptq::{
-    checkpoint::{Checkpoint, LinearId, QuantizationConfig},
+    checkpoint::{Checkpoint, QuantizationConfig},
+    eval::bits_per_weight,
     report::bytes,
     verify::readers,
 };
@@ -42,7 +43,7 @@ struct Quantized {
     /// Of the quantized linears, with scales, zeros and group indices.
     bits_per_weight: f64,
     /// Who takes it, and who does not and why.
-    readers: Vec<gptq::verify::Reader>,
+    readers: Vec<gptq::report::ReaderReport>,
 }
 
 #[derive(Serialize)]
@@ -56,7 +57,7 @@ struct TensorLine {
 pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&args.dir)?;
     let inspection = inspect(&checkpoint, args.tensors)?;
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&inspection)?;
     } else {
         terminal::result(&text(&inspection))?;
@@ -100,18 +101,6 @@ fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
 fn quantized(checkpoint: &Checkpoint) -> gptq::Result<Quantized> {
     let config = checkpoint.config();
     let quantization = QuantizationConfig::read(checkpoint)?;
-    let (mut bits, mut weights) = (0, 0);
-    for id in LinearId::all(config) {
-        for name in [id.qweight(), id.qzeros(), id.scales(), id.g_idx()] {
-            if checkpoint.contains(&name) {
-                bits += checkpoint.view(&name)?.bytes.len() * 8;
-            }
-        }
-        if checkpoint.contains(&id.qweight()) {
-            let [n, k] = id.kind.shape(config);
-            weights += n * k;
-        }
-    }
     Ok(Quantized {
         bits: quantization.bits.get(),
         group_size: quantization.group_size.as_config(),
@@ -119,7 +108,7 @@ fn quantized(checkpoint: &Checkpoint) -> gptq::Result<Quantized> {
         symmetric: quantization.sym,
         static_groups: quantization.static_groups,
         checkpoint_format: quantization.format.name(),
-        bits_per_weight: bits as f64 / weights.max(1) as f64,
+        bits_per_weight: bits_per_weight(checkpoint)?,
         readers: readers(config, &quantization, checkpoint),
     })
 }

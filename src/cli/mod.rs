@@ -4,6 +4,8 @@ mod args;
 mod bench;
 mod bench_cuda;
 mod bench_cuda_matmul;
+mod cache;
+mod command;
 mod compute;
 mod datasets;
 mod demo;
@@ -12,6 +14,8 @@ mod eval;
 mod generate;
 mod inspect;
 mod quantize;
+mod report;
+mod signals;
 mod terminal;
 mod verify;
 
@@ -35,6 +39,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Quantize(args) => quantize::run(args, &cli.output),
         Command::Verify(args) => verify::run(args, &cli.output),
         Command::Eval(args) => eval::run(args, &cli.output),
+        Command::Report(args) => report::run(args, &cli.output),
         Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Bench(args) => bench::run(args, &cli.output),

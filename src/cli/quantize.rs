@@ -1,6 +1,6 @@
 //! `gptq quantize`.
 
-use std::{path::Path, sync::atomic::AtomicBool};
+use std::path::Path;
 
 use anyhow::Result;
 use gptq::{
@@ -9,7 +9,7 @@ use gptq::{
     device,
     eval::{self, Candidate},
     model::Compute,
-    pipeline::{self, Run},
+    pipeline::{self, Place, Run},
     plan::{ComputeDtype, Plan},
     progress::Progress,
     report::{Evaluation, Report, evaluation_table, run_table},
@@ -17,18 +17,22 @@ use gptq::{
 
 use super::{
     args::{OutputArgs, QuantizeArgs},
-    datasets,
+    command, datasets, signals,
     terminal::{self, Terminal},
 };
+
+/// Tokens of a short window: the length at which perplexities are often compared.
+pub(super) const SHORT: usize = 512;
 
 pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let plan = plan(args)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    pipeline::check(&plan, &checkpoint, &args.out)?;
+    let place = Place { out: &args.out, journal_dir: args.journal_dir.as_deref(), restart: args.restart };
+    pipeline::check(&plan, &checkpoint, &place)?;
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),
-        ..datasets::options(&args.text)
+        ..datasets::options(&args.text.places)
     };
     let source = CorpusSource::resolve(&plan.dataset, &options)?;
     let evaluation_source = evaluation_source(args, &source, &options, output)?;
@@ -41,32 +45,62 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         Some(source) => {
             let corpus = source.load()?;
             let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
-            Some(Windows::sequential(&tokens, plan.seq_len, Some(args.eval_windows))?)
+            Some(evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?)
         }
         None => None,
     };
 
     let terminal = Terminal::new(output);
+    let stop = signals::stop_flag(output)?;
     let run = Run {
         plan: &plan,
         checkpoint: &checkpoint,
         tokens: &tokens,
         provenance: corpus.provenance(),
-        out: &args.out,
-        stop: &AtomicBool::new(false),
+        place,
+        command: &command::words(),
+        stop: &stop,
     };
-    let mut report = pipeline::quantize(&run, &terminal)?;
+    let mut finished =
+        pipeline::quantize(&run, &terminal).inspect_err(|error| say_what_is_kept(error, &place, output))?;
     if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
         let (out, name) = (&args.out, source.name());
-        report.evaluation =
-            Some(evaluate_branches(&report, out, &checkpoint, windows, name, compute, &terminal)?);
-        pipeline::write_report(&args.out, &report)?;
+        let cache = args.cache.dir();
+        let report = &mut finished.report;
+        for windows in windows {
+            let found = evaluate_branches(
+                report,
+                out,
+                &checkpoint,
+                windows,
+                name,
+                compute,
+                cache.as_deref(),
+                &terminal,
+            )?;
+            report.evaluations.push(found);
+        }
     }
+    let report = finished.complete()?;
     drop(terminal);
     print(&report, &args.out, output)?;
     Ok(true)
+}
+
+/// Tells that an error did not cost what was done before.
+fn say_what_is_kept(error: &gptq::Error, place: &Place<'_>, output: &OutputArgs) {
+    use gptq::Error as E;
+    let own = !matches!(error, E::Journal(_) | E::OutputExists { .. });
+    if let Some(begun) = pipeline::begun(place).filter(|_| own) {
+        let pipeline::Begun { layers, total_layers } = begun;
+        let out = place.out.display();
+        let text = format!(
+            "{layers} of {total_layers} layers are kept in {out}: the same command goes on from there"
+        );
+        terminal::note(output, &text);
+    }
 }
 
 /// Evaluates every branch of a run.
@@ -77,6 +111,7 @@ pub(super) fn evaluate_branches(
     windows: &Windows,
     dataset: &str,
     compute: Compute,
+    cache: Option<&Path>,
     progress: &dyn Progress,
 ) -> gptq::Result<Evaluation> {
     let opened = report.branches.iter().map(|b| Checkpoint::open(&out.join(&b.branch)));
@@ -87,23 +122,42 @@ pub(super) fn evaluate_branches(
         .zip(&opened)
         .map(|(branch, checkpoint)| Candidate { name: branch.branch.clone(), checkpoint })
         .collect();
-    eval::evaluate(reference, &candidates, windows, dataset, compute, progress)
+    eval::evaluate(reference, &candidates, windows, dataset, compute, cache, progress)
+}
+
+/// Windows of the run's own length, and as many tokens in short ones: what a model does with little to go by.
+pub(super) fn evaluation_windows(
+    tokens: &Tokens<'_>,
+    seq_len: usize,
+    count: usize,
+) -> gptq::Result<Vec<Windows>> {
+    let own = Windows::sequential(tokens, seq_len, Some(count))?;
+    if seq_len <= SHORT {
+        return Ok(vec![own]);
+    }
+    let short = Windows::sequential(tokens, SHORT, Some(own.ids().len() / SHORT))?;
+    Ok(vec![own, short])
 }
 
 /// Prints the run's tables or its JSON.
 pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<()> {
-    if output.json {
+    if output.json.is_some() {
         return terminal::json(report);
     }
     terminal::result(&format!("{}\n", run_table(report)))?;
-    if let Some(evaluation) = &report.evaluation {
+    for evaluation in &report.evaluations {
         terminal::result(&format!("{}\n", evaluation_table(evaluation)))?;
     }
     let branches = match report.branches.len() {
         1 => "1 branch".to_owned(),
         count => format!("{count} branches"),
     };
-    terminal::result(&format!("{branches} in {} ({:.1} s)", out.display(), report.seconds))?;
+    let rounded = match report.fallbacks().count() {
+        0 => String::new(),
+        1 => "; 1 linear could not be solved and was rounded to nearest".into(),
+        count => format!("; {count} linears could not be solved and were rounded to nearest"),
+    };
+    terminal::result(&format!("{branches} in {} ({:.1} s){rounded}", out.display(), report.seconds))?;
     Ok(())
 }
 
@@ -125,13 +179,14 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.damp, args.damp);
     set(&mut plan.quality, args.quality);
     set(&mut plan.scale_search, args.scale_search.map(Some));
+    set(&mut plan.on_failure, args.on_failure);
     set(&mut plan.compute_dtype, args.compute_dtype);
     set(&mut plan.device, args.device.clone());
     set(&mut plan.max_shard_size, args.max_shard_size);
     set(&mut plan.max_memory, args.max_memory.map(Some));
     set(&mut plan.max_device_memory, args.max_device_memory.map(Some));
-    set(&mut plan.split, args.text.split.clone().map(Some));
-    set(&mut plan.text_column, args.text.text_column.clone().map(Some));
+    set(&mut plan.split, args.text.places.split.clone().map(Some));
+    set(&mut plan.text_column, args.text.places.text_column.clone().map(Some));
     if !args.variants.is_empty() {
         plan.variants.clone_from(&args.variants);
     }

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use gptq::{
     progress::{Event, Progress},
-    report::bytes,
+    report::{bytes, duration},
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
@@ -51,10 +51,15 @@ pub(super) fn piece(text: &str) -> anyhow::Result<()> {
     }
 }
 
+/// Prints a line beside the result.
+pub(super) fn line(text: &str) {
+    eprintln!("{text}");
+}
+
 /// Prints a remark.
 pub(super) fn note(output: &OutputArgs, text: &str) {
     if !output.quiet {
-        eprintln!("{text}");
+        line(text);
     }
 }
 
@@ -142,7 +147,11 @@ impl Terminal {
     fn layer(&self, done: usize, total: usize, seconds: f64, memory: u64) {
         let Some(bars) = &self.bars else {
             if done > 0 && !self.quiet {
-                self.line(&format!("layer {done}/{total}: {seconds:.1} s, {} in use", bytes(memory)));
+                let rest = match (total - done) as f64 * seconds {
+                    rest if rest < 60.0 => String::new(),
+                    rest => format!(", about {} more", duration(rest)),
+                };
+                self.line(&format!("layer {done}/{total}: {seconds:.1} s, {} in use{rest}", bytes(memory)));
             }
             return;
         };

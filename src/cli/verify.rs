@@ -34,7 +34,7 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     let terminal = Terminal::new(output);
     let verification = verify::verify(&args.dir, against.as_ref(), options.as_ref(), &terminal)?;
     drop(terminal);
-    if output.json {
+    if output.json.is_some() {
         terminal::json(&verification)?;
     } else {
         terminal::result(&text(&verification, output.verbose))?;
@@ -47,7 +47,7 @@ fn kernel(args: &VerifyArgs, device: &str, output: &OutputArgs) -> Result<(Devic
     let choice = device::resolve(device)?;
     choice.note.iter().for_each(|note| terminal::note(output, note));
     let corpus = match &args.text.dataset {
-        Some(name) => CorpusSource::resolve(name, &datasets::options(&args.text))?.load()?,
+        Some(name) => CorpusSource::resolve(name, &datasets::options(&args.text.places))?.load()?,
         None => demo::calibration_text()?,
     };
     Ok((choice.device, corpus))

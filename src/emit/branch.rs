@@ -14,9 +14,10 @@ use super::metadata::{Provenance, quantize_config_json, quantized_config_json};
 use crate::{
     checkpoint::{
         CONFIG_FILE, Checkpoint, LinearId, LlamaConfig, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter,
-        TensorSpec, WriteDtype, dense_tensors,
+        TensorSpec, UNFINISHED, WriteDtype, dense_tensors,
     },
     error::{Error, Result},
+    folder,
     gptq::solver::Solved,
     pack::PackedLinear,
     variant::Variant,
@@ -49,15 +50,15 @@ pub struct Checksums {
     pub files: BTreeMap<String, String>,
 }
 
-/// A branch that is being written, into a hidden folder beside its final place. Dropped before
-/// [`BranchWriter::publish`], it leaves nothing.
+/// A branch that is being written, into a hidden folder beside its final place. Dropped, it leaves nothing, unless it was
+/// published, or what it holds was committed to.
 #[derive(Debug)]
 pub struct BranchWriter {
     variant: Variant,
     partial: PathBuf,
-    path: PathBuf,
     shards: Option<ShardWriter>,
-    published: bool,
+    /// Whether the folder stays when this is dropped.
+    keep: bool,
 }
 
 impl BranchWriter {
@@ -66,16 +67,44 @@ impl BranchWriter {
     /// # Errors
     /// When the branch exists, the variant does not fit the model, or the disk is full.
     pub fn create(out: &Path, variant: Variant, config: &LlamaConfig, max_shard_size: u64) -> Result<Self> {
-        let (path, partial) =
-            (out.join(variant.branch()), out.join(format!(".{}.partial", variant.branch())));
+        let [path, partial] = places(out, &variant);
         let plan = ShardPlan::new(tensors(&variant, config)?, max_shard_size)?;
         if path.exists() {
             return Err(Error::OutputExists { path });
         }
         fs::create_dir(&partial).map_err(Error::io("create", &partial))?;
-        let mut writer = Self { variant, partial, path, shards: None, published: false };
+        let mut writer = Self { variant, partial, shards: None, keep: false };
         writer.shards = Some(ShardWriter::create(&writer.partial, plan)?);
         Ok(writer)
+    }
+
+    /// Goes on with a branch that was begun in the same way and committed to when the tensors of `sha256` were written.
+    ///
+    /// # Errors
+    /// When what is there is not what was committed.
+    pub fn reopen(
+        out: &Path,
+        variant: Variant,
+        config: &LlamaConfig,
+        max_shard_size: u64,
+        sha256: BTreeMap<String, String>,
+    ) -> Result<Self> {
+        let [_, partial] = places(out, &variant);
+        let plan = ShardPlan::new(tensors(&variant, config)?, max_shard_size)?;
+        remove_unfinished(&partial)?;
+        let shards = Some(ShardWriter::reopen(&partial, plan, sha256)?);
+        Ok(Self { variant, partial, shards, keep: true })
+    }
+
+    /// Makes what was written so far durable; from now on it stays when this is dropped. Returns the digests of the tensors
+    /// so far, for [`BranchWriter::reopen`].
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn commit(&mut self) -> Result<BTreeMap<String, String>> {
+        let digests = self.shards().sync()?.clone();
+        self.keep = true;
+        Ok(digests)
     }
 
     /// Packs and writes one linear.
@@ -122,9 +151,9 @@ impl BranchWriter {
         add(CONFIG_FILE, &pretty(&quantized_config_json(config.raw(), &self.variant, provenance)))?;
         add(QUANTIZE_CONFIG_FILE, &pretty(&quantize_config_json(&self.variant, provenance)))?;
         for name in COPIED {
-            let source = checkpoint.dir().join(name);
+            let source = folder::file_in(checkpoint.dir(), name)?;
             if source.exists() {
-                add(name, &fs::read(&source).map_err(Error::io("read", &source))?)?;
+                add(name, &folder::read(&source, folder::TEXT_LIMIT)?)?;
             }
         }
         let path = self.partial.join(CHECKSUMS_FILE);
@@ -136,24 +165,6 @@ impl BranchWriter {
         Ok(&self.partial)
     }
 
-    /// Moves the sealed branch to its final place. Returns that and its size in bytes.
-    ///
-    /// # Errors
-    /// When the move fails.
-    pub fn publish(mut self) -> Result<(PathBuf, u64)> {
-        let mut bytes = 0;
-        for entry in fs::read_dir(&self.partial).map_err(Error::io("read", &self.partial))? {
-            let entry = entry.map_err(Error::io("read", &self.partial))?;
-            bytes += entry.metadata().map_err(Error::io("read", entry.path()))?.len();
-        }
-        fs::rename(&self.partial, &self.path).map_err(Error::io("rename", &self.partial))?;
-        self.published = true;
-        if let Some(parent) = self.path.parent() {
-            sync(parent)?;
-        }
-        Ok((self.path.clone(), bytes))
-    }
-
     fn shards(&mut self) -> &mut ShardWriter {
         self.shards.as_mut().expect("written to before it is sealed")
     }
@@ -161,7 +172,7 @@ impl BranchWriter {
 
 impl Drop for BranchWriter {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.keep {
             self.shards = None;
             // Nothing can be done about a failure here; the next run removes the folder.
             let _ = fs::remove_dir_all(&self.partial);
@@ -169,17 +180,62 @@ impl Drop for BranchWriter {
     }
 }
 
+/// Moves a sealed branch to its final place, unless it is there already. Returns its size in bytes.
+///
+/// # Errors
+/// When the move fails.
+pub fn publish(out: &Path, variant: &Variant) -> Result<u64> {
+    let [path, partial] = places(out, variant);
+    if partial.exists() {
+        fs::rename(&partial, &path).map_err(Error::io("rename", &partial))?;
+        sync(out)?;
+    }
+    let mut bytes = 0;
+    for entry in fs::read_dir(&path).map_err(Error::io("read", &path))? {
+        let entry = entry.map_err(Error::io("read", &path))?;
+        bytes += entry.metadata().map_err(Error::io("read", entry.path()))?.len();
+    }
+    Ok(bytes)
+}
+
+/// Where a branch is, and where it is while it is being written.
+pub fn places(out: &Path, variant: &Variant) -> [PathBuf; 2] {
+    [out.join(variant.branch()), out.join(format!(".{}.partial", variant.branch()))]
+}
+
+/// Removes from a folder the files that a killed program was just writing.
+///
+/// # Errors
+/// When the folder cannot be read or a file not be removed.
+pub fn remove_unfinished(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let entry = entry.map_err(Error::io("read", folder))?;
+        if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
+            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether a file name is that of a branch that is being written, or was when its run was killed.
 pub fn is_partial(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(".partial")
 }
 
-/// Bytes of a branch's weights files.
+/// Bytes of all files of a branch, those that are made at the end with some to spare.
 ///
 /// # Errors
 /// When the variant does not fit the model.
-pub fn planned_bytes(variant: &Variant, config: &LlamaConfig, max_shard_size: u64) -> Result<u64> {
-    Ok(ShardPlan::new(tensors(variant, config)?, max_shard_size)?.total_bytes())
+pub fn planned_bytes(variant: &Variant, checkpoint: &Checkpoint, max_shard_size: u64) -> Result<u64> {
+    /// Both configs.
+    const CONFIGS: u64 = 64 << 10;
+    /// A tensor's line in the checksums and in an index of shards.
+    const LINES: u64 = 512;
+    let tensors = tensors(variant, checkpoint.config())?;
+    let lines = tensors.len() as u64 * LINES;
+    let copied = COPIED.iter().filter_map(|name| fs::metadata(checkpoint.dir().join(name)).ok());
+    let copied: u64 = copied.map(|file| file.len()).sum();
+    Ok(ShardPlan::new(tensors, max_shard_size)?.total_bytes() + copied + CONFIGS + lines)
 }
 
 /// All tensors of a branch in the order of the file: layer by layer, so that a shard is a run of layers.

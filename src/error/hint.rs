@@ -18,29 +18,30 @@ impl Error {
                 path.display()
             ),
             Self::DatasetNotFound { fetch, .. } => fetch.clone(),
+            Self::OutOfFolder { .. } => {
+                "copy the folder with what its links lead to, if you trust them: cp -rL FOLDER COPY".into()
+            }
             Self::MissingColumn { .. } => "name the column with --text-column".into(),
             Self::TooLittleText { .. } => "use fewer or shorter windows, or more text".into(),
             Self::SequenceTooLong { max, .. } => format!("use --seq-len {max} or less"),
             Self::GroupSize { in_features, .. } => {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }
-            Self::NotPositiveDefinite { .. } => {
-                "use more or more varied calibration text (--samples), or a larger --damp".into()
+            Self::Numerical(problem) => problem.hint().into(),
+            Self::NonFinite { place, .. } if place.starts_with("inputs of") => {
+                "the model itself computes them: look at the weights of the layers before, or use --compute-dtype fp32".into()
             }
+            Self::NonFinite { .. } => "the file holds them: download it again, or look for a better copy".into(),
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
-            Self::DiskSpace { .. } => "free some space or choose a folder on another disk".into(),
+            Self::Journal(error) => error.hint().into(),
+            Self::Resource(error) => error.hint(),
+            Self::Report(error) => error.hint(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
-            Self::Memory { memory, .. } if memory.starts_with("device") => {
-                "use fewer --variant, a shorter --seq-len, or a device with more memory".into()
-            }
-            Self::Memory { .. } => {
-                "allow more with --max-memory, or use fewer --variant or a shorter --seq-len".into()
-            }
             Self::Torch { source, .. } if is_out_of_memory(source) => {
                 "use fewer --samples, a shorter --seq-len or fewer --variant".into()
             }
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "the disk is full: free some space and start again; nothing half-written was left".into()
+                "the disk is full: free some space and start the same command again".into()
             }
             _ => return None,
         })

@@ -1,12 +1,20 @@
 //! The library's one error type: every variant names the thing, what was expected and what was found.
 
 mod hint;
+mod journal;
 mod make;
+mod numerical;
+mod report;
+mod resource;
 mod torch;
 
 use std::path::PathBuf;
 
+pub use journal::JournalError;
 pub(crate) use make::toml_error;
+pub use numerical::NumericalError;
+pub use report::ReportError;
+pub use resource::ResourceError;
 pub use torch::TorchContext;
 use torch::without_backtrace;
 
@@ -120,6 +128,14 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong, with numbers.
         problem: String,
+    },
+    /// A link, or a name in a file, that points elsewhere on this machine.
+    #[error("`{}` leads out of its folder, to `{}`", path.display(), target.display())]
+    OutOfFolder {
+        /// The file as it is named.
+        path: PathBuf,
+        /// What it is.
+        target: PathBuf,
     },
     /// A tensor the model needs is not in the checkpoint.
     #[error("tensor `{name}` is missing from `{}`", path.display())]
@@ -307,38 +323,24 @@ pub enum Error {
         /// Input features.
         in_features: usize,
     },
-    /// The damped Hessian could not be factorized.
-    #[error(
-        "the Hessian of {stage} is not positive definite, also with damping raised to {damp} of its mean diagonal"
-    )]
-    NotPositiveDefinite {
-        /// Layer and stage.
-        stage: String,
-        /// The last damping tried.
-        damp: f64,
-    },
-    /// A Hessian that calibration left empty.
-    #[error("the Hessian of {stage} is all zero: its inputs carried nothing")]
-    EmptyHessian {
-        /// Layer and stage.
-        stage: String,
-    },
+    /// Numbers that the method cannot deal with.
+    #[error(transparent)]
+    Numerical(#[from] NumericalError),
     /// The output exists already.
     #[error("`{}` exists already", path.display())]
     OutputExists {
         /// The file or folder.
         path: PathBuf,
     },
-    /// The disk has too little room for the result.
-    #[error("`{}` has {available} free, and the result needs {needed}", path.display())]
-    DiskSpace {
-        /// A folder on that disk.
-        path: PathBuf,
-        /// Free, readable.
-        available: String,
-        /// Needed, readable.
-        needed: String,
-    },
+    /// A run that was begun cannot be gone on with.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The machine has too little of something.
+    #[error(transparent)]
+    Resource(#[from] ResourceError),
+    /// Figures cannot be reported.
+    #[error(transparent)]
+    Report(#[from] ReportError),
     /// A checkpoint that is not GPTQ where a GPTQ one is needed, or the reverse.
     #[error("`{}`: expected {expected}, found {found}", path.display())]
     CheckpointKind {
@@ -362,16 +364,6 @@ pub enum Error {
     /// The user asked to stop.
     #[error("stopped as asked")]
     Interrupted,
-    /// The work does not fit the memory allowed for it.
-    #[error("{memory}: {available} are allowed, and at least {needed} are needed")]
-    Memory {
-        /// Whose memory.
-        memory: String,
-        /// Allowed, readable.
-        available: String,
-        /// Needed, readable, and by what.
-        needed: String,
-    },
     /// A device that is not there.
     #[error("device `{device}` cannot be used: {problem}")]
     Device {

@@ -1,96 +1,101 @@
 //! One window under two models.
 
-use tch::{Kind, Tensor};
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
 
+use super::prediction::Prediction;
 use crate::{
     error::{Error, Result, TorchContext},
     model::Runner,
 };
 
 /// Positions whose logits exist at the same time: 512 rows of 128 k logits are 256 MiB.
-const POSITIONS: i64 = 512;
+const POSITIONS: usize = 512;
 
-/// A window's figures, means over its positions but the last, which predicts a token outside it.
-#[derive(Debug, Clone, Copy)]
+/// A window's figures, means over its scored tokens.
+#[derive(Debug, Clone)]
 pub(super) struct WindowScores {
-    /// Mean negative log-likelihood of the next token, nats.
+    /// Mean negative log-likelihood of the token, nats.
     pub(super) nll: f64,
     /// Mean `KL(reference ‖ candidate)`, nats.
     pub(super) kl_divergence: f64,
-    /// Share of positions with the same most likely token.
+    /// Share of tokens at which both find the same one most likely.
     pub(super) top1_agreement: f64,
+    /// `KL(reference ‖ candidate)` at each.
+    pub(super) token_kl: Vec<f32>,
 }
 
-/// The reference model's view of one window, computed once for all candidates.
-pub(super) struct Comparison {
-    /// Log-probabilities, pieces of `[≤ POSITIONS, vocab]` fp32.
-    log_probabilities: Vec<Tensor>,
-    /// Next token at each position of each piece, `[≤ POSITIONS, 1]`.
-    targets: Vec<Tensor>,
-    nll: f64,
-    positions: i64,
+/// The unquantized model's predictions of the tokens of a window, `ids` `[S]`, from `first_scored` on; `hidden` `[S, hidden]`.
+pub(super) fn predictions(
+    runner: &Runner<'_>,
+    hidden: &Tensor,
+    ids: &[i64],
+    first_scored: usize,
+) -> Result<Vec<Prediction>> {
+    let mut predictions = Vec::with_capacity(ids.len() - first_scored);
+    each_piece(runner, hidden, ids, first_scored, |log_p, vocab, targets| {
+        let rows = log_p.par_chunks(vocab).zip(targets);
+        predictions.par_extend(rows.map(|(row, &target)| Prediction::new(row, target as usize)));
+    })?;
+    finite("the unquantized model's logits", mean_nll(&predictions))?;
+    Ok(predictions)
 }
 
-impl Comparison {
-    /// `hidden` `[S, hidden]` of the reference, `ids` `[S]`.
-    pub(super) fn new(runner: &Runner<'_>, hidden: &Tensor, ids: &[i64]) -> Result<Self> {
-        let positions = ids.len() as i64 - 1;
-        let mut comparison = Self { log_probabilities: Vec::new(), targets: Vec::new(), nll: 0.0, positions };
-        for start in (0..positions).step_by(POSITIONS as usize) {
-            let count = POSITIONS.min(positions - start);
-            let log_p = log_probabilities(runner, hidden, start, count)?;
-            let next = &ids[start as usize + 1..][..count as usize];
-            let target = Tensor::f_from_slice(next)
-                .and_then(|t| t.f_to_device(log_p.device())?.f_unsqueeze(1))
-                .torch("read tokens")?;
-            comparison.nll += nll(&log_p, &target).torch("score a window")?;
-            comparison.log_probabilities.push(log_p);
-            comparison.targets.push(target);
-        }
-        comparison.nll /= positions as f64;
-        finite("the unquantized model's logits", comparison.nll)?;
-        Ok(comparison)
+/// Mean negative log-likelihood of the tokens that came.
+pub(super) fn mean_nll(predictions: &[Prediction]) -> f64 {
+    predictions.iter().map(|p| -f64::from(p.target)).sum::<f64>() / predictions.len() as f64
+}
+
+/// A candidate's figures from its `hidden` `[S, hidden]`, against the reference's predictions.
+pub(super) fn score(
+    predictions: &[Prediction],
+    runner: &Runner<'_>,
+    hidden: &Tensor,
+    ids: &[i64],
+    first_scored: usize,
+) -> Result<WindowScores> {
+    let mut scores: Vec<(f64, f64, bool)> = Vec::with_capacity(predictions.len());
+    each_piece(runner, hidden, ids, first_scored, |log_q, vocab, targets| {
+        let expected = &predictions[scores.len()..][..targets.len()];
+        let rows = log_q.par_chunks(vocab).zip(targets).zip(expected);
+        scores.par_extend(rows.map(|((row, &target), expected)| {
+            let (divergence, same) = expected.compare(row);
+            (-f64::from(row[target as usize]), divergence, same)
+        }));
+    })?;
+    let mean = |of: fn(&(f64, f64, bool)) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
+    let (nll, kl_divergence) = (mean(|s| s.0), mean(|s| s.1));
+    finite("a quantized model's logits", nll + kl_divergence)?;
+    Ok(WindowScores {
+        nll,
+        kl_divergence,
+        top1_agreement: mean(|s| f64::from(u8::from(s.2))),
+        token_kl: scores.iter().map(|s| s.1 as f32).collect(),
+    })
+}
+
+/// Log-probabilities `[n, vocab]` and the tokens they are of, `[n]`, piece by piece.
+fn each_piece(
+    runner: &Runner<'_>,
+    hidden: &Tensor,
+    ids: &[i64],
+    first_scored: usize,
+    mut use_piece: impl FnMut(&[f32], usize, &[i64]),
+) -> Result<()> {
+    let mut start = first_scored;
+    for targets in ids[first_scored..].chunks(POSITIONS) {
+        // What predicts a token stands at the one before.
+        let rows = hidden.f_narrow(0, start as i64 - 1, targets.len() as i64).torch("select positions")?;
+        let logits = runner.logits(&rows)?;
+        let log_p = logits
+            .f_log_softmax(-1, Kind::Float)
+            .and_then(|l| l.f_to_device(Device::Cpu)?.f_contiguous()?.f_view(-1))
+            .and_then(Vec::<f32>::try_from)
+            .torch("normalize logits")?;
+        use_piece(&log_p, log_p.len() / targets.len(), targets);
+        start += targets.len();
     }
-
-    /// The reference's own mean negative log-likelihood.
-    pub(super) fn reference_nll(&self) -> f64 {
-        self.nll
-    }
-
-    /// A candidate's figures from its `hidden` `[S, hidden]`.
-    pub(super) fn score(&self, runner: &Runner<'_>, hidden: &Tensor) -> Result<WindowScores> {
-        let (mut loss, mut divergence, mut agreement) = (0.0, 0.0, 0.0);
-        for (piece, (log_p, target)) in self.log_probabilities.iter().zip(&self.targets).enumerate() {
-            let log_q = log_probabilities(runner, hidden, piece as i64 * POSITIONS, log_p.size()[0])?;
-            let mut scores = || -> Result<(), tch::TchError> {
-                loss += nll(&log_q, target)?;
-                let terms = log_p.f_exp()?.f_mul(&log_p.f_sub(&log_q)?)?;
-                divergence += f64::try_from(terms.f_sum(Kind::Double)?)?;
-                let same = log_p.f_argmax(1, false)?.f_eq_tensor(&log_q.f_argmax(1, false)?)?;
-                agreement += f64::try_from(same.f_sum(Kind::Double)?)?;
-                Ok(())
-            };
-            scores().torch("score a window")?;
-        }
-        finite("a quantized model's logits", loss)?;
-        let positions = self.positions as f64;
-        Ok(WindowScores {
-            nll: loss / positions,
-            kl_divergence: divergence / positions,
-            top1_agreement: agreement / positions,
-        })
-    }
-}
-
-/// `[count, vocab]` fp32.
-fn log_probabilities(runner: &Runner<'_>, hidden: &Tensor, start: i64, count: i64) -> Result<Tensor> {
-    let rows = hidden.f_narrow(0, start, count).torch("select positions")?;
-    runner.logits(&rows)?.f_log_softmax(-1, Kind::Float).torch("normalize logits")
-}
-
-/// Summed negative log-likelihood of `target` `[n, 1]`.
-fn nll(log_p: &Tensor, target: &Tensor) -> Result<f64, tch::TchError> {
-    f64::try_from(log_p.f_gather(1, target, false)?.f_sum(Kind::Double)?.f_neg()?)
+    Ok(())
 }
 
 fn finite(place: &str, value: f64) -> Result<()> {

@@ -1,9 +1,13 @@
 //! What quantization cost: perplexity, KL divergence and top-1 agreement against the unquantized model.
 
+mod cache;
+mod describe;
 mod divergence;
-mod statistics;
+mod prediction;
+mod reference;
+mod store;
 
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use tch::{Device, Tensor};
 
@@ -14,10 +18,15 @@ use crate::{
     error::{Error, Result, TorchContext},
     model::{Compute, Runner, kind_name},
     progress::{Event, Progress},
-    report::{EvaluatedModel, Evaluation, Interval},
+    report::{
+        EvaluatedModel, Evaluation,
+        statistics::{difference_of_exponentials, exponential_of_mean, mean, quantile},
+    },
 };
-use divergence::{Comparison, WindowScores};
-use statistics::{difference_of_exponentials, exponential_of_mean, mean};
+pub use describe::{bits_per_weight, describe};
+use divergence::{WindowScores, mean_nll, score};
+use reference::Reference;
+pub use store::store;
 
 /// Hidden states of this many tokens are kept for each model at a time.
 const CHUNK_TOKENS: usize = 32_768;
@@ -32,6 +41,9 @@ pub struct Candidate<'a> {
 
 /// Evaluates quantized models against the dense `reference` on the same tokens; all of them computed in the same way.
 ///
+/// `cache` is a folder in which the reference's predictions are kept, and taken from; the figures are the same, to the
+/// last digit, with it and without.
+///
 /// # Errors
 /// When a model cannot be run, or is not comparable with the reference.
 pub fn evaluate(
@@ -40,6 +52,7 @@ pub fn evaluate(
     windows: &Windows,
     dataset: &str,
     compute: Compute,
+    cache: Option<&Path>,
     progress: &dyn Progress,
 ) -> Result<Evaluation> {
     let begun = Instant::now();
@@ -49,58 +62,81 @@ pub fn evaluate(
     for candidate in candidates {
         comparable(reference, candidate.checkpoint)?;
     }
-    let dense = Runner::dense(reference, seq_len, compute)?;
+    let model_digest = reference.digest()?;
+    let mut dense = Reference::new(reference, &model_digest, windows, compute, cache, progress)?;
     let quantized: Vec<Runner<'_>> = candidates
         .iter()
         .map(|c| Runner::quantized(c.checkpoint, seq_len, compute))
         .collect::<Result<_>>()?;
 
-    let mut reference_scores = Vec::new();
+    let mut window_nll = Vec::new();
     let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
-    let models = 1 + candidates.len();
+    let models = usize::from(dense.is_run()) + candidates.len();
     let per_chunk = (chunk_tokens(compute, reference.config(), models)? / seq_len).max(1) * seq_len;
     let layers = reference.config().num_layers as u64;
     let chunks = windows.ids().len().div_ceil(per_chunk) as u64;
     progress.begin("evaluating", chunks * layers * models as u64);
     for ids in windows.ids().chunks(per_chunk) {
         let run = |runner: &Runner<'_>| runner.hidden_states(ids, seq_len, || progress.advance(1));
-        let expected = flatten(run(&dense)?)?;
+        let expected = dense.hidden_states(ids, seq_len)?;
         let found = quantized.iter().map(|q| flatten(run(q)?)).collect::<Result<Vec<_>>>()?;
         for (candidate, runner) in candidates.iter().zip(&quantized) {
             let notes = runner.notes();
             notes.iter().for_each(|n| progress.event(&Event::Note(&format!("{}: {n}", candidate.name))));
         }
         for (w, ids) in ids.chunks(seq_len).enumerate() {
-            let comparison = Comparison::new(&dense, &expected.get(w as i64), ids)?;
-            reference_scores.push(comparison.reference_nll());
+            let first = windows.first_scored(window_nll.len());
+            let hidden = expected.as_ref().map(|expected| expected.get(w as i64));
+            let predictions = dense.window(hidden, ids, first)?;
+            window_nll.push(mean_nll(&predictions));
             for ((runner, found), scores) in quantized.iter().zip(&found).zip(&mut scores) {
-                scores.push(comparison.score(runner, &found.get(w as i64))?);
+                scores.push(score(&predictions, runner, &found.get(w as i64), ids, first)?);
             }
         }
     }
+    dense.finish();
 
-    let models = candidates.iter().zip(&scores).map(|(candidate, scores)| {
+    let tokens: Vec<usize> = (0..windows.count()).map(|w| seq_len - windows.first_scored(w)).collect();
+    let model = |candidate: &Candidate<'_>, scores: &[WindowScores]| {
         let of = |f: fn(&WindowScores) -> f64| scores.iter().map(f).collect::<Vec<f64>>();
-        let nll = of(|s| s.nll);
+        let (nll, kl, top1) = (of(|s| s.nll), of(|s| s.kl_divergence), of(|s| s.top1_agreement));
+        let of_tokens: Vec<f32> = scores.iter().flat_map(|s| s.token_kl.iter().copied()).collect();
         EvaluatedModel {
             name: candidate.name.clone(),
             weight_bytes: candidate.checkpoint.bytes_total(),
-            perplexity: exponential_of_mean(&nll),
-            perplexity_change: difference_of_exponentials(&nll, &reference_scores),
-            kl_divergence: mean(&of(|s| s.kl_divergence)),
-            top1_agreement: mean(&of(|s| s.top1_agreement)),
+            perplexity: exponential_of_mean(&nll, &tokens),
+            perplexity_change: difference_of_exponentials(&nll, &window_nll, &tokens),
+            kl_divergence: mean(&kl, &tokens),
+            kl_max: quantile(of_tokens.clone(), 1.0),
+            kl_p99: quantile(of_tokens, 0.99),
+            top1_agreement: mean(&top1, &tokens),
+            window_nll: nll,
+            window_kl: kl,
+            window_top1: top1,
         }
-    });
+    };
     Ok(Evaluation {
         dataset: dataset.to_owned(),
         sha256: windows.digest().to_owned(),
         protocol: protocol(dataset, windows, compute),
+        model: folder_name(reference.dir()),
+        model_digest,
+        compute: in_words(compute),
         windows: windows.count(),
         seq_len,
-        reference_perplexity: exponential_of_mean(&reference_scores),
-        models: models.collect(),
+        stride: windows.stride(),
+        reference_perplexity: exponential_of_mean(&window_nll, &tokens),
+        models: candidates.iter().zip(&scores).map(|(c, s)| model(c, s)).collect(),
+        window_tokens: tokens,
+        window_nll,
         seconds: begun.elapsed().as_secs_f64(),
     })
+}
+
+/// The last name of a path, which stays when the folder is moved.
+pub fn folder_name(dir: &Path) -> String {
+    let full = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    full.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
 /// Logits `[W, seq_len, vocab]` fp32, on the CPU, of a quantized model, for comparing with other software.
@@ -151,23 +187,31 @@ fn comparable(reference: &Checkpoint, candidate: &Checkpoint) -> Result<()> {
 }
 
 fn protocol(dataset: &str, windows: &Windows, compute: Compute) -> String {
+    let (count, seq_len, stride) = (windows.count(), windows.seq_len(), windows.stride());
+    let (which, scored) = if stride == seq_len {
+        (
+            format!("the first {count} non-overlapping windows of {seq_len} tokens"),
+            "each window's tokens but the first",
+        )
+    } else {
+        (
+            format!(
+                "the first {count} windows of {seq_len} tokens, each beginning {stride} after the one before"
+            ),
+            "the tokens that each window has more than the one before, of the first window all but its first",
+        )
+    };
     format!(
-        "Protocol: {dataset}, rows joined and tokenized once with the tokenizer's own BOS rule; the first {} \
-         non-overlapping windows of {} tokens; {}. Perplexity is exp of the mean negative log-likelihood of each \
-         window's tokens but the first; KL(fp16 ‖ quantized) in nats and top-1 agreement are means over the same \
-         positions. ± is half the 95% interval over windows (paired for the change).",
-        windows.count(),
-        windows.seq_len(),
-        match compute.device {
-            Device::Cpu => kind_name(compute.kind).to_owned(),
-            _ => compute.to_string(),
-        }
+        "Protocol: {dataset}, rows joined and tokenized once with the tokenizer's own BOS rule; {which}; {}. Perplexity \
+         is exp of the mean negative log-likelihood of {scored}; KL(fp16 ‖ quantized) in nats and top-1 agreement are \
+         means over the same positions. ± is half the 95% interval over windows (paired for the change).",
+        in_words(compute)
     )
 }
 
-/// Kept here so that the report module stays free of statistics.
-impl Interval {
-    fn new(value: f64, margin: Option<f64>) -> Self {
-        Self { value, margin }
+fn in_words(compute: Compute) -> String {
+    match compute.device {
+        Device::Cpu => kind_name(compute.kind).to_owned(),
+        _ => compute.to_string(),
     }
 }

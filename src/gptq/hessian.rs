@@ -5,7 +5,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{raw, tensor_cores};
 use crate::{
     amx,
-    error::{Error, Result, TorchContext},
+    error::{Error, NumericalError, Result, TorchContext},
 };
 
 /// Rows of `H` computed by one matrix product. Only blocks on and below the diagonal are computed, so smaller
@@ -13,6 +13,8 @@ use crate::{
 const BLOCK: i64 = 1024;
 /// The same on CUDA: fewer, larger products, each of which fills the device.
 const CUDA_BLOCK: i64 = 2048;
+/// Rows of a weight whose output energy is computed together on a CPU without AMX.
+const ENERGY_ROWS: i64 = 1024;
 
 /// The Hessian of a stage's inputs, accumulated in fp32 in the order in which batches arrive: on CUDA from fp16 and bf16
 /// by tensor cores, else, or where these are found to be inexact, by plain fp32 products. fp16 cannot overflow here: the
@@ -124,10 +126,10 @@ impl Hessian {
     /// inputs in errors.
     ///
     /// # Errors
-    /// When any input was NaN or infinite, or all were zero.
+    /// When any input was NaN or infinite, or there were none.
     pub fn finish(mut self, stage: &str) -> Result<Self> {
         if self.tokens == 0 {
-            return Err(Error::EmptyHessian { stage: stage.to_owned() });
+            return Err(NumericalError::EmptyHessian { stage: stage.to_owned() }.into());
         }
         let scaled = self.matrix.f_div_scalar_(self.tokens as f64);
         drop(scaled.torch("scale a Hessian")?);
@@ -138,9 +140,6 @@ impl Hessian {
         if broken > 0 {
             let (place, total) = (format!("inputs of {stage}"), diagonal.len() as u64);
             return Err(Error::NonFinite { place, count: broken, total });
-        }
-        if diagonal.iter().all(|&d| d == 0.0) {
-            return Err(Error::EmptyHessian { stage: stage.to_owned() });
         }
         Ok(self)
     }
@@ -169,6 +168,12 @@ impl Hessian {
     #[cfg(test)]
     pub(super) fn on(&self, device: Device) -> Self {
         let matrix = self.matrix.to_device(device);
+        Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
+    }
+
+    /// The same matrix, to be kept beside this.
+    pub(super) fn shared(&self) -> Self {
+        let matrix = self.matrix.shallow_clone();
         Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
     }
 
@@ -212,8 +217,17 @@ impl Hessian {
                 (0..weight.size()[0] as usize).map(|row| raw::floats(&weight, row * k, k)).collect();
             return Ok(amx::quadratic_form(h.all(), k, &rows, |row, to| row.widen(to)));
         }
-        let kind = if self.matrix.device() == Device::Cpu { Kind::Float } else { Kind::BFloat16 };
-        self.output_energy_in(kind, weight).torch("measure a linear's output")
+        let measure = || {
+            if self.matrix.device() != Device::Cpu {
+                return self.output_energy_in(Kind::BFloat16, weight);
+            }
+            // Some rows at a time: products of all would take several times the weight's memory.
+            let rows = weight.size()[0];
+            let parts = (0..rows).step_by(ENERGY_ROWS as usize);
+            let parts = parts.map(|first| weight.f_narrow(0, first, ENERGY_ROWS.min(rows - first)));
+            parts.map(|part| self.output_energy_in(Kind::Float, &part?)).sum()
+        };
+        measure().torch("measure a linear's output")
     }
 
     /// With products of `kind`, bf16 or fp32, and sums in fp32; one wait for the device at the end.

@@ -5,18 +5,19 @@ use std::{ops::Range, path::Path, sync::Arc, thread};
 use tch::{Device, Kind};
 
 use super::{
+    journal::Kept,
     member::{Member, Surroundings},
     memory::{Ledger, Room},
-    team::{SharedSink, Task, Team},
+    team::{SharedSink, SharedStates, Task, Team},
     weights::Weights,
 };
 use crate::{
-    accuracy::Refinements,
     calibration::Windows,
     checkpoint::Checkpoint,
     error::Result,
-    gptq::solver::{CpuSolver, CudaSolver, Solver},
+    gptq::solver::{CpuSolver, CudaSolver, OrRounded, Solver},
     model::Llama,
+    plan::OnFailure,
 };
 
 /// What may be held where, bytes; `None` is no limit.
@@ -41,7 +42,8 @@ pub(super) struct Crew<'a> {
 }
 
 impl<'a> Crew<'a> {
-    /// Spreads the work over `devices` and embeds the windows. `spill` is a folder for what does not fit memory.
+    /// Spreads the work over `devices`, and embeds the windows or goes on with hidden states that were `kept`. `spill` is a
+    /// folder for what does not fit memory.
     pub(super) fn new(
         checkpoint: &'a Checkpoint,
         devices: &[Device],
@@ -50,9 +52,10 @@ impl<'a> Crew<'a> {
         task: Task<'a>,
         limits: Limits,
         spill: &Path,
+        kept: Option<&Kept>,
         around: Surroundings<'a>,
     ) -> Result<Self> {
-        let streams = if task.shared_hessian { 1 } else { task.variants.len() };
+        let streams = task.streams();
         let memory = Ledger::new(limits.in_memory);
         let per_batch = (limits.batch_tokens / windows.seq_len()).max(1);
         let mut teams = Vec::new();
@@ -70,9 +73,17 @@ impl<'a> Crew<'a> {
             }
             let variants =
                 if task.shared_hessian { (0..task.variants.len()).collect() } else { own.collect() };
-            let mut team = Team::new(members, solver(devices[0], task.refinements)?, variants, task, around);
+            let mut team = Team::new(members, solver(devices[0], task)?, variants, task, around);
             let streams = team.streams();
-            team.members_mut().iter_mut().try_for_each(|member| member.embed(windows, streams))?;
+            let own: Vec<_> = match kept {
+                Some(kept) if task.shared_hessian => kept.files.clone(),
+                Some(kept) => team.variants().iter().map(|&v| Arc::clone(&kept.files[v])).collect(),
+                None => Vec::new(),
+            };
+            team.members_mut().iter_mut().try_for_each(|member| match kept {
+                Some(kept) => member.go_on_from(&own, kept.kind),
+                None => member.embed(windows, streams),
+            })?;
             teams.push(team);
         }
         let pinned_for = devices.iter().copied().find(|d| *d != Device::Cpu);
@@ -88,40 +99,51 @@ impl<'a> Crew<'a> {
         self.teams.iter().map(|team| team.steps(layer)).sum()
     }
 
-    /// Solves a layer for all variants.
-    pub(super) fn solve_layer(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+    /// Solves a layer for all variants; hidden states behind it go into `next` too, if anybody goes on from them.
+    pub(super) fn solve_layer(
+        &mut self,
+        layer: usize,
+        sink: &SharedSink<'_>,
+        next: Option<&SharedStates<'_>>,
+    ) -> Result<()> {
         let (checkpoint, pinned_for) = (self.checkpoint, self.pinned_for);
         let weights = match self.next.take() {
             Some(weights) => weights,
             None => Weights::read(checkpoint, layer, pinned_for)?,
         };
         if pinned_for.is_none() && self.teams.len() == 1 {
-            return self.teams[0].solve_layer(layer, &weights, sink);
+            return self.teams[0].solve_layer(layer, &weights, sink, next);
         }
         let prefetch = pinned_for.is_some() && layer + 1 < self.layers;
-        let (solved, next) = thread::scope(|scope| {
-            let next =
+        let (solved, ahead) = thread::scope(|scope| {
+            let ahead =
                 prefetch.then(|| scope.spawn(move || Weights::read(checkpoint, layer + 1, pinned_for)));
-            let solved = solve_all(&mut self.teams, layer, weights, sink);
-            (solved, next.map(|thread| thread.join().expect("reading does not panic")))
+            let solved = solve_all(&mut self.teams, layer, weights, sink, next);
+            (solved, ahead.map(|thread| thread.join().expect("reading does not panic")))
         });
         solved?;
-        self.next = next.transpose()?;
+        self.next = ahead.transpose()?;
         Ok(())
     }
 }
 
 /// All teams at the same time.
-fn solve_all(teams: &mut [Team<'_>], layer: usize, weights: Weights, sink: &SharedSink<'_>) -> Result<()> {
+fn solve_all(
+    teams: &mut [Team<'_>],
+    layer: usize,
+    weights: Weights,
+    sink: &SharedSink<'_>,
+    next: Option<&SharedStates<'_>>,
+) -> Result<()> {
     if let [only] = teams {
-        return only.solve_layer(layer, &weights, sink);
+        return only.solve_layer(layer, &weights, sink, next);
     }
     // Tensors may go to other threads, but not be looked at by two.
     let copies = (0..teams.len()).map(|_| weights.on(Device::Cpu)).collect::<Result<Vec<_>>>()?;
     thread::scope(|scope| {
         let start = |(team, weights): (&'_ mut Team<'_>, Weights)| -> Result<()> {
             let _guard = tch::no_grad_guard();
-            team.solve_layer(layer, &weights, sink)
+            team.solve_layer(layer, &weights, sink, next)
         };
         let mut threads = Vec::with_capacity(teams.len());
         for (team, weights) in teams.iter_mut().zip(copies) {
@@ -132,10 +154,13 @@ fn solve_all(teams: &mut [Team<'_>], layer: usize, weights: Weights, sink: &Shar
 }
 
 /// The fastest there is for a device.
-fn solver(device: Device, refinements: Refinements) -> Result<Box<dyn Solver + Send>> {
-    Ok(match device {
-        Device::Cpu => Box::new(CpuSolver::new().with_scales(refinements.scales)),
-        _ => Box::new(CudaSolver::new(device)?.with_scales(refinements.scales)),
+fn solver(device: Device, task: Task<'_>) -> Result<Box<dyn Solver + Send>> {
+    let scales = task.refinements.scales;
+    Ok(match (device, task.on_failure) {
+        (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new().with_scales(scales)),
+        (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new().with_scales(scales))),
+        (_, OnFailure::Error) => Box::new(CudaSolver::new(device)?.with_scales(scales)),
+        (_, OnFailure::Rtn) => Box::new(OrRounded(CudaSolver::new(device)?.with_scales(scales))),
     })
 }
 

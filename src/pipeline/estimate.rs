@@ -9,7 +9,7 @@ use tch::{Device, Kind};
 use super::crew::Limits;
 use crate::{
     checkpoint::{LinearKind, LlamaConfig},
-    error::{Error, Result},
+    error::{ResourceError, Result},
     model::Stage,
     report::bytes,
 };
@@ -81,12 +81,22 @@ impl Shape<'_> {
         tokens as u64 * (norm + most)
     }
 
+    /// Hidden states of all streams.
+    pub(super) fn hidden_states(&self) -> u64 {
+        let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
+        self.of_all_tokens(streams * self.config.hidden_size as u64)
+    }
+
     /// Hidden states of all streams, and one stage's inputs, which are kept until its linears are solved.
     fn activations(&self) -> u64 {
-        let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
         let widest = (self.config.attention_width() as u64).max(self.config.intermediate_size as u64);
-        let tokens = (self.windows * self.seq_len) as u64;
-        tokens * self.element() * (streams * self.config.hidden_size as u64 + widest)
+        self.hidden_states().saturating_add(self.of_all_tokens(widest))
+    }
+
+    /// Bytes of so many values of every token. The number of tokens is the user's, and may be anything.
+    fn of_all_tokens(&self, values: u64) -> u64 {
+        let tokens = (self.windows as u64).saturating_mul(self.seq_len as u64);
+        tokens.saturating_mul(values * self.element())
     }
 
     /// The largest of what a stage's steps take beside the layer's weights.
@@ -107,6 +117,25 @@ impl Shape<'_> {
         let next = (self.config.intermediate_size as u64).pow(2) * FP32;
         let capturing = n * k * self.element() + if stage == Stage::MlpInput { next } else { matrix };
         factoring.max(energy).max(solving).max(leaving).max(capturing)
+    }
+
+    /// Floating-point operations of a layer on the CPU, but for attention's scores and whatever is not a product.
+    pub(super) fn layer_operations(&self) -> f64 {
+        let tokens = self.windows as f64 * self.seq_len as f64;
+        let (mut forward, mut hessians, mut factors, mut solves) = (0.0, 0.0, 0.0, 0.0);
+        for stage in Stage::ALL {
+            let (n, k) = self.stage(stage);
+            let (n, k) = (n as f64, k as f64);
+            forward += 2.0 * tokens * n * k;
+            // The lower triangles alone.
+            hessians += tokens * k * k;
+            factors += k.powi(3) / 3.0;
+            // The energy of the outputs, for the reported error, and the compensation.
+            solves += 2.0 * n * k * k;
+        }
+        let variants = self.variants as f64;
+        let streams = if self.shared_hessian { 1.0 } else { variants };
+        streams * (forward + hessians + factors) + variants * solves
     }
 
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
@@ -137,10 +166,11 @@ impl Shape<'_> {
         base: u64,
     ) -> Result<Limits> {
         let left = |whose: &str, limit: u64, working: u64, what: &str| {
-            limit.checked_sub(working).ok_or_else(|| Error::Memory {
+            limit.checked_sub(working).ok_or_else(|| ResourceError::Memory {
                 memory: whose.to_owned(),
                 available: bytes(limit),
                 needed: format!("{} ({what})", bytes(working)),
+                flag: None,
             })
         };
         if device == Device::Cpu {
@@ -200,7 +230,7 @@ mod tests {
         }
         let error = shape(&large).limits(Device::Cuda(0), Some(8 << 30), None, 0).unwrap_err();
         assert!(
-            error.to_string().starts_with("device memory: 8.59 GB are allowed, and at least "),
+            error.to_string().starts_with("device memory: 8.59 GB are available, and at least "),
             "{error}"
         );
     }

@@ -8,9 +8,11 @@ use std::{
     },
 };
 
-use tch::Device;
+use tch::{Device, Kind};
 
-use super::{memory::Room, stream::Stream, weights::Weights};
+use super::{
+    memory::Room, stage_memory::MemoryWatch, stream::Stream, weights::Weights, window_file::WindowFile,
+};
 use crate::{
     calibration::Windows,
     error::{Error, Result},
@@ -25,6 +27,8 @@ pub(super) struct Surroundings<'a> {
     pub(super) progress: &'a dyn Progress,
     /// Set when the user asks to stop.
     pub(super) stop: &'a AtomicBool,
+    /// Told what is being done.
+    pub(super) memory: &'a MemoryWatch,
 }
 
 impl Surroundings<'_> {
@@ -99,6 +103,16 @@ impl<'a> Member<'a> {
         Ok(())
     }
 
+    /// Begins the variants' hidden states where another program left them: a file for each, of `kind`.
+    pub(super) fn go_on_from(&mut self, files: &[Arc<WindowFile>], kind: Kind) -> Result<()> {
+        for file in files {
+            let mut hidden = self.stream(self.llama.config().hidden_size);
+            hidden.take_from_journal(file, kind)?;
+            self.hidden.push(hidden);
+        }
+        Ok(())
+    }
+
     /// Batches of a stream.
     pub(super) fn batches(&self) -> usize {
         self.hidden.first().map_or(0, Stream::len)
@@ -106,10 +120,13 @@ impl<'a> Member<'a> {
 
     /// Takes a layer's weights.
     pub(super) fn enter_layer(&mut self, weights: &Weights) -> Result<()> {
-        // The old ones first: two layers at a time need not fit.
-        self.weights = None;
         self.weights = Some(weights.on(self.device())?);
         Ok(())
+    }
+
+    /// Lets them go: two layers at a time need not fit.
+    pub(super) fn forget_layer(&mut self) {
+        self.weights = None;
     }
 
     pub(super) fn weights(&self) -> &Weights {
@@ -169,6 +186,7 @@ impl<'a> Member<'a> {
                 member.between().put(i, attended)
             },
         )?;
+        self.linears.clear();
         Ok(hessian)
     }
 
@@ -189,6 +207,7 @@ impl<'a> Member<'a> {
                 member.hidden[stream].put(i, hidden)
             },
         )?;
+        self.linears.clear();
         self.between = None;
         Ok(hessian)
     }
@@ -210,11 +229,12 @@ impl<'a> Member<'a> {
                 member.between().put(i, activated)
             },
         )?;
+        self.linears.clear();
         Ok(hessian)
     }
 
-    /// Hidden states behind the layer, with its down.
-    pub(super) fn leave_layer(&mut self, stream: usize) -> Result<()> {
+    /// Hidden states behind the layer, with its down; also into the journal's `file`.
+    pub(super) fn leave_layer(&mut self, stream: usize, file: &Arc<WindowFile>) -> Result<()> {
         self.each_batch(
             stream,
             |member, i| {
@@ -223,7 +243,7 @@ impl<'a> Member<'a> {
             },
             |member, i, hidden| {
                 member.between().discard(i);
-                member.hidden[stream].put(i, hidden)
+                member.hidden[stream].put_in_journal(i, hidden, file)
             },
         )?;
         self.linears.clear();

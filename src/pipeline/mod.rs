@@ -3,19 +3,23 @@
 mod branches;
 mod crew;
 mod estimate;
+mod journal;
+mod layers;
+mod machine;
 mod member;
 mod memory;
+mod needs;
 mod output_folder;
 mod preflight;
+mod stage_memory;
 mod stream;
 mod team;
 mod weights;
 mod window_file;
 
 use std::{
-    path::Path,
-    sync::{Mutex, atomic::AtomicBool},
-    time::Instant,
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
 };
 
 use tch::{Device, Kind};
@@ -23,25 +27,20 @@ use tch::{Device, Kind};
 use crate::{
     calibration::{self, Tokens, Windows, check_seq_len},
     checkpoint::{Checkpoint, LinearId, dense_tensors},
-    cuda::Gpu,
     device,
-    emit::Provenance,
+    emit::{Provenance, remove_unfinished},
     error::{Error, Result},
-    model::{kind_name, source_kind},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
-    report::{CalibrationReport, ComputeReport, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report, bytes},
+    report::{CalibrationReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report},
 };
-use branches::Branches;
-use crew::{Crew, Limits};
-use estimate::Shape;
-use member::Surroundings;
+pub use journal::{Begun, begun};
+use journal::{Identity, Journal};
+pub use machine::{available_memory, available_space, fast_bf16, peak_memory, resident_memory};
+use needs::Needs;
 use output_folder::OutputFolder;
-pub use preflight::{available_space, fast_bf16, peak_memory, resident_memory};
-use team::Task;
-
-/// `gptq 0.1.0`.
-pub const GENERATED_BY: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));
+pub use output_folder::Place;
+use stage_memory::{At, MemoryWatch};
 
 /// What a run needs beside the plan.
 pub struct Run<'a> {
@@ -53,63 +52,57 @@ pub struct Run<'a> {
     pub tokens: &'a Tokens<'a>,
     /// Where that text comes from, for the report.
     pub provenance: &'a calibration::Provenance,
-    /// The folder for the branches; must not exist.
-    pub out: &'a Path,
+    /// Where the branches go; what the same run left there unfinished is gone on with.
+    pub place: Place<'a>,
+    /// The command, for the report: without paths of this machine.
+    pub command: &'a [String],
     /// Set by whoever wants the run to stop; it then ends at the next batch or linear.
     pub stop: &'a AtomicBool,
 }
 
-/// Quantizes a model into all of the plan's variants. `out` is complete afterwards, or absent.
+/// A run whose branches are in their places. Until it is completed, the same run can be gone on with from here.
+pub struct Finished {
+    /// What was made.
+    pub report: Report,
+    out: PathBuf,
+    journal: Journal,
+}
+
+impl Finished {
+    /// Writes the report as it is now, and removes what the run needed to go on.
+    ///
+    /// # Errors
+    /// When the disk is full or fails.
+    pub fn complete(self) -> Result<Report> {
+        write_report(&self.out, &self.report)?;
+        remove_unfinished(&self.out)?;
+        self.journal.remove()?;
+        Ok(self.report)
+    }
+}
+
+/// Quantizes a model into all of the plan's variants, or goes on with it. All branches are complete afterwards, or none is
+/// there: after an error or a break the output folder holds what the same run needs to go on, or nothing if no layer
+/// was finished.
 ///
 /// # Errors
 /// When anything at all does not fit, before the work where it can be known before.
-pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
-    let begun = Instant::now();
-    let Run { plan, checkpoint, tokens, provenance: text, out, stop } = run;
-    check(plan, checkpoint, out)?;
-    let config = checkpoint.config();
+pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
+    let Run { plan, checkpoint, tokens, provenance: text, place, command, .. } = run;
+    check(plan, checkpoint, place)?;
     let windows = Windows::random(tokens, plan.samples, plan.seq_len, plan.seed)?;
-    let choices = device::resolve_all(&plan.device)?;
-    choices.iter().filter_map(|c| c.note.as_ref()).for_each(|text| progress.event(&Event::Note(text)));
     check_dense(checkpoint)?;
     let mut warnings = warnings(checkpoint, plan, &windows);
     warnings.iter().for_each(|text| progress.event(&Event::Warning(text)));
 
-    let _guard = tch::no_grad_guard();
-    let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
-    let kind = compute_kind(plan.compute_dtype, devices[0], source_kind(checkpoint)?);
-    let limits = limits(plan, checkpoint, devices[0], kind, progress)?;
-    let folder = OutputFolder::create(out)?;
-    let mut branches = Branches::create(plan, checkpoint, out)?;
-    let refinements = plan.refinements();
-    progress.event(&Event::Note(&format!("quality {}: {refinements}", plan.quality)));
-    let task = Task {
-        variants: &plan.variants,
-        damp: plan.damp,
-        refinements,
-        shared_hessian: plan.shared_hessian,
-        layers: config.num_layers,
-    };
-    let around = Surroundings { progress, stop };
-    let mut crew = Crew::new(checkpoint, &devices, kind, &windows, task, limits, out, around)?;
-
-    let mut layer_seconds = Vec::with_capacity(config.num_layers);
-    let report_layer = |done: usize, seconds: f64| {
-        let (total, memory) = (config.num_layers, resident_memory().unwrap_or(0));
-        progress.event(&Event::Layer { done, total, seconds, memory });
-    };
-    report_layer(0, 0.0);
-    for layer in 0..config.num_layers {
-        let begun = Instant::now();
-        progress.begin(&format!("layer {}/{}", layer + 1, config.num_layers), crew.steps(layer));
-        crew.solve_layer(layer, &Mutex::new(&mut branches))?;
-        let seconds = begun.elapsed().as_secs_f64();
-        layer_seconds.push(seconds);
-        report_layer(layer + 1, seconds);
+    let mut folder = OutputFolder::create(place)?;
+    let identity = Identity::new(plan, checkpoint, tokens.dataset(), &windows)?;
+    let mut journal = Journal::open(place, identity, checkpoint.config().num_layers)?;
+    if journal.layers() == 0 {
+        folder.empty()?;
+    } else {
+        folder.hold();
     }
-    let solver = crew.solver_name().to_owned();
-    drop(crew);
-
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
         dataset: tokens.dataset().to_owned(),
@@ -120,11 +113,22 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
         damp_percent: plan.damp,
         shared_hessian: plan.shared_hessian,
     };
-    warnings.extend(branches.warnings());
-    let branches = branches.finish(checkpoint, &provenance, progress)?;
+    if journal.state().sealed() {
+        branches::check_sealed(place.out, &plan.variants)?;
+    } else {
+        let memory = MemoryWatch::begin(journal.state().stage_memory());
+        let mut branches = layers::solve(run, &windows, &mut journal, &mut folder, &memory, progress)?;
+        memory.enter(At::Finishing);
+        branches.seal(checkpoint, &provenance, progress)?;
+        journal.seal(branches.seconds(), memory.peaks())?;
+    }
+    let state = journal.state();
+    let branches = branches::publish(place.out, state.reports())?;
+    warnings.extend(branches::warnings(&branches, state.warnings()));
     let report = Report {
         schema: REPORT_SCHEMA.into(),
         generated_by: GENERATED_BY.into(),
+        command: command.to_vec(),
         // A local text was given by its path on this machine.
         plan: Plan { dataset: tokens.dataset().to_owned(), ..(*plan).clone() },
         model: model_report(checkpoint)?,
@@ -135,35 +139,37 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Report> {
             samples: windows.count(),
             seq_len: windows.seq_len(),
         },
-        compute: ComputeReport {
-            device: choices.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(","),
-            solver,
-            dtype: kind_name(kind).into(),
-            threads: rayon::current_num_threads(),
-        },
+        compute: state.compute().clone(),
+        resumed: state.interrupted().to_vec(),
         branches,
         warnings,
-        seconds: begun.elapsed().as_secs_f64(),
-        layer_seconds,
-        peak_memory_bytes: peak_memory(),
-        evaluation: None,
+        seconds: state.seconds(),
+        journal_seconds: state.journal_seconds(),
+        layer_seconds: state.layer_seconds().to_vec(),
+        stage_seconds: state.stage_seconds(),
+        stage_memory_bytes: state.stage_memory(),
+        peak_memory_bytes: peak_memory().max(state.peak_memory_bytes()),
+        evaluations: Vec::new(),
     };
-    write_report(out, &report)?;
-    folder.keep();
-    Ok(report)
+    write_report(place.out, &report)?;
+    folder.hold();
+    Ok(Finished { report, out: place.out.into(), journal })
 }
 
 /// Everything that can be refused before text is read: plan, model, output folder, disk.
 ///
 /// # Errors
 /// When something does not fit.
-pub fn check(plan: &Plan, checkpoint: &Checkpoint, out: &Path) -> Result<()> {
+pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<()> {
     plan.check()?;
     device::resolve_all(&plan.device)?;
     checkpoint.check()?;
     let config = checkpoint.config();
     check_seq_len(plan.seq_len, config.max_position_embeddings)?;
-    preflight::check(plan, config, out)
+    if !place.is_free() {
+        return Err(Error::OutputExists { path: place.out.into() });
+    }
+    Needs::of(plan, checkpoint, place).map(drop)
 }
 
 /// Refuses numbers that fp16 cannot hold in the tensors that are copied, which would else be met at the very end.
@@ -202,44 +208,6 @@ pub fn compute_kind(dtype: ComputeDtype, device: Device, source: Kind) -> Kind {
         ComputeDtype::Auto if fast_bf16() => Kind::BFloat16,
         ComputeDtype::Auto => Kind::Float,
     }
-}
-
-/// What may be held where, told to the user beforehand.
-fn limits(
-    plan: &Plan,
-    checkpoint: &Checkpoint,
-    device: Device,
-    kind: Kind,
-    progress: &dyn Progress,
-) -> Result<Limits> {
-    let shape = Shape {
-        config: checkpoint.config(),
-        source_bytes: source_kind(checkpoint)?.elt_size_in_bytes() as u64,
-        kind,
-        windows: plan.samples,
-        seq_len: plan.seq_len,
-        variants: plan.variants.len(),
-        shared_hessian: plan.shared_hessian,
-    };
-    let device_memory = match (device, plan.max_device_memory) {
-        (Device::Cpu, _) => None,
-        (_, Some(limit)) => Some(limit),
-        // Others may want some too, and a heap has holes.
-        (_, None) => Some(Gpu::of(device)?.memory()?.free as u64 / 10 * 9),
-    };
-    let base = resident_memory().unwrap_or(0);
-    let limits = shape.limits(device, device_memory, plan.max_memory, base)?;
-    let need = shape.need(device, limits.batch_tokens);
-    let (whose, own) = if device == Device::Cpu { ("memory", base) } else { ("device memory", 0) };
-    let allowed = if device == Device::Cpu { limits.in_memory } else { limits.on_device };
-    let held = need.activations.min(allowed.unwrap_or(u64::MAX));
-    let mut text = format!("{whose}: about {} at most", bytes(own + need.working + held));
-    if held < need.activations {
-        let elsewhere = if device == Device::Cpu { "on disk" } else { "in memory or on disk" };
-        text += &format!("; {} of activations {elsewhere}", bytes(need.activations - held));
-    }
-    progress.event(&Event::Note(&text));
-    Ok(limits)
 }
 
 fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {

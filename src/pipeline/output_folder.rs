@@ -1,24 +1,69 @@
 //! The folder of a run's branches: complete or absent.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use super::preflight;
+use sha2::{Digest, Sha256};
+
+use super::{journal, preflight};
 use crate::error::{Error, Result};
+
+/// The journal's folder in the output folder; its name is that of something unfinished.
+pub(super) const JOURNAL_FOLDER: &str = ".journal.partial";
+
+/// Where a run puts what it makes, and what it needs to go on.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// The folder for the branches.
+    pub out: &'a Path,
+    /// A folder for journals, on another disk perhaps; none is inside `out`.
+    pub journal_dir: Option<&'a Path>,
+    /// Whether a run that was begun here is thrown away.
+    pub restart: bool,
+}
+
+impl<'a> Place<'a> {
+    /// With the journal inside, going on with what is there.
+    pub fn new(out: &'a Path) -> Self {
+        Self { out, journal_dir: None, restart: false }
+    }
+
+    /// The folder of this run's journal.
+    ///
+    /// # Errors
+    /// When the current folder is not known.
+    pub fn journal(&self) -> Result<PathBuf> {
+        let Some(dir) = self.journal_dir else { return Ok(self.out.join(JOURNAL_FOLDER)) };
+        let out = std::path::absolute(self.out).map_err(Error::io("find", self.out))?;
+        let name = out.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        // Two output folders may have the same name.
+        let digest = Sha256::digest(out.as_os_str().as_encoded_bytes());
+        let mark: String = digest[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(dir.join(format!("{name}-{mark}.journal")))
+    }
+
+    /// Whether a run may begin or go on here.
+    pub(super) fn is_free(&self) -> bool {
+        !self.out.exists() || preflight::only_partial(self.out) || journal::begun(self).is_some()
+    }
+}
 
 /// Whose the output folder is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FolderState {
-    /// Not this run's: nothing in it may be touched.
+    /// Not, or not yet, this run's: nothing in it may be touched.
     Foreign,
     /// It was there, holding nothing but leftovers; it may be a link, and stays.
     Emptied,
     /// This run made it.
     Created,
-    /// It is complete.
-    Kept,
+    /// What is in it stays: it is complete, or can be gone on with.
+    Held,
 }
 
-/// The output folder, removed again unless kept.
+/// The output folder, removed again unless held.
 pub(super) struct OutputFolder<'a> {
     path: &'a Path,
     state: FolderState,
@@ -27,8 +72,9 @@ pub(super) struct OutputFolder<'a> {
 }
 
 impl<'a> OutputFolder<'a> {
-    /// Makes it, and the folders above it.
-    pub(super) fn create(path: &'a Path) -> Result<Self> {
+    /// Makes it, and the folders above it. One that was there is not touched before [`OutputFolder::empty`].
+    pub(super) fn create(place: &Place<'a>) -> Result<Self> {
+        let path = place.out;
         let above = path.ancestors().skip(1).take_while(|p| !p.as_os_str().is_empty() && !p.exists());
         let mut folder = Self { path, state: FolderState::Foreign, parents: above.collect() };
         for parent in folder.parents.iter().rev() {
@@ -36,11 +82,9 @@ impl<'a> OutputFolder<'a> {
         }
         match fs::create_dir(path) {
             Err(source) if source.kind() == std::io::ErrorKind::AlreadyExists => {
-                if !preflight::only_partial(path) {
+                if !place.is_free() {
                     return Err(Error::OutputExists { path: path.into() });
                 }
-                preflight::clear(path).map_err(Error::io("clear", path))?;
-                folder.state = FolderState::Emptied;
             }
             created => {
                 created.map_err(Error::io("create", path))?;
@@ -50,9 +94,18 @@ impl<'a> OutputFolder<'a> {
         Ok(folder)
     }
 
-    /// Ends the run's claim: it is complete.
-    pub(super) fn keep(mut self) {
-        self.state = FolderState::Kept;
+    /// Removes what is in it, but for the journal: a new run begins.
+    pub(super) fn empty(&mut self) -> Result<()> {
+        if self.state == FolderState::Foreign {
+            preflight::clear(self.path, Some(JOURNAL_FOLDER)).map_err(Error::io("clear", self.path))?;
+            self.state = FolderState::Emptied;
+        }
+        Ok(())
+    }
+
+    /// From now on it stays as it is when this is dropped.
+    pub(super) fn hold(&mut self) {
+        self.state = FolderState::Held;
     }
 }
 
@@ -60,9 +113,9 @@ impl Drop for OutputFolder<'_> {
     fn drop(&mut self) {
         // A failure to clean up must not hide the error that led here.
         let _ = match self.state {
-            FolderState::Kept => return,
+            FolderState::Held => return,
             FolderState::Foreign => Ok(()),
-            FolderState::Emptied => preflight::clear(self.path),
+            FolderState::Emptied => preflight::clear(self.path, None),
             FolderState::Created => fs::remove_dir_all(self.path),
         };
         for parent in &self.parents {
@@ -80,16 +133,16 @@ mod tests {
     fn what_a_failed_run_made_goes_and_what_was_there_stays() {
         let place = tempfile::tempdir().unwrap();
         let (above, path) = (place.path().join("a"), place.path().join("a/b/c"));
-        drop(OutputFolder::create(&path).unwrap());
+        drop(OutputFolder::create(&Place::new(&path)).unwrap());
         assert!(!above.exists());
 
-        OutputFolder::create(&path).unwrap().keep();
+        OutputFolder::create(&Place::new(&path)).unwrap().hold();
         fs::write(path.join("run.json"), "{}").unwrap();
-        assert!(matches!(OutputFolder::create(&path), Err(Error::OutputExists { .. })));
+        assert!(matches!(OutputFolder::create(&Place::new(&path)), Err(Error::OutputExists { .. })));
         assert!(path.join("run.json").exists());
 
         let other = place.path().join("a/d/e");
-        let folder = OutputFolder::create(&other).unwrap();
+        let folder = OutputFolder::create(&Place::new(&other)).unwrap();
         fs::write(place.path().join("a/d/theirs"), "").unwrap();
         drop(folder);
         assert!(!other.exists() && place.path().join("a/d/theirs").exists());
@@ -99,7 +152,9 @@ mod tests {
     fn leftovers_are_cleared_and_the_folder_stays() {
         let place = tempfile::tempdir().unwrap();
         fs::create_dir(place.path().join(".main.partial")).unwrap();
-        let folder = OutputFolder::create(place.path()).unwrap();
+        let mut folder = OutputFolder::create(&Place::new(place.path())).unwrap();
+        assert!(place.path().join(".main.partial").exists());
+        folder.empty().unwrap();
         assert!(!place.path().join(".main.partial").exists());
         fs::write(place.path().join("half"), "").unwrap();
         drop(folder);

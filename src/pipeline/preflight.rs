@@ -1,33 +1,85 @@
-//! What is checked before any work, and what the machine has.
+//! Whether the disks have room for a run, and what a run that was killed left on them.
 
 use std::{fs, path::Path};
 
+use super::{journal, machine::available_space, output_folder::Place};
 use crate::{
-    checkpoint::LlamaConfig,
+    checkpoint::Checkpoint,
     emit::{is_partial, planned_bytes},
-    error::{Error, Result},
+    error::{ResourceError, Result},
     plan::Plan,
     report::bytes,
 };
 
-/// Room for configs, tokenizer and checksums of one branch.
-const SMALL_FILES: u64 = 16 << 20;
+/// Bytes of disk that a run takes beyond what it has taken already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DiskNeed {
+    /// The branches.
+    pub(super) branches: u64,
+    /// Hidden states to go on from, and activations that do not fit memory, until the run is complete.
+    pub(super) journal: u64,
+}
 
-/// Refuses a run whose output exists or does not fit the disk.
-pub(super) fn check(plan: &Plan, config: &LlamaConfig, out: &Path) -> Result<()> {
-    if out.exists() && !only_partial(out) {
-        return Err(Error::OutputExists { path: out.into() });
-    }
-    let mut needed = 0;
-    for variant in &plan.variants {
-        needed += planned_bytes(variant, config, plan.max_shard_size)? + SMALL_FILES;
-    }
-    let folder = nearest_folder(out);
-    match available_space(folder) {
-        Some(available) if available < needed => {
-            Err(Error::DiskSpace { path: folder.into(), available: bytes(available), needed: bytes(needed) })
+impl DiskNeed {
+    /// `states` are the bytes of all hidden states, `spilled` those of activations that do not fit memory.
+    ///
+    /// # Errors
+    /// When a variant does not fit the model.
+    pub(super) fn new(
+        plan: &Plan,
+        checkpoint: &Checkpoint,
+        place: &Place<'_>,
+        states: u64,
+        spilled: u64,
+    ) -> Result<Self> {
+        let begun = if place.restart { None } else { journal::begun(place) };
+        let mut branches = 0;
+        // The weights of branches that were begun have their room.
+        for variant in plan.variants.iter().filter(|_| begun.is_none()) {
+            branches += planned_bytes(variant, checkpoint, plan.max_shard_size)?;
         }
-        _ => Ok(()),
+        // One set of states beside the one that is being written; behind the last layer there are none.
+        let sets = match (checkpoint.config().num_layers, begun) {
+            (1, _) => 0,
+            (2, None) | (_, Some(_)) => 1,
+            (_, None) => 2,
+        };
+        Ok(Self { branches, journal: states.saturating_mul(sets).saturating_add(spilled) })
+    }
+
+    /// Refuses what the disks have no room for.
+    ///
+    /// # Errors
+    /// When there is too little.
+    pub(super) fn check(&self, place: &Place<'_>) -> Result<()> {
+        let out = nearest_folder(place.out);
+        let needs = match place.journal_dir.map(nearest_folder) {
+            Some(dir) if !same_disk(dir, out) => vec![(out, self.branches), (dir, self.journal)],
+            _ => vec![(out, self.branches.saturating_add(self.journal))],
+        };
+        for (folder, needed) in needs {
+            match available_space(folder) {
+                Some(available) if available < needed => {
+                    let error = ResourceError::DiskSpace {
+                        path: folder.into(),
+                        available: bytes(available),
+                        needed: bytes(needed),
+                    };
+                    return Err(error.into());
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether two folders are on one file system, as far as can be told.
+fn same_disk(left: &Path, right: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (fs::metadata(left), fs::metadata(right)) {
+        (Ok(left), Ok(right)) => left.dev() == right.dev(),
+        _ => true,
     }
 }
 
@@ -37,10 +89,13 @@ pub(super) fn only_partial(out: &Path) -> bool {
     entries.all(|entry| entry.is_ok_and(|e| is_partial(&e.file_name().to_string_lossy())))
 }
 
-/// Removes everything in a folder.
-pub(super) fn clear(folder: &Path) -> std::io::Result<()> {
+/// Removes everything in a folder but what is called `keep`.
+pub(super) fn clear(folder: &Path, keep: Option<&str>) -> std::io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
+        if keep.is_some_and(|name| entry.file_name() == name) {
+            continue;
+        }
         if entry.file_type()?.is_dir() {
             fs::remove_dir_all(entry.path())?;
         } else {
@@ -54,34 +109,4 @@ pub(super) fn clear(folder: &Path) -> std::io::Result<()> {
 fn nearest_folder(path: &Path) -> &Path {
     let existing = path.ancestors().find(|a| a.is_dir());
     existing.unwrap_or(Path::new("."))
-}
-
-/// Bytes that can still be written to the disk of `folder`; none where the system does not say.
-pub fn available_space(folder: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(folder).ok()?;
-    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// Whether the processor multiplies bf16 much faster than fp32.
-pub fn fast_bf16() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
-/// Resident memory of this process now, bytes; none where the system does not say.
-pub fn resident_memory() -> Option<u64> {
-    status_field("VmRSS:")
-}
-
-/// Largest resident memory of this process so far, bytes; none where the system does not say.
-pub fn peak_memory() -> Option<u64> {
-    status_field("VmHWM:")
-}
-
-fn status_field(key: &str) -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|l| l.starts_with(key))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }

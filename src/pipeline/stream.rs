@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     memory::{Reserved, Room},
@@ -36,7 +36,8 @@ enum Slot {
     Near(Tensor, #[expect(dead_code, reason = "held, and given back when dropped")] Reserved),
     /// In page-locked memory.
     Pinned(Tensor, Reserved),
-    Filed(Arc<WindowFile>),
+    /// From this window of the file on.
+    Filed(Arc<WindowFile>, usize),
 }
 
 impl Stream {
@@ -99,14 +100,18 @@ impl Stream {
                 Some(copies) => copies.upload(tensor)?.on_device(),
                 None => unreachable!("only devices other than the CPU have pinned batches"),
             },
-            Slot::Filed(file) => {
-                let windows = &self.batches[i];
-                let bytes = file.read(windows.start - self.batches[0].start, windows.len())?;
-                let size = [windows.len() as i64, self.window[0], self.window[1]];
-                let tensor = Tensor::f_from_data_size(&bytes, &size, self.room.kind);
-                tensor.and_then(|t| t.f_to_device(self.room.device)).torch("read activations back")
-            }
+            Slot::Filed(file, first) => self.read(i, file, *first, self.room.kind),
         }
+    }
+
+    /// Batch `i` out of a file, from window `first` of it on, where activations are of `kind`.
+    fn read(&self, i: usize, file: &WindowFile, first: usize, kind: Kind) -> Result<Tensor> {
+        let windows = self.batches[i].len();
+        let bytes = file.read(first, windows)?;
+        let size = [windows as i64, self.window[0], self.window[1]];
+        let tensor =
+            Tensor::f_from_data_size(&bytes, &size, kind).and_then(|t| t.f_to_device(self.room.device));
+        tensor.and_then(|t| t.f_to_kind(self.room.kind)).torch("read activations back")
     }
 
     /// Batch `i` is not needed any more.
@@ -118,21 +123,55 @@ impl Stream {
 
     /// Keeps batch `i`, which is on the device that computes.
     pub(super) fn put(&mut self, i: usize, batch: Tensor) -> Result<()> {
+        self.slots[i] = match self.held(i, batch)? {
+            Ok(slot) => slot,
+            Err(batch) => {
+                let file = self.file(i, &batch)?;
+                Slot::Filed(file, self.batches[i].start - self.batches[0].start)
+            }
+        };
+        Ok(())
+    }
+
+    /// Keeps batch `i`, which is on the device that computes, and writes it to a `file` of all windows; where there is no
+    /// room, it is kept there alone.
+    pub(super) fn put_in_journal(&mut self, i: usize, batch: Tensor, file: &Arc<WindowFile>) -> Result<()> {
+        let first = self.batches[i].start;
+        file.write(first, &to_bytes(&batch)?)?;
+        self.slots[i] = self.held(i, batch)?.unwrap_or_else(|_| Slot::Filed(Arc::clone(file), first));
+        Ok(())
+    }
+
+    /// Takes all batches from a `file` of all windows, with activations of `kind`; where there is no room they stay there.
+    pub(super) fn take_from_journal(&mut self, file: &Arc<WindowFile>, kind: Kind) -> Result<()> {
+        for i in 0..self.len() {
+            let first = self.batches[i].start;
+            let batch = self.read(i, file, first, kind)?;
+            if kind == self.room.kind {
+                self.slots[i] = self.held(i, batch)?.unwrap_or_else(|_| Slot::Filed(Arc::clone(file), first));
+            } else {
+                self.put(i, batch)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where there is room for it, a slot with batch `i`; else the batch.
+    fn held(&mut self, i: usize, batch: Tensor) -> Result<std::result::Result<Slot, Tensor>> {
         let bytes = (batch.numel() * batch.kind().elt_size_in_bytes()) as u64;
         let room = Arc::clone(&self.room);
         self.discard(i);
-        self.slots[i] = if let Some(reserved) = room.near.reserve(bytes) {
-            Slot::Near(batch, reserved)
+        Ok(if let Some(reserved) = room.near.reserve(bytes) {
+            Ok(Slot::Near(batch, reserved))
         } else if let Some((pinned, reserved)) = self.pinned(&batch, bytes)? {
             let copies = room.copies.as_ref().expect("pinned memory is for copies");
             self.leaving.retain(|copy| !copy.ended());
             let batch = batch.f_contiguous().torch("lay out activations")?;
             self.leaving.push(copies.download(batch, &pinned)?);
-            Slot::Pinned(pinned, reserved)
+            Ok(Slot::Pinned(pinned, reserved))
         } else {
-            Slot::Filed(self.file(i, &batch)?)
-        };
-        Ok(())
+            Err(batch)
+        })
     }
 
     /// Page-locked memory for a batch, if there is room for it.
@@ -230,8 +269,6 @@ pub(super) fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
-
     use super::*;
     use crate::pipeline::memory::Ledger;
 
@@ -264,6 +301,28 @@ mod tests {
             stream.discard(1);
             stream.leave_device().unwrap();
             assert_eq!(stream.get(2).unwrap(), batch(202.0, 2));
+        }
+    }
+
+    #[test]
+    fn a_journal_holds_all_batches_and_gives_them_back() {
+        let folder = tempfile::tempdir().unwrap();
+        for near in [0, 100, 10_000] {
+            // 10 windows, of which this stream has the last 7.
+            let file = Arc::new(WindowFile::create(folder.path().join("states"), 10, 24).unwrap());
+            file.write(0, &[0; 3 * 24]).unwrap();
+            let mut first = stream(near, folder.path());
+            for (i, windows) in [2, 2, 2, 1].into_iter().enumerate() {
+                first.put_in_journal(i, batch(100.0 * i as f64, windows), &file).unwrap();
+            }
+            let sums = file.checksums().unwrap();
+            let again = Arc::new(WindowFile::open(file.path().into(), &sums, 24).unwrap());
+            let mut second = stream(near, folder.path());
+            second.take_from_journal(&again, Kind::Float).unwrap();
+            for (i, windows) in [2, 2, 2, 1].into_iter().enumerate() {
+                assert_eq!(first.get(i).unwrap(), batch(100.0 * i as f64, windows));
+                assert_eq!(second.get(i).unwrap(), batch(100.0 * i as f64, windows));
+            }
         }
     }
 

@@ -1,13 +1,16 @@
 //! Some variants of one layer on one device or several: capture a stage's inputs, solve it, go on with the quantized weights.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     thread,
     time::Instant,
 };
 
 use super::{
+    journal::NextStates,
+    machine::return_free_memory,
     member::{Member, Surroundings},
+    stage_memory::At,
     weights::Weights,
 };
 use crate::{
@@ -19,6 +22,7 @@ use crate::{
         solver::{Factorization, Solved, Solver, Weight},
     },
     model::Stage,
+    plan::OnFailure,
     progress::Event,
     variant::{Sorting, Variant},
 };
@@ -35,6 +39,9 @@ pub(super) trait Sink {
 /// A sink for several teams.
 pub(super) type SharedSink<'s> = Mutex<&'s mut (dyn Sink + Send)>;
 
+/// Where the hidden states behind a layer go, for several teams.
+pub(super) type SharedStates<'s> = Mutex<&'s mut NextStates>;
+
 /// How one linear fared.
 #[derive(Debug, Clone)]
 pub(super) struct Record {
@@ -42,6 +49,10 @@ pub(super) struct Record {
     pub(super) facts: Factorization,
     /// The linear's share of its stage's time, by size.
     pub(super) seconds: f64,
+    /// Output features that were rounded to nearest, as that is better.
+    pub(super) uncompensated: usize,
+    /// Why all of it was, if it was.
+    pub(super) fallback: Option<String>,
 }
 
 /// What does not change during a run.
@@ -52,8 +63,16 @@ pub(super) struct Task<'a> {
     pub(super) damp: f64,
     pub(super) refinements: Refinements,
     pub(super) shared_hessian: bool,
+    pub(super) on_failure: OnFailure,
     /// Decoder layers.
     pub(super) layers: usize,
+}
+
+impl Task<'_> {
+    /// Hidden states that are advanced: the variants' own, or the unquantized model's.
+    pub(super) fn streams(&self) -> usize {
+        if self.shared_hessian { 1 } else { self.variants.len() }
+    }
 }
 
 /// Devices that work on the same variants, each with a part of the windows; the first solves.
@@ -96,6 +115,11 @@ impl<'a> Team<'a> {
         steps as u64
     }
 
+    /// Indices of its variants.
+    pub(super) fn variants(&self) -> &[usize] {
+        &self.variants
+    }
+
     pub(super) fn members_mut(&mut self) -> &mut [Member<'a>] {
         &mut self.members
     }
@@ -114,14 +138,26 @@ impl<'a> Team<'a> {
         layer: usize,
         weights: &Weights,
         sink: &SharedSink<'_>,
+        next: Option<&SharedStates<'_>>,
     ) -> Result<()> {
         // Tensors may go to other threads, but not be looked at by two.
         self.members.iter_mut().try_for_each(|member| member.enter_layer(weights))?;
-        if self.task.shared_hessian { self.solve_shared(layer, sink) } else { self.solve_each(layer, sink) }
+        if self.task.shared_hessian {
+            self.solve_shared(layer, sink, next)?;
+        } else {
+            self.solve_each(layer, sink, next)?;
+        }
+        self.members.iter_mut().for_each(Member::forget_layer);
+        Ok(())
     }
 
     /// Each variant on hidden states of its own, which are advanced through the quantized layer.
-    fn solve_each(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+    fn solve_each(
+        &mut self,
+        layer: usize,
+        sink: &SharedSink<'_>,
+        next: Option<&SharedStates<'_>>,
+    ) -> Result<()> {
         let all = self.variants.clone();
         // Before the first layer all variants have the same hidden states, hence the same first Hessian.
         let mut first_stage = Vec::new();
@@ -153,15 +189,13 @@ impl<'a> Team<'a> {
             self.stage(Some(variant), Stage::MlpOutput);
             let hessian = self.capture(|member| member.capture_mlp_output(stream))?;
             let solved = self.solve_one(layer, Stage::MlpOutput, hessian, variant, sink)?;
-            if self.is_last(layer) {
+            match next {
                 // Nobody's inputs.
-                self.everywhere(|member| {
-                    member.end();
-                    Ok(())
-                })?;
-            } else {
-                self.go_on_with(Stage::MlpOutput, solved)?;
-                self.everywhere(|member| member.leave_layer(stream))?;
+                None => self.end()?,
+                Some(next) => {
+                    self.go_on_with(Stage::MlpOutput, solved)?;
+                    self.leave_layer(stream, variant, next)?;
+                }
             }
         }
         Ok(())
@@ -169,7 +203,12 @@ impl<'a> Team<'a> {
 
     /// All variants with the Hessians of the unquantized model, whose hidden states are advanced: one forward pass and one
     /// Hessian a stage, one factorization a column order.
-    fn solve_shared(&mut self, layer: usize, sink: &SharedSink<'_>) -> Result<()> {
+    fn solve_shared(
+        &mut self,
+        layer: usize,
+        sink: &SharedSink<'_>,
+        next: Option<&SharedStates<'_>>,
+    ) -> Result<()> {
         let all = self.variants.clone();
         for stage in Stage::ALL {
             self.stage(None, stage);
@@ -182,13 +221,26 @@ impl<'a> Team<'a> {
             drop(self.solve_stage(layer, stage, hessian, &all, sink)?);
             self.everywhere(|member| member.set_dense(stage))?;
         }
-        if self.is_last(layer) {
-            return self.everywhere(|member| {
-                member.end();
-                Ok(())
-            });
+        match next {
+            None => self.end(),
+            Some(next) => self.leave_layer(0, 0, next),
         }
-        self.everywhere(|member| member.leave_layer(0))
+    }
+
+    /// Advances a stream of hidden states behind the layer; it is the run's `of_all`-th.
+    fn leave_layer(&mut self, stream: usize, of_all: usize, next: &SharedStates<'_>) -> Result<()> {
+        let states = || next.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = Arc::clone(states().file(of_all));
+        self.everywhere(|member| member.leave_layer(stream, &file))?;
+        states().sync(of_all);
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<()> {
+        self.everywhere(|member| {
+            member.end();
+            Ok(())
+        })
     }
 
     fn stage(&self, variant: Option<usize>, stage: Stage) {
@@ -198,6 +250,7 @@ impl<'a> Team<'a> {
 
     /// All devices' sums, added in their order.
     fn capture(&mut self, capture: impl Fn(&mut Member<'a>) -> Result<Hessian> + Sync) -> Result<Hessian> {
+        self.around.memory.enter(At::Calibrating);
         let mut parts = self.on_all(capture)?.into_iter();
         let mut sum = parts.next().expect("a team has members");
         parts.try_for_each(|part| sum.absorb(part))?;
@@ -254,6 +307,7 @@ impl<'a> Team<'a> {
         variants: &[usize],
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
+        return_free_memory();
         let sink = || sink.lock().unwrap_or_else(PoisonError::into_inner);
         let progress = self.around.progress;
         let weights = self.members[0].weights();
@@ -263,6 +317,7 @@ impl<'a> Team<'a> {
             progress.event(&Event::Warning(text));
             sink().warn(text.to_owned());
         }
+        self.around.memory.enter(At::Solving);
         let mut hessian = Some(hessian.finish(&name)?);
         let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
         let values = |kind: LinearKind| &weights.of(kind).0;
@@ -305,19 +360,28 @@ impl<'a> Team<'a> {
                     let relative_error =
                         if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
                     let share = size(&solution.linear) as f64 / total as f64;
-                    let record =
-                        Record { relative_error, facts: factor.facts().clone(), seconds: seconds * share };
+                    let (facts, fallback) = (factor.facts().clone(), solution.fallback);
+                    if let Some(reason) = &fallback {
+                        progress.event(&Event::Warning(&format!(
+                            "{id}, {variant}: rounded to nearest: {reason}"
+                        )));
+                    }
+                    let (seconds, uncompensated) = (seconds * share, solution.uncompensated);
+                    let record = Record { relative_error, facts, seconds, uncompensated, fallback };
                     progress.event(&Event::Linear {
                         name: &id.to_string(),
                         variant: &variant.to_string(),
                         relative_error,
                     });
+                    self.around.memory.enter(At::Packing);
                     sink().take(variants[position], *id, &solution.linear, record)?;
+                    self.around.memory.enter(At::Solving);
                     solved[position].push(solution.linear);
                 }
                 progress.advance(1);
             }
         }
+        self.around.memory.enter(At::Calibrating);
         Ok(solved)
     }
 

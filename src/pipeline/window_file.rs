@@ -5,6 +5,7 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
+    time::Instant,
 };
 
 use xxhash_rust::xxh3::xxh3_128;
@@ -24,6 +25,8 @@ struct Inner {
     file: File,
     /// Of each window; `None` until it is written.
     checksums: Vec<Option<u128>>,
+    /// Spent on checksums and writing.
+    seconds: f64,
 }
 
 impl WindowFile {
@@ -33,18 +36,60 @@ impl WindowFile {
         Ok(Self::of(folder.join("(activations)"), file, vec![None; windows], window_bytes))
     }
 
+    /// A new file with a name, in place of any that there was.
+    pub(super) fn create(path: PathBuf, windows: usize, window_bytes: usize) -> Result<Self> {
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
+        let file = file.map_err(Error::io("create", &path))?;
+        Ok(Self::of(path, file, vec![None; windows], window_bytes))
+    }
+
+    /// A file that was created and written before, with these checksums. All of it is read and compared.
+    ///
+    /// # Errors
+    /// When it is not what was written.
+    pub(super) fn open(path: PathBuf, checksums: &[u128], window_bytes: usize) -> Result<Self> {
+        let file = File::open(&path).map_err(Error::io("open", &path))?;
+        let found = file.metadata().map_err(Error::io("read", &path))?.len();
+        let expected = (checksums.len() * window_bytes) as u64;
+        if found != expected {
+            let problem = format!("it has {found} bytes, where {expected} were written");
+            return Err(Error::journal(path, problem));
+        }
+        let checksums: Vec<_> = checksums.iter().copied().map(Some).collect();
+        let opened = Self::of(path, file, checksums, window_bytes);
+        let windows = opened.windows();
+        (0..windows).try_for_each(|window| opened.read(window, 1).map(drop))?;
+        Ok(opened)
+    }
+
     fn of(path: PathBuf, file: File, checksums: Vec<Option<u128>>, window_bytes: usize) -> Self {
-        Self { path, window_bytes, inner: Mutex::new(Inner { file, checksums }) }
+        Self { path, window_bytes, inner: Mutex::new(Inner { file, checksums, seconds: 0.0 }) }
+    }
+
+    fn windows(&self) -> usize {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).checksums.len()
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of one window.
+    pub(super) fn window_bytes(&self) -> usize {
+        self.window_bytes
     }
 
     /// Writes whole windows, from `first` on.
     pub(super) fn write(&self, first: usize, bytes: &[u8]) -> Result<()> {
+        let begun = Instant::now();
         let sums: Vec<_> = bytes.chunks(self.window_bytes).map(|window| Some(xxh3_128(window))).collect();
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let offset = SeekFrom::Start((first * self.window_bytes) as u64);
         let written = inner.file.seek(offset).and_then(|_| inner.file.write_all(bytes));
         written.map_err(Error::io("write", &self.path))?;
         inner.checksums[first..first + sums.len()].copy_from_slice(&sums);
+        inner.seconds += begun.elapsed().as_secs_f64();
         Ok(())
     }
 
@@ -62,12 +107,37 @@ impl WindowFile {
         drop(inner);
         for (index, (window, expected)) in bytes.chunks(self.window_bytes).zip(expected).enumerate() {
             if expected != Some(xxh3_128(window)) {
-                let problem = format!("window {} is not what was written", first + index);
-                let source = io::Error::new(io::ErrorKind::InvalidData, problem);
-                return Err(Error::Io { action: "read", path: self.path.clone(), source });
+                let problem = format!("window {} is not what was written (checksum)", first + index);
+                return Err(Error::journal(&self.path, problem));
             }
         }
         Ok(bytes)
+    }
+
+    /// Seconds spent on writing so far.
+    pub(super) fn seconds(&self) -> f64 {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).seconds
+    }
+
+    /// Makes what was written durable.
+    pub(super) fn sync(&self) -> Result<()> {
+        // Not under the lock: others may go on reading.
+        let file = self.inner.lock().unwrap_or_else(PoisonError::into_inner).file.try_clone();
+        file.and_then(|file| file.sync_data()).map_err(Error::io("sync", &self.path))
+    }
+
+    /// The checksum of every window.
+    ///
+    /// # Errors
+    /// When one was not written.
+    pub(super) fn checksums(&self) -> Result<Vec<u128>> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let missing = |window: usize| {
+            let source =
+                io::Error::new(io::ErrorKind::InvalidData, format!("window {window} was not written"));
+            Error::Io { action: "finish", path: self.path.clone(), source }
+        };
+        inner.checksums.iter().enumerate().map(|(window, sum)| sum.ok_or_else(|| missing(window))).collect()
     }
 }
 
@@ -80,11 +150,27 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = WindowFile::scratch(folder.path(), 3, 4).unwrap();
         file.write(1, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+        assert!(file.checksums().is_err());
         file.write(0, &[9; 4]).unwrap();
         assert_eq!(file.read(0, 2).unwrap(), [9, 9, 9, 9, 1, 2, 3, 4]);
         file.inner.lock().unwrap().file.seek(SeekFrom::Start(5)).unwrap();
         file.inner.lock().unwrap().file.write_all(&[7]).unwrap();
         assert_eq!(file.read(2, 1).unwrap(), [5, 6, 7, 8]);
-        assert!(matches!(file.read(0, 2), Err(Error::Io { .. })));
+        assert!(matches!(file.read(0, 2), Err(Error::Journal(_))));
+    }
+
+    #[test]
+    fn a_file_is_opened_again_only_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("states");
+        let file = WindowFile::create(path.clone(), 2, 4).unwrap();
+        file.write(0, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
+        file.sync().unwrap();
+        let sums = file.checksums().unwrap();
+        assert_eq!(WindowFile::open(path.clone(), &sums, 4).unwrap().read(1, 1).unwrap(), [5, 6, 7, 8]);
+        for broken in [&[1, 2, 3, 4, 5, 6, 7][..], &[1, 2, 3, 4, 5, 6, 7, 9]] {
+            std::fs::write(&path, broken).unwrap();
+            assert!(matches!(WindowFile::open(path.clone(), &sums, 4), Err(Error::Journal(_))));
+        }
     }
 }

@@ -1,14 +1,26 @@
 //! The report's data.
 
-use serde::{Deserialize, Serialize};
+use std::{fs, path::Path};
 
-use crate::{calibration::Provenance, plan::Plan, variant::Variant};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use super::{Evaluation, ReaderReport};
+use crate::{
+    calibration::Provenance,
+    error::{Error, Result},
+    plan::Plan,
+    variant::Variant,
+};
 
 /// The report's file in the output folder.
 pub const REPORT_FILE: &str = "run.json";
 
 /// Goes up when a reader of older reports could misread a newer one.
-pub const REPORT_SCHEMA: &str = "gptq-run/1";
+pub const REPORT_SCHEMA: &str = "gptq-run/2";
+
+/// `gptq 0.1.0`.
+pub const GENERATED_BY: &str = concat!("gptq ", env!("CARGO_PKG_VERSION"));
 
 /// One run of `gptq quantize`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -17,27 +29,93 @@ pub struct Report {
     pub schema: String,
     /// `gptq 0.1.0`.
     pub generated_by: String,
+    /// The command, word by word; of paths only the last name. Empty when the library was used without the program.
+    pub command: Vec<String>,
     /// What was asked for.
     pub plan: Plan,
     /// The source model.
     pub model: ModelReport,
     /// The calibration text.
     pub calibration: CalibrationReport,
-    /// How it was computed.
+    /// How it was computed, at last if the run was interrupted.
     pub compute: ComputeReport,
+    /// How which layers were computed, if the run was interrupted and gone on with.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resumed: Vec<LayersComputed>,
     /// What was made, in the plan's order.
     pub branches: Vec<BranchReport>,
     /// Whatever went otherwise than planned.
     pub warnings: Vec<String>,
     /// The whole run, without evaluation.
     pub seconds: f64,
+    /// Of these, what it took to be able to go on after an interruption; flushing to the disk beside the computation is not
+    /// counted.
+    pub journal_seconds: f64,
     /// Each layer, all variants.
     pub layer_seconds: Vec<f64>,
+    /// Where the time went.
+    pub stage_seconds: StageSeconds,
+    /// And the memory.
+    #[serde(default)]
+    pub stage_memory_bytes: StageMemory,
     /// Largest resident memory during the run, bytes; none where the system does not say.
     pub peak_memory_bytes: Option<u64>,
-    /// What the branches cost, if it was measured.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub evaluation: Option<Evaluation>,
+    /// What the branches cost, if it was measured: one for each text and protocol.
+    pub evaluations: Vec<Evaluation>,
+}
+
+impl Report {
+    /// Reads a [`REPORT_FILE`].
+    ///
+    /// # Errors
+    /// When it is not there, not JSON, or of another schema.
+    pub fn read(path: &Path) -> Result<Self> {
+        read_schema(path, REPORT_SCHEMA)
+    }
+}
+
+/// Reads a JSON file that says which schema it has; another one is refused before anything else is looked at.
+pub(super) fn read_schema<T: DeserializeOwned>(path: &Path, schema: &str) -> Result<T> {
+    let text = fs::read(path).map_err(Error::io("read", path))?;
+    let json = |source| Error::Json { path: path.into(), source };
+    let value: Value = serde_json::from_slice(&text).map_err(json)?;
+    match value.get("schema").and_then(Value::as_str) {
+        Some(found) if found == schema => serde_json::from_slice(&text).map_err(json),
+        found => Err(Error::Config {
+            path: path.into(),
+            key: "schema".into(),
+            expected: format!("`{schema}`"),
+            found: found.map_or_else(|| "none".into(), |found| format!("`{found}`")),
+        }),
+    }
+}
+
+/// Where a run's time went, seconds. Sums over devices that work at the same time, so that several together can exceed the
+/// run's own time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageSeconds {
+    /// Reading weights, forward passes and Hessians: the layers' time less the next two.
+    pub calibrating: f64,
+    /// Factorizing Hessians and solving linears.
+    pub solving: f64,
+    /// Packing and writing linears.
+    pub packing: f64,
+    /// Writing everything else, syncing, reopening and checking.
+    pub finishing: f64,
+}
+
+/// Largest resident memory while a stage was at work, bytes, looked at fifty times a second; none where the system does not
+/// say. Of devices that work at the same time, the stage that began last counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct StageMemory {
+    /// Reading weights, forward passes and Hessians.
+    pub calibrating: Option<u64>,
+    /// Factorizing Hessians and solving linears.
+    pub solving: Option<u64>,
+    /// Packing and writing linears.
+    pub packing: Option<u64>,
+    /// Writing everything else, syncing, reopening and checking.
+    pub finishing: Option<u64>,
 }
 
 /// The source model.
@@ -83,6 +161,17 @@ pub struct ComputeReport {
     pub threads: usize,
 }
 
+/// Layers that were computed without a break.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayersComputed {
+    /// The first of them, from 0.
+    pub first: usize,
+    /// How many.
+    pub count: usize,
+    /// How.
+    pub compute: ComputeReport,
+}
+
 /// One branch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BranchReport {
@@ -92,10 +181,14 @@ pub struct BranchReport {
     pub variant: Variant,
     /// Bytes of all files.
     pub bytes: u64,
+    /// Bytes of all tensors.
+    pub weight_bytes: u64,
     /// Bits per quantized weight, with scales, zeros and group indices.
     pub bits_per_weight: f64,
     /// Factorizing, solving and packing; a factorization that several variants use is shared out among them.
     pub seconds: f64,
+    /// Which software takes it.
+    pub readers: Vec<ReaderReport>,
     /// Every linear, in the order in which they were solved.
     pub linears: Vec<LinearReport>,
 }
@@ -113,66 +206,31 @@ pub struct LinearReport {
     pub damp_raised: u32,
     /// Input features that carried nothing.
     pub dead_columns: usize,
+    /// Largest over median diagonal element of the Hessian, dead features left out: how far the input features with the
+    /// largest values stand out; 0 when all are dead.
+    pub outlier_ratio: f64,
+    /// An estimate, from below, of the condition number of the damped Hessian: the square of the largest over the smallest
+    /// diagonal element of its Cholesky factor; 0 when there is none.
+    pub condition_estimate: f64,
     /// Factorizing and solving.
     pub seconds: f64,
+    /// Output features that are rounded to nearest, as compensation would have made their error larger.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub uncompensated_features: usize,
+    /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
 }
 
-/// Quality against the unquantized model, on the same tokens.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Evaluation {
-    /// Recipe or file name of the text.
-    pub dataset: String,
-    /// SHA-256 of the windows' token ids.
-    pub sha256: String,
-    /// How the figures are computed, in words.
-    pub protocol: String,
-    /// Windows.
-    pub windows: usize,
-    /// Tokens a window.
-    pub seq_len: usize,
-    /// Perplexity of the unquantized model.
-    pub reference_perplexity: Interval,
-    /// The quantized ones.
-    pub models: Vec<EvaluatedModel>,
-    /// The whole evaluation.
-    pub seconds: f64,
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
-/// One evaluated model.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct EvaluatedModel {
-    /// Branch or folder name.
-    pub name: String,
-    /// Bytes of its weights.
-    pub weight_bytes: u64,
-    /// Perplexity.
-    pub perplexity: Interval,
-    /// Perplexity less the unquantized model's; the interval is over paired windows.
-    pub perplexity_change: Interval,
-    /// Mean over positions of `KL(fp16 ‖ quantized)`, nats.
-    pub kl_divergence: Interval,
-    /// Share of positions at which both models' most likely token is the same.
-    pub top1_agreement: Interval,
-}
-
-/// A value with its 95% interval over windows.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Interval {
-    /// The value over all windows.
-    pub value: f64,
-    /// Half the width of the interval; none with a single window.
-    pub margin: Option<f64>,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_interval_survives_json() {
-        let interval = Interval { value: 1.5, margin: None };
-        let text = serde_json::to_string(&interval).unwrap();
-        assert_eq!(text, r#"{"value":1.5,"margin":null}"#);
-        assert_eq!(serde_json::from_str::<Interval>(&text).unwrap(), interval);
+impl Report {
+    /// Every linear that was rounded to nearest instead of solved, with its branch and the reason.
+    pub fn fallbacks(&self) -> impl Iterator<Item = (&str, &str, &str)> {
+        self.branches.iter().flat_map(|branch| {
+            branch.linears.iter().filter_map(|l| Some((&*branch.branch, &*l.name, l.fallback.as_deref()?)))
+        })
     }
 }

@@ -1,10 +1,29 @@
 //! What a run made and how good it is: plain data, written as `run.json`; everything shown is made from it.
 
+mod advice;
+mod charts;
+mod comparison;
+mod costs;
+mod evaluation;
+mod figures;
+mod html;
 mod json;
+mod markdown;
+mod provenance;
+mod recommendation;
+pub mod statistics;
 mod text;
 
-pub use json::{
-    BranchReport, CalibrationReport, ComputeReport, EvaluatedModel, Evaluation, Interval, LinearReport,
-    ModelReport, REPORT_FILE, REPORT_SCHEMA, Report,
+pub use comparison::{COMPARISON_SCHEMA, Comparison, Entry, RunInput, RunSummary, Source};
+pub use evaluation::{
+    CheckpointReport, EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, Interval,
+    ModelEvaluations, ReaderReport,
 };
-pub use text::{bytes, evaluation_table, run_table};
+pub use html::html;
+pub use json::{
+    BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
+    REPORT_FILE, REPORT_SCHEMA, Report, StageMemory, StageSeconds,
+};
+pub use markdown::markdown;
+pub use recommendation::{FACTOR, Recommendation};
+pub use text::{bytes, comparison_table, duration, evaluation_table, run_table};

@@ -2,8 +2,21 @@
 
 use std::fmt::Write;
 
-use super::{Evaluation, Interval, Report};
+use super::{
+    Comparison, Evaluation, Interval, Report,
+    advice::{advice, headline, rule},
+    figures::{cells, headers},
+};
 use crate::variant::Order;
+
+/// Seconds as people say them.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 90.0 => format!("{s:.0} s"),
+        s if s < 90.0 * 60.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
+}
 
 /// `3.90 GB`, in powers of ten as on the Hub.
 pub fn bytes(count: u64) -> String {
@@ -16,7 +29,7 @@ pub fn bytes(count: u64) -> String {
     }
 }
 
-/// The branches of a run: what each is, how large, how far its linears are off.
+/// The branches of a run: what each is, how large, how far its linears are off; and which linears are not what was asked for.
 pub fn run_table(report: &Report) -> String {
     let header =
         ["branch", "bits", "group", "act order", "size", "bits/weight", "mean error", "worst linear"];
@@ -41,7 +54,34 @@ pub fn run_table(report: &Report) -> String {
             worst.map_or_else(String::new, |l| format!("{:.4} {}", l.relative_error, short(&l.name))),
         ]
     });
-    table(&header, rows.collect())
+    let mut text = table(&header, rows.collect());
+    if report.fallbacks().next().is_some() {
+        text.push_str("\nRounded to nearest, as they could not be solved:\n");
+        let rows = report.fallbacks().map(|texts| <[&str; 3]>::from(texts).map(str::to_owned).to_vec());
+        text.push_str(&table(&["branch", "linear", "reason"], rows.collect()));
+    }
+    text
+}
+
+/// Several runs and checkpoints: what to take, and the figures that decide.
+pub fn comparison_table(comparison: &Comparison) -> String {
+    const SHOWN: [&str; 5] = ["size", "mean KL", "Δ to fp16", "same top-1", "readers"];
+    let headers = headers(comparison);
+    let kept: Vec<usize> = (0..headers.len())
+        .filter(|&c| SHOWN.contains(&headers[c].0.as_str()) || headers[c].0.starts_with("perplexity"))
+        .collect();
+    let names: Vec<&str> =
+        std::iter::once("branch").chain(kept.iter().map(|&c| headers[c].0.as_str())).collect();
+    let rows = comparison.entries.iter().map(|entry| {
+        let cells = cells(comparison, entry);
+        std::iter::once(entry.name.clone()).chain(kept.iter().map(|&c| cells[c].text.clone())).collect()
+    });
+    let mut text = format!("{}\n\n", headline(comparison));
+    for advice in advice(comparison) {
+        let _ = writeln!(text, "{}: {}. {}", advice.when, advice.entry.name, advice.line());
+    }
+    let _ = writeln!(text, "\n{}{}", table(&names, rows.collect()), rule(comparison));
+    text
 }
 
 /// What each model cost against fp16.

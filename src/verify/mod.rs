@@ -14,10 +14,11 @@ use crate::{
     checkpoint::{Checkpoint, QuantizationConfig},
     error::{Error, Result},
     progress::Progress,
+    report::ReaderReport,
 };
 pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_kernels};
 pub use numeric::LinearDistance;
-pub use readers::{Reader, readers};
+pub use readers::{readers, readers_of};
 pub use rounding::KERNEL_TOLERANCE;
 
 /// One thing that is wrong.
@@ -39,7 +40,7 @@ pub struct Verification {
     /// Whether the folder carries checksums; without them a flipped bit that leaves a valid code is not seen.
     pub checksums: bool,
     /// Which software takes it.
-    pub readers: Vec<Reader>,
+    pub readers: Vec<ReaderReport>,
     /// Distance of every linear from the source, if that was given.
     pub distances: Vec<LinearDistance>,
     /// How exact the matmul with packed weights is, if that was asked for and nothing else is wrong.

@@ -1,20 +1,11 @@
 //! Which software takes a checkpoint, as read in its sources; see `docs/format.md`.
 
-use serde::Serialize;
-
 use crate::{
     checkpoint::{Checkpoint, CheckpointFormat, LinearId, LinearKind, LlamaConfig, QuantizationConfig},
+    error::Result,
+    report::ReaderReport,
     variant::{Bits, GroupSize},
 };
-
-/// One reader and why it does not take the checkpoint, if so.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Reader {
-    /// The software, and the kernel where that decides.
-    pub name: &'static str,
-    /// None when it loads and computes what was meant.
-    pub refused: Option<String>,
-}
 
 /// What decides about a reader.
 struct Facts {
@@ -38,7 +29,7 @@ pub fn readers(
     config: &LlamaConfig,
     quantization: &QuantizationConfig,
     checkpoint: &Checkpoint,
-) -> Vec<Reader> {
+) -> Vec<ReaderReport> {
     let first = LinearId { layer: 0, kind: LinearKind::Q };
     let quantizer = quantization.meta.get("quantizer");
     let facts = Facts {
@@ -61,7 +52,15 @@ pub fn readers(
         ("llama.cpp converter", llama_cpp),
         ("mistral.rs", mistral_rs),
     ];
-    rules.iter().map(|(name, rule)| Reader { name, refused: rule(&facts) }).collect()
+    rules.iter().map(|(name, rule)| ReaderReport { name: (*name).into(), refused: rule(&facts) }).collect()
+}
+
+/// All readers of a quantized checkpoint.
+///
+/// # Errors
+/// When it does not say how it was quantized.
+pub fn readers_of(checkpoint: &Checkpoint) -> Result<Vec<ReaderReport>> {
+    Ok(readers(checkpoint.config(), &QuantizationConfig::read(checkpoint)?, checkpoint))
 }
 
 fn gptqmodel(facts: &Facts) -> Option<String> {

@@ -1,6 +1,6 @@
 //! Names, shapes, dtypes, ranges, groups, checksums: everything that can be said from the files alone.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::collections::BTreeMap;
 
 use sha2::{Digest, Sha256};
 
@@ -8,6 +8,7 @@ use super::Finding;
 use crate::{
     checkpoint::{Checkpoint, LinearId, PackedTensors, QuantizationConfig, dense_tensors, packed},
     emit::{CHECKSUMS_FILE, Checksums},
+    folder::{self, TEXT_LIMIT, file_in, is_file_name},
     pack::PackedView,
     progress::Progress,
 };
@@ -116,7 +117,8 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
     if !path.exists() {
         return false;
     }
-    let parsed = fs::read(&path).map_err(|e| e.to_string());
+    let parsed = file_in(checkpoint.dir(), CHECKSUMS_FILE).and_then(|path| folder::read(&path, TEXT_LIMIT));
+    let parsed = parsed.map_err(|e| e.to_string());
     let parsed =
         parsed.and_then(|text| serde_json::from_slice::<Checksums>(&text).map_err(|e| e.to_string()));
     let sums = match parsed {
@@ -140,7 +142,16 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
         findings.push(Finding { subject: name.clone(), problem: "has a checksum and is missing".into() });
     }
     for name in sums.files.keys() {
-        match fs::read(checkpoint.dir().join(Path::new(name))) {
+        // Its own folder alone: a name may point to anything.
+        let path = match is_file_name(name) {
+            true => file_in(checkpoint.dir(), name),
+            false => {
+                let problem = "is not a plain file name".to_owned();
+                findings.push(Finding { subject: name.clone(), problem });
+                continue;
+            }
+        };
+        match path.and_then(|path| folder::read(&path, TEXT_LIMIT)) {
             Ok(bytes) => compare(name, &bytes, &sums.files, findings),
             Err(error) => findings.push(Finding { subject: name.clone(), problem: error.to_string() }),
         }

@@ -10,7 +10,7 @@ use std::{
 use safetensors::Dtype;
 
 use crate::{
-    helpers::{Lab, Q, read_json, text_of, write_json},
+    helpers::{Lab, Q, entries, read_json, text_of, write_json},
     safetensors_file::{self, Tensor, Tensors},
     tiny_model::Model,
 };
@@ -24,12 +24,16 @@ fn refused(lab: &Lab, error: &str) {
     assert!(!lab.out().exists(), "something was left in --out");
 }
 
-/// The same for what is found only when a later layer is read or computed.
+/// The same for what is found only when a later layer is read or computed: what was finished before can be gone on with.
 #[track_caller]
 fn stopped(lab: &Lab, error: &str) {
     lab.quantize(&[&VARIANT[..], &["--quiet"]].concat()).fails_with(error);
-    assert!(!lab.out().exists(), "something was left in --out");
+    assert!(entries(&lab.out()).iter().all(|name| name.ends_with(".partial")), "{:?}", entries(&lab.out()));
 }
+
+/// How an error ends that a file's numbers are to blame for.
+const BROKEN: &str =
+    "are NaN or infinite\nhint: the file holds them: download it again, or look for a better copy";
 
 /// The tiny model in three shards.
 fn sharded() -> Lab {
@@ -161,7 +165,7 @@ fn numbers_that_are_none() {
         });
         stopped(
             &lab,
-            "error: tensor `model.layers.1.mlp.up_proj.weight`: 2 of 8192 values are NaN or infinite",
+            &format!("error: tensor `model.layers.1.mlp.up_proj.weight`: 2 of 8192 values {BROKEN}"),
         );
     }
     for (name, total) in
@@ -173,7 +177,7 @@ fn numbers_that_are_none() {
             let last = tensor.len() - 1;
             tensor.fill([last], f32::NAN);
         });
-        refused(&lab, &format!("error: tensor `{name}`: 1 of {total} values are NaN or infinite"));
+        refused(&lab, &format!("error: tensor `{name}`: 1 of {total} values {BROKEN}"));
     }
 }
 
@@ -211,7 +215,11 @@ fn activations_that_overflow() {
                 .fill(0..64 * 128, 60_000.0);
         }
     });
-    stopped(&lab, "error: inputs of layer 1, down: 128 of 128 values are NaN or infinite");
+    stopped(
+        &lab,
+        "error: inputs of layer 1, down: 128 of 128 values are NaN or infinite\nhint: the model itself computes them: look \
+         at the weights of the layers before, or use --compute-dtype fp32",
+    );
 }
 
 #[test]
@@ -219,7 +227,33 @@ fn inputs_that_carry_nothing() {
     let lab = changed(&Model::default(), |tensors| {
         tensors.get_mut("model.layers.0.input_layernorm.weight").unwrap().fill(0..64, 0.0);
     });
-    refused(&lab, "error: the Hessian of layer 0, q/k/v is all zero: its inputs carried nothing");
+    let flags = [&VARIANT[..], &["--on-failure", "rtn"]].concat();
+    refused(
+        &lab,
+        "error: the Hessian of layer 0, q/k/v is all zero: its inputs carried nothing\nhint: look for a norm or a linear \
+         before it whose weights are all zero; --on-failure rtn rounds such linears to nearest",
+    );
+
+    // Asked for, and said everywhere.
+    let output = lab.quantize(&flags).succeeds();
+    assert!(output.stdout.contains("Rounded to nearest, as they could not be solved:"), "{}", output.stdout);
+    assert!(
+        output.stdout.contains("; 4 linears could not be solved and were rounded to nearest"),
+        "{}",
+        output.stdout
+    );
+    let named = "warning: model.layers.0.self_attn.q_proj, 4bit-32g: rounded to nearest: the Hessian of layer 0, q/k/v";
+    assert!(output.stderr.contains(named), "{}", output.stderr);
+    let report = read_json(&lab.out().join("run.json"));
+    let linears = report["branches"][0]["linears"].as_array().unwrap();
+    let rounded: Vec<_> = linears.iter().filter(|l| !l["fallback"].is_null()).map(|l| &l["name"]).collect();
+    let expected =
+        ["q_proj", "k_proj", "v_proj", "o_proj"].map(|name| format!("model.layers.0.self_attn.{name}"));
+    assert_eq!(rounded, expected.each_ref().map(|name| name.as_str()));
+    assert!(
+        report["warnings"][0].as_str().unwrap().contains("4 linears were rounded to nearest, not solved")
+    );
+    lab.verify(&lab.branch(), &[]).succeeds();
 }
 
 #[test]

@@ -1,14 +1,16 @@
 //! A folder to work in, and the program run in it.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs,
     path::{Path, PathBuf},
+    process::{Child, Stdio},
     sync::LazyLock,
 };
 
-use assert_cmd::{Command, cargo::cargo_bin_cmd};
+use assert_cmd::Command;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::tiny_model::Model;
@@ -28,10 +30,12 @@ pub(crate) fn repository() -> &'static Path {
 
 /// The program, likewise.
 fn program() -> Command {
-    match std::env::var_os("GPTQ_TEST_BINARY") {
-        Some(binary) => Command::new(binary),
-        None => cargo_bin_cmd!("gptq"),
-    }
+    Command::new(program_path())
+}
+
+/// Where the program is.
+fn program_path() -> OsString {
+    std::env::var_os("GPTQ_TEST_BINARY").unwrap_or_else(|| env!("CARGO_BIN_EXE_gptq").into())
 }
 
 /// A file of the bundled demo.
@@ -138,7 +142,15 @@ impl Lab {
         for dir in quantized {
             args.extend(["--quantized".to_owned(), text_of(dir)]);
         }
-        self.run(&args).json()
+        self.run(&args).json()["evaluations"][0].take()
+    }
+
+    /// The program with any arguments, running; what it prints on standard error can be read.
+    pub(crate) fn start<S: AsRef<OsStr>>(&self, args: &[S]) -> Child {
+        let mut command = std::process::Command::new(program_path());
+        command.args(args).env_remove("HF_HUB_CACHE").env("HF_HOME", self.path("hf-home"));
+        command.env("OMP_WAIT_POLICY", "passive").stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().unwrap()
     }
 
     /// The program with any arguments.
@@ -147,7 +159,10 @@ impl Lab {
         for variable in ["HF_HUB_CACHE", "GPTQ_TEST_DATA"] {
             command.env_remove(variable);
         }
-        command.env("HF_HOME", self.path("hf-home")).env("OMP_WAIT_POLICY", "passive");
+        command
+            .env("HF_HOME", self.path("hf-home"))
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .env("OMP_WAIT_POLICY", "passive");
         let output = command.args(args).output().unwrap();
         self.read(&output)
     }
@@ -232,6 +247,17 @@ pub(crate) fn files_below(dir: &Path) -> Vec<PathBuf> {
         }
     }
     files
+}
+
+/// Every file below a run's folder with its digest, but for the report, which has times in it.
+pub(crate) fn digests(out: &Path) -> Vec<(String, String)> {
+    let files = files_below(out).into_iter().filter(|path| !path.ends_with("run.json"));
+    files
+        .map(|path| {
+            let digest = Sha256::digest(fs::read(out.join(&path)).unwrap());
+            (path.display().to_string(), digest.iter().map(|b| format!("{b:02x}")).collect())
+        })
+        .collect()
 }
 
 /// Copies a folder of files.

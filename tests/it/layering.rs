@@ -8,9 +8,10 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 19] = [
+const LAYERS: [&str; 20] = [
     "error",
     "progress",
+    "folder",
     "device",
     "cuda",
     "variant",
@@ -87,6 +88,7 @@ const UNSAFE: &[&str] = &[
     "kernels/cpu_simd_x86.rs",
     "kernels/cuda_matmul.rs",
     "model/linear.rs",
+    "pipeline/machine.rs",
 ];
 
 const LONGEST: usize = 400;

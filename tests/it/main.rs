@@ -8,20 +8,27 @@
 //! | `bad_input` | every malformed checkpoint: its error, its hint, exit code 2, nothing left behind |
 //! | `bad_settings` | the same for plans, flags, texts and disks |
 //! | `cuda_device` | whole models on a CUDA device against the CPU (needs one) |
+//! | `resume` | runs that end early go on to the same bytes; what cannot be gone on with is refused, untouched |
+//! | `killed` | the same with the program killed, stopped by signals, and on disks that fill up |
 //! | `resources` | limits of memory and several devices make the same branches |
 //! | `verify` | every kind of damage to a branch is named; a good one passes |
 //! | `foreign` | checkpoints written by other tools mean the same |
+//! | `fuzz_findings` | inputs that fuzzers found something with |
 //! | `golden` | our packing against bytes that other code made |
 //! | `kernel` | every linear of a branch through the matmul that runs it; every fault in one shows |
 //! | `models` | our forward pass against logits that transformers computed |
 //! | `bench` | where its result goes, and what it says without a device |
+//! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
+//! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
 //! | `generate` | text from the demo model and its branches |
-//! | `reference` | perplexities of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
+//! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
+//! | `documentation` | the tests that it names exist |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
 //! `helpers` runs the program in a folder of its own, mostly on a `tiny_model`; `safetensors_file` reads and writes
-//! files without the library's own reader; `source` reads Rust source text.
+//! files without the library's own reader; `rounded` makes a quantized model without calibration; `source` reads Rust
+//! source text.
 
 mod bad_input;
 mod bad_settings;
@@ -30,17 +37,24 @@ mod cuda_device;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;
 mod cuda_kernels;
+mod documentation;
+mod evaluation;
 mod foreign;
+mod fuzz_findings;
 mod generate;
 mod golden;
 mod helpers;
 mod kernel;
+mod killed;
 mod layering;
 mod models;
 mod output;
 mod quantize;
 mod reference;
+mod reports;
 mod resources;
+mod resume;
+mod rounded;
 mod safetensors_file;
 mod source;
 mod tiny_model;

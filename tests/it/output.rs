@@ -6,6 +6,9 @@ use crate::helpers::{Lab, demo, text_of};
 /// another.
 fn masked(text: &str) -> String {
     let word = |word: &str| {
+        if let Some((folder, _)) = word.split_once("/predictions-") {
+            return format!("{folder}/…`");
+        }
         let unsigned = word.trim_start_matches(['+', '-']);
         let mut masked = String::new();
         for c in unsigned.chars() {
@@ -36,7 +39,9 @@ fn a_run_ends_with_its_tables() {
         "2",
     ];
     let output = lab.quantize(&flags).succeeds();
-    insta::assert_snapshot!(masked(&output.stdout), @r"
+    // Two linears are about equally bad; which is worse depends on the processor.
+    let table = masked(&output.stdout).replace("self_attn.q_proj", "self_attn.k_proj");
+    insta::assert_snapshot!(table, @r"
     branch bits group act order size bits/weight mean error worst linear
     gptq-0bit-0g-actorder_False 0 0 no 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj
     gptq-0bit-0g-actorder_True-static-asym 0 0 static 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj
@@ -50,6 +55,7 @@ fn a_run_ends_with_its_tables() {
     insta::assert_snapshot!(masked(&output.stderr), @r"
     layer 0/0: 0.0 s, 0.0 MB in use
     layer 0/0: 0.0 s, 0.0 MB in use
+    the unquantized model's predictions are kept in `[LAB]/cache/gptq/…` (0.0 kB)
     ");
 }
 
@@ -98,7 +104,8 @@ fn eval_compares_folders() {
         "2",
     ];
     let output = lab.run(&args).succeeds();
-    assert_eq!(output.stderr, "");
+    let kept = "the unquantized model's predictions are kept in `[LAB]/cache/gptq/…` (0.0 kB)";
+    assert_eq!(masked(&output.stderr), kept);
     insta::assert_snapshot!(masked(&output.stdout), @r"
     model weights perplexity change KL divergence same top-0
     fp0 0.0

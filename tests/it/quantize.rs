@@ -63,7 +63,7 @@ fn a_run_leaves_complete_branches_and_a_report() {
 fn the_report_says_what_was_done(printed: &Value, out: &Path) {
     assert_eq!(*printed, read_json(&out.join("run.json")), "what is printed is what is written");
     let report: Report = serde_json::from_value(printed.clone()).unwrap();
-    assert_eq!((report.schema.as_str(), REPORT_SCHEMA), ("gptq-run/1", "gptq-run/1"));
+    assert_eq!((report.schema.as_str(), REPORT_SCHEMA), ("gptq-run/2", "gptq-run/2"));
     assert_eq!(report.generated_by, concat!("gptq ", env!("CARGO_PKG_VERSION")));
     assert_eq!((report.model.layers, report.model.parameters), (4, 5_114_112));
     assert_eq!((report.calibration.samples, report.calibration.seq_len), (8, 128));
@@ -75,13 +75,22 @@ fn the_report_says_what_was_done(printed: &Value, out: &Path) {
         let sizes = entries(&out.join(&branch.branch)).into_iter().map(|f| out.join(&branch.branch).join(f));
         assert_eq!(branch.bytes, sizes.map(|f| f.metadata().unwrap().len()).sum::<u64>());
         assert_eq!(branch.linears.len(), 4 * 7);
+        assert!(branch.linears.iter().all(|l| l.outlier_ratio >= 1.0 && l.condition_estimate >= 1.0));
+        assert!(branch.readers.iter().any(|r| r.refused.is_none()) && branch.weight_bytes < branch.bytes);
         assert_eq!(branch.linears[0].name, "model.layers.0.self_attn.q_proj");
         assert!(
             branch.linears.iter().all(|l| l.relative_error > 0.0 && l.relative_error < 0.5 && l.damp == 0.01)
         );
     }
-    let evaluation = report.evaluation.expect("it was evaluated");
+    let stages = report.stage_seconds;
+    let all = [stages.calibrating, stages.solving, stages.packing, stages.finishing];
+    assert!(all.iter().all(|&s| s > 0.0) && all.iter().sum::<f64>() <= report.seconds, "{stages:?}");
+    assert_eq!(report.command[..4], ["gptq", "quantize", "--model", "demo"]);
+    assert!(report.command.iter().all(|word| !word.contains('/')), "{:?}", report.command);
+    let [evaluation] = &report.evaluations[..] else { panic!("evaluated once") };
     assert_eq!((evaluation.windows, evaluation.seq_len, evaluation.models.len()), (2, 128, 2));
+    assert_eq!((&evaluation.window_tokens[..], evaluation.window_nll.len()), (&[127, 127][..], 2));
+    assert!(evaluation.models.iter().all(|m| m.window_nll.len() == 2 && m.kl_p99 <= m.kl_max));
     assert!(evaluation.models.iter().all(|m| m.kl_divergence.value > 0.0 && m.kl_divergence.value < 0.2));
 }
 
@@ -247,12 +256,17 @@ fn a_plan_is_followed_and_flags_go_before_it() {
 }
 
 #[test]
-fn what_a_killed_run_left_is_not_in_the_way() {
+fn what_a_run_without_a_journal_left_needs_a_word() {
     let lab = Lab::new();
     let partial = lab.out().join(".gptq-4bit-32g-actorder_False.partial");
     fs::create_dir_all(&partial).unwrap();
     fs::write(partial.join("model.safetensors"), "half of it").unwrap();
-    lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    lab.quantize(&["--variant", "4bit-32g"]).fails_with(
+        "error: `[LAB]/out` cannot be gone on with: it holds a run that was begun, whose journal is not in \
+         `[LAB]/out/.journal.partial`\nhint: --restart throws what was begun away; if its journal lies elsewhere, name \
+         it with --journal-dir",
+    );
+    lab.quantize(&["--variant", "4bit-32g", "--restart"]).succeeds();
     assert_eq!(entries(&lab.out()), ["gptq-4bit-32g-actorder_False", "run.json"]);
     assert_eq!(entries(&lab.branch()), BRANCH_FILES);
     // Even that of another variant, and behind a link to another disk, which stays one.
@@ -260,7 +274,7 @@ fn what_a_killed_run_left_is_not_in_the_way() {
     let disk = lab.path("disk");
     fs::create_dir_all(disk.join(".main.partial")).unwrap();
     std::os::unix::fs::symlink(&disk, &out).unwrap();
-    lab.quantize(&["--variant", "4bit-32g", "--out", &text_of(&out)]).succeeds();
+    lab.quantize(&["--variant", "4bit-32g", "--restart", "--out", &text_of(&out)]).succeeds();
     assert_eq!(entries(&disk), ["gptq-4bit-32g-actorder_False", "run.json"]);
 }
 

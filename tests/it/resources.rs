@@ -1,10 +1,9 @@
 //! Limits of memory and several devices: how a run is done, never what it makes.
 
-use std::{fs, path::Path};
-
-use sha2::{Digest, Sha256};
-
-use crate::helpers::{Lab, demo, files_below, text_of};
+use crate::{
+    helpers::{Lab, demo, digests, read_json, text_of},
+    tiny_model::Model,
+};
 
 const FLAGS: [&str; 8] =
     ["--samples", "12", "--seq-len", "128", "--variant", "4bit-128g", "--variant", "4bit-32g-act"];
@@ -16,16 +15,6 @@ fn run(more: &[&str]) -> (Vec<(String, String)>, String) {
     let flags = [&["--model", &model, "--dataset", &text], &FLAGS[..], more].concat();
     let output = lab.quantize(&flags).succeeds();
     (digests(&lab.out()), output.estimate)
-}
-
-fn digests(out: &Path) -> Vec<(String, String)> {
-    let files = files_below(out).into_iter().filter(|path| !path.ends_with("run.json"));
-    files
-        .map(|path| {
-            let digest = Sha256::digest(fs::read(out.join(&path)).unwrap());
-            (path.display().to_string(), digest.iter().map(|b| format!("{b:02x}")).collect())
-        })
-        .collect()
 }
 
 /// Bytes in `memory: about 123.4 MB at most…`.
@@ -54,9 +43,29 @@ fn too_little_memory_is_refused_with_the_numbers() {
     let output =
         lab.quantize(&[&["--model", &model, "--dataset", &text, "--max-memory", "1MB"], &FLAGS[..]].concat());
     assert_eq!(output.code, Some(2));
-    assert!(output.stderr.contains("error: memory: 1.0 MB are allowed, and at least "), "{}", output.stderr);
+    assert!(
+        output.stderr.contains("error: memory: 1.0 MB are available, and at least "),
+        "{}",
+        output.stderr
+    );
     assert!(output.stderr.contains("hint: allow more with --max-memory"), "{}", output.stderr);
     assert!(!lab.out().exists());
+}
+
+/// Wider than deep, deeper than wide, and with few heads of keys; large enough that what a run needs is more than what any
+/// program does.
+#[test]
+fn the_estimate_is_within_a_fifth_of_the_peak() {
+    let shapes = [(768, 2560, 6, 6), (512, 3072, 8, 2), (1024, 1024, 8, 8)];
+    for (hidden, intermediate, heads, kv_heads) in shapes {
+        let lab = Lab::with(&Model { hidden, intermediate, heads, kv_heads, ..Model::default() });
+        let flags =
+            ["--samples", "48", "--seq-len", "128", "--variant", "4bit-128g", "--variant", "4bit-32g-act"];
+        let output = lab.quantize(&flags).succeeds();
+        let peak = read_json(&lab.out().join("run.json"))["peak_memory_bytes"].as_f64().unwrap();
+        let ratio = estimate(&output.estimate) / peak;
+        assert!((0.8..1.2).contains(&ratio), "hidden {hidden}: estimated {ratio:.2} of {peak}");
+    }
 }
 
 #[test]

@@ -117,7 +117,9 @@ fn a_flipped_bit_is_named() {
 fn files_that_are_gone_or_cut_short_are_named() {
     let lab = Lab::with_branch("4bit-32g");
     let dir = damaged(&lab, |dir| fs::remove_file(dir.join("tokenizer.json")).unwrap());
-    lab.verify(&dir, &[]).finds("tokenizer.json: No such file or directory (os error 2)");
+    lab.verify(&dir, &[]).finds(
+        "tokenizer.json: cannot read `[LAB]/damaged/tokenizer.json`: No such file or directory (os error 2)",
+    );
     let dir = damaged(&lab, |dir| fs::write(dir.join("checksums.json"), "{}").unwrap());
     lab.verify(&dir, &[]).finds("checksums.json: missing field `algorithm` at line 1 column 2");
 

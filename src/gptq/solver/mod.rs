@@ -9,25 +9,31 @@
 mod cholesky;
 mod cpu;
 mod cuda;
+mod fallback;
 mod instructions;
 mod kernel;
 mod lane_scales;
 pub mod reference;
+mod rtn;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
 mod torch;
 mod torch_scales;
 
+use std::borrow::Borrow;
+
 use half::f16;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 pub use cpu::CpuSolver;
 pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes};
+pub use fallback::OrRounded;
+pub use rtn::RtnSolver;
 pub use torch::TorchSolver;
 
 use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};
 use crate::{
-    error::{Error, Result},
+    error::{Error, NumericalError, Result, TorchContext},
     variant::{Sorting, Variant},
 };
 
@@ -41,7 +47,7 @@ pub trait Solver {
     /// factorization fails. `stage` names the inputs in errors.
     ///
     /// # Errors
-    /// When the Hessian stays indefinite at full damping, or memory ends.
+    /// When the Hessian is all zero or stays indefinite at full damping, or memory ends.
     fn factorize(
         &self,
         hessian: &Hessian,
@@ -60,7 +66,7 @@ pub trait Factorized {
     /// of the order that was factorized.
     ///
     /// # Errors
-    /// When a scale does not fit fp16, or libtorch fails.
+    /// When a weight is NaN or infinite, a scale does not fit fp16, the arithmetic leaves the numbers, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
 }
 
@@ -82,6 +88,10 @@ pub struct Factorization {
     pub damp_raised: u32,
     /// Input features that carried nothing during calibration; their weights are set to zero.
     pub dead_columns: usize,
+    /// Largest over median diagonal element, dead features left out.
+    pub outlier_ratio: f64,
+    /// The square of the largest over the smallest diagonal element of the factor: at most the condition number.
+    pub condition_estimate: f64,
 }
 
 /// One solved linear.
@@ -91,6 +101,11 @@ pub struct Solution {
     pub linear: Solved,
     /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
     pub squared_error: f64,
+    /// Output features that are rounded to nearest, as compensation would have made their error larger: with the common
+    /// grids it clips what it moves out of them.
+    pub uncompensated: usize,
+    /// Why it was rounded to nearest instead of solved, if it was: see [`OrRounded`].
+    pub fallback: Option<String>,
 }
 
 /// Codes, scales, zeros and groups, where the solver left them.
@@ -135,6 +150,8 @@ impl Solved {
 struct Damped<F> {
     factor: F,
     order: ColumnOrder,
+    /// Undamped, in the features' own order.
+    diagonal: Vec<f32>,
     dead: Vec<u32>,
     /// What was added to the diagonal.
     lambda: f64,
@@ -150,8 +167,8 @@ struct Damping<'a> {
     lambda: f64,
 }
 
-/// Orders a Hessian and tries dampings from `damp` on until `factorize` returns a factor.
-fn damped<F>(
+/// Orders a Hessian and tries dampings from `damp` on until `factorize` returns a factor, triangular in any direction.
+fn damped<F: Borrow<Tensor>>(
     hessian: &Hessian,
     sorting: Sorting,
     damp: f64,
@@ -161,16 +178,38 @@ fn damped<F>(
     let diagonal = hessian.diagonal()?;
     let dead = dead_columns(&diagonal);
     let alive = diagonal.len() - dead.len();
+    if alive == 0 {
+        return Err(NumericalError::EmptyHessian { stage: stage.to_owned() }.into());
+    }
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
     let order = ColumnOrder::new(sorting, &diagonal);
     for (raised, damp) in damping_steps(damp).enumerate() {
         let lambda = damp * mean;
         if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {
-            let facts = Factorization { damp, damp_raised: raised as u32, dead_columns: dead.len() };
-            return Ok(Damped { factor, order, dead, lambda, facts });
+            let facts = Factorization {
+                damp,
+                damp_raised: raised as u32,
+                dead_columns: dead.len(),
+                outlier_ratio: outlier_ratio(&diagonal),
+                condition_estimate: condition_estimate(factor.borrow()).torch("look at a factor")?,
+            };
+            return Ok(Damped { factor, order, diagonal, dead, lambda, facts });
         }
     }
-    Err(Error::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 })
+    Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
+}
+
+/// Largest over median of what is not zero; 0 when all is.
+fn outlier_ratio(diagonal: &[f32]) -> f64 {
+    let mut alive: Vec<f32> = diagonal.iter().copied().filter(|&d| d != 0.0).collect();
+    alive.sort_unstable_by(f32::total_cmp);
+    let largest = alive.last().map_or(0.0, |&d| f64::from(d));
+    alive.get(alive.len() / 2).map_or(0.0, |&median| largest / f64::from(median))
+}
+
+fn condition_estimate(factor: &Tensor) -> Result<f64, tch::TchError> {
+    let (smallest, largest) = factor.f_diagonal(0, 0, 1)?.f_aminmax(0, false)?;
+    Ok((f64::try_from(largest)? / f64::try_from(smallest)?).powi(2))
 }
 
 /// Columns solved between two matrix products: about `panel`, but whole groups where these are fitted on the way. `k` are
@@ -180,7 +219,7 @@ fn panel_width(variant: &Variant, k: usize, panel: usize) -> usize {
     if variant.scales_known_beforehand() { panel } else { size.max(panel / size * size) }
 }
 
-/// What solving one weight added up over its rows.
+/// What solving one weight, or one row of it, added up.
 #[derive(Debug, Clone, Copy)]
 struct Sums {
     /// `tr(D (H+λI) Dᵀ)`.
@@ -199,9 +238,9 @@ impl Sums {
 /// A solution out of its parts: codes `[K, N]`, steps `[G, N]`.
 ///
 /// # Errors
-/// When a scale does not fit fp16.
+/// When it is not one that can be used: see [`check_scales`] and [`check_sums`].
 fn solution(
-    name: &str,
+    weight: &Weight<'_>,
     variant: &Variant,
     codes: Vec<u8>,
     steps: &[Step],
@@ -210,17 +249,56 @@ fn solution(
     lambda: f64,
 ) -> Result<Solution> {
     let scales: Vec<f16> = steps.iter().map(|s| s.scale).collect();
-    check_scales(name, &scales, codes.len() / g_idx.len())?;
+    check_scales(weight, &scales, codes.len() / g_idx.len())?;
+    check_sums(weight, sums)?;
     let zeros = steps.iter().map(|s| s.zero).collect();
     let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
-    Ok(Solution { linear: Solved::Host(linear), squared_error: sums.undamped(lambda) })
+    Ok(Solution {
+        linear: Solved::Host(linear),
+        squared_error: sums.undamped(lambda),
+        uncompensated: 0,
+        fallback: None,
+    })
 }
 
-/// Refuses a scale that does not fit fp16, of `scales` `[G, N]`.
-fn check_scales(name: &str, scales: &[f16], n: usize) -> Result<()> {
+/// Refuses a scale that does not fit fp16, of `scales` `[G, N]`: the fault of a weight, or of what was made of it.
+fn check_scales(weight: &Weight<'_>, scales: &[f16], n: usize) -> Result<()> {
     let Some(at) = scales.iter().position(|s| !s.is_finite()) else { return Ok(()) };
-    let place = format!("{name}: scale of group {}, output feature {}", at / n, at % n);
-    Err(Error::Fp16Overflow { place, value: f32::INFINITY })
+    check_finite(weight)?;
+    let place = format!("scale of group {}, output feature {}", at / n, at % n);
+    let largest = largest(weight)?;
+    if largest > f16::MAX.to_f32() {
+        let place = format!("{}: {place}, from its largest weight", weight.name);
+        return Err(Error::Fp16Overflow { place, value: largest });
+    }
+    let problem = format!("{place}: it does not fit fp16, though the largest weight, {largest}, does");
+    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
+}
+
+/// Refuses a solution in which the arithmetic left the numbers; nothing in its codes shows that.
+fn check_sums(weight: &Weight<'_>, sums: Sums) -> Result<()> {
+    if sums.objective.is_finite() && sums.distance.is_finite() {
+        return Ok(());
+    }
+    check_finite(weight)?;
+    let problem = "its error came out as NaN or infinite, though its weights are numbers".to_owned();
+    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
+}
+
+/// Refuses a weight with NaN or infinity in it.
+fn check_finite(weight: &Weight<'_>) -> Result<()> {
+    let total = weight.values.numel() as u64;
+    let count = || i64::try_from(weight.values.f_isfinite()?.f_sum(Kind::Int64)?);
+    let count = total - count().torch("look for NaN and infinity")? as u64;
+    if count == 0 {
+        return Ok(());
+    }
+    Err(Error::NonFinite { place: format!("weight of `{}`", weight.name), count, total })
+}
+
+fn largest(weight: &Weight<'_>) -> Result<f32> {
+    let largest = || f64::try_from(weight.values.f_abs()?.f_max()?);
+    Ok(largest().torch("find the largest weight")? as f32)
 }
 
 /// The dampings tried one after another, as fractions of the mean diagonal: `start`, then doubled up to 1.

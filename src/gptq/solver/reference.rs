@@ -20,6 +20,18 @@ pub struct ReferenceSolution {
     pub squared_error: f64,
 }
 
+/// [`solve`], but for rows that compensation harms, as the grid clips what it moves: these are rounded to nearest.
+pub fn solve_or_round(
+    weight: &[f64],
+    hessian: &[f64],
+    k: usize,
+    damp: f64,
+    variant: &Variant,
+    scales: Scales,
+) -> Option<ReferenceSolution> {
+    rows(weight, hessian, k, damp, variant, scales, true)
+}
+
 /// Quantizes `weight` `[N, K]` for `hessian` `[K, K]`, both row-major; `damp` is a fraction of the mean diagonal.
 /// `None` when the damped Hessian is not positive definite.
 pub fn solve(
@@ -29,6 +41,18 @@ pub fn solve(
     damp: f64,
     variant: &Variant,
     scales: Scales,
+) -> Option<ReferenceSolution> {
+    rows(weight, hessian, k, damp, variant, scales, false)
+}
+
+fn rows(
+    weight: &[f64],
+    hessian: &[f64],
+    k: usize,
+    damp: f64,
+    variant: &Variant,
+    scales: Scales,
+    or_round: bool,
 ) -> Option<ReferenceSolution> {
     let n = weight.len() / k;
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
@@ -71,8 +95,7 @@ pub fn solve(
         let pivots: Vec<f64> = (0..k).map(|i| u[i * k + i]).collect();
         if variant.order == Order::ActStatic {
             for group in 0..groups {
-                let of_group: Vec<usize> =
-                    (0..k).filter(|&i| order.group_at(i, variant) == group).collect();
+                let of_group: Vec<usize> = (0..k).filter(|&i| order.group_at(i, variant) == group).collect();
                 let of = |values: &[f64]| of_group.iter().map(|&i| values[i]).collect::<Vec<_>>();
                 let (weights, pivots) = (of(&w), of(&pivots));
                 let group_of = Group { weights: &weights, pivots: &pivots, block: None };
@@ -96,16 +119,57 @@ pub fn solve(
             codes[columns[i] as usize * n + row] = code;
             d[i] = step.weight(code) - w[i];
         }
-        for (i, &a) in columns.iter().enumerate() {
-            for (j, &b) in columns.iter().enumerate() {
-                squared_error += d[i] * d[j] * hessian[a as usize * k + b as usize];
-            }
+        let by_feature = |d: &[f64]| {
+            let mut by_feature = vec![0.0; k];
+            columns.iter().zip(d).for_each(|(&column, &d)| by_feature[column as usize] = d);
+            by_feature
+        };
+        let compensated = row_error(&by_feature(&d), hessian);
+        if !or_round {
+            squared_error += compensated;
+            continue;
         }
+        let weights = &weight[row * k..][..k];
+        let (plain, plain_codes, d) = rounded(grid, weights, &dead, &g_idx, groups);
+        let plain_error = row_error(&d, hessian);
+        if plain_error < compensated {
+            plain.into_iter().enumerate().for_each(|(group, step)| steps[group * n + row] = step);
+            plain_codes.into_iter().enumerate().for_each(|(column, code)| codes[column * n + row] = code);
+        }
+        squared_error += compensated.min(plain_error);
     }
     let scales = steps.iter().map(|s| s.scale).collect();
     let zeros = steps.iter().map(|s| s.zero).collect();
     let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx);
     Some(ReferenceSolution { linear, squared_error })
+}
+
+/// `d H dᵀ`.
+fn row_error(d: &[f64], hessian: &[f64]) -> f64 {
+    let products = hessian.chunks(d.len()).map(|h| h.iter().zip(d).map(|(h, d)| h * d).sum::<f64>());
+    products.zip(d).map(|(product, d)| product * d).sum()
+}
+
+/// A row rounded to nearest: its steps, codes and differences, by feature. Dead features are zero.
+fn rounded(
+    grid: Grid,
+    weights: &[f64],
+    dead: &[u32],
+    g_idx: &[u32],
+    groups: usize,
+) -> (Vec<Step>, Vec<u8>, Vec<f64>) {
+    let of_group = |group| weights.iter().zip(g_idx).filter(move |(_, g)| **g == group).map(|(&w, _)| w);
+    let steps: Vec<Step> = (0..groups as u32).map(|group| fit(grid, of_group(group))).collect();
+    let value = |k: usize| if dead.binary_search(&(k as u32)).is_ok() { 0.0 } else { weights[k] };
+    let step = |k: usize| steps[g_idx[k] as usize];
+    let codes: Vec<u8> = (0..weights.len()).map(|k| grid.code(value(k), step(k))).collect();
+    let d = codes.iter().enumerate().map(|(k, &code)| step(k).weight(code) - value(k)).collect();
+    (steps, codes, d)
+}
+
+fn fit(grid: Grid, weights: impl Iterator<Item = f64>) -> Step {
+    let (min, max) = weights.fold((f64::INFINITY, f64::NEG_INFINITY), |(lo, hi), w| (lo.min(w), hi.max(w)));
+    grid.fit(min, max)
 }
 
 /// The weights of columns `start..end` as compensated for all columns before `start`:

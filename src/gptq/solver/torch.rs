@@ -5,7 +5,8 @@ use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, damped, panel_width, solution,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, damped, panel_width,
+    solution,
     torch_scales::{Group, best_steps},
 };
 use crate::{
@@ -95,7 +96,7 @@ impl Factorized for TorchFactor {
         let g_idx = self.damped.order.g_idx(variant);
         let solved = solved.torch("solve a stage")?;
         let solutions = solved.into_iter().zip(weights).map(|((codes, steps, sums), weight)| {
-            solution(weight.name, variant, codes, &steps, g_idx.clone(), sums, self.damped.lambda)
+            solution(weight, variant, codes, &steps, g_idx.clone(), sums, self.damped.lambda)
         });
         solutions.collect()
     }
@@ -127,11 +128,7 @@ struct Columns<'a> {
 type Taken = (Vec<u8>, Vec<Step>, Sums);
 
 impl<'a> Columns<'a> {
-    fn new(
-        solver: &'a TorchFactor,
-        weights: &[Weight<'_>],
-        variant: &'a Variant,
-    ) -> Result<Self, TchError> {
+    fn new(solver: &'a TorchFactor, weights: &[Weight<'_>], variant: &'a Variant) -> Result<Self, TchError> {
         let factor = &solver.damped;
         let device = factor.factor.device();
         let order: Vec<i64> = factor.order.columns().iter().map(|&c| i64::from(c)).collect();

@@ -35,7 +35,8 @@ pub(super) fn best_steps(grid: Grid, scales: Scales, group: &Group<'_>) -> Resul
         all_zeros.push(zeros);
     }
     let (_, order) = Tensor::f_stack(&costs, 0)?.f_sort_stable(true, 0, false)?;
-    let best = |count: i64, of: &[Tensor]| Tensor::f_stack(of, 0)?.f_gather(0, &order.f_narrow(0, 0, count)?, false);
+    let best =
+        |count: i64, of: &[Tensor]| Tensor::f_stack(of, 0)?.f_gather(0, &order.f_narrow(0, 0, count)?, false);
     let Some(block) = group.block.filter(|_| scales.finalists() > 1) else {
         let of = |of: &[Tensor]| best(1, of)?.f_squeeze_dim(0);
         return Ok(Steps { scales: of(&all_scales)?, zeros: of(&all_zeros)? });

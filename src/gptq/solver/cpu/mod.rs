@@ -1,6 +1,7 @@
 //! The fast solver: matrix products for the cubic work (factorization, compensation between panels), the kernel for the
 //! columns.
 
+mod compare;
 mod panel;
 mod stack;
 
@@ -77,9 +78,10 @@ impl Solver for CpuSolver {
             let done = cholesky::in_place(&lower).torch("factorize a Hessian")?;
             Ok(done.then_some(lower))
         };
-        let Damped { factor: lower, order, dead, lambda, facts } =
+        let Damped { factor: lower, order, diagonal, dead, lambda, facts } =
             damped(hessian, sorting, damp, stage, factorize)?;
-        Ok(Box::new(CpuFactor { lower, order, dead, lambda, facts, amx: self.amx, scales: self.scales }))
+        let (amx, scales) = (self.amx, self.scales);
+        Ok(Box::new(CpuFactor { lower, order, diagonal, dead, lambda, facts, amx, scales }))
     }
 }
 
@@ -110,6 +112,8 @@ struct CpuFactor {
     /// `L`, `[K, K]` fp32; what lies above the diagonal means nothing.
     lower: Tensor,
     order: ColumnOrder,
+    /// Of `H`, `[K]`, in the features' own order.
+    diagonal: Vec<f32>,
     dead: Vec<u32>,
     lambda: f64,
     facts: Factorization,
@@ -153,7 +157,10 @@ impl Factorized for CpuFactor {
             self.solve_panel(&mut stack, start..(start + width).min(k), variant, &mut state);
         }
         drop(stack);
-        self.split(weights, variant, state)
+        let uncompensated = self.round_where_better(weights, variant, &mut state)?;
+        let mut solutions = self.split(weights, variant, state)?;
+        solutions.iter_mut().zip(uncompensated).for_each(|(solution, count)| solution.uncompensated = count);
+        Ok(solutions)
     }
 }
 

@@ -163,15 +163,7 @@ impl CpuFactor {
                 objective: objective[range.clone()].iter().sum(),
                 distance: distance[range].iter().sum(),
             };
-            solutions.push(solution(
-                weight.name,
-                variant,
-                own_codes,
-                &steps,
-                g_idx.clone(),
-                sums,
-                self.lambda,
-            )?);
+            solutions.push(solution(weight, variant, own_codes, &steps, g_idx.clone(), sums, self.lambda)?);
         }
         Ok(solutions)
     }

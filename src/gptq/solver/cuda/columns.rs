@@ -193,7 +193,8 @@ impl<'a> Columns<'a> {
         let pivots = self.factor.damped.factor.f_diagonal(0, 0, 1)?;
         for (group, positions) in positions.iter().enumerate() {
             let index = Tensor::f_from_slice(positions)?.f_to_device(self.stack.device())?;
-            let (weights, pivots) = (self.stack.f_index_select(0, &index)?, pivots.f_index_select(0, &index)?);
+            let (weights, pivots) =
+                (self.stack.f_index_select(0, &index)?, pivots.f_index_select(0, &index)?);
             self.set_steps(group, &Group { weights: &weights, pivots: &pivots, block: None })?;
         }
         Ok(())

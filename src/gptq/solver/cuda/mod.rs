@@ -21,7 +21,8 @@ pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales, damped,
+    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
+    check_sums, damped,
 };
 use crate::{
     accuracy::Scales,
@@ -226,11 +227,14 @@ impl CudaFactor {
         let solutions =
             linears.into_iter().zip(weights).zip(sums).map(|((linear, weight), (sums, broken))| {
                 if broken {
-                    check_scales(weight.name, linear.to_host()?.scales(), linear.out_features())?;
+                    check_scales(weight, linear.to_host()?.scales(), linear.out_features())?;
                 }
+                check_sums(weight, sums)?;
                 Ok(Solution {
                     linear: Solved::Device(linear),
                     squared_error: sums.undamped(self.damped.lambda),
+                    uncompensated: 0,
+                    fallback: None,
                 })
             });
         solutions.collect()

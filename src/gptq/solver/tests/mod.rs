@@ -1,6 +1,7 @@
 //! The definition against the classical loop, and the solvers against the definition.
 
 mod hessian;
+mod numerics;
 pub(in crate::gptq) mod problem;
 mod solvers;
 
@@ -8,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::damping_steps;
 use crate::{
-    error::Error,
+    error::{Error, NumericalError},
     gptq::{Grid, Hessian},
     variant::Variant,
 };
@@ -76,7 +77,7 @@ fn broken_inputs_are_named() {
     let error = hessian.finish("layer 3, down").unwrap_err();
     assert_eq!(error.to_string(), "inputs of layer 3, down: 1 of 8 values are NaN or infinite");
     let empty = Hessian::new(8, Device::Cpu).unwrap().finish("layer 3, down").unwrap_err();
-    assert!(matches!(empty, Error::EmptyHessian { .. }));
+    assert!(matches!(empty, Error::Numerical(NumericalError::EmptyHessian { .. })));
 }
 
 #[test]

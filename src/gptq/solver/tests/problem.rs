@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    accuracy::Scales,
     device,
     gptq::{
         Hessian, QuantizedLinear,
@@ -65,7 +66,26 @@ impl Problem {
     }
 
     pub(in crate::gptq) fn reference(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant).unwrap()
+        self.reference_with(variant, damp, Scales::PLAIN)
+    }
+
+    pub(in crate::gptq) fn reference_with(
+        &self,
+        variant: &Variant,
+        damp: f64,
+        scales: Scales,
+    ) -> ReferenceSolution {
+        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, scales).unwrap()
+    }
+
+    /// With rows rounded to nearest where that is better, as the CPU solver does it.
+    pub(in crate::gptq) fn reference_or_rounded(
+        &self,
+        variant: &Variant,
+        damp: f64,
+        scales: Scales,
+    ) -> ReferenceSolution {
+        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, scales).unwrap()
     }
 
     pub(in crate::gptq) fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
@@ -135,6 +155,8 @@ pub(in crate::gptq) fn variants() -> Vec<Variant> {
         "4bit-512g-act",
         "4bit-100g-static-asym",
         "4bit-300g",
+        "4bit-64g-gar",
+        "3bit-128g-gar-asym",
     ];
     texts.iter().map(|t| t.parse().unwrap()).collect()
 }

@@ -1,0 +1,273 @@
+//! What each fuzz target does with its input. Nothing here looks at results: an error is as good as a success, and a panic, an
+//! overflow, too much memory or too much time is a finding. `tests/it/fuzz_findings.rs` runs the same functions on every
+//! input that was ever one.
+
+#![allow(dead_code, reason = "each target uses one of them")]
+
+use std::{
+    cell::OnceCell,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use gptq::{
+    calibration::{Corpus, CorpusSource, SourceOptions},
+    checkpoint::{Checkpoint, LinearId, QuantizationConfig, dense_tensors, packed},
+    plan::Plan,
+    progress::Silent,
+    verify,
+};
+use safetensors::{Dtype, tensor::TensorView};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const CONFIG: &str = "config.json";
+const QUANTIZE_CONFIG: &str = "quantize_config.json";
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const CHECKSUMS: &str = "checksums.json";
+const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+
+/// `data` as the weights of a branch.
+pub(crate) fn safetensors_header(data: &[u8]) {
+    with_folder(|folder| {
+        branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
+        folder.write(WEIGHTS, data);
+        read_all(&folder.path());
+    });
+}
+
+/// `data` as the index of a branch in two shards.
+pub(crate) fn safetensors_index(data: &[u8]) {
+    with_folder(|folder| {
+        sharded().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
+        folder.write(INDEX, data);
+        read_all(&folder.path());
+    });
+}
+
+/// `data` as the config of a branch.
+pub(crate) fn config(data: &[u8]) {
+    with_folder(|folder| {
+        branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
+        folder.write(CONFIG, data);
+        read_all(&folder.path());
+    });
+}
+
+/// `data` as `quantize_config.json`, and as `quantization_config` in the config.
+pub(crate) fn quantize_config(data: &[u8]) {
+    with_folder(|folder| {
+        branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
+        let mut config = model_config();
+        folder.write(CONFIG, config.to_string().as_bytes());
+        folder.write(QUANTIZE_CONFIG, data);
+        read_all(&folder.path());
+        let Ok(value) = serde_json::from_slice::<Value>(data) else { return };
+        config["quantization_config"] = value;
+        folder.write(CONFIG, config.to_string().as_bytes());
+        read_all(&folder.path());
+    });
+}
+
+/// `data` as a parquet file of text.
+pub(crate) fn parquet(data: &[u8]) {
+    let _ = Corpus::from_parquet_bytes("fuzz", data.to_vec(), "text");
+}
+
+/// `data` without its first byte as a file of text, whose kind that byte decides.
+pub(crate) fn jsonl(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else { return };
+    let name = ["a.jsonl", "a.jsonl.gz", "a.json", "a.txt"][usize::from(kind % 4)];
+    with_folder(|folder| {
+        folder.write(name, data);
+        let path = folder.path().join(name);
+        let source = CorpusSource::resolve(&path.to_string_lossy(), &SourceOptions::default());
+        let _ = source.and_then(|source| source.load());
+    });
+}
+
+/// `data` as a plan, and as a recipe.
+pub(crate) fn plan(data: &[u8]) {
+    with_folder(|folder| {
+        folder.write("plan.toml", data);
+        let path = folder.path().join("plan.toml");
+        if let Ok(plan) = Plan::read(&path) {
+            let _ = plan.check();
+            let _: Vec<String> = plan.variants.iter().map(|variant| variant.branch()).collect();
+        }
+        let roots = vec![folder.path()];
+        let options = SourceOptions { roots, ..SourceOptions::default() };
+        let _ = CorpusSource::resolve(&path.to_string_lossy(), &options).and_then(|source| source.load());
+    });
+}
+
+/// A branch of which one file is changed: the first byte says which, the second how, the others what it becomes.
+pub(crate) fn verify(data: &[u8]) {
+    let [file, how, rest @ ..] = data else { return };
+    with_folder(|folder| {
+        let (mut files, whole) = (if file & 0x80 == 0 { branch() } else { sharded() }, how & 1 == 0);
+        let count = files.len();
+        let (_, bytes) = &mut files[usize::from(file & 0x7F) % count];
+        match rest.split_first_chunk::<4>() {
+            Some((at, new)) if !whole && !bytes.is_empty() => {
+                let at = u32::from_le_bytes(*at) as usize % bytes.len();
+                let end = bytes.len().min(at + new.len());
+                bytes[at..end].copy_from_slice(&new[..end - at]);
+            }
+            _ => *bytes = rest.to_vec(),
+        }
+        files.into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
+        if let Ok(verification) = verify::verify(&folder.path(), None, None, &Silent) {
+            let _ = serde_json::to_string(&verification);
+        }
+    });
+}
+
+/// Opens a folder and looks at everything in it, as a run, `inspect` and `verify` do.
+fn read_all(dir: &Path) {
+    let _ = verify::verify(dir, None, None, &Silent);
+    let checkpoint = match Checkpoint::open(dir) {
+        Ok(checkpoint) => checkpoint,
+        Err(error) => return drop((error.to_string(), error.hint())),
+    };
+    let _ = (checkpoint.check(), checkpoint.bytes_total(), checkpoint.extra().len());
+    for name in checkpoint.names() {
+        let _ = checkpoint.view(name).map(|view| view.bytes.iter().fold(0u8, |sum, byte| sum ^ byte));
+        let _ = checkpoint.bytes_f16(name);
+    }
+    let _ = dense_tensors(checkpoint.config());
+    match QuantizationConfig::read(&checkpoint) {
+        Ok(quantization) => {
+            let _ = verify::readers(checkpoint.config(), &quantization, &checkpoint);
+            for id in LinearId::all(checkpoint.config()) {
+                let _ = packed(&checkpoint, id, &quantization);
+            }
+        }
+        Err(error) => drop((error.to_string(), error.hint())),
+    }
+}
+
+/// A temporary folder whose files are written anew for each input.
+struct Folder(TempDir);
+
+impl Folder {
+    fn path(&self) -> PathBuf {
+        self.0.path().into()
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) {
+        fs::write(self.0.path().join(name), bytes).expect("the temporary folder can be written to");
+    }
+}
+
+/// Calls `work` with an empty folder that is this thread's own.
+fn with_folder(work: impl FnOnce(&Folder)) {
+    thread_local!(static FOLDER: OnceCell<Folder> = const { OnceCell::new() });
+    FOLDER.with(|folder| {
+        let folder =
+            folder.get_or_init(|| Folder(TempDir::with_prefix("gptq-fuzz-").expect("a temporary folder")));
+        for entry in fs::read_dir(folder.path()).expect("it is there").flatten() {
+            fs::remove_file(entry.path()).expect("it is ours");
+        }
+        work(folder);
+    });
+}
+
+const HIDDEN: usize = 32;
+const VOCAB: usize = 16;
+const GROUP: usize = 16;
+
+fn model_config() -> Value {
+    json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "intermediate_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "vocab_size": VOCAB, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "torch_dtype": "float16", "rope_scaling": null
+    })
+}
+
+fn quantization() -> Value {
+    json!({
+        "bits": 4, "group_size": GROUP, "damp_percent": 0.01, "desc_act": true, "sym": true, "true_sequential": true,
+        "static_groups": false, "quant_method": "gptq", "checkpoint_format": "gptq", "meta": { "quantizer": ["x:1"] }
+    })
+}
+
+type Tensors = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
+
+fn tensors() -> Tensors {
+    let one = |count: usize| [0x00, 0x3C].repeat(count);
+    let words = |count: usize, word: u32| word.to_le_bytes().repeat(count);
+    let mut tensors = vec![
+        ("model.embed_tokens.weight".to_owned(), Dtype::F16, vec![VOCAB, HIDDEN], one(VOCAB * HIDDEN)),
+        ("model.norm.weight".to_owned(), Dtype::F16, vec![HIDDEN], one(HIDDEN)),
+    ];
+    let layer = "model.layers.0.";
+    for name in ["input_layernorm", "post_attention_layernorm"] {
+        tensors.push((format!("{layer}{name}.weight"), Dtype::F16, vec![HIDDEN], one(HIDDEN)));
+    }
+    let attention = ["q", "k", "v", "o"].map(|name| format!("{layer}self_attn.{name}_proj"));
+    let mlp = ["gate", "up", "down"].map(|name| format!("{layer}mlp.{name}_proj"));
+    let (words_per, groups) = (HIDDEN / 8, HIDDEN / GROUP);
+    for linear in attention.into_iter().chain(mlp) {
+        let g_idx = (0..HIDDEN as u32).flat_map(|k| (k % 2).to_le_bytes()).collect();
+        tensors.extend([
+            (
+                format!("{linear}.qweight"),
+                Dtype::I32,
+                vec![words_per, HIDDEN],
+                words(words_per * HIDDEN, 0x789A_BCDE),
+            ),
+            (
+                format!("{linear}.qzeros"),
+                Dtype::I32,
+                vec![groups, words_per],
+                words(groups * words_per, 0x7777_7777),
+            ),
+            (format!("{linear}.scales"), Dtype::F16, vec![groups, HIDDEN], one(groups * HIDDEN)),
+            (format!("{linear}.g_idx"), Dtype::I32, vec![HIDDEN], g_idx),
+        ]);
+    }
+    tensors
+}
+
+fn file_of(tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)]) -> Vec<u8> {
+    let views = tensors.iter().map(|(name, dtype, shape, bytes)| {
+        (name, TensorView::new(*dtype, shape.clone(), bytes).expect("shapes are those of the bytes"))
+    });
+    safetensors::serialize(views, None).expect("they can be written")
+}
+
+/// The files of a good branch.
+pub(crate) fn branch() -> Vec<(&'static str, Vec<u8>)> {
+    let mut config = model_config();
+    config["quantization_config"] = quantization();
+    let sums = json!({ "algorithm": "sha256", "tensors": {}, "files": { CONFIG: "00" } });
+    vec![
+        (CONFIG, config.to_string().into_bytes()),
+        (QUANTIZE_CONFIG, quantization().to_string().into_bytes()),
+        (WEIGHTS, file_of(&tensors())),
+        (CHECKSUMS, sums.to_string().into_bytes()),
+    ]
+}
+
+/// The same in two shards.
+pub(crate) fn sharded() -> Vec<(&'static str, Vec<u8>)> {
+    let tensors = tensors();
+    let (first, second) = tensors.split_at(tensors.len() / 2);
+    let place =
+        |part: &Tensors, shard: &str| part.iter().map(|t| (t.0.clone(), shard.into())).collect::<Vec<_>>();
+    let mut map = place(&first.to_vec(), SHARDS[0]);
+    map.extend(place(&second.to_vec(), SHARDS[1]));
+    let index =
+        json!({ "metadata": {}, "weight_map": map.into_iter().collect::<serde_json::Map<String, Value>>() });
+    let mut files = branch();
+    files.retain(|(name, _)| *name != WEIGHTS);
+    files.extend([
+        (INDEX, index.to_string().into_bytes()),
+        (SHARDS[0], file_of(first)),
+        (SHARDS[1], file_of(second)),
+    ]);
+    files
+}

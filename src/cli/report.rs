@@ -1,0 +1,116 @@
+//! `gptq report`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use gptq::{
+    ReportError,
+    checkpoint::{Checkpoint, write_file_atomically},
+    eval::{describe, folder_name},
+    report::{
+        Comparison, EVALUATION_FILE, EVALUATION_SCHEMA, GENERATED_BY, ModelEvaluations, REPORT_FILE, Report,
+        RunInput, Source, comparison_table, html, markdown,
+    },
+};
+
+use super::{
+    args::{OutputArgs, ReportArgs},
+    terminal,
+};
+
+pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
+    let runs = args.runs.iter().map(|run| read_run(run)).collect::<gptq::Result<Vec<_>>>()?;
+    let others = args.quantized.iter().map(|dir| read_quantized(dir, output));
+    let others = others.collect::<gptq::Result<Vec<_>>>()?;
+    let source = args.model.as_deref().map(source).transpose()?;
+    let comparison = Comparison::new(runs, others, source)?;
+
+    let write = |path: &Path, text: &str| -> Result<()> {
+        write_file_atomically(path, text.as_bytes())
+            .with_context(|| format!("writing `{}`", path.display()))?;
+        terminal::note(output, &format!("written: {}", path.display()));
+        Ok(())
+    };
+    if let Some(path) = &args.html {
+        write(path, &html(&comparison))?;
+    }
+    if let Some(path) = &args.markdown {
+        write(path, &markdown(&comparison))?;
+    }
+    match output.json.as_deref() {
+        Some(path) if path != Path::new("-") => {
+            write(path, &format!("{}\n", serde_json::to_string_pretty(&comparison)?))?;
+        }
+        Some(_) => terminal::json(&comparison)?,
+        None if args.html.is_none() && args.markdown.is_none() => {
+            terminal::result(&comparison_table(&comparison))?;
+        }
+        None => {}
+    }
+    Ok(true)
+}
+
+/// A run's folder or its report, with what was measured of its branches afterwards.
+fn read_run(run: &Path) -> gptq::Result<RunInput> {
+    let path = inside(run, REPORT_FILE);
+    let report = Report::read(&path)?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut measured = Vec::new();
+    for branch in &report.branches {
+        let path = dir.join(&branch.branch).join(EVALUATION_FILE);
+        if path.exists() {
+            measured.push(read_figures(&path)?);
+        }
+    }
+    Ok(RunInput { name: folder_name(dir), report, measured })
+}
+
+/// A quantized folder, or its figures; without figures, what the checkpoint says of itself.
+fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluations> {
+    let figures = inside(path, EVALUATION_FILE);
+    if figures.exists() || !path.is_dir() {
+        return read_figures(&figures);
+    }
+    let described = describe(&Checkpoint::open(path)?)?;
+    let dir = path.display();
+    terminal::note(
+        output,
+        &format!("`{dir}` has not been measured: gptq eval --model MODEL --quantized {dir} does it"),
+    );
+    Ok(ModelEvaluations {
+        schema: EVALUATION_SCHEMA.into(),
+        generated_by: GENERATED_BY.into(),
+        name: folder_name(path),
+        checkpoint: described,
+        evaluations: Vec::new(),
+    })
+}
+
+/// Figures; they must be of the weights beside them, where there are any.
+fn read_figures(path: &Path) -> gptq::Result<ModelEvaluations> {
+    let figures = ModelEvaluations::read(path)?;
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if dir.join("config.json").exists() && Checkpoint::open(dir)?.digest()? != figures.checkpoint.digest {
+        return Err(ReportError::Stale { path: path.into() }.into());
+    }
+    Ok(figures)
+}
+
+/// The file itself, or the file of that name in the folder.
+fn inside(path: &Path, name: &str) -> PathBuf {
+    if path.is_dir() { path.join(name) } else { path.to_owned() }
+}
+
+fn source(dir: &Path) -> gptq::Result<Source> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let mut parameters = 0;
+    for name in checkpoint.names() {
+        parameters += checkpoint.view(name)?.shape.iter().product::<usize>() as u64;
+    }
+    Ok(Source {
+        name: folder_name(dir),
+        digest: Some(checkpoint.digest()?),
+        parameters: Some(parameters),
+        bytes: Some(checkpoint.bytes_total()),
+    })
+}

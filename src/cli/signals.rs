@@ -1,0 +1,36 @@
+//! Ctrl-C and `kill`: the first asks a run to stop where it can be gone on with, the second stops at once.
+
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    thread,
+};
+
+use anyhow::{Context, Result};
+use signal_hook::{
+    consts::{SIGINT, SIGTERM},
+    flag,
+    iterator::Signals,
+};
+
+use super::{args::OutputArgs, terminal};
+
+/// A flag that the first signal sets.
+pub(super) fn stop_flag(output: &OutputArgs) -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let quiet = output.quiet;
+    let register = || {
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the first signal finds the flag unset.
+            flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&stop))?;
+            flag::register(signal, Arc::clone(&stop))?;
+        }
+        Signals::new([SIGINT, SIGTERM])
+    };
+    let mut signals = register().context("cannot listen to signals")?;
+    thread::spawn(move || {
+        if signals.forever().next().is_some() && !quiet {
+            terminal::line("stopping; once more to stop at once");
+        }
+    });
+    Ok(stop)
+}

@@ -1,0 +1,43 @@
+//! Evaluations beside the model they are of.
+
+use std::path::PathBuf;
+
+use super::{describe, folder_name};
+use crate::{
+    checkpoint::{Checkpoint, write_file_atomically},
+    error::{Error, Result},
+    report::{
+        EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, GENERATED_BY, ModelEvaluations,
+    },
+};
+
+/// Adds the figures of `model`, which `evaluation` has, to what is known of `checkpoint`, in its folder. Figures of other
+/// weights that lay there before are thrown away. Returns the file.
+///
+/// # Errors
+/// When the checkpoint is not a quantized one, or the file cannot be read or written.
+pub fn store(checkpoint: &Checkpoint, evaluation: &Evaluation, model: &EvaluatedModel) -> Result<PathBuf> {
+    let path = checkpoint.dir().join(EVALUATION_FILE);
+    let described = describe(checkpoint)?;
+    let known = if path.exists() { Some(ModelEvaluations::read(&path)?) } else { None };
+    let mut known = match known {
+        Some(known) if known.checkpoint.digest == described.digest => known,
+        _ => ModelEvaluations {
+            schema: EVALUATION_SCHEMA.into(),
+            generated_by: String::new(),
+            name: String::new(),
+            checkpoint: described.clone(),
+            evaluations: Vec::new(),
+        },
+    };
+    known.generated_by = GENERATED_BY.into();
+    known.name = folder_name(checkpoint.dir());
+    known.checkpoint = described;
+    let model = EvaluatedModel { name: known.name.clone(), ..model.clone() };
+    known.add(Evaluation { models: vec![model], ..evaluation.clone() });
+    let mut text =
+        serde_json::to_vec_pretty(&known).map_err(|source| Error::Json { path: path.clone(), source })?;
+    text.push(b'\n');
+    write_file_atomically(&path, &text)?;
+    Ok(path)
+}

@@ -1,0 +1,187 @@
+//! Rows that are better rounded than compensated.
+//!
+//! Compensation moves later weights, and a grid clips what it moves too far: for weights of one sign, or all alike, the
+//! error can come out larger than that of plain rounding. Rows are independent, so that each can be had the better way.
+
+use half::f16;
+use rayon::prelude::*;
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{CpuFactor, LANES, State};
+use crate::{
+    error::{Result, TorchContext},
+    gptq::{
+        Grid, Step,
+        raw::{Floats, floats, floats_mut},
+        solver::{Sums, Weight, rtn::round_row},
+    },
+    variant::Variant,
+};
+
+/// Were the errors of a row's weights independent, rounding would leave `Σ H_ii d_i²`. A compensated row below this part
+/// of that is not looked at further: errors of rounding do not cancel each other that well by chance.
+const CLEARLY_BETTER: f64 = 0.5;
+/// The error in the comparison itself: fp32 sums on either side.
+const UNSURE: f64 = 1e-4;
+/// Rows compared together.
+const ROWS: usize = 512;
+/// Columns of the factor multiplied together.
+const BLOCK: i64 = 768;
+
+/// How rows are rounded: what all of them share.
+struct Rounding<'a> {
+    grid: Grid,
+    groups: usize,
+    g_idx: Vec<u32>,
+    dead: &'a [u32],
+    /// `[N]` of all weights.
+    rows: Vec<Floats<'a>>,
+}
+
+/// One row, rounded.
+struct Rounded {
+    row: usize,
+    steps: Vec<Step>,
+    /// `[K]`, in the features' own order.
+    codes: Vec<u8>,
+    /// `‖d‖²`.
+    distance: f64,
+}
+
+impl CpuFactor {
+    /// Puts rounded rows in the place of compensated ones with a larger error; returns how many, for each weight.
+    pub(super) fn round_where_better(
+        &self,
+        weights: &[Weight<'_>],
+        variant: &Variant,
+        state: &mut State,
+    ) -> Result<Vec<usize>> {
+        let k = self.order.columns().len();
+        let contiguous = weights.iter().map(|w| w.values.f_contiguous()).collect::<Result<Vec<_>, _>>();
+        let contiguous = contiguous.torch("copy a weight")?;
+        let rows: Vec<Floats<'_>> = contiguous
+            .iter()
+            .flat_map(|w| (0..w.size()[0] as usize).map(move |row| floats(w, row * k, k)))
+            .collect();
+        let count = rows.len();
+        let (g_idx, dead) = (self.order.g_idx(variant), self.dead.as_slice());
+        let rounding = Rounding { grid: state.grid, groups: state.groups, g_idx, dead, rows };
+        let (diagonal, lambda, before) = (&self.diagonal, self.lambda, &*state);
+        let doubtful: Vec<usize> = (0..count)
+            .into_par_iter()
+            .map_init(
+                || vec![0.0; k],
+                |values, row| {
+                    rounding.round(row, values);
+                    let each = values.iter().zip(diagonal);
+                    let independent: f64 =
+                        each.map(|(&d, &h)| f64::from(h) * f64::from(d) * f64::from(d)).sum();
+                    (error(before, row, lambda) > CLEARLY_BETTER * independent).then_some(row)
+                },
+            )
+            .flatten_iter()
+            .collect();
+
+        let mut better = vec![false; count];
+        for some in doubtful.chunks(ROWS) {
+            for (rounded, objective) in self.rounded(some, &rounding).torch("compare solutions")? {
+                let sums = Sums { objective, distance: rounded.distance };
+                if sums.undamped(lambda) < (1.0 - UNSURE) * error(state, rounded.row, lambda) {
+                    better[rounded.row] = true;
+                    take(state, rounded, sums);
+                }
+            }
+        }
+        let mut left = better.as_slice();
+        let counts = contiguous.iter().map(|weight| {
+            let (own, others) = left.split_at(weight.size()[0] as usize);
+            left = others;
+            own.iter().filter(|&&better| better).count()
+        });
+        Ok(counts.collect())
+    }
+
+    /// Some rows, rounded, and `d (H + λI) dᵀ` of each.
+    fn rounded(&self, some: &[usize], rounding: &Rounding<'_>) -> Result<Vec<(Rounded, f64)>, TchError> {
+        let columns = self.order.columns();
+        let k = columns.len();
+        let size = [some.len() as i64, k as i64];
+        // In the order of `L`.
+        let mut differences = Tensor::f_empty(size, (Kind::Float, Device::Cpu))?;
+        let out = floats_mut(&mut differences).par_chunks_mut(k);
+        let rounded: Vec<Rounded> = out
+            .zip(some)
+            .map_init(
+                || vec![0.0; k],
+                |values, (to, &row)| {
+                    let rounded = rounding.round(row, values);
+                    let columns = columns.iter().rev();
+                    to.iter_mut().zip(columns).for_each(|(to, &column)| *to = values[column as usize]);
+                    rounded
+                },
+            )
+            .collect();
+        let objectives = self.objectives(&differences)?;
+        Ok(rounded.into_iter().zip(objectives).collect())
+    }
+
+    /// `‖d L‖²` of each row of `D` `[S, K]`.
+    fn objectives(&self, differences: &Tensor) -> Result<Vec<f64>, TchError> {
+        let k = self.lower.size()[0];
+        let mut sums = Tensor::f_zeros([differences.size()[0]], (Kind::Double, Device::Cpu))?;
+        for start in (0..k).step_by(BLOCK as usize) {
+            let width = BLOCK.min(k - start);
+            let columns = self.lower.f_narrow(1, start, width)?;
+            let part = |from: i64, rows: i64| -> Result<(Tensor, Tensor), TchError> {
+                Ok((differences.f_narrow(1, from, rows)?, columns.f_narrow(0, from, rows)?))
+            };
+            let (left, corner) = part(start, width)?;
+            let mut product = left.f_mm(&corner.f_tril(0)?)?;
+            let below = start + width;
+            if below < k {
+                let (left, right) = part(below, k - below)?;
+                product = product.f_addmm(&left, &right)?;
+            }
+            let squares = product.f_to_kind(Kind::Double)?.f_square()?;
+            sums = sums.f_add(&squares.f_sum_dim_intlist([1].as_slice(), false, Kind::Double)?)?;
+        }
+        Vec::try_from(sums)
+    }
+}
+
+impl Rounding<'_> {
+    /// Rounds one row; `values` become its differences, 0 where a feature is dead.
+    fn round(&self, row: usize, values: &mut [f32]) -> Rounded {
+        let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; self.groups];
+        let mut codes = vec![0; values.len()];
+        self.rows[row].widen(values);
+        round_row(self.grid, &self.g_idx, values, &mut steps, &mut codes);
+        for &feature in self.dead {
+            let feature = feature as usize;
+            values[feature] = 0.0;
+            codes[feature] = steps[self.g_idx[feature] as usize].zero;
+        }
+        let distance = values.iter().map(|&d| f64::from(d) * f64::from(d)).sum();
+        Rounded { row, steps, codes, distance }
+    }
+}
+
+/// `d H dᵀ` of a row as it was solved.
+fn error(state: &State, row: usize, lambda: f64) -> f64 {
+    Sums { objective: state.objective[row], distance: state.distance[row] }.undamped(lambda)
+}
+
+/// Takes a rounded row.
+fn take(state: &mut State, rounded: Rounded, sums: Sums) {
+    let Rounded { row, steps, codes, .. } = rounded;
+    let n = state.objective.len();
+    let (tile, lane) = (row / LANES, row % LANES);
+    for (group, step) in steps.into_iter().enumerate() {
+        state.scales[tile * state.groups + group][lane] = step.scale.to_f32();
+        state.zeros[tile * state.groups + group][lane] = f32::from(step.zero);
+    }
+    for (feature, code) in codes.into_iter().enumerate() {
+        state.codes[feature * n + row] = code;
+    }
+    (state.objective[row], state.distance[row]) = (sums.objective, sums.distance);
+}

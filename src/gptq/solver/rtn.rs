@@ -1,0 +1,130 @@
+//! Round-to-nearest: every weight to the nearest level of its group's grid, with no compensation. It is what GPTQ has to
+//! beat, and what a run falls back to when it is told to.
+
+use half::f16;
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales, outlier_ratio,
+};
+use crate::{
+    error::{Result, TorchContext},
+    gptq::{
+        ColumnOrder, Grid, Hessian, QuantizedLinear, Step, dead_columns,
+        raw::{floats, floats_mut},
+    },
+    variant::{Sorting, Variant},
+};
+
+/// Rounds on the CPU. The Hessian decides only which features are a group under act order, and how large the error is
+/// said to be, so that any will do.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RtnSolver;
+
+impl Solver for RtnSolver {
+    fn name(&self) -> &'static str {
+        "rtn"
+    }
+
+    /// Factorizes nothing: damping is not used, and reported as 0.
+    fn factorize(
+        &self,
+        hessian: &Hessian,
+        sorting: Sorting,
+        _damp: f64,
+        _stage: &str,
+    ) -> Result<Box<dyn Factorized>> {
+        let diagonal = hessian.diagonal()?;
+        let dead_columns = dead_columns(&diagonal).len();
+        let outlier_ratio = outlier_ratio(&diagonal);
+        let facts =
+            Factorization { damp: 0.0, damp_raised: 0, dead_columns, outlier_ratio, condition_estimate: 0.0 };
+        let order = ColumnOrder::new(sorting, &diagonal);
+        Ok(Box::new(Rounding { hessian: hessian.shared(), order, facts }))
+    }
+}
+
+struct Rounding {
+    hessian: Hessian,
+    order: ColumnOrder,
+    facts: Factorization,
+}
+
+impl Factorized for Rounding {
+    fn facts(&self) -> &Factorization {
+        &self.facts
+    }
+
+    fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
+        let g_idx = self.order.g_idx(variant);
+        weights.iter().map(|weight| self.round(weight, variant, &g_idx)).collect()
+    }
+}
+
+impl Rounding {
+    fn round(&self, weight: &Weight<'_>, variant: &Variant, g_idx: &[u32]) -> Result<Solution> {
+        check_finite(weight)?;
+        let host = weight.values.f_to_device(Device::Cpu).and_then(|w| w.f_contiguous());
+        let host = host.torch("copy a weight")?;
+        let (n, k) = (host.size()[0] as usize, g_idx.len());
+        let (groups, grid) = (variant.group_size.groups(k), Grid::new(variant.bits, variant.symmetric));
+        let rows: Vec<_> = (0..n).map(|row| floats(&host, row * k, k)).collect();
+
+        // `Ŵ − W` `[N, K]`; codes and steps row by row, as they are made.
+        let size = [n as i64, k as i64];
+        let differences = Tensor::f_empty(size, (Kind::Float, Device::Cpu));
+        let mut differences = differences.torch("allocate a linear's error")?;
+        let (mut codes, mut steps) = (vec![0; n * k], vec![Step { scale: f16::ZERO, zero: 0 }; n * groups]);
+        let out = codes.par_chunks_mut(k).zip(steps.par_chunks_mut(groups));
+        let work = floats_mut(&mut differences).par_chunks_mut(k).zip(rows).zip(out);
+        work.for_each(|((values, row), (codes, steps))| {
+            row.widen(values);
+            round_row(grid, g_idx, values, steps, codes);
+        });
+        let (codes, steps) = (transposed(&codes, k), transposed(&steps, groups));
+
+        let scales: Vec<f16> = steps.iter().map(|step| step.scale).collect();
+        check_scales(weight, &scales, n)?;
+        let zeros = steps.iter().map(|step| step.zero).collect();
+        let differences = differences.f_to_device(self.hessian.matrix().device());
+        let energy = differences.and_then(|d| self.hessian.output_energy_in(Kind::Float, &d));
+        let squared_error = energy.torch("measure a linear's error")?.max(0.0);
+        let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx.to_vec());
+        Ok(Solution { linear: Solved::Host(linear), squared_error, uncompensated: 0, fallback: None })
+    }
+}
+
+/// Rounds a row of weights `[K]`: its groups' steps `[G]` and codes `[K]` come out, and the weights become `Ŵ − W`. A
+/// scale that fp16 cannot hold comes out infinite, and the differences with it mean nothing.
+pub(super) fn round_row(grid: Grid, g_idx: &[u32], values: &mut [f32], steps: &mut [Step], codes: &mut [u8]) {
+    /// Added to a small number and taken away again, this leaves the nearest integer, ties to even.
+    const INTEGERS: f32 = 12_582_912.0;
+    fit(grid, g_idx, values, steps);
+    let wide = |step: &Step| (step.scale.to_f32(), f32::from(step.zero));
+    let (steps, max_code): (Vec<_>, _) = (steps.iter().map(wide).collect(), f32::from(grid.max_code()));
+    for ((value, code), &group) in values.iter_mut().zip(codes).zip(g_idx) {
+        let (scale, zero) = steps[group as usize];
+        let offset = ((*value / scale).clamp(-zero, max_code - zero) + INTEGERS) - INTEGERS;
+        *code = (offset + zero) as u8;
+        *value = offset * scale - *value;
+    }
+}
+
+/// The steps of a row's groups.
+fn fit(grid: Grid, g_idx: &[u32], weights: &[f32], steps: &mut [Step]) {
+    let mut ranges = vec![(f32::INFINITY, f32::NEG_INFINITY); steps.len()];
+    for (&group, &weight) in g_idx.iter().zip(weights) {
+        let (min, max) = &mut ranges[group as usize];
+        (*min, *max) = (min.min(weight), max.max(weight));
+    }
+    for (step, (min, max)) in steps.iter_mut().zip(ranges) {
+        *step = grid.fit(f64::from(min), f64::from(max));
+    }
+}
+
+/// `[rows, columns]` as `[columns, rows]`.
+fn transposed<T: Copy + Send + Sync>(values: &[T], columns: usize) -> Vec<T> {
+    let column = |column: usize| values.iter().skip(column).step_by(columns).copied();
+    (0..columns).into_par_iter().flat_map_iter(column).collect()
+}

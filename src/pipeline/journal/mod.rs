@@ -1,0 +1,374 @@
+//! What lets a run that ended early go on: which layers are finished, what their branches hold, and the hidden states behind
+//! them. Committed to after every layer, in an order in which nothing that is referred to is ever missing.
+
+mod identity;
+mod state;
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Instant,
+};
+
+use rustix::fs::FlockOperation;
+use tch::Kind;
+
+pub(super) use identity::Identity;
+pub(super) use state::{BranchState, State};
+use state::{HiddenFile, HiddenFiles};
+
+use super::{
+    machine::peak_memory,
+    output_folder::{JOURNAL_FOLDER, Place},
+    window_file::WindowFile,
+};
+use crate::{
+    emit::{is_partial, remove_unfinished},
+    error::{Error, JournalError, Result},
+    model::kind_name,
+    report::{ComputeReport, LayersComputed, StageMemory, StageSeconds},
+};
+
+/// Keeps two runs from one output folder.
+const LOCK_FILE: &str = "lock";
+
+/// The journal of a run. Dropped before the first layer is finished, it leaves nothing.
+pub(super) struct Journal {
+    folder: PathBuf,
+    lock: Option<File>,
+    state: State,
+    /// Whether this program has finished a layer of the run already.
+    going_on: bool,
+    /// When this program began with the run, and what the run had taken before.
+    begun: (Instant, f64),
+}
+
+/// How far a run is that was begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Begun {
+    /// Layers finished.
+    pub layers: usize,
+    /// Of how many.
+    pub total_layers: usize,
+}
+
+/// What a layer took, and all stages until now.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LayerCosts {
+    /// This layer.
+    pub(super) seconds: f64,
+    pub(super) stage_seconds: StageSeconds,
+    pub(super) stage_memory: StageMemory,
+}
+
+/// Hidden states that were kept.
+pub(super) struct Kept {
+    /// One a stream, of all windows.
+    pub(super) files: Vec<Arc<WindowFile>>,
+    /// As they were computed.
+    pub(super) kind: Kind,
+}
+
+impl Journal {
+    /// The journal of the run that `place` holds, or a new one.
+    ///
+    /// # Errors
+    /// When another program has it, when it was begun with other settings, or is not whole.
+    pub(super) fn open(place: &Place<'_>, identity: Identity, total_layers: usize) -> Result<Self> {
+        let folder = place.journal()?;
+        if !place.restart && !folder.join(state::STATE_FILE).exists() && holds_branches(place.out) {
+            let problem =
+                format!("it holds a run that was begun, whose journal is not in `{}`", folder.display());
+            return Err(Error::journal(place.out, problem));
+        }
+        fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+        let lock = lock(&folder, place.out)?;
+        if place.restart {
+            clear(&folder)?;
+        }
+        let begun = State::read(&folder)?;
+        let state = match begun {
+            Some(state) if state.layers > 0 => {
+                let differences = state.identity.differences(&identity);
+                if !differences.is_empty() {
+                    return Err(Error::Journal(JournalError::Differs {
+                        path: place.out.into(),
+                        layers: state.layers,
+                        total: state.total_layers,
+                        differences: differences.join("; "),
+                    }));
+                }
+                state
+            }
+            // Nothing that could be lost.
+            _ => {
+                clear(&folder)?;
+                let state = State::new(identity, total_layers);
+                state.write(&folder)?;
+                state
+            }
+        };
+        let begun = (Instant::now(), state.seconds);
+        let journal = Self { folder, lock: Some(lock), state, going_on: false, begun };
+        journal.remove_others()?;
+        Ok(journal)
+    }
+
+    /// Layers finished.
+    pub(super) fn layers(&self) -> usize {
+        self.state.layers
+    }
+
+    /// What was done before.
+    pub(super) fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Where it is.
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The hidden states behind the last finished layer; none before the first and after the last.
+    ///
+    /// # Errors
+    /// When they are not what was written.
+    pub(super) fn kept(&self) -> Result<Option<Kept>> {
+        let Some(HiddenFiles { dtype, window_bytes, files }) = &self.state.hidden else { return Ok(None) };
+        let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
+        let kind = kinds.into_iter().find(|&kind| kind_name(kind) == dtype);
+        let kind = kind.ok_or_else(|| self.broken(format!("hidden states in `{dtype}`")))?;
+        let open = |file: &HiddenFile| {
+            let sums = file.checksums.iter().map(|sum| u128::from_str_radix(sum, 16));
+            let sums = sums.collect::<std::result::Result<Vec<_>, _>>();
+            let sums = sums.map_err(|_| self.broken(format!("a checksum of `{}`", file.name)))?;
+            WindowFile::open(self.folder.join(&file.name), &sums, *window_bytes).map(Arc::new)
+        };
+        Ok(Some(Kept { files: files.iter().map(open).collect::<Result<_>>()?, kind }))
+    }
+
+    /// What the run has taken so far.
+    fn seconds(&self) -> f64 {
+        let (begun, before) = self.begun;
+        before + begun.elapsed().as_secs_f64()
+    }
+
+    fn broken(&self, what: String) -> Error {
+        Error::journal(&self.folder, format!("it holds {what}"))
+    }
+
+    /// New files for the hidden states behind the next layer.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub(super) fn next(
+        &self,
+        streams: usize,
+        windows: usize,
+        window_bytes: usize,
+        kind: Kind,
+    ) -> Result<NextStates> {
+        let layers = self.state.layers + 1;
+        let create = |stream| {
+            let path = self.folder.join(format!("hidden-{layers}-{stream}"));
+            WindowFile::create(path, windows, window_bytes).map(Arc::new)
+        };
+        let files = (0..streams).map(create).collect::<Result<_>>()?;
+        Ok(NextStates { files, kind, syncing: Vec::new(), committed: false })
+    }
+
+    /// One more layer is finished. `branches` must be durable already; `next` is none after the last layer.
+    ///
+    /// # Errors
+    /// When the disk is full or fails. The journal then is as it was before.
+    pub(super) fn commit(
+        &mut self,
+        next: Option<NextStates>,
+        branches: Vec<BranchState>,
+        warnings: Vec<String>,
+        costs: LayerCosts,
+        compute: &ComputeReport,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let mut next = next;
+        let mut state = State { branches, warnings, ..self.state.clone() };
+        state.layers += 1;
+        state.hidden = next.as_mut().map(NextStates::finish).transpose()?;
+        state.layer_seconds.push(costs.seconds);
+        state.stage_seconds = costs.stage_seconds;
+        state.stage_memory = costs.stage_memory;
+        state.seconds = self.seconds();
+        let writing: f64 = next.iter().flat_map(|next| &next.files).map(|file| file.seconds()).sum();
+        state.journal_seconds += writing + begun.elapsed().as_secs_f64();
+        state.peak_memory_bytes = peak_memory().max(state.peak_memory_bytes);
+        match state.parts.last_mut() {
+            Some(part) if self.going_on => part.count += 1,
+            _ => state.parts.push(LayersComputed {
+                first: self.state.layers,
+                count: 1,
+                compute: compute.clone(),
+            }),
+        }
+        state.write(&self.folder)?;
+        if let Some(next) = &mut next {
+            next.committed = true;
+        }
+        self.state = state;
+        self.going_on = true;
+        self.remove_others()
+    }
+
+    /// All branches are written and checked.
+    ///
+    /// # Errors
+    /// When that cannot be written down.
+    pub(super) fn seal(&mut self, stage_seconds: StageSeconds, stage_memory: StageMemory) -> Result<()> {
+        self.state.sealed = true;
+        self.state.stage_seconds = stage_seconds;
+        self.state.stage_memory = stage_memory;
+        self.state.seconds = self.seconds();
+        self.state.write(&self.folder)
+    }
+
+    /// The run is complete: nothing of the journal is left.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub(super) fn remove(mut self) -> Result<()> {
+        self.discard().map_err(Error::io("remove", &self.folder))
+    }
+
+    fn discard(&mut self) -> std::io::Result<()> {
+        // First what refers to the rest.
+        let state = self.folder.join(state::STATE_FILE);
+        if state.exists() {
+            fs::remove_file(state)?;
+        }
+        drop(self.lock.take());
+        fs::remove_dir_all(&self.folder)
+    }
+
+    /// Removes what the state does not refer to: older hidden states, and what a run that was killed had begun.
+    fn remove_others(&self) -> Result<()> {
+        let files = self.state.hidden.iter().flat_map(|hidden| &hidden.files);
+        let known: Vec<&str> =
+            files.map(|file| file.name.as_str()).chain([state::STATE_FILE, LOCK_FILE]).collect();
+        for entry in fs::read_dir(&self.folder).map_err(Error::io("read", &self.folder))? {
+            let entry = entry.map_err(Error::io("read", &self.folder))?;
+            if !known.iter().any(|name| entry.file_name() == *name) {
+                fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        if self.lock.is_some() && self.state.layers == 0 {
+            // A failure to clean up must not hide the error that led here; the next run does it.
+            let _ = self.discard();
+        }
+    }
+}
+
+/// Hidden states that are being written. Dropped before they are committed to, they go.
+pub(super) struct NextStates {
+    files: Vec<Arc<WindowFile>>,
+    kind: Kind,
+    /// Streams that are complete, on their way to the disk.
+    syncing: Vec<JoinHandle<Result<()>>>,
+    committed: bool,
+}
+
+impl NextStates {
+    /// The file of one stream.
+    pub(super) fn file(&self, stream: usize) -> &Arc<WindowFile> {
+        &self.files[stream]
+    }
+
+    /// A stream is complete: it goes to the disk while others are worked on.
+    pub(super) fn sync(&mut self, stream: usize) {
+        let file = Arc::clone(&self.files[stream]);
+        self.syncing.push(thread::spawn(move || file.sync()));
+    }
+
+    fn finish(&mut self) -> Result<HiddenFiles> {
+        // The system reports a failure once: whoever was told must tell.
+        for thread in self.syncing.drain(..) {
+            thread.join().expect("syncing does not panic")?;
+        }
+        let files = self.files.iter().map(|file| {
+            file.sync()?;
+            let name = file.path().file_name().expect("it was made with a name");
+            Ok(HiddenFile {
+                name: name.to_string_lossy().into_owned(),
+                checksums: file.checksums()?.iter().map(|sum| format!("{sum:032x}")).collect(),
+            })
+        });
+        Ok(HiddenFiles {
+            dtype: kind_name(self.kind).into(),
+            window_bytes: self.files.first().map_or(0, |file| file.window_bytes()),
+            files: files.collect::<Result<_>>()?,
+        })
+    }
+}
+
+impl Drop for NextStates {
+    fn drop(&mut self) {
+        for thread in self.syncing.drain(..) {
+            let _ = thread.join();
+        }
+        if !self.committed {
+            for file in &self.files {
+                let _ = fs::remove_file(file.path());
+            }
+        }
+    }
+}
+
+/// How far the run in `place` is that can be gone on with; none where there is none.
+pub fn begun(place: &Place<'_>) -> Option<Begun> {
+    let state = State::read(&place.journal().ok()?).ok()??;
+    (state.layers > 0).then_some(Begun { layers: state.layers, total_layers: state.total_layers })
+}
+
+/// Whether an output folder holds branches that are being written.
+fn holds_branches(out: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(out) else { return false };
+    entries.flatten().any(|entry| {
+        let name = entry.file_name();
+        is_partial(&name.to_string_lossy()) && name != JOURNAL_FOLDER
+    })
+}
+
+/// Keeps others from the journal in `folder` as long as the result lives.
+fn lock(folder: &Path, out: &Path) -> Result<File> {
+    let path = folder.join(LOCK_FILE);
+    let file = File::options().write(true).create(true).truncate(false).open(&path);
+    let file = file.map_err(Error::io("create", &path))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(JournalError::Busy { path: out.into() }.into()),
+        other => {
+            other.map_err(|errno| Error::io("lock", &path)(errno.into()))?;
+            Ok(file)
+        }
+    }
+}
+
+/// Removes all of a journal but its lock.
+fn clear(folder: &Path) -> Result<()> {
+    let state = folder.join(state::STATE_FILE);
+    if state.exists() {
+        fs::remove_file(&state).map_err(Error::io("remove", &state))?;
+    }
+    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let entry = entry.map_err(Error::io("read", folder))?;
+        if entry.file_name() != LOCK_FILE {
+            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
+    }
+    remove_unfinished(folder)
+}

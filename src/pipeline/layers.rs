@@ -1,0 +1,111 @@
+//! The layers of a run, one after another, from the first that is not finished.
+
+use std::{sync::Mutex, time::Instant};
+
+use tch::Device;
+
+use super::{
+    Run,
+    branches::Branches,
+    crew::Crew,
+    journal::{Journal, LayerCosts},
+    member::Surroundings,
+    needs::Needs,
+    output_folder::OutputFolder,
+    resident_memory,
+    stage_memory::MemoryWatch,
+    team::Task,
+};
+use crate::{
+    calibration::Windows,
+    device,
+    error::Result,
+    model::kind_name,
+    progress::{Event, Progress},
+    report::{ComputeReport, duration},
+};
+
+/// Solves the layers that are not finished; each is in the journal, and the branches are durable, before the next begins.
+pub(super) fn solve(
+    run: &Run<'_>,
+    windows: &Windows,
+    journal: &mut Journal,
+    folder: &mut OutputFolder<'_>,
+    memory: &MemoryWatch,
+    progress: &dyn Progress,
+) -> Result<Branches> {
+    let Run { plan, checkpoint, place, stop, .. } = run;
+    let total = checkpoint.config().num_layers;
+    if journal.layers() > 0 {
+        let text = format!("going on: {} of {total} layers are finished", journal.layers());
+        progress.event(&Event::Note(&text));
+    }
+    let mut branches = match journal.layers() {
+        0 => Branches::create(plan, checkpoint, place.out)?,
+        _ => Branches::reopen(plan, checkpoint, place.out, journal.state())?,
+    };
+    let report_layer = |done: usize, seconds: f64| {
+        let memory = resident_memory().unwrap_or(0);
+        progress.event(&Event::Layer { done, total, seconds, memory });
+    };
+    report_layer(journal.layers(), 0.0);
+    if journal.layers() == total {
+        return Ok(branches);
+    }
+
+    let choices = device::resolve_all(&plan.device)?;
+    choices.iter().filter_map(|c| c.note.as_ref()).for_each(|text| progress.event(&Event::Note(text)));
+    let _guard = tch::no_grad_guard();
+    let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
+    let needs = Needs::of(plan, checkpoint, place)?;
+    let time = needs
+        .layer_seconds()?
+        .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
+    progress.event(&Event::Note(&format!("{needs}{time}")));
+    let kind = needs.kind;
+    let refinements = plan.refinements();
+    progress.event(&Event::Note(&format!("quality {}: {refinements}", plan.quality)));
+    let task = Task {
+        variants: &plan.variants,
+        damp: plan.damp,
+        refinements,
+        shared_hessian: plan.shared_hessian,
+        on_failure: plan.on_failure,
+        layers: total,
+    };
+    let around = Surroundings { progress, stop, memory };
+    let kept = journal.kept()?;
+    let spill = journal.folder().to_owned();
+    let mut crew =
+        Crew::new(checkpoint, &devices, kind, windows, task, needs.limits, &spill, kept.as_ref(), around)?;
+    drop(kept);
+    let compute = ComputeReport {
+        device: choices.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(","),
+        solver: crew.solver_name().to_owned(),
+        dtype: kind_name(kind).into(),
+        threads: rayon::current_num_threads(),
+    };
+    let window_bytes = checkpoint.config().hidden_size * windows.seq_len() * kind.elt_size_in_bytes();
+    for layer in journal.layers()..total {
+        let layer_begun = Instant::now();
+        progress.begin(&format!("layer {}/{total}", layer + 1), crew.steps(layer));
+        // Nobody goes on from the last.
+        let mut next = match layer + 1 < total {
+            true => Some(journal.next(task.streams(), windows.count(), window_bytes, kind)?),
+            false => None,
+        };
+        let states = next.as_mut().map(Mutex::new);
+        crew.solve_layer(layer, &Mutex::new(&mut branches), states.as_ref())?;
+        let committed = branches.commit()?;
+        let layer_seconds = layer_begun.elapsed().as_secs_f64();
+        let costs = LayerCosts {
+            seconds: layer_seconds,
+            stage_seconds: branches.seconds(),
+            stage_memory: memory.peaks(),
+        };
+        journal.commit(next, committed, branches.warnings().to_vec(), costs, &compute)?;
+        folder.hold();
+        report_layer(layer + 1, layer_seconds);
+    }
+    Ok(branches)
+}

@@ -1,0 +1,328 @@
+//! Several runs, and checkpoints of other tools, side by side.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::{
+    BranchReport, CheckpointReport, EvaluatedModel, Evaluation, GENERATED_BY, Interval, LinearReport,
+    ModelEvaluations, ModelReport, ReaderReport, Report, recommendation::Recommendation,
+};
+use crate::{
+    error::{Error, Result},
+    variant::Order,
+};
+
+/// Goes up when a reader of older comparisons could misread a newer one.
+pub const COMPARISON_SCHEMA: &str = "gptq-comparison/1";
+
+/// The length at which perplexities are often compared.
+const SHORT: usize = 512;
+
+/// A run to be compared.
+#[derive(Debug, Clone)]
+pub struct RunInput {
+    /// Its folder's name.
+    pub name: String,
+    /// Its report.
+    pub report: Report,
+    /// What else was measured of its branches.
+    pub measured: Vec<ModelEvaluations>,
+}
+
+/// The unquantized model, as far as it is known.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Source {
+    /// Its folder's name.
+    pub name: String,
+    /// Digest of its tensors, if anything was measured against it.
+    pub digest: Option<String>,
+    /// Parameters in all tensors.
+    pub parameters: Option<u64>,
+    /// Bytes of all tensors.
+    pub bytes: Option<u64>,
+}
+
+/// Everything a report shows.
+#[derive(Debug, Clone, Serialize)]
+pub struct Comparison {
+    /// [`COMPARISON_SCHEMA`].
+    pub schema: &'static str,
+    /// `gptq 0.1.0`.
+    pub generated_by: &'static str,
+    /// What all were made from.
+    pub source: Source,
+    /// What was measured, without its models: the one that decides first.
+    pub protocols: Vec<Evaluation>,
+    /// The position in `protocols` of the same text in short windows, where there is one.
+    pub short: Option<usize>,
+    /// What is compared: the runs' branches in their order, then the other checkpoints.
+    pub entries: Vec<Entry>,
+    /// Which to take.
+    pub recommendation: Option<Recommendation>,
+    /// How the runs were done, without their branches and evaluations.
+    pub runs: Vec<RunSummary>,
+}
+
+/// A run's report without its branches and evaluations.
+#[derive(Debug, Clone, Serialize)]
+pub struct RunSummary {
+    /// Its folder's name.
+    pub name: String,
+    /// Everything else.
+    pub report: Report,
+    /// Seconds of all its evaluations.
+    pub evaluation_seconds: f64,
+    /// What each branch took: name and seconds.
+    pub branch_seconds: Vec<(String, f64)>,
+}
+
+/// One quantized model.
+#[derive(Debug, Clone, Serialize)]
+pub struct Entry {
+    /// Its name, alone among all.
+    pub name: String,
+    /// What it is, in short: `4bit-32g-act`.
+    pub variant: String,
+    /// The tool that made it.
+    pub tool: String,
+    /// The run it comes from, by position; none for a checkpoint that was given by itself.
+    pub run: Option<usize>,
+    /// What is known of the checkpoint.
+    pub checkpoint: CheckpointReport,
+    /// Its figures for each of the protocols.
+    pub measured: Vec<Option<EvaluatedModel>>,
+    /// Whether nothing else is both smaller and closer to the unquantized model.
+    pub pareto: bool,
+    /// Every linear, where it is known.
+    pub linears: Vec<LinearReport>,
+}
+
+impl Entry {
+    /// What decides: the figures of the first protocol.
+    pub fn main(&self) -> Option<&EvaluatedModel> {
+        self.measured.first()?.as_ref()
+    }
+
+    /// Mean KL divergence in the first protocol.
+    pub fn kl(&self) -> Option<f64> {
+        self.main().map(|m| m.kl_divergence.value)
+    }
+
+    /// Readers that take it, and those that do not.
+    pub fn readers(&self) -> (Vec<&ReaderReport>, Vec<&ReaderReport>) {
+        self.checkpoint.readers.iter().partition(|reader| reader.refused.is_none())
+    }
+}
+
+impl Comparison {
+    /// Compares runs and other checkpoints. `source` is what is known of the unquantized model beside what the runs say.
+    ///
+    /// # Errors
+    /// When there is nothing to compare, or not all are of the same model.
+    pub fn new(runs: Vec<RunInput>, others: Vec<ModelEvaluations>, source: Option<Source>) -> Result<Self> {
+        let evaluations: Vec<&Evaluation> = runs
+            .iter()
+            .flat_map(|run| {
+                run.report.evaluations.iter().chain(run.measured.iter().flat_map(|m| &m.evaluations))
+            })
+            .chain(others.iter().flat_map(|m| &m.evaluations))
+            .collect();
+        let source = same_source(&runs, &evaluations, source)?;
+        let mut protocols: Vec<Evaluation> = Vec::new();
+        for evaluation in &evaluations {
+            if !protocols.iter().any(|known| known.same_protocol(evaluation)) {
+                protocols.push(Evaluation { models: Vec::new(), ..(*evaluation).clone() });
+            }
+        }
+        let mut entries: Vec<Entry> = Vec::new();
+        for (index, run) in runs.iter().enumerate() {
+            entries
+                .extend(run.report.branches.iter().map(|branch| of_branch(index, run, branch, &protocols)));
+        }
+        entries.extend(others.iter().map(|other| of_checkpoint(other, &protocols)));
+        name_apart(&mut entries, &runs);
+
+        // First what most have been measured by, then what has more context.
+        let of = |entries: &[Entry], p: usize| entries.iter().filter(|e| e.measured[p].is_some()).count();
+        let mut order: Vec<usize> = (0..protocols.len()).collect();
+        order.sort_by_key(|&p| std::cmp::Reverse((of(&entries, p), protocols[p].seq_len)));
+        let protocols: Vec<Evaluation> = order.iter().map(|&p| protocols[p].clone()).collect();
+        for entry in &mut entries {
+            entry.measured = order.iter().map(|&p| entry.measured[p].take()).collect();
+        }
+        mark_pareto(&mut entries);
+        let short = protocols.first().and_then(|first| {
+            let short = |p: &Evaluation| p.seq_len == SHORT && p.dataset == first.dataset;
+            protocols.iter().position(short)
+        });
+        let window_tokens = protocols.first().map(|p| p.window_tokens.clone()).unwrap_or_default();
+        Ok(Self {
+            schema: COMPARISON_SCHEMA,
+            generated_by: GENERATED_BY,
+            source,
+            recommendation: Recommendation::new(&entries, &window_tokens),
+            protocols,
+            short,
+            entries,
+            runs: runs.into_iter().map(summary).collect(),
+        })
+    }
+
+    /// The short-window figures of an entry.
+    pub fn short_perplexity(&self, entry: &Entry) -> Option<Interval> {
+        Some(entry.measured.get(self.short?)?.as_ref()?.perplexity)
+    }
+}
+
+fn summary(run: RunInput) -> RunSummary {
+    let RunInput { name, mut report, .. } = run;
+    let evaluation_seconds = report.evaluations.iter().map(|e| e.seconds).sum();
+    report.evaluations.clear();
+    let branches = std::mem::take(&mut report.branches);
+    let branch_seconds = branches.into_iter().map(|b| (b.branch, b.seconds)).collect();
+    RunSummary { name, report, evaluation_seconds, branch_seconds }
+}
+
+/// Refuses models that were measured against different ones.
+fn same_source(runs: &[RunInput], evaluations: &[&Evaluation], given: Option<Source>) -> Result<Source> {
+    let mut source = match (given, runs.first(), evaluations.first()) {
+        (Some(given), ..) => given,
+        (None, Some(run), _) => {
+            let model = &run.report.model;
+            let (parameters, bytes) = (Some(model.parameters), Some(model.bytes));
+            Source { name: model.name.clone(), digest: None, parameters, bytes }
+        }
+        (None, None, Some(evaluation)) => {
+            Source { name: evaluation.model.clone(), digest: None, parameters: None, bytes: None }
+        }
+        (None, None, None) => {
+            let (what, found) = ("what to report on".into(), "none".into());
+            return Err(Error::Value { what, expected: "a run, or a checkpoint with figures".into(), found });
+        }
+    };
+    for other in runs {
+        let (a, b) = (&runs[0].report.model, &other.report.model);
+        if (a.layers, a.hidden_size, a.parameters) != (b.layers, b.hidden_size, b.parameters) {
+            let shape = |m: &ModelReport| {
+                format!("{} layers, hidden {}, {} parameters", m.layers, m.hidden_size, m.parameters)
+            };
+            return Err(Error::NotComparable {
+                left: PathBuf::from(&runs[0].name),
+                right: PathBuf::from(&other.name),
+                problem: format!("they are of two models: {}, and {}", shape(a), shape(b)),
+            });
+        }
+    }
+    for evaluation in evaluations {
+        let expected = source.digest.get_or_insert_with(|| evaluation.model_digest.clone());
+        if *expected != evaluation.model_digest {
+            return Err(Error::NotComparable {
+                left: PathBuf::from(&source.name),
+                right: PathBuf::from(&evaluation.model),
+                problem: format!(
+                    "figures against two unquantized models, with digests {expected} and {}",
+                    evaluation.model_digest
+                ),
+            });
+        }
+    }
+    Ok(source)
+}
+
+fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[Evaluation]) -> Entry {
+    let own = run.measured.iter().filter(|m| m.name == branch.branch).flat_map(|m| &m.evaluations);
+    // What was measured later goes before.
+    let evaluations: Vec<&Evaluation> = own.chain(&run.report.evaluations).collect();
+    let (variant, report) = (&branch.variant, &run.report);
+    let checkpoint = CheckpointReport {
+        quantizer: Some(report.generated_by.replace(' ', ":")),
+        bits: variant.bits.get(),
+        group_size: variant.group_size.as_config(),
+        digest: String::new(),
+        act_order: match variant.order {
+            Order::Sequential => "no",
+            Order::Act => "yes",
+            Order::ActStatic => "static",
+            Order::ActGroupAware => "gar",
+        }
+        .into(),
+        symmetric: variant.symmetric,
+        damp: Some(report.plan.damp),
+        dataset: Some(report.calibration.source.dataset.clone()),
+        seq_len: Some(report.calibration.seq_len),
+        samples: Some(report.calibration.samples),
+        bytes: branch.weight_bytes,
+        bits_per_weight: branch.bits_per_weight,
+        readers: branch.readers.clone(),
+    };
+    Entry {
+        name: branch.branch.clone(),
+        variant: variant.to_string(),
+        tool: report.generated_by.clone(),
+        run: Some(index),
+        checkpoint,
+        measured: measured(&branch.branch, &evaluations, protocols),
+        pareto: false,
+        linears: branch.linears.clone(),
+    }
+}
+
+fn of_checkpoint(other: &ModelEvaluations, protocols: &[Evaluation]) -> Entry {
+    let checkpoint = &other.checkpoint;
+    let order = match checkpoint.act_order.as_str() {
+        "no" => String::new(),
+        "yes" => "-act".into(),
+        other => format!("-{other}"),
+    };
+    let asymmetric = if checkpoint.symmetric { "" } else { "-asym" };
+    Entry {
+        name: other.name.clone(),
+        variant: format!("{}bit-{}g{order}{asymmetric}", checkpoint.bits, checkpoint.group_size),
+        tool: checkpoint.quantizer.as_ref().map_or_else(|| "unknown".into(), |q| q.replace(':', " ")),
+        run: None,
+        checkpoint: checkpoint.clone(),
+        measured: measured(&other.name, &other.evaluations.iter().collect::<Vec<_>>(), protocols),
+        pareto: false,
+        linears: Vec::new(),
+    }
+}
+
+fn measured(
+    name: &str,
+    evaluations: &[&Evaluation],
+    protocols: &[Evaluation],
+) -> Vec<Option<EvaluatedModel>> {
+    let find = |protocol: &Evaluation| {
+        let same = evaluations.iter().filter(|e| e.same_protocol(protocol));
+        same.filter_map(|e| e.model_named(name)).next().cloned()
+    };
+    protocols.iter().map(find).collect()
+}
+
+/// Puts the run before names that several have, and a number behind those that are still alike.
+fn name_apart(entries: &mut [Entry], runs: &[RunInput]) {
+    let count = |entries: &[Entry], name: &str| entries.iter().filter(|e| e.name == name).count();
+    let before: Vec<Entry> = entries.to_vec();
+    for entry in entries.iter_mut().filter(|e| count(&before, &e.name) > 1) {
+        if let Some(run) = entry.run {
+            entry.name = format!("{}/{}", runs[run].name, entry.name);
+        }
+    }
+    for i in 1..entries.len() {
+        let (earlier, rest) = entries.split_at_mut(i);
+        let same = count(earlier, &rest[0].name);
+        if same > 0 {
+            rest[0].name = format!("{} ({})", rest[0].name, same + 1);
+        }
+    }
+}
+
+fn mark_pareto(entries: &mut [Entry]) {
+    let points: Vec<Option<(u64, f64)>> =
+        entries.iter().map(|e| e.kl().map(|kl| (e.checkpoint.bytes, kl))).collect();
+    for (i, entry) in entries.iter_mut().enumerate() {
+        let Some((bytes, kl)) = points[i] else { continue };
+        entry.pareto = !points.iter().flatten().any(|&(b, k)| b <= bytes && k <= kl && (b < bytes || k < kl));
+    }
+}

@@ -1,0 +1,193 @@
+//! A comparison as one HTML file that needs nothing else.
+
+use askama::Template;
+
+use super::{
+    Comparison, Entry, EvaluatedModel,
+    advice::{Advice, advice, headline, rule},
+    bytes,
+    charts::{self, LINEARS, Picture, SERIES, place},
+    costs::{Costs, costs},
+    figures::{Cell, Worst, cells, headers, interval, none, worst},
+    provenance::{self, Facts},
+};
+
+/// The page.
+#[derive(Template)]
+#[template(path = "report.html")]
+struct Page<'a> {
+    headline: String,
+    source: String,
+    generated_by: &'a str,
+    advice: Vec<Advice<'a>>,
+    rule: String,
+    reference: String,
+    pareto: Option<Picture>,
+    lines: Vec<Picture>,
+    heat: Vec<Heat>,
+    largest: String,
+    headers: Vec<(String, &'static str)>,
+    rows: Vec<Row>,
+    texts: Vec<Text>,
+    worst: Vec<Worst<'a>>,
+    runs: Vec<Costs>,
+    readers: Vec<Reader>,
+    provenance: Vec<Facts>,
+    colors: Vec<(usize, String)>,
+}
+
+/// A row of the branch table.
+struct Row {
+    number: usize,
+    color: usize,
+    square: bool,
+    name: String,
+    variant: String,
+    best: bool,
+    pareto: bool,
+    cells: Vec<Cell>,
+}
+
+/// A heat map and its figures.
+struct Heat {
+    picture: Picture,
+    /// For each layer, a cell for each of [`LINEARS`].
+    layers: Vec<(usize, Vec<Cell>)>,
+}
+
+/// What was measured on one text.
+struct Text {
+    title: String,
+    reference: String,
+    rows: Vec<(String, Vec<Cell>)>,
+}
+
+/// A reader, and for each entry whether it takes it, or why not.
+struct Reader {
+    name: String,
+    takes: Vec<Option<String>>,
+}
+
+/// The comparison as an HTML page.
+pub fn html(comparison: &Comparison) -> String {
+    let solved: Vec<(usize, &Entry)> =
+        comparison.entries.iter().enumerate().filter(|(_, e)| !e.linears.is_empty()).collect();
+    let errors = solved.iter().flat_map(|(_, e)| e.linears.iter().map(|l| l.relative_error));
+    let largest = errors.filter(|e| e.is_finite()).fold(0.0, f64::max);
+    let source = &comparison.source;
+    let size = |s: u64| format!(", {}", bytes(s));
+    let parameters = |p: u64| format!(", {:.1} M parameters", p as f64 / 1e6);
+    let page = Page {
+        headline: headline(comparison),
+        source: format!(
+            "{}{}{}",
+            source.name,
+            source.parameters.map(parameters).unwrap_or_default(),
+            source.bytes.map(size).unwrap_or_default()
+        ),
+        generated_by: comparison.generated_by,
+        advice: advice(comparison),
+        rule: rule(comparison),
+        reference: comparison.protocols.first().map_or_else(String::new, |p| {
+            let value = interval(p.reference_perplexity, 4, false).text;
+            format!(
+                "fp16 has perplexity {value} on {} ({} windows of {} tokens).",
+                p.dataset, p.windows, p.seq_len
+            )
+        }),
+        pareto: charts::size_against_kl(comparison),
+        lines: [charts::error_by_layer(&solved), charts::error_by_linear(&solved)]
+            .into_iter()
+            .flatten()
+            .collect(),
+        heat: solved.iter().filter_map(|(_, e)| heat(e, largest)).collect(),
+        largest: format!("{largest:.4}"),
+        headers: headers(comparison),
+        rows: comparison.entries.iter().enumerate().map(|(i, e)| row(comparison, i, e)).collect(),
+        texts: (0..comparison.protocols.len()).map(|p| text(comparison, p)).collect(),
+        worst: worst(comparison, 10),
+        runs: comparison.runs.iter().map(costs).collect(),
+        readers: readers(comparison),
+        provenance: provenance::all(comparison),
+        colors: SERIES.iter().map(|c| format!("#{:02X}{:02X}{:02X}", c.0, c.1, c.2)).enumerate().collect(),
+    };
+    page.render().expect("writing to memory does not fail")
+}
+
+fn row(comparison: &Comparison, index: usize, entry: &Entry) -> Row {
+    Row {
+        number: index + 1,
+        color: index % SERIES.len(),
+        square: entry.run.is_none(),
+        name: entry.name.clone(),
+        variant: entry.variant.clone(),
+        best: comparison.recommendation.as_ref().is_some_and(|r| r.closest == index),
+        pareto: entry.pareto,
+        cells: cells(comparison, entry),
+    }
+}
+
+fn heat(entry: &Entry, largest: f64) -> Option<Heat> {
+    let picture = charts::heat_map(entry, largest)?;
+    let mut layers: Vec<(usize, Vec<Cell>)> = Vec::new();
+    for linear in &entry.linears {
+        let Some((layer, row)) = place(&linear.name) else { continue };
+        if layers.last().is_none_or(|last| last.0 != layer) {
+            layers.push((layer, LINEARS.iter().map(|_| none()).collect()));
+        }
+        if let Some((_, cells)) = layers.last_mut() {
+            let error = linear.relative_error;
+            cells[row] = Cell { text: format!("{error:.4}"), sort: error.to_string() };
+        }
+    }
+    Some(Heat { picture, layers })
+}
+
+fn text(comparison: &Comparison, position: usize) -> Text {
+    let protocol = &comparison.protocols[position];
+    let number = |text: String, value: f64| Cell { text, sort: value.to_string() };
+    let cells = |m: &EvaluatedModel| {
+        vec![
+            number(format!("{:.4}", m.perplexity.value), m.perplexity.value),
+            interval(m.perplexity_change, 4, true),
+            interval(m.kl_divergence, 6, false),
+            number(format!("{:.5}", m.kl_p99), m.kl_p99),
+            number(format!("{:.3}", m.kl_max), m.kl_max),
+            number(format!("{:.2}%", m.top1_agreement.value * 100.0), m.top1_agreement.value),
+        ]
+    };
+    let rows = comparison
+        .entries
+        .iter()
+        .filter_map(|e| Some((e.name.clone(), cells(e.measured[position].as_ref()?))))
+        .collect();
+    let overlap = if protocol.stride == protocol.seq_len {
+        String::new()
+    } else {
+        format!(", one every {} tokens", protocol.stride)
+    };
+    Text {
+        title: format!(
+            "{}, {} windows of {} tokens{overlap}",
+            protocol.dataset, protocol.windows, protocol.seq_len
+        ),
+        reference: interval(protocol.reference_perplexity, 4, false).text,
+        rows,
+    }
+}
+
+fn readers(comparison: &Comparison) -> Vec<Reader> {
+    let mut readers: Vec<Reader> = Vec::new();
+    let entries = &comparison.entries;
+    for reader in entries.iter().flat_map(|e| &e.checkpoint.readers) {
+        if readers.iter().any(|known| known.name == reader.name) {
+            continue;
+        }
+        let takes = entries.iter().map(|e| {
+            let found = e.checkpoint.readers.iter().find(|r| r.name == reader.name);
+            found.map_or_else(|| Some("not known".into()), |r| r.refused.clone())
+        });
+        readers.push(Reader { name: reader.name.clone(), takes: takes.collect() });
+    }
+    readers
+}

@@ -1,0 +1,188 @@
+//! `gptq report`: runs and other checkpoints side by side, in all forms; the page in a browser.
+//!
+//! `tests/golden/report` has a run over `booklm` in the four variants of the model card, and what was measured of two
+//! checkpoints that GPTQModel 7.7 made of the same windows with the same settings (`scripts/make-peers`).
+
+mod browser;
+
+use std::{fs, path::PathBuf};
+
+use serde_json::Value;
+
+use crate::helpers::{Lab, demo, read_json, repository, text_of, write_json};
+
+fn golden(name: &str) -> PathBuf {
+    repository().join("tests/golden/report").join(name)
+}
+
+/// The flags that name everything there is in the golden folder.
+fn everything() -> Vec<String> {
+    let peers = ["gptqmodel-4bit-128g.json", "gptqmodel-4bit-32g-act.json"];
+    let peers = peers.iter().flat_map(|name| ["--quantized".to_owned(), text_of(&golden(name))]);
+    ["report".to_owned(), text_of(&golden("run.json"))].into_iter().chain(peers).collect()
+}
+
+fn report(lab: &Lab, flags: &[&str]) -> crate::helpers::Output {
+    let flags = flags.iter().map(|&flag| flag.to_owned());
+    lab.run(&everything().into_iter().chain(flags).collect::<Vec<_>>())
+}
+
+#[test]
+fn what_to_take_stands_in_front() {
+    let output = report(&Lab::empty(), &[]).succeeds();
+    assert_eq!(output.stderr, "");
+    insta::assert_snapshot!(output.stdout);
+}
+
+#[test]
+fn a_comment_has_everything_that_decides() {
+    let lab = Lab::empty();
+    let path = text_of(&lab.path("comment.md"));
+    let output = report(&lab, &["--markdown", &path]).succeeds();
+    assert_eq!((output.stdout.as_str(), output.stderr.as_str()), ("", "written: [LAB]/comment.md\n"));
+    let comment = fs::read_to_string(path).unwrap();
+    assert!(comment.len() < 16_000, "{} bytes", comment.len());
+    insta::assert_snapshot!(comment);
+}
+
+#[test]
+fn the_json_holds_what_is_shown() {
+    let lab = Lab::empty();
+    let path = text_of(&lab.path("report.json"));
+    report(&lab, &["--json", &path]).succeeds();
+    let found = read_json(&lab.path("report.json"));
+    assert_eq!(found, report(&lab, &["--json", "-"]).json());
+    assert_eq!(found["schema"], "gptq-comparison/1");
+    let names: Vec<&str> =
+        found["entries"].as_array().unwrap().iter().map(|e| e["name"].as_str().unwrap()).collect();
+    assert_eq!(
+        names,
+        [
+            "main",
+            "gptq-4bit-32g-actorder_True",
+            "gptq-4bit-64g-actorder_True",
+            "gptq-4bit-128g-actorder_True",
+            "gptqmodel-4bit-128g",
+            "gptqmodel-4bit-32g-act",
+        ]
+    );
+    // The smallest divergence, or what cannot be told from it.
+    let best = &found["recommendation"];
+    let kl = |e: &Value| e["measured"][0]["kl_divergence"]["value"].as_f64().unwrap();
+    let least = found["entries"].as_array().unwrap().iter().map(kl).fold(f64::INFINITY, f64::min);
+    let close: Vec<usize> = serde_json::from_value(best["as_close"].clone()).unwrap();
+    let closest = best["closest"].as_u64().unwrap() as usize;
+    let alike = close.iter().chain([&closest]).map(|&i| kl(&found["entries"][i]));
+    assert_eq!(alike.fold(f64::INFINITY, f64::min), least);
+}
+
+#[test]
+fn a_run_is_reported_with_what_was_measured_later() {
+    let lab = Lab::new();
+    let text = text_of(&demo("evaluation.parquet"));
+    lab.quantize(&[
+        "--variant",
+        "4bit-32g",
+        "--variant",
+        "4bit-32g-act",
+        "--eval",
+        &text,
+        "--eval-windows",
+        "2",
+    ])
+    .succeeds();
+    let out = text_of(&lab.out());
+    let short = lab.run(&["report", &out, "--json", "-"]).json();
+    assert_eq!(short["protocols"].as_array().unwrap().len(), 1);
+    let (model, branch) = (text_of(&lab.model()), lab.out().join("gptq-4bit-32g-actorder_True"));
+    lab.eval(&[&branch]);
+    let args = ["eval", "--model", &model, "--quantized", &text_of(&branch), "--dataset", &text];
+    lab.run(&[&args[..], &["--seq-len", "32", "--windows", "2"]].concat()).succeeds();
+    let long = lab.run(&["report", &out, "--model", &model, "--json", "-"]).json();
+    let lengths: Vec<_> =
+        long["protocols"].as_array().unwrap().iter().map(|p| p["seq_len"].as_u64()).collect();
+    assert_eq!(lengths, [Some(64), Some(32)]);
+    // What both have been measured by decides.
+    assert_eq!(long["recommendation"], short["recommendation"]);
+    for entry in long["entries"].as_array().unwrap() {
+        let second = entry["name"] == "gptq-4bit-32g-actorder_True";
+        assert_eq!(entry["measured"][1].is_object(), second, "{}", entry["name"]);
+    }
+
+    // Of other weights, figures are worth nothing.
+    crate::safetensors_file::change(&branch, |tensors| {
+        tensors.get_mut("model.norm.weight").unwrap().fill([0], 2.0)
+    });
+    lab.run(&["report", &out]).fails_with(
+        "error: `[LAB]/out/gptq-4bit-32g-actorder_True/eval.json` has figures of other weights than those beside it\n\
+         hint: measure again: gptq eval --model MODEL --quantized [LAB]/out/gptq-4bit-32g-actorder_True",
+    );
+}
+
+#[test]
+fn what_was_not_measured_is_said_to_be() {
+    let lab = Lab::with_branch("4bit-32g");
+    let branch = text_of(&lab.branch());
+    let output = report(&lab, &["--quantized", &branch]).succeeds();
+    assert_eq!(
+        output.stderr,
+        "`[LAB]/out/gptq-4bit-32g-actorder_False` has not been measured: gptq eval --model MODEL --quantized \
+         [LAB]/out/gptq-4bit-32g-actorder_False does it\n"
+    );
+    let line = output.stdout.lines().find(|line| line.starts_with("gptq-4bit-32g-actorder_False")).unwrap();
+    let cells: Vec<&str> = line.split_whitespace().skip(3).collect();
+    assert_eq!(cells[..4], ["–"; 4], "{line}");
+    let output = lab.run(&["report", &text_of(&lab.out())]).succeeds();
+    assert!(output.stdout.starts_with("model: not measured yet\n"), "{}", output.stdout);
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused() {
+    let lab = Lab::empty();
+    let mut other = read_json(&golden("gptqmodel-4bit-128g.json"));
+    let known = other["evaluations"][0]["model_digest"].as_str().unwrap().to_owned();
+    for evaluation in other["evaluations"].as_array_mut().unwrap() {
+        evaluation["model_digest"] = "xxh3:0".into();
+    }
+    write_json(&lab.path("other.json"), &other);
+    report(&lab, &["--quantized", &text_of(&lab.path("other.json"))]).fails_with(&format!(
+        "error: `booklm` cannot be compared with `booklm`: figures against two unquantized models, with digests {known} \
+         and xxh3:0"
+    ));
+    let model = Lab::new();
+    let output = report(&lab, &["--model", &text_of(&model.model())]);
+    assert!(output.stderr.contains("cannot be compared") && output.code == Some(2), "{}", output.stderr);
+    let mut run = read_json(&golden("run.json"));
+    run["model"]["layers"] = 7.into();
+    write_json(&lab.path("run.json"), &run);
+    let output = report(&lab, &[&text_of(&lab.path("run.json"))]);
+    assert!(output.stderr.contains("they are of two models: 6 layers"), "{}", output.stderr);
+    run["schema"] = "gptq-run/1".into();
+    write_json(&lab.path("run.json"), &run);
+    let output = lab.run(&["report", &text_of(&lab.path("run.json"))]);
+    assert!(output.stderr.contains("`schema`") && output.stderr.contains("gptq-run/1"), "{}", output.stderr);
+}
+
+/// Names and texts from outside stay text.
+#[test]
+fn nothing_from_outside_becomes_markup() {
+    let lab = Lab::empty();
+    let evil = "</td><script>alert(1)</script>|`x`";
+    let mut peer = read_json(&golden("gptqmodel-4bit-128g.json"));
+    peer["name"] = evil.into();
+    for evaluation in peer["evaluations"].as_array_mut().unwrap() {
+        evaluation["models"][0]["name"] = evil.into();
+    }
+    peer["checkpoint"]["quantizer"] = evil.into();
+    peer["checkpoint"]["dataset"] = evil.into();
+    write_json(&lab.path("evil.json"), &peer);
+    let [html, markdown] = ["r.html", "r.md"].map(|name| lab.path(name));
+    let flags = ["--quantized", &text_of(&lab.path("evil.json")), "--html", &text_of(&html)];
+    report(&lab, &[&flags[..], &["--markdown", &text_of(&markdown)]].concat()).succeeds();
+    let (html, markdown) = (fs::read_to_string(html).unwrap(), fs::read_to_string(markdown).unwrap());
+    assert!(html.contains("alert(1)") && !html.contains("<script>alert"), "escaped");
+    let row = markdown.lines().find(|line| line.contains("alert(1)")).unwrap();
+    let cells = row.replace("\\|", "").matches('|').count();
+    let usual = markdown.lines().find(|line| line.starts_with("| `main`")).unwrap().matches('|').count();
+    assert_eq!(cells, usual, "{row}");
+}
