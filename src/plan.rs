@@ -35,11 +35,21 @@ pub struct Plan {
     pub damp: f64,
     /// How much is done for accuracy: a preset.
     pub quality: Quality,
-    /// Whether scales stay positive, whatever the preset says.
-    pub unsigned_scales: bool,
+    /// Whether scales may be negative, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signed_scales: Option<bool>,
     /// How scales are searched for, in place of what the preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_search: Option<ScaleSearch>,
+    /// Whether groups are sorted where there is no act order, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub act_group_aware: Option<bool>,
+    /// The strength of asymmetric calibration, from 0 to 1, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asymmetric: Option<f64>,
+    /// The part of the calibration windows that asymmetric calibration takes, above 0 to 1, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asymmetric_share: Option<f64>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// What becomes of a linear that cannot be solved for the numbers in it.
@@ -71,8 +81,11 @@ impl Default for Plan {
             variants: Variant::card(),
             damp: 0.01,
             quality: Quality::default(),
-            unsigned_scales: false,
+            signed_scales: None,
             scale_search: None,
+            act_group_aware: None,
+            asymmetric: None,
+            asymmetric_share: None,
             shared_hessian: false,
             on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
@@ -106,7 +119,11 @@ impl Plan {
         let every = Self {
             split: Some(String::new()),
             text_column: Some(String::new()),
+            signed_scales: Some(true),
             scale_search: Some(ScaleSearch::Off),
+            act_group_aware: Some(true),
+            asymmetric: Some(0.0),
+            asymmetric_share: Some(1.0),
             max_memory: Some(0),
             max_device_memory: Some(0),
             ..Self::default()
@@ -119,10 +136,16 @@ impl Plan {
     pub fn refinements(&self) -> Refinements {
         let preset = self.quality.refinements();
         let scales = Scales {
-            signed: preset.scales.signed && !self.unsigned_scales,
+            signed: self.signed_scales.unwrap_or(preset.scales.signed),
             search: self.scale_search.unwrap_or(preset.scales.search),
         };
-        Refinements { scales }
+        let group_aware = self.act_group_aware.unwrap_or(preset.group_aware);
+        // Where Hessians are the unquantized model's, there is nothing else to aim at.
+        let asymmetric = if self.shared_hessian { 0.0 } else { self.asymmetric.unwrap_or(preset.asymmetric) };
+        let share = if preset.asymmetric == 0.0 { 1.0 } else { preset.asymmetric_share };
+        let share = self.asymmetric_share.unwrap_or(share);
+        let asymmetric_share = if asymmetric == 0.0 { 0.0 } else { share };
+        Refinements { scales, group_aware, asymmetric, asymmetric_share }
     }
 
     /// Checks what can be checked without the model.
@@ -141,6 +164,18 @@ impl Plan {
         }
         if !(self.damp >= 0.0 && self.damp <= 1.0) {
             return refuse("damp", "a fraction from 0 to 1", self.damp.to_string());
+        }
+        if let Some(share) = self.asymmetric_share.filter(|&share| !(share > 0.0 && share <= 1.0)) {
+            return refuse("asymmetric-share", "a part of the windows, above 0 and at most 1", share.to_string());
+        }
+        if let Some(alpha) = self.asymmetric {
+            if !(0.0..=1.0).contains(&alpha) {
+                return refuse("asymmetric", "a strength from 0 to 1", alpha.to_string());
+            }
+            if alpha > 0.0 && self.shared_hessian {
+                let expected = "0 with shared-hessian, whose inputs are the unquantized model's already";
+                return refuse("asymmetric", expected, alpha.to_string());
+            }
         }
         if self.variants.is_empty() {
             return refuse("variants", "at least one", "none".into());
@@ -266,6 +301,10 @@ mod tests {
             Plan { seq_len: 1, ..Plan::default() },
             Plan { damp: -0.1, ..Plan::default() },
             Plan { damp: f64::NAN, ..Plan::default() },
+            Plan { asymmetric: Some(1.5), ..Plan::default() },
+            Plan { asymmetric: Some(f64::NAN), ..Plan::default() },
+            Plan { asymmetric_share: Some(0.0), ..Plan::default() },
+            Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
             Plan { variants: vec![], ..Plan::default() },
             Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
             Plan { max_shard_size: 10, ..Plan::default() },

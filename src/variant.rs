@@ -105,11 +105,6 @@ pub enum Order {
     /// Act order over static groups: descending diagonal, but groups are runs of neighbouring features whose
     /// scales are fitted beforehand, so `g_idx` stays sequential.
     ActStatic,
-    /// Group-aware reordering, as GPTQModel has it: groups are runs of neighbouring features, taken by their largest
-    /// Hessian diagonal, and within a group features are taken by theirs. Scales are fitted where groups begin, and `g_idx`
-    /// stays sequential: to a reader it is as if there were no order.
-    #[serde(rename = "act-group-aware")]
-    ActGroupAware,
 }
 
 /// By what input features are sorted before they are quantized.
@@ -131,7 +126,7 @@ impl Order {
     }
 }
 
-/// One output of a run. Written as `4bit-128g`, `4bit-32g-act`, `4bit-128g-static`, `4bit-128g-gar`, `3bit--1g-asym`.
+/// One output of a run. Written as `4bit-128g`, `4bit-32g-act`, `4bit-128g-static`, `3bit--1g-asym`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Variant {
     /// Bits a code.
@@ -150,11 +145,12 @@ impl Variant {
         self.order == Order::ActStatic || self.group_size == GroupSize::PerChannel
     }
 
-    /// The order that this variant's features are quantized in.
-    pub fn sorting(&self) -> Sorting {
-        match (self.order, self.group_size) {
-            (Order::Sequential, _) => Sorting::Stored,
-            (Order::ActGroupAware, GroupSize::Features(size)) => Sorting::Grouped(size),
+    /// The order that this variant's features are quantized in. Without act order they need not be taken as they are
+    /// stored: `group_aware` sorts them so that groups stay runs of neighbouring features.
+    pub fn sorting(&self, group_aware: bool) -> Sorting {
+        match (self.order, group_aware, self.group_size) {
+            (Order::Sequential, false, _) => Sorting::Stored,
+            (Order::Sequential, true, GroupSize::Features(size)) => Sorting::Grouped(size),
             _ => Sorting::Descending,
         }
     }
@@ -181,9 +177,6 @@ impl Variant {
         if self.order == Order::ActStatic {
             name.push_str("-static");
         }
-        if self.order == Order::ActGroupAware {
-            name.push_str("-gar");
-        }
         if !self.symmetric {
             name.push_str("-asym");
         }
@@ -198,7 +191,6 @@ impl fmt::Display for Variant {
             Order::Sequential => "",
             Order::Act => "-act",
             Order::ActStatic => "-static",
-            Order::ActGroupAware => "-gar",
         })?;
         f.write_str(if self.symmetric { "" } else { "-asym" })
     }
@@ -213,7 +205,7 @@ impl FromStr for Variant {
             expected: expected.into(),
             found: text.into(),
         };
-        let form = "{bits}bit-{group}g[-act|-static|-gar][-asym], e.g. 4bit-32g-act";
+        let form = "{bits}bit-{group}g[-act|-static][-asym], e.g. 4bit-32g-act";
         let (bits, rest) = text.split_once("bit-").ok_or_else(|| fail(form))?;
         let bits = bits.parse().ok().and_then(Bits::new).ok_or_else(|| fail("2, 3, 4 or 8 bits"))?;
         let end = rest.find('g').ok_or_else(|| fail(form))?;
@@ -228,12 +220,8 @@ impl FromStr for Variant {
         let (order, flags) = match flags {
             f if f.starts_with("-act") => (Order::Act, &f[4..]),
             f if f.starts_with("-static") => (Order::ActStatic, &f[7..]),
-            f if f.starts_with("-gar") => (Order::ActGroupAware, &f[4..]),
             f => (Order::Sequential, f),
         };
-        if order == Order::ActGroupAware && group_size == GroupSize::PerChannel {
-            return Err(fail("more than one group to order; with one, act order leaves g_idx as it is"));
-        }
         let symmetric = match flags {
             "" => true,
             "-asym" => false,
@@ -267,7 +255,6 @@ mod tests {
             "4bit-32g-act",
             "3bit--1g",
             "8bit-64g-static-asym",
-            "4bit-128g-gar",
             "2bit-16g-asym",
         ] {
             assert_eq!(text.parse::<Variant>().unwrap().to_string(), text);
@@ -285,7 +272,6 @@ mod tests {
             "4bit-2048g",
             "4bit-128",
             "4bit-32g-foo",
-            "4bit--1g-gar",
         ] {
             assert!(text.parse::<Variant>().is_err(), "{text}");
         }

@@ -7,12 +7,14 @@ use serde::{Deserialize, Serialize};
 use crate::{error::Error, variant::Bits};
 
 /// How the scale of a group is chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scales {
     /// Whether the scale of a symmetric grid may be negative. Such a grid has one level more on one side of zero than on
     /// the other; the sign says on which. Readers multiply by the scale and do not look at its sign.
+    #[serde(rename = "signed_scales")]
     pub signed: bool,
     /// Which scales are tried.
+    #[serde(rename = "scale_search")]
     pub search: ScaleSearch,
 }
 

@@ -90,7 +90,7 @@ pub(super) struct QuantizeArgs {
     /// Where the windows begin [default: 0]
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<u64>,
-    /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static, 4bit-128g-gar; repeatable
+    /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static; repeatable
     /// [default: the model card's four]
     #[arg(long = "variant", value_name = "VARIANT")]
     pub(super) variants: Vec<Variant>,
@@ -100,12 +100,25 @@ pub(super) struct QuantizeArgs {
     /// How much is done for accuracy: fast (plain GPTQ), standard, best [default: standard]
     #[arg(long, value_name = "PRESET")]
     pub(super) quality: Option<Quality>,
+    /// Let scales be negative where that puts the grid's longer side to use [default: what the preset says]
+    #[arg(long, conflicts_with = "unsigned_scales")]
+    pub(super) signed_scales: bool,
     /// Keep all scales positive
     #[arg(long)]
     pub(super) unsigned_scales: bool,
     /// How scales are searched for: off, diagonal, block [default: what the preset says]
     #[arg(long, value_name = "SEARCH")]
     pub(super) scale_search: Option<ScaleSearch>,
+    /// Whether features are sorted group by group where there is no act order; files look the same [default: what the
+    /// preset says]
+    #[arg(long, value_name = "BOOL")]
+    pub(super) act_group_aware: Option<bool>,
+    /// How far linears aim at the unquantized model's outputs, from 0 to 1 [default: what the preset says]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(super) asymmetric: Option<f64>,
+    /// The part of the calibration windows that --asymmetric takes, up to 1 [default: what the preset says]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(super) asymmetric_share: Option<f64>,
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]
     pub(super) shared_hessian: bool,

@@ -109,7 +109,7 @@ fn solver(args: &BenchArgs) -> Result<Vec<Line>> {
     let hessian = hessian.expect("made above");
     let (seconds, _) = fastest(args.repeat, || hessian.output_energy(&weight))?;
     lines.push(line("output energy".into(), seconds, nf * kf * kf, bf16));
-    let sorting = args.variant.sorting();
+    let sorting = args.variant.sorting(false);
     let solvers: &[bool] = if amx { &[true, false] } else { &[false] };
     for (i, &with_amx) in solvers.iter().enumerate() {
         let solver = CpuSolver::with_amx(with_amx);

@@ -203,7 +203,7 @@ fn block(
     let hessian = hessian.finish("bench")?;
     let weight = Tensor::randn([n as i64, k as i64], half) * 0.02;
     let stacked = [Weight { name: "bench", values: &weight }];
-    let factorize = |solver: &dyn Solver| solver.factorize(&hessian, variant.sorting(), DAMP, "bench");
+    let factorize = |solver: &dyn Solver| solver.factorize(&hessian, variant.sorting(false), DAMP, "bench");
 
     let ours = CudaSolver::new(device)?;
     let (mut cuda, mut libtorch) = (Times::default(), Times::default());

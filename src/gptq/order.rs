@@ -33,8 +33,9 @@ impl ColumnOrder {
     pub fn group_at(&self, i: usize, variant: &Variant) -> usize {
         let size = variant.group_size.features(self.columns.len());
         match variant.order {
-            Order::Sequential | Order::Act => i / size,
-            Order::ActStatic | Order::ActGroupAware => self.columns[i] as usize / size,
+            Order::Act => i / size,
+            // Groups of neighbours, in whatever order they are taken.
+            Order::Sequential | Order::ActStatic => self.columns[i] as usize / size,
         }
     }
 
@@ -96,7 +97,7 @@ mod tests {
         // The largest feature is in the group that is not whole.
         assert_eq!(of(2).columns(), [3, 2, 5, 4, 1, 0, 6]);
         assert_eq!(of(3).columns(), [3, 5, 4, 2, 1, 0, 6]);
-        let variant = variant("4bit-16g-gar", 2);
+        let variant = variant("4bit-16g", 2);
         assert_eq!(of(2).g_idx(&variant), [0, 0, 1, 1, 2, 2, 3]);
         assert_eq!(of(2).group_at(0, &variant), 1);
     }

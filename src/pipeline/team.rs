@@ -1,12 +1,15 @@
 //! Some variants of one layer on one device or several: capture a stage's inputs, solve it, go on with the quantized weights.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Instant,
 };
 
+use tch::Tensor;
+
 use super::{
+    dense_path::Capture,
     journal::NextStates,
     machine::return_free_memory,
     member::{Member, Surroundings},
@@ -18,8 +21,8 @@ use crate::{
     checkpoint::{LinearId, LinearKind},
     error::Result,
     gptq::{
-        Hessian,
-        solver::{Factorization, Solved, Solver, Weight},
+        Drift,
+        solver::{Factorization, Factorized, Solved, Solver, Weight},
     },
     model::Stage,
     plan::OnFailure,
@@ -62,6 +65,8 @@ pub(super) struct Task<'a> {
     pub(super) variants: &'a [Variant],
     pub(super) damp: f64,
     pub(super) refinements: Refinements,
+    /// Windows on which the unquantized model's hidden states are advanced beside the variants'.
+    pub(super) dense_windows: usize,
     pub(super) shared_hessian: bool,
     pub(super) on_failure: OnFailure,
     /// Decoder layers.
@@ -69,9 +74,19 @@ pub(super) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// Hidden states that are advanced: the variants' own, or the unquantized model's.
-    pub(super) fn streams(&self) -> usize {
-        if self.shared_hessian { 1 } else { self.variants.len() }
+    /// Hidden states that are advanced, and of how many of all `windows`: the variants' own and, where it is followed, the unquantized model's; or only the
+    /// unquantized model's.
+    pub(super) fn streams(&self, windows: usize) -> Vec<usize> {
+        if self.shared_hessian {
+            return vec![windows];
+        }
+        let dense = (self.dense_windows > 0).then_some(self.dense_windows);
+        self.variants.iter().map(|_| windows).chain(dense).collect()
+    }
+
+    /// Whether the unquantized model's hidden states are advanced beside the variants'.
+    pub(super) fn follows_dense(&self) -> bool {
+        self.dense_windows > 0
     }
 }
 
@@ -97,9 +112,14 @@ impl<'a> Team<'a> {
         Self { members, solver, variants, task, around }
     }
 
-    /// Hidden states that are advanced: the variants' own, or the unquantized model's.
+    /// Hidden states of variants, or the unquantized model's where only these are advanced.
     pub(super) fn streams(&self) -> usize {
         if self.task.shared_hessian { 1 } else { self.variants.len() }
+    }
+
+    /// The stream of the unquantized model's hidden states, where it is followed.
+    fn dense_stream(&self) -> Option<usize> {
+        self.task.follows_dense().then_some(self.variants.len())
     }
 
     /// Progress steps of a layer: each batch through four captures and, but in the last layer, out of the layer; and each
@@ -110,7 +130,12 @@ impl<'a> Team<'a> {
         let mut steps = passes * batches * self.streams() + Stage::ALL.len() * self.variants.len();
         if layer == 0 && !self.task.shared_hessian {
             // One capture for all.
-            steps -= batches * (self.streams() - 1);
+            steps -= batches * (self.variants.len() - 1);
+        }
+        if self.task.follows_dense() {
+            let batches: usize = self.members.iter().map(Member::dense_batches).sum();
+            // No capture of the first stage's inputs.
+            steps += (passes - 1) * batches;
         }
         steps as u64
     }
@@ -159,36 +184,41 @@ impl<'a> Team<'a> {
         next: Option<&SharedStates<'_>>,
     ) -> Result<()> {
         let all = self.variants.clone();
+        let dense = self.dense_stream();
+        if let Some(dense) = dense {
+            self.run_dense(layer, dense, next)?;
+        }
         // Before the first layer all variants have the same hidden states, hence the same first Hessian.
         let mut first_stage = Vec::new();
         if layer == 0 {
             self.stage(None, Stage::AttentionInput);
-            let hessian = self.capture(|member| member.capture_attention_input(0))?;
-            first_stage = self.solve_stage(layer, Stage::AttentionInput, hessian, &all, sink)?;
+            // As are the unquantized model's.
+            let captured = self.capture(|member| member.capture_attention_input(0, None))?;
+            first_stage = self.solve_stage(layer, Stage::AttentionInput, captured, &all, sink)?;
         }
         for (stream, &variant) in all.iter().enumerate() {
             let solved = if layer == 0 {
                 std::mem::take(&mut first_stage[stream])
             } else {
                 self.stage(Some(variant), Stage::AttentionInput);
-                let hessian = self.capture(|member| member.capture_attention_input(stream))?;
-                self.solve_one(layer, Stage::AttentionInput, hessian, variant, sink)?
+                let captured = self.capture(|member| member.capture_attention_input(stream, dense))?;
+                self.solve_one(layer, Stage::AttentionInput, captured, variant, sink)?
             };
             self.go_on_with(Stage::AttentionInput, solved)?;
 
             self.stage(Some(variant), Stage::AttentionOutput);
-            let hessian = self.capture(|member| member.capture_attention_output(stream))?;
-            let solved = self.solve_one(layer, Stage::AttentionOutput, hessian, variant, sink)?;
+            let captured = self.capture(|member| member.capture_attention_output(stream, dense))?;
+            let solved = self.solve_one(layer, Stage::AttentionOutput, captured, variant, sink)?;
             self.go_on_with(Stage::AttentionOutput, solved)?;
 
             self.stage(Some(variant), Stage::MlpInput);
-            let hessian = self.capture(|member| member.capture_mlp_input(stream))?;
-            let solved = self.solve_one(layer, Stage::MlpInput, hessian, variant, sink)?;
+            let captured = self.capture(|member| member.capture_mlp_input(stream, dense))?;
+            let solved = self.solve_one(layer, Stage::MlpInput, captured, variant, sink)?;
             self.go_on_with(Stage::MlpInput, solved)?;
 
             self.stage(Some(variant), Stage::MlpOutput);
-            let hessian = self.capture(|member| member.capture_mlp_output(stream))?;
-            let solved = self.solve_one(layer, Stage::MlpOutput, hessian, variant, sink)?;
+            let captured = self.capture(|member| member.capture_mlp_output(stream, dense))?;
+            let solved = self.solve_one(layer, Stage::MlpOutput, captured, variant, sink)?;
             match next {
                 // Nobody's inputs.
                 None => self.end()?,
@@ -197,6 +227,25 @@ impl<'a> Team<'a> {
                     self.leave_layer(stream, variant, next)?;
                 }
             }
+        }
+        if let Some(dense) = dense {
+            self.members.iter_mut().for_each(|member| member.leave_dense(dense));
+        }
+        Ok(())
+    }
+
+    /// Advances the unquantized model's hidden states, and keeps what its stages get in this layer. Every team has them;
+    /// that of the first variant writes them to the journal.
+    fn run_dense(&mut self, layer: usize, dense: usize, next: Option<&SharedStates<'_>>) -> Result<()> {
+        self.around.memory.enter(At::Calibrating);
+        self.around.progress.event(&Event::Stage { variant: "unquantized", stage: "all of the layer" });
+        let of_all = self.task.variants.len();
+        let next = next.filter(|_| self.variants[0] == 0);
+        let states = |next: &'_ SharedStates<'_>| Arc::clone(lock(next).file(of_all));
+        let (file, last) = (next.map(states), self.is_last(layer));
+        self.everywhere(|member| member.run_dense(dense, file.as_ref(), last))?;
+        if let Some(next) = next {
+            lock(next).sync(of_all);
         }
         Ok(())
     }
@@ -212,13 +261,13 @@ impl<'a> Team<'a> {
         let all = self.variants.clone();
         for stage in Stage::ALL {
             self.stage(None, stage);
-            let hessian = self.capture(|member| match stage {
-                Stage::AttentionInput => member.capture_attention_input(0),
-                Stage::AttentionOutput => member.capture_attention_output(0),
-                Stage::MlpInput => member.capture_mlp_input(0),
-                Stage::MlpOutput => member.capture_mlp_output(0),
+            let captured = self.capture(|member| match stage {
+                Stage::AttentionInput => member.capture_attention_input(0, None),
+                Stage::AttentionOutput => member.capture_attention_output(0, None),
+                Stage::MlpInput => member.capture_mlp_input(0, None),
+                Stage::MlpOutput => member.capture_mlp_output(0, None),
             })?;
-            drop(self.solve_stage(layer, stage, hessian, &all, sink)?);
+            drop(self.solve_stage(layer, stage, captured, &all, sink)?);
             self.everywhere(|member| member.set_dense(stage))?;
         }
         match next {
@@ -229,10 +278,9 @@ impl<'a> Team<'a> {
 
     /// Advances a stream of hidden states behind the layer; it is the run's `of_all`-th.
     fn leave_layer(&mut self, stream: usize, of_all: usize, next: &SharedStates<'_>) -> Result<()> {
-        let states = || next.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = Arc::clone(states().file(of_all));
+        let file = Arc::clone(lock(next).file(of_all));
         self.everywhere(|member| member.leave_layer(stream, &file))?;
-        states().sync(of_all);
+        lock(next).sync(of_all);
         Ok(())
     }
 
@@ -249,7 +297,7 @@ impl<'a> Team<'a> {
     }
 
     /// All devices' sums, added in their order.
-    fn capture(&mut self, capture: impl Fn(&mut Member<'a>) -> Result<Hessian> + Sync) -> Result<Hessian> {
+    fn capture(&mut self, capture: impl Fn(&mut Member<'a>) -> Result<Capture> + Sync) -> Result<Capture> {
         self.around.memory.enter(At::Calibrating);
         let mut parts = self.on_all(capture)?.into_iter();
         let mut sum = parts.next().expect("a team has members");
@@ -290,11 +338,11 @@ impl<'a> Team<'a> {
         &self,
         layer: usize,
         stage: Stage,
-        hessian: Hessian,
+        captured: Capture,
         variant: usize,
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Solved>> {
-        let solved = self.solve_stage(layer, stage, hessian, &[variant], sink)?;
+        let solved = self.solve_stage(layer, stage, captured, &[variant], sink)?;
         Ok(solved.into_iter().next().unwrap_or_default())
     }
 
@@ -303,16 +351,17 @@ impl<'a> Team<'a> {
         &self,
         layer: usize,
         stage: Stage,
-        hessian: Hessian,
+        captured: Capture,
         variants: &[usize],
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
         return_free_memory();
-        let sink = || sink.lock().unwrap_or_else(PoisonError::into_inner);
+        let sink = || lock(sink);
         let progress = self.around.progress;
         let weights = self.members[0].weights();
         let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
         let name = format!("layer {layer}, {}", stage.name());
+        let Capture { hessian, drift } = captured;
         if let Some(text) = hessian.warning() {
             progress.event(&Event::Warning(text));
             sink().warn(text.to_owned());
@@ -329,7 +378,7 @@ impl<'a> Team<'a> {
 
         let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
         for (position, &variant) in variants.iter().enumerate() {
-            let order = self.task.variants[variant].sorting();
+            let order = self.task.refinements.sorting(&self.task.variants[variant]);
             match by_order.iter_mut().find(|(o, _)| *o == order) {
                 Some((_, list)) => list.push(position),
                 None => by_order.push((order, vec![position])),
@@ -346,13 +395,18 @@ impl<'a> Team<'a> {
                 hessian = None;
             }
             self.warn(&name, factor.facts());
+            let aimed = self.aimed(&*factor, drift.as_ref(), &dense, &name)?;
+            let weights: Vec<Weight<'_>> = match &aimed {
+                Some(aimed) => dense.iter().zip(aimed).map(|(w, values)| Weight { values, ..*w }).collect(),
+                None => dense.clone(),
+            };
             // The factorization is shared by this order's variants, and so is its time.
             let factor_seconds = begun.elapsed().as_secs_f64() / list.len() as f64;
             for position in list {
                 self.around.go_on()?;
                 let variant = &self.task.variants[variants[position]];
                 let begun = Instant::now();
-                let solutions = factor.solve(&dense, variant)?;
+                let solutions = factor.solve(&weights, variant)?;
                 let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
                 let size = |linear: &Solved| linear.in_features() * linear.out_features();
                 let total: usize = solutions.iter().map(|s| size(&s.linear)).sum();
@@ -385,6 +439,20 @@ impl<'a> Team<'a> {
         Ok(solved)
     }
 
+    /// The weights that aim at what the unquantized model computes, where it is followed.
+    fn aimed(
+        &self,
+        factor: &dyn Factorized,
+        drift: Option<&Drift>,
+        dense: &[Weight<'_>],
+        stage: &str,
+    ) -> Result<Option<Vec<Tensor>>> {
+        let Some(drift) = drift.filter(|drift| drift.tokens() > 0) else { return Ok(None) };
+        let alpha = self.task.refinements.asymmetric;
+        let aimed = dense.iter().map(|w| factor.aimed(w, &drift.of(w.values, alpha, stage)?));
+        aimed.collect::<Result<_>>().map(Some)
+    }
+
     fn warn(&self, stage: &str, facts: &Factorization) {
         if facts.damp_raised > 0 {
             let text = format!(
@@ -394,4 +462,8 @@ impl<'a> Team<'a> {
             self.around.progress.event(&Event::Warning(&text));
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -244,7 +244,6 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
             Order::Sequential => "no",
             Order::Act => "yes",
             Order::ActStatic => "static",
-            Order::ActGroupAware => "gar",
         }
         .into(),
         symmetric: variant.symmetric,

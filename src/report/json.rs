@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::{Evaluation, ReaderReport};
 use crate::{
+    accuracy::Refinements,
     calibration::Provenance,
     error::{Error, Result},
     plan::Plan,
@@ -33,6 +34,9 @@ pub struct Report {
     pub command: Vec<String>,
     /// What was asked for.
     pub plan: Plan,
+    /// What the plan's quality turned on beyond plain GPTQ.
+    #[serde(default)]
+    pub refinements: Refinements,
     /// The source model.
     pub model: ModelReport,
     /// The calibration text.

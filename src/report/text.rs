@@ -45,7 +45,6 @@ pub fn run_table(report: &Report) -> String {
                 Order::Sequential => "no",
                 Order::Act => "yes",
                 Order::ActStatic => "static",
-                Order::ActGroupAware => "gar",
             }
             .to_owned(),
             bytes(branch.bytes),

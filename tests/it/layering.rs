@@ -8,13 +8,14 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 20] = [
+const LAYERS: [&str; 21] = [
     "error",
     "progress",
     "folder",
     "device",
     "cuda",
     "variant",
+    "accuracy",
     "plan",
     "checkpoint",
     "calibration",
@@ -32,12 +33,14 @@ const LAYERS: [&str; 20] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 13] = [
+const WITHOUT_LIBTORCH: [&str; 15] = [
+    "accuracy",
     "amx",
     "calibration",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",
+    "gptq/scale_search.rs",
     "gptq/solver/reference.rs",
     "kernels/cuda_layout.rs",
     "kernels/cuda_plan.rs",

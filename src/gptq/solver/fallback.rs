@@ -1,5 +1,7 @@
 //! A solver that rounds to nearest where another one fails, and says so.
 
+use tch::Tensor;
+
 use super::{Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
 use crate::{
     error::{Error, Result},
@@ -56,6 +58,15 @@ impl Factorized for FactorOrRounded {
                 Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
             }
             Err(Error::Numerical(problem)) => self.round(weights, variant, &problem.to_string()),
+            other => other,
+        }
+    }
+
+    /// What cannot be aimed elsewhere is solved as it is.
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        let factor = self.solving.as_ref().unwrap_or(&self.rounding);
+        match factor.aimed(weight, b) {
+            Err(Error::Numerical(_)) => self.rounding.aimed(weight, b),
             other => other,
         }
     }

@@ -31,7 +31,7 @@ pub use fallback::OrRounded;
 pub use rtn::RtnSolver;
 pub use torch::TorchSolver;
 
-use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};
+use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns, drift::divided};
 use crate::{
     error::{Error, NumericalError, Result, TorchContext},
     variant::{Sorting, Variant},
@@ -68,6 +68,12 @@ pub trait Factorized {
     /// # Errors
     /// When a weight is NaN or infinite, a scale does not fit fp16, the arithmetic leaves the numbers, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
+
+    /// `W + B (H + λI)⁻¹` fp32, of a weight and `B` `[N, K]`: a weight that aims elsewhere, see [`Drift`](super::Drift).
+    ///
+    /// # Errors
+    /// When the arithmetic leaves the numbers, or libtorch fails.
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor>;
 }
 
 /// A weight to be solved.
@@ -197,6 +203,32 @@ fn damped<F: Borrow<Tensor>>(
         }
     }
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
+}
+
+/// [`Factorized::aimed`] with a triangular `factor` of `H + λI` in the order of `columns`.
+fn aimed(
+    weight: &Weight<'_>,
+    b: &Tensor,
+    factor: &Tensor,
+    upper: bool,
+    columns: impl Iterator<Item = u32>,
+) -> Result<Tensor> {
+    let columns: Vec<i64> = columns.map(i64::from).collect();
+    let aim = || {
+        let columns = Tensor::f_from_slice(&columns)?.f_to_device(factor.device())?;
+        let b = b.f_index_select(1, &columns)?;
+        let by = divided(&b, factor, upper)?.f_index_select(1, &columns.f_argsort(0, false)?)?;
+        let weight = weight.values.f_to_device(factor.device())?.f_to_kind(Kind::Float)?;
+        weight.f_add(&by)
+    };
+    let aimed = aim().torch("aim a weight")?;
+    check_finite(weight)?;
+    let finite = || bool::try_from(aimed.f_isfinite()?.f_all()?);
+    if finite().torch("look at a weight")? {
+        return Ok(aimed);
+    }
+    let problem = "what it is to aim at came out as NaN or infinite".to_owned();
+    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
 }
 
 /// Largest over median of what is not zero; 0 when all is.

@@ -60,6 +60,11 @@ impl Factorized for Rounding {
         let g_idx = self.order.g_idx(variant);
         weights.iter().map(|weight| self.round(weight, variant, &g_idx)).collect()
     }
+
+    /// Aims at nothing else: what is rounded makes good for nothing.
+    fn aimed(&self, weight: &Weight<'_>, _b: &Tensor) -> Result<Tensor> {
+        weight.values.f_to_kind(Kind::Float).torch("convert a weight")
+    }
 }
 
 impl Rounding {

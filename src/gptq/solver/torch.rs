@@ -5,7 +5,7 @@ use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, damped, panel_width,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, aimed, damped, panel_width,
     solution,
     torch_scales::{Group, best_steps},
 };
@@ -99,6 +99,10 @@ impl Factorized for TorchFactor {
             solution(weight, variant, codes, &steps, g_idx.clone(), sums, self.damped.lambda)
         });
         solutions.collect()
+    }
+
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        aimed(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 

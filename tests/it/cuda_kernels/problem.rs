@@ -1,7 +1,7 @@
 //! Weights and a Hessian, and the f64 definition of what a solver has to find for them.
 
 use gptq::{
-    accuracy::Scales,
+    accuracy::Refinements,
     gptq::{ColumnOrder, Grid, QuantizedLinear, Step},
     variant::{Order, Variant},
 };
@@ -65,7 +65,7 @@ impl Problem {
     }
 
     pub(crate) fn order(&self, variant: &Variant) -> ColumnOrder {
-        ColumnOrder::new(variant.sorting(), &self.diagonal())
+        ColumnOrder::new(variant.sorting(false), &self.diagonal())
     }
 
     /// The mean diagonal of features that are not dead.
@@ -177,7 +177,7 @@ impl Problem {
             self.k,
             DAMP,
             variant,
-            Scales::PLAIN,
+            &Refinements::NONE,
         )
         .unwrap();
         let (ours, theirs) = (&solved.linear, &definition.linear);

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, cholesky, damped,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, aimed, cholesky, damped,
     kernel::{LANES, Lane},
     lane_scales::Search,
     panel_width,
@@ -161,6 +161,10 @@ impl Factorized for CpuFactor {
         let mut solutions = self.split(weights, variant, state)?;
         solutions.iter_mut().zip(uncompensated).for_each(|(solution, count)| solution.uncompensated = count);
         Ok(solutions)
+    }
+
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        aimed(weight, b, &self.lower, false, self.order.columns().iter().rev().copied())
     }
 }
 

@@ -21,7 +21,7 @@ pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
+    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, aimed, check_scales,
     check_sums, damped,
 };
 use crate::{
@@ -194,6 +194,10 @@ impl Factorized for CudaFactor {
         let columns = Columns::new(self, weights, variant)?;
         columns.solve()?;
         self.split(&columns, weights, variant)
+    }
+
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        aimed(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 

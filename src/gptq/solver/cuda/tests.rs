@@ -283,7 +283,7 @@ fn cuda_device_compensates_panels() {
 fn solved(solver: &CudaSolver, device: Device, text: &str) -> Vec<DeviceLinear> {
     let problem = Problem::new(96, 192, 600, 10).on(device);
     let variant: Variant = text.parse().unwrap();
-    let factor = solver.factorize(&problem.hessian, variant.sorting(), 0.01, "test").unwrap();
+    let factor = solver.factorize(&problem.hessian, variant.sorting(false), 0.01, "test").unwrap();
     let other = random(&[64, 192], 11).to_device(device);
     let solutions = factor.solve(&[weight(&problem.weight), weight(&other)], &variant).unwrap();
     let linears = solutions.into_iter().map(|s| match s.linear {

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::problem::{Problem, to_vec, weight};
 use crate::{
-    accuracy::Scales,
+    accuracy::Refinements,
     error::{Error, NumericalError, Result},
     gptq::{
         Hessian, QuantizedLinear,
@@ -104,7 +104,7 @@ fn try_solve(
     variant: &Variant,
     damp: f64,
 ) -> Result<Solution> {
-    let factor = solver.factorize(hessian, variant.sorting(), damp, "layer 3, down")?;
+    let factor = solver.factorize(hessian, variant.sorting(false), damp, "layer 3, down")?;
     Ok(factor.solve(&[weight(values)], variant)?.remove(0))
 }
 
@@ -184,7 +184,7 @@ fn rows_that_compensation_would_harm_are_rounded_and_counted() {
     let variant: Variant = "2bit-32g-act-asym".parse().unwrap();
     let rounded =
         solved(&RtnSolver, &problem.hessian, &problem.weight, &variant, 0.01).linear.into_host().unwrap();
-    let slow = problem.reference_or_rounded(&variant, 0.01, Scales::PLAIN);
+    let slow = problem.reference_or_rounded(&variant, 0.01, &Refinements::NONE);
     for solver in on_cpu() {
         let solution = solved(&solver, &problem.hessian, &problem.weight, &variant, 0.01);
         assert_eq!(solution.uncompensated, 4, "{}", solver.name());
@@ -217,7 +217,7 @@ fn nan_and_infinity_in_a_weight_are_refused_by_name() {
         let bad = good.copy();
         let _ = bad.narrow(0, 7, 1).narrow(1, 211, 1).fill_(value);
         for variant in VARIANTS.map(|text| text.parse::<Variant>().unwrap()) {
-            let factor = solver.factorize(&hessian, variant.sorting(), 0.01, "layer 3, down").unwrap();
+            let factor = solver.factorize(&hessian, variant.sorting(false), 0.01, "layer 3, down").unwrap();
             let name = "model.layers.3.mlp.down_proj";
             let weights = [weight(&good), Weight { name, values: &bad }];
             let error = factor.solve(&weights, &variant).unwrap_err();

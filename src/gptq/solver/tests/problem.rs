@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    accuracy::Scales,
+    accuracy::Refinements,
     device,
     gptq::{
         Hessian, QuantizedLinear,
@@ -66,16 +66,16 @@ impl Problem {
     }
 
     pub(in crate::gptq) fn reference(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        self.reference_with(variant, damp, Scales::PLAIN)
+        self.reference_with(variant, damp, &Refinements::NONE)
     }
 
     pub(in crate::gptq) fn reference_with(
         &self,
         variant: &Variant,
         damp: f64,
-        scales: Scales,
+        refinements: &Refinements,
     ) -> ReferenceSolution {
-        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, scales).unwrap()
+        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, refinements).unwrap()
     }
 
     /// With rows rounded to nearest where that is better, as the CPU solver does it.
@@ -83,13 +83,13 @@ impl Problem {
         &self,
         variant: &Variant,
         damp: f64,
-        scales: Scales,
+        refinements: &Refinements,
     ) -> ReferenceSolution {
-        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, scales).unwrap()
+        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, refinements).unwrap()
     }
 
     pub(in crate::gptq) fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        self.fast_with(&CpuSolver::new(), variant, damp)
+        self.fast_with(&CpuSolver::new(), variant, damp, &Refinements::NONE)
     }
 
     pub(in crate::gptq) fn fast_with(
@@ -97,8 +97,10 @@ impl Problem {
         solver: &dyn Solver,
         variant: &Variant,
         damp: f64,
+        refinements: &Refinements,
     ) -> ReferenceSolution {
-        let factor = solver.factorize(&self.hessian, variant.sorting(), damp, "test").unwrap();
+        let sorting = refinements.sorting(variant);
+        let factor = solver.factorize(&self.hessian, sorting, damp, "test").unwrap();
         solve(&*factor, &[&self.weight], variant).remove(0)
     }
 
@@ -155,8 +157,6 @@ pub(in crate::gptq) fn variants() -> Vec<Variant> {
         "4bit-512g-act",
         "4bit-100g-static-asym",
         "4bit-300g",
-        "4bit-64g-gar",
-        "3bit-128g-gar-asym",
     ];
     texts.iter().map(|t| t.parse().unwrap()).collect()
 }
