@@ -111,11 +111,12 @@ fn configs_are_what_loaders_read(out: &Path) {
     let expected = json!({
         "bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": false, "static_groups": false, "sym": true,
         "true_sequential": true, "lm_head": false, "quant_method": "gptq", "checkpoint_format": "gptq",
-        "pack_dtype": "int32", "act_group_aware": false,
+        "pack_dtype": "int32", "act_group_aware": true,
         "meta": {
             "quantizer": [concat!("gptq:", env!("CARGO_PKG_VERSION"))], "dataset": "calibration.parquet",
             "dataset_sha256": null, "samples": 8, "seq_len": 128, "seed": 0, "damp_percent": 0.01,
-            "shared_hessian": false,
+            "shared_hessian": false, "quality": "standard", "signed_scales": true, "scale_search": "diagonal",
+            "act_group_aware": true, "asymmetric": 0.5, "asymmetric_share": 0.25,
         },
     });
     assert_eq!(quantization, expected);

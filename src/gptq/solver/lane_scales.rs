@@ -33,7 +33,8 @@ pub(super) struct Candidate {
 }
 
 impl Candidate {
-    const NONE: Self = Self { cost: [f32::INFINITY; LANES], scale: [1.0; LANES], zero: [0.0; LANES] };
+    /// Costs more than any, and would be refused.
+    const NONE: Self = Self { cost: [f32::INFINITY; LANES], scale: [f32::NAN; LANES], zero: [0.0; LANES] };
 
     /// Changes places with `other` in the rows in which that costs less; the first of equals stays.
     #[inline(always)]
@@ -111,7 +112,7 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
             max[l] = if weights[l] > max[l] { weights[l] } else { max[l] };
         }
     }
-    for &factor in &search.factors {
+    for (i, &factor) in search.factors.iter().enumerate() {
         let mut candidate = Candidate::NONE;
         for l in 0..LANES {
             let step = search.grid.fit_scaled(f64::from(min[l]), f64::from(max[l]), factor);
@@ -123,6 +124,11 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
             return;
         }
         candidate.cost = diagonal_cost(search.grid, weights, pivots, &candidate);
+        if i == 0 {
+            // Where no cost is a number, as no scale fits fp16, this one is refused.
+            best[0] = Candidate { cost: candidate.cost.map(|c| c.min(f32::INFINITY)), ..candidate };
+            continue;
+        }
         for better in &mut *best {
             better.sort_with(&mut candidate);
         }
