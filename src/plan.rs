@@ -166,7 +166,11 @@ impl Plan {
             return refuse("damp", "a fraction from 0 to 1", self.damp.to_string());
         }
         if let Some(share) = self.asymmetric_share.filter(|&share| !(share > 0.0 && share <= 1.0)) {
-            return refuse("asymmetric-share", "a part of the windows, above 0 and at most 1", share.to_string());
+            return refuse(
+                "asymmetric-share",
+                "a part of the windows, above 0 and at most 1",
+                share.to_string(),
+            );
         }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {

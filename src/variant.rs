@@ -250,29 +250,15 @@ mod tests {
 
     #[test]
     fn prints_what_it_parses() {
-        for text in [
-            "4bit-128g",
-            "4bit-32g-act",
-            "3bit--1g",
-            "8bit-64g-static-asym",
-            "2bit-16g-asym",
-        ] {
+        for text in ["4bit-128g", "4bit-32g-act", "3bit--1g", "8bit-64g-static-asym", "2bit-16g-asym"] {
             assert_eq!(text.parse::<Variant>().unwrap().to_string(), text);
         }
     }
 
     #[test]
     fn refuses_what_the_format_cannot_hold() {
-        for text in [
-            "",
-            "4bit",
-            "5bit-128g",
-            "4bit-0g",
-            "4bit-8g",
-            "4bit-2048g",
-            "4bit-128",
-            "4bit-32g-foo",
-        ] {
+        for text in ["", "4bit", "5bit-128g", "4bit-0g", "4bit-8g", "4bit-2048g", "4bit-128", "4bit-32g-foo"]
+        {
             assert!(text.parse::<Variant>().is_err(), "{text}");
         }
     }

@@ -43,7 +43,8 @@ pub struct Refinements {
 
 impl Refinements {
     /// Plain GPTQ.
-    pub const NONE: Self = Self { scales: Scales::PLAIN, group_aware: false, asymmetric: 0.0, asymmetric_share: 0.0 };
+    pub const NONE: Self =
+        Self { scales: Scales::PLAIN, group_aware: false, asymmetric: 0.0, asymmetric_share: 0.0 };
 
     /// The order that a variant's features are quantized in.
     pub fn sorting(&self, variant: &Variant) -> Sorting {
@@ -124,13 +125,13 @@ impl FromStr for Quality {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Self, Error> {
-        [Self::Fast, Self::Standard, Self::Best].into_iter().find(|q| q.to_string() == text).ok_or_else(|| {
-            Error::Value {
+        [Self::Fast, Self::Standard, Self::Best].into_iter().find(|q| q.to_string() == text).ok_or_else(
+            || Error::Value {
                 what: "quality".into(),
                 expected: "fast, standard or best".into(),
                 found: text.into(),
-            }
-        })
+            },
+        )
     }
 }
 

@@ -119,7 +119,8 @@ mod tests {
         let h = x.tr().mm(&x) / 300.0;
         let mut drift = Drift::new(12, Device::Cpu).unwrap();
         for first in [0, 100] {
-            let part = |t: &Tensor| t.narrow(0, first, if first == 0 { 100 } else { 200 }).to_kind(Kind::Float);
+            let part =
+                |t: &Tensor| t.narrow(0, first, if first == 0 { 100 } else { 200 }).to_kind(Kind::Float);
             drift.add(&part(&x), &part(&dense)).unwrap();
         }
         let error = |w: &Tensor| {

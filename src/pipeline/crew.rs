@@ -70,7 +70,14 @@ impl<'a> Crew<'a> {
                 let room = Room::new(device, kind, near, Arc::clone(&memory), spill)?;
                 let llama = Llama::new(checkpoint, windows.seq_len(), kind, device)?;
                 let followed = part.start.min(task.dense_windows)..part.end.min(task.dense_windows);
-                members.push(Member::new(llama, room, [part, followed], windows.seq_len(), per_batch, around));
+                members.push(Member::new(
+                    llama,
+                    room,
+                    [part, followed],
+                    windows.seq_len(),
+                    per_batch,
+                    around,
+                ));
             }
             let variants =
                 if task.shared_hessian { (0..task.variants.len()).collect() } else { own.collect() };

@@ -128,7 +128,9 @@ impl Shape<'_> {
         let capturing = n * k * self.element() + if self.dense_windows > 0 { 2 * sums } else { sums };
         if self.dense_windows > 0 {
             // The drift stays until the weights are aimed; those take another copy and what is added to it.
-            return matrix + n * k * FP32 * 2 + factoring.max(energy).max(solving).max(leaving).max(capturing);
+            return matrix
+                + n * k * FP32 * 2
+                + factoring.max(energy).max(solving).max(leaving).max(capturing);
         }
         factoring.max(energy).max(solving).max(leaving).max(capturing)
     }

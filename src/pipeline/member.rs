@@ -12,7 +12,11 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     dense_path::{Capture, DenseLayer},
-    memory::Room, stage_memory::MemoryWatch, stream::Stream, weights::Weights, window_file::WindowFile,
+    memory::Room,
+    stage_memory::MemoryWatch,
+    stream::Stream,
+    weights::Weights,
+    window_file::WindowFile,
 };
 use crate::{
     calibration::Windows,
@@ -115,12 +119,7 @@ impl<'a> Member<'a> {
 
     /// Begins hidden states where another program left them: a file for each, of `kind`, of `streams` variants and then of
     /// the unquantized model.
-    pub(super) fn go_on_from(
-        &mut self,
-        files: &[Arc<WindowFile>],
-        kind: Kind,
-        streams: usize,
-    ) -> Result<()> {
+    pub(super) fn go_on_from(&mut self, files: &[Arc<WindowFile>], kind: Kind, streams: usize) -> Result<()> {
         for (stream, file) in files.iter().enumerate() {
             let mut hidden = self.stream(stream == streams);
             hidden.take_from_journal(file, kind)?;

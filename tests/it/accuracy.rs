@@ -38,12 +38,14 @@ fn presets_say_what_they_turn_on_and_files_hold_it() {
 #[test]
 fn fast_is_what_is_left_with_everything_off() {
     let lab = Lab::new();
-    let variants = ["--variant", "4bit-32g", "--variant", "4bit-32g-act", "--variant", "3bit-48g-static-asym"];
+    let variants =
+        ["--variant", "4bit-32g", "--variant", "4bit-32g-act", "--variant", "3bit-48g-static-asym"];
     let [fast, off] = ["fast", "off"].map(|name| text_of(&lab.path(name)));
     lab.quantize(&[&variants[..], &["--quality", "fast", "--out", &fast]].concat()).succeeds();
     lab.quantize(&[&variants[..], &OFF, &["--out", &off]].concat()).succeeds();
     for branch in ["gptq-4bit-32g-actorder_False", "gptq-4bit-32g-actorder_True"] {
-        let [fast, off] = ["fast", "off"].map(|name| safetensors_file::read_folder(&lab.path(name).join(branch)));
+        let [fast, off] =
+            ["fast", "off"].map(|name| safetensors_file::read_folder(&lab.path(name).join(branch)));
         assert!(fast == off, "{branch}");
     }
 }
@@ -57,7 +59,8 @@ fn negative_scales_are_used_told_of_and_turned_off() {
         lab.quantize(&[&common[..], flags].concat()).succeeds();
         let branch = lab.path(name).join("gptq-4bit-32g-actorder_True");
         // Every linear with the matmul that runs it, against fp64.
-        let verified = lab.verify(&branch, &["--against", &text_of(&lab.model()), "--device", "cpu", "--json"]).json();
+        let verified =
+            lab.verify(&branch, &["--against", &text_of(&lab.model()), "--device", "cpu", "--json"]).json();
         let negative = safetensors_file::read_folder(&branch)
             .iter()
             .filter(|(name, _)| name.ends_with(".scales"))

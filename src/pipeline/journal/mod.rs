@@ -163,12 +163,7 @@ impl Journal {
     ///
     /// # Errors
     /// When they cannot be made.
-    pub(super) fn next(
-        &self,
-        windows: &[usize],
-        window_bytes: usize,
-        kind: Kind,
-    ) -> Result<NextStates> {
+    pub(super) fn next(&self, windows: &[usize], window_bytes: usize, kind: Kind) -> Result<NextStates> {
         let layers = self.state.layers + 1;
         let create = |(stream, &windows): (usize, &usize)| {
             let path = self.folder.join(format!("hidden-{layers}-{stream}"));

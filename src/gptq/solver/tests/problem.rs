@@ -85,7 +85,8 @@ impl Problem {
         damp: f64,
         refinements: &Refinements,
     ) -> ReferenceSolution {
-        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, refinements).unwrap()
+        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, refinements)
+            .unwrap()
     }
 
     pub(in crate::gptq) fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {

@@ -216,7 +216,8 @@ fn refuse_a_weight_beyond_fp16<const N: usize>(
     let problem = Problem::new(8, 64, 200, 6).on(device);
     let huge = &problem.weight * 1e9;
     let searched = |search| solvers(Scales { signed: true, search });
-    let [plain, diagonal, block] = [ScaleSearch::Off, ScaleSearch::Diagonal, ScaleSearch::Block].map(searched);
+    let [plain, diagonal, block] =
+        [ScaleSearch::Off, ScaleSearch::Diagonal, ScaleSearch::Block].map(searched);
     for solver in plain.iter().chain(&diagonal).chain(&block) {
         let factor = solver.factorize(&problem.hessian, Sorting::Stored, 0.01, "test").unwrap();
         let weights = [weight(&problem.weight), Weight { name: "huge", values: &huge }];
