@@ -17,6 +17,7 @@ pub mod emit;
 pub mod error;
 pub mod eval;
 pub mod folder;
+pub mod gate;
 pub mod generation;
 pub mod gptq;
 pub mod kernels;

@@ -11,6 +11,7 @@
 
 mod corpus;
 mod hub_layout;
+mod parquet_pages;
 mod parquet_rows;
 mod recipe;
 mod source;

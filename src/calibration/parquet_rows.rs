@@ -1,26 +1,43 @@
 //! Reads the text column of a parquet file, row group by row group; no other column is touched.
 
 use super::corpus::Rows;
+use super::parquet_pages;
 use crate::error::{Error, Result};
+use bytes::Bytes;
 use parquet::basic::Type as PhysicalType;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::ByteArrayType;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
 use parquet::schema::types::SchemaDescriptor;
+use std::fs::File;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Rows decoded at a time.
 const BATCH: usize = 1024;
 
+/// What parquet can be read from.
+pub(super) trait Source: ChunkReader + Sized + 'static {
+    /// The same once more.
+    fn again(&self) -> io::Result<Self>;
+}
+
+impl Source for File {
+    fn again(&self) -> io::Result<Self> {
+        self.try_clone()
+    }
+}
+
+impl Source for Bytes {
+    fn again(&self) -> io::Result<Self> {
+        Ok(self.clone())
+    }
+}
+
 /// Appends the rows of `column` to `rows`. `path` serves for messages.
-pub(super) fn read(
-    source: impl ChunkReader + 'static,
-    path: &Path,
-    column: &str,
-    rows: &mut Rows,
-) -> Result<()> {
+pub(super) fn read(source: impl Source, path: &Path, column: &str, rows: &mut Rows) -> Result<()> {
     // The reader panics at some damaged pages where it should return an error; to the user it is one. The
     // rows are dropped after it, so nothing half-written is ever seen.
     let read = AssertUnwindSafe(|| read_row_groups(source, path, column, rows));
@@ -30,20 +47,18 @@ pub(super) fn read(
     })
 }
 
-fn read_row_groups(
-    source: impl ChunkReader + 'static,
-    path: &Path,
-    column: &str,
-    rows: &mut Rows,
-) -> Result<()> {
+fn read_row_groups(source: impl Source, path: &Path, column: &str, rows: &mut Rows) -> Result<()> {
     let broken = |problem: String| Error::Dataset { path: path.into(), problem };
     let unreadable = |error: ParquetError| broken(format!("it cannot be read as parquet: {error}"));
 
+    let unchecked = source.again().map_err(Error::io("read", path))?;
     let file = SerializedFileReader::new(source).map_err(unreadable)?;
     let index = text_column(file.metadata().file_metadata().schema_descr(), path, column)?;
     let mut row_number = 0;
     for group in 0..file.num_row_groups() {
         let group = file.get_row_group(group).map_err(unreadable)?;
+        parquet_pages::check(&unchecked, group.metadata().column(index))
+            .map_err(|error| broken(format!("it cannot be read as parquet: {error}")))?;
         let ColumnReader::ByteArrayColumnReader(reader) =
             group.get_column_reader(index).map_err(unreadable)?
         else {

@@ -11,6 +11,7 @@ mod packed;
 mod quantization;
 mod reader;
 mod rope_config;
+mod scale_bits;
 #[cfg(test)]
 mod tests;
 mod unique;

@@ -52,6 +52,8 @@ pub(super) enum Command {
     Eval(EvalArgs),
     /// Compare runs and other checkpoints on one page: which branch to take, and why
     Report(ReportArgs),
+    /// Fail when a run is worse than fp16 allows, or than a baseline, which is kept in a file
+    Gate(super::gate::GateArgs),
     /// Go on with a text, to read what a quantized (or unquantized) model says
     Generate(GenerateArgs),
     /// Say what a folder holds

@@ -11,6 +11,7 @@ mod datasets;
 mod demo;
 mod environment;
 mod eval;
+mod gate;
 mod generate;
 mod inspect;
 mod quantize;
@@ -26,7 +27,7 @@ use clap::Parser;
 
 /// Done, or passed.
 const DONE: u8 = 0;
-/// A verification failed.
+/// A verification or a gate failed.
 const FAILED: u8 = 1;
 /// Usage or run-time error.
 const ERROR: u8 = 2;
@@ -40,6 +41,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Verify(args) => verify::run(args, &cli.output),
         Command::Eval(args) => eval::run(args, &cli.output),
         Command::Report(args) => report::run(args, &cli.output),
+        Command::Gate(args) => gate::run(args, &cli.output),
         Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Bench(args) => bench::run(args, &cli.output),

@@ -32,6 +32,7 @@ impl Error {
                 "the model itself computes them: look at the weights of the layers before, or use --compute-dtype fp32".into()
             }
             Self::NonFinite { .. } => "the file holds them: download it again, or look for a better copy".into(),
+            Self::NoBaseline { .. } => "make it from a run that is good, with --update".into(),
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::Journal(error) => error.hint().into(),
             Self::Resource(error) => error.hint(),

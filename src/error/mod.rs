@@ -326,6 +326,12 @@ pub enum Error {
     /// Numbers that the method cannot deal with.
     #[error(transparent)]
     Numerical(#[from] NumericalError),
+    /// A baseline that was never made.
+    #[error("there is no baseline `{}`", path.display())]
+    NoBaseline {
+        /// The file.
+        path: PathBuf,
+    },
     /// The output exists already.
     #[error("`{}` exists already", path.display())]
     OutputExists {

@@ -36,6 +36,7 @@ pub fn describe(checkpoint: &Checkpoint) -> Result<CheckpointReport> {
         samples: count("samples"),
         bytes: checkpoint.bytes_total(),
         bits_per_weight: bits_per_weight(checkpoint)?,
+        scale_bits: checkpoint.scale_bits()?,
         readers: readers(config, &quantization, checkpoint),
     })
 }

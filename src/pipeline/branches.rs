@@ -36,6 +36,7 @@ impl Branches {
             bytes: 0,
             weight_bytes: 0,
             bits_per_weight: bits_per_weight(v, checkpoint),
+            scale_bits: None,
             seconds: 0.0,
             readers: Vec::new(),
             linears: Vec::new(),
@@ -125,6 +126,7 @@ pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<
         report.bytes = emit::publish(out, &report.variant)?;
         let written = Checkpoint::open(&out.join(&report.branch))?;
         report.weight_bytes = written.bytes_total();
+        report.scale_bits = written.scale_bits()?;
         report.readers = verify::readers_of(&written)?;
     }
     Ok(reports)

@@ -253,6 +253,7 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
         samples: Some(report.calibration.samples),
         bytes: branch.weight_bytes,
         bits_per_weight: branch.bits_per_weight,
+        scale_bits: branch.scale_bits,
         readers: branch.readers.clone(),
     };
     Entry {

@@ -60,6 +60,9 @@ pub struct CheckpointReport {
     pub bytes: u64,
     /// Bits per quantized weight, with scales, zeros and group indices.
     pub bits_per_weight: f64,
+    /// Significant bits that the scales of each linear use, of the linear that uses the fewest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale_bits: Option<u32>,
     /// Which software takes it.
     pub readers: Vec<ReaderReport>,
 }

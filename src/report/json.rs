@@ -189,6 +189,9 @@ pub struct BranchReport {
     pub weight_bytes: u64,
     /// Bits per quantized weight, with scales, zeros and group indices.
     pub bits_per_weight: f64,
+    /// Significant bits that the scales of each linear use, of the linear that uses the fewest; read from what was written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale_bits: Option<u32>,
     /// Factorizing, solving and packing; a factorization that several variants use is shared out among them.
     pub seconds: f64,
     /// Which software takes it.

@@ -40,7 +40,7 @@ fn first_part(comparison: &Comparison) -> String {
         let _ = writeln!(out, "- **{}:** `{}`. {line}", advice.when, code(&advice.entry.name));
     }
     out.push('\n');
-    table(&mut out, comparison, |name| shown(name));
+    table(&mut out, comparison, shown);
     if let Some(first) = comparison.protocols.first() {
         let _ = writeln!(
             out,

@@ -155,6 +155,11 @@ impl Lab {
 
     /// The program with any arguments.
     pub(crate) fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Output {
+        self.run_with(&[], args)
+    }
+
+    /// The program with any arguments, and these in its environment.
+    pub(crate) fn run_with<S: AsRef<OsStr>>(&self, variables: &[(&str, &str)], args: &[S]) -> Output {
         let mut command = program();
         for variable in ["HF_HUB_CACHE", "GPTQ_TEST_DATA"] {
             command.env_remove(variable);
@@ -162,7 +167,9 @@ impl Lab {
         command
             .env("HF_HOME", self.path("hf-home"))
             .env("XDG_CACHE_HOME", self.path("cache"))
-            .env("OMP_WAIT_POLICY", "passive");
+            .env("OMP_WAIT_POLICY", "passive")
+            .env_remove("GITHUB_STEP_SUMMARY")
+            .envs(variables.iter().copied());
         let output = command.args(args).output().unwrap();
         self.read(&output)
     }

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 21] = [
+const LAYERS: [&str; 22] = [
     "error",
     "progress",
     "folder",
@@ -25,6 +25,7 @@ const LAYERS: [&str; 21] = [
     "kernels",
     "model",
     "report",
+    "gate",
     "emit",
     "verify",
     "eval",
@@ -33,10 +34,11 @@ const LAYERS: [&str; 21] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 15] = [
+const WITHOUT_LIBTORCH: [&str; 16] = [
     "accuracy",
     "amx",
     "calibration",
+    "gate",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",

@@ -21,6 +21,7 @@
 //! | `bench` | where its result goes, and what it says without a device |
 //! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
 //! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
+//! | `gate` | its verdicts, forms and exit codes; ten ways to make a model worse, each seen; what must not fail |
 //! | `generate` | text from the demo model and its branches |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
@@ -43,6 +44,7 @@ mod documentation;
 mod evaluation;
 mod foreign;
 mod fuzz_findings;
+mod gate;
 mod generate;
 mod golden;
 mod helpers;

@@ -1,0 +1,103 @@
+//! `gptq gate`.
+
+use std::{
+    env,
+    fs::OpenOptions,
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use gptq::gate::{self, Figures, Judgement, Thresholds, Verdict};
+
+use super::{args::OutputArgs, terminal};
+
+/// GitHub Actions names a file here whose Markdown it shows on the job's page.
+const STEP_SUMMARY: &str = "GITHUB_STEP_SUMMARY";
+
+#[derive(Debug, Args)]
+pub(super) struct GateArgs {
+    /// Folder of a run, with run.json and the branches; or a run.json by itself
+    pub(super) run: PathBuf,
+    /// The figures of a run that was good; made by --update
+    #[arg(long, value_name = "FILE")]
+    pub(super) baseline: PathBuf,
+    /// What is let pass, as TOML: docs/ci.md has the keys and their defaults
+    #[arg(long, value_name = "FILE")]
+    pub(super) thresholds: Option<PathBuf>,
+    /// Make this run the baseline, if it passes against fp16
+    #[arg(long)]
+    pub(super) update: bool,
+    /// How to print what was found; --json is --format json [default: text]
+    #[arg(long, value_name = "FORMAT", conflicts_with = "json")]
+    pub(super) format: Option<GateFormat>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum GateFormat {
+    /// Lines for a terminal
+    Text,
+    /// Annotations of GitHub Actions
+    Github,
+    /// XML that most CI servers read
+    Junit,
+    /// Every check
+    Json,
+}
+
+pub(super) fn run(args: &GateArgs, output: &OutputArgs) -> Result<bool> {
+    let thresholds = match &args.thresholds {
+        Some(path) => Thresholds::read(path)?,
+        None => Thresholds::default(),
+    };
+    let figures = Figures::read(&args.run)?;
+    let judgement = match args.update {
+        true => update(&figures, &args.baseline, &thresholds)?,
+        false => gate::judge(&figures, &gate::read_baseline(&args.baseline)?, &thresholds),
+    };
+    print(&judgement, args, output)?;
+    if let Some(path) = env::var_os(STEP_SUMMARY).filter(|path| !path.is_empty()) {
+        append(path.as_ref(), &gate::markdown(&judgement))?;
+    }
+    Ok(judgement.verdict() == Verdict::Pass)
+}
+
+/// Makes the run the baseline, if it passes by itself. What it would have failed for against the old one is noted.
+fn update(run: &Figures, path: &Path, thresholds: &Thresholds) -> Result<Judgement> {
+    let mut judgement = gate::judge_alone(run, thresholds);
+    if judgement.verdict() != Verdict::Pass {
+        judgement.notes.push(format!("the baseline was left as it was: {}", path.display()));
+        return Ok(judgement);
+    }
+    if path.exists() {
+        match gate::read_baseline(path) {
+            Ok(old) => {
+                let against = gate::judge(run, &old, thresholds);
+                judgement.notes.extend(against.breaches().map(|check| format!("accepted: {}", check.line())));
+                judgement.branches = against.branches;
+            }
+            Err(error) => judgement.notes.push(format!("the old baseline cannot be used: {error}")),
+        }
+    }
+    gate::write_baseline(path, run)?;
+    judgement.notes.push(format!("the baseline is this run now: {}", path.display()));
+    Ok(judgement)
+}
+
+fn print(judgement: &Judgement, args: &GateArgs, output: &OutputArgs) -> Result<()> {
+    match args.format {
+        Some(GateFormat::Github) => terminal::result(&gate::github(judgement)),
+        Some(GateFormat::Junit) => terminal::result(&gate::junit(judgement)),
+        Some(GateFormat::Json) => terminal::json(&judgement.to_json()),
+        None if output.json.is_some() => terminal::json(&judgement.to_json()),
+        Some(GateFormat::Text) | None => terminal::result(&gate::text(judgement, output.verbose)),
+    }
+}
+
+/// Steps before this one may have written there too.
+fn append(path: &Path, text: &str) -> Result<()> {
+    let file = OpenOptions::new().create(true).append(true).open(path);
+    file.and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("writing the step summary to `{}`", path.display()))
+}

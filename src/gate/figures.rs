@@ -1,0 +1,268 @@
+//! The figures of a run that the gate looks at; also what a baseline holds.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{
+    checkpoint::{CONFIG_FILE, Checkpoint},
+    error::{Error, ReportError, Result},
+    report::{EVALUATION_FILE, EVALUATION_SCHEMA, REPORT_FILE, REPORT_SCHEMA, Report},
+};
+
+/// What the gate looks at. Read from JSON leniently: a figure that is missing, or was NaN and is `null` now, is `None`,
+/// and it is the gate that says so.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Figures {
+    /// [`REPORT_SCHEMA`], or that of baselines.
+    pub schema: String,
+    /// `gptq 0.1.0`.
+    pub generated_by: String,
+    /// The source model.
+    pub model: ModelFigures,
+    /// What was asked for: `damp`, `samples`, …
+    pub plan: BTreeMap<String, Value>,
+    /// The calibration text.
+    pub calibration: CalibrationFigures,
+    /// How it was computed.
+    pub compute: ComputeFigures,
+    /// What was made.
+    pub branches: Vec<BranchFigures>,
+    /// The whole run, without evaluation.
+    pub seconds: Option<f64>,
+    /// Largest resident memory, bytes.
+    pub peak_memory_bytes: Option<f64>,
+    /// What the branches cost, on each text.
+    pub evaluations: Vec<EvaluationFigures>,
+}
+
+/// The source model.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ModelFigures {
+    /// Its folder's name.
+    pub name: String,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Parameters in all tensors.
+    pub parameters: u64,
+}
+
+/// The calibration windows.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CalibrationFigures {
+    /// SHA-256 of their token ids.
+    pub sha256: String,
+}
+
+/// How it was computed.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ComputeFigures {
+    /// `cpu`.
+    pub device: String,
+    /// `fp32` or `bf16`, of the forward passes.
+    pub dtype: String,
+    /// Threads.
+    pub threads: usize,
+}
+
+/// One branch.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BranchFigures {
+    /// Its folder and git branch.
+    pub branch: String,
+    /// `4bit-32g-act`.
+    pub variant: String,
+    /// Bytes of all files.
+    pub bytes: Option<f64>,
+    /// Significant bits that the scales of each linear use, of the linear that uses the fewest.
+    pub scale_bits: Option<f64>,
+    /// Every linear.
+    pub linears: Vec<LinearFigures>,
+}
+
+/// One linear.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LinearFigures {
+    /// `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// `‖(W−Ŵ)X‖/‖WX‖` on the calibration tokens.
+    pub relative_error: Option<f64>,
+    /// How often damping had to be raised.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damp_raised: Option<u32>,
+    /// Input features that carried nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_columns: Option<u32>,
+    /// What it was rounded by when it could not be solved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<String>,
+}
+
+/// What the branches cost on one text.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EvaluationFigures {
+    /// Recipe or file name of the text.
+    pub dataset: String,
+    /// SHA-256 of the windows' token ids.
+    pub sha256: String,
+    /// Digest of the unquantized model's tensors.
+    pub model_digest: String,
+    /// What it was computed in, and where.
+    pub compute: String,
+    /// Windows.
+    pub windows: usize,
+    /// Tokens a window.
+    pub seq_len: usize,
+    /// Tokens from one window's begin to the next one's.
+    pub stride: usize,
+    /// Tokens scored in each window.
+    pub window_tokens: Vec<usize>,
+    /// Mean negative log-likelihood of each window under the unquantized model, nats.
+    pub window_nll: Numbers,
+    /// The branches.
+    pub models: Vec<EvaluatedFigures>,
+}
+
+/// One evaluated branch: means over each window's tokens.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EvaluatedFigures {
+    /// Branch.
+    pub name: String,
+    /// Negative log-likelihood, nats.
+    pub window_nll: Numbers,
+    /// KL divergence, nats.
+    pub window_kl: Numbers,
+    /// Top-1 agreement.
+    pub window_top1: Numbers,
+}
+
+/// Numbers of which some may be missing.
+pub type Numbers = Vec<Option<f64>>;
+
+impl Figures {
+    /// Those of a report that is in memory.
+    pub fn of(report: &Report) -> Self {
+        let value = serde_json::to_value(report).expect("a report is plain data");
+        serde_json::from_value(value).expect("figures are a part of a report")
+    }
+
+    /// Reads a run: its folder, where evaluations that lie beside the branches go before older ones of the same
+    /// protocol in `run.json`; or that file by itself.
+    ///
+    /// # Errors
+    /// When a file cannot be read, is no JSON, or of another schema.
+    pub fn read(run: &Path) -> Result<Self> {
+        if !run.is_dir() {
+            return read_json(run, REPORT_SCHEMA);
+        }
+        let mut figures: Self = read_json(&run.join(REPORT_FILE), REPORT_SCHEMA)?;
+        for branch in figures.branches.iter().map(|b| b.branch.clone()).collect::<Vec<_>>() {
+            let path = run.join(&branch).join(EVALUATION_FILE);
+            if path.exists() {
+                let beside: Beside = read_json(&path, EVALUATION_SCHEMA)?;
+                beside.check(&path)?;
+                figures.take(&branch, beside);
+            }
+        }
+        Ok(figures)
+    }
+
+    /// Takes what was measured of a branch after the run.
+    fn take(&mut self, name: &str, beside: Beside) {
+        for branch in self.branches.iter_mut().filter(|branch| branch.branch == name) {
+            branch.scale_bits = beside.checkpoint.scale_bits;
+        }
+        beside.evaluations.into_iter().for_each(|evaluation| self.add(name, evaluation));
+    }
+
+    /// Takes the figures of one branch from an evaluation.
+    fn add(&mut self, branch: &str, mut evaluation: EvaluationFigures) {
+        evaluation.models.retain(|model| model.name == branch);
+        match self.evaluations.iter_mut().find(|old| old.same_protocol(&evaluation)) {
+            Some(old) => {
+                old.models.retain(|model| model.name != branch);
+                old.models.append(&mut evaluation.models);
+            }
+            None => self.evaluations.push(evaluation),
+        }
+    }
+}
+
+impl Figures {
+    /// An evaluation's text for messages; with the windows' length where that is what tells it from another.
+    pub(super) fn text_of(&self, evaluation: &EvaluationFigures) -> String {
+        let lengths = |e: &EvaluationFigures| (e.seq_len, e.stride);
+        let alike =
+            |e: &EvaluationFigures| e.dataset == evaluation.dataset && lengths(e) != lengths(evaluation);
+        match self.evaluations.iter().any(alike) {
+            true => format!("{} in windows of {}", evaluation.dataset, evaluation.seq_len),
+            false => evaluation.dataset.clone(),
+        }
+    }
+}
+
+impl EvaluationFigures {
+    /// Whether both measured the same model on the same tokens in the same way.
+    pub fn same_protocol(&self, other: &Self) -> bool {
+        self.same_text(other) && self.model_digest == other.model_digest && self.compute == other.compute
+    }
+
+    /// Whether both are over the same windows of the same tokens.
+    pub fn same_text(&self, other: &Self) -> bool {
+        let of = |e: &Self| (e.windows, e.seq_len, e.stride);
+        self.sha256 == other.sha256 && of(self) == of(other) && self.window_tokens == other.window_tokens
+    }
+}
+
+/// What is read of the evaluations beside a branch.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Beside {
+    checkpoint: BesideCheckpoint,
+    evaluations: Vec<EvaluationFigures>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct BesideCheckpoint {
+    digest: String,
+    scale_bits: Option<f64>,
+}
+
+impl Beside {
+    /// Figures must be of the weights beside them, where there are any.
+    fn check(&self, path: &Path) -> Result<()> {
+        let dir = path.parent().unwrap_or(path);
+        if dir.join(CONFIG_FILE).exists() && Checkpoint::open(dir)?.digest()? != self.checkpoint.digest {
+            return Err(ReportError::Stale { path: path.into() }.into());
+        }
+        Ok(())
+    }
+}
+
+/// Reads a file that says which schema it has.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path, schema: &str) -> Result<T> {
+    let text = fs::read(path).map_err(Error::io("read", path))?;
+    let json = |source| Error::Json { path: path.into(), source };
+    let value: Value = serde_json::from_slice(&text).map_err(json)?;
+    match value.get("schema").and_then(Value::as_str) {
+        Some(found) if found == schema => serde_json::from_value(value).map_err(json),
+        found => Err(Error::Config {
+            path: path.into(),
+            key: "schema".into(),
+            expected: format!("`{schema}`"),
+            found: found.map_or_else(|| "none".into(), |found| format!("`{found}`")),
+        }),
+    }
+}

@@ -1,0 +1,175 @@
+//! The checks of a run as a whole.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use super::{
+    figures::{EvaluationFigures, Figures, ModelFigures},
+    ledger::Ledger,
+    thresholds::{RunLimits, Thresholds},
+};
+use crate::{report::bytes, variant::Variant};
+
+/// Settings of a plan that change what the branches hold. Where it ran and how large its files may be are not among them.
+const PLAN: [&str; 8] =
+    ["dataset", "split", "text-column", "samples", "seq-len", "seed", "damp", "shared-hessian"];
+
+/// Branches: at least one, and none twice.
+pub(super) fn branches(ledger: &mut Ledger<'_>, run: &Figures) {
+    let mut names = BTreeSet::new();
+    let twice: Vec<&str> =
+        run.branches.iter().map(|b| b.branch.as_str()).filter(|name| !names.insert(*name)).collect();
+    if run.branches.is_empty() {
+        ledger.breach("branches", "the report has no branches".into());
+    } else if !twice.is_empty() {
+        ledger.breach("branches", format!("the report has branches twice: {}", twice.join(", ")));
+    }
+}
+
+/// The branches of the plan and of the baseline.
+pub(super) fn missing_branches(
+    ledger: &mut Ledger<'_>,
+    run: &Figures,
+    baseline: Option<&Figures>,
+    limits: &RunLimits,
+) {
+    let variants = run.plan.get("variants").and_then(Value::as_array);
+    let branch = |variant: &Value| Some(variant.as_str()?.parse::<Variant>().ok()?.branch());
+    let planned = variants.and_then(|variants| variants.iter().map(branch).collect::<Option<Vec<_>>>());
+    let Some(planned) = planned.filter(|planned| !planned.is_empty()) else {
+        let finding = "the report does not say which branches were planned, or not so that it can be read";
+        return ledger.breach("max-missing-branches", finding.into());
+    };
+    let known = baseline.into_iter().flat_map(|baseline| &baseline.branches).map(|b| b.branch.clone());
+    let expected: BTreeSet<String> = known.chain(planned).collect();
+    let whose = if baseline.is_some() { "the plan and the baseline" } else { "the plan" };
+    let is_there = |name: &String| run.branches.iter().any(|b| b.branch == *name);
+    let missing: Vec<&str> = expected.iter().filter(|name| !is_there(name)).map(String::as_str).collect();
+    let finding = match missing.len() {
+        0 => format!("all {} branches of {whose} are there", expected.len()),
+        count => {
+            format!("{count} of {} branches of {whose} are missing: {}", expected.len(), missing.join(", "))
+        }
+    };
+    let limit = limits.max_missing_branches;
+    let finding = format!("{finding}; at most {limit} may be missing");
+    ledger.check("max-missing-branches", missing.len() as f64 > limit, finding);
+}
+
+/// Branches that thresholds are meant for and nobody has: a typing error would else loosen or tighten nothing.
+pub(super) fn thresholds(
+    ledger: &mut Ledger<'_>,
+    run: &Figures,
+    baseline: Option<&Figures>,
+    thresholds: &Thresholds,
+) {
+    let all = [Some(run), baseline].into_iter().flatten().flat_map(|figures| &figures.branches);
+    let known: Vec<&str> = all.map(|b| b.branch.as_str()).collect();
+    for name in thresholds.branches.keys().filter(|name| !known.contains(&name.as_str())) {
+        ledger.breach(
+            "thresholds",
+            format!("thresholds name branch {name}, which neither the run nor the baseline has"),
+        );
+    }
+}
+
+/// Whether both runs are of the same model.
+pub(super) fn model(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures) {
+    let digests = |f: &Figures| f.evaluations.iter().map(|e| e.model_digest.clone()).collect::<BTreeSet<_>>();
+    let shape = |f: &Figures| (f.model.layers, f.model.hidden_size, f.model.parameters);
+    let text = |f: &Figures| {
+        let ModelFigures { name, layers, hidden_size, parameters } = &f.model;
+        let digests: Vec<String> = digests(f).iter().map(|digest| short(digest)).collect();
+        let digests = digests.join(" and ");
+        format!("{name} ({layers} layers, hidden {hidden_size}, {parameters} parameters, digest {digests})")
+    };
+    let (digest, shapes) = (digests(run), (shape(run), shape(baseline)));
+    let same =
+        shapes.0 == shapes.1 && run.model.layers > 0 && digest == digests(baseline) && digest.len() == 1;
+    let finding = match same {
+        true => format!("the model is the baseline's: {}", text(run)),
+        false => format!("the model is {}, and the baseline is for {}", text(run), text(baseline)),
+    };
+    ledger.check("model", !same, finding);
+}
+
+/// Whether the run was evaluated at all, and says on what.
+pub(super) fn evaluated(ledger: &mut Ledger<'_>, figures: &Figures, whose: &str) {
+    let evaluations = &figures.evaluations;
+    if evaluations.is_empty() {
+        return ledger.breach("evaluation", format!("{whose} has no evaluation"));
+    }
+    for (i, evaluation) in evaluations.iter().enumerate() {
+        let said = [&evaluation.sha256, &evaluation.model_digest, &evaluation.compute];
+        if said.iter().any(|text| text.is_empty()) {
+            let finding =
+                format!("{whose} does not say of what model and tokens its evaluation {} is", i + 1);
+            ledger.breach("evaluation", finding);
+        }
+        if evaluations[..i].iter().any(|other| other.same_protocol(evaluation)) {
+            ledger.breach("evaluation", format!("{whose} has two evaluations on {}", text(evaluation)));
+        }
+    }
+}
+
+/// Whether every text that the baseline was evaluated on is among the run's, evaluated in the same way.
+pub(super) fn protocol(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures) {
+    for expected in &baseline.evaluations {
+        let wanted = text(expected);
+        if run.evaluations.iter().any(|evaluation| evaluation.same_protocol(expected)) {
+            ledger.check("protocol", false, format!("evaluated as the baseline was: on {wanted}"));
+            continue;
+        }
+        let found: Vec<String> = run.evaluations.iter().map(text).collect();
+        let found = if found.is_empty() { "nothing".to_owned() } else { found.join(" and on ") };
+        ledger.breach("protocol", format!("evaluated on {found}, and the baseline on {wanted}"));
+    }
+}
+
+fn text(evaluation: &EvaluationFigures) -> String {
+    let EvaluationFigures { dataset, windows, seq_len, stride, sha256, compute, .. } = evaluation;
+    let stride = if stride == seq_len { String::new() } else { format!(", stride {stride}") };
+    format!("{dataset}, {windows} windows of {seq_len} tokens{stride} ({}), in {compute}", short(sha256))
+}
+
+fn short(digest: &str) -> String {
+    digest.chars().take(12).collect()
+}
+
+/// Seconds and memory, if asked for.
+pub(super) fn costs(ledger: &mut Ledger<'_>, run: &Figures, limits: &RunLimits) {
+    ledger.at_most("max-seconds", "time of the run", run.seconds, limits.max_seconds, seconds);
+    ledger.at_most("max-memory", "peak memory", run.peak_memory_bytes, limits.max_memory, memory);
+}
+
+/// Seconds and memory against the baseline's, if asked for.
+pub(super) fn growing_costs(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures, limits: &RunLimits) {
+    let (now, before, limit) = (run.seconds, baseline.seconds, limits.max_seconds_growth);
+    ledger.grows_at_most("max-seconds-growth", "time of the run", now, before, limit, seconds);
+    let (now, before, limit) = (run.peak_memory_bytes, baseline.peak_memory_bytes, limits.max_memory_growth);
+    ledger.grows_at_most("max-memory-growth", "peak memory", now, before, limit, memory);
+}
+
+fn seconds(seconds: f64) -> String {
+    format!("{seconds:.1} s")
+}
+
+fn memory(count: f64) -> String {
+    bytes(count as u64)
+}
+
+/// What was done otherwise than for the baseline: `damp 1, the baseline's is 0.01`.
+pub(super) fn differences(run: &Figures, baseline: &Figures) -> Vec<String> {
+    let shown = |value: Option<&Value>| value.map_or_else(|| "not set".to_owned(), Value::to_string);
+    let mut differences: Vec<String> = PLAN
+        .iter()
+        .map(|key| (key, run.plan.get(*key), baseline.plan.get(*key)))
+        .filter(|(_, now, before)| now != before)
+        .map(|(key, now, before)| format!("{key} {}, the baseline's is {}", shown(now), shown(before)))
+        .collect();
+    if differences.is_empty() && run.calibration.sha256 != baseline.calibration.sha256 {
+        differences.push("calibrated on other tokens than the baseline, by the same plan".into());
+    }
+    differences
+}
