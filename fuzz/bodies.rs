@@ -30,29 +30,17 @@ const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-0
 
 /// `data` as the weights of a branch.
 pub(crate) fn safetensors_header(data: &[u8]) {
-    with_folder(|folder| {
-        branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
-        folder.write(WEIGHTS, data);
-        read_all(&folder.path());
-    });
+    read_with(branch(), WEIGHTS, data);
 }
 
 /// `data` as the index of a branch in two shards.
 pub(crate) fn safetensors_index(data: &[u8]) {
-    with_folder(|folder| {
-        sharded().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
-        folder.write(INDEX, data);
-        read_all(&folder.path());
-    });
+    read_with(sharded(), INDEX, data);
 }
 
 /// `data` as the config of a branch.
 pub(crate) fn config(data: &[u8]) {
-    with_folder(|folder| {
-        branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
-        folder.write(CONFIG, data);
-        read_all(&folder.path());
-    });
+    read_with(branch(), CONFIG, data);
 }
 
 /// `data` as `quantize_config.json`, and as `quantization_config` in the config.
@@ -121,6 +109,15 @@ pub(crate) fn verify(data: &[u8]) {
         if let Ok(verification) = verify::verify(&folder.path(), None, None, &Silent) {
             let _ = serde_json::to_string(&verification);
         }
+    });
+}
+
+/// A branch's files, one of them replaced, through everything that reads them.
+fn read_with(files: Vec<(&'static str, Vec<u8>)>, name: &str, data: &[u8]) {
+    with_folder(|folder| {
+        files.into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
+        folder.write(name, data);
+        read_all(&folder.path());
     });
 }
 

@@ -106,11 +106,7 @@ impl Plan {
         let text = folder::read_text(path)?;
         let fail = |e: toml::de::Error| toml_error(path, &text, &e);
         let table: toml::Table = toml::from_str(&text).map_err(fail)?;
-        let known = Self::keys();
-        if let Some(key) = table.keys().find(|key| !known.contains(key)) {
-            let nearest = nearest(key, known.iter().map(String::as_str));
-            return Err(Error::UnknownKey { path: path.into(), key: key.clone(), nearest });
-        }
+        refuse_unknown(path, "", &table, &Self::keys())?;
         toml::from_str(&text).map_err(fail)
     }
 
@@ -203,6 +199,13 @@ pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<S
         .filter(|(similarity, _)| *similarity > 0.7)
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .map(|(_, k)| k.to_owned())
+}
+
+/// Refuses a key of a table in a TOML file that is none of `known`; `place` is what stands before it there.
+pub(crate) fn refuse_unknown(path: &Path, place: &str, table: &toml::Table, known: &[String]) -> Result<()> {
+    let Some(key) = table.keys().find(|key| !known.contains(key)) else { return Ok(()) };
+    let nearest = nearest(key, known.iter().map(String::as_str));
+    Err(Error::UnknownKey { path: path.into(), key: format!("{place}{key}"), nearest })
 }
 
 /// What becomes of a linear that cannot be solved for the numbers in it.

@@ -10,6 +10,7 @@ use parquet::data_type::ByteArrayType;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
 use parquet::schema::types::SchemaDescriptor;
+use std::fmt::Display;
 use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -49,18 +50,18 @@ pub(super) fn read(source: impl Source, path: &Path, column: &str, rows: &mut Ro
 
 fn read_row_groups(source: impl Source, path: &Path, column: &str, rows: &mut Rows) -> Result<()> {
     let broken = |problem: String| Error::Dataset { path: path.into(), problem };
-    let unreadable = |error: ParquetError| broken(format!("it cannot be read as parquet: {error}"));
+    let unreadable = |error: &dyn Display| broken(format!("it cannot be read as parquet: {error}"));
 
     let unchecked = source.again().map_err(Error::io("read", path))?;
-    let file = SerializedFileReader::new(source).map_err(unreadable)?;
+    let file = SerializedFileReader::new(source).map_err(|error| unreadable(&error))?;
     let index = text_column(file.metadata().file_metadata().schema_descr(), path, column)?;
     let mut row_number = 0;
     for group in 0..file.num_row_groups() {
-        let group = file.get_row_group(group).map_err(unreadable)?;
+        let group = file.get_row_group(group).map_err(|error| unreadable(&error))?;
         parquet_pages::check(&unchecked, group.metadata().column(index))
-            .map_err(|error| broken(format!("it cannot be read as parquet: {error}")))?;
+            .map_err(|error| unreadable(&error))?;
         let ColumnReader::ByteArrayColumnReader(reader) =
-            group.get_column_reader(index).map_err(unreadable)?
+            group.get_column_reader(index).map_err(|error| unreadable(&error))?
         else {
             return Err(broken(format!("column `{column}` changes its type between row groups")));
         };
@@ -75,7 +76,7 @@ fn read_row_groups(source: impl Source, path: &Path, column: &str, rows: &mut Ro
             Ok(())
         });
         let found = read.map_err(|error| match error {
-            GroupError::Parquet(error) => unreadable(error),
+            GroupError::Parquet(error) => unreadable(&error),
             GroupError::Row(error) => error,
         })?;
         if found != expected {

@@ -52,6 +52,7 @@ pub(super) fn check(view: &TensorView<'_>, wanted_in_f16: bool) -> Result<()> {
             place: format!("tensor `{}`", view.name),
             count: non_finite,
             total: (view.bytes.len() / width) as u64,
+            computed: false,
         });
     }
     if too_large > 0 {

@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use gptq::{
-    ReportError,
     checkpoint::{Checkpoint, write_file_atomically},
     eval::{describe, folder_name},
     report::{
         Comparison, EVALUATION_FILE, EVALUATION_SCHEMA, GENERATED_BY, ModelEvaluations, REPORT_FILE, Report,
-        RunInput, Source, comparison_table, html, markdown,
+        RunInput, Source, check_weights_beside, comparison_table, html, markdown,
     },
 };
 
@@ -89,10 +88,7 @@ fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluat
 /// Figures; they must be of the weights beside them, where there are any.
 fn read_figures(path: &Path) -> gptq::Result<ModelEvaluations> {
     let figures = ModelEvaluations::read(path)?;
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if dir.join("config.json").exists() && Checkpoint::open(dir)?.digest()? != figures.checkpoint.digest {
-        return Err(ReportError::Stale { path: path.into() }.into());
-    }
+    check_weights_beside(path, &figures.checkpoint.digest)?;
     Ok(figures)
 }
 

@@ -28,7 +28,7 @@ impl Error {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }
             Self::Numerical(problem) => problem.hint().into(),
-            Self::NonFinite { place, .. } if place.starts_with("inputs of") => {
+            Self::NonFinite { computed: true, .. } => {
                 "the model itself computes them: look at the weights of the layers before, or use --compute-dtype fp32".into()
             }
             Self::NonFinite { .. } => "the file holds them: download it again, or look for a better copy".into(),

@@ -194,6 +194,8 @@ pub enum Error {
         count: u64,
         /// Of how many.
         total: u64,
+        /// Whether the model computed them, instead of a file holding them.
+        computed: bool,
     },
     /// A weight that fp16 cannot hold.
     #[error("{place}: value {value} does not fit fp16 (largest 65504)")]

@@ -101,6 +101,6 @@ fn each_piece(
 fn finite(place: &str, value: f64) -> Result<()> {
     match value.is_finite() {
         true => Ok(()),
-        false => Err(Error::NonFinite { place: place.into(), count: 1, total: 1 }),
+        false => Err(Error::NonFinite { place: place.into(), count: 1, total: 1, computed: true }),
     }
 }

@@ -4,10 +4,11 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::figures::{BranchFigures, EvaluatedFigures, Figures, LinearFigures, Numbers, read_json};
+use super::figures::{BranchFigures, EvaluatedFigures, Figures, LinearFigures, Numbers};
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
+    report::read_schema,
 };
 
 /// Goes up when a reader of older baselines could misread a newer one.
@@ -24,7 +25,7 @@ pub fn read_baseline(path: &Path) -> Result<Figures> {
     if !path.exists() {
         return Err(Error::NoBaseline { path: path.into() });
     }
-    read_json(path, BASELINE_SCHEMA)
+    read_schema(path, BASELINE_SCHEMA)
 }
 
 /// Writes a run's figures as a baseline.

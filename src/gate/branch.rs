@@ -5,12 +5,10 @@ use std::collections::BTreeMap;
 use super::{
     figures::{BranchFigures, LinearFigures},
     judgement::{Comparison, Growth},
-    ledger::{Ledger, finite, percent, signed},
+    ledger::{Ledger, finite, percent, signed, size},
     thresholds::BranchLimits,
     windows::Measured,
 };
-use crate::report::bytes;
-
 /// Linears of a decoder layer.
 const LINEARS: usize = 7;
 
@@ -68,21 +66,17 @@ pub(super) fn by_itself(
 }
 
 /// What needs a text and no baseline.
-pub(super) fn against_fp16(
-    ledger: &mut Ledger<'_>,
-    measured: &Measured,
-    dataset: &str,
-    limits: &BranchLimits,
-) {
+pub(super) fn against_fp16(ledger: &mut Ledger<'_>, measured: &Measured, limits: &BranchLimits) {
+    let text = &measured.text;
     let (ppl, fp16) = (measured.perplexity(), measured.reference_perplexity());
-    let what = format!("perplexity {ppl:.4} on {dataset}, fp16's is {fp16:.4}:");
+    let what = format!("perplexity {ppl:.4} on {text}, fp16's is {fp16:.4}:");
     let change = |change: f64| format!("{change:+.4}");
     ledger.at_most("max-perplexity-change", &what, Some(ppl - fp16), limits.max_perplexity_change, change);
     let increase = Some(ppl / fp16 - 1.0);
     ledger.at_most("max-perplexity-increase", &what, increase, limits.max_perplexity_increase, percent);
-    let what = format!("KL divergence on {dataset}");
+    let what = format!("KL divergence on {text}");
     ledger.at_most("max-kl", &what, Some(measured.kl_divergence()), limits.max_kl, kl);
-    let what = format!("top-1 agreement on {dataset}");
+    let what = format!("top-1 agreement on {text}");
     ledger.at_least("min-top1", &what, Some(measured.top1_agreement()), limits.min_top1, share);
 }
 
@@ -135,9 +129,9 @@ pub(super) fn paired(
     ledger: &mut Ledger<'_>,
     measured: &Measured,
     baseline: &Measured,
-    dataset: &str,
     limits: &BranchLimits,
 ) {
+    let text = &measured.text;
     let mut check = |check: &str, what: &str, growth: Growth, limit: f64, show: &dyn Fn(f64) -> String| {
         if limit.is_infinite() {
             return;
@@ -153,10 +147,10 @@ pub(super) fn paired(
         ledger.check(check, !within || growth.value.is_nan(), finding);
     };
     let (now, before) = (measured.kl_divergence(), baseline.kl_divergence());
-    let what = format!("KL divergence {} on {dataset}, the baseline's is {}", kl(now), kl(before));
+    let what = format!("KL divergence {} on {text}, the baseline's is {}", kl(now), kl(before));
     check("max-kl-growth", &what, measured.kl_growth(baseline), limits.max_kl_growth, &percent);
     let (now, before) = (measured.perplexity(), baseline.perplexity());
-    let what = format!("perplexity {now:.4} on {dataset}, the baseline's is {before:.4}");
+    let what = format!("perplexity {now:.4} on {text}, the baseline's is {before:.4}");
     check(
         "max-perplexity-growth",
         &what,
@@ -165,24 +159,16 @@ pub(super) fn paired(
         &percent,
     );
     let (now, before) = (measured.top1_agreement(), baseline.top1_agreement());
-    let what = format!(
-        "drop of top-1 agreement to {} on {dataset}, from the baseline's {}",
-        share(now),
-        share(before)
-    );
+    let what =
+        format!("drop of top-1 agreement to {} on {text}, from the baseline's {}", share(now), share(before));
     check("max-top1-drop", &what, measured.top1_drop(baseline), limits.max_top1_drop, &points);
 }
 
 /// A branch beside the baseline's, for people.
-pub(super) fn comparison(
-    branch: &str,
-    dataset: &str,
-    measured: &Measured,
-    baseline: Option<&Measured>,
-) -> Comparison {
+pub(super) fn comparison(branch: &str, measured: &Measured, baseline: Option<&Measured>) -> Comparison {
     Comparison {
         branch: branch.to_owned(),
-        dataset: dataset.to_owned(),
+        dataset: measured.text.clone(),
         kl_divergence: measured.kl_divergence(),
         baseline_kl_divergence: baseline.map(Measured::kl_divergence),
         growth: baseline.map(|baseline| measured.kl_growth(baseline)),
@@ -197,10 +183,6 @@ fn kl(nats: f64) -> String {
 
 fn error(relative: f64) -> String {
     format!("{relative:.4}")
-}
-
-fn size(count: f64) -> String {
-    bytes(count as u64)
 }
 
 fn share(share: f64) -> String {

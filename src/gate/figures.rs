@@ -1,14 +1,15 @@
 //! The figures of a run that the gate looks at; also what a baseline holds.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, path::Path};
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
-    checkpoint::{CONFIG_FILE, Checkpoint},
-    error::{Error, ReportError, Result},
-    report::{EVALUATION_FILE, EVALUATION_SCHEMA, REPORT_FILE, REPORT_SCHEMA, Report},
+    error::Result,
+    report::{
+        EVALUATION_FILE, EVALUATION_SCHEMA, REPORT_FILE, REPORT_SCHEMA, check_weights_beside, read_schema,
+    },
 };
 
 /// What the gate looks at. Read from JSON leniently: a figure that is missing, or was NaN and is `null` now, is `None`,
@@ -151,12 +152,6 @@ pub struct EvaluatedFigures {
 pub type Numbers = Vec<Option<f64>>;
 
 impl Figures {
-    /// Those of a report that is in memory.
-    pub fn of(report: &Report) -> Self {
-        let value = serde_json::to_value(report).expect("a report is plain data");
-        serde_json::from_value(value).expect("figures are a part of a report")
-    }
-
     /// Reads a run: its folder, where evaluations that lie beside the branches go before older ones of the same
     /// protocol in `run.json`; or that file by itself.
     ///
@@ -164,14 +159,14 @@ impl Figures {
     /// When a file cannot be read, is no JSON, or of another schema.
     pub fn read(run: &Path) -> Result<Self> {
         if !run.is_dir() {
-            return read_json(run, REPORT_SCHEMA);
+            return read_schema(run, REPORT_SCHEMA);
         }
-        let mut figures: Self = read_json(&run.join(REPORT_FILE), REPORT_SCHEMA)?;
+        let mut figures: Self = read_schema(&run.join(REPORT_FILE), REPORT_SCHEMA)?;
         for branch in figures.branches.iter().map(|b| b.branch.clone()).collect::<Vec<_>>() {
             let path = run.join(&branch).join(EVALUATION_FILE);
             if path.exists() {
-                let beside: Beside = read_json(&path, EVALUATION_SCHEMA)?;
-                beside.check(&path)?;
+                let beside: Beside = read_schema(&path, EVALUATION_SCHEMA)?;
+                check_weights_beside(&path, &beside.checkpoint.digest)?;
                 figures.take(&branch, beside);
             }
         }
@@ -197,9 +192,7 @@ impl Figures {
             None => self.evaluations.push(evaluation),
         }
     }
-}
 
-impl Figures {
     /// An evaluation's text for messages; with the windows' length where that is what tells it from another.
     pub(super) fn text_of(&self, evaluation: &EvaluationFigures) -> String {
         let lengths = |e: &EvaluationFigures| (e.seq_len, e.stride);
@@ -238,31 +231,4 @@ struct Beside {
 struct BesideCheckpoint {
     digest: String,
     scale_bits: Option<f64>,
-}
-
-impl Beside {
-    /// Figures must be of the weights beside them, where there are any.
-    fn check(&self, path: &Path) -> Result<()> {
-        let dir = path.parent().unwrap_or(path);
-        if dir.join(CONFIG_FILE).exists() && Checkpoint::open(dir)?.digest()? != self.checkpoint.digest {
-            return Err(ReportError::Stale { path: path.into() }.into());
-        }
-        Ok(())
-    }
-}
-
-/// Reads a file that says which schema it has.
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path, schema: &str) -> Result<T> {
-    let text = fs::read(path).map_err(Error::io("read", path))?;
-    let json = |source| Error::Json { path: path.into(), source };
-    let value: Value = serde_json::from_slice(&text).map_err(json)?;
-    match value.get("schema").and_then(Value::as_str) {
-        Some(found) if found == schema => serde_json::from_value(value).map_err(json),
-        found => Err(Error::Config {
-            path: path.into(),
-            key: "schema".into(),
-            expected: format!("`{schema}`"),
-            found: found.map_or_else(|| "none".into(), |found| format!("`{found}`")),
-        }),
-    }
 }

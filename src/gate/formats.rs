@@ -6,6 +6,7 @@ use super::{
     judgement::{Check, Growth, Judgement, Verdict},
     ledger::percent,
 };
+use crate::report::markdown_text;
 
 /// For a terminal: a line for each reason to fail, then notes, then the verdict; all checks with `verbose`.
 pub fn text(judgement: &Judgement, verbose: bool) -> String {
@@ -93,7 +94,7 @@ pub fn junit(judgement: &Judgement) -> String {
 pub fn markdown(judgement: &Judgement) -> String {
     let mut text = format!("### gptq gate: {}\n", summary(judgement));
     let list = |text: &mut String, lines: &mut dyn Iterator<Item = String>| {
-        let lines: Vec<String> = lines.map(|line| format!("- {}\n", escaped(&line))).collect();
+        let lines: Vec<String> = lines.map(|line| format!("- {}\n", markdown_text(&line))).collect();
         if !lines.is_empty() {
             let _ = write!(text, "\n{}", lines.concat());
         }
@@ -110,8 +111,8 @@ pub fn markdown(judgement: &Judgement) -> String {
         let _ = writeln!(
             text,
             "| {} | {} | {:.6} | {baseline} | {} | {:+.4} | {:.2}% |",
-            escaped(&branch.branch),
-            escaped(&branch.dataset),
+            markdown_text(&branch.branch),
+            markdown_text(&branch.dataset),
             branch.kl_divergence,
             branch.growth.as_ref().map_or_else(String::new, interval),
             branch.perplexity_change,
@@ -166,21 +167,6 @@ fn xml(text: &str) -> String {
                 let _ = write!(escaped, "&#{};", u32::from(c));
             }
             c if c < ' ' || ('\u{FFFE}'..='\u{FFFF}').contains(&c) => escaped.push('\u{FFFD}'),
-            c => escaped.push(c),
-        }
-    }
-    escaped
-}
-
-/// Text that Markdown shows as it is, in a list or a table.
-fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '\n' | '\r' => escaped.push(' '),
-            '\\' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '|' | '#' | '~' | '&' | '@' => {
-                escaped.extend(['\\', c])
-            }
             c => escaped.push(c),
         }
     }

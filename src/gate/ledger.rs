@@ -1,6 +1,7 @@
 //! Writing checks down.
 
 use super::judgement::{Check, Judgement};
+use crate::report::bytes;
 
 /// Takes the checks of one branch, or of the run.
 pub(super) struct Ledger<'a> {
@@ -37,15 +38,9 @@ impl<'a> Ledger<'a> {
         limit: f64,
         show: impl Fn(f64) -> String,
     ) {
-        if limit.is_infinite() {
-            return;
-        }
-        match finite(found) {
-            None => self.breach(check, missing(what)),
-            Some(found) => {
-                let finding = format!("{what} {}; at most {} allowed", show(found), show(limit));
-                self.check(check, found > limit, finding);
-            }
+        if !limit.is_infinite() {
+            let words = |found, limit| format!("{what} {}; at most {} allowed", show(found), show(limit));
+            self.bounded(check, what, found, limit, |found| found > limit, words);
         }
     }
 
@@ -58,15 +53,24 @@ impl<'a> Ledger<'a> {
         limit: f64,
         show: impl Fn(f64) -> String,
     ) {
-        if limit == 0.0 {
-            return;
+        if limit != 0.0 {
+            let words = |found, limit| format!("{what} {}; at least {} needed", show(found), show(limit));
+            self.bounded(check, what, found, limit, |found| found < limit, words);
         }
+    }
+
+    fn bounded(
+        &mut self,
+        check: &str,
+        what: &str,
+        found: Option<f64>,
+        limit: f64,
+        breached: impl Fn(f64) -> bool,
+        words: impl Fn(f64, f64) -> String,
+    ) {
         match finite(found) {
             None => self.breach(check, missing(what)),
-            Some(found) => {
-                let finding = format!("{what} {}; at least {} needed", show(found), show(limit));
-                self.check(check, found < limit, finding);
-            }
+            Some(found) => self.check(check, breached(found), words(found, limit)),
         }
     }
 
@@ -108,6 +112,11 @@ pub(super) fn missing(what: &str) -> String {
 
 pub(super) fn finite(number: Option<f64>) -> Option<f64> {
     number.filter(|n| n.is_finite())
+}
+
+/// Bytes.
+pub(super) fn size(count: f64) -> String {
+    bytes(count as u64)
 }
 
 /// `+12.3%`.

@@ -84,21 +84,23 @@ fn judge_branch(
     }
     for evaluation in &run.evaluations {
         // Of texts that the baseline does not have, one branch alone may have been evaluated, by hand.
-        let same = baseline.map(|b| b.evaluations.iter().find(|before| before.same_protocol(evaluation)));
-        let optional = same.is_some_and(|same| same.is_none());
+        let same = baseline.and_then(|baseline| {
+            let same = baseline.evaluations.iter().find(|before| before.same_protocol(evaluation))?;
+            Some((baseline, same))
+        });
+        let optional = baseline.is_some() && same.is_none();
         if optional && !evaluation.models.iter().any(|model| model.name == name) {
             continue;
         }
-        let measured = match Measured::of(evaluation, name) {
+        let measured = match Measured::of(run, evaluation, name) {
             Ok(measured) => measured,
             Err(problem) => {
                 ledger.breach("evaluation", problem);
                 continue;
             }
         };
-        let text = run.text_of(evaluation);
-        branch::against_fp16(&mut ledger, &measured, &text, limits);
-        let before = same.flatten().and_then(|same| match Measured::of(same, name) {
+        branch::against_fp16(&mut ledger, &measured, limits);
+        let before = same.and_then(|(baseline, same)| match Measured::of(baseline, same, name) {
             Ok(before) => Some(before),
             Err(problem) => {
                 ledger.breach("baseline", format!("in the baseline, it {problem}"));
@@ -106,9 +108,9 @@ fn judge_branch(
             }
         });
         if let Some(before) = &before {
-            branch::paired(&mut ledger, &measured, before, &text, limits);
+            branch::paired(&mut ledger, &measured, before, limits);
         }
-        compared.push(branch::comparison(name, &text, &measured, before.as_ref()));
+        compared.push(branch::comparison(name, &measured, before.as_ref()));
     }
     judgement.branches.append(&mut compared);
 }

@@ -6,10 +6,10 @@ use serde_json::Value;
 
 use super::{
     figures::{EvaluationFigures, Figures, ModelFigures},
-    ledger::Ledger,
+    ledger::{Ledger, size},
     thresholds::{RunLimits, Thresholds},
 };
-use crate::{report::bytes, variant::Variant};
+use crate::variant::Variant;
 
 /// Settings of a plan that change what the branches hold. Where it ran and how large its files may be are not among them.
 const PLAN: [&str; 8] =
@@ -140,7 +140,7 @@ fn short(digest: &str) -> String {
 /// Seconds and memory, if asked for.
 pub(super) fn costs(ledger: &mut Ledger<'_>, run: &Figures, limits: &RunLimits) {
     ledger.at_most("max-seconds", "time of the run", run.seconds, limits.max_seconds, seconds);
-    ledger.at_most("max-memory", "peak memory", run.peak_memory_bytes, limits.max_memory, memory);
+    ledger.at_most("max-memory", "peak memory", run.peak_memory_bytes, limits.max_memory, size);
 }
 
 /// Seconds and memory against the baseline's, if asked for.
@@ -148,15 +148,11 @@ pub(super) fn growing_costs(ledger: &mut Ledger<'_>, run: &Figures, baseline: &F
     let (now, before, limit) = (run.seconds, baseline.seconds, limits.max_seconds_growth);
     ledger.grows_at_most("max-seconds-growth", "time of the run", now, before, limit, seconds);
     let (now, before, limit) = (run.peak_memory_bytes, baseline.peak_memory_bytes, limits.max_memory_growth);
-    ledger.grows_at_most("max-memory-growth", "peak memory", now, before, limit, memory);
+    ledger.grows_at_most("max-memory-growth", "peak memory", now, before, limit, size);
 }
 
 fn seconds(seconds: f64) -> String {
     format!("{seconds:.1} s")
-}
-
-fn memory(count: f64) -> String {
-    bytes(count as u64)
 }
 
 /// What was done otherwise than for the baseline: `damp 1, the baseline's is 0.01`.

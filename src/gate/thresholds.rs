@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result, toml_error},
-    plan::nearest,
+    folder,
+    plan::refuse_unknown,
 };
 
 /// The table with limits of single branches.
@@ -123,19 +124,12 @@ impl Thresholds {
     /// # Errors
     /// When the file cannot be read or holds an unknown key, or a value that makes no sense.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = folder::read_text(path)?;
         let fail = |e: toml::de::Error| toml_error(path, &text, &e);
         let mut table: toml::Table = toml::from_str(&text).map_err(fail)?;
-        let unknown = |place: &str, key: &str, known: &[String]| Error::UnknownKey {
-            path: path.into(),
-            key: format!("{place}{key}"),
-            nearest: nearest(key, known.iter().map(String::as_str)),
-        };
         let (of_run, of_branch) = (keys(&RunLimits::default()), keys(&BranchLimits::default()));
         let all = [&of_run[..], &of_branch[..], &[BRANCHES.to_owned()]].concat();
-        if let Some(key) = table.keys().find(|key| !all.contains(key)) {
-            return Err(unknown("", key, &all));
-        }
+        refuse_unknown(path, "", &table, &all)?;
         let own = match table.remove(BRANCHES) {
             None => toml::Table::new(),
             Some(toml::Value::Table(own)) => own,
@@ -149,9 +143,7 @@ impl Thresholds {
             let toml::Value::Table(limits) = limits else {
                 return Err(value(&format!("{BRANCHES}.{name}"), "a table of limits", &limits.to_string()));
             };
-            if let Some(key) = limits.keys().find(|key| !of_branch.contains(key)) {
-                return Err(unknown(&format!("{BRANCHES}.{name}."), key, &of_branch));
-            }
+            refuse_unknown(path, &format!("{BRANCHES}.{name}."), &limits, &of_branch)?;
             check_values(&limits)?;
             let mut merged = table.clone();
             merged.extend(limits);

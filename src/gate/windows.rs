@@ -1,7 +1,7 @@
 //! Figures over windows, and two runs' figures window by window.
 
 use super::{
-    figures::{EvaluatedFigures, EvaluationFigures},
+    figures::{EvaluatedFigures, EvaluationFigures, Figures},
     judgement::Growth,
 };
 use crate::report::{
@@ -11,6 +11,8 @@ use crate::report::{
 
 /// One branch on one text, complete and in order.
 pub(super) struct Measured {
+    /// The text, for messages.
+    pub(super) text: String,
     /// Tokens scored in each window.
     tokens: Vec<usize>,
     /// Of the unquantized model.
@@ -21,9 +23,10 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    /// The figures of `branch`, or the first thing that is wrong with them.
-    pub(super) fn of(evaluation: &EvaluationFigures, branch: &str) -> Result<Self, String> {
-        let on = format!("on {}", evaluation.dataset);
+    /// The figures of `branch` in one of a run's evaluations, or the first thing that is wrong with them.
+    pub(super) fn of(run: &Figures, evaluation: &EvaluationFigures, branch: &str) -> Result<Self, String> {
+        let text = run.text_of(evaluation);
+        let on = format!("on {text}");
         let mut models = evaluation.models.iter().filter(|model| model.name == branch);
         let model: &EvaluatedFigures = models.next().ok_or_else(|| format!("was not evaluated {on}"))?;
         if models.next().is_some() {
@@ -45,6 +48,7 @@ impl Measured {
             return Err(format!("has {} windows with tokens {on}, expected {count}", tokens.len()));
         }
         let measured = Self {
+            text,
             tokens: tokens.clone(),
             reference_nll: complete("fp16's likelihood", &evaluation.window_nll)?,
             nll: complete("likelihood", &model.window_nll)?,

@@ -58,7 +58,8 @@ impl Sampler {
         let broken = logits.iter().filter(|l| !l.is_finite()).count() as u64;
         if broken > 0 || logits.is_empty() {
             let total = logits.len() as u64;
-            return Err(Error::NonFinite { place: "logits of the next token".into(), count: broken, total });
+            let place = "logits of the next token".into();
+            return Err(Error::NonFinite { place, count: broken, total, computed: true });
         }
         self.penalize(logits, history);
         if self.sampling.temperature == 0.0 {

@@ -139,7 +139,7 @@ impl Hessian {
         let broken = diagonal.iter().filter(|d| !d.is_finite()).count() as u64;
         if broken > 0 {
             let (place, total) = (format!("inputs of {stage}"), diagonal.len() as u64);
-            return Err(Error::NonFinite { place, count: broken, total });
+            return Err(Error::NonFinite { place, count: broken, total, computed: true });
         }
         Ok(self)
     }

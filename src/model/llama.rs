@@ -120,7 +120,8 @@ impl<'a> Llama<'a> {
         let finite = gathered.f_isfinite().and_then(|t| i64::try_from(t.f_sum(Kind::Int64)?));
         let broken = total - finite.torch("check the embedding")? as u64;
         if broken > 0 {
-            return Err(Error::NonFinite { place: format!("tensor `{EMBED_TOKENS}`"), count: broken, total });
+            let place = format!("tensor `{EMBED_TOKENS}`");
+            return Err(Error::NonFinite { place, count: broken, total, computed: false });
         }
         Ok(gathered)
     }

@@ -5,7 +5,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::json::read_schema;
-use crate::error::Result;
+use crate::{
+    checkpoint::{CONFIG_FILE, Checkpoint},
+    error::{ReportError, Result},
+};
 
 /// The evaluations' file in the folder of a quantized model. It is not part of the checkpoint and has no checksum there.
 pub const EVALUATION_FILE: &str = "eval.json";
@@ -162,6 +165,19 @@ impl ModelEvaluations {
             None => self.evaluations.push(evaluation),
         }
     }
+}
+
+/// Refuses the figures in `path` when they are not of the weights beside it, where there are any. `digest` is that of the
+/// weights they were measured of.
+///
+/// # Errors
+/// When there are other weights, or they cannot be read.
+pub fn check_weights_beside(path: &Path, digest: &str) -> Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if dir.join(CONFIG_FILE).exists() && Checkpoint::open(dir)?.digest()? != digest {
+        return Err(ReportError::Stale { path: path.into() }.into());
+    }
+    Ok(())
 }
 
 impl Evaluation {

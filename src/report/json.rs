@@ -1,6 +1,6 @@
 //! The report's data.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -10,6 +10,7 @@ use crate::{
     accuracy::Refinements,
     calibration::Provenance,
     error::{Error, Result},
+    folder::{self, TEXT_LIMIT},
     plan::Plan,
     variant::Variant,
 };
@@ -79,8 +80,8 @@ impl Report {
 }
 
 /// Reads a JSON file that says which schema it has; another one is refused before anything else is looked at.
-pub(super) fn read_schema<T: DeserializeOwned>(path: &Path, schema: &str) -> Result<T> {
-    let text = fs::read(path).map_err(Error::io("read", path))?;
+pub(crate) fn read_schema<T: DeserializeOwned>(path: &Path, schema: &str) -> Result<T> {
+    let text = folder::read(path, TEXT_LIMIT)?;
     let json = |source| Error::Json { path: path.into(), source };
     let value: Value = serde_json::from_slice(&text).map_err(json)?;
     match value.get("schema").and_then(Value::as_str) {

@@ -139,7 +139,7 @@ fn fold(out: &mut String, title: &str, content: impl FnOnce(&mut String)) {
 }
 
 /// Plain text: nothing of it is taken for Markdown or HTML, and it stays in its cell.
-fn text(raw: &str) -> String {
+pub(crate) fn text(raw: &str) -> String {
     let mut text = String::with_capacity(raw.len());
     for c in raw.chars() {
         match c {

@@ -17,13 +17,15 @@ mod text;
 pub use comparison::{COMPARISON_SCHEMA, Comparison, Entry, RunInput, RunSummary, Source};
 pub use evaluation::{
     CheckpointReport, EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, Interval,
-    ModelEvaluations, ReaderReport,
+    ModelEvaluations, ReaderReport, check_weights_beside,
 };
 pub use html::html;
+pub(crate) use json::read_schema;
 pub use json::{
     BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
     REPORT_FILE, REPORT_SCHEMA, Report, StageMemory, StageSeconds,
 };
 pub use markdown::markdown;
+pub(crate) use markdown::text as markdown_text;
 pub use recommendation::{FACTOR, Recommendation};
 pub use text::{bytes, comparison_table, duration, evaluation_table, run_table};

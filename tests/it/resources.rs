@@ -5,8 +5,8 @@ use crate::{
     tiny_model::Model,
 };
 
-const FLAGS: [&str; 8] =
-    ["--samples", "12", "--seq-len", "128", "--variant", "4bit-128g", "--variant", "4bit-32g-act"];
+const FLAGS: [&str; 6] = ["--seq-len", "128", "--variant", "4bit-128g", "--variant", "4bit-32g-act"];
+const FEW: [&str; 2] = ["--samples", "12"];
 
 /// Digest of every file of the branches, and what the run said.
 fn run(more: &[&str]) -> (Vec<(String, String)>, String) {
@@ -27,11 +27,11 @@ fn estimate(said: &str) -> f64 {
 
 #[test]
 fn activations_on_disk_make_the_same_branches() {
-    let (expected, said) = run(&[]);
+    // More activations than what the program itself holds differs from one run to the next, which is some megabytes.
+    let (expected, said) = run(&["--samples", "64"]);
     assert!(!said.contains("on disk"), "{said}");
-    // 1 MB less than all of it.
-    let limit = format!("{}MB", estimate(&said) / 1e6 - 1.0);
-    let (found, said) = run(&["--max-memory", &limit]);
+    let limit = format!("{}MB", estimate(&said) / 1e6 - 12.0);
+    let (found, said) = run(&["--samples", "64", "--max-memory", &limit]);
     assert!(said.contains(" of activations on disk"), "{said}");
     assert_eq!(found, expected);
 }
@@ -40,8 +40,9 @@ fn activations_on_disk_make_the_same_branches() {
 fn too_little_memory_is_refused_with_the_numbers() {
     let lab = Lab::empty();
     let (model, text) = (text_of(&demo("")), text_of(&demo("calibration.parquet")));
-    let output =
-        lab.quantize(&[&["--model", &model, "--dataset", &text, "--max-memory", "1MB"], &FLAGS[..]].concat());
+    let output = lab.quantize(
+        &[&["--model", &model, "--dataset", &text, "--max-memory", "1MB"], &FLAGS[..], &FEW].concat(),
+    );
     assert_eq!(output.code, Some(2));
     assert!(
         output.stderr.contains("error: memory: 1.0 MB are available, and at least "),
@@ -70,12 +71,13 @@ fn the_estimate_is_within_a_fifth_of_the_peak() {
 
 #[test]
 fn several_devices_make_the_same_branches() {
-    let (expected, _) = run(&[]);
+    let (expected, _) = run(&FEW);
     // Variants are spread.
-    assert_eq!(run(&["--device", "cpu,cpu"]).0, expected);
+    assert_eq!(run(&[&FEW[..], &["--device", "cpu,cpu"]].concat()).0, expected);
     // Windows are: sums in another order, hence codes that may differ at ties, but the same every time.
-    let (first, _) = run(&["--device", "cpu,cpu,cpu", "--shared-hessian"]);
-    assert_eq!(run(&["--device", "cpu,cpu,cpu", "--shared-hessian"]).0, first);
+    let shared = [&FEW[..], &["--device", "cpu,cpu,cpu", "--shared-hessian"]].concat();
+    let (first, _) = run(&shared);
+    assert_eq!(run(&shared).0, first);
     let names = |files: &[(String, String)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     assert_eq!(names(&first), names(&expected));
 }

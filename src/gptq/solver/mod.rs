@@ -325,7 +325,8 @@ fn check_finite(weight: &Weight<'_>) -> Result<()> {
     if count == 0 {
         return Ok(());
     }
-    Err(Error::NonFinite { place: format!("weight of `{}`", weight.name), count, total })
+    let place = format!("weight of `{}`", weight.name);
+    Err(Error::NonFinite { place, count, total, computed: false })
 }
 
 fn largest(weight: &Weight<'_>) -> Result<f32> {
