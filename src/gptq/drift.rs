@@ -93,7 +93,7 @@ impl Drift {
         let (finite, total) = (finite().torch("look at a drift")? as u64, self.matrix.numel() as u64);
         if finite < total {
             let place = format!("inputs of {stage}, in the unquantized model or behind quantized layers");
-            return Err(Error::NonFinite { place, count: total - finite, total });
+            return Err(Error::NonFinite { place, count: total - finite, total, computed: true });
         }
         Ok(product)
     }

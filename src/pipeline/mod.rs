@@ -13,6 +13,7 @@ mod needs;
 mod output_folder;
 mod preflight;
 mod stage_memory;
+mod stage_solving;
 mod stream;
 mod team;
 mod weights;

@@ -89,6 +89,7 @@ const UNSAFE: &[&str] = &[
     "gptq/solver/cuda/stand_in.rs",
     "gptq/solver/instructions.rs",
     "gptq/solver/kernel.rs",
+    "gptq/solver/lane_scales.rs",
     "kernels/cpu_simd.rs",
     "kernels/cpu_simd_x86.rs",
     "kernels/cuda_matmul.rs",
