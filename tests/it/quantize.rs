@@ -211,8 +211,9 @@ fn json_stands_alone_and_quiet_is_quiet() {
     let out = text_of(&lab.path("loud"));
     let loud = lab.quantize(&["--variant", "4bit-32g", "--out", &out, "--verbose"]).succeeds();
     let lines: Vec<&str> = loud.stderr.lines().collect();
+    assert!(lines[0].starts_with("quality standard: signed scales, "), "{lines:?}");
     assert!(
-        lines[0].starts_with("4bit-32g         model.layers.0.self_attn.q_proj          error 0."),
+        lines[1].starts_with("4bit-32g         model.layers.0.self_attn.q_proj          error 0."),
         "{lines:?}"
     );
     assert_eq!(lines.iter().filter(|line| line.contains(" error 0.")).count(), 14);
