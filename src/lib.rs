@@ -7,6 +7,7 @@
 //! [`generation`] lets the model speak; [`pipeline`] alone knows the
 //! order of the steps.
 
+pub mod accuracy;
 pub mod amx;
 pub mod calibration;
 pub mod card;

@@ -5,6 +5,7 @@ use std::{fmt, path::Path, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    accuracy::{Quality, Refinements, ScaleSearch, Scales},
     error::{Error, Result, toml_error},
     folder,
     variant::Variant,
@@ -32,6 +33,23 @@ pub struct Plan {
     pub variants: Vec<Variant>,
     /// Damping, as a fraction of the Hessian's mean diagonal.
     pub damp: f64,
+    /// How much is done for accuracy: a preset.
+    pub quality: Quality,
+    /// Whether scales may be negative, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signed_scales: Option<bool>,
+    /// How scales are searched for, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scale_search: Option<ScaleSearch>,
+    /// Whether groups are sorted where there is no act order, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub act_group_aware: Option<bool>,
+    /// The strength of asymmetric calibration, from 0 to 1, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asymmetric: Option<f64>,
+    /// The part of the calibration windows that asymmetric calibration takes, above 0 to 1, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub asymmetric_share: Option<f64>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// What becomes of a linear that cannot be solved for the numbers in it.
@@ -62,6 +80,12 @@ impl Default for Plan {
             seed: 0,
             variants: Variant::card(),
             damp: 0.01,
+            quality: Quality::default(),
+            signed_scales: None,
+            scale_search: None,
+            act_group_aware: None,
+            asymmetric: None,
+            asymmetric_share: None,
             shared_hessian: false,
             on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
@@ -91,12 +115,33 @@ impl Plan {
         let every = Self {
             split: Some(String::new()),
             text_column: Some(String::new()),
+            signed_scales: Some(true),
+            scale_search: Some(ScaleSearch::Off),
+            act_group_aware: Some(true),
+            asymmetric: Some(0.0),
+            asymmetric_share: Some(1.0),
             max_memory: Some(0),
             max_device_memory: Some(0),
             ..Self::default()
         };
         let table = toml::Table::try_from(every).expect("a plan is a table of plain values");
         table.keys().cloned().collect()
+    }
+
+    /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise.
+    pub fn refinements(&self) -> Refinements {
+        let preset = self.quality.refinements();
+        let scales = Scales {
+            signed: self.signed_scales.unwrap_or(preset.scales.signed),
+            search: self.scale_search.unwrap_or(preset.scales.search),
+        };
+        let group_aware = self.act_group_aware.unwrap_or(preset.group_aware);
+        // Where Hessians are the unquantized model's, there is nothing else to aim at.
+        let asymmetric = if self.shared_hessian { 0.0 } else { self.asymmetric.unwrap_or(preset.asymmetric) };
+        let share = if preset.asymmetric == 0.0 { 1.0 } else { preset.asymmetric_share };
+        let share = self.asymmetric_share.unwrap_or(share);
+        let asymmetric_share = if asymmetric == 0.0 { 0.0 } else { share };
+        Refinements { scales, group_aware, asymmetric, asymmetric_share }
     }
 
     /// Checks what can be checked without the model.
@@ -115,6 +160,22 @@ impl Plan {
         }
         if !(self.damp >= 0.0 && self.damp <= 1.0) {
             return refuse("damp", "a fraction from 0 to 1", self.damp.to_string());
+        }
+        if let Some(share) = self.asymmetric_share.filter(|&share| !(share > 0.0 && share <= 1.0)) {
+            return refuse(
+                "asymmetric-share",
+                "a part of the windows, above 0 and at most 1",
+                share.to_string(),
+            );
+        }
+        if let Some(alpha) = self.asymmetric {
+            if !(0.0..=1.0).contains(&alpha) {
+                return refuse("asymmetric", "a strength from 0 to 1", alpha.to_string());
+            }
+            if alpha > 0.0 && self.shared_hessian {
+                let expected = "0 with shared-hessian, whose inputs are the unquantized model's already";
+                return refuse("asymmetric", expected, alpha.to_string());
+            }
         }
         if self.variants.is_empty() {
             return refuse("variants", "at least one", "none".into());
@@ -247,6 +308,10 @@ mod tests {
             Plan { seq_len: 1, ..Plan::default() },
             Plan { damp: -0.1, ..Plan::default() },
             Plan { damp: f64::NAN, ..Plan::default() },
+            Plan { asymmetric: Some(1.5), ..Plan::default() },
+            Plan { asymmetric: Some(f64::NAN), ..Plan::default() },
+            Plan { asymmetric_share: Some(0.0), ..Plan::default() },
+            Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
             Plan { variants: vec![], ..Plan::default() },
             Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
             Plan { max_shard_size: 10, ..Plan::default() },

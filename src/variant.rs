@@ -107,10 +107,22 @@ pub enum Order {
     ActStatic,
 }
 
+/// By what input features are sorted before they are quantized.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sorting {
+    /// As stored.
+    Stored,
+    /// By descending Hessian diagonal.
+    Descending,
+    /// Groups of this many neighbours by their largest diagonal, features within a group by theirs; a shorter last group
+    /// stays the last.
+    Grouped(usize),
+}
+
 impl Order {
-    /// Whether columns are taken by descending Hessian diagonal (`desc_act` in files).
+    /// `desc_act` in files.
     pub fn desc_act(self) -> bool {
-        self != Self::Sequential
+        matches!(self, Self::Act | Self::ActStatic)
     }
 }
 
@@ -131,6 +143,16 @@ impl Variant {
     /// Whether every scale is known before the first column is quantized, and not fitted where its group begins.
     pub fn scales_known_beforehand(&self) -> bool {
         self.order == Order::ActStatic || self.group_size == GroupSize::PerChannel
+    }
+
+    /// The order that this variant's features are quantized in. Without act order they need not be taken as they are
+    /// stored: `group_aware` sorts them so that groups stay runs of neighbouring features.
+    pub fn sorting(&self, group_aware: bool) -> Sorting {
+        match (self.order, group_aware, self.group_size) {
+            (Order::Sequential, false, _) => Sorting::Stored,
+            (Order::Sequential, true, GroupSize::Features(size)) => Sorting::Grouped(size),
+            _ => Sorting::Descending,
+        }
     }
 
     /// The four branches of the model card.

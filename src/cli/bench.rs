@@ -109,13 +109,13 @@ fn solver(args: &BenchArgs) -> Result<Vec<Line>> {
     let hessian = hessian.expect("made above");
     let (seconds, _) = fastest(args.repeat, || hessian.output_energy(&weight))?;
     lines.push(line("output energy".into(), seconds, nf * kf * kf, bf16));
-    let desc_act = args.variant.order.desc_act();
+    let sorting = args.variant.sorting(false);
     let solvers: &[bool] = if amx { &[true, false] } else { &[false] };
     for (i, &with_amx) in solvers.iter().enumerate() {
         let solver = CpuSolver::with_amx(with_amx);
         // The same for both, so it is measured for the first.
         let repeat = if i == 0 { args.repeat } else { 1 };
-        let (seconds, factor) = fastest(repeat, || solver.factorize(&hessian, desc_act, 0.01, "bench"))?;
+        let (seconds, factor) = fastest(repeat, || solver.factorize(&hessian, sorting, 0.01, "bench"))?;
         if i == 0 {
             lines.push(line("factorization".into(), seconds, kf * kf * kf / 3.0, fp32));
         }

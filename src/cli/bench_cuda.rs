@@ -203,16 +203,16 @@ fn block(
     let hessian = hessian.finish("bench")?;
     let weight = Tensor::randn([n as i64, k as i64], half) * 0.02;
     let stacked = [Weight { name: "bench", values: &weight }];
-    let factorize = |solver: &dyn Solver| solver.factorize(&hessian, variant.order.desc_act(), DAMP, "bench");
+    let factorize = |solver: &dyn Solver| solver.factorize(&hessian, variant.sorting(false), DAMP, "bench");
 
     let ours = CudaSolver::new(device)?;
     let (mut cuda, mut libtorch) = (Times::default(), Times::default());
     // The first run of each loads what it needs.
-    for solver in [&ours as &dyn Solver, &TorchSolver] {
+    for solver in [&ours as &dyn Solver, &TorchSolver::default()] {
         factorize(solver)?.solve(&stacked, variant)?;
     }
     for _ in 0..clock.repeat {
-        for (solver, times) in [(&ours as &dyn Solver, &mut cuda), (&TorchSolver, &mut libtorch)] {
+        for (solver, times) in [(&ours as &dyn Solver, &mut cuda), (&TorchSolver::default(), &mut libtorch)] {
             let (seconds, factor) = clock.time(|| factorize(solver))?;
             times.factorize.push(seconds);
             times.solve.push(clock.time(|| factor.solve(&stacked, variant))?.0);

@@ -7,7 +7,7 @@ use gptq::{
     calibration::Corpus,
     checkpoint::Checkpoint,
     device,
-    verify::{self, KernelOptions, Verification},
+    verify::{self, KernelOptions, ScaleSigns, Verification},
 };
 
 use tch::Device;
@@ -103,6 +103,10 @@ fn text(verification: &Verification, verbose: bool) -> String {
                 worst.relative_error
             );
         }
+    }
+    let ScaleSigns { negative, all } = verification.scales;
+    if negative > 0 {
+        let _ = writeln!(text, "{negative} of {all} scales are negative, which readers need not know of");
     }
     for reader in &verification.readers {
         let verdict = reader.refused.as_deref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
+    accuracy::{Quality, Refinements},
     checkpoint::CheckpointFormat,
     variant::{Order, Variant},
 };
@@ -31,6 +32,11 @@ pub struct Provenance {
     pub damp_percent: f64,
     /// Whether Hessians came from the unquantized model.
     pub shared_hessian: bool,
+    /// The preset: `fast`, `standard` or `best`.
+    pub quality: Quality,
+    /// What that turned on.
+    #[serde(flatten)]
+    pub refinements: Refinements,
 }
 
 /// `quantize_config.json`.
@@ -68,7 +74,7 @@ pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Pro
         "checkpoint_format": CheckpointFormat::Gptq.name(),
         "pack_dtype": "int32",
         // transformers takes true where this is missing, and refuses it together with desc_act.
-        "act_group_aware": false,
+        "act_group_aware": provenance.refinements.group_aware && variant.order == Order::Sequential,
         "meta": provenance,
     });
     let mut config: Map<String, Value> = source.as_object().cloned().unwrap_or_default();
@@ -96,6 +102,8 @@ mod tests {
             seed: 0,
             damp_percent: 0.01,
             shared_hessian: false,
+            quality: Quality::Standard,
+            refinements: Quality::Standard.refinements(),
         }
     }
 
@@ -121,9 +129,15 @@ mod tests {
             assert_eq!((&config["hidden_size"], &config[key]), (&8.into(), &"float16".into()));
             let quantization = &config["quantization_config"];
             assert_eq!(quantization["desc_act"], true);
+            // Of act order's branch.
             assert_eq!(quantization["act_group_aware"], false);
+            let main = quantized_config_json(&source, &Variant::card()[0], &provenance());
+            assert_eq!(main["quantization_config"]["act_group_aware"], true);
             assert_eq!(quantization["checkpoint_format"], "gptq");
-            assert_eq!(quantization["meta"]["dataset"], "wikitext2");
+            let meta = &quantization["meta"];
+            assert_eq!((&meta["dataset"], &meta["quality"]), (&"wikitext2".into(), &"standard".into()));
+            assert_eq!((&meta["signed_scales"], &meta["scale_search"]), (&true.into(), &"diagonal".into()));
+            assert_eq!(meta["asymmetric"], 0.5);
         }
     }
 }

@@ -2,12 +2,13 @@
 
 use half::f16;
 
-use crate::variant::Bits;
+use crate::{accuracy::Scales, variant::Bits};
 
 /// Scale and zero point of one group of one row. A weight is `scale · (code − zero)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// Rounded to fp16 before any code is chosen, because that is what readers multiply by.
+    /// Rounded to fp16 before any code is chosen, because that is what readers multiply by. Negative where the grid is turned
+    /// around, so that its longer side lies above zero.
     pub scale: f16,
     /// The true zero point, `1..=2^b−1`.
     pub zero: u8,
@@ -24,6 +25,16 @@ impl Grid {
     /// The grid of a variant.
     pub fn new(bits: Bits, symmetric: bool) -> Self {
         Self { bits, symmetric }
+    }
+
+    /// The zero point of a symmetric grid.
+    pub fn symmetric_zero(self) -> Option<u8> {
+        self.symmetric.then(|| self.bits.symmetric_zero())
+    }
+
+    /// What the scale of a range is multiplied by in a search.
+    pub fn factors(self, scales: Scales) -> Vec<f64> {
+        scales.factors(self.bits, self.symmetric)
     }
 
     /// The largest code.
@@ -51,6 +62,13 @@ impl Grid {
             return Step { scale: to_scale(max / (levels - 1.0)), zero: 1 };
         }
         Step { scale, zero: zero.min(levels) as u8 }
+    }
+
+    /// [`Grid::fit`] for `factor` times the range; a negative factor turns a symmetric grid around.
+    pub fn fit_scaled(self, min: f64, max: f64, factor: f64) -> Step {
+        let size = factor.abs();
+        let step = self.fit(min * size, max * size);
+        if factor < 0.0 { Step { scale: -step.scale, ..step } } else { step }
     }
 
     /// The code nearest to `weight`; ties go to the even offset from zero.

@@ -3,14 +3,17 @@
 //! Letters used here and below: `N` output features, `K` input features, `G` groups, `T` tokens,
 //! `H` the Hessian `[K, K]`, `W` a weight `[N, K]`, `Ũ` the upper triangular factor with `H + λI = Ũ Ũᵀ`.
 
+mod drift;
 mod grid;
 mod hessian;
 mod order;
 mod quantized;
 mod raw;
+mod scale_search;
 pub mod solver;
 mod tensor_cores;
 
+pub use drift::Drift;
 pub use grid::{Grid, Step};
 pub use hessian::Hessian;
 pub use order::{ColumnOrder, dead_columns};

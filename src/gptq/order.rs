@@ -1,6 +1,8 @@
 //! In which order the input features are quantized, and which group each belongs to.
 
-use crate::variant::{Order, Variant};
+use std::cmp::Ordering;
+
+use crate::variant::{Order, Sorting, Variant};
 
 /// The order for one Hessian: `columns[i]` is the input feature quantized as the `i`-th.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,12 +11,15 @@ pub struct ColumnOrder {
 }
 
 impl ColumnOrder {
-    /// The order that follows from the undamped Hessian diagonal `[K]`: by descending diagonal (`desc_act`), equal
-    /// values keeping their place so that nothing depends on a sorting algorithm, or as stored.
-    pub fn new(desc_act: bool, diagonal: &[f32]) -> Self {
+    /// The order that follows from the undamped Hessian diagonal `[K]`. Equal values keep their place, so that nothing
+    /// depends on a sorting algorithm.
+    pub fn new(sorting: Sorting, diagonal: &[f32]) -> Self {
+        let descending = |a: &u32, b: &u32| diagonal[*b as usize].total_cmp(&diagonal[*a as usize]);
         let mut columns: Vec<u32> = (0..diagonal.len() as u32).collect();
-        if desc_act {
-            columns.sort_by(|&a, &b| diagonal[b as usize].total_cmp(&diagonal[a as usize]));
+        match sorting {
+            Sorting::Stored => {}
+            Sorting::Descending => columns.sort_by(descending),
+            Sorting::Grouped(size) => columns = group_aware(columns, size, descending),
         }
         Self { columns }
     }
@@ -28,8 +33,9 @@ impl ColumnOrder {
     pub fn group_at(&self, i: usize, variant: &Variant) -> usize {
         let size = variant.group_size.features(self.columns.len());
         match variant.order {
-            Order::Sequential | Order::Act => i / size,
-            Order::ActStatic => self.columns[i] as usize / size,
+            Order::Act => i / size,
+            // Groups of neighbours, in whatever order they are taken.
+            Order::Sequential | Order::ActStatic => self.columns[i] as usize / size,
         }
     }
 
@@ -41,6 +47,16 @@ impl ColumnOrder {
         }
         g_idx
     }
+}
+
+/// `columns`, ascending, with whole groups of `size` neighbours sorted by the first of each, each sorted in itself.
+fn group_aware(mut columns: Vec<u32>, size: usize, order: impl Fn(&u32, &u32) -> Ordering) -> Vec<u32> {
+    columns.chunks_mut(size).for_each(|group| group.sort_by(&order));
+    let mut groups: Vec<&[u32]> = columns.chunks(size).collect();
+    // A group must begin at a multiple of the size.
+    let whole = columns.len() / size;
+    groups[..whole].sort_by(|a, b| order(&a[0], &b[0]));
+    groups.concat()
 }
 
 /// The input features that calibration never saw anything but zero on.
@@ -61,7 +77,7 @@ mod tests {
 
     #[test]
     fn act_order_is_descending_and_stable() {
-        let order = ColumnOrder::new(true, &DIAGONAL);
+        let order = ColumnOrder::new(Sorting::Descending, &DIAGONAL);
         assert_eq!(order.columns(), [1, 3, 4, 0, 5, 2]);
         assert_eq!(order.g_idx(&variant("4bit-16g-act", 4)), [0, 0, 1, 0, 0, 1]);
         assert_eq!(order.g_idx(&"4bit--1g-act".parse().unwrap()), [0; 6]);
@@ -69,9 +85,21 @@ mod tests {
 
     #[test]
     fn static_groups_keep_g_idx_sequential() {
-        let order = ColumnOrder::new(true, &DIAGONAL);
+        let order = ColumnOrder::new(Sorting::Descending, &DIAGONAL);
         assert_eq!(order.columns(), [1, 3, 4, 0, 5, 2]);
         assert_eq!(order.g_idx(&variant("4bit-16g-static", 4)), [0, 0, 0, 0, 1, 1]);
+    }
+
+    #[test]
+    fn group_aware_order_keeps_groups_together_and_g_idx_sequential() {
+        let diagonal = [1.0, 2.0, 3.0, 5.0, 0.0, 5.0, 9.0];
+        let of = |size| ColumnOrder::new(Sorting::Grouped(size), &diagonal);
+        // The largest feature is in the group that is not whole.
+        assert_eq!(of(2).columns(), [3, 2, 5, 4, 1, 0, 6]);
+        assert_eq!(of(3).columns(), [3, 5, 4, 2, 1, 0, 6]);
+        let variant = variant("4bit-16g", 2);
+        assert_eq!(of(2).g_idx(&variant), [0, 0, 1, 1, 2, 2, 3]);
+        assert_eq!(of(2).group_at(0, &variant), 1);
     }
 
     #[test]

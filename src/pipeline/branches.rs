@@ -4,7 +4,8 @@ use std::{path::Path, time::Instant};
 
 use super::{
     journal::{BranchState, State},
-    team::{Record, Sink},
+    stage_solving::Record,
+    team::Sink,
 };
 use crate::{
     checkpoint::{Checkpoint, LinearId},

@@ -55,7 +55,7 @@ impl<'a> Crew<'a> {
         kept: Option<&Kept>,
         around: Surroundings<'a>,
     ) -> Result<Self> {
-        let streams = task.streams();
+        let streams = if task.shared_hessian { 1 } else { task.variants.len() };
         let memory = Ledger::new(limits.in_memory);
         let per_batch = (limits.batch_tokens / windows.seq_len()).max(1);
         let mut teams = Vec::new();
@@ -69,20 +69,32 @@ impl<'a> Crew<'a> {
                 };
                 let room = Room::new(device, kind, near, Arc::clone(&memory), spill)?;
                 let llama = Llama::new(checkpoint, windows.seq_len(), kind, device)?;
-                members.push(Member::new(llama, room, part, windows.seq_len(), per_batch, around));
+                let followed = part.start.min(task.dense_windows)..part.end.min(task.dense_windows);
+                members.push(Member::new(
+                    llama,
+                    room,
+                    [part, followed],
+                    windows.seq_len(),
+                    per_batch,
+                    around,
+                ));
             }
             let variants =
                 if task.shared_hessian { (0..task.variants.len()).collect() } else { own.collect() };
-            let mut team = Team::new(members, solver(devices[0], task.on_failure)?, variants, task, around);
+            let mut team = Team::new(members, solver(devices[0], task)?, variants, task, around);
             let streams = team.streams();
             let own: Vec<_> = match kept {
                 Some(kept) if task.shared_hessian => kept.files.clone(),
-                Some(kept) => team.variants().iter().map(|&v| Arc::clone(&kept.files[v])).collect(),
+                Some(kept) => {
+                    let dense = task.follows_dense().then_some(task.variants.len());
+                    let own = team.variants().iter().copied().chain(dense);
+                    own.map(|v| Arc::clone(&kept.files[v])).collect()
+                }
                 None => Vec::new(),
             };
             team.members_mut().iter_mut().try_for_each(|member| match kept {
-                Some(kept) => member.go_on_from(&own, kept.kind),
-                None => member.embed(windows, streams),
+                Some(kept) => member.go_on_from(&own, kept.kind, streams),
+                None => member.embed(windows, streams, task.follows_dense()),
             })?;
             teams.push(team);
         }
@@ -154,12 +166,13 @@ fn solve_all(
 }
 
 /// The fastest there is for a device.
-fn solver(device: Device, on_failure: OnFailure) -> Result<Box<dyn Solver + Send>> {
-    Ok(match (device, on_failure) {
-        (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new()),
-        (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new())),
-        (_, OnFailure::Error) => Box::new(CudaSolver::new(device)?),
-        (_, OnFailure::Rtn) => Box::new(OrRounded(CudaSolver::new(device)?)),
+fn solver(device: Device, task: Task<'_>) -> Result<Box<dyn Solver + Send>> {
+    let scales = task.refinements.scales;
+    Ok(match (device, task.on_failure) {
+        (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new().with_scales(scales)),
+        (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new().with_scales(scales))),
+        (_, OnFailure::Error) => Box::new(CudaSolver::new(device)?.with_scales(scales)),
+        (_, OnFailure::Rtn) => Box::new(OrRounded(CudaSolver::new(device)?.with_scales(scales))),
     })
 }
 

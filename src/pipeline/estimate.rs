@@ -40,6 +40,8 @@ pub(super) struct Shape<'a> {
     pub(super) seq_len: usize,
     pub(super) variants: usize,
     pub(super) shared_hessian: bool,
+    /// Windows of which the unquantized model's activations are kept beside the variants'.
+    pub(super) dense_windows: usize,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -84,18 +86,25 @@ impl Shape<'_> {
     /// Hidden states of all streams.
     pub(super) fn hidden_states(&self) -> u64 {
         let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
-        self.of_all_tokens(streams * self.config.hidden_size as u64)
+        let hidden = self.config.hidden_size as u64;
+        self.of_tokens(self.windows, streams * hidden)
+            .saturating_add(self.of_tokens(self.dense_windows, hidden))
     }
 
     /// Hidden states of all streams, and one stage's inputs, which are kept until its linears are solved.
     fn activations(&self) -> u64 {
-        let widest = (self.config.attention_width() as u64).max(self.config.intermediate_size as u64);
-        self.hidden_states().saturating_add(self.of_all_tokens(widest))
+        let (hidden, attention) = (self.config.hidden_size as u64, self.config.attention_width() as u64);
+        let wide = self.config.intermediate_size as u64;
+        // In the unquantized model the inputs of all of a layer's stages, and its outputs.
+        let dense = self.of_tokens(self.dense_windows, attention + 2 * hidden + wide);
+        self.hidden_states()
+            .saturating_add(self.of_tokens(self.windows, attention.max(wide)))
+            .saturating_add(dense)
     }
 
-    /// Bytes of so many values of every token. The number of tokens is the user's, and may be anything.
-    fn of_all_tokens(&self, values: u64) -> u64 {
-        let tokens = (self.windows as u64).saturating_mul(self.seq_len as u64);
+    /// Bytes of so many values of every token of some windows. The number of tokens is the user's, and may be anything.
+    fn of_tokens(&self, windows: usize, values: u64) -> u64 {
+        let tokens = (windows as u64).saturating_mul(self.seq_len as u64);
         tokens.saturating_mul(values * self.element())
     }
 
@@ -115,7 +124,14 @@ impl Shape<'_> {
         let leaving = kept + codes + n * k * self.element() + n * k / 2;
         // The next stage's Hessian is accumulated with these weights.
         let next = (self.config.intermediate_size as u64).pow(2) * FP32;
-        let capturing = n * k * self.element() + if stage == Stage::MlpInput { next } else { matrix };
+        let sums = if stage == Stage::MlpInput { next } else { matrix };
+        let capturing = n * k * self.element() + if self.dense_windows > 0 { 2 * sums } else { sums };
+        if self.dense_windows > 0 {
+            // The drift stays until the weights are aimed; those take another copy and what is added to it.
+            return matrix
+                + n * k * FP32 * 2
+                + factoring.max(energy).max(solving).max(leaving).max(capturing);
+        }
         factoring.max(energy).max(solving).max(leaving).max(capturing)
     }
 
@@ -134,8 +150,16 @@ impl Shape<'_> {
             solves += 2.0 * n * k * k;
         }
         let variants = self.variants as f64;
+        // Forward passes of the unquantized model; products for the drift, and for what aims at it.
+        let followed = match self.dense_windows {
+            0 => 0.0,
+            windows => {
+                let share = windows as f64 / self.windows as f64;
+                share * (forward + variants * 2.0 * hessians) + variants * 2.0 * solves
+            }
+        };
         let streams = if self.shared_hessian { 1.0 } else { variants };
-        streams * (forward + hessians + factors) + variants * solves
+        followed + streams * (forward + hessians + factors) + variants * solves
     }
 
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
@@ -218,6 +242,7 @@ mod tests {
             seq_len: 2048,
             variants: 4,
             shared_hessian: false,
+            dense_windows: 0,
         }
     }
 

@@ -63,9 +63,17 @@ pub(super) fn solve(
         .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
     progress.event(&Event::Note(&format!("{needs}{time}")));
     let kind = needs.kind;
+    let refinements = plan.refinements();
+    progress.event(&Event::Note(&format!("quality {}: {refinements}", plan.quality)));
+    let dense_windows = match plan.shared_hessian {
+        true => 0,
+        false => refinements.dense_windows(plan.samples),
+    };
     let task = Task {
         variants: &plan.variants,
         damp: plan.damp,
+        refinements,
+        dense_windows,
         shared_hessian: plan.shared_hessian,
         on_failure: plan.on_failure,
         layers: total,
@@ -88,7 +96,7 @@ pub(super) fn solve(
         progress.begin(&format!("layer {}/{total}", layer + 1), crew.steps(layer));
         // Nobody goes on from the last.
         let mut next = match layer + 1 < total {
-            true => Some(journal.next(task.streams(), windows.count(), window_bytes, kind)?),
+            true => Some(journal.next(&task.streams(windows.count()), window_bytes, kind)?),
             false => None,
         };
         let states = next.as_mut().map(Mutex::new);

@@ -8,15 +8,21 @@ use std::{
     },
 };
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::{
-    memory::Room, stage_memory::MemoryWatch, stream::Stream, weights::Weights, window_file::WindowFile,
+    dense_path::{Capture, DenseLayer},
+    memory::Room,
+    stage_memory::MemoryWatch,
+    stream::Stream,
+    weights::Weights,
+    window_file::WindowFile,
 };
 use crate::{
     calibration::Windows,
+    checkpoint::LlamaConfig,
     error::{Error, Result},
-    gptq::{Hessian, solver::Solved},
+    gptq::{Drift, Hessian, solver::Solved},
     model::{Dense, Linear, Llama, Stage, add},
     progress::{Event, Progress},
 };
@@ -44,24 +50,28 @@ pub(super) struct Member<'a> {
     llama: Llama<'a>,
     room: Arc<Room>,
     windows: Range<usize>,
+    /// Of these, those on which the unquantized model is followed.
+    pub(super) followed: Range<usize>,
     seq_len: usize,
     per_batch: usize,
     around: Surroundings<'a>,
     weights: Option<Weights>,
     /// The quantized (or, for Hessians of the unquantized model, the dense) linears of the stage that is going on.
-    linears: Vec<Dense>,
-    /// Hidden states, of each variant that has its own.
-    hidden: Vec<Stream>,
+    pub(super) linears: Vec<Dense>,
+    /// Hidden states, of each variant that has its own; then the unquantized model's, where it is followed.
+    pub(super) hidden: Vec<Stream>,
     /// Inputs of a stage that its linears are to be applied to once they are solved.
     between: Option<Stream>,
+    /// The unquantized model's activations in this layer, where it is followed.
+    pub(super) dense: Option<DenseLayer>,
 }
 
 impl<'a> Member<'a> {
-    /// `per_batch` windows go through the model together.
+    /// `per_batch` windows go through the model together; of these `windows`, the unquantized model is `followed` on some.
     pub(super) fn new(
         llama: Llama<'a>,
         room: Room,
-        windows: Range<usize>,
+        [windows, followed]: [Range<usize>; 2],
         seq_len: usize,
         per_batch: usize,
         around: Surroundings<'a>,
@@ -72,6 +82,7 @@ impl<'a> Member<'a> {
             llama,
             room,
             windows,
+            followed,
             seq_len,
             per_batch,
             around,
@@ -79,6 +90,7 @@ impl<'a> Member<'a> {
             linears,
             hidden: Vec::new(),
             between: None,
+            dense: None,
         }
     }
 
@@ -86,14 +98,16 @@ impl<'a> Member<'a> {
         self.llama.device()
     }
 
-    fn stream(&self, width: usize) -> Stream {
-        Stream::new(&self.room, self.windows.clone(), self.per_batch, [self.seq_len, width])
+    /// Empty hidden states of a variant, or of the unquantized model.
+    fn stream(&self, dense: bool) -> Stream {
+        let windows = if dense { &self.followed } else { &self.windows };
+        Stream::new(&self.room, windows.clone(), self.per_batch, [self.seq_len, self.config().hidden_size])
     }
 
-    /// Begins `streams` variants' hidden states with the embeddings.
-    pub(super) fn embed(&mut self, windows: &Windows, streams: usize) -> Result<()> {
-        for _ in 0..streams {
-            let mut hidden = self.stream(self.llama.config().hidden_size);
+    /// Begins `streams` variants' hidden states with the embeddings, and the unquantized model's, where it is followed.
+    pub(super) fn embed(&mut self, windows: &Windows, streams: usize, follow: bool) -> Result<()> {
+        for stream in 0..streams + usize::from(follow) {
+            let mut hidden = self.stream(stream == streams);
             for (i, batch) in hidden.batches().to_vec().into_iter().enumerate() {
                 let ids = &windows.ids()[batch.start * self.seq_len..batch.end * self.seq_len];
                 hidden.put(i, self.llama.embed(ids, self.seq_len)?)?;
@@ -103,10 +117,11 @@ impl<'a> Member<'a> {
         Ok(())
     }
 
-    /// Begins the variants' hidden states where another program left them: a file for each, of `kind`.
-    pub(super) fn go_on_from(&mut self, files: &[Arc<WindowFile>], kind: Kind) -> Result<()> {
-        for file in files {
-            let mut hidden = self.stream(self.llama.config().hidden_size);
+    /// Begins hidden states where another program left them: a file for each, of `kind`, of `streams` variants and then of
+    /// the unquantized model.
+    pub(super) fn go_on_from(&mut self, files: &[Arc<WindowFile>], kind: Kind, streams: usize) -> Result<()> {
+        for (stream, file) in files.iter().enumerate() {
+            let mut hidden = self.stream(stream == streams);
             hidden.take_from_journal(file, kind)?;
             self.hidden.push(hidden);
         }
@@ -116,6 +131,11 @@ impl<'a> Member<'a> {
     /// Batches of a stream.
     pub(super) fn batches(&self) -> usize {
         self.hidden.first().map_or(0, Stream::len)
+    }
+
+    /// Batches that the unquantized model is followed on.
+    pub(super) fn dense_batches(&self) -> usize {
+        self.followed.len().div_ceil(self.per_batch)
     }
 
     /// Takes a layer's weights.
@@ -154,83 +174,85 @@ impl<'a> Member<'a> {
         Ok(())
     }
 
-    /// Inputs of q, k and v.
-    pub(super) fn capture_attention_input(&mut self, stream: usize) -> Result<Hessian> {
-        let mut hessian = Hessian::new(self.llama.config().hidden_size, self.device())?;
+    /// Inputs of q, k and v; of the unquantized model, where it is followed, from stream `dense`.
+    pub(super) fn capture_attention_input(&mut self, stream: usize, dense: Option<usize>) -> Result<Capture> {
+        let mut capture = self.capture(self.config().hidden_size, dense)?;
         self.each_batch(
             stream,
             |member, i| {
-                let hidden = member.hidden[stream].get(i)?;
-                member.llama.rms_norm(&hidden, &member.weights().norms.input)
+                let x = member.attention_input(stream, i)?;
+                Ok((x, member.dense_inputs(Stage::AttentionInput, dense, stream, i)?))
             },
-            |_, _, x| hessian.add(&x),
+            |_, _, (x, dense)| capture.add(&x, dense.as_ref()),
         )?;
-        Ok(hessian)
+        Ok(capture)
     }
 
     /// Inputs of o, with the stage's q, k and v.
-    pub(super) fn capture_attention_output(&mut self, stream: usize) -> Result<Hessian> {
-        let width = self.llama.config().attention_width();
-        let mut hessian = Hessian::new(width, self.device())?;
+    pub(super) fn capture_attention_output(
+        &mut self,
+        stream: usize,
+        dense: Option<usize>,
+    ) -> Result<Capture> {
+        let width = self.config().attention_width();
+        let mut capture = self.capture(width, dense)?;
         self.between = Some(self.stream_like(stream, width));
         self.each_batch(
             stream,
             |member, i| {
-                let hidden = member.hidden[stream].get(i)?;
-                let x = member.llama.rms_norm(&hidden, &member.weights().norms.input)?;
-                let [q, k, v] = &member.linears[..] else { unreachable!("q, k and v go on") };
-                member.llama.attend(&q.forward(&x)?, &k.forward(&x)?, &v.forward(&x)?)
+                let x = member.attention_input(stream, i)?;
+                Ok((member.attend(&x)?, member.dense_inputs(Stage::AttentionOutput, dense, stream, i)?))
             },
-            |member, i, attended| {
-                hessian.add(&attended)?;
+            |member, i, (attended, dense)| {
+                capture.add(&attended, dense.as_ref())?;
                 member.between().put(i, attended)
             },
         )?;
         self.linears.clear();
-        Ok(hessian)
+        Ok(capture)
     }
 
     /// Inputs of gate and up, with the stage's o.
-    pub(super) fn capture_mlp_input(&mut self, stream: usize) -> Result<Hessian> {
-        let mut hessian = Hessian::new(self.llama.config().hidden_size, self.device())?;
+    pub(super) fn capture_mlp_input(&mut self, stream: usize, dense: Option<usize>) -> Result<Capture> {
+        let mut capture = self.capture(self.config().hidden_size, dense)?;
         self.each_batch(
             stream,
             |member, i| {
                 let attended = member.between().get(i)?;
                 let hidden = add(&member.hidden[stream].get(i)?, &member.linears[0].forward(&attended)?)?;
-                let x = member.llama.rms_norm(&hidden, &member.weights().norms.post_attention)?;
-                Ok((hidden, x))
+                let x = member.norm(&hidden, Stage::MlpInput)?;
+                Ok((hidden, x, member.dense_inputs(Stage::MlpInput, dense, stream, i)?))
             },
-            |member, i, (hidden, x)| {
-                hessian.add(&x)?;
+            |member, i, (hidden, x, dense)| {
+                capture.add(&x, dense.as_ref())?;
                 member.between().discard(i);
                 member.hidden[stream].put(i, hidden)
             },
         )?;
         self.linears.clear();
         self.between = None;
-        Ok(hessian)
+        Ok(capture)
     }
 
     /// Inputs of down, with the stage's gate and up.
-    pub(super) fn capture_mlp_output(&mut self, stream: usize) -> Result<Hessian> {
-        let width = self.llama.config().intermediate_size;
-        let mut hessian = Hessian::new(width, self.device())?;
+    pub(super) fn capture_mlp_output(&mut self, stream: usize, dense: Option<usize>) -> Result<Capture> {
+        let width = self.config().intermediate_size;
+        let mut capture = self.capture(width, dense)?;
         self.between = Some(self.stream_like(stream, width));
         self.each_batch(
             stream,
             |member, i| {
                 let hidden = member.hidden[stream].get(i)?;
-                let x = member.llama.rms_norm(&hidden, &member.weights().norms.post_attention)?;
-                member.llama.gated(&member.linears[0].forward(&x)?, &member.linears[1].forward(&x)?)
+                let activated = member.activate(&hidden)?;
+                Ok((activated, member.dense_inputs(Stage::MlpOutput, dense, stream, i)?))
             },
-            |member, i, activated| {
-                hessian.add(&activated)?;
+            |member, i, (activated, dense)| {
+                capture.add(&activated, dense.as_ref())?;
                 member.between().put(i, activated)
             },
         )?;
         self.linears.clear();
-        Ok(hessian)
+        Ok(capture)
     }
 
     /// Hidden states behind the layer, with its down; also into the journal's `file`.
@@ -257,18 +279,52 @@ impl<'a> Member<'a> {
         self.between = None;
     }
 
+    pub(super) fn config(&self) -> &LlamaConfig {
+        self.llama.config()
+    }
+
+    fn capture(&self, width: usize, dense: Option<usize>) -> Result<Capture> {
+        let drift = dense.map(|_| Drift::new(width, self.device())).transpose()?;
+        Ok(Capture { hessian: Hessian::new(width, self.device())?, drift })
+    }
+
+    /// Hidden states, normalized as a stage gets them that stands behind a norm.
+    pub(super) fn norm(&self, hidden: &Tensor, stage: Stage) -> Result<Tensor> {
+        let norms = &self.weights().norms;
+        let norm = if stage == Stage::AttentionInput { &norms.input } else { &norms.post_attention };
+        self.llama.rms_norm(hidden, norm)
+    }
+
+    /// Inputs of q, k and v in a batch.
+    pub(super) fn attention_input(&mut self, stream: usize, i: usize) -> Result<Tensor> {
+        let hidden = self.hidden[stream].get(i)?;
+        self.norm(&hidden, Stage::AttentionInput)
+    }
+
+    /// Inputs of q, k and v → inputs of o, with the stage's q, k and v.
+    pub(super) fn attend(&self, x: &Tensor) -> Result<Tensor> {
+        let [q, k, v] = &self.linears[..] else { unreachable!("q, k and v go on") };
+        self.llama.attend(&q.forward(x)?, &k.forward(x)?, &v.forward(x)?)
+    }
+
+    /// Hidden states in front of the MLP → inputs of down, with the stage's gate and up.
+    pub(super) fn activate(&self, hidden: &Tensor) -> Result<Tensor> {
+        let x = self.norm(hidden, Stage::MlpInput)?;
+        self.llama.gated(&self.linears[0].forward(&x)?, &self.linears[1].forward(&x)?)
+    }
+
     fn between(&mut self) -> &mut Stream {
         self.between.as_mut().expect("captured by the stage before")
     }
 
     /// A stream with batches as another's are.
-    fn stream_like(&self, stream: usize, width: usize) -> Stream {
+    pub(super) fn stream_like(&self, stream: usize, width: usize) -> Stream {
         self.hidden[stream].empty_like([self.seq_len, width])
     }
 
     /// Computes something of each batch, then uses it. Where the device's memory ends while computing, room is made and the
     /// batch tried again; using a value changes things, and is done once.
-    fn each_batch<T>(
+    pub(super) fn each_batch<T>(
         &mut self,
         stream: usize,
         compute: impl Fn(&mut Self, usize) -> Result<T>,
@@ -291,10 +347,11 @@ impl<'a> Member<'a> {
     /// Frees memory of the device: activations leave it, then batches become smaller. False when there is nothing more to
     /// be done.
     fn make_room(&mut self, stream: usize, i: usize) -> Result<bool> {
-        let between = self.between.iter_mut();
         if self.room.near.is_open() {
             self.room.near.close();
-            for stream in self.hidden.iter_mut().chain(between) {
+            let dense = self.dense.iter_mut().flat_map(DenseLayer::streams_mut);
+            let others = self.between.iter_mut().chain(dense);
+            for stream in self.hidden.iter_mut().chain(others) {
                 stream.leave_device()?;
             }
             let text =
@@ -306,7 +363,13 @@ impl<'a> Member<'a> {
         if !self.hidden[stream].halve(i)? {
             return Ok(false);
         }
-        for stream in between {
+        // What has the same batches.
+        let followers: Vec<&mut Stream> = match (&mut self.between, &mut self.dense) {
+            (Some(between), _) => vec![between],
+            (None, Some(dense)) if stream + 1 == self.hidden.len() => dense.streams_mut().into(),
+            (None, _) => Vec::new(),
+        };
+        for stream in followers {
             stream.halve(i)?;
         }
         let text =

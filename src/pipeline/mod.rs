@@ -2,6 +2,7 @@
 
 mod branches;
 mod crew;
+mod dense_path;
 mod estimate;
 mod journal;
 mod layers;
@@ -12,6 +13,7 @@ mod needs;
 mod output_folder;
 mod preflight;
 mod stage_memory;
+mod stage_solving;
 mod stream;
 mod team;
 mod weights;
@@ -105,6 +107,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     } else {
         folder.hold();
     }
+    let refinements = plan.refinements();
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
         dataset: tokens.dataset().to_owned(),
@@ -114,6 +117,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         seed: plan.seed,
         damp_percent: plan.damp,
         shared_hessian: plan.shared_hessian,
+        quality: plan.quality,
+        refinements,
     };
     if journal.state().sealed() {
         branches::check_sealed(place.out, &plan.variants)?;
@@ -133,6 +138,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         command: command.to_vec(),
         // A local text was given by its path on this machine.
         plan: Plan { dataset: tokens.dataset().to_owned(), ..(*plan).clone() },
+        refinements,
         model: model_report(checkpoint)?,
         calibration: CalibrationReport {
             source: (*text).clone(),

@@ -54,6 +54,7 @@ impl Needs {
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: plan.shared_hessian,
+            dense_windows: plan.refinements().dense_windows(plan.samples),
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
@@ -161,6 +162,7 @@ mod tests {
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: false,
+            dense_windows: 0,
         };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
@@ -200,6 +202,7 @@ mod tests {
             seq_len: 4096,
             variants: 4,
             shared_hessian: false,
+            dense_windows: windows,
         };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);

@@ -92,6 +92,23 @@ impl Stream {
         Ok(batch)
     }
 
+    /// Some windows on the device that computes, whatever batches they are in.
+    pub(super) fn of_windows(&mut self, windows: &Range<usize>) -> Result<Tensor> {
+        if let Some(i) = self.batches.iter().position(|batch| batch == windows) {
+            return self.get(i);
+        }
+        let mut parts = Vec::new();
+        for i in 0..self.len() {
+            let batch = self.batches[i].clone();
+            let (start, end) = (batch.start.max(windows.start), batch.end.min(windows.end));
+            if start < end {
+                let part = self.fetch(i)?.f_narrow(0, (start - batch.start) as i64, (end - start) as i64);
+                parts.push(part.torch("split a batch")?);
+            }
+        }
+        Tensor::f_cat(&parts, 0).torch("join batches")
+    }
+
     fn fetch(&self, i: usize) -> Result<Tensor> {
         match &self.slots[i] {
             Slot::Empty => unreachable!("batches are put before they are got"),
@@ -301,6 +318,23 @@ mod tests {
             stream.discard(1);
             stream.leave_device().unwrap();
             assert_eq!(stream.get(2).unwrap(), batch(202.0, 2));
+        }
+    }
+
+    #[test]
+    fn windows_are_found_in_whatever_batches_they_are() {
+        let folder = tempfile::tempdir().unwrap();
+        for near in [0, 10_000] {
+            let mut stream = stream(near, folder.path());
+            let all = Tensor::arange(7 * 6, (Kind::Float, Device::Cpu)).reshape([7, 2, 3]);
+            for (i, batch) in stream.batches().to_vec().into_iter().enumerate() {
+                let part = all.narrow(0, batch.start as i64 - 3, batch.len() as i64);
+                stream.put(i, part.contiguous()).unwrap();
+            }
+            for windows in [3..5, 4..5, 4..8, 9..10, 3..10] {
+                let expected = all.narrow(0, windows.start as i64 - 3, windows.len() as i64);
+                assert_eq!(stream.of_windows(&windows).unwrap(), expected, "{windows:?}");
+            }
         }
     }
 

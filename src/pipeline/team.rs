@@ -1,25 +1,23 @@
 //! Some variants of one layer on one device or several: capture a stage's inputs, solve it, go on with the quantized weights.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
-    time::Instant,
 };
 
 use super::{
+    dense_path::Capture,
     journal::NextStates,
-    machine::return_free_memory,
     member::{Member, Surroundings},
     stage_memory::At,
+    stage_solving::Record,
     weights::Weights,
 };
 use crate::{
-    checkpoint::{LinearId, LinearKind},
+    accuracy::Refinements,
+    checkpoint::LinearId,
     error::Result,
-    gptq::{
-        Hessian,
-        solver::{Factorization, Solved, Solver, Weight},
-    },
+    gptq::solver::{Solved, Solver},
     model::Stage,
     plan::OnFailure,
     progress::Event,
@@ -41,25 +39,15 @@ pub(super) type SharedSink<'s> = Mutex<&'s mut (dyn Sink + Send)>;
 /// Where the hidden states behind a layer go, for several teams.
 pub(super) type SharedStates<'s> = Mutex<&'s mut NextStates>;
 
-/// How one linear fared.
-#[derive(Debug, Clone)]
-pub(super) struct Record {
-    pub(super) relative_error: f64,
-    pub(super) facts: Factorization,
-    /// The linear's share of its stage's time, by size.
-    pub(super) seconds: f64,
-    /// Output features that were rounded to nearest, as that is better.
-    pub(super) uncompensated: usize,
-    /// Why all of it was, if it was.
-    pub(super) fallback: Option<String>,
-}
-
 /// What does not change during a run.
 #[derive(Clone, Copy)]
 pub(super) struct Task<'a> {
     /// All of the run's.
     pub(super) variants: &'a [Variant],
     pub(super) damp: f64,
+    pub(super) refinements: Refinements,
+    /// Windows on which the unquantized model's hidden states are advanced beside the variants'.
+    pub(super) dense_windows: usize,
     pub(super) shared_hessian: bool,
     pub(super) on_failure: OnFailure,
     /// Decoder layers.
@@ -67,20 +55,30 @@ pub(super) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// Hidden states that are advanced: the variants' own, or the unquantized model's.
-    pub(super) fn streams(&self) -> usize {
-        if self.shared_hessian { 1 } else { self.variants.len() }
+    /// Hidden states that are advanced, and of how many of all `windows`: the variants' own and, where it is followed, the unquantized model's; or only the
+    /// unquantized model's.
+    pub(super) fn streams(&self, windows: usize) -> Vec<usize> {
+        if self.shared_hessian {
+            return vec![windows];
+        }
+        let dense = (self.dense_windows > 0).then_some(self.dense_windows);
+        self.variants.iter().map(|_| windows).chain(dense).collect()
+    }
+
+    /// Whether the unquantized model's hidden states are advanced beside the variants'.
+    pub(super) fn follows_dense(&self) -> bool {
+        self.dense_windows > 0
     }
 }
 
 /// Devices that work on the same variants, each with a part of the windows; the first solves.
 pub(super) struct Team<'a> {
-    members: Vec<Member<'a>>,
-    solver: Box<dyn Solver + Send>,
+    pub(super) members: Vec<Member<'a>>,
+    pub(super) solver: Box<dyn Solver + Send>,
     /// Indices of its variants.
     variants: Vec<usize>,
-    task: Task<'a>,
-    around: Surroundings<'a>,
+    pub(super) task: Task<'a>,
+    pub(super) around: Surroundings<'a>,
 }
 
 impl<'a> Team<'a> {
@@ -95,9 +93,14 @@ impl<'a> Team<'a> {
         Self { members, solver, variants, task, around }
     }
 
-    /// Hidden states that are advanced: the variants' own, or the unquantized model's.
+    /// Hidden states of variants, or the unquantized model's where only these are advanced.
     pub(super) fn streams(&self) -> usize {
         if self.task.shared_hessian { 1 } else { self.variants.len() }
+    }
+
+    /// The stream of the unquantized model's hidden states, where it is followed.
+    fn dense_stream(&self) -> Option<usize> {
+        self.task.follows_dense().then_some(self.variants.len())
     }
 
     /// Progress steps of a layer: each batch through four captures and, but in the last layer, out of the layer; and each
@@ -108,7 +111,12 @@ impl<'a> Team<'a> {
         let mut steps = passes * batches * self.streams() + Stage::ALL.len() * self.variants.len();
         if layer == 0 && !self.task.shared_hessian {
             // One capture for all.
-            steps -= batches * (self.streams() - 1);
+            steps -= batches * (self.variants.len() - 1);
+        }
+        if self.task.follows_dense() {
+            let batches: usize = self.members.iter().map(Member::dense_batches).sum();
+            // No capture of the first stage's inputs.
+            steps += (passes - 1) * batches;
         }
         steps as u64
     }
@@ -157,36 +165,41 @@ impl<'a> Team<'a> {
         next: Option<&SharedStates<'_>>,
     ) -> Result<()> {
         let all = self.variants.clone();
+        let dense = self.dense_stream();
+        if let Some(dense) = dense {
+            self.run_dense(layer, dense, next)?;
+        }
         // Before the first layer all variants have the same hidden states, hence the same first Hessian.
         let mut first_stage = Vec::new();
         if layer == 0 {
             self.stage(None, Stage::AttentionInput);
-            let hessian = self.capture(|member| member.capture_attention_input(0))?;
-            first_stage = self.solve_stage(layer, Stage::AttentionInput, hessian, &all, sink)?;
+            // As are the unquantized model's.
+            let captured = self.capture(|member| member.capture_attention_input(0, None))?;
+            first_stage = self.solve_stage(layer, Stage::AttentionInput, captured, &all, sink)?;
         }
         for (stream, &variant) in all.iter().enumerate() {
             let solved = if layer == 0 {
                 std::mem::take(&mut first_stage[stream])
             } else {
                 self.stage(Some(variant), Stage::AttentionInput);
-                let hessian = self.capture(|member| member.capture_attention_input(stream))?;
-                self.solve_one(layer, Stage::AttentionInput, hessian, variant, sink)?
+                let captured = self.capture(|member| member.capture_attention_input(stream, dense))?;
+                self.solve_one(layer, Stage::AttentionInput, captured, variant, sink)?
             };
             self.go_on_with(Stage::AttentionInput, solved)?;
 
             self.stage(Some(variant), Stage::AttentionOutput);
-            let hessian = self.capture(|member| member.capture_attention_output(stream))?;
-            let solved = self.solve_one(layer, Stage::AttentionOutput, hessian, variant, sink)?;
+            let captured = self.capture(|member| member.capture_attention_output(stream, dense))?;
+            let solved = self.solve_one(layer, Stage::AttentionOutput, captured, variant, sink)?;
             self.go_on_with(Stage::AttentionOutput, solved)?;
 
             self.stage(Some(variant), Stage::MlpInput);
-            let hessian = self.capture(|member| member.capture_mlp_input(stream))?;
-            let solved = self.solve_one(layer, Stage::MlpInput, hessian, variant, sink)?;
+            let captured = self.capture(|member| member.capture_mlp_input(stream, dense))?;
+            let solved = self.solve_one(layer, Stage::MlpInput, captured, variant, sink)?;
             self.go_on_with(Stage::MlpInput, solved)?;
 
             self.stage(Some(variant), Stage::MlpOutput);
-            let hessian = self.capture(|member| member.capture_mlp_output(stream))?;
-            let solved = self.solve_one(layer, Stage::MlpOutput, hessian, variant, sink)?;
+            let captured = self.capture(|member| member.capture_mlp_output(stream, dense))?;
+            let solved = self.solve_one(layer, Stage::MlpOutput, captured, variant, sink)?;
             match next {
                 // Nobody's inputs.
                 None => self.end()?,
@@ -195,6 +208,25 @@ impl<'a> Team<'a> {
                     self.leave_layer(stream, variant, next)?;
                 }
             }
+        }
+        if let Some(dense) = dense {
+            self.members.iter_mut().for_each(|member| member.leave_dense(dense));
+        }
+        Ok(())
+    }
+
+    /// Advances the unquantized model's hidden states, and keeps what its stages get in this layer. Every team has them;
+    /// that of the first variant writes them to the journal.
+    fn run_dense(&mut self, layer: usize, dense: usize, next: Option<&SharedStates<'_>>) -> Result<()> {
+        self.around.memory.enter(At::Calibrating);
+        self.around.progress.event(&Event::Stage { variant: "unquantized", stage: "all of the layer" });
+        let of_all = self.task.variants.len();
+        let next = next.filter(|_| self.variants[0] == 0);
+        let states = |next: &'_ SharedStates<'_>| Arc::clone(lock(next).file(of_all));
+        let (file, last) = (next.map(states), self.is_last(layer));
+        self.everywhere(|member| member.run_dense(dense, file.as_ref(), last))?;
+        if let Some(next) = next {
+            lock(next).sync(of_all);
         }
         Ok(())
     }
@@ -210,13 +242,13 @@ impl<'a> Team<'a> {
         let all = self.variants.clone();
         for stage in Stage::ALL {
             self.stage(None, stage);
-            let hessian = self.capture(|member| match stage {
-                Stage::AttentionInput => member.capture_attention_input(0),
-                Stage::AttentionOutput => member.capture_attention_output(0),
-                Stage::MlpInput => member.capture_mlp_input(0),
-                Stage::MlpOutput => member.capture_mlp_output(0),
+            let captured = self.capture(|member| match stage {
+                Stage::AttentionInput => member.capture_attention_input(0, None),
+                Stage::AttentionOutput => member.capture_attention_output(0, None),
+                Stage::MlpInput => member.capture_mlp_input(0, None),
+                Stage::MlpOutput => member.capture_mlp_output(0, None),
             })?;
-            drop(self.solve_stage(layer, stage, hessian, &all, sink)?);
+            drop(self.solve_stage(layer, stage, captured, &all, sink)?);
             self.everywhere(|member| member.set_dense(stage))?;
         }
         match next {
@@ -227,10 +259,9 @@ impl<'a> Team<'a> {
 
     /// Advances a stream of hidden states behind the layer; it is the run's `of_all`-th.
     fn leave_layer(&mut self, stream: usize, of_all: usize, next: &SharedStates<'_>) -> Result<()> {
-        let states = || next.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = Arc::clone(states().file(of_all));
+        let file = Arc::clone(lock(next).file(of_all));
         self.everywhere(|member| member.leave_layer(stream, &file))?;
-        states().sync(of_all);
+        lock(next).sync(of_all);
         Ok(())
     }
 
@@ -247,7 +278,7 @@ impl<'a> Team<'a> {
     }
 
     /// All devices' sums, added in their order.
-    fn capture(&mut self, capture: impl Fn(&mut Member<'a>) -> Result<Hessian> + Sync) -> Result<Hessian> {
+    fn capture(&mut self, capture: impl Fn(&mut Member<'a>) -> Result<Capture> + Sync) -> Result<Capture> {
         self.around.memory.enter(At::Calibrating);
         let mut parts = self.on_all(capture)?.into_iter();
         let mut sum = parts.next().expect("a team has members");
@@ -283,113 +314,8 @@ impl<'a> Team<'a> {
             joined.collect()
         })
     }
+}
 
-    fn solve_one(
-        &self,
-        layer: usize,
-        stage: Stage,
-        hessian: Hessian,
-        variant: usize,
-        sink: &SharedSink<'_>,
-    ) -> Result<Vec<Solved>> {
-        let solved = self.solve_stage(layer, stage, hessian, &[variant], sink)?;
-        Ok(solved.into_iter().next().unwrap_or_default())
-    }
-
-    /// Solves a stage for some variants; returns the quantized linears of each.
-    fn solve_stage(
-        &self,
-        layer: usize,
-        stage: Stage,
-        hessian: Hessian,
-        variants: &[usize],
-        sink: &SharedSink<'_>,
-    ) -> Result<Vec<Vec<Solved>>> {
-        return_free_memory();
-        let sink = || sink.lock().unwrap_or_else(PoisonError::into_inner);
-        let progress = self.around.progress;
-        let weights = self.members[0].weights();
-        let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
-        let name = format!("layer {layer}, {}", stage.name());
-        if let Some(text) = hessian.warning() {
-            progress.event(&Event::Warning(text));
-            sink().warn(text.to_owned());
-        }
-        self.around.memory.enter(At::Solving);
-        let mut hessian = Some(hessian.finish(&name)?);
-        let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
-        let values = |kind: LinearKind| &weights.of(kind).0;
-        let dense: Vec<Weight<'_>> =
-            ids.iter().zip(&names).map(|(id, name)| Weight { name, values: values(id.kind) }).collect();
-        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w.values)));
-        let energies = energies.collect::<Result<Vec<_>>>()?;
-        let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
-
-        let mut by_order: Vec<(bool, Vec<usize>)> = Vec::new();
-        for (position, &variant) in variants.iter().enumerate() {
-            let order = self.task.variants[variant].order.desc_act();
-            match by_order.iter_mut().find(|(o, _)| *o == order) {
-                Some((_, list)) => list.push(position),
-                None => by_order.push((order, vec![position])),
-            }
-        }
-        let orders = by_order.len();
-        for (i, (order, list)) in by_order.into_iter().enumerate() {
-            let begun = Instant::now();
-            let factor = {
-                let hessian = hessian.as_ref().expect("kept until the last order");
-                self.solver.factorize(hessian, order, self.task.damp, &name)?
-            };
-            if i + 1 == orders {
-                hessian = None;
-            }
-            self.warn(&name, factor.facts());
-            // The factorization is shared by this order's variants, and so is its time.
-            let factor_seconds = begun.elapsed().as_secs_f64() / list.len() as f64;
-            for position in list {
-                self.around.go_on()?;
-                let variant = &self.task.variants[variants[position]];
-                let begun = Instant::now();
-                let solutions = factor.solve(&dense, variant)?;
-                let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
-                let size = |linear: &Solved| linear.in_features() * linear.out_features();
-                let total: usize = solutions.iter().map(|s| size(&s.linear)).sum();
-                for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
-                    let relative_error =
-                        if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
-                    let share = size(&solution.linear) as f64 / total as f64;
-                    let (facts, fallback) = (factor.facts().clone(), solution.fallback);
-                    if let Some(reason) = &fallback {
-                        progress.event(&Event::Warning(&format!(
-                            "{id}, {variant}: rounded to nearest: {reason}"
-                        )));
-                    }
-                    let (seconds, uncompensated) = (seconds * share, solution.uncompensated);
-                    let record = Record { relative_error, facts, seconds, uncompensated, fallback };
-                    progress.event(&Event::Linear {
-                        name: &id.to_string(),
-                        variant: &variant.to_string(),
-                        relative_error,
-                    });
-                    self.around.memory.enter(At::Packing);
-                    sink().take(variants[position], *id, &solution.linear, record)?;
-                    self.around.memory.enter(At::Solving);
-                    solved[position].push(solution.linear);
-                }
-                progress.advance(1);
-            }
-        }
-        self.around.memory.enter(At::Calibrating);
-        Ok(solved)
-    }
-
-    fn warn(&self, stage: &str, facts: &Factorization) {
-        if facts.damp_raised > 0 {
-            let text = format!(
-                "{stage}: not positive definite at damping {}; raised {} times to {}",
-                self.task.damp, facts.damp_raised, facts.damp
-            );
-            self.around.progress.event(&Event::Warning(&text));
-        }
-    }
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

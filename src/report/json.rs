@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::{Evaluation, ReaderReport};
 use crate::{
+    accuracy::Refinements,
     calibration::Provenance,
     error::{Error, Result},
     folder::{self, TEXT_LIMIT},
@@ -34,6 +35,9 @@ pub struct Report {
     pub command: Vec<String>,
     /// What was asked for.
     pub plan: Plan,
+    /// What the plan's quality turned on beyond plain GPTQ.
+    #[serde(default)]
+    pub refinements: Refinements,
     /// The source model.
     pub model: ModelReport,
     /// The calibration text.

@@ -20,6 +20,8 @@ pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_
 pub use numeric::LinearDistance;
 pub use readers::{readers, readers_of};
 pub use rounding::KERNEL_TOLERANCE;
+pub use structure::ScaleSigns;
+use structure::Structure;
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -39,6 +41,8 @@ pub struct Verification {
     pub tensors: usize,
     /// Whether the folder carries checksums; without them a flipped bit that leaves a valid code is not seen.
     pub checksums: bool,
+    /// Whether scales are negative.
+    pub scales: ScaleSigns,
     /// Which software takes it.
     pub readers: Vec<ReaderReport>,
     /// Distance of every linear from the source, if that was given.
@@ -70,7 +74,8 @@ pub fn verify(
     let broken = |error: &Error| {
         let finding = Finding { subject: dir.display().to_string(), problem: error.to_string() };
         let (findings, readers, distances) = (vec![finding], Vec::new(), Vec::new());
-        Verification { findings, tensors: 0, checksums: false, readers, distances, kernel: None }
+        let scales = ScaleSigns::default();
+        Verification { findings, tensors: 0, checksums: false, scales, readers, distances, kernel: None }
     };
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
@@ -80,7 +85,8 @@ pub fn verify(
         Ok(quantization) => quantization,
         Err(error) => return Ok(broken(&error)),
     };
-    let (mut findings, checksums) = structure::check(&checkpoint, &quantization, progress);
+    let Structure { mut findings, checksums, scales } =
+        structure::check(&checkpoint, &quantization, progress);
     let distances = match against {
         Some(source) if findings.is_empty() => {
             numeric::compare(&checkpoint, &quantization, source, &mut findings, progress)?
@@ -96,7 +102,8 @@ pub fn verify(
         _ => None,
     };
     let readers = readers(checkpoint.config(), &quantization, &checkpoint);
-    Ok(Verification { findings, tensors: checkpoint.names().count(), checksums, readers, distances, kernel })
+    let tensors = checkpoint.names().count();
+    Ok(Verification { findings, tensors, checksums, scales, readers, distances, kernel })
 }
 
 /// Checks a branch that was just written; the first thing wrong is an error.
@@ -106,7 +113,7 @@ pub fn verify(
 pub fn written(dir: &Path) -> Result<()> {
     let checkpoint = Checkpoint::open(dir)?;
     let quantization = QuantizationConfig::read(&checkpoint)?;
-    let (findings, _) = structure::check(&checkpoint, &quantization, &crate::progress::Silent);
+    let Structure { findings, .. } = structure::check(&checkpoint, &quantization, &crate::progress::Silent);
     match findings.into_iter().next() {
         None => Ok(()),
         Some(Finding { subject, problem }) => {

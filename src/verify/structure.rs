@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::Finding;
@@ -13,15 +14,32 @@ use crate::{
     progress::Progress,
 };
 
-/// All findings, and whether there were checksums.
+/// What the files alone say.
+pub(super) struct Structure {
+    pub(super) findings: Vec<Finding>,
+    /// Whether there were checksums.
+    pub(super) checksums: bool,
+    pub(super) scales: ScaleSigns,
+}
+
+/// How many scales are negative. The scale of a symmetric grid may be: readers multiply by it and do not look at its sign.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct ScaleSigns {
+    /// Below zero.
+    pub negative: u64,
+    /// In all linears.
+    pub all: u64,
+}
+
+/// Checks everything but the weights' values.
 pub(super) fn check(
     checkpoint: &Checkpoint,
     quantization: &QuantizationConfig,
     progress: &dyn Progress,
-) -> (Vec<Finding>, bool) {
+) -> Structure {
     let config = checkpoint.config();
     progress.begin("checking tensors", LinearId::all(config).count() as u64);
-    let mut findings = Vec::new();
+    let (mut findings, mut signs) = (Vec::new(), ScaleSigns::default());
     for (name, shape) in dense_tensors(config) {
         if let Err(error) = checkpoint.view_shaped(&name, &shape).and_then(|_| checkpoint.bytes_f16(&name)) {
             findings.push(Finding { subject: name.clone(), problem: error.to_string() });
@@ -32,7 +50,11 @@ pub(super) fn check(
         match packed(checkpoint, id, quantization) {
             Err(error) => findings.push(Finding { subject: id.to_string(), problem: error.to_string() }),
             Ok(None) => {}
-            Ok(Some(tensors)) => linear(id, &tensors, quantization, &mut findings),
+            Ok(Some(tensors)) => {
+                signs.negative += tensors.scales.iter().filter(|s| s.to_f32() < 0.0).count() as u64;
+                signs.all += tensors.scales.len() as u64;
+                linear(id, &tensors, quantization, &mut findings);
+            }
         }
         progress.advance(1);
     }
@@ -40,7 +62,7 @@ pub(super) fn check(
         findings.push(Finding { subject: name.into(), problem: "is not a tensor of this model".into() });
     }
     let sums = checksums(checkpoint, &mut findings);
-    (findings, sums)
+    Structure { findings, checksums: sums, scales: signs }
 }
 
 /// Codes need no check: every bit pattern of 2, 3, 4 and 8 bits is one.

@@ -20,7 +20,7 @@ const VARIANT: [&str; 2] = ["--variant", "4bit-32g"];
 /// Requires that quantizing the lab's model fails with `error` before the first layer is done, and leaves nothing.
 #[track_caller]
 fn refused(lab: &Lab, error: &str) {
-    lab.quantize(&VARIANT).fails_with(error);
+    lab.quantize(&[&VARIANT[..], &["--quiet"]].concat()).fails_with(error);
     assert!(!lab.out().exists(), "something was left in --out");
 }
 

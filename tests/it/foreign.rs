@@ -72,7 +72,8 @@ fn gptq_v2_files_of_every_width_and_grid() {
         });
         let found = perplexities(&lab, &[&lab.branch(), &v2, &misread]);
         assert_eq!(found[0], found[1], "{variant}");
-        assert!((found[0] - found[2]).abs() > 1e-3 * found[0], "{variant}: {found:?}");
+        // With eight bits, zero points one off change little: signed scales err both ways.
+        assert!((found[0] - found[2]).abs() > 2e-5 * found[0], "{variant}: {found:?}");
         lab.verify(&v2, &["--against", &text_of(&lab.model())]).succeeds();
     }
 }

@@ -8,13 +8,14 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 24] = [
+const LAYERS: [&str; 25] = [
     "error",
     "progress",
     "folder",
     "device",
     "cuda",
     "variant",
+    "accuracy",
     "plan",
     "checkpoint",
     "calibration",
@@ -36,13 +37,15 @@ const LAYERS: [&str; 24] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 14] = [
+const WITHOUT_LIBTORCH: [&str; 16] = [
+    "accuracy",
     "amx",
     "calibration",
     "gate",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",
+    "gptq/scale_search.rs",
     "gptq/solver/reference.rs",
     "kernels/cuda_layout.rs",
     "kernels/cuda_plan.rs",
@@ -89,6 +92,7 @@ const UNSAFE: &[&str] = &[
     "gptq/solver/cuda/stand_in.rs",
     "gptq/solver/instructions.rs",
     "gptq/solver/kernel.rs",
+    "gptq/solver/lane_scales.rs",
     "kernels/cpu_simd.rs",
     "kernels/cpu_simd_x86.rs",
     "kernels/cuda_matmul.rs",

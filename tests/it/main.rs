@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `quantize` | a run from end to end: what is in the folder, and that it is the same every time |
 //! | `variants` | every kind of variant and of source, from quantize through verify to eval |
+//! | `accuracy` | what presets turn on beyond plain GPTQ, where it shows, and that it helps |
 //! | `output` | what people see on the terminal |
 //! | `bad_input` | every malformed checkpoint: its error, its hint, exit code 2, nothing left behind |
 //! | `bad_settings` | the same for plans, flags, texts and disks |
@@ -37,6 +38,7 @@
 //! `safetensors_file` reads and writes files without the library's own reader; `rounded` makes a quantized model without
 //! calibration; `source` reads Rust source text.
 
+mod accuracy;
 mod bad_input;
 mod bad_settings;
 mod bench;

@@ -111,11 +111,12 @@ fn configs_are_what_loaders_read(out: &Path) {
     let expected = json!({
         "bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": false, "static_groups": false, "sym": true,
         "true_sequential": true, "lm_head": false, "quant_method": "gptq", "checkpoint_format": "gptq",
-        "pack_dtype": "int32", "act_group_aware": false,
+        "pack_dtype": "int32", "act_group_aware": true,
         "meta": {
             "quantizer": [concat!("gptq:", env!("CARGO_PKG_VERSION"))], "dataset": "calibration.parquet",
             "dataset_sha256": null, "samples": 8, "seq_len": 128, "seed": 0, "damp_percent": 0.01,
-            "shared_hessian": false,
+            "shared_hessian": false, "quality": "standard", "signed_scales": true, "scale_search": "diagonal",
+            "act_group_aware": true, "asymmetric": 0.5, "asymmetric_share": 0.25,
         },
     });
     assert_eq!(quantization, expected);
@@ -210,8 +211,9 @@ fn json_stands_alone_and_quiet_is_quiet() {
     let out = text_of(&lab.path("loud"));
     let loud = lab.quantize(&["--variant", "4bit-32g", "--out", &out, "--verbose"]).succeeds();
     let lines: Vec<&str> = loud.stderr.lines().collect();
+    assert!(lines[0].starts_with("quality standard: signed scales, "), "{lines:?}");
     assert!(
-        lines[0].starts_with("4bit-32g         model.layers.0.self_attn.q_proj          error 0."),
+        lines[1].starts_with("4bit-32g         model.layers.0.self_attn.q_proj          error 0."),
         "{lines:?}"
     );
     assert_eq!(lines.iter().filter(|line| line.contains(" error 0.")).count(), 14);

@@ -1,10 +1,12 @@
 //! A solver that rounds to nearest where another one fails, and says so.
 
+use tch::Tensor;
+
 use super::{Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
 use crate::{
     error::{Error, Result},
     gptq::Hessian,
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// Another solver, and [`RtnSolver`] for what that cannot solve because of the numbers in it: a stage whose Hessian cannot
@@ -20,12 +22,12 @@ impl<S: Solver> Solver for OrRounded<S> {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>> {
-        let rounding = RtnSolver.factorize(hessian, desc_act, damp, stage)?;
-        let solving = match self.0.factorize(hessian, desc_act, damp, stage) {
+        let rounding = RtnSolver.factorize(hessian, sorting, damp, stage)?;
+        let solving = match self.0.factorize(hessian, sorting, damp, stage) {
             Err(Error::Numerical(problem)) => Err(problem.to_string()),
             other => Ok(other?),
         };
@@ -56,6 +58,15 @@ impl Factorized for FactorOrRounded {
                 Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
             }
             Err(Error::Numerical(problem)) => self.round(weights, variant, &problem.to_string()),
+            other => other,
+        }
+    }
+
+    /// What cannot be aimed elsewhere is solved as it is.
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        let factor = self.solving.as_ref().unwrap_or(&self.rounding);
+        match factor.aimed(weight, b) {
+            Err(Error::Numerical(_)) => self.rounding.aimed(weight, b),
             other => other,
         }
     }

@@ -5,11 +5,10 @@
 //! products (`instructions`); they are compiled once per instruction set and chosen at run time, so that builds need no
 //! `target-cpu`.
 
-use half::f16;
-
 #[cfg(target_arch = "x86_64")]
 use super::instructions::{Avx2, Avx512};
 use super::instructions::{Instructions, Plain};
+use super::lane_scales::{self, Search};
 use crate::gptq::Grid;
 
 /// Rows of the weight handled together.
@@ -33,6 +32,10 @@ pub(super) struct Panel<'a> {
     pub(super) groups: &'a [u32],
     /// Where a scale is fitted to the compensated weights; ascending, empty when all scales are known.
     pub(super) fits: &'a [usize],
+    /// `Ũ_ii` of each column, `[P]`.
+    pub(super) pivots: &'a [f32],
+    /// What is tried where a scale is fitted.
+    pub(super) search: &'a Search,
     /// The grid.
     pub(super) grid: Grid,
 }
@@ -45,6 +48,8 @@ pub(super) struct Tile<'a> {
     pub(super) residuals: &'a mut [Lane],
     /// Out: `d = ŵ − w` `[P]`. Holds compensated weights meanwhile.
     pub(super) differences: &'a mut [Lane],
+    /// The differences that a scale would lead to, `[P]`; what it holds means nothing.
+    pub(super) trial: &'a mut [Lane],
     /// Out: codes `[P]`.
     pub(super) codes: &'a mut [[u8; LANES]],
     /// Scales `[G]`, as rounded to fp16; filled where the panel fits them.
@@ -60,7 +65,7 @@ pub(super) struct Tile<'a> {
 impl Panel<'_> {
     /// Rows `rows` of the columns `first..first + COLUMNS`; `first` is a multiple of [`COLUMNS`].
     #[inline(always)]
-    fn rows(&self, first: usize, rows: std::ops::Range<usize>) -> &[Columns] {
+    pub(super) fn rows(&self, first: usize, rows: std::ops::Range<usize>) -> &[Columns] {
         &self.factor[first / COLUMNS * self.groups.len()..][rows]
     }
 }
@@ -138,7 +143,7 @@ fn solve<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
         let end = block_end(panel, start);
         if fit {
             compensate::<I>(panel, tile, start, end);
-            fit_scales(panel, tile, start, end);
+            lane_scales::fit_scales::<I>(panel, tile, start, end);
         }
         quantize_block::<I>(panel, tile, start, end);
         push_residuals::<I>(panel, tile, start, end);
@@ -180,24 +185,6 @@ fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: us
         for l in 0..LANES {
             x[column][l] = tile.weights[column][l] - x[column][l];
         }
-    }
-}
-
-/// Fits scale and zero of the group at `start..end` to the compensated weights in `differences`.
-#[inline(always)]
-fn fit_scales(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
-    let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-    for weights in &tile.differences[start..end] {
-        for l in 0..LANES {
-            min[l] = if weights[l] < min[l] { weights[l] } else { min[l] };
-            max[l] = if weights[l] > max[l] { weights[l] } else { max[l] };
-        }
-    }
-    let group = panel.groups[start] as usize;
-    for l in 0..LANES {
-        let step = panel.grid.fit(f64::from(min[l]), f64::from(max[l]));
-        tile.scales[group][l] = f16::to_f32(step.scale);
-        tile.zeros[group][l] = f32::from(step.zero);
     }
 }
 
@@ -261,7 +248,7 @@ fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
 
 /// The columns from `c` on that are in one list of [`Columns`]: where that begins, and where they end.
 #[inline(always)]
-fn span(c: usize, end: usize) -> (usize, usize) {
+pub(super) fn span(c: usize, end: usize) -> (usize, usize) {
     let first = c / COLUMNS * COLUMNS;
     (first, (first + COLUMNS).min(end))
 }

@@ -12,11 +12,13 @@ mod cuda;
 mod fallback;
 mod instructions;
 mod kernel;
+mod lane_scales;
 pub mod reference;
 mod rtn;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
 mod torch;
+mod torch_scales;
 
 use std::borrow::Borrow;
 
@@ -29,10 +31,10 @@ pub use fallback::OrRounded;
 pub use rtn::RtnSolver;
 pub use torch::TorchSolver;
 
-use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns};
+use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns, drift::divided};
 use crate::{
     error::{Error, NumericalError, Result, TorchContext},
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// A way to solve: one implementation a kind of device.
@@ -40,7 +42,7 @@ pub trait Solver {
     /// For reports.
     fn name(&self) -> &'static str;
 
-    /// Orders (by descending diagonal if `desc_act`), damps and factorizes a Hessian; the result solves any number of
+    /// Orders (`sorting`), damps and factorizes a Hessian; the result solves any number of
     /// weights and variants of that order. Damping starts at `damp` of the mean diagonal and is raised only when the
     /// factorization fails. `stage` names the inputs in errors.
     ///
@@ -49,7 +51,7 @@ pub trait Solver {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>>;
@@ -66,6 +68,12 @@ pub trait Factorized {
     /// # Errors
     /// When a weight is NaN or infinite, a scale does not fit fp16, the arithmetic leaves the numbers, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
+
+    /// `W + B (H + λI)⁻¹` fp32, of a weight and `B` `[N, K]`: a weight that aims elsewhere, see [`Drift`](super::Drift).
+    ///
+    /// # Errors
+    /// When the arithmetic leaves the numbers, or libtorch fails.
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor>;
 }
 
 /// A weight to be solved.
@@ -168,7 +176,7 @@ struct Damping<'a> {
 /// Orders a Hessian and tries dampings from `damp` on until `factorize` returns a factor, triangular in any direction.
 fn damped<F: Borrow<Tensor>>(
     hessian: &Hessian,
-    desc_act: bool,
+    sorting: Sorting,
     damp: f64,
     stage: &str,
     factorize: impl Fn(&Damping<'_>) -> Result<Option<F>>,
@@ -180,7 +188,7 @@ fn damped<F: Borrow<Tensor>>(
         return Err(NumericalError::EmptyHessian { stage: stage.to_owned() }.into());
     }
     let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
-    let order = ColumnOrder::new(desc_act, &diagonal);
+    let order = ColumnOrder::new(sorting, &diagonal);
     for (raised, damp) in damping_steps(damp).enumerate() {
         let lambda = damp * mean;
         if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {
@@ -195,6 +203,32 @@ fn damped<F: Borrow<Tensor>>(
         }
     }
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
+}
+
+/// [`Factorized::aimed`] with a triangular `factor` of `H + λI` in the order of `columns`.
+fn aimed(
+    weight: &Weight<'_>,
+    b: &Tensor,
+    factor: &Tensor,
+    upper: bool,
+    columns: impl Iterator<Item = u32>,
+) -> Result<Tensor> {
+    let columns: Vec<i64> = columns.map(i64::from).collect();
+    let aim = || {
+        let columns = Tensor::f_from_slice(&columns)?.f_to_device(factor.device())?;
+        let b = b.f_index_select(1, &columns)?;
+        let by = divided(&b, factor, upper)?.f_index_select(1, &columns.f_argsort(0, false)?)?;
+        let weight = weight.values.f_to_device(factor.device())?.f_to_kind(Kind::Float)?;
+        weight.f_add(&by)
+    };
+    let aimed = aim().torch("aim a weight")?;
+    check_finite(weight)?;
+    let finite = || bool::try_from(aimed.f_isfinite()?.f_all()?);
+    if finite().torch("look at a weight")? {
+        return Ok(aimed);
+    }
+    let problem = "what it is to aim at came out as NaN or infinite".to_owned();
+    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
 }
 
 /// Largest over median of what is not zero; 0 when all is.

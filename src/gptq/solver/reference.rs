@@ -3,7 +3,11 @@
 use half::f16;
 
 use crate::{
-    gptq::{ColumnOrder, Grid, QuantizedLinear, Step, dead_columns},
+    accuracy::Refinements,
+    gptq::{
+        ColumnOrder, Grid, QuantizedLinear, Step, dead_columns,
+        scale_search::{Group, best_step},
+    },
     variant::{Order, Variant},
 };
 
@@ -23,8 +27,9 @@ pub fn solve_or_round(
     k: usize,
     damp: f64,
     variant: &Variant,
+    refinements: &Refinements,
 ) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, true)
+    rows(weight, hessian, k, damp, variant, refinements, true)
 }
 
 /// Quantizes `weight` `[N, K]` for `hessian` `[K, K]`, both row-major; `damp` is a fraction of the mean diagonal.
@@ -35,8 +40,9 @@ pub fn solve(
     k: usize,
     damp: f64,
     variant: &Variant,
+    refinements: &Refinements,
 ) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, false)
+    rows(weight, hessian, k, damp, variant, refinements, false)
 }
 
 fn rows(
@@ -45,12 +51,13 @@ fn rows(
     k: usize,
     damp: f64,
     variant: &Variant,
+    refinements: &Refinements,
     or_round: bool,
 ) -> Option<ReferenceSolution> {
     let n = weight.len() / k;
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
     let dead = dead_columns(&diagonal);
-    let order = ColumnOrder::new(variant.order.desc_act(), &diagonal);
+    let order = ColumnOrder::new(refinements.sorting(variant), &diagonal);
     let columns = order.columns();
 
     let u = {
@@ -85,17 +92,26 @@ fn rows(
             }
         }
         let mut d = vec![0.0; k];
+        let pivots: Vec<f64> = (0..k).map(|i| u[i * k + i]).collect();
         if variant.order == Order::ActStatic {
             for group in 0..groups {
-                let of_group = (0..k).filter(|&i| order.group_at(i, variant) == group);
-                steps[group * n + row] = fit(grid, of_group.map(|i| w[i]));
+                let of_group: Vec<usize> = (0..k).filter(|&i| order.group_at(i, variant) == group).collect();
+                let of = |values: &[f64]| of_group.iter().map(|&i| values[i]).collect::<Vec<_>>();
+                let (weights, pivots) = (of(&w), of(&pivots));
+                let group_of = Group { weights: &weights, pivots: &pivots, block: None };
+                steps[group * n + row] = best_step(grid, refinements.scales, &group_of);
             }
         }
         for i in 0..k {
             let group = order.group_at(i, variant);
             if variant.order != Order::ActStatic && i % group_features == 0 {
                 let end = (i + group_features).min(k);
-                steps[group * n + row] = fit(grid, compensated(&w, &d, &u, k, i, end).into_iter());
+                let weights = compensated(&w, &d, &u, k, i, end);
+                let block: Vec<f64> =
+                    (i..end).flat_map(|j| u[j * k + i..j * k + end].iter().copied()).collect();
+                let block = (!variant.scales_known_beforehand()).then_some(&block[..]);
+                let group_of = Group { weights: &weights, pivots: &pivots[i..end], block };
+                steps[group * n + row] = best_step(grid, refinements.scales, &group_of);
             }
             let step = steps[group * n + row];
             let residual: f64 = (0..i).map(|j| u[j * k + i] * d[j]).sum();

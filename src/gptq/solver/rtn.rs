@@ -14,7 +14,7 @@ use crate::{
         ColumnOrder, Grid, Hessian, QuantizedLinear, Step, dead_columns,
         raw::{floats, floats_mut},
     },
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// Rounds on the CPU. The Hessian decides only which features are a group under act order, and how large the error is
@@ -31,7 +31,7 @@ impl Solver for RtnSolver {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         _damp: f64,
         _stage: &str,
     ) -> Result<Box<dyn Factorized>> {
@@ -40,7 +40,7 @@ impl Solver for RtnSolver {
         let outlier_ratio = outlier_ratio(&diagonal);
         let facts =
             Factorization { damp: 0.0, damp_raised: 0, dead_columns, outlier_ratio, condition_estimate: 0.0 };
-        let order = ColumnOrder::new(desc_act, &diagonal);
+        let order = ColumnOrder::new(sorting, &diagonal);
         Ok(Box::new(Rounding { hessian: hessian.shared(), order, facts }))
     }
 }
@@ -59,6 +59,11 @@ impl Factorized for Rounding {
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
         let g_idx = self.order.g_idx(variant);
         weights.iter().map(|weight| self.round(weight, variant, &g_idx)).collect()
+    }
+
+    /// Aims at nothing else: what is rounded makes good for nothing.
+    fn aimed(&self, weight: &Weight<'_>, _b: &Tensor) -> Result<Tensor> {
+        weight.values.f_to_kind(Kind::Float).torch("convert a weight")
     }
 }
 

@@ -1,23 +1,43 @@
 //! The plain solver: the column loop in libtorch's own operations, on any device. It is what our kernels are measured
 //! against, and what runs where there is none.
 
+use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, damped, panel_width, solution,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, aimed, damped, panel_width,
+    solution,
+    torch_scales::{Group, best_steps},
 };
 use crate::{
+    accuracy::Scales,
     error::{Result, TorchContext},
     gptq::{Grid, Hessian, Step},
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// Columns solved between two matrix products, unless a group is wider.
 const PANEL: usize = 128;
 
 /// Solves in fp32 on the device of the Hessian.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct TorchSolver;
+#[derive(Debug, Clone, Copy)]
+pub struct TorchSolver {
+    scales: Scales,
+}
+
+impl Default for TorchSolver {
+    /// Plain GPTQ.
+    fn default() -> Self {
+        Self::new(Scales::PLAIN)
+    }
+}
+
+impl TorchSolver {
+    /// Choosing scales in this way.
+    pub fn new(scales: Scales) -> Self {
+        Self { scales }
+    }
+}
 
 impl Solver for TorchSolver {
     fn name(&self) -> &'static str {
@@ -27,13 +47,14 @@ impl Solver for TorchSolver {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>> {
         let factorize =
             |damping: &Damping<'_>| upper_factor(hessian.matrix(), damping).torch("factorize a Hessian");
-        Ok(Box::new(TorchFactor(damped(hessian, desc_act, damp, stage, factorize)?)))
+        let damped = damped(hessian, sorting, damp, stage, factorize)?;
+        Ok(Box::new(TorchFactor { damped, scales: self.scales }))
     }
 }
 
@@ -57,31 +78,41 @@ fn upper_factor(matrix: &Tensor, damping: &Damping<'_>) -> Result<Option<Tensor>
 }
 
 /// `Ũ` `[K, K]` in quantization order.
-struct TorchFactor(Damped<Tensor>);
+struct TorchFactor {
+    damped: Damped<Tensor>,
+    scales: Scales,
+}
 
 impl Factorized for TorchFactor {
     fn facts(&self) -> &Factorization {
-        &self.0.facts
+        &self.damped.facts
     }
 
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
-        let solved = Columns::new(&self.0, weights, variant).and_then(|mut columns| {
+        let solved = Columns::new(self, weights, variant).and_then(|mut columns| {
             columns.solve()?;
             columns.take(weights)
         });
-        let g_idx = self.0.order.g_idx(variant);
+        let g_idx = self.damped.order.g_idx(variant);
         let solved = solved.torch("solve a stage")?;
         let solutions = solved.into_iter().zip(weights).map(|((codes, steps, sums), weight)| {
-            solution(weight, variant, codes, &steps, g_idx.clone(), sums, self.0.lambda)
+            solution(weight, variant, codes, &steps, g_idx.clone(), sums, self.damped.lambda)
         });
         solutions.collect()
+    }
+
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        aimed(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 
 /// The column loop. Tensors of rows are `[N]`.
 struct Columns<'a> {
     factor: &'a Damped<Tensor>,
+    /// The diagonal of `Ũ`.
+    pivots: Tensor,
     variant: &'a Variant,
+    how: Scales,
     grid: Grid,
     /// `[N, K]` fp32 in quantization order, dead features zero.
     weights: Tensor,
@@ -101,11 +132,8 @@ struct Columns<'a> {
 type Taken = (Vec<u8>, Vec<Step>, Sums);
 
 impl<'a> Columns<'a> {
-    fn new(
-        factor: &'a Damped<Tensor>,
-        weights: &[Weight<'_>],
-        variant: &'a Variant,
-    ) -> Result<Self, TchError> {
+    fn new(solver: &'a TorchFactor, weights: &[Weight<'_>], variant: &'a Variant) -> Result<Self, TchError> {
+        let factor = &solver.damped;
         let device = factor.factor.device();
         let order: Vec<i64> = factor.order.columns().iter().map(|&c| i64::from(c)).collect();
         let index = Tensor::f_from_slice(&order)?.f_to_device(device)?;
@@ -122,7 +150,9 @@ impl<'a> Columns<'a> {
         let sums = || Tensor::f_zeros([n], (Kind::Double, device));
         Ok(Self {
             factor,
+            pivots: factor.factor.f_diagonal(0, 0, 1)?.f_contiguous()?,
             variant,
+            how: solver.scales,
             grid: Grid::new(variant.bits, variant.symmetric),
             differences: stacked.f_zeros_like()?,
             weights: stacked,
@@ -145,7 +175,8 @@ impl<'a> Columns<'a> {
                     .map(|i| i as i64)
                     .collect();
                 let index = Tensor::f_from_slice(&of_group)?.f_to_device(self.weights.device())?;
-                self.fit(group, &self.weights.f_index_select(1, &index)?)?;
+                let pivots = self.pivots.f_index_select(0, &index)?;
+                self.fit(group, &self.weights.f_index_select(1, &index)?, &pivots, None)?;
             }
         }
         let width = panel_width(self.variant, k, PANEL);
@@ -161,7 +192,8 @@ impl<'a> Columns<'a> {
                     let corner = part(&self.factor.factor, i, last, i, last)?;
                     let x = corner.f_linalg_solve_triangular(&of_group, true, false, false)?;
                     let target = self.weights.f_narrow(1, i as i64, (last - i) as i64)?.f_sub(&x)?;
-                    self.fit(i / size, &target)?;
+                    let pivots = self.pivots.f_narrow(0, i as i64, (last - i) as i64)?;
+                    self.fit(self.factor.order.group_at(i, self.variant), &target, &pivots, Some(&corner))?;
                 }
                 let residual = residuals.f_select(1, (i - start) as i64)?;
                 let residual = residual.f_add(&self.left_by(start, i, i, i + 1)?.f_squeeze_dim(1)?)?;
@@ -177,20 +209,21 @@ impl<'a> Columns<'a> {
         solved.f_mm(&part(&self.factor.factor, first, end, from, to)?)
     }
 
-    /// Fits a group's steps to weights `[N, …]`.
-    fn fit(&mut self, group: usize, weights: &Tensor) -> Result<(), TchError> {
-        let (min, max) = (weights.f_amin([1], false)?, weights.f_amax([1], false)?);
-        let host = |t: Tensor| Vec::<f32>::try_from(t.f_to_device(Device::Cpu)?);
-        // On the host, where scales are rounded to fp16 exactly as everywhere else.
-        let pairs = host(min)?.into_iter().zip(host(max)?);
-        let steps: Vec<Step> =
-            pairs.map(|(min, max)| self.grid.fit(f64::from(min), f64::from(max))).collect();
-        let values = |of: fn(&Step) -> f32| {
-            let values: Vec<f32> = steps.iter().map(of).collect();
-            Tensor::f_from_slice(&values)?.f_to_device(weights.device())
-        };
-        self.scales[group] = Some((values(|s| s.scale.to_f32())?, values(|s| f32::from(s.zero))?));
-        self.steps[group] = steps;
+    /// Fits a group's steps to weights `[N, g]`.
+    fn fit(
+        &mut self,
+        group: usize,
+        weights: &Tensor,
+        pivots: &Tensor,
+        block: Option<&Tensor>,
+    ) -> Result<(), TchError> {
+        let weights = &weights.f_tr()?.f_contiguous()?;
+        let steps = best_steps(self.grid, self.how, &Group { weights, pivots, block })?;
+        let host = |t: &Tensor| Vec::<f32>::try_from(t.f_to_device(Device::Cpu)?);
+        let pairs = host(&steps.scales)?.into_iter().zip(host(&steps.zeros)?);
+        self.steps[group] =
+            pairs.map(|(scale, zero)| Step { scale: f16::from_f32(scale), zero: zero as u8 }).collect();
+        self.scales[group] = Some((steps.scales, steps.zeros));
         Ok(())
     }
 

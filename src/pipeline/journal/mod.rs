@@ -159,23 +159,17 @@ impl Journal {
         Error::journal(&self.folder, format!("it holds {what}"))
     }
 
-    /// New files for the hidden states behind the next layer.
+    /// New files for the hidden states behind the next layer: of so many `windows` for each stream.
     ///
     /// # Errors
     /// When they cannot be made.
-    pub(super) fn next(
-        &self,
-        streams: usize,
-        windows: usize,
-        window_bytes: usize,
-        kind: Kind,
-    ) -> Result<NextStates> {
+    pub(super) fn next(&self, windows: &[usize], window_bytes: usize, kind: Kind) -> Result<NextStates> {
         let layers = self.state.layers + 1;
-        let create = |stream| {
+        let create = |(stream, &windows): (usize, &usize)| {
             let path = self.folder.join(format!("hidden-{layers}-{stream}"));
             WindowFile::create(path, windows, window_bytes).map(Arc::new)
         };
-        let files = (0..streams).map(create).collect::<Result<_>>()?;
+        let files = windows.iter().enumerate().map(create).collect::<Result<_>>()?;
         Ok(NextStates { files, kind, syncing: Vec::new(), committed: false })
     }
 

@@ -1,6 +1,7 @@
 //! Weights and a Hessian, and the f64 definition of what a solver has to find for them.
 
 use gptq::{
+    accuracy::Refinements,
     gptq::{ColumnOrder, Grid, QuantizedLinear, Step},
     variant::{Order, Variant},
 };
@@ -64,7 +65,7 @@ impl Problem {
     }
 
     pub(crate) fn order(&self, variant: &Variant) -> ColumnOrder {
-        ColumnOrder::new(variant.order.desc_act(), &self.diagonal())
+        ColumnOrder::new(variant.sorting(false), &self.diagonal())
     }
 
     /// The mean diagonal of features that are not dead.
@@ -170,8 +171,15 @@ impl Problem {
     #[track_caller]
     pub(crate) fn check_against_definition(&self, variant: &Variant, solved: &Solved) {
         let n = self.n;
-        let definition =
-            gptq::gptq::solver::reference::solve(&self.weight, &self.hessian, self.k, DAMP, variant).unwrap();
+        let definition = gptq::gptq::solver::reference::solve(
+            &self.weight,
+            &self.hessian,
+            self.k,
+            DAMP,
+            variant,
+            &Refinements::NONE,
+        )
+        .unwrap();
         let (ours, theirs) = (&solved.linear, &definition.linear);
         let same_row = |row: &usize| {
             let same = |a: &[u8], b: &[u8]| a.iter().zip(b).skip(*row).step_by(n).all(|(a, b)| a == b);

@@ -2,6 +2,7 @@
 //! what they are, together.
 
 use gptq::{
+    accuracy::Refinements,
     cuda::{Argument, Grid},
     error::{Error, Result},
     gptq::{
@@ -104,11 +105,13 @@ fn the_cuda_solver_agrees_with_the_definition() {
         let shared_memory = [227 << 10, 99 << 10][i % 2];
         let order = [Order::Forward, Order::Random(5), Order::Reverse][i % 3];
         let solver = CudaSolver::with_kernels(Box::new(HostKernels { shared_memory, order })).unwrap();
-        let factor = solver.factorize(&hessian, variant.order.desc_act(), DAMP, "test").unwrap();
+        let factor = solver.factorize(&hessian, variant.sorting(false), DAMP, "test").unwrap();
         let stage: Vec<Weight<'_>> = weights.iter().map(|values| Weight { name: "weight", values }).collect();
         let solutions = factor.solve(&stage, &variant).unwrap_or_else(|error| panic!("{variant}: {error}"));
         for (solution, weight) in solutions.iter().zip(&weights) {
-            let definition = reference::solve(&values(weight), &h, k as usize, DAMP, &variant).unwrap();
+            let definition =
+                reference::solve(&values(weight), &h, k as usize, DAMP, &variant, &Refinements::NONE)
+                    .unwrap();
             let Solved::Device(device) = &solution.linear else { panic!("{variant}: not on the device") };
             let linear = device.to_host().unwrap();
             assert_eq!(linear.g_idx(), definition.linear.g_idx(), "{variant}");

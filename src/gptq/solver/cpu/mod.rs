@@ -9,18 +9,20 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, cholesky, damped,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, aimed, cholesky, damped,
     kernel::{LANES, Lane},
+    lane_scales::Search,
     panel_width,
 };
 use crate::{
+    accuracy::Scales,
     amx,
     error::{Result, TorchContext},
     gptq::{
         ColumnOrder, Grid, Hessian,
         raw::{Matrix, floats_mut},
     },
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 use stack::Stack;
 
@@ -32,17 +34,24 @@ const PANEL: usize = 256;
 #[derive(Debug, Clone, Copy)]
 pub struct CpuSolver {
     amx: bool,
+    scales: Scales,
 }
 
 impl CpuSolver {
     /// The fastest way on this machine.
     pub fn new() -> Self {
-        Self { amx: amx::available() }
+        Self { amx: amx::available(), scales: Scales::PLAIN }
     }
 
     /// With AMX or without; where there is none, in its place the same arithmetic in plain code, for tests.
     pub fn with_amx(amx: bool) -> Self {
-        Self { amx }
+        Self { amx, scales: Scales::PLAIN }
+    }
+
+    /// Choosing scales in another way.
+    #[must_use]
+    pub fn with_scales(self, scales: Scales) -> Self {
+        Self { scales, ..self }
     }
 }
 
@@ -60,7 +69,7 @@ impl Solver for CpuSolver {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>> {
@@ -70,8 +79,9 @@ impl Solver for CpuSolver {
             Ok(done.then_some(lower))
         };
         let Damped { factor: lower, order, diagonal, dead, lambda, facts } =
-            damped(hessian, desc_act, damp, stage, factorize)?;
-        Ok(Box::new(CpuFactor { lower, order, diagonal, dead, lambda, facts, amx: self.amx }))
+            damped(hessian, sorting, damp, stage, factorize)?;
+        let (amx, scales) = (self.amx, self.scales);
+        Ok(Box::new(CpuFactor { lower, order, diagonal, dead, lambda, facts, amx, scales }))
     }
 }
 
@@ -108,6 +118,15 @@ struct CpuFactor {
     lambda: f64,
     facts: Factorization,
     amx: bool,
+    scales: Scales,
+}
+
+impl CpuFactor {
+    /// `Ũ_ii` of a column of the quantization order.
+    fn pivot(&self, i: usize) -> f32 {
+        let at = self.order.columns().len() - 1 - i;
+        Matrix::new(&self.lower).row(at)[at]
+    }
 }
 
 impl Factorized for CpuFactor {
@@ -120,6 +139,7 @@ impl Factorized for CpuFactor {
         let width = panel_width(variant, k, PANEL);
         let mut stack = self.stack(weights, width).torch("stack weights")?;
         let groups = variant.group_size.groups(k);
+        let grid = Grid::new(variant.bits, variant.symmetric);
         let mut state = State {
             scales: vec![[0.0; LANES]; groups * stack.layout.tiles()],
             zeros: vec![[0.0; LANES]; groups * stack.layout.tiles()],
@@ -127,7 +147,8 @@ impl Factorized for CpuFactor {
             objective: vec![0.0; stack.layout.n],
             distance: vec![0.0; stack.layout.n],
             groups,
-            grid: Grid::new(variant.bits, variant.symmetric),
+            grid,
+            search: Search::new(grid, self.scales),
         };
         if variant.scales_known_beforehand() {
             self.fit_static(&stack, variant, &mut state);
@@ -140,6 +161,10 @@ impl Factorized for CpuFactor {
         let mut solutions = self.split(weights, variant, state)?;
         solutions.iter_mut().zip(uncompensated).for_each(|(solution, count)| solution.uncompensated = count);
         Ok(solutions)
+    }
+
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        aimed(weight, b, &self.lower, false, self.order.columns().iter().rev().copied())
     }
 }
 
@@ -154,4 +179,5 @@ struct State {
     distance: Vec<f64>,
     groups: usize,
     grid: Grid,
+    search: Search,
 }

@@ -47,7 +47,10 @@ impl CpuFactor {
         let fits: Vec<usize> =
             if variant.scales_known_beforehand() { Vec::new() } else { (0..p).step_by(size).collect() };
         let groups_of: Vec<u32> = columns.clone().map(|i| self.order.group_at(i, variant) as u32).collect();
-        let panel = Panel { factor: &own_factor, groups: &groups_of, fits: &fits, grid: state.grid };
+        let pivots: Vec<f32> = columns.clone().map(|i| self.pivot(i)).collect();
+        let (grid, search) = (state.grid, &state.search);
+        let panel =
+            Panel { factor: &own_factor, groups: &groups_of, fits: &fits, pivots: &pivots, search, grid };
 
         let codes = SharedSlice::new(&mut state.codes);
         let together = (layout.tiles() / (4 * rayon::current_num_threads())).clamp(1, MAX_TILES);
@@ -61,7 +64,7 @@ impl CpuFactor {
         blocks.enumerate().for_each_init(
             || Scratch::new(layout, together),
             |scratch, (block, ((((lines, scales), zeros), objective), distance))| {
-                let Scratch { residuals, differences, codes: tile_codes } = scratch;
+                let Scratch { residuals, differences, trial, codes: tile_codes } = scratch;
                 let residuals: &mut [Lane] = bytemuck::cast_slice_mut(residuals);
                 solved_factor.multiply(layout, lines, residuals);
                 let tiles = lines
@@ -86,6 +89,7 @@ impl CpuFactor {
                             weights: &weights[..p],
                             residuals: &mut residuals[..p],
                             differences: &mut differences[..p],
+                            trial: &mut trial[..p],
                             codes: &mut tile_codes[..p],
                             scales,
                             zeros,
@@ -209,6 +213,7 @@ struct Scratch {
     residuals: Vec<Line>,
     /// `[P, padded]`; zero from `P` on.
     differences: Vec<Lane>,
+    trial: Vec<Lane>,
     codes: Vec<[u8; LANES]>,
 }
 
@@ -218,6 +223,7 @@ impl Scratch {
         Self {
             residuals: bytemuck::zeroed_vec(tiles * layout.panel_lines()),
             differences: vec![[0.0; LANES]; padded],
+            trial: vec![[0.0; LANES]; padded],
             codes: vec![[0; LANES]; padded],
         }
     }

@@ -11,7 +11,7 @@ use crate::{
     gptq::{
         Step,
         raw::{Floats, floats},
-        solver::{Sums, Weight, solution},
+        solver::{Sums, Weight, lane_scales::best_by_diagonal, solution},
     },
     variant::Variant,
 };
@@ -112,26 +112,21 @@ impl CpuFactor {
     /// Scales from the original weights, for groups known before the first column.
     pub(super) fn fit_static(&self, stack: &Stack, variant: &Variant, state: &mut State) {
         let (order, layout) = (&self.order, stack.layout);
-        let (groups, grid) = (state.groups, state.grid);
+        let (groups, search) = (state.groups, &state.search);
+        let mut columns_of: Vec<Vec<usize>> = vec![Vec::new(); groups];
+        (0..layout.k).for_each(|i| columns_of[order.group_at(i, variant)].push(i));
+        let pivots: Vec<Vec<f32>> =
+            columns_of.iter().map(|columns| columns.iter().map(|&i| self.pivot(i)).collect()).collect();
         let tiles = state.scales.par_chunks_mut(groups).zip(state.zeros.par_chunks_mut(groups));
         let tiles = tiles.zip(stack.lines.par_chunks(layout.tile_lines()));
         tiles.enumerate().for_each(|(tile, ((scales, zeros), lines))| {
             let weights: &[Lane] = bytemuck::cast_slice(lines);
-            let mut min = vec![[f32::INFINITY; LANES]; groups];
-            let mut max = vec![[f32::NEG_INFINITY; LANES]; groups];
-            for i in 0..layout.k {
-                let group = order.group_at(i, variant);
-                for (l, &w) in weights[layout.at(i)].iter().enumerate() {
-                    min[group][l] = min[group][l].min(w);
-                    max[group][l] = max[group][l].max(w);
-                }
-            }
-            for g in 0..groups {
-                for l in 0..layout.lanes(tile) {
-                    let step = grid.fit(f64::from(min[g][l]), f64::from(max[g][l]));
-                    scales[g][l] = step.scale.to_f32();
-                    zeros[g][l] = f32::from(step.zero);
-                }
+            let lanes = layout.lanes(tile);
+            for (g, (columns, pivots)) in columns_of.iter().zip(&pivots).enumerate() {
+                let of_group: Vec<Lane> = columns.iter().map(|&i| weights[layout.at(i)]).collect();
+                let best = best_by_diagonal(search, &of_group, pivots);
+                scales[g][..lanes].copy_from_slice(&best.scale[..lanes]);
+                zeros[g][..lanes].copy_from_slice(&best.zero[..lanes]);
             }
         });
     }

@@ -10,8 +10,15 @@ use super::{
     panels::{Mode, Panel, Plan},
 };
 use crate::{
+    accuracy::Scales,
     error::{Error, Result, TorchContext},
-    gptq::solver::Weight,
+    gptq::{
+        Grid,
+        solver::{
+            Weight,
+            torch_scales::{Group, best_steps},
+        },
+    },
     variant::Variant,
 };
 
@@ -33,6 +40,8 @@ pub(super) struct Columns<'a> {
     pub(super) distance: Tensor,
     /// `[2, K]` int: the group of each position, then of each feature.
     groups: Tensor,
+    /// Whether scales are searched for, which libtorch does.
+    searched: bool,
     plan: Plan,
     scratch: Scratch,
 }
@@ -56,11 +65,16 @@ impl<'a> Columns<'a> {
         let k = order.columns().len();
         let size = variant.group_size.features(k);
         let shared = launcher.shared_memory();
-        let plan =
-            Plan::new(k, size, variant.scales_known_beforehand(), shared).ok_or_else(|| Error::Cuda {
-                action: "solve a panel of columns".into(),
-                problem: format!("blocks have only {shared} bytes of shared memory"),
-            })?;
+        let known = variant.scales_known_beforehand();
+        let searched = factor.scales != Scales::PLAIN;
+        let plan = match searched && !known {
+            true => Plan::searched(k, size, shared),
+            false => Plan::new(k, size, known, shared),
+        };
+        let plan = plan.ok_or_else(|| Error::Cuda {
+            action: "solve a panel of columns".into(),
+            problem: format!("blocks have only {shared} bytes of shared memory"),
+        })?;
         let n: i64 = weights.iter().map(|w| w.values.size()[0]).sum();
         let (k, groups) = (k as i64, variant.group_size.groups(k) as i64);
         let device = launcher.device();
@@ -87,6 +101,7 @@ impl<'a> Columns<'a> {
                     minima: empty(&[compensated], Kind::Float)?,
                     maxima: empty(&[compensated], Kind::Float)?,
                 },
+                searched,
                 plan,
             })
         };
@@ -118,11 +133,17 @@ impl<'a> Columns<'a> {
     /// Launches everything; nothing is waited for.
     pub(super) fn solve(&self) -> Result<()> {
         let launcher = &self.factor.launcher;
-        if self.variant.scales_known_beforehand() {
+        let known = self.variant.scales_known_beforehand();
+        if known && self.searched {
+            launcher.timed("scales", || self.search_static()).torch("search for scales")?;
+        } else if known {
             let positions = &self.factor.order.positions;
             launcher.timed("panels", || launcher.fit_static(&self.stacked(), positions))?;
         }
         for panel in &self.plan.panels {
+            if self.searched && !known && panel.is_first() {
+                launcher.timed("scales", || self.search(&panel.group)).torch("search for scales")?;
+            }
             let residuals =
                 launcher.timed("products", || self.residuals(panel)).torch("multiply with a factor")?;
             launcher.timed("panels", || match panel.mode {
@@ -143,6 +164,47 @@ impl<'a> Columns<'a> {
         let compensation = Compensation { x, minima, maxima, first, last };
         let columns = panel.columns.clone();
         self.factor.launcher.panel(panel.mode, columns, &self.stacked(), residuals, Some(&compensation))
+    }
+
+    /// Searches for the scales of a group that is solved next: of positions in quantization order.
+    fn search(&self, group: &Range<usize>) -> Result<(), tch::TchError> {
+        let factor = &self.factor.damped.factor;
+        let weights = rows(&self.stack, group.start, group.len())?;
+        let block = rows(factor, group.start, group.len())?;
+        let block = block.f_narrow(1, group.start as i64, group.len() as i64)?;
+        let weights = match group.start {
+            0 => weights,
+            solved => {
+                let out = weights.f_empty_like()?;
+                let left = self.left_by(0..solved, &rows(&self.stack, 0, solved)?, group, out)?;
+                weights.f_sub(&block.f_tr()?.f_linalg_solve_triangular(&left, false, true, false)?)?
+            }
+        };
+        let pivots = &block.f_diagonal(0, 0, 1)?;
+        let at = self.factor.damped.order.group_at(group.start, self.variant);
+        self.set_steps(at, &Group { weights: &weights, pivots, block: Some(&block) })
+    }
+
+    /// Searches for all scales, for the original weights.
+    fn search_static(&self) -> Result<(), tch::TchError> {
+        let order = &self.factor.damped.order;
+        let mut positions = vec![Vec::new(); self.scales.size()[0] as usize];
+        (0..order.columns().len()).for_each(|i| positions[order.group_at(i, self.variant)].push(i as i64));
+        let pivots = self.factor.damped.factor.f_diagonal(0, 0, 1)?;
+        for (group, positions) in positions.iter().enumerate() {
+            let index = Tensor::f_from_slice(positions)?.f_to_device(self.stack.device())?;
+            let (weights, pivots) =
+                (self.stack.f_index_select(0, &index)?, pivots.f_index_select(0, &index)?);
+            self.set_steps(group, &Group { weights: &weights, pivots: &pivots, block: None })?;
+        }
+        Ok(())
+    }
+
+    fn set_steps(&self, at: usize, group: &Group<'_>) -> Result<(), tch::TchError> {
+        let grid = Grid::new(self.variant.bits, self.variant.symmetric);
+        let steps = best_steps(grid, self.factor.scales, group)?;
+        self.scales.f_select(0, at as i64)?.f_copy_(&steps.scales)?;
+        self.zeros.f_select(0, at as i64)?.f_copy_(&steps.zeros)
     }
 
     /// `[K]` int: the group of each feature.

@@ -21,13 +21,14 @@ pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
+    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, aimed, check_scales,
     check_sums, damped,
 };
 use crate::{
+    accuracy::Scales,
     error::{Error, Result, TorchContext},
     gptq::Hessian,
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 use columns::Columns;
 use launch::Launcher;
@@ -36,6 +37,7 @@ use launch::Launcher;
 #[derive(Debug)]
 pub struct CudaSolver {
     launcher: Arc<Launcher>,
+    scales: Scales,
 }
 
 impl CudaSolver {
@@ -59,7 +61,14 @@ impl CudaSolver {
 
     fn on(launcher: Launcher) -> Result<Self> {
         check_fp32(launcher.device())?;
-        Ok(Self { launcher: Arc::new(launcher) })
+        Ok(Self { launcher: Arc::new(launcher), scales: Scales::PLAIN })
+    }
+
+    /// Choosing scales in another way: where one is searched for, libtorch does it, group by group, and our kernels take it
+    /// as given.
+    #[must_use]
+    pub fn with_scales(self, scales: Scales) -> Self {
+        Self { scales, ..self }
     }
 
     /// With the kernels run in another way, for tests without a GPU.
@@ -85,14 +94,15 @@ impl Solver for CudaSolver {
     fn factorize(
         &self,
         hessian: &Hessian,
-        desc_act: bool,
+        sorting: Sorting,
         damp: f64,
         stage: &str,
     ) -> Result<Box<dyn Factorized>> {
         let factorize = |damping: &Damping<'_>| upper_factor(&self.launcher, hessian.matrix(), damping);
-        let damped = damped(hessian, desc_act, damp, stage, factorize)?;
+        let damped = damped(hessian, sorting, damp, stage, factorize)?;
         let order = DeviceOrder::new(&damped, self.launcher.device()).torch("copy an order")?;
-        Ok(Box::new(CudaFactor { damped, order, launcher: Arc::clone(&self.launcher) }))
+        let (launcher, scales) = (Arc::clone(&self.launcher), self.scales);
+        Ok(Box::new(CudaFactor { damped, order, launcher, scales }))
     }
 }
 
@@ -172,6 +182,7 @@ struct CudaFactor {
     damped: Damped<Tensor>,
     order: DeviceOrder,
     launcher: Arc<Launcher>,
+    scales: Scales,
 }
 
 impl Factorized for CudaFactor {
@@ -183,6 +194,10 @@ impl Factorized for CudaFactor {
         let columns = Columns::new(self, weights, variant)?;
         columns.solve()?;
         self.split(&columns, weights, variant)
+    }
+
+    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        aimed(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 

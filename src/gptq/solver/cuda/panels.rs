@@ -90,6 +90,21 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// The same, where something else sets a group's scales when all columns before it are solved.
+    pub(super) fn searched(k: usize, group_size: usize, shared_memory: usize) -> Option<Self> {
+        let fits = |width: &usize| Mode::Given.shared_memory(*width, group_size) <= shared_memory;
+        let width = WIDTHS.into_iter().find(fits)?;
+        let panels = parts(0..k, group_size).flat_map(|group| {
+            parts(group.clone(), width).map(move |columns| {
+                let group = group.clone();
+                Panel { mode: Mode::Given, columns, group }
+            })
+        });
+        let panels: Vec<Panel> = panels.collect();
+        let width = panels.iter().map(|p| p.columns.len()).max().unwrap_or(0);
+        Some(Self { panels, width, wide_group: 0 })
+    }
+
     /// Panels for `k` columns in groups of `group_size`, whose scales are `known` beforehand or fitted on the way, on a
     /// device whose blocks can have `shared_memory` bytes; `None` if that is too little for any width.
     pub(super) fn new(k: usize, group_size: usize, known: bool, shared_memory: usize) -> Option<Self> {

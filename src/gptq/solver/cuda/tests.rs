@@ -17,7 +17,7 @@ use crate::{
             tests::problem::{Problem, cuda, to_vec, weight},
         },
     },
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// Sums of some hundred fp32 products in another order differ by this, relative to the largest.
@@ -283,7 +283,7 @@ fn cuda_device_compensates_panels() {
 fn solved(solver: &CudaSolver, device: Device, text: &str) -> Vec<DeviceLinear> {
     let problem = Problem::new(96, 192, 600, 10).on(device);
     let variant: Variant = text.parse().unwrap();
-    let factor = solver.factorize(&problem.hessian, variant.order.desc_act(), 0.01, "test").unwrap();
+    let factor = solver.factorize(&problem.hessian, variant.sorting(false), 0.01, "test").unwrap();
     let other = random(&[64, 192], 11).to_device(device);
     let solutions = factor.solve(&[weight(&problem.weight), weight(&other)], &variant).unwrap();
     let linears = solutions.into_iter().map(|s| match s.linear {
@@ -355,7 +355,8 @@ fn a_factor_is_upper_triangular_row_major_and_the_matrix_again() {
 #[test]
 fn a_device_with_little_shared_memory_is_refused() {
     let problem = Problem::new(8, 64, 200, 13);
-    let factor = CudaSolver::stand_in(16 << 10).factorize(&problem.hessian, false, 0.01, "test").unwrap();
+    let factor =
+        CudaSolver::stand_in(16 << 10).factorize(&problem.hessian, Sorting::Stored, 0.01, "test").unwrap();
     let error = factor.solve(&[weight(&problem.weight)], &"4bit-32g".parse().unwrap()).unwrap_err();
     let text = "CUDA could not solve a panel of columns: blocks have only 16384 bytes of shared memory";
     assert_eq!(error.to_string(), text);

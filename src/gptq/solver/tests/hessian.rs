@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda};
-use crate::gptq::{Hessian, solver::CpuSolver};
+use crate::gptq::Hessian;
 
 /// Largest error of an element, relative to `√(H_ii H_jj)`: what fp32 sums of a few thousand tokens may have.
 const TOLERANCE: f64 = 1e-5;
@@ -59,7 +59,7 @@ fn cuda_device_hessians_leave_codes_unharmed() {
         let mut ours = exact.on(Device::Cpu);
         ours.hessian = found.on(Device::Cpu);
         for variant in ["4bit-128g", "4bit-32g-act", "2bit-32g-asym"].map(|text| text.parse().unwrap()) {
-            let [ours, best] = [&ours, &exact].map(|p| p.fast_with(&CpuSolver::new(), &variant, 0.01).linear);
+            let [ours, best] = [&ours, &exact].map(|p| p.fast(&variant, 0.01).linear);
             let different = ours.codes().iter().zip(best.codes()).filter(|(a, b)| a != b).count() as f64;
             let share = different / ours.codes().len() as f64;
             assert!(share <= CODES_THAT_MAY_DIFFER, "{variant} {kind:?}: {share}");

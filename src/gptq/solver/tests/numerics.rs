@@ -4,12 +4,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::problem::{Problem, to_vec, weight};
 use crate::{
+    accuracy::Refinements,
     error::{Error, NumericalError, Result},
     gptq::{
         Hessian, QuantizedLinear,
         solver::{CpuSolver, OrRounded, RtnSolver, Solution, Solver, TorchSolver, Weight},
     },
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 const N: usize = 40;
@@ -103,7 +104,7 @@ fn try_solve(
     variant: &Variant,
     damp: f64,
 ) -> Result<Solution> {
-    let factor = solver.factorize(hessian, variant.order.desc_act(), damp, "layer 3, down")?;
+    let factor = solver.factorize(hessian, variant.sorting(false), damp, "layer 3, down")?;
     Ok(factor.solve(&[weight(values)], variant)?.remove(0))
 }
 
@@ -165,7 +166,7 @@ fn degenerate_numbers_stay_numbers_in_libtorchs_solver() {
     let (_, plain) = weights().remove(0);
     let variant: Variant = "4bit-64g-act".parse().unwrap();
     for (name, x) in inputs() {
-        let solution = solved(&TorchSolver, &hessian(&x), &plain, &variant, 0.01);
+        let solution = solved(&TorchSolver::default(), &hessian(&x), &plain, &variant, 0.01);
         let found = objective(&plain, &x, &solution.linear.into_host().unwrap());
         assert!(solution.squared_error.is_finite() && found.is_finite(), "{name}");
     }
@@ -183,7 +184,7 @@ fn rows_that_compensation_would_harm_are_rounded_and_counted() {
     let variant: Variant = "2bit-32g-act-asym".parse().unwrap();
     let rounded =
         solved(&RtnSolver, &problem.hessian, &problem.weight, &variant, 0.01).linear.into_host().unwrap();
-    let slow = problem.reference_or_rounded(&variant, 0.01);
+    let slow = problem.reference_or_rounded(&variant, 0.01, &Refinements::NONE);
     for solver in on_cpu() {
         let solution = solved(&solver, &problem.hessian, &problem.weight, &variant, 0.01);
         assert_eq!(solution.uncompensated, 4, "{}", solver.name());
@@ -207,7 +208,7 @@ fn nan_and_infinity_in_a_weight_are_refused_by_name() {
     let solvers: [Box<dyn Solver>; 4] = [
         Box::new(CpuSolver::with_amx(false)),
         Box::new(CpuSolver::with_amx(true)),
-        Box::new(TorchSolver),
+        Box::new(TorchSolver::default()),
         Box::new(OrRounded(CpuSolver::new())),
     ];
     for (solver, value) in
@@ -216,7 +217,7 @@ fn nan_and_infinity_in_a_weight_are_refused_by_name() {
         let bad = good.copy();
         let _ = bad.narrow(0, 7, 1).narrow(1, 211, 1).fill_(value);
         for variant in VARIANTS.map(|text| text.parse::<Variant>().unwrap()) {
-            let factor = solver.factorize(&hessian, variant.order.desc_act(), 0.01, "layer 3, down").unwrap();
+            let factor = solver.factorize(&hessian, variant.sorting(false), 0.01, "layer 3, down").unwrap();
             let name = "model.layers.3.mlp.down_proj";
             let weights = [weight(&good), Weight { name, values: &bad }];
             let error = factor.solve(&weights, &variant).unwrap_err();
@@ -255,7 +256,8 @@ fn inputs_that_are_all_zero_are_refused_or_rounded() {
     let hessian = hessian(&plain(50).zero_());
     let (_, values) = weights().remove(0);
     let variant: Variant = "4bit-32g-act".parse().unwrap();
-    let error = CpuSolver::new().factorize(&hessian, true, 0.01, "layer 3, down").err().unwrap();
+    let error =
+        CpuSolver::new().factorize(&hessian, Sorting::Descending, 0.01, "layer 3, down").err().unwrap();
     assert!(matches!(error, Error::Numerical(NumericalError::EmptyHessian { .. })), "{error}");
     assert!(error.hint().unwrap().contains("--on-failure rtn"));
 
@@ -286,7 +288,8 @@ fn a_linear_that_fails_is_rounded_alone() {
     let large = large.clamp(-65_000.0, 65_000.0);
     let small = Tensor::randn([8, 32], OPTIONS) * 1e-3;
     let both = [weight(&small), Weight { name: "large", values: &large }];
-    let factor = |solver: &dyn Solver| solver.factorize(&hessian, false, 0.0, "layer 3, down").unwrap();
+    let factor =
+        |solver: &dyn Solver| solver.factorize(&hessian, Sorting::Stored, 0.0, "layer 3, down").unwrap();
     let error = factor(&CpuSolver::new()).solve(&both, &variant).unwrap_err();
     let unsolved =
         matches!(&error, Error::Numerical(NumericalError::Unsolved { linear, .. }) if linear == "large");

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    accuracy::Refinements,
     device,
     gptq::{
         Hessian, QuantizedLinear,
@@ -65,16 +66,31 @@ impl Problem {
     }
 
     pub(in crate::gptq) fn reference(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant).unwrap()
+        self.reference_with(variant, damp, &Refinements::NONE)
+    }
+
+    pub(in crate::gptq) fn reference_with(
+        &self,
+        variant: &Variant,
+        damp: f64,
+        refinements: &Refinements,
+    ) -> ReferenceSolution {
+        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, refinements).unwrap()
     }
 
     /// With rows rounded to nearest where that is better, as the CPU solver does it.
-    pub(in crate::gptq) fn reference_or_rounded(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant).unwrap()
+    pub(in crate::gptq) fn reference_or_rounded(
+        &self,
+        variant: &Variant,
+        damp: f64,
+        refinements: &Refinements,
+    ) -> ReferenceSolution {
+        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, refinements)
+            .unwrap()
     }
 
     pub(in crate::gptq) fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        self.fast_with(&CpuSolver::new(), variant, damp)
+        self.fast_with(&CpuSolver::new(), variant, damp, &Refinements::NONE)
     }
 
     pub(in crate::gptq) fn fast_with(
@@ -82,8 +98,10 @@ impl Problem {
         solver: &dyn Solver,
         variant: &Variant,
         damp: f64,
+        refinements: &Refinements,
     ) -> ReferenceSolution {
-        let factor = solver.factorize(&self.hessian, variant.order.desc_act(), damp, "test").unwrap();
+        let sorting = refinements.sorting(variant);
+        let factor = solver.factorize(&self.hessian, sorting, damp, "test").unwrap();
         solve(&*factor, &[&self.weight], variant).remove(0)
     }
 

@@ -4,26 +4,28 @@ use tch::{Device, Kind, Tensor};
 
 use super::problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda, solve, variants, weight};
 use crate::{
+    accuracy::{Refinements, ScaleSearch, Scales},
     error::Error,
     gptq::solver::{CpuSolver, CudaSolver, Solver, TorchSolver, Weight},
-    variant::Variant,
+    variant::{Sorting, Variant},
 };
 
 /// All that run here; the one for CUDA twice, with plain code in place of its kernels, on devices with much and with
 /// little shared memory.
-fn on_cpu() -> [Box<dyn Solver>; 5] {
+fn on_cpu(scales: Scales) -> [Box<dyn Solver>; 5] {
     [
-        Box::new(CpuSolver::with_amx(false)),
-        Box::new(CpuSolver::with_amx(true)),
-        Box::new(TorchSolver),
-        Box::new(CudaSolver::stand_in(227 << 10)),
-        Box::new(CudaSolver::stand_in(99 << 10)),
+        Box::new(CpuSolver::with_amx(false).with_scales(scales)),
+        Box::new(CpuSolver::with_amx(true).with_scales(scales)),
+        Box::new(TorchSolver::new(scales)),
+        Box::new(CudaSolver::stand_in(227 << 10).with_scales(scales)),
+        Box::new(CudaSolver::stand_in(99 << 10).with_scales(scales)),
     ]
 }
 
 /// All that run on a CUDA device.
-fn on_cuda() -> [Box<dyn Solver>; 2] {
-    [Box::new(CudaSolver::new(cuda()).unwrap_or_else(|error| panic!("{error}"))), Box::new(TorchSolver)]
+fn on_cuda(scales: Scales) -> [Box<dyn Solver>; 2] {
+    let ours = CudaSolver::new(cuda()).unwrap_or_else(|error| panic!("{error}"));
+    [Box::new(ours.with_scales(scales)), Box::new(TorchSolver::new(scales))]
 }
 
 /// A check as a test of the solvers here, and as one of those on a device.
@@ -31,13 +33,13 @@ macro_rules! everywhere {
     ($check:ident, $here:ident, $on_device:ident) => {
         #[test]
         fn $here() {
-            $check(&on_cpu(), Device::Cpu);
+            $check(on_cpu, Device::Cpu);
         }
 
         #[test]
         #[ignore = "needs a CUDA device: scripts/gpu-check"]
         fn $on_device() {
-            $check(&on_cuda(), cuda());
+            $check(on_cuda, cuda());
         }
     };
 }
@@ -46,6 +48,11 @@ everywhere!(
     agree_with_the_definition,
     solvers_agree_with_the_definition,
     cuda_device_solvers_agree_with_the_definition
+);
+everywhere!(
+    agree_on_searched_scales,
+    solvers_agree_on_searched_scales,
+    cuda_device_solvers_agree_on_searched_scales
 );
 everywhere!(
     solve_stacked_weights_as_if_alone,
@@ -69,16 +76,44 @@ everywhere!(
     cuda_device_a_weight_beyond_fp16_is_refused
 );
 
-fn agree_with_the_definition(solvers: &[Box<dyn Solver>], device: Device) {
+fn agree_with_the_definition<const N: usize>(
+    solvers: impl Fn(Scales) -> [Box<dyn Solver>; N],
+    device: Device,
+) {
+    let solvers = &solvers(Scales::PLAIN);
     // 600 columns: several panels, partial last groups; 70 rows: a partial tile.
     let problem = Problem::new(70, 600, 2000, 1).on(device);
-    for (variant, solver) in variants().into_iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
+    agree(&problem, &variants(), solvers, &Refinements::NONE);
+}
+
+/// The same where scales are searched for. Scales that cost next to the same may be chosen the other way round.
+fn agree_on_searched_scales<const N: usize>(
+    solvers: impl Fn(Scales) -> [Box<dyn Solver>; N],
+    device: Device,
+) {
+    let problem = Problem::new(70, 300, 1000, 1).on(device);
+    for (signed, search) in [
+        (true, ScaleSearch::Off),
+        (true, ScaleSearch::Diagonal),
+        (false, ScaleSearch::Diagonal),
+        (true, ScaleSearch::Block),
+    ] {
+        let scales = Scales { signed, search };
+        let refinements = Refinements { scales, group_aware: true, ..Refinements::NONE };
+        let texts = ["4bit-128g-act", "4bit-32g", "2bit-64g-asym", "4bit-48g-static", "3bit--1g"];
+        let variants = texts.map(|text| text.parse().unwrap());
+        agree(&problem, &variants, &solvers(scales), &refinements);
+    }
+}
+
+fn agree(problem: &Problem, variants: &[Variant], solvers: &[Box<dyn Solver>], refinements: &Refinements) {
+    for (variant, solver) in variants.iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
         let slow = match solver.name().starts_with("cpu") {
-            true => problem.reference_or_rounded(&variant, 0.01),
-            false => problem.reference(&variant, 0.01),
+            true => problem.reference_or_rounded(variant, 0.01, refinements),
+            false => problem.reference_with(variant, 0.01, refinements),
         };
-        let fast = problem.fast_with(&**solver, &variant, 0.01);
-        let variant = format!("{variant}, {}", solver.name());
+        let fast = problem.fast_with(&**solver, variant, 0.01, refinements);
+        let variant = format!("{variant}, {}, {refinements}", solver.name());
         assert_eq!(slow.linear.g_idx(), fast.linear.g_idx(), "{variant}");
         let pairs = slow.linear.codes().iter().zip(fast.linear.codes());
         let different = pairs.filter(|(a, b)| a != b).count() as f64 / slow.linear.codes().len() as f64;
@@ -91,12 +126,16 @@ fn agree_with_the_definition(solvers: &[Box<dyn Solver>], device: Device) {
     }
 }
 
-fn solve_stacked_weights_as_if_alone(solvers: &[Box<dyn Solver>], device: Device) {
+fn solve_stacked_weights_as_if_alone<const N: usize>(
+    solvers: impl Fn(Scales) -> [Box<dyn Solver>; N],
+    device: Device,
+) {
+    let solvers = &solvers(Scales::PLAIN);
     let problem = Problem::new(40, 256, 800, 2).on(device);
     let other = Tensor::randn([24, 256], (Kind::Float, device));
     let variant: Variant = "4bit-64g-act".parse().unwrap();
     for solver in solvers {
-        let factor = solver.factorize(&problem.hessian, true, 0.01, "test").unwrap();
+        let factor = solver.factorize(&problem.hessian, Sorting::Descending, 0.01, "test").unwrap();
         let both = solve(&*factor, &[&problem.weight, &other], &variant);
         let alone = solve(&*factor, &[&other], &variant);
         assert_eq!(both[1].linear.out_features(), 24);
@@ -108,10 +147,11 @@ fn solve_stacked_weights_as_if_alone(solvers: &[Box<dyn Solver>], device: Device
     }
 }
 
-fn solve_twice_the_same(solvers: &[Box<dyn Solver>], device: Device) {
+fn solve_twice_the_same<const N: usize>(solvers: impl Fn(Scales) -> [Box<dyn Solver>; N], device: Device) {
+    let solvers = &solvers(Scales::PLAIN);
     let problem = Problem::new(96, 320, 900, 3).on(device);
     for (variant, solver) in variants().into_iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
-        let [one, other] = [(); 2].map(|()| problem.fast_with(&**solver, &variant, 0.01));
+        let [one, other] = [(); 2].map(|()| problem.fast_with(&**solver, &variant, 0.01, &Refinements::NONE));
         assert_eq!(one.linear, other.linear, "{variant}, {}", solver.name());
         assert_eq!(
             one.squared_error.to_bits(),
@@ -122,7 +162,11 @@ fn solve_twice_the_same(solvers: &[Box<dyn Solver>], device: Device) {
     }
 }
 
-fn zero_and_count_dead_columns(solvers: &[Box<dyn Solver>], device: Device) {
+fn zero_and_count_dead_columns<const N: usize>(
+    solvers: impl Fn(Scales) -> [Box<dyn Solver>; N],
+    device: Device,
+) {
+    let solvers = &solvers(Scales::PLAIN);
     let inputs = Tensor::randn([600, 128], (Kind::Float, Device::Cpu));
     for column in [5i64, 64, 127] {
         let _ = inputs.narrow(1, column, 1).zero_();
@@ -133,7 +177,7 @@ fn zero_and_count_dead_columns(solvers: &[Box<dyn Solver>], device: Device) {
         .flat_map(|t| solvers.iter().map(move |s| (t, s)))
     {
         let variant: Variant = text.parse().unwrap();
-        let factor = solver.factorize(&problem.hessian, variant.order.desc_act(), 0.01, "test").unwrap();
+        let factor = solver.factorize(&problem.hessian, variant.sorting(false), 0.01, "test").unwrap();
         let name = format!("{text}, {}", solver.name());
         assert_eq!(factor.facts().dead_columns, 3, "{name}");
         let solution = solve(&*factor, &[&problem.weight], &variant).remove(0);
@@ -147,12 +191,17 @@ fn zero_and_count_dead_columns(solvers: &[Box<dyn Solver>], device: Device) {
     }
 }
 
-fn raise_damping_only_when_needed(solvers: &[Box<dyn Solver>], device: Device) {
+fn raise_damping_only_when_needed<const N: usize>(
+    solvers: impl Fn(Scales) -> [Box<dyn Solver>; N],
+    device: Device,
+) {
+    let solvers = &solvers(Scales::PLAIN);
     // 20 tokens for 64 features: rank 20, so that without damping the factorization fails.
     let inputs = Tensor::randn([20, 64], (Kind::Float, Device::Cpu));
     let problem = Problem::with_inputs(8, 64, &inputs).on(device);
     for solver in solvers {
-        let facts = |damp| solver.factorize(&problem.hessian, false, damp, "test").unwrap().facts().clone();
+        let facts =
+            |damp| solver.factorize(&problem.hessian, Sorting::Stored, damp, "test").unwrap().facts().clone();
         let raised = facts(0.0);
         assert!(raised.damp_raised > 0 && raised.damp >= 0.01, "{}: {raised:?}", solver.name());
         let plain = facts(0.01);
@@ -160,11 +209,17 @@ fn raise_damping_only_when_needed(solvers: &[Box<dyn Solver>], device: Device) {
     }
 }
 
-fn refuse_a_weight_beyond_fp16(solvers: &[Box<dyn Solver>], device: Device) {
+fn refuse_a_weight_beyond_fp16<const N: usize>(
+    solvers: impl Fn(Scales) -> [Box<dyn Solver>; N],
+    device: Device,
+) {
     let problem = Problem::new(8, 64, 200, 6).on(device);
     let huge = &problem.weight * 1e9;
-    for solver in solvers {
-        let factor = solver.factorize(&problem.hessian, false, 0.01, "test").unwrap();
+    let searched = |search| solvers(Scales { signed: true, search });
+    let [plain, diagonal, block] =
+        [ScaleSearch::Off, ScaleSearch::Diagonal, ScaleSearch::Block].map(searched);
+    for solver in plain.iter().chain(&diagonal).chain(&block) {
+        let factor = solver.factorize(&problem.hessian, Sorting::Stored, 0.01, "test").unwrap();
         let weights = [weight(&problem.weight), Weight { name: "huge", values: &huge }];
         let error = factor.solve(&weights, &"4bit-32g".parse().unwrap()).unwrap_err();
         assert!(matches!(error, Error::Fp16Overflow { .. }), "{}: {error}", solver.name());
@@ -177,10 +232,10 @@ fn refuse_a_weight_beyond_fp16(solvers: &[Box<dyn Solver>], device: Device) {
 #[ignore = "needs a CUDA device: scripts/gpu-check"]
 fn cuda_device_solver_agrees_with_libtorchs() {
     let problem = Problem::new(1000, 1536, 6000, 8).on(cuda());
-    let [ours, libtorchs] = on_cuda();
+    let [ours, libtorchs] = on_cuda(Scales::PLAIN);
     for variant in variants() {
-        let fast = problem.fast_with(&*ours, &variant, 0.01);
-        let plain = problem.fast_with(&*libtorchs, &variant, 0.01);
+        let fast = problem.fast_with(&*ours, &variant, 0.01, &Refinements::NONE);
+        let plain = problem.fast_with(&*libtorchs, &variant, 0.01, &Refinements::NONE);
         assert_eq!(fast.linear.g_idx(), plain.linear.g_idx(), "{variant}");
         let pairs = fast.linear.codes().iter().zip(plain.linear.codes());
         let different = pairs.filter(|(a, b)| a != b).count() as f64 / fast.linear.codes().len() as f64;

@@ -1,0 +1,7 @@
+//! What is done for accuracy beyond plain GPTQ: each refinement by its name, and the presets that choose among them.
+
+mod quality;
+mod scales;
+
+pub use quality::{Quality, Refinements};
+pub use scales::{ScaleSearch, Scales};

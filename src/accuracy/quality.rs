@@ -1,0 +1,164 @@
+//! The presets, and what they turn on.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use super::{ScaleSearch, Scales};
+use crate::{
+    error::Error,
+    variant::{Sorting, Variant},
+};
+
+/// How much is done for accuracy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quality {
+    /// Plain GPTQ.
+    Fast,
+    /// What costs little beside it.
+    #[default]
+    Standard,
+    /// All that was measured to help.
+    Best,
+}
+
+/// What is done beyond plain GPTQ.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Refinements {
+    /// How the scale of a group is chosen.
+    #[serde(flatten)]
+    pub scales: Scales,
+    /// Group-aware reordering where there is no act order, as GPTQModel has it: groups are taken by their largest Hessian
+    /// diagonal, and the features of a group by theirs. Groups stay runs of neighbouring features, so that to a reader it is
+    /// as if there were no order.
+    #[serde(rename = "act_group_aware")]
+    pub group_aware: bool,
+    /// Asymmetric calibration (GPTAQ, arXiv 2504.02692): how far a linear aims at what the unquantized model computes from
+    /// *its* inputs, from 0, what the linear itself would compute from the inputs as they are, to 1.
+    pub asymmetric: f64,
+    /// The part of the calibration windows on which the unquantized model is followed for that, from 0 to 1.
+    pub asymmetric_share: f64,
+}
+
+impl Refinements {
+    /// Plain GPTQ.
+    pub const NONE: Self =
+        Self { scales: Scales::PLAIN, group_aware: false, asymmetric: 0.0, asymmetric_share: 0.0 };
+
+    /// The order that a variant's features are quantized in.
+    pub fn sorting(&self, variant: &Variant) -> Sorting {
+        variant.sorting(self.group_aware)
+    }
+
+    /// How many of the calibration windows, from the first on, the unquantized model is followed on.
+    pub fn dense_windows(&self, windows: usize) -> usize {
+        if self.asymmetric == 0.0 {
+            return 0;
+        }
+        ((windows as f64 * self.asymmetric_share).ceil() as usize).max(1).min(windows)
+    }
+}
+
+impl Default for Refinements {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
+/// See `docs/accuracy.md`.
+const ASYMMETRIC: f64 = 0.5;
+
+impl Quality {
+    /// What the preset turns on.
+    pub fn refinements(self) -> Refinements {
+        let searched = |search| Scales { signed: true, search };
+        match self {
+            Self::Fast => Refinements::NONE,
+            Self::Standard => Refinements {
+                scales: searched(ScaleSearch::Diagonal),
+                group_aware: true,
+                asymmetric: ASYMMETRIC,
+                asymmetric_share: 0.25,
+            },
+            Self::Best => Refinements {
+                scales: searched(ScaleSearch::Block),
+                group_aware: true,
+                asymmetric: ASYMMETRIC,
+                asymmetric_share: 1.0,
+            },
+        }
+    }
+}
+
+impl fmt::Display for Refinements {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut on = Vec::new();
+        if self.scales.signed {
+            on.push("signed scales".to_owned());
+        }
+        if self.scales.search != ScaleSearch::Off {
+            on.push(format!("scale search by {}", self.scales.search));
+        }
+        if self.group_aware {
+            on.push("group-aware order".to_owned());
+        }
+        if self.asymmetric > 0.0 {
+            let share = (self.asymmetric_share * 100.0).round();
+            on.push(format!("asymmetric calibration at {} on {share}% of the windows", self.asymmetric));
+        }
+        f.write_str(&if on.is_empty() { "plain GPTQ".to_owned() } else { on.join(", ") })
+    }
+}
+
+impl fmt::Display for Quality {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fast => "fast",
+            Self::Standard => "standard",
+            Self::Best => "best",
+        })
+    }
+}
+
+impl FromStr for Quality {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        [Self::Fast, Self::Standard, Self::Best].into_iter().find(|q| q.to_string() == text).ok_or_else(
+            || Error::Value {
+                what: "quality".into(),
+                expected: "fast, standard or best".into(),
+                found: text.into(),
+            },
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_say_what_they_turn_on() {
+        let said = [Quality::Fast, Quality::Standard, Quality::Best].map(|q| q.refinements().to_string());
+        assert_eq!(
+            said,
+            [
+                "plain GPTQ",
+                "signed scales, scale search by diagonal, group-aware order, \
+                 asymmetric calibration at 0.5 on 25% of the windows",
+                "signed scales, scale search by block, group-aware order, \
+                 asymmetric calibration at 0.5 on 100% of the windows",
+            ]
+        );
+    }
+
+    #[test]
+    fn presets_print_what_they_parse() {
+        for quality in [Quality::Fast, Quality::Standard, Quality::Best] {
+            assert_eq!(quality.to_string().parse::<Quality>().unwrap(), quality);
+        }
+        assert!("good".parse::<Quality>().is_err());
+    }
+}

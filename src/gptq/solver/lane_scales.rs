@@ -1,0 +1,191 @@
+//! The search for a group's scales on the CPU: the definition (`gptq::scale_search`) for a tile of rows at once.
+
+use super::{
+    instructions::Instructions,
+    kernel::{LANES, Lane, Panel, Tile, span},
+};
+use crate::{accuracy::Scales, gptq::Grid};
+
+/// What is tried.
+pub(super) struct Search {
+    grid: Grid,
+    factors: Vec<f64>,
+    finalists: usize,
+}
+
+/// The most scales that the block decides between.
+const MAX_FINALISTS: usize = 16;
+
+impl Search {
+    pub(super) fn new(grid: Grid, scales: Scales) -> Self {
+        let finalists = scales.finalists();
+        assert!(finalists <= MAX_FINALISTS, "finalists have a fixed place");
+        Self { grid, factors: grid.factors(scales), finalists }
+    }
+}
+
+/// A step for each row, and what it costs.
+#[derive(Clone, Copy)]
+pub(super) struct Candidate {
+    cost: Lane,
+    pub(super) scale: Lane,
+    pub(super) zero: Lane,
+}
+
+impl Candidate {
+    /// Costs more than any, and would be refused.
+    const NONE: Self = Self { cost: [f32::INFINITY; LANES], scale: [f32::NAN; LANES], zero: [0.0; LANES] };
+
+    /// Changes places with `other` in the rows in which that costs less; the first of equals stays.
+    #[inline(always)]
+    fn sort_with(&mut self, other: &mut Self) {
+        for l in 0..LANES {
+            let less = other.cost[l] < self.cost[l];
+            let sorted = |a: f32, b: f32| if less { (b, a) } else { (a, b) };
+            (self.cost[l], other.cost[l]) = sorted(self.cost[l], other.cost[l]);
+            (self.scale[l], other.scale[l]) = sorted(self.scale[l], other.scale[l]);
+            (self.zero[l], other.zero[l]) = sorted(self.zero[l], other.zero[l]);
+        }
+    }
+}
+
+/// Fits scale and zero of the group at `start..end` to the compensated weights in the tile's differences.
+#[inline(always)]
+pub(super) fn fit_scales<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+    let mut best = [Candidate::NONE; MAX_FINALISTS];
+    let best = &mut best[..panel.search.finalists.max(1)];
+    by_diagonal(panel.search, &tile.differences[start..end], &panel.pivots[start..end], best);
+    let (first, others) = best.split_at_mut(1);
+    if !others.is_empty() {
+        by_block::<I>(panel, tile, start, end, &mut first[0]);
+        for other in others {
+            by_block::<I>(panel, tile, start, end, other);
+            first[0].sort_with(other);
+        }
+    }
+    let group = panel.groups[start] as usize;
+    (tile.scales[group], tile.zeros[group]) = (first[0].scale, first[0].zero);
+}
+
+/// The best step of each row by the diagonal. `weights` `[g]` are compensated, `pivots` `[g]` are `Ũ_ii`.
+pub(super) fn best_by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+            // SAFETY: the features were detected on the line above.
+            return unsafe { best_avx512(search, weights, pivots) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the features were detected on the line above.
+            return unsafe { best_avx2(search, weights, pivots) };
+        }
+    }
+    best_any(search, weights, pivots)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,fma")]
+fn best_avx512(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
+    best_any(search, weights, pivots)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn best_avx2(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
+    best_any(search, weights, pivots)
+}
+
+#[inline(always)]
+fn best_any(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
+    let mut best = [Candidate::NONE];
+    by_diagonal(search, weights, pivots, &mut best);
+    best[0]
+}
+
+/// The best steps of each row by `Σ Ũ_ii² (q_i − w_i)²`, in ascending order.
+#[inline(always)]
+fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Candidate]) {
+    let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+    for weights in weights {
+        for l in 0..LANES {
+            min[l] = if weights[l] < min[l] { weights[l] } else { min[l] };
+            max[l] = if weights[l] > max[l] { weights[l] } else { max[l] };
+        }
+    }
+    for (i, &factor) in search.factors.iter().enumerate() {
+        let mut candidate = Candidate::NONE;
+        for l in 0..LANES {
+            let step = search.grid.fit_scaled(f64::from(min[l]), f64::from(max[l]), factor);
+            candidate.scale[l] = step.scale.to_f32();
+            candidate.zero[l] = f32::from(step.zero);
+        }
+        if search.factors.len() == 1 {
+            best[0] = candidate;
+            return;
+        }
+        candidate.cost = diagonal_cost(search.grid, weights, pivots, &candidate);
+        if i == 0 {
+            // Where no cost is a number, as no scale fits fp16, this one is refused.
+            best[0] = Candidate { cost: candidate.cost.map(|c| c.min(f32::INFINITY)), ..candidate };
+            continue;
+        }
+        for better in &mut *best {
+            better.sort_with(&mut candidate);
+        }
+    }
+}
+
+#[inline(always)]
+fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate) -> Lane {
+    let max_code = f32::from(grid.max_code());
+    let (mut inverse, mut lowest, mut highest) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
+    for l in 0..LANES {
+        inverse[l] = 1.0 / step.scale[l];
+        (lowest[l], highest[l]) = (-step.zero[l], max_code - step.zero[l]);
+    }
+    let mut cost = [0.0f32; LANES];
+    for (weights, pivot) in weights.iter().zip(pivots) {
+        for l in 0..LANES {
+            let offset = (weights[l] * inverse[l]).round_ties_even().max(lowest[l]).min(highest[l]);
+            let error = (offset * step.scale[l] - weights[l]) * pivot;
+            cost[l] += error * error;
+        }
+    }
+    cost
+}
+
+/// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses.
+#[inline(always)]
+fn by_block<I: Instructions>(
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    start: usize,
+    end: usize,
+    step: &mut Candidate,
+) {
+    let max_code = f32::from(panel.grid.max_code());
+    let (weights, d) = (&*tile.differences, &mut *tile.trial);
+    let inverse = step.scale.map(|s| 1.0 / s);
+    step.cost = [0.0; LANES];
+    let mut c = start;
+    while c < end {
+        let (first, next) = span(c, end);
+        let mut sums = I::product(panel.rows(first, start..c), &d[start..c]);
+        let own = panel.rows(first, c..next);
+        for column in c..next {
+            let sum = &mut sums[column - first];
+            I::add_column(sum, own, column - first, &d[c..column]);
+            let pivot = panel.pivots[column];
+            let inverse_pivot = 1.0 / pivot;
+            for l in 0..LANES {
+                let target = weights[column][l] - sum[l] * inverse_pivot;
+                let code = ((target * inverse[l]).round_ties_even() + step.zero[l]).clamp(0.0, max_code);
+                let quantized = (code - step.zero[l]) * step.scale[l];
+                let error = (quantized - target) * pivot;
+                d[column][l] = quantized - weights[column][l];
+                step.cost[l] += error * error;
+            }
+        }
+        c = next;
+    }
+}

@@ -1,0 +1,166 @@
+//! The unquantized model's activations of a layer, kept beside the quantized ones: what linears aim at in asymmetric
+//! calibration.
+
+use std::{ops::Range, sync::Arc};
+
+use tch::Tensor;
+
+use super::{member::Member, stream::Stream, window_file::WindowFile};
+use crate::{
+    error::{Result, TorchContext},
+    gptq::{Drift, Hessian},
+    model::{Linear, Stage, add},
+};
+
+/// What a stage's inputs are told by.
+pub(super) struct Capture {
+    pub(super) hessian: Hessian,
+    /// How far they are from the unquantized model's, where that is followed.
+    pub(super) drift: Option<Drift>,
+}
+
+impl Capture {
+    /// Adds another device's sums over other tokens.
+    pub(super) fn absorb(&mut self, other: Self) -> Result<()> {
+        self.hessian.absorb(other.hessian)?;
+        if let (Some(own), Some(drift)) = (&mut self.drift, other.drift) {
+            own.absorb(drift)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a batch of inputs, and what the unquantized model has in their place in the first of its windows.
+    pub(super) fn add(&mut self, inputs: &Tensor, dense: Option<&Tensor>) -> Result<()> {
+        self.hessian.add(inputs)?;
+        let (Some(drift), Some(dense)) = (&mut self.drift, dense) else { return Ok(()) };
+        drift.add(&inputs.f_narrow(0, 0, dense.size()[0]).torch("split a batch")?, dense)
+    }
+}
+
+/// Activations of the unquantized model in one layer, of all windows.
+pub(super) struct DenseLayer {
+    /// Inputs of o.
+    attended: Stream,
+    /// Hidden states between attention and MLP.
+    middle: Stream,
+    /// Inputs of down.
+    activated: Stream,
+    /// Hidden states behind the layer, unless it is the last.
+    next: Stream,
+}
+
+impl DenseLayer {
+    pub(super) fn streams_mut(&mut self) -> [&mut Stream; 4] {
+        [&mut self.attended, &mut self.middle, &mut self.activated, &mut self.next]
+    }
+}
+
+impl Member<'_> {
+    /// Runs a layer as it is on the unquantized model's hidden states, which are stream `dense`, and keeps what its stages
+    /// get. What comes out goes into the journal's `file` too; nothing does in the `last` layer.
+    pub(super) fn run_dense(
+        &mut self,
+        dense: usize,
+        file: Option<&Arc<WindowFile>>,
+        last: bool,
+    ) -> Result<()> {
+        let config = self.config();
+        let (hidden, attention, wide) =
+            (config.hidden_size, config.attention_width(), config.intermediate_size);
+        self.dense = Some(DenseLayer {
+            attended: self.stream_like(dense, attention),
+            middle: self.stream_like(dense, hidden),
+            activated: self.stream_like(dense, wide),
+            next: self.stream_like(dense, hidden),
+        });
+        self.set_dense(Stage::AttentionInput)?;
+        self.each_batch(
+            dense,
+            |member, i| {
+                let x = member.attention_input(dense, i)?;
+                member.attend(&x)
+            },
+            |member, i, attended| member.dense_layer().attended.put(i, attended),
+        )?;
+        self.set_dense(Stage::AttentionOutput)?;
+        self.each_batch(
+            dense,
+            |member, i| {
+                let attended = member.dense_layer().attended.get(i)?;
+                let output = member.linears[0].forward(&attended)?;
+                add(&member.hidden[dense].get(i)?, &output)
+            },
+            |member, i, middle| member.dense_layer().middle.put(i, middle),
+        )?;
+        self.set_dense(Stage::MlpInput)?;
+        self.each_batch(
+            dense,
+            |member, i| {
+                let middle = member.dense_layer().middle.get(i)?;
+                member.activate(&middle)
+            },
+            |member, i, activated| member.dense_layer().activated.put(i, activated),
+        )?;
+        if !last {
+            self.set_dense(Stage::MlpOutput)?;
+            self.each_batch(
+                dense,
+                |member, i| {
+                    let activated = member.dense_layer().activated.get(i)?;
+                    let output = member.linears[0].forward(&activated)?;
+                    add(&member.dense_layer().middle.get(i)?, &output)
+                },
+                |member, i, hidden| {
+                    let next = &mut member.dense_layer().next;
+                    match file {
+                        Some(file) => next.put_in_journal(i, hidden, file),
+                        None => next.put(i, hidden),
+                    }
+                },
+            )?;
+        }
+        self.linears.clear();
+        Ok(())
+    }
+
+    /// The layer is done: the unquantized model's hidden states, stream `dense`, are those behind it.
+    pub(super) fn leave_dense(&mut self, dense: usize) {
+        if let Some(layer) = self.dense.take() {
+            self.hidden[dense] = layer.next;
+        }
+    }
+
+    /// What the unquantized model, stream `dense`, has as a stage's inputs in the windows of a batch of another stream: in the
+    /// first of them, as far as it is followed.
+    pub(super) fn dense_inputs(
+        &mut self,
+        stage: Stage,
+        dense: Option<usize>,
+        stream: usize,
+        i: usize,
+    ) -> Result<Option<Tensor>> {
+        let Some(dense) = dense else { return Ok(None) };
+        let Range { start, end } = self.hidden[stream].batches()[i].clone();
+        let windows = start..end.min(self.followed.end);
+        if windows.is_empty() {
+            return Ok(None);
+        }
+        let inputs = match stage {
+            Stage::AttentionInput => {
+                let hidden = self.hidden[dense].of_windows(&windows)?;
+                self.norm(&hidden, stage)?
+            }
+            Stage::AttentionOutput => self.dense_layer().attended.of_windows(&windows)?,
+            Stage::MlpInput => {
+                let middle = self.dense_layer().middle.of_windows(&windows)?;
+                self.norm(&middle, stage)?
+            }
+            Stage::MlpOutput => self.dense_layer().activated.of_windows(&windows)?,
+        };
+        Ok(Some(inputs))
+    }
+
+    fn dense_layer(&mut self) -> &mut DenseLayer {
+        self.dense.as_mut().expect("the unquantized model runs through a layer first")
+    }
+}

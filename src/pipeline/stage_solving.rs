@@ -1,0 +1,167 @@
+//! Solving the linears of one stage, for some variants of a team.
+
+use std::time::Instant;
+
+use tch::Tensor;
+
+use super::{
+    dense_path::Capture,
+    machine::return_free_memory,
+    stage_memory::At,
+    team::{SharedSink, Team, lock},
+};
+use crate::{
+    checkpoint::{LinearId, LinearKind},
+    error::Result,
+    gptq::{
+        Drift,
+        solver::{Factorization, Factorized, Solved, Weight},
+    },
+    model::Stage,
+    progress::Event,
+    variant::Sorting,
+};
+
+/// How one linear fared.
+#[derive(Debug, Clone)]
+pub(super) struct Record {
+    pub(super) relative_error: f64,
+    pub(super) facts: Factorization,
+    /// The linear's share of its stage's time, by size.
+    pub(super) seconds: f64,
+    /// Output features that were rounded to nearest, as that is better.
+    pub(super) uncompensated: usize,
+    /// Why all of it was, if it was.
+    pub(super) fallback: Option<String>,
+}
+
+impl Team<'_> {
+    pub(super) fn solve_one(
+        &self,
+        layer: usize,
+        stage: Stage,
+        captured: Capture,
+        variant: usize,
+        sink: &SharedSink<'_>,
+    ) -> Result<Vec<Solved>> {
+        let solved = self.solve_stage(layer, stage, captured, &[variant], sink)?;
+        Ok(solved.into_iter().next().unwrap_or_default())
+    }
+
+    /// Solves a stage for some variants; returns the quantized linears of each.
+    pub(super) fn solve_stage(
+        &self,
+        layer: usize,
+        stage: Stage,
+        captured: Capture,
+        variants: &[usize],
+        sink: &SharedSink<'_>,
+    ) -> Result<Vec<Vec<Solved>>> {
+        return_free_memory();
+        let sink = || lock(sink);
+        let progress = self.around.progress;
+        let weights = self.members[0].weights();
+        let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
+        let name = format!("layer {layer}, {}", stage.name());
+        let Capture { hessian, drift } = captured;
+        if let Some(text) = hessian.warning() {
+            progress.event(&Event::Warning(text));
+            sink().warn(text.to_owned());
+        }
+        self.around.memory.enter(At::Solving);
+        let mut hessian = Some(hessian.finish(&name)?);
+        let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
+        let values = |kind: LinearKind| &weights.of(kind).0;
+        let dense: Vec<Weight<'_>> =
+            ids.iter().zip(&names).map(|(id, name)| Weight { name, values: values(id.kind) }).collect();
+        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w.values)));
+        let energies = energies.collect::<Result<Vec<_>>>()?;
+        let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
+
+        let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
+        for (position, &variant) in variants.iter().enumerate() {
+            let order = self.task.refinements.sorting(&self.task.variants[variant]);
+            match by_order.iter_mut().find(|(o, _)| *o == order) {
+                Some((_, list)) => list.push(position),
+                None => by_order.push((order, vec![position])),
+            }
+        }
+        let orders = by_order.len();
+        for (i, (order, list)) in by_order.into_iter().enumerate() {
+            let begun = Instant::now();
+            let factor = {
+                let hessian = hessian.as_ref().expect("kept until the last order");
+                self.solver.factorize(hessian, order, self.task.damp, &name)?
+            };
+            if i + 1 == orders {
+                hessian = None;
+            }
+            self.warn(&name, factor.facts());
+            let aimed = self.aimed(&*factor, drift.as_ref(), &dense, &name)?;
+            let weights: Vec<Weight<'_>> = match &aimed {
+                Some(aimed) => dense.iter().zip(aimed).map(|(w, values)| Weight { values, ..*w }).collect(),
+                None => dense.clone(),
+            };
+            // The factorization is shared by this order's variants, and so is its time.
+            let factor_seconds = begun.elapsed().as_secs_f64() / list.len() as f64;
+            for position in list {
+                self.around.go_on()?;
+                let variant = &self.task.variants[variants[position]];
+                let begun = Instant::now();
+                let solutions = factor.solve(&weights, variant)?;
+                let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
+                let size = |linear: &Solved| linear.in_features() * linear.out_features();
+                let total: usize = solutions.iter().map(|s| size(&s.linear)).sum();
+                for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
+                    let relative_error =
+                        if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
+                    let share = size(&solution.linear) as f64 / total as f64;
+                    let (facts, fallback) = (factor.facts().clone(), solution.fallback);
+                    if let Some(reason) = &fallback {
+                        progress.event(&Event::Warning(&format!(
+                            "{id}, {variant}: rounded to nearest: {reason}"
+                        )));
+                    }
+                    let (seconds, uncompensated) = (seconds * share, solution.uncompensated);
+                    let record = Record { relative_error, facts, seconds, uncompensated, fallback };
+                    progress.event(&Event::Linear {
+                        name: &id.to_string(),
+                        variant: &variant.to_string(),
+                        relative_error,
+                    });
+                    self.around.memory.enter(At::Packing);
+                    sink().take(variants[position], *id, &solution.linear, record)?;
+                    self.around.memory.enter(At::Solving);
+                    solved[position].push(solution.linear);
+                }
+                progress.advance(1);
+            }
+        }
+        self.around.memory.enter(At::Calibrating);
+        Ok(solved)
+    }
+
+    /// The weights that aim at what the unquantized model computes, where it is followed.
+    fn aimed(
+        &self,
+        factor: &dyn Factorized,
+        drift: Option<&Drift>,
+        dense: &[Weight<'_>],
+        stage: &str,
+    ) -> Result<Option<Vec<Tensor>>> {
+        let Some(drift) = drift.filter(|drift| drift.tokens() > 0) else { return Ok(None) };
+        let alpha = self.task.refinements.asymmetric;
+        let aimed = dense.iter().map(|w| factor.aimed(w, &drift.of(w.values, alpha, stage)?));
+        aimed.collect::<Result<_>>().map(Some)
+    }
+
+    fn warn(&self, stage: &str, facts: &Factorization) {
+        if facts.damp_raised > 0 {
+            let text = format!(
+                "{stage}: not positive definite at damping {}; raised {} times to {}",
+                self.task.damp, facts.damp_raised, facts.damp
+            );
+            self.around.progress.event(&Event::Warning(&text));
+        }
+    }
+}

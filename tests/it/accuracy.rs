@@ -1,0 +1,100 @@
+//! What is done beyond plain GPTQ: what presets turn on, that it shows where it should and nowhere else, and that it helps.
+
+use serde_json::{Value, json};
+
+use crate::{
+    helpers::{Lab, demo, read_json, text_of},
+    safetensors_file,
+};
+
+const OFF: [&str; 7] =
+    ["--unsigned-scales", "--scale-search", "off", "--act-group-aware", "false", "--asymmetric", "0"];
+
+#[test]
+fn presets_say_what_they_turn_on_and_files_hold_it() {
+    let lab = Lab::new();
+    let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    let said = "quality standard: signed scales, scale search by diagonal, group-aware order, \
+                asymmetric calibration at 0.5 on 25% of the windows";
+    assert!(output.stderr.contains(said), "{}", output.stderr);
+    let refinements = json!({
+        "signed_scales": true, "scale_search": "diagonal", "act_group_aware": true, "asymmetric": 0.5,
+        "asymmetric_share": 0.25,
+    });
+    let report = read_json(&lab.out().join("run.json"));
+    assert_eq!((&report["plan"]["quality"], &report["refinements"]), (&"standard".into(), &refinements));
+    let config = &read_json(&lab.branch().join("config.json"))["quantization_config"];
+    assert_eq!((&config["desc_act"], &config["act_group_aware"]), (&false.into(), &true.into()));
+    assert_eq!(config["meta"]["quality"], "standard");
+    for (key, value) in refinements.as_object().unwrap() {
+        assert_eq!(config["meta"][key], *value, "{key}");
+    }
+
+    let out = text_of(&lab.path("fast"));
+    let output = lab.quantize(&["--variant", "4bit-32g", "--quality", "fast", "--out", &out]).succeeds();
+    assert!(output.stderr.contains("quality fast: plain GPTQ\n"), "{}", output.stderr);
+}
+
+#[test]
+fn fast_is_what_is_left_with_everything_off() {
+    let lab = Lab::new();
+    let variants =
+        ["--variant", "4bit-32g", "--variant", "4bit-32g-act", "--variant", "3bit-48g-static-asym"];
+    let [fast, off] = ["fast", "off"].map(|name| text_of(&lab.path(name)));
+    lab.quantize(&[&variants[..], &["--quality", "fast", "--out", &fast]].concat()).succeeds();
+    lab.quantize(&[&variants[..], &OFF, &["--out", &off]].concat()).succeeds();
+    for branch in ["gptq-4bit-32g-actorder_False", "gptq-4bit-32g-actorder_True"] {
+        let [fast, off] =
+            ["fast", "off"].map(|name| safetensors_file::read_folder(&lab.path(name).join(branch)));
+        assert!(fast == off, "{branch}");
+    }
+}
+
+#[test]
+fn negative_scales_are_used_told_of_and_turned_off() {
+    let lab = Lab::new();
+    let signs = |flags: &[&str], name: &str| {
+        let out = text_of(&lab.path(name));
+        let common = ["--variant", "4bit-32g-act", "--out", &out];
+        lab.quantize(&[&common[..], flags].concat()).succeeds();
+        let branch = lab.path(name).join("gptq-4bit-32g-actorder_True");
+        // Every linear with the matmul that runs it, against fp64.
+        let verified =
+            lab.verify(&branch, &["--against", &text_of(&lab.model()), "--device", "cpu", "--json"]).json();
+        let negative = safetensors_file::read_folder(&branch)
+            .iter()
+            .filter(|(name, _)| name.ends_with(".scales"))
+            .map(|(_, scales)| scales.halves().iter().filter(|s| s.to_f32() < 0.0).count() as u64)
+            .sum::<u64>();
+        assert_eq!(verified["scales"]["negative"], negative);
+        (negative, verified["scales"]["all"].as_u64().unwrap())
+    };
+    let (negative, all) = signs(&[], "standard");
+    assert!(negative > all / 4 && negative < all * 3 / 4, "{negative} of {all}");
+    let text = lab.verify(&lab.path("standard/gptq-4bit-32g-actorder_True"), &[]).succeeds().stdout;
+    assert!(text.contains(&format!("{negative} of {all} scales are negative")), "{text}");
+    assert_eq!(signs(&["--unsigned-scales"], "unsigned").0, 0);
+    assert_eq!(signs(&["--quality", "fast"], "fast").0, 0);
+}
+
+/// Of the bundled model, 32 windows of 256 tokens; the evaluation is on text that is not among them.
+#[test]
+fn each_preset_is_closer_to_the_model_than_the_one_before() {
+    let lab = Lab::empty();
+    let (model, text) = (text_of(&demo("")), text_of(&demo("calibration.parquet")));
+    let divergences = |quality: &str| -> Vec<f64> {
+        let out = text_of(&lab.path(quality));
+        let evaluation = text_of(&demo("evaluation.parquet"));
+        let flags = ["--model", &model, "--dataset", &text, "--out", &out, "--quality", quality, "--json"];
+        let shape = ["--samples", "32", "--seq-len", "256", "--eval", &evaluation, "--eval-windows", "16"];
+        let variants = ["--variant", "4bit-128g", "--variant", "4bit-128g-act"];
+        let report = lab.quantize(&[&flags[..], &shape, &variants].concat()).json();
+        let models = report["evaluations"][0]["models"].as_array().unwrap();
+        models.iter().map(|m: &Value| m["kl_divergence"]["value"].as_f64().unwrap()).collect()
+    };
+    let [fast, standard, best] = ["fast", "standard", "best"].map(divergences);
+    for branch in 0..fast.len() {
+        let [fast, standard, best] = [&fast, &standard, &best].map(|of| of[branch]);
+        assert!(standard < 0.9 * fast && best < standard, "{branch}: {fast}, {standard}, {best}");
+    }
+}
