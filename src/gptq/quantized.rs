@@ -39,6 +39,34 @@ impl QuantizedLinear {
         Self { bits, in_features, out_features, codes, scales, zeros, g_idx }
     }
 
+    /// One linear out of `parts` with some of its rows each, which share their groups: the `i`-th row of all parts, one after
+    /// another, is output feature `rows[i]`.
+    ///
+    /// # Panics
+    /// When there are no parts, or not as many rows in them as in `rows`.
+    pub fn joined(parts: &[Self], rows: &[i64]) -> Self {
+        fn gather<T: Copy + Default + Send + Sync>(parts: &[(&[T], usize)], rows: &[i64]) -> Vec<T> {
+            let n = rows.len();
+            let lines = parts.first().map_or(0, |(values, width)| values.len() / width);
+            let mut all = vec![T::default(); lines * n];
+            all.par_chunks_mut(n).enumerate().for_each(|(line, to)| {
+                let from = parts.iter().flat_map(|(values, width)| &values[line * width..][..*width]);
+                for (&value, &row) in from.zip(rows) {
+                    to[row as usize] = value;
+                }
+            });
+            all
+        }
+        let first = parts.first().expect("a linear has parts");
+        assert_eq!(parts.iter().map(|part| part.out_features).sum::<usize>(), rows.len());
+        let of = |part: &'_ Self| part.out_features;
+        let codes: Vec<_> = parts.iter().map(|part| (&part.codes[..], of(part))).collect();
+        let scales: Vec<_> = parts.iter().map(|part| (&part.scales[..], of(part))).collect();
+        let zeros: Vec<_> = parts.iter().map(|part| (&part.zeros[..], of(part))).collect();
+        let (codes, scales, zeros) = (gather(&codes, rows), gather(&scales, rows), gather(&zeros, rows));
+        Self::new(first.bits, codes, scales, zeros, first.g_idx.clone())
+    }
+
     /// Bits a code.
     pub fn bits(&self) -> Bits {
         self.bits

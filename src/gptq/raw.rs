@@ -99,6 +99,15 @@ pub(super) fn floats_mut(tensor: &mut Tensor) -> &mut [f32] {
     unsafe { std::slice::from_raw_parts_mut(pointer, rows * columns) }
 }
 
+/// All values of a contiguous CPU matrix of some kind, or their bits, to write to. The caller has the only tensor with this
+/// memory.
+pub(super) fn values_mut<T: bytemuck::Pod>(tensor: &mut Tensor) -> &mut [T] {
+    let (pointer, rows, columns) = check_kind::<T>(tensor, tensor.kind());
+    // SAFETY: `check_kind` made sure that they lie there and are as large; any bits are a `T`; the tensor is borrowed for
+    // writing meanwhile.
+    unsafe { std::slice::from_raw_parts_mut(pointer, rows * columns) }
+}
+
 /// All values of a contiguous bf16 CPU matrix, as bits.
 pub(super) fn bf16_bits(tensor: &Tensor) -> &[u16] {
     let (pointer, rows, columns) = check_kind::<u16>(tensor, Kind::BFloat16);

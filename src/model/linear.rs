@@ -3,9 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    amx,
     error::{Error, Result, TorchContext},
-    gptq::{QuantizedLinear, solver::Solved},
+    gptq::solver::Solved,
     kernels::{self, CudaMatmul},
     pack::PackedView,
 };
@@ -39,11 +38,7 @@ impl Dense {
     /// # Errors
     /// When memory ends.
     pub fn from_solved(linear: &Solved, bias: Option<&Tensor>, kind: Kind, device: Device) -> Result<Self> {
-        let transposed = match linear {
-            Solved::Host(linear) => dequantized(linear, kind)?,
-            Solved::Device(linear) => linear.dequantize(kind)?,
-        };
-        let weight = transposed.f_to_device(device).and_then(|w| w.f_tr()).torch("dequantize a linear")?;
+        let weight = linear.dequantize(kind)?.f_to_device(device).and_then(|w| w.f_tr()).torch("dequantize a linear")?;
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
         Ok(Self { weight, bias })
     }
@@ -80,20 +75,6 @@ impl Linear for Dense {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.f_linear(&self.weight, self.bias.as_ref()).torch("multiply with a weight")
     }
-}
-
-/// `[K, N]` on the CPU.
-fn dequantized(linear: &QuantizedLinear, kind: Kind) -> Result<Tensor> {
-    let size = [linear.in_features() as i64, linear.out_features() as i64];
-    let transposed = Tensor::f_empty(size, (kind, Device::Cpu)).torch("dequantize a linear")?;
-    match kind {
-        Kind::BFloat16 => {
-            linear.dequantize_into(values_mut(&transposed), |w| (amx::nearest_bf16(w) >> 16) as u16)
-        }
-        Kind::Half => linear.dequantize_into(values_mut(&transposed), half::f16::from_f32),
-        _ => linear.dequantize_into(values_mut(&transposed), |w: f32| w),
-    }
-    Ok(transposed)
 }
 
 /// The values of a tensor that was just made.

@@ -6,6 +6,7 @@
 //! At the start of a group its scale is fitted to the weights as compensated for everything before it,
 //! `w_g − (Ũ_ggᵀ)⁻¹ r_g` with `r_g = Σ_{j<g} Ũ_jg d_j`, wherever the group starts.
 
+mod by_rows;
 mod cholesky;
 mod cpu;
 mod cuda;
@@ -15,6 +16,7 @@ mod kernel;
 mod lane_scales;
 pub mod reference;
 mod rtn;
+mod solved;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
 mod torch;
@@ -25,10 +27,12 @@ use std::borrow::Borrow;
 use half::f16;
 use tch::{Kind, Tensor};
 
+pub use by_rows::{OutputFactor, solve_by_rows};
 pub use cpu::CpuSolver;
 pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes};
 pub use fallback::OrRounded;
 pub use rtn::RtnSolver;
+pub use solved::{Solution, Solved};
 pub use torch::TorchSolver;
 
 use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns, drift::divided};
@@ -98,58 +102,6 @@ pub struct Factorization {
     pub outlier_ratio: f64,
     /// The square of the largest over the smallest diagonal element of the factor: at most the condition number.
     pub condition_estimate: f64,
-}
-
-/// One solved linear.
-#[derive(Debug)]
-pub struct Solution {
-    /// Codes, scales, zeros, groups.
-    pub linear: Solved,
-    /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
-    pub squared_error: f64,
-    /// Output features that are rounded to nearest, as compensation would have made their error larger: with the common
-    /// grids it clips what it moves out of them.
-    pub uncompensated: usize,
-    /// Why it was rounded to nearest instead of solved, if it was: see [`OrRounded`].
-    pub fallback: Option<String>,
-}
-
-/// Codes, scales, zeros and groups, where the solver left them.
-#[derive(Debug)]
-pub enum Solved {
-    /// In the machine's memory.
-    Host(QuantizedLinear),
-    /// On a device.
-    Device(DeviceLinear),
-}
-
-impl Solved {
-    /// `K`.
-    pub fn in_features(&self) -> usize {
-        match self {
-            Self::Host(linear) => linear.in_features(),
-            Self::Device(linear) => linear.in_features(),
-        }
-    }
-
-    /// `N`.
-    pub fn out_features(&self) -> usize {
-        match self {
-            Self::Host(linear) => linear.out_features(),
-            Self::Device(linear) => linear.out_features(),
-        }
-    }
-
-    /// In the machine's memory.
-    ///
-    /// # Errors
-    /// When it cannot be copied from the device.
-    pub fn into_host(self) -> Result<QuantizedLinear> {
-        match self {
-            Self::Host(linear) => Ok(linear),
-            Self::Device(linear) => linear.to_host(),
-        }
-    }
 }
 
 /// A factorization, and what was decided on the way to it.

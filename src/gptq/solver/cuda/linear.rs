@@ -64,6 +64,34 @@ impl DeviceLinear {
         &self.g_idx
     }
 
+    /// One linear out of `parts` with some of its rows each, which share their groups: the `i`-th row of all parts, one after
+    /// another, is output feature `rows[i]`.
+    ///
+    /// # Errors
+    /// When memory ends.
+    ///
+    /// # Panics
+    /// When there are no parts.
+    pub fn joined(parts: &[Self], rows: &[i64]) -> Result<Self> {
+        let first = parts.first().expect("a linear has parts");
+        let join = || -> Result<_, TchError> {
+            let places = Tensor::f_from_slice(rows)?.f_argsort(0, false)?.f_to_device(first.launcher.device())?;
+            let gather = |part: fn(&Self) -> &Tensor| {
+                Tensor::f_cat(&parts.iter().map(part).collect::<Vec<_>>(), 1)?.f_index_select(1, &places)
+            };
+            Ok(Self {
+                bits: first.bits,
+                codes: gather(|part| &part.codes)?,
+                scales: gather(|part| &part.scales)?,
+                zeros: gather(|part| &part.zeros)?,
+                g_idx: first.g_idx.clone(),
+                device_g_idx: first.device_g_idx.shallow_clone(),
+                launcher: Arc::clone(&first.launcher),
+            })
+        };
+        join().torch("join a linear's rows")
+    }
+
     /// Packs on the device and copies to the host.
     ///
     /// # Errors

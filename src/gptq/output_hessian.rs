@@ -1,0 +1,145 @@
+//! What errors in a linear's outputs cost at the end of the model.
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use crate::error::{Error, Result, TorchContext};
+
+/// Output features whose joint cost is looked at; more fall into runs of about this many.
+const BLOCK: usize = 2048;
+/// Runs of output features begin at multiples of this, so that heads are not cut.
+const GRAIN: usize = 128;
+
+/// `G = 1/T Σ g gᵀ` over calibration tokens, `g` the gradient of `−log p(y)` with respect to a linear's output, with `y`
+/// drawn from what the model itself predicts. `G ⊗ H` approximates the Fisher information of the linear's weight (K-FAC,
+/// arXiv 1503.05671), so that an error `D` of it moves the model's predictions by a KL divergence of about `½ tr(G D H Dᵀ)`
+/// (as YAQA uses it, arXiv 2505.22988).
+///
+/// Of many output features only the blocks of runs of neighbours on the diagonal are known.
+#[derive(Debug)]
+pub struct OutputHessian {
+    /// `[n, n]` fp32 each, for consecutive runs of output features.
+    blocks: Vec<Tensor>,
+    tokens: u64,
+}
+
+impl OutputHessian {
+    /// Nothing yet, for `out_features` outputs.
+    ///
+    /// # Errors
+    /// When libtorch cannot allocate it.
+    pub fn new(out_features: usize, device: Device) -> Result<Self> {
+        let zeros = |n: usize| {
+            let n = n as i64;
+            Tensor::f_zeros([n, n], (Kind::Float, device)).torch("allocate an output Hessian")
+        };
+        let blocks = runs(out_features).into_iter().map(zeros).collect::<Result<_>>()?;
+        Ok(Self { blocks, tokens: 0 })
+    }
+
+    /// Adds the gradients of a batch, `[…, N]` fp32.
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn add(&mut self, gradients: &Tensor) -> Result<()> {
+        let mut accumulate = || -> Result<(), TchError> {
+            let n: i64 = self.blocks.iter().map(|block| block.size()[0]).sum();
+            let g = gradients.f_reshape([-1, n])?;
+            self.tokens += g.size()[0] as u64;
+            let mut first = 0;
+            for block in &mut self.blocks {
+                let rows = block.size()[0];
+                let part = g.f_narrow(1, first, rows)?;
+                let _ = block.f_addmm_(&part.f_tr()?, &part)?;
+                first += rows;
+            }
+            Ok(())
+        };
+        accumulate().torch("accumulate an output Hessian")
+    }
+
+    /// Adds another device's sums over other tokens.
+    ///
+    /// # Errors
+    /// When they cannot be copied.
+    pub fn absorb(&mut self, other: Self) -> Result<()> {
+        for (block, more) in self.blocks.iter_mut().zip(&other.blocks) {
+            let added = more.f_to_device(block.device()).and_then(|more| block.f_add_(&more).map(drop));
+            added.torch("add two output Hessians")?;
+        }
+        self.tokens += other.tokens;
+        Ok(())
+    }
+
+    /// The mean over tokens, block by block. `linear` names it in errors.
+    ///
+    /// # Errors
+    /// When a gradient was NaN or infinite.
+    pub fn finish(self, linear: &str) -> Result<Vec<Tensor>> {
+        let (mut broken, mut total) = (0, 0);
+        let tokens = self.tokens.max(1) as f64;
+        for block in &self.blocks {
+            let divide = || i64::try_from(block.shallow_clone().f_div_scalar_(tokens)?.f_isfinite()?.f_sum(Kind::Int64)?);
+            total += block.numel() as u64;
+            broken += block.numel() as u64 - divide().torch("scale an output Hessian")? as u64;
+        }
+        if broken > 0 {
+            let place = format!("gradients of the outputs of {linear}");
+            return Err(Error::NonFinite { place, count: broken, total, computed: true });
+        }
+        Ok(self.blocks)
+    }
+
+    /// Numbers that are kept of `out_features` outputs.
+    pub fn numbers(out_features: usize) -> usize {
+        runs(out_features).iter().map(|n| n * n).sum()
+    }
+
+    /// The sizes of the blocks of `out_features` outputs.
+    pub fn block_sizes(out_features: usize) -> Vec<usize> {
+        runs(out_features)
+    }
+}
+
+/// Lengths of the runs that output features fall into, as even as whole grains allow.
+fn runs(out_features: usize) -> Vec<usize> {
+    let parts = out_features.div_ceil(BLOCK);
+    let grains = out_features.div_ceil(GRAIN);
+    let end = |part: usize| (part * grains / parts * GRAIN).min(out_features);
+    (0..parts).map(|part| end(part + 1) - end(part)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_whole_grains_of_about_a_block() {
+        assert_eq!(runs(384), [384]);
+        assert_eq!(runs(2048), [2048]);
+        assert_eq!(runs(4096), [2048, 2048]);
+        for n in [5, 2050, 11008, 28672, 100_001] {
+            let runs = runs(n);
+            assert_eq!(runs.iter().sum::<usize>(), n);
+            assert!(runs.iter().all(|&run| run > 0 && run <= BLOCK + GRAIN), "{runs:?}");
+            assert!(runs.iter().rev().skip(1).all(|run| run.is_multiple_of(GRAIN)), "{runs:?}");
+        }
+    }
+
+    #[test]
+    fn it_is_the_mean_of_outer_products() {
+        tch::manual_seed(5);
+        let g = Tensor::randn([2, 30, 7], (Kind::Float, Device::Cpu));
+        let (mut one, mut other) =
+            (OutputHessian::new(7, Device::Cpu).unwrap(), OutputHessian::new(7, Device::Cpu).unwrap());
+        one.add(&g.narrow(0, 0, 1)).unwrap();
+        other.add(&g.narrow(0, 1, 1)).unwrap();
+        one.absorb(other).unwrap();
+        let flat = g.reshape([-1, 7]);
+        let expected = flat.tr().mm(&flat) / 60.0;
+        assert!(one.finish("test").unwrap()[0].allclose(&expected, 1e-5, 1e-6, false));
+
+        let mut broken = OutputHessian::new(7, Device::Cpu).unwrap();
+        broken.add(&(g * f64::INFINITY)).unwrap();
+        assert!(matches!(broken.finish("test"), Err(Error::NonFinite { .. })));
+    }
+}

@@ -1,0 +1,177 @@
+//! Feedback between output features: rows are solved in turn, each aiming at what makes good for the errors of those before.
+//!
+//! Where an error `D = Ŵ − W` costs `tr(G D H Dᵀ)`, with `G = Ũ Ũᵀ` and `Ũ` upper triangular, rows are to the left what columns
+//! are to the right: behind rows with errors `D_j`, rows `b` are best at `W_b − (Ũ_bbᵀ)⁻¹ Σ_{j<b} Ũ_jbᵀ D_j`, whatever `H` is,
+//! and are solved for that as if they were alone. Babai's nearest plane on `G ⊗ H`, but for the rows of one step, which are
+//! not told of each other. (YAQA, arXiv 2505.22988, has both feedbacks in one expression and without groups' scales.)
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{Factorized, Solution, Solved, Weight, damping_steps};
+use crate::{
+    error::{NumericalError, Result, TorchContext},
+    gptq::Hessian,
+    variant::Variant,
+};
+
+/// Rows of a block that are solved together.
+const ROWS: i64 = 32;
+
+/// A block of an output Hessian, factorized: of some output features, the ones whose errors cost most first.
+pub struct OutputFactor {
+    /// `[n]` output features, in the order in which they are solved.
+    rows: Tensor,
+    /// `Ũ` `[n, n]` in that order.
+    upper: Tensor,
+}
+
+impl OutputFactor {
+    /// Damps and factorizes all blocks of an output Hessian, on `device`. `damp` is a fraction of the mean diagonal, and raised
+    /// only when a factorization fails. `linear` names it in errors.
+    ///
+    /// # Errors
+    /// When one stays indefinite at full damping, or memory ends.
+    pub fn all(blocks: &[Tensor], damp: f64, device: Device, linear: &str) -> Result<Vec<Self>> {
+        let mut first = 0;
+        let mut factors = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let factor = || -> Result<_, TchError> { Self::of(&block.f_to_device(device)?, first, damp) };
+            let factor = factor().torch("factorize an output Hessian")?;
+            let name = || format!("outputs of {linear}");
+            factors.push(factor.ok_or_else(|| NumericalError::NotPositiveDefinite { stage: name(), damp: 1.0 })?);
+            first += block.size()[0];
+        }
+        Ok(factors)
+    }
+
+    /// `None` when it is not positive definite at any damping.
+    fn of(block: &Tensor, first: i64, damp: f64) -> Result<Option<Self>, TchError> {
+        let diagonal = block.f_diagonal(0, 0, 1)?;
+        let mean = f64::try_from(diagonal.f_mean(Kind::Float)?)?;
+        // With both axes reversed `Ũ` is the plain lower factor.
+        let reversed = diagonal.f_argsort_stable(true, 0, true)?.f_flip([0])?;
+        let ordered = block.f_index_select(0, &reversed)?.f_index_select(1, &reversed)?;
+        let rows = reversed.f_flip([0])?.f_add_scalar(first)?;
+        // Outputs that nothing depends on.
+        let unit = if mean > 0.0 { mean } else { 1.0 };
+        for damp in damping_steps(damp) {
+            let damped = ordered.f_add(&Tensor::f_eye(block.size()[0], (Kind::Float, block.device()))?.f_mul_scalar(damp * unit)?)?;
+            let (lower, info) = damped.f_linalg_cholesky_ex(false, false)?;
+            if i64::try_from(info)? == 0 {
+                return Ok(Some(Self { rows, upper: lower.f_flip([0, 1])? }));
+            }
+        }
+        Ok(None)
+    }
+
+    fn len(&self) -> i64 {
+        self.upper.size()[0]
+    }
+}
+
+/// Quantizes weights, which share the inputs of `hessian` and its factorization, with feedback between the rows of each:
+/// `outputs` are the factors of each weight's output Hessian. `go_on` is asked between steps.
+///
+/// # Errors
+/// As for [`Factorized::solve`], and whatever `go_on` says.
+pub fn solve_by_rows(
+    factor: &dyn Factorized,
+    hessian: &Hessian,
+    weights: &[Weight<'_>],
+    outputs: &[Vec<OutputFactor>],
+    variant: &Variant,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<Vec<Solution>> {
+    let device = hessian.matrix().device();
+    let mut strands = Vec::new();
+    for (index, (weight, factors)) in weights.iter().zip(outputs).enumerate() {
+        for factor in factors {
+            strands.push(Strand::new(index, weight, factor, device).torch("take rows of a weight")?);
+        }
+    }
+    let longest = strands.iter().map(|strand| strand.output.len()).max().unwrap_or(0);
+    for start in (0..longest).step_by(ROWS as usize) {
+        go_on()?;
+        let going: Vec<usize> = (0..strands.len()).filter(|&s| start < strands[s].output.len()).collect();
+        let aimed = going.iter().map(|&s| strands[s].aimed(start)).collect::<Result<Vec<_>, _>>();
+        let aimed = aimed.torch("aim rows of a weight")?;
+        let rows: Vec<Weight<'_>> = going
+            .iter()
+            .zip(&aimed)
+            .map(|(&s, values)| Weight { name: weights[strands[s].weight].name, values })
+            .collect();
+        for (&s, solution) in going.iter().zip(factor.solve(&rows, variant)?) {
+            strands[s].take(start, solution)?;
+        }
+    }
+    let mut strands = strands.into_iter().peekable();
+    let mut solutions = Vec::with_capacity(weights.len());
+    for index in 0..weights.len() {
+        let own: Vec<Strand<'_>> = std::iter::from_fn(|| strands.next_if(|strand| strand.weight == index)).collect();
+        solutions.push(joined(own, hessian)?);
+    }
+    Ok(solutions)
+}
+
+/// The rows of one block of one weight.
+struct Strand<'a> {
+    /// Which weight.
+    weight: usize,
+    output: &'a OutputFactor,
+    /// `[n, K]` fp32 as are the following, in the block's order.
+    values: Tensor,
+    /// `Ŵ − W` of the rows that are solved.
+    differences: Tensor,
+    solved: Vec<Solution>,
+}
+
+impl<'a> Strand<'a> {
+    fn new(weight: usize, of: &Weight<'_>, output: &'a OutputFactor, device: Device) -> Result<Self, TchError> {
+        let values = of.values.f_to_device(device)?.f_index_select(0, &output.rows)?.f_to_kind(Kind::Float)?;
+        let differences = values.f_empty_like()?;
+        Ok(Self { weight, output, values, differences, solved: Vec::new() })
+    }
+
+    /// Rows from `start` on that make good for the errors of all before.
+    fn aimed(&self, start: i64) -> Result<Tensor, TchError> {
+        let count = ROWS.min(self.output.len() - start);
+        let values = self.values.f_narrow(0, start, count)?;
+        if start == 0 {
+            return Ok(values);
+        }
+        let columns = self.output.upper.f_narrow(1, start, count)?;
+        let sums = columns.f_narrow(0, 0, start)?.f_tr()?.f_mm(&self.differences.f_narrow(0, 0, start)?)?;
+        let corner = columns.f_narrow(0, start, count)?.f_tr()?;
+        values.f_sub(&corner.f_linalg_solve_triangular(&sums, false, true, false)?)
+    }
+
+    /// Takes what the rows from `start` on became.
+    fn take(&mut self, start: i64, solution: Solution) -> Result<()> {
+        let dense = solution.linear.dequantize(Kind::Float)?;
+        let keep = || -> Result<(), TchError> {
+            let dense = dense.f_to_device(self.values.device())?.f_tr()?;
+            let count = dense.size()[0];
+            let difference = dense.f_sub(&self.values.f_narrow(0, start, count)?)?;
+            self.differences.f_narrow(0, start, count)?.f_copy_(&difference)
+        };
+        keep().torch("keep the errors of rows")?;
+        self.solved.push(solution);
+        Ok(())
+    }
+}
+
+/// A linear out of its rows, and its error against the weight it aims at.
+fn joined(strands: Vec<Strand<'_>>, hessian: &Hessian) -> Result<Solution> {
+    let (mut rows, mut parts) = (Vec::new(), Vec::new());
+    let (mut squared_error, mut uncompensated, mut fallback) = (0.0, 0, None);
+    for strand in strands {
+        squared_error += hessian.output_energy(&strand.differences)?;
+        rows.extend(Vec::<i64>::try_from(&strand.output.rows).torch("read an order of rows")?);
+        for solution in strand.solved {
+            uncompensated += solution.uncompensated;
+            fallback = fallback.or(solution.fallback);
+            parts.push(solution.linear);
+        }
+    }
+    Ok(Solution { linear: Solved::joined(parts, &rows)?, squared_error, uncompensated, fallback })
+}
