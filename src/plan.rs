@@ -50,6 +50,10 @@ pub struct Plan {
     /// The part of the calibration windows that asymmetric calibration takes, above 0 to 1, in place of what the preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub asymmetric_share: Option<f64>,
+    /// The part of the calibration windows, from 0 to 1, on which gradients are taken for output Hessians, in place of what the
+    /// preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_hessian: Option<f64>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// What becomes of a linear that cannot be solved for the numbers in it.
@@ -86,6 +90,7 @@ impl Default for Plan {
             act_group_aware: None,
             asymmetric: None,
             asymmetric_share: None,
+            output_hessian: None,
             shared_hessian: false,
             on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
@@ -120,6 +125,7 @@ impl Plan {
             act_group_aware: Some(true),
             asymmetric: Some(0.0),
             asymmetric_share: Some(1.0),
+            output_hessian: Some(0.0),
             max_memory: Some(0),
             max_device_memory: Some(0),
             ..Self::default()
@@ -141,7 +147,8 @@ impl Plan {
         let share = if preset.asymmetric == 0.0 { 1.0 } else { preset.asymmetric_share };
         let share = self.asymmetric_share.unwrap_or(share);
         let asymmetric_share = if asymmetric == 0.0 { 0.0 } else { share };
-        Refinements { scales, group_aware, asymmetric, asymmetric_share }
+        let output_hessian = self.output_hessian.unwrap_or(preset.output_hessian);
+        Refinements { scales, group_aware, asymmetric, asymmetric_share, output_hessian }
     }
 
     /// Checks what can be checked without the model.
@@ -167,6 +174,9 @@ impl Plan {
                 "a part of the windows, above 0 and at most 1",
                 share.to_string(),
             );
+        }
+        if let Some(share) = self.output_hessian.filter(|share| !(0.0..=1.0).contains(share)) {
+            return refuse("output-hessian", "a part of the windows, from 0 to 1", share.to_string());
         }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {
@@ -311,6 +321,8 @@ mod tests {
             Plan { asymmetric: Some(1.5), ..Plan::default() },
             Plan { asymmetric: Some(f64::NAN), ..Plan::default() },
             Plan { asymmetric_share: Some(0.0), ..Plan::default() },
+            Plan { output_hessian: Some(1.5), ..Plan::default() },
+            Plan { output_hessian: Some(f64::NAN), ..Plan::default() },
             Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
             Plan { variants: vec![], ..Plan::default() },
             Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },

@@ -39,12 +39,21 @@ pub struct Refinements {
     pub asymmetric: f64,
     /// The part of the calibration windows on which the unquantized model is followed for that, from 0 to 1.
     pub asymmetric_share: f64,
+    /// The part of the calibration windows, from 0 to 1, on which gradients of the unquantized model say what errors in each
+    /// output cost (YAQA, arXiv 2505.22988); rows then make good for the errors of rows before them.
+    #[serde(default)]
+    pub output_hessian: f64,
 }
 
 impl Refinements {
     /// Plain GPTQ.
-    pub const NONE: Self =
-        Self { scales: Scales::PLAIN, group_aware: false, asymmetric: 0.0, asymmetric_share: 0.0 };
+    pub const NONE: Self = Self {
+        scales: Scales::PLAIN,
+        group_aware: false,
+        asymmetric: 0.0,
+        asymmetric_share: 0.0,
+        output_hessian: 0.0,
+    };
 
     /// The order that a variant's features are quantized in.
     pub fn sorting(&self, variant: &Variant) -> Sorting {
@@ -53,11 +62,18 @@ impl Refinements {
 
     /// How many of the calibration windows, from the first on, the unquantized model is followed on.
     pub fn dense_windows(&self, windows: usize) -> usize {
-        if self.asymmetric == 0.0 {
-            return 0;
-        }
-        ((windows as f64 * self.asymmetric_share).ceil() as usize).max(1).min(windows)
+        if self.asymmetric == 0.0 { 0 } else { part(self.asymmetric_share, windows) }
     }
+
+    /// On how many of the calibration windows, from the first on, gradients are taken.
+    pub fn gradient_windows(&self, windows: usize) -> usize {
+        if self.output_hessian == 0.0 { 0 } else { part(self.output_hessian, windows) }
+    }
+}
+
+/// At least one.
+fn part(share: f64, windows: usize) -> usize {
+    ((windows as f64 * share).ceil() as usize).max(1).min(windows)
 }
 
 impl Default for Refinements {
@@ -80,12 +96,15 @@ impl Quality {
                 group_aware: true,
                 asymmetric: ASYMMETRIC,
                 asymmetric_share: 0.25,
+                output_hessian: 0.0,
             },
             Self::Best => Refinements {
                 scales: searched(ScaleSearch::Block),
                 group_aware: true,
-                asymmetric: ASYMMETRIC,
+                // With feedback between outputs too it pays to aim all the way.
+                asymmetric: 1.0,
                 asymmetric_share: 1.0,
+                output_hessian: 1.0,
             },
         }
     }
@@ -106,6 +125,10 @@ impl fmt::Display for Refinements {
         if self.asymmetric > 0.0 {
             let share = (self.asymmetric_share * 100.0).round();
             on.push(format!("asymmetric calibration at {} on {share}% of the windows", self.asymmetric));
+        }
+        if self.output_hessian > 0.0 {
+            let share = (self.output_hessian * 100.0).round();
+            on.push(format!("output Hessians from gradients on {share}% of the windows"));
         }
         f.write_str(&if on.is_empty() { "plain GPTQ".to_owned() } else { on.join(", ") })
     }
@@ -149,7 +172,8 @@ mod tests {
                 "signed scales, scale search by diagonal, group-aware order, \
                  asymmetric calibration at 0.5 on 25% of the windows",
                 "signed scales, scale search by block, group-aware order, \
-                 asymmetric calibration at 0.5 on 100% of the windows",
+                 asymmetric calibration at 1 on 100% of the windows, \
+                 output Hessians from gradients on 100% of the windows",
             ]
         );
     }

@@ -127,6 +127,10 @@ pub(super) struct QuantizeArgs {
     /// The part of the calibration windows that --asymmetric takes, up to 1 [default: what the preset says]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) asymmetric_share: Option<f64>,
+    /// The part of the calibration windows, from 0 to 1, on which gradients say what errors in outputs cost; rows then make
+    /// good for each other [default: what the preset says]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(super) output_hessian: Option<f64>,
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]
     pub(super) shared_hessian: bool,

@@ -189,6 +189,7 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.act_group_aware, args.act_group_aware.map(Some));
     set(&mut plan.asymmetric, args.asymmetric.map(Some));
     set(&mut plan.asymmetric_share, args.asymmetric_share.map(Some));
+    set(&mut plan.output_hessian, args.output_hessian.map(Some));
     set(&mut plan.on_failure, args.on_failure);
     set(&mut plan.compute_dtype, args.compute_dtype);
     set(&mut plan.device, args.device.clone());

@@ -71,6 +71,16 @@ impl Dense {
     }
 }
 
+impl Dense {
+    /// A gradient with respect to outputs `[…, N]` → that with respect to inputs `[…, K]`.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn backward(&self, gradient: &Tensor) -> Result<Tensor> {
+        gradient.f_matmul(&self.weight).torch("take a gradient through a weight")
+    }
+}
+
 impl Linear for Dense {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.f_linear(&self.weight, self.bias.as_ref()).torch("multiply with a weight")

@@ -69,9 +69,9 @@ pub struct Norms {
 
 /// A decoder layer that is ready to run.
 pub struct Layer<'a> {
-    norms: Norms,
+    pub(super) norms: Norms,
     /// In the order of [`LinearKind::ALL`].
-    linears: [Box<dyn Linear + 'a>; LinearKind::ALL.len()],
+    pub(super) linears: [Box<dyn Linear + 'a>; LinearKind::ALL.len()],
 }
 
 impl<'a> Llama<'a> {

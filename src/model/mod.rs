@@ -6,6 +6,7 @@
 mod attention;
 mod compute;
 mod decoder;
+mod gradients;
 mod linear;
 mod llama;
 mod memory;
@@ -16,6 +17,7 @@ mod runner;
 pub use attention::KvCache;
 pub use compute::{Compute, kind_name};
 pub use decoder::Decoder;
+pub use gradients::LayerGradients;
 pub use linear::{CudaPacked, Dense, Linear, Packed};
 pub use llama::{Layer, Llama, Norms, Stage, add, source_kind};
 pub use memory::{DeviceNeed, check_device_memory, device_need};

@@ -11,6 +11,7 @@ use super::{
     journal::{Journal, LayerCosts},
     member::Surroundings,
     needs::Needs,
+    output_hessians::OutputHessians,
     output_folder::OutputFolder,
     resident_memory,
     stage_memory::MemoryWatch,
@@ -69,18 +70,33 @@ pub(super) fn solve(
         true => 0,
         false => refinements.dense_windows(plan.samples),
     };
+    let around = Surroundings { progress, stop, memory };
+    let spill = journal.folder().to_owned();
+    let gradient_windows = refinements.gradient_windows(plan.samples);
+    let output_hessians = match gradient_windows {
+        0 => None,
+        count => Some(OutputHessians::measure(
+            checkpoint,
+            devices[0],
+            (windows, count),
+            journal.layers(),
+            plan.seed,
+            needs.limits,
+            &spill,
+            around,
+        )?),
+    };
     let task = Task {
         variants: &plan.variants,
         damp: plan.damp,
         refinements,
         dense_windows,
+        output_hessians: output_hessians.as_ref(),
         shared_hessian: plan.shared_hessian,
         on_failure: plan.on_failure,
         layers: total,
     };
-    let around = Surroundings { progress, stop, memory };
     let kept = journal.kept()?;
-    let spill = journal.folder().to_owned();
     let mut crew =
         Crew::new(checkpoint, &devices, kind, windows, task, needs.limits, &spill, kept.as_ref(), around)?;
     drop(kept);

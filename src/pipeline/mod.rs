@@ -11,6 +11,7 @@ mod member;
 mod memory;
 mod needs;
 mod output_folder;
+mod output_hessians;
 mod preflight;
 mod stage_memory;
 mod stage_solving;

@@ -15,7 +15,7 @@ use crate::{
     error::Result,
     gptq::{
         Drift,
-        solver::{Factorization, Factorized, Solved, Weight},
+        solver::{Factorization, Factorized, Solved, Weight, solve_by_rows},
     },
     model::Stage,
     progress::Event,
@@ -87,13 +87,18 @@ impl Team<'_> {
             }
         }
         let orders = by_order.len();
+        let device = self.members[0].device();
+        let outputs = self.outputs.as_ref().map(|layer| {
+            ids.iter().map(|&id| layer.factors(id, device)).collect::<Result<Vec<_>>>()
+        });
+        let outputs = outputs.transpose()?;
         for (i, (order, list)) in by_order.into_iter().enumerate() {
             let begun = Instant::now();
             let factor = {
                 let hessian = hessian.as_ref().expect("kept until the last order");
                 self.solver.factorize(hessian, order, self.task.damp, &name)?
             };
-            if i + 1 == orders {
+            if i + 1 == orders && outputs.is_none() {
                 hessian = None;
             }
             self.warn(&name, factor.facts());
@@ -108,7 +113,13 @@ impl Team<'_> {
                 self.around.go_on()?;
                 let variant = &self.task.variants[variants[position]];
                 let begun = Instant::now();
-                let solutions = factor.solve(&weights, variant)?;
+                let solutions = match (&outputs, &hessian) {
+                    (Some(outputs), Some(hessian)) => {
+                        let go_on = || self.around.go_on();
+                        solve_by_rows(&*factor, hessian, &weights, outputs, variant, &go_on)?
+                    }
+                    _ => factor.solve(&weights, variant)?,
+                };
                 let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
                 let size = |linear: &Solved| linear.in_features() * linear.out_features();
                 let total: usize = solutions.iter().map(|s| size(&s.linear)).sum();

@@ -9,6 +9,7 @@ use super::{
     dense_path::Capture,
     journal::NextStates,
     member::{Member, Surroundings},
+    output_hessians::{LayerHessians, OutputHessians},
     stage_memory::At,
     stage_solving::Record,
     weights::Weights,
@@ -48,6 +49,8 @@ pub(super) struct Task<'a> {
     pub(super) refinements: Refinements,
     /// Windows on which the unquantized model's hidden states are advanced beside the variants'.
     pub(super) dense_windows: usize,
+    /// What errors in outputs cost, where that is looked at.
+    pub(super) output_hessians: Option<&'a OutputHessians>,
     pub(super) shared_hessian: bool,
     pub(super) on_failure: OnFailure,
     /// Decoder layers.
@@ -79,6 +82,8 @@ pub(super) struct Team<'a> {
     variants: Vec<usize>,
     pub(super) task: Task<'a>,
     pub(super) around: Surroundings<'a>,
+    /// Of the layer that is worked on.
+    pub(super) outputs: Option<LayerHessians>,
 }
 
 impl<'a> Team<'a> {
@@ -90,7 +95,7 @@ impl<'a> Team<'a> {
         around: Surroundings<'a>,
     ) -> Self {
         assert!(!members.is_empty() && !variants.is_empty(), "a team has work and someone to do it");
-        Self { members, solver, variants, task, around }
+        Self { members, solver, variants, task, around, outputs: None }
     }
 
     /// Hidden states of variants, or the unquantized model's where only these are advanced.
@@ -148,6 +153,8 @@ impl<'a> Team<'a> {
     ) -> Result<()> {
         // Tensors may go to other threads, but not be looked at by two.
         self.members.iter_mut().try_for_each(|member| member.enter_layer(weights))?;
+        let config = self.members[0].config();
+        self.outputs = self.task.output_hessians.map(|all| all.of_layer(config, layer)).transpose()?;
         if self.task.shared_hessian {
             self.solve_shared(layer, sink, next)?;
         } else {

@@ -1,0 +1,131 @@
+//! Gradients through the unquantized model, one layer at a time.
+
+use tch::{Kind, TchError, Tensor};
+
+use super::{Dense, Layer, Llama, llama::add};
+use crate::{
+    checkpoint::LinearKind,
+    error::{Result, TorchContext},
+};
+
+/// Tokens whose logits are computed together.
+const LOGIT_TOKENS: i64 = 256;
+
+/// What flows back through a layer.
+pub struct LayerGradients {
+    /// Into the layer before: with respect to this one's inputs, `[B, S, hidden]`.
+    pub hidden: Tensor,
+    /// With respect to the outputs of each linear, `[B, S, N]`, in the order of [`LinearKind::ALL`].
+    pub outputs: [Tensor; LinearKind::ALL.len()],
+}
+
+impl Llama<'_> {
+    /// Runs a layer on `hidden` `[B, S, hidden]` and takes the `gradient` with respect to what comes out back through it.
+    /// In fp32, as the layer has to be.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn layer_gradients(
+        &self,
+        layer: &Layer<'_>,
+        hidden: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<LayerGradients> {
+        tch::with_grad(|| {
+            let hidden = hidden.detach().set_requires_grad(true);
+            let [q, k, v, o, gate, up, down] = &layer.linears;
+            let x = self.rms_norm(&hidden, &layer.norms.input)?;
+            let (q, k, v) = (q.forward(&x)?, k.forward(&x)?, v.forward(&x)?);
+            let o = o.forward(&self.attend(&q, &k, &v)?)?;
+            let middle = add(&hidden, &o)?;
+            let x = self.rms_norm(&middle, &layer.norms.post_attention)?;
+            let (gate, up) = (gate.forward(&x)?, up.forward(&x)?);
+            let next = add(&middle, &down.forward(&self.gated(&gate, &up)?)?)?;
+            let back = || -> Result<_, TchError> {
+                let product = next.f_mul(gradient)?.f_sum(Kind::Float)?;
+                let with_respect_to = [&hidden, &q, &k, &v, &o, &gate, &up];
+                Tensor::f_run_backward(&[&product], &with_respect_to, false, false)
+            };
+            let gradients = back().torch("take gradients through a layer")?;
+            let [hidden, q, k, v, o, gate, up]: [Tensor; 7] =
+                gradients.try_into().expect("as many as were asked for");
+            // The layer's output is the residual stream and what down adds to it.
+            let down = gradient.shallow_clone();
+            Ok(LayerGradients { hidden, outputs: [q, k, v, o, gate, up, down] })
+        })
+    }
+
+    /// The gradient of `−log p(y)` with respect to the last layer's outputs `hidden` `[B, S, hidden]`, where for each token `y` is
+    /// drawn from the model's own prediction by a number `[B, S]` that is `uniform` in `0..1`. `norm` and `head` are the model's last.
+    /// In fp32.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn sampled_gradient(
+        &self,
+        (norm, head): (&Tensor, &Dense),
+        hidden: &Tensor,
+        uniform: &Tensor,
+    ) -> Result<Tensor> {
+        tch::with_grad(|| {
+            let hidden = hidden.detach().set_requires_grad(true);
+            let normalized = self.rms_norm(&hidden, norm)?;
+            let of_normalized = tch::no_grad(|| sampled(&normalized, head, uniform))?;
+            let back = || -> Result<_, TchError> {
+                let product = normalized.f_mul(&of_normalized)?.f_sum(Kind::Float)?;
+                Ok(Tensor::f_run_backward(&[&product], &[&hidden], false, false)?.remove(0))
+            };
+            back().torch("take gradients through the last norm")
+        })
+    }
+}
+
+/// The gradient with respect to the output layer's inputs.
+fn sampled(normalized: &Tensor, head: &Dense, uniform: &Tensor) -> Result<Tensor> {
+    let shape = normalized.size();
+    let flat = || -> Result<_, TchError> {
+        Ok((normalized.f_detach()?.f_reshape([-1, shape[2]])?, uniform.f_reshape([-1, 1])?))
+    };
+    let (inputs, uniform) = flat().torch("lay out hidden states")?;
+    let tokens = inputs.size()[0];
+    let mut parts = Vec::new();
+    for first in (0..tokens).step_by(LOGIT_TOKENS as usize) {
+        let count = LOGIT_TOKENS.min(tokens - first);
+        let inputs = inputs.f_narrow(0, first, count).torch("split hidden states")?;
+        let logits = super::Linear::forward(head, &inputs)?;
+        let of_logits = || -> Result<_, TchError> {
+            let probabilities = logits.f_softmax(-1, Kind::Float)?;
+            let sums = probabilities.f_cumsum(-1, Kind::Float)?;
+            let last = probabilities.size()[1] - 1;
+            let drawn = uniform.f_narrow(0, first, count)?.f_mul(&sums.f_narrow(1, last, 1)?)?;
+            let y = sums.f_searchsorted(&drawn, false, true, "right", None::<&Tensor>)?.f_clamp(0, last)?;
+            let ones = y.f_to_kind(Kind::Float)?.f_ones_like()?.f_neg()?;
+            probabilities.f_scatter_add(1, &y, &ones)
+        };
+        parts.push(head.backward(&of_logits().torch("draw tokens")?)?);
+    }
+    Tensor::f_cat(&parts, 0).and_then(|all| all.f_view(&shape[..])).torch("join gradients")
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn tokens_are_drawn_as_they_are_predicted() {
+        let options = (Kind::Float, Device::Cpu);
+        // Three tokens with probabilities 0.2, 0.5 and 0.3 from one input.
+        let weight = Tensor::from_slice(&[0.2f32, 0.5, 0.3]).log().reshape([3, 1]);
+        let head = Dense::new(weight.shallow_clone(), None);
+        let uniform = (Tensor::arange(1000, options) + 0.5) / 1000.0;
+        let gradients = sampled(&Tensor::ones([1, 1000, 1], options), &head, &uniform.reshape([1, 1000])).unwrap();
+        // Of −log p(y): the mean of the inputs' weights less that of y's.
+        let mean = f64::try_from(gradients.mean(Kind::Float)).unwrap();
+        assert!(mean.abs() < 1e-3, "the expected gradient of a true sample is zero: {mean}");
+        let first = f64::try_from(gradients.get(0).get(0).get(0)).unwrap();
+        let expected = 0.2 * 0.2f64.ln() + 0.5 * 0.5f64.ln() + 0.3 * 0.3f64.ln() - 0.2f64.ln();
+        assert!((first - expected).abs() < 1e-4, "{first} {expected}");
+    }
+}

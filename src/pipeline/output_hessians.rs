@@ -1,0 +1,195 @@
+//! What errors in the outputs of each linear cost at the end of the model: gradients of the unquantized model, before any
+//! layer is quantized.
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    crew::Limits,
+    member::Surroundings,
+    memory::{Ledger, Room},
+    stream::{Stream, to_bytes},
+    weights::Weights,
+    window_file::WindowFile,
+};
+use crate::{
+    calibration::Windows,
+    checkpoint::{Checkpoint, LinearId, LinearKind, LlamaConfig},
+    error::{Result, TorchContext},
+    gptq::{OutputHessian, solver::OutputFactor},
+    model::{Dense, Layer, Linear, Llama},
+    progress::Event,
+};
+
+/// Damping of output Hessians, as a fraction of their mean diagonal.
+const DAMP: f64 = 0.05;
+/// Tokens that go through a layer and back together.
+const BATCH_TOKENS: usize = 1024;
+
+/// The output Hessians of all layers, in a file that is gone with the program.
+pub(super) struct OutputHessians {
+    /// A layer in the place of each window.
+    file: WindowFile,
+}
+
+/// Those of one layer.
+pub(super) struct LayerHessians {
+    /// The blocks of each linear, in the order of [`LinearKind::ALL`].
+    blocks: Vec<Vec<Tensor>>,
+}
+
+/// Bytes of a layer's output Hessians.
+pub(super) fn layer_bytes(config: &LlamaConfig) -> u64 {
+    let numbers = LinearKind::ALL.iter().map(|kind| OutputHessian::numbers(kind.shape(config)[0]));
+    numbers.sum::<usize>() as u64 * 4
+}
+
+impl OutputHessians {
+    /// Takes gradients on the first `count` windows, for the layers from `first` on. `seed` draws the tokens that are predicted.
+    ///
+    /// # Errors
+    /// When memory or the disk ends, or the user asked to stop.
+    pub(super) fn measure(
+        checkpoint: &Checkpoint,
+        device: Device,
+        (windows, count): (&Windows, usize),
+        first: usize,
+        seed: u64,
+        limits: Limits,
+        folder: &Path,
+        around: Surroundings<'_>,
+    ) -> Result<Self> {
+        let config = checkpoint.config();
+        let (seq_len, layers) = (windows.seq_len(), config.num_layers);
+        let memory = Ledger::new(limits.in_memory);
+        let near = match device {
+            Device::Cpu => std::sync::Arc::clone(&memory),
+            _ => Ledger::new(limits.on_device),
+        };
+        let room = std::sync::Arc::new(Room::new(device, Kind::Float, near, memory, folder)?);
+        let llama = Llama::new(checkpoint, seq_len, Kind::Float, device)?;
+        let per_batch = (BATCH_TOKENS / seq_len).max(1);
+        let stream = || Stream::new(&room, 0..count, per_batch, [seq_len, config.hidden_size]);
+        let batches = stream().batches().to_vec();
+        let steps = batches.len() * (1 + layers + (layers - first));
+        around.progress.begin("gradients", steps as u64);
+        let step = || {
+            around.progress.advance(1);
+            around.go_on()
+        };
+
+        let mut embedded = stream();
+        for (i, batch) in batches.iter().enumerate() {
+            let ids = &windows.ids()[batch.start * seq_len..batch.end * seq_len];
+            embedded.put(i, llama.embed(ids, seq_len)?)?;
+        }
+        // What goes into each layer, and out of the last.
+        let mut states = vec![embedded];
+        for layer in 0..layers {
+            let ready = dense_layer(&llama, checkpoint, layer)?;
+            let mut next = stream();
+            for i in 0..batches.len() {
+                next.put(i, llama.forward(&ready, &states[layer].get(i)?)?)?;
+                step()?;
+            }
+            if layer < first {
+                // Nobody comes back this far.
+                states[layer] = stream();
+            }
+            states.push(next);
+        }
+
+        let mut gradients = stream();
+        let mut last = states.pop().expect("the last layer has outputs");
+        let (norm, head) = llama.head()?;
+        for (i, batch) in batches.iter().enumerate() {
+            let uniform = uniform(seed, batch.start * seq_len..batch.end * seq_len);
+            let shape = [batch.len() as i64, seq_len as i64];
+            let uniform = Tensor::f_from_slice(&uniform).and_then(|u| u.f_view(shape)?.f_to_device(device));
+            let uniform = uniform.torch("draw tokens")?;
+            gradients.put(i, llama.sampled_gradient((&norm, &head), &last.get(i)?, &uniform)?)?;
+            step()?;
+        }
+        drop((norm, head, last));
+
+        let file = WindowFile::scratch(folder, layers, layer_bytes(config) as usize)?;
+        for layer in (first..layers).rev() {
+            let ready = dense_layer(&llama, checkpoint, layer)?;
+            let mut states = states.pop().expect("every layer has inputs");
+            let new = |kind: &LinearKind| OutputHessian::new(kind.shape(config)[0], device);
+            let mut sums = LinearKind::ALL.iter().map(new).collect::<Result<Vec<_>>>()?;
+            for i in 0..batches.len() {
+                let back = llama.layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
+                for (sum, gradient) in sums.iter_mut().zip(&back.outputs) {
+                    sum.add(gradient)?;
+                }
+                gradients.put(i, back.hidden)?;
+                step()?;
+            }
+            let mut bytes = Vec::with_capacity(file.window_bytes());
+            for (sum, kind) in sums.into_iter().zip(LinearKind::ALL) {
+                for block in sum.finish(&LinearId { layer, kind }.to_string())? {
+                    bytes.extend(to_bytes(&block)?);
+                }
+            }
+            file.write(layer, &bytes)?;
+        }
+        around.progress.event(&Event::Note(&format!("gradients on {count} windows: done")));
+        Ok(Self { file })
+    }
+
+    /// Those of one layer, in memory.
+    ///
+    /// # Errors
+    /// When they cannot be read back.
+    pub(super) fn of_layer(&self, config: &LlamaConfig, layer: usize) -> Result<LayerHessians> {
+        let bytes = self.file.read(layer, 1)?;
+        let mut rest = &bytes[..];
+        let mut block = |n: usize| {
+            let (own, others) = rest.split_at(4 * n * n);
+            rest = others;
+            Tensor::f_from_data_size(own, &[n as i64, n as i64], Kind::Float).torch("read an output Hessian")
+        };
+        let mut of = |kind: &LinearKind| {
+            OutputHessian::block_sizes(kind.shape(config)[0]).into_iter().map(&mut block).collect()
+        };
+        Ok(LayerHessians { blocks: LinearKind::ALL.iter().map(&mut of).collect::<Result<_>>()? })
+    }
+}
+
+impl LayerHessians {
+    /// Factorizes those of a linear.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub(super) fn factors(&self, id: LinearId, device: Device) -> Result<Vec<OutputFactor>> {
+        let position = LinearKind::ALL.iter().position(|&kind| kind == id.kind);
+        let blocks = &self.blocks[position.expect("ALL holds every kind")];
+        OutputFactor::all(blocks, DAMP, device, &id.to_string())
+    }
+}
+
+/// A layer as it is, in fp32.
+fn dense_layer<'t>(llama: &Llama<'_>, checkpoint: &Checkpoint, layer: usize) -> Result<Layer<'t>> {
+    let weights = Weights::read(checkpoint, layer, None)?.on(llama.device())?;
+    let mut linears = Vec::with_capacity(LinearKind::ALL.len());
+    for kind in LinearKind::ALL {
+        let (weight, bias) = weights.of(kind);
+        linears.push(Box::new(Dense::converted(weight, bias.as_ref(), Kind::Float)?) as Box<dyn Linear>);
+    }
+    let linears = linears.try_into().unwrap_or_else(|_| unreachable!("one of each kind"));
+    llama.layer(layer, linears)
+}
+
+/// Numbers in `0..1` for some tokens of the run, the same however they are batched.
+fn uniform(seed: u64, tokens: std::ops::Range<usize>) -> Vec<f32> {
+    // SplitMix64, started at each token's place.
+    let draw = |token: usize| {
+        let mut z = seed.wrapping_add((token as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32
+    };
+    tokens.map(draw).collect()
+}
