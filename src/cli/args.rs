@@ -4,12 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use gptq::{
-    accuracy::{Quality, ScaleSearch},
     plan::{ComputeDtype, OnFailure},
     variant::Variant,
 };
 
-use super::{card::CardArgs, publish::PublishArgs};
+use super::{accuracy_args::AccuracyArgs, card::CardArgs, publish::PublishArgs};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -105,32 +104,8 @@ pub(super) struct QuantizeArgs {
     /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) damp: Option<f64>,
-    /// How much is done for accuracy: fast (plain GPTQ), standard, best [default: standard]
-    #[arg(long, value_name = "PRESET")]
-    pub(super) quality: Option<Quality>,
-    /// Let scales be negative where that puts the grid's longer side to use [default: what the preset says]
-    #[arg(long, conflicts_with = "unsigned_scales")]
-    pub(super) signed_scales: bool,
-    /// Keep all scales positive
-    #[arg(long)]
-    pub(super) unsigned_scales: bool,
-    /// How scales are searched for: off, diagonal, block [default: what the preset says]
-    #[arg(long, value_name = "SEARCH")]
-    pub(super) scale_search: Option<ScaleSearch>,
-    /// Whether features are sorted group by group where there is no act order; files look the same [default: what the
-    /// preset says]
-    #[arg(long, value_name = "BOOL")]
-    pub(super) act_group_aware: Option<bool>,
-    /// How far linears aim at the unquantized model's outputs, from 0 to 1 [default: what the preset says]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub(super) asymmetric: Option<f64>,
-    /// The part of the calibration windows that --asymmetric takes, up to 1 [default: what the preset says]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub(super) asymmetric_share: Option<f64>,
-    /// The part of the calibration windows, from 0 to 1, on which gradients say what errors in outputs cost; rows then make
-    /// good for each other [default: what the preset says]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub(super) output_hessian: Option<f64>,
+    #[command(flatten)]
+    pub(super) accuracy: AccuracyArgs,
     /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
     #[arg(long)]
     pub(super) shared_hessian: bool,

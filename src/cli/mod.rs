@@ -1,5 +1,6 @@
 //! The command line: arguments, terminal, and one module a command.
 
+mod accuracy_args;
 mod args;
 mod bench;
 mod bench_cuda;

@@ -182,14 +182,7 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.seq_len, args.seq_len);
     set(&mut plan.seed, args.seed);
     set(&mut plan.damp, args.damp);
-    set(&mut plan.quality, args.quality);
-    let signed = args.signed_scales.then_some(true).or(args.unsigned_scales.then_some(false));
-    set(&mut plan.signed_scales, signed.map(Some));
-    set(&mut plan.scale_search, args.scale_search.map(Some));
-    set(&mut plan.act_group_aware, args.act_group_aware.map(Some));
-    set(&mut plan.asymmetric, args.asymmetric.map(Some));
-    set(&mut plan.asymmetric_share, args.asymmetric_share.map(Some));
-    set(&mut plan.output_hessian, args.output_hessian.map(Some));
+    args.accuracy.apply(&mut plan);
     set(&mut plan.on_failure, args.on_failure);
     set(&mut plan.compute_dtype, args.compute_dtype);
     set(&mut plan.device, args.device.clone());

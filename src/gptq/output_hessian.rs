@@ -78,7 +78,9 @@ impl OutputHessian {
         let (mut broken, mut total) = (0, 0);
         let tokens = self.tokens.max(1) as f64;
         for block in &self.blocks {
-            let divide = || i64::try_from(block.shallow_clone().f_div_scalar_(tokens)?.f_isfinite()?.f_sum(Kind::Int64)?);
+            let divide = || {
+                i64::try_from(block.shallow_clone().f_div_scalar_(tokens)?.f_isfinite()?.f_sum(Kind::Int64)?)
+            };
             total += block.numel() as u64;
             broken += block.numel() as u64 - divide().torch("scale an output Hessian")? as u64;
         }

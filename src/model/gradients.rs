@@ -120,7 +120,8 @@ mod tests {
         let weight = Tensor::from_slice(&[0.2f32, 0.5, 0.3]).log().reshape([3, 1]);
         let head = Dense::new(weight.shallow_clone(), None);
         let uniform = (Tensor::arange(1000, options) + 0.5) / 1000.0;
-        let gradients = sampled(&Tensor::ones([1, 1000, 1], options), &head, &uniform.reshape([1, 1000])).unwrap();
+        let gradients =
+            sampled(&Tensor::ones([1, 1000, 1], options), &head, &uniform.reshape([1, 1000])).unwrap();
         // Of −log p(y): the mean of the inputs' weights less that of y's.
         let mean = f64::try_from(gradients.mean(Kind::Float)).unwrap();
         assert!(mean.abs() < 1e-3, "the expected gradient of a true sample is zero: {mean}");

@@ -38,7 +38,11 @@ impl Dense {
     /// # Errors
     /// When memory ends.
     pub fn from_solved(linear: &Solved, bias: Option<&Tensor>, kind: Kind, device: Device) -> Result<Self> {
-        let weight = linear.dequantize(kind)?.f_to_device(device).and_then(|w| w.f_tr()).torch("dequantize a linear")?;
+        let weight = linear
+            .dequantize(kind)?
+            .f_to_device(device)
+            .and_then(|w| w.f_tr())
+            .torch("dequantize a linear")?;
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
         Ok(Self { weight, bias })
     }

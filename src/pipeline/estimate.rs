@@ -6,7 +6,10 @@
 
 use tch::{Device, Kind};
 
-use super::crew::Limits;
+use super::{
+    crew::Limits,
+    output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, layer_bytes},
+};
 use crate::{
     checkpoint::{LinearKind, LlamaConfig},
     error::{ResourceError, Result},
@@ -42,6 +45,8 @@ pub(super) struct Shape<'a> {
     pub(super) shared_hessian: bool,
     /// Windows of which the unquantized model's activations are kept beside the variants'.
     pub(super) dense_windows: usize,
+    /// Windows on which gradients are taken for output Hessians.
+    pub(super) gradient_windows: usize,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -135,6 +140,41 @@ impl Shape<'_> {
         factoring.max(energy).max(solving).max(leaving).max(capturing)
     }
 
+    /// What feedback between rows takes beside a stage's own: the layer's output Hessians, factors of a stage's, the weights
+    /// aimed at and their errors, and the Hessian, which is kept.
+    fn feedback(&self, stage: Stage) -> u64 {
+        if self.gradient_windows == 0 {
+            return 0;
+        }
+        let (n, k) = self.stage(stage);
+        let outputs = layer_bytes(self.config);
+        2 * outputs + (2 * n * k + k * k) * FP32
+    }
+
+    /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the way
+    /// back, and its output Hessians.
+    fn taking_gradients(&self) -> u64 {
+        if self.gradient_windows == 0 {
+            return 0;
+        }
+        let tokens = self.seq_len.max(GRADIENT_BATCH_TOKENS);
+        let of_batch = 3 * self.batch(tokens) / self.element() * FP32;
+        self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes)
+            + 2 * layer_bytes(self.config)
+            + of_batch
+    }
+
+    /// States of the windows that gradients are taken on: what goes into every layer and out of the last, and the gradients.
+    pub(super) fn gradient_states(&self) -> u64 {
+        let states = (self.config.num_layers as u64 + 2) * self.config.hidden_size as u64;
+        self.of_tokens(self.gradient_windows, states) / self.element() * FP32
+    }
+
+    /// Output Hessians of all layers, on disk.
+    pub(super) fn output_hessians(&self) -> u64 {
+        if self.gradient_windows == 0 { 0 } else { layer_bytes(self.config) * self.config.num_layers as u64 }
+    }
+
     /// Floating-point operations of a layer on the CPU, but for attention's scores and whatever is not a product.
     pub(super) fn layer_operations(&self) -> f64 {
         let tokens = self.windows as f64 * self.seq_len as f64;
@@ -159,16 +199,28 @@ impl Shape<'_> {
             }
         };
         let streams = if self.shared_hessian { 1.0 } else { variants };
-        followed + streams * (forward + hessians + factors) + variants * solves
+        // Through a layer, again for the way back, and back; and sums over blocks of outputs.
+        let gradients = match self.gradient_windows {
+            0 => 0.0,
+            windows => {
+                let tokens = windows as f64 * self.seq_len as f64;
+                let share = windows as f64 / self.windows as f64;
+                share * 3.0 * forward + 2.0 * tokens * layer_bytes(self.config) as f64 / FP32 as f64 / 1024.0
+            }
+        };
+        gradients + followed + streams * (forward + hessians + factors) + variants * solves
     }
 
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
     pub(super) fn need(&self, device: Device, tokens: usize) -> Need {
         let cuda = device != Device::Cpu;
-        let solving = Stage::ALL.into_iter().map(|stage| self.solving(stage, cuda)).max().unwrap_or(0);
+        let solving = Stage::ALL.into_iter().map(|stage| self.solving(stage, cuda) + self.feedback(stage));
+        let solving = solving.max().unwrap_or(0);
         let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS };
         Need {
-            working: fixed + self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)),
+            working: fixed
+                + (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)))
+                    .max(self.taking_gradients()),
             activations: self.activations(),
         }
     }
@@ -243,6 +295,7 @@ mod tests {
             variants: 4,
             shared_hessian: false,
             dense_windows: 0,
+            gradient_windows: 0,
         }
     }
 

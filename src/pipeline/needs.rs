@@ -55,6 +55,7 @@ impl Needs {
             variants: plan.variants.len(),
             shared_hessian: plan.shared_hessian,
             dense_windows: plan.refinements().dense_windows(plan.samples),
+            gradient_windows: plan.refinements().gradient_windows(plan.samples),
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
@@ -77,6 +78,13 @@ impl Needs {
             _ => shape.host_beside_cuda().saturating_add(elsewhere - spilled),
         };
         fits_machine(available_memory(), needs_host, &shape, device, base, plan)?;
+        // Gradients are taken before there are other activations.
+        let room = match device {
+            Device::Cpu => limits.in_memory.unwrap_or(u64::MAX),
+            _ => limits.on_device.unwrap_or(u64::MAX).saturating_add(limits.in_memory.unwrap_or(u64::MAX)),
+        };
+        let spilled = spilled.max(shape.gradient_states().saturating_sub(room));
+        let spilled = spilled.saturating_add(shape.output_hessians());
         let disk = DiskNeed::new(plan, checkpoint, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
         let memory = (own + need.working).saturating_add(held);
@@ -163,6 +171,7 @@ mod tests {
             variants: plan.variants.len(),
             shared_hessian: false,
             dense_windows: 0,
+            gradient_windows: 0,
         };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
@@ -203,6 +212,7 @@ mod tests {
             variants: 4,
             shared_hessian: false,
             dense_windows: windows,
+            gradient_windows: windows,
         };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);

@@ -25,7 +25,7 @@ use crate::{
 /// Damping of output Hessians, as a fraction of their mean diagonal.
 const DAMP: f64 = 0.05;
 /// Tokens that go through a layer and back together.
-const BATCH_TOKENS: usize = 1024;
+pub(super) const BATCH_TOKENS: usize = 1024;
 
 /// The output Hessians of all layers, in a file that is gone with the program.
 pub(super) struct OutputHessians {

@@ -88,9 +88,10 @@ impl Team<'_> {
         }
         let orders = by_order.len();
         let device = self.members[0].device();
-        let outputs = self.outputs.as_ref().map(|layer| {
-            ids.iter().map(|&id| layer.factors(id, device)).collect::<Result<Vec<_>>>()
-        });
+        let outputs = self
+            .outputs
+            .as_ref()
+            .map(|layer| ids.iter().map(|&id| layer.factors(id, device)).collect::<Result<Vec<_>>>());
         let outputs = outputs.transpose()?;
         for (i, (order, list)) in by_order.into_iter().enumerate() {
             let begun = Instant::now();

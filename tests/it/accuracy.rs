@@ -19,7 +19,7 @@ fn presets_say_what_they_turn_on_and_files_hold_it() {
     assert!(output.stderr.contains(said), "{}", output.stderr);
     let refinements = json!({
         "signed_scales": true, "scale_search": "diagonal", "act_group_aware": true, "asymmetric": 0.5,
-        "asymmetric_share": 0.25,
+        "asymmetric_share": 0.25, "output_hessian": 0.0,
     });
     let report = read_json(&lab.out().join("run.json"));
     assert_eq!((&report["plan"]["quality"], &report["refinements"]), (&"standard".into(), &refinements));

@@ -136,7 +136,8 @@ fn the_journal_can_lie_elsewhere_and_goes_when_the_run_is_complete() {
     run(&lab.model(), &plan, &place, Some(1)).unwrap_err();
     assert_eq!(entries(&out), [".gptq-4bit-32g-actorder_False.partial"]);
     let journal = journals.join(&entries(&journals)[0]);
-    assert_eq!(entries(&journal), ["hidden-1-0", "lock", "state.json"]);
+    // The variant's hidden states, and the unquantized model's.
+    assert_eq!(entries(&journal), ["hidden-1-0", "hidden-1-1", "lock", "state.json"]);
 
     // Without it, what is there is neither used nor lost.
     let error = run(&lab.model(), &plan, &Place::new(&out), None).unwrap_err();

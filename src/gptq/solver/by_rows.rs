@@ -38,7 +38,9 @@ impl OutputFactor {
             let factor = || -> Result<_, TchError> { Self::of(&block.f_to_device(device)?, first, damp) };
             let factor = factor().torch("factorize an output Hessian")?;
             let name = || format!("outputs of {linear}");
-            factors.push(factor.ok_or_else(|| NumericalError::NotPositiveDefinite { stage: name(), damp: 1.0 })?);
+            factors.push(
+                factor.ok_or_else(|| NumericalError::NotPositiveDefinite { stage: name(), damp: 1.0 })?,
+            );
             first += block.size()[0];
         }
         Ok(factors)
@@ -55,7 +57,9 @@ impl OutputFactor {
         // Outputs that nothing depends on.
         let unit = if mean > 0.0 { mean } else { 1.0 };
         for damp in damping_steps(damp) {
-            let damped = ordered.f_add(&Tensor::f_eye(block.size()[0], (Kind::Float, block.device()))?.f_mul_scalar(damp * unit)?)?;
+            let damped = ordered.f_add(
+                &Tensor::f_eye(block.size()[0], (Kind::Float, block.device()))?.f_mul_scalar(damp * unit)?,
+            )?;
             let (lower, info) = damped.f_linalg_cholesky_ex(false, false)?;
             if i64::try_from(info)? == 0 {
                 return Ok(Some(Self { rows, upper: lower.f_flip([0, 1])? }));
@@ -107,7 +111,8 @@ pub fn solve_by_rows(
     let mut strands = strands.into_iter().peekable();
     let mut solutions = Vec::with_capacity(weights.len());
     for index in 0..weights.len() {
-        let own: Vec<Strand<'_>> = std::iter::from_fn(|| strands.next_if(|strand| strand.weight == index)).collect();
+        let own: Vec<Strand<'_>> =
+            std::iter::from_fn(|| strands.next_if(|strand| strand.weight == index)).collect();
         solutions.push(joined(own, hessian)?);
     }
     Ok(solutions)
@@ -126,8 +131,14 @@ struct Strand<'a> {
 }
 
 impl<'a> Strand<'a> {
-    fn new(weight: usize, of: &Weight<'_>, output: &'a OutputFactor, device: Device) -> Result<Self, TchError> {
-        let values = of.values.f_to_device(device)?.f_index_select(0, &output.rows)?.f_to_kind(Kind::Float)?;
+    fn new(
+        weight: usize,
+        of: &Weight<'_>,
+        output: &'a OutputFactor,
+        device: Device,
+    ) -> Result<Self, TchError> {
+        let values =
+            of.values.f_to_device(device)?.f_index_select(0, &output.rows)?.f_to_kind(Kind::Float)?;
         let differences = values.f_empty_like()?;
         Ok(Self { weight, output, values, differences, solved: Vec::new() })
     }

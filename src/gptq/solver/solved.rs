@@ -102,8 +102,9 @@ fn dequantized(linear: &QuantizedLinear, kind: Kind) -> Result<Tensor> {
     let size = [linear.in_features() as i64, linear.out_features() as i64];
     let mut transposed = Tensor::f_empty(size, (kind, Device::Cpu)).torch("dequantize a linear")?;
     match kind {
-        Kind::BFloat16 => linear
-            .dequantize_into(values_mut(&mut transposed), |w| (amx::nearest_bf16(w) >> 16) as u16),
+        Kind::BFloat16 => {
+            linear.dequantize_into(values_mut(&mut transposed), |w| (amx::nearest_bf16(w) >> 16) as u16)
+        }
         Kind::Half => linear.dequantize_into(values_mut(&mut transposed), f16::from_f32),
         _ => linear.dequantize_into(values_mut(&mut transposed), |w: f32| w),
     }

@@ -75,7 +75,8 @@ impl DeviceLinear {
     pub fn joined(parts: &[Self], rows: &[i64]) -> Result<Self> {
         let first = parts.first().expect("a linear has parts");
         let join = || -> Result<_, TchError> {
-            let places = Tensor::f_from_slice(rows)?.f_argsort(0, false)?.f_to_device(first.launcher.device())?;
+            let places =
+                Tensor::f_from_slice(rows)?.f_argsort(0, false)?.f_to_device(first.launcher.device())?;
             let gather = |part: fn(&Self) -> &Tensor| {
                 Tensor::f_cat(&parts.iter().map(part).collect::<Vec<_>>(), 1)?.f_index_select(1, &places)
             };
