@@ -186,3 +186,68 @@ fn joined(strands: Vec<Strand<'_>>, hessian: &Hessian) -> Result<Solution> {
     }
     Ok(Solution { linear: Solved::joined(parts, &rows)?, squared_error, uncompensated, fallback })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        accuracy::Refinements,
+        gptq::solver::{
+            CpuSolver, Solver,
+            tests::problem::{Problem, solve, weight},
+        },
+    };
+
+    /// What errors in 70 outputs cost that depend on each other.
+    fn output_hessian(n: i64) -> Tensor {
+        let options = (Kind::Float, Device::Cpu);
+        let mix = Tensor::randn([n, n], options) + Tensor::eye(n, options) * 4.0;
+        let gradients = Tensor::randn([1000, n], options).mm(&mix);
+        gradients.tr().mm(&gradients) / 1000.0
+    }
+
+    fn by_rows(problem: &Problem, output: &Tensor, variant: &Variant) -> Solution {
+        let sorting = Refinements::NONE.sorting(variant);
+        let factor = CpuSolver::new().factorize(&problem.hessian, sorting, 0.01, "test").unwrap();
+        let outputs = vec![OutputFactor::all(&[output.shallow_clone()], 0.01, Device::Cpu, "test").unwrap()];
+        let weights = [weight(&problem.weight)];
+        solve_by_rows(&*factor, &problem.hessian, &weights, &outputs, variant, &|| Ok(())).unwrap().remove(0)
+    }
+
+    /// `tr(G D H Dᵀ)`.
+    fn cost(problem: &Problem, output: &Tensor, linear: &Solved) -> f64 {
+        let d = linear.dequantize(Kind::Float).unwrap().tr() - &problem.weight;
+        let product = output.mm(&d).mm(problem.hessian.matrix()) * &d;
+        f64::try_from(product.sum(Kind::Double)).unwrap()
+    }
+
+    #[test]
+    fn rows_that_do_not_depend_on_each_other_are_solved_as_if_alone() {
+        let problem = Problem::new(70, 96, 600, 3);
+        let variant: Variant = "4bit-32g-act".parse().unwrap();
+        let output = Tensor::eye(70, (Kind::Float, Device::Cpu)) * 3.0;
+        let factor = CpuSolver::new()
+            .factorize(&problem.hessian, Refinements::NONE.sorting(&variant), 0.01, "test")
+            .unwrap();
+        let alone = solve(&*factor, &[&problem.weight], &variant).remove(0);
+        let solution = by_rows(&problem, &output, &variant);
+        assert!((solution.squared_error / alone.squared_error - 1.0).abs() < 0.01);
+        assert_eq!(solution.linear.into_host().unwrap(), alone.linear);
+    }
+
+    #[test]
+    fn feedback_lowers_what_errors_cost() {
+        let problem = Problem::new(70, 96, 600, 4);
+        let output = output_hessian(70);
+        for variant in ["4bit-32g-act", "3bit-32g", "4bit-48g-static-asym"] {
+            let variant: Variant = variant.parse().unwrap();
+            let factor = CpuSolver::new()
+                .factorize(&problem.hessian, Refinements::NONE.sorting(&variant), 0.01, "test")
+                .unwrap();
+            let alone = solve(&*factor, &[&problem.weight], &variant).remove(0);
+            let alone = cost(&problem, &output, &Solved::Host(alone.linear));
+            let together = cost(&problem, &output, &by_rows(&problem, &output, &variant).linear);
+            assert!(together < 0.9 * alone, "{variant}: {together} {alone}");
+        }
+    }
+}
