@@ -98,7 +98,7 @@ fn sampled(normalized: &Tensor, head: &Dense, uniform: &Tensor) -> Result<Tensor
             let sums = probabilities.f_cumsum(-1, Kind::Float)?;
             let last = probabilities.size()[1] - 1;
             let drawn = uniform.f_narrow(0, first, count)?.f_mul(&sums.f_narrow(1, last, 1)?)?;
-            let y = sums.f_searchsorted(&drawn, false, true, "right", None::<&Tensor>)?.f_clamp(0, last)?;
+            let y = drawn.f_searchsorted(&sums, false, true, "right", None::<&Tensor>)?.f_clamp(0, last)?;
             let ones = y.f_to_kind(Kind::Float)?.f_ones_like()?.f_neg()?;
             probabilities.f_scatter_add(1, &y, &ones)
         };
