@@ -18,5 +18,5 @@ pub use drift::Drift;
 pub use grid::{Grid, Step};
 pub use hessian::Hessian;
 pub use order::{ColumnOrder, dead_columns};
-pub use output_hessian::OutputHessian;
+pub use output_hessian::{OutputHessian, output_blocks};
 pub use quantized::QuantizedLinear;

@@ -32,7 +32,7 @@ impl OutputHessian {
             let n = n as i64;
             Tensor::f_zeros([n, n], (Kind::Float, device)).torch("allocate an output Hessian")
         };
-        let blocks = runs(out_features).into_iter().map(zeros).collect::<Result<_>>()?;
+        let blocks = output_blocks(out_features).into_iter().map(zeros).collect::<Result<_>>()?;
         Ok(Self { blocks, tokens: 0 })
     }
 
@@ -90,20 +90,10 @@ impl OutputHessian {
         }
         Ok(self.blocks)
     }
-
-    /// Numbers that are kept of `out_features` outputs.
-    pub fn numbers(out_features: usize) -> usize {
-        runs(out_features).iter().map(|n| n * n).sum()
-    }
-
-    /// The sizes of the blocks of `out_features` outputs.
-    pub fn block_sizes(out_features: usize) -> Vec<usize> {
-        runs(out_features)
-    }
 }
 
-/// Lengths of the runs that output features fall into, as even as whole grains allow.
-fn runs(out_features: usize) -> Vec<usize> {
+/// Sizes of the blocks that output features fall into, as even as whole grains allow.
+pub fn output_blocks(out_features: usize) -> Vec<usize> {
     let parts = out_features.div_ceil(BLOCK);
     let grains = out_features.div_ceil(GRAIN);
     let end = |part: usize| (part * grains / parts * GRAIN).min(out_features);
@@ -115,15 +105,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_are_whole_grains_of_about_a_block() {
-        assert_eq!(runs(384), [384]);
-        assert_eq!(runs(2048), [2048]);
-        assert_eq!(runs(4096), [2048, 2048]);
+    fn blocks_are_whole_grains_of_about_a_block() {
+        assert_eq!(output_blocks(384), [384]);
+        assert_eq!(output_blocks(2048), [2048]);
+        assert_eq!(output_blocks(4096), [2048, 2048]);
         for n in [5, 2050, 11008, 28672, 100_001] {
-            let runs = runs(n);
-            assert_eq!(runs.iter().sum::<usize>(), n);
-            assert!(runs.iter().all(|&run| run > 0 && run <= BLOCK + GRAIN), "{runs:?}");
-            assert!(runs.iter().rev().skip(1).all(|run| run.is_multiple_of(GRAIN)), "{runs:?}");
+            let blocks = output_blocks(n);
+            assert_eq!(blocks.iter().sum::<usize>(), n);
+            assert!(blocks.iter().all(|&n| n > 0 && n <= BLOCK + GRAIN), "{blocks:?}");
+            assert!(blocks.iter().rev().skip(1).all(|n| n.is_multiple_of(GRAIN)), "{blocks:?}");
         }
     }
 

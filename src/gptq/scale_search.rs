@@ -23,13 +23,10 @@ pub(super) fn best_step(grid: Grid, scales: Scales, group: &Group<'_>) -> Step {
         // Stable: the first of equals stays the first.
         tried.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
-    match (group.block, scales.finalists()) {
-        (Some(block), finalists @ 1..) => {
-            tried.truncate(finalists);
-            tried.iter_mut().for_each(|(cost, step)| *cost = by_block(grid, group, block, *step));
-            tried.sort_by(|a, b| a.0.total_cmp(&b.0));
-        }
-        _ => {}
+    if let (Some(block), finalists @ 1..) = (group.block, scales.finalists()) {
+        tried.truncate(finalists);
+        tried.iter_mut().for_each(|(cost, step)| *cost = by_block(grid, group, block, *step));
+        tried.sort_by(|a, b| a.0.total_cmp(&b.0));
     }
     tried[0].1
 }

@@ -2,7 +2,7 @@
 
 use tch::{Kind, TchError, Tensor};
 
-use super::{Dense, Layer, Llama, llama::add};
+use super::{Dense, Layer, Llama, Runner, llama::add};
 use crate::{
     checkpoint::LinearKind,
     error::{Result, TorchContext},
@@ -54,23 +54,19 @@ impl Llama<'_> {
             Ok(LayerGradients { hidden, outputs: [q, k, v, o, gate, up, down] })
         })
     }
+}
 
+impl Runner<'_> {
     /// The gradient of `−log p(y)` with respect to the last layer's outputs `hidden` `[B, S, hidden]`, where for each token `y` is
-    /// drawn from the model's own prediction by a number `[B, S]` that is `uniform` in `0..1`. `norm` and `head` are the model's last.
-    /// In fp32.
+    /// drawn from the model's own prediction by a number `[B, S]` that is `uniform` in `0..1`. In fp32, as the model has to be.
     ///
     /// # Errors
     /// When libtorch fails.
-    pub fn sampled_gradient(
-        &self,
-        (norm, head): (&Tensor, &Dense),
-        hidden: &Tensor,
-        uniform: &Tensor,
-    ) -> Result<Tensor> {
+    pub fn sampled_gradient(&self, hidden: &Tensor, uniform: &Tensor) -> Result<Tensor> {
         tch::with_grad(|| {
             let hidden = hidden.detach().set_requires_grad(true);
-            let normalized = self.rms_norm(&hidden, norm)?;
-            let of_normalized = tch::no_grad(|| sampled(&normalized, head, uniform))?;
+            let normalized = self.normalized(&hidden)?;
+            let of_normalized = tch::no_grad(|| sampled(&normalized, &self.head, uniform))?;
             let back = || -> Result<_, TchError> {
                 let product = normalized.f_mul(&of_normalized)?.f_sum(Kind::Float)?;
                 Ok(Tensor::f_run_backward(&[&product], &[&hidden], false, false)?.remove(0))

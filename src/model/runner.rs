@@ -17,7 +17,7 @@ pub struct Runner<'a> {
     llama: Llama<'a>,
     quantization: Option<(QuantizationConfig, PackedLinears)>,
     norm: Tensor,
-    head: Dense,
+    pub(super) head: Dense,
 }
 
 /// The packed tensors of a layer in the order of [`LinearKind::ALL`]; `None` where one is dense.

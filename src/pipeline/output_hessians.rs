@@ -10,15 +10,14 @@ use super::{
     member::Surroundings,
     memory::{Ledger, Room},
     stream::{Stream, to_bytes},
-    weights::Weights,
     window_file::WindowFile,
 };
 use crate::{
     calibration::Windows,
     checkpoint::{Checkpoint, LinearId, LinearKind, LlamaConfig},
     error::{Result, TorchContext},
-    gptq::{OutputHessian, solver::OutputFactor},
-    model::{Dense, Layer, Linear, Llama},
+    gptq::{OutputHessian, output_blocks, solver::OutputFactor},
+    model::{Compute, Runner},
     progress::Event,
 };
 
@@ -41,8 +40,8 @@ pub(super) struct LayerHessians {
 
 /// Bytes of a layer's output Hessians.
 pub(super) fn layer_bytes(config: &LlamaConfig) -> u64 {
-    let numbers = LinearKind::ALL.iter().map(|kind| OutputHessian::numbers(kind.shape(config)[0]));
-    numbers.sum::<usize>() as u64 * 4
+    let blocks = LinearKind::ALL.iter().flat_map(|kind| output_blocks(kind.shape(config)[0]));
+    blocks.map(|n| n * n).sum::<usize>() as u64 * 4
 }
 
 impl OutputHessians {
@@ -68,7 +67,8 @@ impl OutputHessians {
             _ => Ledger::new(limits.on_device),
         };
         let room = std::sync::Arc::new(Room::new(device, Kind::Float, near, memory, folder)?);
-        let llama = Llama::new(checkpoint, seq_len, Kind::Float, device)?;
+        let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
+        let llama = runner.llama();
         let per_batch = (BATCH_TOKENS / seq_len).max(1);
         let stream = || Stream::new(&room, 0..count, per_batch, [seq_len, config.hidden_size]);
         let batches = stream().batches().to_vec();
@@ -87,12 +87,14 @@ impl OutputHessians {
         // What goes into each layer, and out of the last.
         let mut states = vec![embedded];
         for layer in 0..layers {
-            let ready = dense_layer(&llama, checkpoint, layer)?;
+            let packed = runner.packed_layer(layer)?;
+            let ready = runner.layer(layer, &packed)?;
             let mut next = stream();
             for i in 0..batches.len() {
                 next.put(i, llama.forward(&ready, &states[layer].get(i)?)?)?;
                 step()?;
             }
+            checkpoint.release_layer(layer);
             if layer < first {
                 // Nobody comes back this far.
                 states[layer] = stream();
@@ -102,20 +104,20 @@ impl OutputHessians {
 
         let mut gradients = stream();
         let mut last = states.pop().expect("the last layer has outputs");
-        let (norm, head) = llama.head()?;
         for (i, batch) in batches.iter().enumerate() {
             let uniform = uniform(seed, batch.start * seq_len..batch.end * seq_len);
             let shape = [batch.len() as i64, seq_len as i64];
             let uniform = Tensor::f_from_slice(&uniform).and_then(|u| u.f_view(shape)?.f_to_device(device));
             let uniform = uniform.torch("draw tokens")?;
-            gradients.put(i, llama.sampled_gradient((&norm, &head), &last.get(i)?, &uniform)?)?;
+            gradients.put(i, runner.sampled_gradient(&last.get(i)?, &uniform)?)?;
             step()?;
         }
-        drop((norm, head, last));
+        drop(last);
 
         let file = WindowFile::scratch(folder, layers, layer_bytes(config) as usize)?;
         for layer in (first..layers).rev() {
-            let ready = dense_layer(&llama, checkpoint, layer)?;
+            let packed = runner.packed_layer(layer)?;
+            let ready = runner.layer(layer, &packed)?;
             let mut states = states.pop().expect("every layer has inputs");
             let new = |kind: &LinearKind| OutputHessian::new(kind.shape(config)[0], device);
             let mut sums = LinearKind::ALL.iter().map(new).collect::<Result<Vec<_>>>()?;
@@ -134,6 +136,7 @@ impl OutputHessians {
                 }
             }
             file.write(layer, &bytes)?;
+            checkpoint.release_layer(layer);
         }
         around.progress.event(&Event::Note(&format!("gradients on {count} windows: done")));
         Ok(Self { file })
@@ -151,9 +154,8 @@ impl OutputHessians {
             rest = others;
             Tensor::f_from_data_size(own, &[n as i64, n as i64], Kind::Float).torch("read an output Hessian")
         };
-        let mut of = |kind: &LinearKind| {
-            OutputHessian::block_sizes(kind.shape(config)[0]).into_iter().map(&mut block).collect()
-        };
+        let mut of =
+            |kind: &LinearKind| output_blocks(kind.shape(config)[0]).into_iter().map(&mut block).collect();
         Ok(LayerHessians { blocks: LinearKind::ALL.iter().map(&mut of).collect::<Result<_>>()? })
     }
 }
@@ -168,18 +170,6 @@ impl LayerHessians {
         let blocks = &self.blocks[position.expect("ALL holds every kind")];
         OutputFactor::all(blocks, DAMP, device, &id.to_string())
     }
-}
-
-/// A layer as it is, in fp32.
-fn dense_layer<'t>(llama: &Llama<'_>, checkpoint: &Checkpoint, layer: usize) -> Result<Layer<'t>> {
-    let weights = Weights::read(checkpoint, layer, None)?.on(llama.device())?;
-    let mut linears = Vec::with_capacity(LinearKind::ALL.len());
-    for kind in LinearKind::ALL {
-        let (weight, bias) = weights.of(kind);
-        linears.push(Box::new(Dense::converted(weight, bias.as_ref(), Kind::Float)?) as Box<dyn Linear>);
-    }
-    let linears = linears.try_into().unwrap_or_else(|_| unreachable!("one of each kind"));
-    llama.layer(layer, linears)
 }
 
 /// Numbers in `0..1` for some tokens of the run, the same however they are batched.
