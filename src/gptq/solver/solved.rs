@@ -20,7 +20,7 @@ pub struct Solution {
     /// Output features that are rounded to nearest, as compensation would have made their error larger: with the common
     /// grids it clips what it moves out of them.
     pub uncompensated: usize,
-    /// Why it was rounded to nearest instead of solved, if it was: see [`OrRounded`].
+    /// Why it was rounded to nearest instead of solved, if it was: see [`super::OrRounded`].
     pub fallback: Option<String>,
 }
 
