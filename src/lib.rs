@@ -30,6 +30,7 @@ pub mod plan;
 pub mod progress;
 pub mod publish;
 pub mod report;
+pub mod rotation;
 pub mod variant;
 pub mod verify;
 

@@ -54,6 +54,9 @@ pub struct Plan {
     /// preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output_hessian: Option<f64>,
+    /// Whether rotations are folded into the weights before they are quantized, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rotate: Option<bool>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// What becomes of a linear that cannot be solved for the numbers in it.
@@ -91,6 +94,7 @@ impl Default for Plan {
             asymmetric: None,
             asymmetric_share: None,
             output_hessian: None,
+            rotate: None,
             shared_hessian: false,
             on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
@@ -126,6 +130,7 @@ impl Plan {
             asymmetric: Some(0.0),
             asymmetric_share: Some(1.0),
             output_hessian: Some(0.0),
+            rotate: Some(true),
             max_memory: Some(0),
             max_device_memory: Some(0),
             ..Self::default()
@@ -134,8 +139,9 @@ impl Plan {
         table.keys().cloned().collect()
     }
 
-    /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise.
-    pub fn refinements(&self) -> Refinements {
+    /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise. A preset does not rotate a model whose output
+    /// layer is `tied` to the embedding: it would then need one of its own, and its file be larger.
+    pub fn refinements(&self, tied: bool) -> Refinements {
         let preset = self.quality.refinements();
         let scales = Scales {
             signed: self.signed_scales.unwrap_or(preset.scales.signed),
@@ -148,7 +154,8 @@ impl Plan {
         let share = self.asymmetric_share.unwrap_or(share);
         let asymmetric_share = if asymmetric == 0.0 { 0.0 } else { share };
         let output_hessian = self.output_hessian.unwrap_or(preset.output_hessian);
-        Refinements { scales, group_aware, asymmetric, asymmetric_share, output_hessian }
+        let rotate = self.rotate.unwrap_or(preset.rotate && !tied);
+        Refinements { scales, group_aware, asymmetric, asymmetric_share, output_hessian, rotate }
     }
 
     /// Checks what can be checked without the model.

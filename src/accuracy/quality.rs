@@ -43,6 +43,9 @@ pub struct Refinements {
     /// output cost (YAQA, arXiv 2505.22988); rows then make good for the errors of rows before them.
     #[serde(default)]
     pub output_hessian: f64,
+    /// Whether rotations are folded into the weights first (QuaRot, arXiv 2404.00456).
+    #[serde(default)]
+    pub rotate: bool,
 }
 
 impl Refinements {
@@ -53,6 +56,7 @@ impl Refinements {
         asymmetric: 0.0,
         asymmetric_share: 0.0,
         output_hessian: 0.0,
+        rotate: false,
     };
 
     /// The order that a variant's features are quantized in.
@@ -97,6 +101,7 @@ impl Quality {
                 asymmetric: ASYMMETRIC,
                 asymmetric_share: 0.25,
                 output_hessian: 0.0,
+                rotate: false,
             },
             Self::Best => Refinements {
                 scales: searched(ScaleSearch::Block),
@@ -105,6 +110,7 @@ impl Quality {
                 asymmetric: 1.0,
                 asymmetric_share: 1.0,
                 output_hessian: 1.0,
+                rotate: true,
             },
         }
     }
@@ -113,6 +119,9 @@ impl Quality {
 impl fmt::Display for Refinements {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut on = Vec::new();
+        if self.rotate {
+            on.push("folded rotations".to_owned());
+        }
         if self.scales.signed {
             on.push("signed scales".to_owned());
         }
@@ -171,7 +180,7 @@ mod tests {
                 "plain GPTQ",
                 "signed scales, scale search by diagonal, group-aware order, \
                  asymmetric calibration at 0.5 on 25% of the windows",
-                "signed scales, scale search by block, group-aware order, \
+                "folded rotations, signed scales, scale search by block, group-aware order, \
                  asymmetric calibration at 1 on 100% of the windows, \
                  output Hessians from gradients on 100% of the windows",
             ]

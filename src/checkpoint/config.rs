@@ -169,6 +169,15 @@ impl LlamaConfig {
         &self.raw
     }
 
+    /// The same with an output layer of its own.
+    pub fn untied(&self) -> Self {
+        let mut raw = self.raw.clone();
+        if self.tie_word_embeddings {
+            raw["tie_word_embeddings"] = false.into();
+        }
+        Self { tie_word_embeddings: false, raw, ..self.clone() }
+    }
+
     /// Features of all query heads: rows of `q_proj`, columns of `o_proj`.
     pub fn attention_width(&self) -> usize {
         self.num_heads * self.head_dim

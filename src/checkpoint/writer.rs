@@ -25,6 +25,8 @@ pub enum WriteDtype {
     I32,
     /// IEEE half precision.
     F16,
+    /// IEEE single precision.
+    F32,
 }
 
 impl WriteDtype {
@@ -33,13 +35,14 @@ impl WriteDtype {
         match self {
             Self::I32 => "I32",
             Self::F16 => "F16",
+            Self::F32 => "F32",
         }
     }
 
     /// Bytes an element.
     pub fn size(self) -> usize {
         match self {
-            Self::I32 => 4,
+            Self::I32 | Self::F32 => 4,
             Self::F16 => 2,
         }
     }

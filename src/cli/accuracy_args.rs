@@ -35,6 +35,10 @@ pub(super) struct AccuracyArgs {
     /// good for each other [default: what the preset says]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) output_hessian: Option<f64>,
+    /// Fold rotations into the weights before they are quantized: the model computes the same, and outliers are spread [default:
+    /// what the preset says]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub(super) rotate: Option<bool>,
 }
 
 impl AccuracyArgs {
@@ -47,6 +51,7 @@ impl AccuracyArgs {
         plan.act_group_aware = self.act_group_aware.or(plan.act_group_aware);
         plan.asymmetric = self.asymmetric.or(plan.asymmetric);
         plan.asymmetric_share = self.asymmetric_share.or(plan.asymmetric_share);
+        plan.rotate = self.rotate.or(plan.rotate);
         plan.output_hessian = self.output_hessian.or(plan.output_hessian);
     }
 }

@@ -119,12 +119,12 @@ impl BranchWriter {
         Ok(())
     }
 
-    /// Writes everything else: dense tensors, configs, tokenizer, checksums. Returns the folder, not yet at its final
-    /// place, for checking.
+    /// Writes everything else: dense tensors and configs of the `checkpoint` that was quantized, the tokenizer and licences from
+    /// the `source` folder, checksums. Returns the folder, not yet at its final place, for checking.
     ///
     /// # Errors
     /// When a linear was left out, the source cannot be read, or the disk is full.
-    pub fn seal(&mut self, checkpoint: &Checkpoint, provenance: &Provenance) -> Result<&Path> {
+    pub fn seal(&mut self, checkpoint: &Checkpoint, source: &Path, provenance: &Provenance) -> Result<&Path> {
         let config = checkpoint.config();
         let biases = LinearId::all(config).filter(|id| id.kind.has_bias(config)).map(LinearId::bias);
         for name in dense_tensors(config).into_iter().map(|(name, _)| name).chain(biases) {
@@ -150,9 +150,9 @@ impl BranchWriter {
         };
         add(CONFIG_FILE, &pretty(&quantized_config_json(config.raw(), &self.variant, provenance)))?;
         add(QUANTIZE_CONFIG_FILE, &pretty(&quantize_config_json(&self.variant, provenance)))?;
-        for name in copied(checkpoint.dir())? {
-            let source = folder::file_in(checkpoint.dir(), &name)?;
-            add(&name, &folder::read(&source, folder::TEXT_LIMIT)?)?;
+        for name in copied(source)? {
+            let file = folder::file_in(source, &name)?;
+            add(&name, &folder::read(&file, folder::TEXT_LIMIT)?)?;
         }
         let path = self.partial.join(CHECKSUMS_FILE);
         let text =
@@ -231,14 +231,19 @@ pub fn is_partial(name: &str) -> bool {
 ///
 /// # Errors
 /// When the variant does not fit the model.
-pub fn planned_bytes(variant: &Variant, checkpoint: &Checkpoint, max_shard_size: u64) -> Result<u64> {
+pub fn planned_bytes(
+    variant: &Variant,
+    config: &LlamaConfig,
+    source: &Path,
+    max_shard_size: u64,
+) -> Result<u64> {
     /// Both configs.
     const CONFIGS: u64 = 64 << 10;
     /// A tensor's line in the checksums and in an index of shards.
     const LINES: u64 = 512;
-    let tensors = tensors(variant, checkpoint.config())?;
+    let tensors = tensors(variant, config)?;
     let lines = tensors.len() as u64 * LINES;
-    let copied = COPIED_FILES.iter().filter_map(|name| fs::metadata(checkpoint.dir().join(name)).ok());
+    let copied = COPIED_FILES.iter().filter_map(|name| fs::metadata(source.join(name)).ok());
     let copied: u64 = copied.map(|file| file.len()).sum();
     Ok(ShardPlan::new(tensors, max_shard_size)?.total_bytes() + copied + CONFIGS + lines)
 }

@@ -87,13 +87,14 @@ impl Branches {
     pub(super) fn seal(
         &mut self,
         checkpoint: &Checkpoint,
+        source: &Path,
         provenance: &Provenance,
         progress: &dyn Progress,
     ) -> Result<()> {
         let begun = Instant::now();
         progress.begin("writing and checking", self.writers.len() as u64);
         for writer in &mut self.writers {
-            let folder = writer.seal(checkpoint, provenance)?;
+            let folder = writer.seal(checkpoint, source, provenance)?;
             verify::written(folder)?;
             progress.advance(1);
         }

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     calibration::Windows,
+    checkpoint::Checkpoint,
     device,
     error::Result,
     model::kind_name,
@@ -26,9 +27,10 @@ use crate::{
     report::{ComputeReport, duration},
 };
 
-/// Solves the layers that are not finished; each is in the journal, and the branches are durable, before the next begins.
+/// Solves the layers of `source`, the run's model or it rotated, that are not finished; each is in the journal, and the branches are durable, before the next begins.
 pub(super) fn solve(
     run: &Run<'_>,
+    source: &Checkpoint,
     windows: &Windows,
     journal: &mut Journal,
     folder: &mut OutputFolder<'_>,
@@ -42,8 +44,8 @@ pub(super) fn solve(
         progress.event(&Event::Note(&text));
     }
     let mut branches = match journal.layers() {
-        0 => Branches::create(plan, checkpoint, place.out)?,
-        _ => Branches::reopen(plan, checkpoint, place.out, journal.state())?,
+        0 => Branches::create(plan, source, place.out)?,
+        _ => Branches::reopen(plan, source, place.out, journal.state())?,
     };
     let report_layer = |done: usize, seconds: f64| {
         let memory = resident_memory().unwrap_or(0);
@@ -64,7 +66,7 @@ pub(super) fn solve(
         .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
     progress.event(&Event::Note(&format!("{needs}{time}")));
     let kind = needs.kind;
-    let refinements = plan.refinements();
+    let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
     progress.event(&Event::Note(&format!("quality {}: {refinements}", plan.quality)));
     let dense_windows = match plan.shared_hessian {
         true => 0,
@@ -76,7 +78,7 @@ pub(super) fn solve(
     let output_hessians = match gradient_windows {
         0 => None,
         count => Some(OutputHessians::measure(
-            checkpoint,
+            source,
             devices[0],
             (windows, count),
             journal.layers(),
@@ -98,7 +100,7 @@ pub(super) fn solve(
     };
     let kept = journal.kept()?;
     let mut crew =
-        Crew::new(checkpoint, &devices, kind, windows, task, needs.limits, &spill, kept.as_ref(), around)?;
+        Crew::new(source, &devices, kind, windows, task, needs.limits, &spill, kept.as_ref(), around)?;
     drop(kept);
     let compute = ComputeReport {
         device: choices.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(","),

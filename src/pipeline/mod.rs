@@ -22,7 +22,7 @@ mod window_file;
 
 use std::{
     path::{Path, PathBuf},
-    sync::atomic::AtomicBool,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use tch::{Device, Kind};
@@ -36,6 +36,7 @@ use crate::{
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
     report::{CalibrationReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report},
+    rotation::Rotated,
 };
 pub use journal::{Begun, begun};
 use journal::{Identity, Journal};
@@ -108,7 +109,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     } else {
         folder.hold();
     }
-    let refinements = plan.refinements();
+    let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
         dataset: tokens.dataset().to_owned(),
@@ -125,9 +126,15 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         branches::check_sealed(place.out, &plan.variants)?;
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory());
-        let mut branches = layers::solve(run, &windows, &mut journal, &mut folder, &memory, progress)?;
+        let rotated = match refinements.rotate {
+            true => Some(rotate(run, journal.folder(), progress)?),
+            false => None,
+        };
+        let source = rotated.as_ref().map_or(*checkpoint, Rotated::checkpoint);
+        let mut branches =
+            layers::solve(run, source, &windows, &mut journal, &mut folder, &memory, progress)?;
         memory.enter(At::Finishing);
-        branches.seal(checkpoint, &provenance, progress)?;
+        branches.seal(source, checkpoint.dir(), &provenance, progress)?;
         journal.seal(branches.seconds(), memory.peaks())?;
     }
     let state = journal.state();
@@ -179,6 +186,18 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
         return Err(Error::OutputExists { path: place.out.into() });
     }
     Needs::of(plan, checkpoint, place).map(drop)
+}
+
+/// The model as it is when rotated, in a folder below `place`.
+fn rotate(run: &Run<'_>, place: &Path, progress: &dyn Progress) -> Result<Rotated> {
+    progress.begin("rotating", run.checkpoint.config().num_layers as u64);
+    let mut step = || {
+        progress.advance(1);
+        if run.stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    };
+    let rotated = Rotated::write(run.checkpoint, place, &mut step)?;
+    check_dense(rotated.checkpoint())?;
+    Ok(rotated)
 }
 
 /// Refuses numbers that fp16 cannot hold in the tensors that are copied, which would else be met at the very end.

@@ -16,6 +16,7 @@ use crate::{
     model::source_kind,
     plan::Plan,
     report::bytes,
+    rotation::rotated_bytes,
 };
 
 /// Operations of a layer below which nobody waits for it.
@@ -46,16 +47,18 @@ impl Needs {
     pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
         let kind = compute_kind(plan.compute_dtype, device, source_kind(checkpoint)?);
+        let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
         let shape = Shape {
             config: checkpoint.config(),
-            source_bytes: source_kind(checkpoint)?.elt_size_in_bytes() as u64,
+            source_bytes: if refinements.rotate { Kind::Float } else { source_kind(checkpoint)? }
+                .elt_size_in_bytes() as u64,
             kind,
             windows: plan.samples,
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: plan.shared_hessian,
-            dense_windows: plan.refinements().dense_windows(plan.samples),
-            gradient_windows: plan.refinements().gradient_windows(plan.samples),
+            dense_windows: refinements.dense_windows(plan.samples),
+            gradient_windows: refinements.gradient_windows(plan.samples),
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
@@ -85,7 +88,12 @@ impl Needs {
         };
         let spilled = spilled.max(shape.gradient_states().saturating_sub(room));
         let spilled = spilled.saturating_add(shape.output_hessians());
-        let disk = DiskNeed::new(plan, checkpoint, place, shape.hidden_states(), spilled)?;
+        let (config, rotated) = match checkpoint.config() {
+            config if refinements.rotate => (config.untied(), rotated_bytes(config)),
+            config => (config.clone(), 0),
+        };
+        let spilled = spilled.saturating_add(rotated);
+        let disk = DiskNeed::new(plan, checkpoint, &config, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
         let memory = (own + need.working).saturating_add(held);
         let operations = shape.layer_operations();

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use super::{journal, machine::require_space, output_folder::Place};
 use crate::{
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, LlamaConfig},
     emit::{is_partial, planned_bytes},
     error::Result,
     plan::Plan,
@@ -20,13 +20,14 @@ pub(super) struct DiskNeed {
 }
 
 impl DiskNeed {
-    /// `states` are the bytes of all hidden states, `spilled` those of activations that do not fit memory.
+    /// `config` is that of the branches; `states` are the bytes of all hidden states, `spilled` those of activations that do not fit memory.
     ///
     /// # Errors
     /// When a variant does not fit the model.
     pub(super) fn new(
         plan: &Plan,
         checkpoint: &Checkpoint,
+        config: &LlamaConfig,
         place: &Place<'_>,
         states: u64,
         spilled: u64,
@@ -35,7 +36,7 @@ impl DiskNeed {
         let mut branches = 0;
         // The weights of branches that were begun have their room.
         for variant in plan.variants.iter().filter(|_| begun.is_none()) {
-            branches += planned_bytes(variant, checkpoint, plan.max_shard_size)?;
+            branches += planned_bytes(variant, config, checkpoint.dir(), plan.max_shard_size)?;
         }
         // One set of states beside the one that is being written; behind the last layer there are none.
         let sets = match (checkpoint.config().num_layers, begun) {

@@ -11,6 +11,7 @@ use crate::{
     kernels,
     pack::PackedView,
     progress::Progress,
+    rotation::Rotation,
     variant::Bits,
 };
 
@@ -44,13 +45,21 @@ pub(super) fn compare(
 ) -> Result<Vec<LinearDistance>> {
     source.check()?;
     let config = checkpoint.config();
+    // A branch that was rotated is compared with the source rotated alike.
+    let rotation = match quantization.meta["rotate"] == true {
+        true => Some(Rotation::new(source)?),
+        false => None,
+    };
     let mut distances = Vec::new();
     progress.begin("comparing with the source", LinearId::all(config).count() as u64);
     for id in LinearId::all(config) {
         progress.advance(1);
         let Some(tensors) = packed(checkpoint, id, quantization)? else { continue };
         let [n, k] = id.kind.shape(config);
-        let weight = source.load(&id.weight(), &[n, k], Kind::Float, Device::Cpu)?;
+        let weight = match &rotation {
+            Some(rotation) => rotation.weight(id)?,
+            None => source.load(&id.weight(), &[n, k], Kind::Float, Device::Cpu)?,
+        };
         source.release([id.weight()]);
         let weight = weight.f_tr().and_then(|w| w.f_contiguous()).torch("transpose a weight")?;
         let weight =

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use crate::{
     helpers::{Lab, demo, read_json, text_of},
     safetensors_file,
+    tiny_model::Model,
 };
 
 const OFF: [&str; 7] =
@@ -19,7 +20,7 @@ fn presets_say_what_they_turn_on_and_files_hold_it() {
     assert!(output.stderr.contains(said), "{}", output.stderr);
     let refinements = json!({
         "signed_scales": true, "scale_search": "diagonal", "act_group_aware": true, "asymmetric": 0.5,
-        "asymmetric_share": 0.25, "output_hessian": 0.0,
+        "asymmetric_share": 0.25, "output_hessian": 0.0, "rotate": false,
     });
     let report = read_json(&lab.out().join("run.json"));
     assert_eq!((&report["plan"]["quality"], &report["refinements"]), (&"standard".into(), &refinements));
@@ -75,6 +76,26 @@ fn negative_scales_are_used_told_of_and_turned_off() {
     assert!(text.contains(&format!("{negative} of {all} scales are negative")), "{text}");
     assert_eq!(signs(&["--unsigned-scales"], "unsigned").0, 0);
     assert_eq!(signs(&["--quality", "fast"], "fast").0, 0);
+}
+
+/// Of a model whose sizes are no powers of two, with all that a rotation has to go through.
+#[test]
+fn a_rotated_branch_computes_what_the_model_does() {
+    let lab =
+        Lab::with(&Model { hidden: 96, heads: 4, kv_heads: 2, tied: true, biases: true, ..Model::default() });
+    let said = "quality standard: folded rotations, signed scales";
+    let output = lab.quantize(&["--variant", "8bit-32g", "--rotate"]).succeeds();
+    assert!(output.stderr.contains(said), "{}", output.stderr);
+    let branch = lab.branch();
+    let config = read_json(&branch.join("config.json"));
+    assert_eq!(config["tie_word_embeddings"], false);
+    assert_eq!(config["quantization_config"]["meta"]["rotate"], true);
+    let evaluation = lab.eval(&[&branch]);
+    let divergence = &evaluation["models"][0]["kl_divergence"]["value"];
+    assert!(divergence.as_f64().unwrap() < 1e-3, "{evaluation}");
+    lab.verify(&branch, &[]).succeeds();
+    let against = ["--against", &text_of(&lab.model()), "--json"];
+    assert!(lab.verify(&branch, &against).json()["distances"].as_array().unwrap().len() == 14);
 }
 
 /// Of the bundled model, 32 windows of 256 tokens; the evaluation is on text that is not among them.

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 25] = [
+const LAYERS: [&str; 26] = [
     "error",
     "progress",
     "folder",
@@ -18,6 +18,7 @@ const LAYERS: [&str; 25] = [
     "accuracy",
     "plan",
     "checkpoint",
+    "rotation",
     "calibration",
     "amx",
     "gptq",

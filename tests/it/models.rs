@@ -5,6 +5,7 @@ use std::{fs, path::Path};
 use gptq::{
     checkpoint::{CONFIG_FILE, Checkpoint, WEIGHTS_FILE},
     model::{Compute, Decoder, Runner},
+    rotation::{Rotated, rotated_bytes},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
@@ -93,6 +94,26 @@ fn eps_theta() {
     let changes =
         [Config("/rms_norm_eps", json!(1e-5)), Config("/rope_parameters/rope_theta", json!(2_000_000.0))];
     check("eps-theta", changes);
+}
+
+#[test]
+fn a_rotated_model_computes_the_same() {
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models")).unwrap() {
+        let dir = entry.unwrap().path();
+        if !dir.is_dir() {
+            continue;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let rotated = Rotated::write(&checkpoint, place.path(), &mut || Ok(())).unwrap();
+        let names = rotated.checkpoint().names();
+        let bytes: u64 = names.map(|name| rotated.checkpoint().view(name).unwrap().bytes.len() as u64).sum();
+        assert_eq!(rotated_bytes(checkpoint.config()), bytes);
+        let difference = difference(rotated.checkpoint().dir(), &dir);
+        assert!(difference < TOLERANCE, "{}: logits differ by {difference:e}", dir.display());
+        drop(rotated);
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+    }
 }
 
 fn check<const N: usize>(name: &str, changes: [Change; N]) {

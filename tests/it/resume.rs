@@ -8,6 +8,7 @@ use std::{
 
 use gptq::{
     Error, JournalError, Result,
+    accuracy::Quality,
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens},
     checkpoint::Checkpoint,
     pipeline::{self, Begun, Place, Run},
@@ -109,6 +110,14 @@ fn every_configuration_goes_on_to_the_same_bytes() {
         Plan { max_shard_size: 1_000_000, ..plan(&["4bit-32g-act"]) },
         Plan { device: "cpu,cpu".into(), ..plan(&["4bit-32g", "4bit-32g-act"]) },
         Plan { compute_dtype: "bf16".parse().unwrap(), ..plan(&["4bit-32g"]) },
+        Plan { quality: Quality::Best, ..plan(&["4bit-32g", "2bit-64g-act"]) },
+        Plan {
+            quality: Quality::Best,
+            shared_hessian: true,
+            device: "cpu,cpu".into(),
+            ..plan(&["4bit-32g", "4bit-32g-act"])
+        },
+        Plan { rotate: Some(true), ..plan(&["4bit-32g"]) },
     ];
     for (i, plan) in plans.iter().enumerate() {
         let place = lab.path(&format!("whole-{i}"));

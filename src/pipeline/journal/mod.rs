@@ -252,7 +252,9 @@ impl Journal {
         for entry in fs::read_dir(&self.folder).map_err(Error::io("read", &self.folder))? {
             let entry = entry.map_err(Error::io("read", &self.folder))?;
             if !known.iter().any(|name| entry.file_name() == *name) {
-                fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+                let path = entry.path();
+                let remove = if path.is_dir() { fs::remove_dir_all } else { fs::remove_file };
+                remove(&path).map_err(Error::io("remove", path))?;
             }
         }
         Ok(())
