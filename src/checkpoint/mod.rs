@@ -28,6 +28,7 @@ pub use quantization::{CheckpointFormat, QUANTIZE_CONFIG_FILE, QuantizationConfi
 pub use reader::{Checkpoint, INDEX_FILE, TensorView, WEIGHTS_FILE};
 pub use rope_config::{Rope, RopeScaling};
 pub use safetensors::Dtype;
+pub use values::to_bytes;
 pub use writer::{
     ShardPlan, ShardWriter, TensorSpec, UNFINISHED, WriteDtype, Written, write_file_atomically,
 };

@@ -142,6 +142,17 @@ fn convert<const N: usize>(bytes: &[u8], to_f32: impl Fn([u8; N]) -> f32 + Sync)
     halves
 }
 
+/// A tensor's numbers as they lie in files, little-endian.
+pub fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let copy = || {
+        let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
+        let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+        Ok(bytes)
+    };
+    copy().torch("copy a tensor's bytes")
+}
+
 /// A copy of the tensor as libtorch's `kind` on `device`. The values have been checked.
 pub(super) fn to_tensor(view: &TensorView<'_>, kind: Kind, device: Device) -> Result<Tensor> {
     let stored = kind_of(view)?;

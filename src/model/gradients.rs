@@ -1,8 +1,10 @@
 //! Gradients through the unquantized model, one layer at a time.
 
+use std::cell::Cell;
+
 use tch::{Kind, TchError, Tensor};
 
-use super::{Dense, Layer, Llama, Runner, llama::add};
+use super::{Dense, Layer, Linear, Llama, Runner};
 use crate::{
     checkpoint::LinearKind,
     error::{Result, TorchContext},
@@ -19,6 +21,20 @@ pub struct LayerGradients {
     pub outputs: [Tensor; LinearKind::ALL.len()],
 }
 
+/// A linear whose outputs are kept.
+struct Recorded<'a> {
+    linear: &'a dyn Linear,
+    output: &'a Cell<Option<Tensor>>,
+}
+
+impl Linear for Recorded<'_> {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let output = self.linear.forward(x)?;
+        self.output.set(Some(output.shallow_clone()));
+        Ok(output)
+    }
+}
+
 impl Llama<'_> {
     /// Runs a layer on `hidden` `[B, S, hidden]` and takes the `gradient` with respect to what comes out back through it.
     /// In fp32, as the layer has to be.
@@ -33,17 +49,20 @@ impl Llama<'_> {
     ) -> Result<LayerGradients> {
         tch::with_grad(|| {
             let hidden = hidden.detach().set_requires_grad(true);
-            let [q, k, v, o, gate, up, down] = &layer.linears;
-            let x = self.rms_norm(&hidden, &layer.norms.input)?;
-            let (q, k, v) = (q.forward(&x)?, k.forward(&x)?, v.forward(&x)?);
-            let o = o.forward(&self.attend(&q, &k, &v)?)?;
-            let middle = add(&hidden, &o)?;
-            let x = self.rms_norm(&middle, &layer.norms.post_attention)?;
-            let (gate, up) = (gate.forward(&x)?, up.forward(&x)?);
-            let next = add(&middle, &down.forward(&self.gated(&gate, &up)?)?)?;
+            let outputs: [Cell<Option<Tensor>>; LinearKind::ALL.len()] = Default::default();
+            let recorded = Layer {
+                norms: layer.norms.shallow_clone(),
+                linears: std::array::from_fn(|i| {
+                    Box::new(Recorded { linear: &*layer.linears[i], output: &outputs[i] }) as Box<dyn Linear>
+                }),
+            };
+            let next = self.forward(&recorded, &hidden)?;
+            let outputs =
+                outputs.each_ref().map(|output| output.take().expect("every linear of a layer is applied"));
+            let [q, k, v, o, gate, up, _] = &outputs;
             let back = || -> Result<_, TchError> {
                 let product = next.f_mul(gradient)?.f_sum(Kind::Float)?;
-                let with_respect_to = [&hidden, &q, &k, &v, &o, &gate, &up];
+                let with_respect_to = [&hidden, q, k, v, o, gate, up];
                 Tensor::f_run_backward(&[&product], &with_respect_to, false, false)
             };
             let gradients = back().torch("take gradients through a layer")?;
@@ -88,7 +107,7 @@ fn sampled(normalized: &Tensor, head: &Dense, uniform: &Tensor) -> Result<Tensor
     for first in (0..tokens).step_by(LOGIT_TOKENS as usize) {
         let count = LOGIT_TOKENS.min(tokens - first);
         let inputs = inputs.f_narrow(0, first, count).torch("split hidden states")?;
-        let logits = super::Linear::forward(head, &inputs)?;
+        let logits = head.forward(&inputs)?;
         let of_logits = || -> Result<_, TchError> {
             let probabilities = logits.f_softmax(-1, Kind::Float)?;
             let sums = probabilities.f_cumsum(-1, Kind::Float)?;

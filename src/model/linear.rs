@@ -73,9 +73,7 @@ impl Dense {
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
         Ok(Self { weight, bias })
     }
-}
 
-impl Dense {
     /// A gradient with respect to outputs `[…, N]` → that with respect to inputs `[…, K]`.
     ///
     /// # Errors

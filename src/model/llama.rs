@@ -67,6 +67,12 @@ pub struct Norms {
     pub post_attention: Tensor,
 }
 
+impl Norms {
+    pub(super) fn shallow_clone(&self) -> Self {
+        Self { input: self.input.shallow_clone(), post_attention: self.post_attention.shallow_clone() }
+    }
+}
+
 /// A decoder layer that is ready to run.
 pub struct Layer<'a> {
     pub(super) norms: Norms,

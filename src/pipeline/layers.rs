@@ -14,7 +14,6 @@ use super::{
     output_folder::OutputFolder,
     output_hessians::OutputHessians,
     resident_memory,
-    stage_memory::MemoryWatch,
     team::Task,
 };
 use crate::{
@@ -23,21 +22,22 @@ use crate::{
     device,
     error::Result,
     model::kind_name,
-    progress::{Event, Progress},
+    progress::Event,
     report::{ComputeReport, duration},
 };
 
-/// Solves the layers of `source`, the run's model or it rotated, that are not finished; each is in the journal, and the branches are durable, before the next begins.
+/// Solves the layers of `source`, the run's model or it rotated, that are not finished; each is in the journal, and the
+/// branches are durable, before the next begins.
 pub(super) fn solve(
     run: &Run<'_>,
     source: &Checkpoint,
     windows: &Windows,
     journal: &mut Journal,
     folder: &mut OutputFolder<'_>,
-    memory: &MemoryWatch,
-    progress: &dyn Progress,
+    around: Surroundings<'_>,
 ) -> Result<Branches> {
-    let Run { plan, checkpoint, place, stop, .. } = run;
+    let Run { plan, checkpoint, place, .. } = run;
+    let Surroundings { progress, memory, .. } = around;
     let total = checkpoint.config().num_layers;
     if journal.layers() > 0 {
         let text = format!("going on: {} of {total} layers are finished", journal.layers());
@@ -72,7 +72,6 @@ pub(super) fn solve(
         true => 0,
         false => refinements.dense_windows(plan.samples),
     };
-    let around = Surroundings { progress, stop, memory };
     let spill = journal.folder().to_owned();
     let gradient_windows = refinements.gradient_windows(plan.samples);
     let output_hessians = match gradient_windows {

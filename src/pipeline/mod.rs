@@ -22,7 +22,7 @@ mod window_file;
 
 use std::{
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
 };
 
 use tch::{Device, Kind};
@@ -43,6 +43,7 @@ use journal::{Identity, Journal};
 pub use machine::{
     available_memory, available_space, fast_bf16, peak_memory, require_space, resident_memory,
 };
+use member::Surroundings;
 use needs::Needs;
 use output_folder::OutputFolder;
 pub use output_folder::Place;
@@ -126,13 +127,13 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         branches::check_sealed(place.out, &plan.variants)?;
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory());
+        let around = Surroundings { progress, stop: run.stop, memory: &memory };
         let rotated = match refinements.rotate {
-            true => Some(rotate(run, journal.folder(), progress)?),
+            true => Some(rotate(checkpoint, journal.folder(), around)?),
             false => None,
         };
         let source = rotated.as_ref().map_or(*checkpoint, Rotated::checkpoint);
-        let mut branches =
-            layers::solve(run, source, &windows, &mut journal, &mut folder, &memory, progress)?;
+        let mut branches = layers::solve(run, source, &windows, &mut journal, &mut folder, around)?;
         memory.enter(At::Finishing);
         branches.seal(source, checkpoint.dir(), &provenance, progress)?;
         journal.seal(branches.seconds(), memory.peaks())?;
@@ -189,13 +190,13 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
 }
 
 /// The model as it is when rotated, in a folder below `place`.
-fn rotate(run: &Run<'_>, place: &Path, progress: &dyn Progress) -> Result<Rotated> {
-    progress.begin("rotating", run.checkpoint.config().num_layers as u64);
+fn rotate(checkpoint: &Checkpoint, place: &Path, around: Surroundings<'_>) -> Result<Rotated> {
+    around.progress.begin("rotating", checkpoint.config().num_layers as u64);
     let mut step = || {
-        progress.advance(1);
-        if run.stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        around.progress.advance(1);
+        around.go_on()
     };
-    let rotated = Rotated::write(run.checkpoint, place, &mut step)?;
+    let rotated = Rotated::write(checkpoint, place, &mut step)?;
     check_dense(rotated.checkpoint())?;
     Ok(rotated)
 }

@@ -9,12 +9,12 @@ use super::{
     crew::Limits,
     member::Surroundings,
     memory::{Ledger, Room},
-    stream::{Stream, to_bytes},
+    stream::Stream,
     window_file::WindowFile,
 };
 use crate::{
     calibration::Windows,
-    checkpoint::{Checkpoint, LinearId, LinearKind, LlamaConfig},
+    checkpoint::{Checkpoint, LinearId, LinearKind, LlamaConfig, to_bytes},
     error::{Result, TorchContext},
     gptq::{OutputHessian, output_blocks, solver::OutputFactor},
     model::{Compute, Runner},
@@ -32,10 +32,10 @@ pub(super) struct OutputHessians {
     file: WindowFile,
 }
 
-/// Those of one layer.
-pub(super) struct LayerHessians {
+/// Those of one layer, factorized.
+pub(super) struct LayerFactors {
     /// The blocks of each linear, in the order of [`LinearKind::ALL`].
-    blocks: Vec<Vec<Tensor>>,
+    blocks: Vec<Vec<OutputFactor>>,
 }
 
 /// Bytes of a layer's output Hessians.
@@ -142,11 +142,11 @@ impl OutputHessians {
         Ok(Self { file })
     }
 
-    /// Those of one layer, in memory.
+    /// Those of one layer, factorized on `device` once for all variants.
     ///
     /// # Errors
-    /// When they cannot be read back.
-    pub(super) fn of_layer(&self, config: &LlamaConfig, layer: usize) -> Result<LayerHessians> {
+    /// When they cannot be read back, or one cannot be factorized.
+    pub(super) fn factors(&self, config: &LlamaConfig, layer: usize, device: Device) -> Result<LayerFactors> {
         let bytes = self.file.read(layer, 1)?;
         let mut rest = &bytes[..];
         let mut block = |n: usize| {
@@ -154,21 +154,20 @@ impl OutputHessians {
             rest = others;
             Tensor::f_from_data_size(own, &[n as i64, n as i64], Kind::Float).torch("read an output Hessian")
         };
-        let mut of =
-            |kind: &LinearKind| output_blocks(kind.shape(config)[0]).into_iter().map(&mut block).collect();
-        Ok(LayerHessians { blocks: LinearKind::ALL.iter().map(&mut of).collect::<Result<_>>()? })
+        let of = |kind: LinearKind| {
+            let blocks = output_blocks(kind.shape(config)[0]).into_iter().map(&mut block);
+            let blocks = blocks.collect::<Result<Vec<_>>>()?;
+            OutputFactor::all(&blocks, DAMP, device, &LinearId { layer, kind }.to_string())
+        };
+        Ok(LayerFactors { blocks: LinearKind::ALL.into_iter().map(of).collect::<Result<_>>()? })
     }
 }
 
-impl LayerHessians {
-    /// Factorizes those of a linear.
-    ///
-    /// # Errors
-    /// When that fails.
-    pub(super) fn factors(&self, id: LinearId, device: Device) -> Result<Vec<OutputFactor>> {
-        let position = LinearKind::ALL.iter().position(|&kind| kind == id.kind);
-        let blocks = &self.blocks[position.expect("ALL holds every kind")];
-        OutputFactor::all(blocks, DAMP, device, &id.to_string())
+impl LayerFactors {
+    /// Those of a linear.
+    pub(super) fn of(&self, kind: LinearKind) -> &[OutputFactor] {
+        let position = LinearKind::ALL.iter().position(|&k| k == kind);
+        &self.blocks[position.expect("ALL holds every kind")]
     }
 }
 

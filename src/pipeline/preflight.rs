@@ -20,7 +20,8 @@ pub(super) struct DiskNeed {
 }
 
 impl DiskNeed {
-    /// `config` is that of the branches; `states` are the bytes of all hidden states, `spilled` those of activations that do not fit memory.
+    /// `config` is that of the branches; `states` are the bytes of all hidden states, `spilled` those of activations that do not fit
+    /// memory, and of whatever else lies beside the journal.
     ///
     /// # Errors
     /// When a variant does not fit the model.

@@ -87,12 +87,8 @@ impl Team<'_> {
             }
         }
         let orders = by_order.len();
-        let device = self.members[0].device();
-        let outputs = self
-            .outputs
-            .as_ref()
-            .map(|layer| ids.iter().map(|&id| layer.factors(id, device)).collect::<Result<Vec<_>>>());
-        let outputs = outputs.transpose()?;
+        let outputs = self.outputs.as_ref();
+        let outputs: Option<Vec<_>> = outputs.map(|layer| ids.iter().map(|id| layer.of(id.kind)).collect());
         for (i, (order, list)) in by_order.into_iter().enumerate() {
             let begun = Instant::now();
             let factor = {

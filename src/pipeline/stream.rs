@@ -2,13 +2,14 @@
 
 use std::{ops::Range, sync::Arc};
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::{
     memory::{Reserved, Room},
     window_file::WindowFile,
 };
 use crate::{
+    checkpoint::to_bytes,
     cuda::Copy,
     error::{Result, TorchContext},
 };
@@ -273,19 +274,10 @@ impl Drop for Stream {
     }
 }
 
-/// A tensor's values, row by row, as they lie in memory.
-pub(super) fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    let copy = || {
-        let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
-        let mut bytes = vec![0; tensor.numel() * tensor.kind().elt_size_in_bytes()];
-        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-        Ok(bytes)
-    };
-    copy().torch("copy activations")
-}
-
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
     use crate::pipeline::memory::Ledger;
 

@@ -9,7 +9,7 @@ use super::{
     dense_path::Capture,
     journal::NextStates,
     member::{Member, Surroundings},
-    output_hessians::{LayerHessians, OutputHessians},
+    output_hessians::{LayerFactors, OutputHessians},
     stage_memory::At,
     stage_solving::Record,
     weights::Weights,
@@ -83,7 +83,7 @@ pub(super) struct Team<'a> {
     pub(super) task: Task<'a>,
     pub(super) around: Surroundings<'a>,
     /// Of the layer that is worked on.
-    pub(super) outputs: Option<LayerHessians>,
+    pub(super) outputs: Option<LayerFactors>,
 }
 
 impl<'a> Team<'a> {
@@ -153,8 +153,8 @@ impl<'a> Team<'a> {
     ) -> Result<()> {
         // Tensors may go to other threads, but not be looked at by two.
         self.members.iter_mut().try_for_each(|member| member.enter_layer(weights))?;
-        let config = self.members[0].config();
-        self.outputs = self.task.output_hessians.map(|all| all.of_layer(config, layer)).transpose()?;
+        let (config, device) = (self.members[0].config(), self.members[0].device());
+        self.outputs = self.task.output_hessians.map(|all| all.factors(config, layer, device)).transpose()?;
         if self.task.shared_hessian {
             self.solve_shared(layer, sink, next)?;
         } else {

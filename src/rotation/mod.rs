@@ -18,7 +18,7 @@ use crate::{
     checkpoint::{
         CONFIG_FILE, Checkpoint, EMBED_TOKENS, FINAL_NORM, LM_HEAD, LinearId, LinearKind, LlamaConfig,
         ShardPlan, ShardWriter, TensorSpec, WriteDtype, dense_tensors, input_layernorm,
-        post_attention_layernorm, write_file_atomically,
+        post_attention_layernorm, to_bytes, write_file_atomically,
     },
     error::{Error, Result, TorchContext},
 };
@@ -49,7 +49,7 @@ impl Rotated {
         let rotation = Rotation::new(checkpoint)?;
         let config = checkpoint.config().untied();
         let mut writer = ShardWriter::create(folder.path(), ShardPlan::new(tensors(&config), u64::MAX)?)?;
-        let mut write = |name: &str, tensor: Tensor| writer.write(name, &bytes(&tensor)?);
+        let mut write = |name: &str, tensor: Tensor| writer.write(name, &to_bytes(&tensor)?);
 
         write(EMBED_TOKENS, rotation.embedding()?)?;
         checkpoint.release([EMBED_TOKENS]);
@@ -206,15 +206,4 @@ impl<'a> Rotation<'a> {
 
 fn ones(n: usize) -> Tensor {
     Tensor::from_slice(&vec![1f32; n])
-}
-
-/// Little-endian fp32.
-fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    let copy = || {
-        let tensor = tensor.f_contiguous()?;
-        let mut bytes = vec![0; tensor.numel() * WriteDtype::F32.size()];
-        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
-        Ok(bytes)
-    };
-    copy().torch("copy a rotated tensor")
 }

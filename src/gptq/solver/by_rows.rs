@@ -82,14 +82,14 @@ pub fn solve_by_rows(
     factor: &dyn Factorized,
     hessian: &Hessian,
     weights: &[Weight<'_>],
-    outputs: &[Vec<OutputFactor>],
+    outputs: &[&[OutputFactor]],
     variant: &Variant,
     go_on: &dyn Fn() -> Result<()>,
 ) -> Result<Vec<Solution>> {
     let device = hessian.matrix().device();
     let mut strands = Vec::new();
     for (index, (weight, factors)) in weights.iter().zip(outputs).enumerate() {
-        for factor in factors {
+        for factor in *factors {
             strands.push(Strand::new(index, weight, factor, device).torch("take rows of a weight")?);
         }
     }
@@ -209,9 +209,11 @@ mod tests {
     fn by_rows(problem: &Problem, output: &Tensor, variant: &Variant) -> Solution {
         let sorting = Refinements::NONE.sorting(variant);
         let factor = CpuSolver::new().factorize(&problem.hessian, sorting, 0.01, "test").unwrap();
-        let outputs = vec![OutputFactor::all(&[output.shallow_clone()], 0.01, Device::Cpu, "test").unwrap()];
+        let outputs = OutputFactor::all(&[output.shallow_clone()], 0.01, Device::Cpu, "test").unwrap();
         let weights = [weight(&problem.weight)];
-        solve_by_rows(&*factor, &problem.hessian, &weights, &outputs, variant, &|| Ok(())).unwrap().remove(0)
+        solve_by_rows(&*factor, &problem.hessian, &weights, &[&outputs[..]], variant, &|| Ok(()))
+            .unwrap()
+            .remove(0)
     }
 
     /// `tr(G D H Dᵀ)`.
