@@ -57,6 +57,21 @@ pub struct Plan {
     /// Whether rotations are folded into the weights before they are quantized, in place of what the preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rotate: Option<bool>,
+    /// Whether channels that norms and linears scale against each other are evened out first, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub equalize: Option<bool>,
+    /// Whether the first position of each window is left out of the Hessians, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_first_position: Option<bool>,
+    /// Whether damping is raised to what a Hessian's spectrum asks for, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shrinkage: Option<bool>,
+    /// Sweeps of refinement after the solve, from 0 to 100, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refine: Option<u32>,
+    /// Steps of tuning the scales of a layer together, from 0 to 10000, in place of what the preset says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tune_blocks: Option<u32>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// What becomes of a linear that cannot be solved for the numbers in it.
@@ -95,6 +110,11 @@ impl Default for Plan {
             asymmetric_share: None,
             output_hessian: None,
             rotate: None,
+            equalize: None,
+            skip_first_position: None,
+            shrinkage: None,
+            refine: None,
+            tune_blocks: None,
             shared_hessian: false,
             on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
@@ -131,6 +151,11 @@ impl Plan {
             asymmetric_share: Some(1.0),
             output_hessian: Some(0.0),
             rotate: Some(true),
+            equalize: Some(true),
+            skip_first_position: Some(true),
+            shrinkage: Some(true),
+            refine: Some(0),
+            tune_blocks: Some(0),
             max_memory: Some(0),
             max_device_memory: Some(0),
             ..Self::default()
@@ -155,7 +180,20 @@ impl Plan {
         let asymmetric_share = if asymmetric == 0.0 { 0.0 } else { share };
         let output_hessian = self.output_hessian.unwrap_or(preset.output_hessian);
         let rotate = self.rotate.unwrap_or(preset.rotate && !tied);
-        Refinements { scales, group_aware, asymmetric, asymmetric_share, output_hessian, rotate }
+        Refinements {
+            scales,
+            group_aware,
+            asymmetric,
+            asymmetric_share,
+            output_hessian,
+            rotate,
+            // Rotations spread what is left of that anyway.
+            equalize: !rotate && self.equalize.unwrap_or(preset.equalize),
+            skip_first: self.skip_first_position.unwrap_or(preset.skip_first),
+            shrinkage: self.shrinkage.unwrap_or(preset.shrinkage),
+            refine: self.refine.unwrap_or(preset.refine),
+            tune: self.tune_blocks.unwrap_or(preset.tune),
+        }
     }
 
     /// Checks what can be checked without the model.
@@ -184,6 +222,11 @@ impl Plan {
         }
         if let Some(share) = self.output_hessian.filter(|share| !(0.0..=1.0).contains(share)) {
             return refuse("output-hessian", "a part of the windows, from 0 to 1", share.to_string());
+        }
+        for (what, steps, most) in [("refine", self.refine, 100), ("tune-blocks", self.tune_blocks, 10_000)] {
+            if let Some(steps) = steps.filter(|&steps| steps > most) {
+                return refuse(what, &format!("at most {most}"), steps.to_string());
+            }
         }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {

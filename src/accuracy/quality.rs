@@ -46,6 +46,23 @@ pub struct Refinements {
     /// Whether rotations are folded into the weights first (QuaRot, arXiv 2404.00456).
     #[serde(default)]
     pub rotate: bool,
+    /// Whether what the norms make large and the linears behind them small again, or the other way round, is evened out first
+    /// (cross-layer equalization, arXiv 1906.04721).
+    #[serde(default)]
+    pub equalize: bool,
+    /// Whether the first position of each window, where attention sinks are, is left out of the Hessians.
+    #[serde(default)]
+    pub skip_first: bool,
+    /// Whether damping is raised to what the spectrum of a Hessian asks for (oracle approximating shrinkage, arXiv 0907.4698).
+    #[serde(default)]
+    pub shrinkage: bool,
+    /// Sweeps of coordinate descent and least-squares scales after the solve; what they make of a linear is taken only where its
+    /// error on tokens that the Hessian has not seen falls.
+    #[serde(default)]
+    pub refine: u32,
+    /// Steps in which the scales of a layer's linears are tuned together for the output of the layer.
+    #[serde(default)]
+    pub tune: u32,
 }
 
 impl Refinements {
@@ -57,6 +74,11 @@ impl Refinements {
         asymmetric_share: 0.0,
         output_hessian: 0.0,
         rotate: false,
+        equalize: false,
+        skip_first: false,
+        shrinkage: false,
+        refine: 0,
+        tune: 0,
     };
 
     /// The order that a variant's features are quantized in.
@@ -100,8 +122,8 @@ impl Quality {
                 group_aware: true,
                 asymmetric: ASYMMETRIC,
                 asymmetric_share: 0.25,
-                output_hessian: 0.0,
-                rotate: false,
+                equalize: true,
+                ..Refinements::NONE
             },
             Self::Best => Refinements {
                 scales: searched(ScaleSearch::Block),
@@ -111,6 +133,8 @@ impl Quality {
                 asymmetric_share: 1.0,
                 output_hessian: 1.0,
                 rotate: true,
+                equalize: true,
+                ..Refinements::NONE
             },
         }
     }
@@ -121,6 +145,9 @@ impl fmt::Display for Refinements {
         let mut on = Vec::new();
         if self.rotate {
             on.push("folded rotations".to_owned());
+        }
+        if self.equalize && !self.rotate {
+            on.push("equalized norms".to_owned());
         }
         if self.scales.signed {
             on.push("signed scales".to_owned());
@@ -138,6 +165,18 @@ impl fmt::Display for Refinements {
         if self.output_hessian > 0.0 {
             let share = (self.output_hessian * 100.0).round();
             on.push(format!("output Hessians from gradients on {share}% of the windows"));
+        }
+        if self.skip_first {
+            on.push("no first positions".to_owned());
+        }
+        if self.shrinkage {
+            on.push("damping by shrinkage".to_owned());
+        }
+        if self.refine > 0 {
+            on.push(format!("{} sweeps of guarded refinement", self.refine));
+        }
+        if self.tune > 0 {
+            on.push(format!("{} steps of block tuning", self.tune));
         }
         f.write_str(&if on.is_empty() { "plain GPTQ".to_owned() } else { on.join(", ") })
     }
@@ -178,7 +217,7 @@ mod tests {
             said,
             [
                 "plain GPTQ",
-                "signed scales, scale search by diagonal, group-aware order, \
+                "equalized norms, signed scales, scale search by diagonal, group-aware order, \
                  asymmetric calibration at 0.5 on 25% of the windows",
                 "folded rotations, signed scales, scale search by block, group-aware order, \
                  asymmetric calibration at 1 on 100% of the windows, \
