@@ -15,6 +15,7 @@ pub mod checkpoint;
 pub mod cuda;
 pub mod device;
 pub mod emit;
+pub mod equalization;
 pub mod error;
 pub mod eval;
 pub mod folder;

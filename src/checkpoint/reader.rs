@@ -37,6 +37,8 @@ pub struct Checkpoint {
     config: LlamaConfig,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    /// What a tensor's numbers are multiplied by, for each element of its last axis.
+    factors: BTreeMap<String, Vec<f32>>,
 }
 
 #[derive(Debug)]
@@ -75,7 +77,8 @@ impl Checkpoint {
     /// `*.safetensors` file of the folder (AutoGPTQ named it freely).
     pub fn open(dir: &Path) -> Result<Self> {
         let config = LlamaConfig::read(dir)?;
-        let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors: BTreeMap::new() };
+        let (tensors, factors) = (BTreeMap::new(), BTreeMap::new());
+        let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors, factors };
         let (weights, index) = (file_in(dir, WEIGHTS_FILE)?, file_in(dir, INDEX_FILE)?);
         if weights.exists() {
             checkpoint.add_shard(weights)?;
@@ -271,23 +274,50 @@ impl Checkpoint {
             .collect()
     }
 
+    /// The same folder, with some tensors multiplied by a factor for each element of their last axis, by name. What is loaded and
+    /// converted is; [`Checkpoint::view`] shows what lies in the files.
+    pub fn scaled(&self, factors: BTreeMap<String, Vec<f32>>) -> Result<Self> {
+        for (name, factors) in &factors {
+            let shape = self.view(name)?.shape;
+            debug_assert_eq!(shape.last(), Some(&factors.len()), "{name} has a factor for each element");
+        }
+        Ok(Self { factors, ..Self::open(&self.dir)? })
+    }
+
+    /// Does something with a tensor as it is with its factors.
+    fn with_factors<T>(
+        &self,
+        view: TensorView<'_>,
+        use_it: impl FnOnce(&TensorView<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let Some(factors) = self.factors.get(view.name) else { return use_it(&view) };
+        let bytes = values::scaled(&view, factors)?;
+        use_it(&TensorView { dtype: Dtype::F32, bytes: &bytes, ..view })
+    }
+
     /// A copy of the tensor `name`, which must have this shape and be F16, BF16 or F32, as `kind` on `device`.
     /// NaN, infinity and, for [`Kind::Half`], numbers beyond fp16 are errors.
     pub fn load(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor> {
         let view = self.view_shaped(name, shape)?;
-        values::check(&view, kind == Kind::Half)?;
-        values::to_tensor(&view, kind, device)
+        self.with_factors(view, |view| {
+            values::check(view, kind == Kind::Half)?;
+            values::to_tensor(view, kind, device)
+        })
     }
 
     /// Refuses the tensor `name` when it holds NaN, infinity or numbers beyond fp16.
     pub fn check_f16(&self, name: &str) -> Result<()> {
-        values::check(&self.view(name)?, true)
+        self.with_factors(self.view(name)?, |view| values::check(view, true))
     }
 
     /// The tensor `name` as little-endian fp16 bytes for a writer, borrowed when it is fp16 already. Checked as
     /// in [`Checkpoint::load`].
     pub fn bytes_f16(&self, name: &str) -> Result<Cow<'_, [u8]>> {
-        values::f16_bytes(&self.view(name)?)
+        let view = self.view(name)?;
+        if self.factors.contains_key(name) {
+            return self.with_factors(view, |view| Ok(Cow::Owned(values::f16_bytes(view)?.into_owned())));
+        }
+        values::f16_bytes(&view)
     }
 
     /// Tells the system that these tensors' pages are not needed for now, so that the resident memory of a run

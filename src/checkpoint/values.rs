@@ -121,6 +121,27 @@ pub(super) fn f16_bytes<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [u8]>> {
     })
 }
 
+/// The tensor as fp32 bytes, each row multiplied by `factors`.
+pub(super) fn scaled(view: &TensorView<'_>, factors: &[f32]) -> Result<Vec<u8>> {
+    let kind = kind_of(view)?;
+    let width = kind.elt_size_in_bytes();
+    let mut floats = vec![0u8; view.bytes.len() / width * size_of::<f32>()];
+    let rows = view.bytes.par_chunks(factors.len().max(1) * width);
+    floats.par_chunks_mut(factors.len().max(1) * size_of::<f32>()).zip(rows).for_each(|(to, from)| {
+        for ((to, from), factor) in to.as_chunks_mut::<4>().0.iter_mut().zip(from.chunks(width)).zip(factors)
+        {
+            let value = match (kind, from) {
+                (Kind::Half, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
+                (Kind::BFloat16, &[a, b]) => bfloat_to_f32([a, b]),
+                (_, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
+                _ => unreachable!("a number has as many bytes as its kind"),
+            };
+            *to = (value * factor).to_le_bytes();
+        }
+    });
+    Ok(floats)
+}
+
 fn convert<const N: usize>(bytes: &[u8], to_f32: impl Fn([u8; N]) -> f32 + Sync) -> Vec<u8> {
     let mut halves = vec![0u8; bytes.len() / N * size_of::<f16>()];
     let (source, _) = bytes.as_chunks::<N>();

@@ -32,6 +32,7 @@ use crate::{
     checkpoint::{Checkpoint, LinearId, dense_tensors},
     device,
     emit::{Provenance, remove_unfinished},
+    equalization::Equalization,
     error::{Error, Result},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
@@ -132,7 +133,12 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
             true => Some(rotate(checkpoint, journal.folder(), around)?),
             false => None,
         };
-        let source = rotated.as_ref().map_or(*checkpoint, Rotated::checkpoint);
+        let equalized = match refinements.equalize {
+            true => equalize(checkpoint, around)?,
+            false => None,
+        };
+        let changed = rotated.as_ref().map(Rotated::checkpoint).or(equalized.as_ref());
+        let source = changed.unwrap_or(checkpoint);
         let mut branches = layers::solve(run, source, &windows, &mut journal, &mut folder, around)?;
         memory.enter(At::Finishing);
         branches.seal(source, checkpoint.dir(), &provenance, progress)?;
@@ -199,6 +205,17 @@ fn rotate(checkpoint: &Checkpoint, place: &Path, around: Surroundings<'_>) -> Re
     let rotated = Rotated::write(checkpoint, place, &mut step)?;
     check_dense(rotated.checkpoint())?;
     Ok(rotated)
+}
+
+/// The model with its norms equalized, if there is anything to equalize.
+fn equalize(checkpoint: &Checkpoint, around: Surroundings<'_>) -> Result<Option<Checkpoint>> {
+    let equalization = Equalization::of(checkpoint, &mut || around.go_on())?;
+    let Some(equalized) = equalization.apply(checkpoint)? else { return Ok(None) };
+    let (channels, norms) = equalization.channels();
+    let text = format!("{channels} outlier channels of {norms} norms are equalized with the linears behind");
+    around.progress.event(&Event::Note(&text));
+    check_dense(&equalized)?;
+    Ok(Some(equalized))
 }
 
 /// Refuses numbers that fp16 cannot hold in the tensors that are copied, which would else be met at the very end.

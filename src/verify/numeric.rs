@@ -7,6 +7,7 @@ use tch::{Device, Kind};
 use super::Finding;
 use crate::{
     checkpoint::{Checkpoint, LinearId, QuantizationConfig, packed},
+    equalization::Equalization,
     error::{Result, TorchContext},
     kernels,
     pack::PackedView,
@@ -44,8 +45,13 @@ pub(super) fn compare(
     progress: &dyn Progress,
 ) -> Result<Vec<LinearDistance>> {
     source.check()?;
+    // A branch whose source was changed, to one that computes the same, is compared with the source changed alike.
+    let equalized = match quantization.meta["equalize"] == true {
+        true => Equalization::of(source, &mut || Ok(()))?.apply(source)?,
+        false => None,
+    };
+    let source = equalized.as_ref().unwrap_or(source);
     let config = checkpoint.config();
-    // A branch that was rotated is compared with the source rotated alike.
     let rotation = match quantization.meta["rotate"] == true {
         true => Some(Rotation::new(source)?),
         false => None,

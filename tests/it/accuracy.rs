@@ -15,12 +15,13 @@ const OFF: [&str; 7] =
 fn presets_say_what_they_turn_on_and_files_hold_it() {
     let lab = Lab::new();
     let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
-    let said = "quality standard: signed scales, scale search by diagonal, group-aware order, \
+    let said = "quality standard: equalized norms, signed scales, scale search by diagonal, group-aware order, \
                 asymmetric calibration at 0.5 on 25% of the windows";
     assert!(output.stderr.contains(said), "{}", output.stderr);
     let refinements = json!({
         "signed_scales": true, "scale_search": "diagonal", "act_group_aware": true, "asymmetric": 0.5,
         "asymmetric_share": 0.25, "output_hessian": 0.0, "rotate": false,
+        "equalize": true, "skip_first": false, "shrinkage": false, "refine": 0, "tune": 0,
     });
     let report = read_json(&lab.out().join("run.json"));
     assert_eq!((&report["plan"]["quality"], &report["refinements"]), (&"standard".into(), &refinements));
@@ -122,4 +123,51 @@ fn each_preset_is_closer_to_the_model_than_the_one_before() {
         let [fast, standard, best] = [&fast, &standard, &best].map(|of| of[branch]);
         assert!(standard < 0.9 * fast && best < standard, "{branch}: {fast}, {standard}, {best}");
     }
+}
+
+/// Of a model that computes what another does, with a few channels that its norms make larger and the weights behind them
+/// smaller again, as `scripts/make-outliers` makes them.
+#[test]
+fn outliers_that_norms_make_cost_nothing() {
+    let lab = Lab::new();
+    let plain = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    assert!(!plain.stderr.contains("equalized with"), "{}", plain.stderr);
+    let kl = |folder: &str| {
+        let evaluation = lab.eval(&[&lab.path(folder).join("gptq-4bit-32g-actorder_False")]);
+        evaluation["models"][0]["kl_divergence"]["value"].as_f64().unwrap()
+    };
+    let plain = kl("out");
+    safetensors_file::change(&lab.model(), |tensors| {
+        for (name, tensor) in tensors {
+            let factor = match name {
+                _ if name.contains("model.layers") && name.ends_with("layernorm.weight") => 64.0,
+                _ if ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+                    .iter()
+                    .any(|n| name.contains(n)) =>
+                {
+                    1.0 / 64.0
+                }
+                _ => continue,
+            };
+            let width = *tensor.shape.last().unwrap();
+            let values = tensor.halves();
+            for channel in [5, 40] {
+                for at in (channel..values.len()).step_by(width) {
+                    tensor.fill([at], values[at].to_f32() * factor);
+                }
+            }
+        }
+    });
+    let with = |folder: &str, flags: &[&str]| {
+        let out = text_of(&lab.path(folder));
+        lab.quantize(&[&["--variant", "4bit-32g", "--out", &out], flags].concat()).succeeds().stderr
+    };
+    let said = with("equalized", &[]);
+    assert!(said.contains("8 outlier channels of 4 norms are equalized with the linears behind"), "{said}");
+    with("left", &["--equalize", "false"]);
+    let [equalized, left] = ["equalized", "left"].map(kl);
+    assert!(equalized < 1.2 * plain && left > 1.5 * plain, "{plain} {equalized} {left}");
+    let branch = lab.path("equalized/gptq-4bit-32g-actorder_False");
+    let against = ["--against", &text_of(&lab.model()), "--json"];
+    assert!(lab.verify(&branch, &against).json()["distances"].as_array().unwrap().len() == 14);
 }

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 26] = [
+const LAYERS: [&str; 27] = [
     "error",
     "progress",
     "folder",
@@ -19,6 +19,7 @@ const LAYERS: [&str; 26] = [
     "plan",
     "checkpoint",
     "rotation",
+    "equalization",
     "calibration",
     "amx",
     "gptq",

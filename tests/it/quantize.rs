@@ -118,6 +118,7 @@ fn configs_are_what_loaders_read(out: &Path) {
             "shared_hessian": false, "quality": "standard", "signed_scales": true, "scale_search": "diagonal",
             "act_group_aware": true, "asymmetric": 0.5, "asymmetric_share": 0.25,
             "output_hessian": 0.0, "rotate": false,
+            "equalize": true, "skip_first": false, "shrinkage": false, "refine": 0, "tune": 0,
         },
     });
     assert_eq!(quantization, expected);
@@ -212,7 +213,7 @@ fn json_stands_alone_and_quiet_is_quiet() {
     let out = text_of(&lab.path("loud"));
     let loud = lab.quantize(&["--variant", "4bit-32g", "--out", &out, "--verbose"]).succeeds();
     let lines: Vec<&str> = loud.stderr.lines().collect();
-    assert!(lines[0].starts_with("quality standard: signed scales, "), "{lines:?}");
+    assert!(lines[0].starts_with("quality standard: equalized norms, signed scales, "), "{lines:?}");
     assert!(
         lines[1].starts_with("4bit-32g         model.layers.0.self_attn.q_proj          error 0."),
         "{lines:?}"

@@ -153,3 +153,25 @@ fn a_wrong_request_is_refused() {
     assert_error(load("i", &[1]), dir.path(), "TensorDtype", message);
     assert_error(checkpoint.bytes_f16("i"), dir.path(), "TensorDtype", message);
 }
+
+#[test]
+fn factors_are_those_of_the_last_axis() {
+    let values = [0.5, -1.25, 3.0, 0.0, 2.0, 8.0];
+    for tensor in [f16_tensor(&values), bf16_tensor(&values), f32_tensor(&values)] {
+        let tensor = Given { shape: vec![2, 3], ..tensor };
+        let (_dir, checkpoint) = open(&[tensor]);
+        let scaled = checkpoint.scaled([("t".to_owned(), vec![2.0, 1.0, 0.25])].into()).unwrap();
+        let expected = [1.0, -1.25, 0.75, 0.0, 2.0, 2.0];
+        for kind in [Kind::Half, Kind::BFloat16, Kind::Float] {
+            let loaded = scaled.load("t", &[2, 3], kind, Device::Cpu).unwrap();
+            assert_eq!((loaded.kind(), numbers(&loaded.flatten(0, 1))), (kind, expected.to_vec()));
+        }
+        let bytes: Vec<u8> = expected.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
+        assert_eq!(*scaled.bytes_f16("t").unwrap(), bytes);
+        scaled.check_f16("t").unwrap();
+        let beyond = checkpoint.scaled([("t".to_owned(), vec![1.0, 1.0, 1e5])].into()).unwrap();
+        assert!(
+            beyond.check_f16("t").is_err() && beyond.load("t", &[2, 3], Kind::Half, Device::Cpu).is_err()
+        );
+    }
+}

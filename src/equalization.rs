@@ -1,0 +1,136 @@
+//! Cross-layer equalization (Nagel et al., arXiv 1906.04721) of the norms with the linears behind them: where a norm makes a
+//! channel much larger than others, and the weights that read it are small by as much, or the other way round, both are brought
+//! nearer to the rest. The model computes the same, and groups hold weights of like sizes.
+
+use std::collections::BTreeMap;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    checkpoint::{Checkpoint, LinearId, LinearKind, input_layernorm, post_attention_layernorm},
+    error::{Result, TorchContext},
+};
+
+/// How far a channel's norm and weights lie from their medians, in opposite directions, before it is touched.
+const OUTLIER: f32 = 4.0;
+
+/// What is done to a model's channels.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Equalization {
+    /// By tensor, a power of two for each channel, which is the last axis: a norm is multiplied by it, and the weights behind it
+    /// by its inverse.
+    factors: BTreeMap<String, Vec<f32>>,
+    /// Channels that are changed, of all norms.
+    channels: usize,
+    /// Norms that are.
+    norms: usize,
+}
+
+impl Equalization {
+    /// Looks at the norms, and at the linears behind those with outliers. `step` is called once a layer.
+    ///
+    /// # Errors
+    /// When a tensor is missing, malformed or not finite, or `step` says so.
+    pub fn of(checkpoint: &Checkpoint, step: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
+        let mut found = Self::default();
+        for layer in 0..checkpoint.config().num_layers {
+            step()?;
+            found.look_at(checkpoint, layer, input_layernorm(layer), &LinearKind::ALL[..3])?;
+            let mlp = [LinearKind::Gate, LinearKind::Up];
+            found.look_at(checkpoint, layer, post_attention_layernorm(layer), &mlp)?;
+        }
+        Ok(found)
+    }
+
+    fn look_at(
+        &mut self,
+        checkpoint: &Checkpoint,
+        layer: usize,
+        norm: String,
+        behind: &[LinearKind],
+    ) -> Result<()> {
+        let config = checkpoint.config();
+        let load = |name: &str, shape: &[usize]| checkpoint.load(name, shape, Kind::Float, Device::Cpu);
+        let sizes = load(&norm, &[config.hidden_size])?.f_abs().torch("look at a norm")?;
+        let sizes = Vec::<f32>::try_from(sizes).torch("look at a norm")?;
+        let middle = median(&sizes);
+        let strays = |&size: &f32| size > OUTLIER * middle || size * OUTLIER < middle;
+        if middle == 0.0 || !sizes.iter().any(strays) {
+            return Ok(());
+        }
+        let names: Vec<String> = behind.iter().map(|&kind| LinearId { layer, kind }.weight()).collect();
+        let mut squares = Tensor::f_zeros([config.hidden_size as i64], (Kind::Float, Device::Cpu))
+            .torch("look at weights")?;
+        for (name, kind) in names.iter().zip(behind) {
+            let weight = load(name, &kind.shape(config))?;
+            let sum = weight.f_square().and_then(|w| w.f_sum_dim_intlist(0, false, Kind::Float));
+            squares = sum.and_then(|sum| squares.f_add(&sum)).torch("look at weights")?;
+            checkpoint.release([name]);
+        }
+        let columns = squares.f_sqrt().and_then(|roots| Vec::<f32>::try_from(roots));
+        let factors = factors(&sizes, &columns.torch("look at weights")?);
+        let channels = factors.iter().filter(|&&factor| factor != 1.0).count();
+        if channels > 0 {
+            self.channels += channels;
+            self.norms += 1;
+            let inverse: Vec<f32> = factors.iter().map(|factor| factor.recip()).collect();
+            self.factors.extend(names.into_iter().map(|name| (name, inverse.clone())));
+            self.factors.insert(norm, factors);
+        }
+        Ok(())
+    }
+
+    /// The model with it; `None` where there is nothing to be done.
+    ///
+    /// # Errors
+    /// When the folder cannot be read any more.
+    pub fn apply(&self, checkpoint: &Checkpoint) -> Result<Option<Checkpoint>> {
+        match self.factors.is_empty() {
+            true => Ok(None),
+            false => checkpoint.scaled(self.factors.clone()).map(Some),
+        }
+    }
+
+    /// Channels that are changed, and of how many norms they are.
+    pub fn channels(&self) -> (usize, usize) {
+        (self.channels, self.norms)
+    }
+}
+
+/// What a norm is multiplied by, from the magnitudes of its weights and of the columns behind it: both come nearer to their
+/// medians, and neither goes beyond. Powers of two, so that nothing is rounded.
+fn factors(norm: &[f32], columns: &[f32]) -> Vec<f32> {
+    let middle = [median(norm), median(columns)];
+    let factor = |(&size, &column): (&f32, &f32)| {
+        let (above, below) = (size / middle[0], middle[1] / column);
+        if above >= OUTLIER && below >= OUTLIER && below.is_finite() {
+            (-above.min(below).log2().floor()).exp2()
+        } else if above > 0.0 && above * OUTLIER <= 1.0 && below * OUTLIER <= 1.0 {
+            (-above.max(below).log2().ceil()).exp2()
+        } else {
+            1.0
+        }
+    };
+    norm.iter().zip(columns).map(factor).collect()
+}
+
+fn median(values: &[f32]) -> f32 {
+    let mut sorted = values.to_vec();
+    let middle = sorted.len() / 2;
+    *sorted.select_nth_unstable_by(middle, f32::total_cmp).1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_channels_that_stray_in_opposite_directions_are_touched() {
+        // Large and small, small and large, both large, large and not small, zeros.
+        let norm = [1.0, 50.0, 0.01, 50.0, 50.0, 0.0, 50.0, 1.0, 1.0, 1.0, 1.0, 1.1, 0.9];
+        let columns = [2.0, 0.1, 64.0, 90.0, 2.0, 64.0, 0.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0];
+        let found = factors(&norm, &columns);
+        assert_eq!(found[..7], [1.0, 1.0 / 16.0, 32.0, 1.0, 1.0, 1.0, 1.0]);
+        assert!(found[7..].iter().all(|&factor| factor == 1.0));
+    }
+}
