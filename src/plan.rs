@@ -192,7 +192,7 @@ impl Plan {
             skip_first: self.skip_first_position.unwrap_or(preset.skip_first),
             shrinkage: self.shrinkage.unwrap_or(preset.shrinkage),
             refine: self.refine.unwrap_or(preset.refine),
-            tune: self.tune_blocks.unwrap_or(preset.tune),
+            tune: if self.shared_hessian { 0 } else { self.tune_blocks.unwrap_or(preset.tune) },
         }
     }
 
@@ -227,6 +227,10 @@ impl Plan {
             if let Some(steps) = steps.filter(|&steps| steps > most) {
                 return refuse(what, &format!("at most {most}"), steps.to_string());
             }
+        }
+        if self.shared_hessian && self.tune_blocks.is_some_and(|steps| steps > 0) {
+            let expected = "0 with shared-hessian, where layers are solved for other inputs than they get";
+            return refuse("tune-blocks", expected, self.tune_blocks.unwrap_or(0).to_string());
         }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {
@@ -374,6 +378,8 @@ mod tests {
             Plan { output_hessian: Some(1.5), ..Plan::default() },
             Plan { output_hessian: Some(f64::NAN), ..Plan::default() },
             Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
+            Plan { tune_blocks: Some(5), shared_hessian: true, ..Plan::default() },
+            Plan { refine: Some(101), ..Plan::default() },
             Plan { variants: vec![], ..Plan::default() },
             Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
             Plan { max_shard_size: 10, ..Plan::default() },

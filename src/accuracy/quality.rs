@@ -88,7 +88,12 @@ impl Refinements {
 
     /// How many of the calibration windows, from the first on, the unquantized model is followed on.
     pub fn dense_windows(&self, windows: usize) -> usize {
-        if self.asymmetric == 0.0 { 0 } else { part(self.asymmetric_share, windows) }
+        match (self.asymmetric > 0.0, self.tune > 0) {
+            (true, _) => part(self.asymmetric_share, windows),
+            // Its outputs are what is tuned for.
+            (false, true) => windows,
+            (false, false) => 0,
+        }
     }
 
     /// On how many of the calibration windows, from the first on, gradients are taken.

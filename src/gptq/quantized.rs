@@ -67,6 +67,15 @@ impl QuantizedLinear {
         Self::new(first.bits, codes, scales, zeros, first.g_idx.clone())
     }
 
+    /// The same codes with other scales `[G, N]`.
+    ///
+    /// # Panics
+    /// When there are not as many.
+    pub fn with_scales(self, scales: Vec<f16>) -> Self {
+        assert_eq!(scales.len(), self.scales.len(), "scales are [G, N]");
+        Self { scales, ..self }
+    }
+
     /// Bits a code.
     pub fn bits(&self) -> Bits {
         self.bits

@@ -68,7 +68,8 @@ pub struct Norms {
 }
 
 impl Norms {
-    pub(super) fn shallow_clone(&self) -> Self {
+    /// The same tensors.
+    pub fn shallow_clone(&self) -> Self {
         Self { input: self.input.shallow_clone(), post_attention: self.post_attention.shallow_clone() }
     }
 }
@@ -80,6 +81,13 @@ pub struct Layer<'a> {
     pub(super) linears: [Box<dyn Linear + 'a>; LinearKind::ALL.len()],
 }
 
+impl<'a> Layer<'a> {
+    /// A layer of these linears, in the order of [`LinearKind::ALL`].
+    pub fn new(norms: Norms, linears: [Box<dyn Linear + 'a>; LinearKind::ALL.len()]) -> Self {
+        Self { norms, linears }
+    }
+}
+
 impl<'a> Llama<'a> {
     /// Prepares forward passes over sequences of up to `seq_len` tokens.
     ///
@@ -88,6 +96,14 @@ impl<'a> Llama<'a> {
     pub fn new(checkpoint: &'a Checkpoint, seq_len: usize, kind: Kind, device: Device) -> Result<Self> {
         let attention = Attention::new(checkpoint.config(), seq_len, device)?;
         Ok(Self { checkpoint, attention, kind, device })
+    }
+
+    /// The same, computing in another kind.
+    ///
+    /// # Errors
+    /// When the rotary table cannot be made.
+    pub fn in_kind(&self, seq_len: usize, kind: Kind) -> Result<Self> {
+        Self::new(self.checkpoint, seq_len, kind, self.device)
     }
 
     /// The model's config.

@@ -4,6 +4,7 @@
 //! `{q, k, v}` → `{o}` → `{gate, up}` → `{down}`.
 
 mod attention;
+mod block_tuning;
 mod compute;
 mod decoder;
 mod gradients;
@@ -15,6 +16,7 @@ mod rope;
 mod runner;
 
 pub use attention::KvCache;
+pub use block_tuning::TunedLayer;
 pub use compute::{Compute, kind_name};
 pub use decoder::Decoder;
 pub use gradients::LayerGradients;

@@ -157,6 +157,7 @@ impl Sink for Branches {
             condition_estimate: record.facts.condition_estimate,
             seconds: record.seconds,
             uncompensated_features: record.uncompensated,
+            tuned: record.tuned,
             fallback: record.fallback,
         });
         Ok(())

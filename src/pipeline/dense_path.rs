@@ -45,8 +45,8 @@ pub(super) struct DenseLayer {
     middle: Stream,
     /// Inputs of down.
     activated: Stream,
-    /// Hidden states behind the layer, unless it is the last.
-    next: Stream,
+    /// Hidden states behind the layer; of the last one where it is tuned.
+    pub(super) next: Stream,
 }
 
 impl DenseLayer {
@@ -57,7 +57,7 @@ impl DenseLayer {
 
 impl Member<'_> {
     /// Runs a layer as it is on the unquantized model's hidden states, which are stream `dense`, and keeps what its stages
-    /// get. What comes out goes into the journal's `file` too; nothing does in the `last` layer.
+    /// get. What comes out goes into the journal's `file` too; nothing does in a layer that is `last`.
     pub(super) fn run_dense(
         &mut self,
         dense: usize,
@@ -160,7 +160,7 @@ impl Member<'_> {
         Ok(Some(inputs))
     }
 
-    fn dense_layer(&mut self) -> &mut DenseLayer {
+    pub(super) fn dense_layer(&mut self) -> &mut DenseLayer {
         self.dense.as_mut().expect("the unquantized model runs through a layer first")
     }
 }

@@ -47,6 +47,8 @@ pub(super) struct Shape<'a> {
     pub(super) dense_windows: usize,
     /// Windows on which gradients are taken for output Hessians.
     pub(super) gradient_windows: usize,
+    /// Whether each layer is tuned once it is solved.
+    pub(super) tunes: bool,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -102,9 +104,12 @@ impl Shape<'_> {
         let wide = self.config.intermediate_size as u64;
         // In the unquantized model the inputs of all of a layer's stages, and its outputs.
         let dense = self.of_tokens(self.dense_windows, attention + 2 * hidden + wide);
+        // What goes into a layer that is tuned.
+        let entered = if self.tunes { self.of_tokens(self.windows, hidden) } else { 0 };
         self.hidden_states()
             .saturating_add(self.of_tokens(self.windows, attention.max(wide)))
             .saturating_add(dense)
+            .saturating_add(entered)
     }
 
     /// Bytes of so many values of every token of some windows. The number of tokens is the user's, and may be anything.
@@ -158,10 +163,23 @@ impl Shape<'_> {
             return 0;
         }
         let tokens = self.seq_len.max(GRADIENT_BATCH_TOKENS);
-        let of_batch = 3 * self.batch(tokens) / self.element() * FP32;
         self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes)
             + 2 * layer_bytes(self.config)
-            + of_batch
+            + self.there_and_back(tokens)
+    }
+
+    /// What a layer's operations keep of some tokens for the way back, in fp32.
+    fn there_and_back(&self, tokens: usize) -> u64 {
+        3 * self.batch(tokens) / self.element() * FP32
+    }
+
+    /// What tuning takes beside the layer's weights: its codes, and its weights in fp32 as solved, scaled, and on the way back.
+    fn tuning(&self) -> u64 {
+        let numbers = self.layer_weights() / self.source_bytes;
+        match self.tunes {
+            true => numbers * (1 + 3 * FP32) + self.there_and_back(self.seq_len.max(GRADIENT_BATCH_TOKENS)),
+            false => 0,
+        }
     }
 
     /// States of the windows that gradients are taken on: what goes into every layer and out of the last, and the gradients.
@@ -215,7 +233,7 @@ impl Shape<'_> {
     pub(super) fn need(&self, device: Device, tokens: usize) -> Need {
         let cuda = device != Device::Cpu;
         let solving = Stage::ALL.into_iter().map(|stage| self.solving(stage, cuda) + self.feedback(stage));
-        let solving = solving.max().unwrap_or(0);
+        let solving = solving.max().unwrap_or(0).max(self.tuning() + self.feedback(Stage::MlpOutput));
         let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS };
         Need {
             working: fixed
@@ -296,6 +314,7 @@ mod tests {
             shared_hessian: false,
             dense_windows: 0,
             gradient_windows: 0,
+            tunes: false,
         }
     }
 

@@ -47,14 +47,14 @@ impl Surroundings<'_> {
 
 /// A device and the windows that are run on it.
 pub(super) struct Member<'a> {
-    llama: Llama<'a>,
+    pub(super) llama: Llama<'a>,
     room: Arc<Room>,
     windows: Range<usize>,
     /// Of these, those on which the unquantized model is followed.
     pub(super) followed: Range<usize>,
-    seq_len: usize,
+    pub(super) seq_len: usize,
     per_batch: usize,
-    around: Surroundings<'a>,
+    pub(super) around: Surroundings<'a>,
     weights: Option<Weights>,
     /// The quantized (or, for Hessians of the unquantized model, the dense) linears of the stage that is going on.
     pub(super) linears: Vec<Dense>,
@@ -64,6 +64,8 @@ pub(super) struct Member<'a> {
     between: Option<Stream>,
     /// The unquantized model's activations in this layer, where it is followed.
     pub(super) dense: Option<DenseLayer>,
+    /// What went into the layer, where it is tuned.
+    pub(super) entered: Option<Stream>,
 }
 
 impl<'a> Member<'a> {
@@ -91,6 +93,7 @@ impl<'a> Member<'a> {
             hidden: Vec::new(),
             between: None,
             dense: None,
+            entered: None,
         }
     }
 
@@ -154,7 +157,7 @@ impl<'a> Member<'a> {
     }
 
     /// The stage goes on with these linears as solved.
-    pub(super) fn set_solved(&mut self, stage: Stage, solved: &[Solved]) -> Result<()> {
+    pub(super) fn set_solved(&mut self, stage: Stage, solved: &[&Solved]) -> Result<()> {
         let weights = self.weights();
         let dense = stage.linears().iter().zip(solved).map(|(&kind, linear)| {
             Dense::from_solved(linear, weights.of(kind).1.as_ref(), self.llama.kind(), self.device())
@@ -350,7 +353,7 @@ impl<'a> Member<'a> {
         if self.room.near.is_open() {
             self.room.near.close();
             let dense = self.dense.iter_mut().flat_map(DenseLayer::streams_mut);
-            let others = self.between.iter_mut().chain(dense);
+            let others = self.between.iter_mut().chain(&mut self.entered).chain(dense);
             for stream in self.hidden.iter_mut().chain(others) {
                 stream.leave_device()?;
             }

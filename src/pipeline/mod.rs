@@ -1,5 +1,6 @@
 //! The order of the steps, from checkpoint and text to branches and report.
 
+mod block_tuning;
 mod branches;
 mod crew;
 mod dense_path;

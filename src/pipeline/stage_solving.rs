@@ -33,6 +33,15 @@ pub(super) struct Record {
     pub(super) uncompensated: usize,
     /// Why all of it was, if it was.
     pub(super) fallback: Option<String>,
+    /// Whether its scales are other ones since the layer was tuned.
+    pub(super) tuned: bool,
+}
+
+/// A solved linear, and how it fared.
+pub(super) struct Outcome {
+    pub(super) id: LinearId,
+    pub(super) linear: Solved,
+    pub(super) record: Record,
 }
 
 impl Team<'_> {
@@ -43,22 +52,22 @@ impl Team<'_> {
         captured: Capture,
         variant: usize,
         sink: &SharedSink<'_>,
-    ) -> Result<Vec<Solved>> {
+    ) -> Result<Vec<Outcome>> {
         let solved = self.solve_stage(layer, stage, captured, &[variant], sink)?;
         Ok(solved.into_iter().next().unwrap_or_default())
     }
 
-    /// Solves a stage for some variants; returns the quantized linears of each.
+    /// Solves a stage for some variants; returns the quantized linears of each. The sink takes them, unless they are tuned first.
     pub(super) fn solve_stage(
         &self,
         layer: usize,
         stage: Stage,
         captured: Capture,
         variants: &[usize],
-        sink: &SharedSink<'_>,
-    ) -> Result<Vec<Vec<Solved>>> {
+        sink_of_all: &SharedSink<'_>,
+    ) -> Result<Vec<Vec<Outcome>>> {
         return_free_memory();
-        let sink = || lock(sink);
+        let sink = || lock(sink_of_all);
         let progress = self.around.progress;
         let weights = self.members[0].weights();
         let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
@@ -76,7 +85,7 @@ impl Team<'_> {
             ids.iter().zip(&names).map(|(id, name)| Weight { name, values: values(id.kind) }).collect();
         let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w.values)));
         let energies = energies.collect::<Result<Vec<_>>>()?;
-        let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
+        let mut solved: Vec<Vec<Outcome>> = variants.iter().map(|_| Vec::new()).collect();
 
         let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
         for (position, &variant) in variants.iter().enumerate() {
@@ -131,22 +140,32 @@ impl Team<'_> {
                         )));
                     }
                     let (seconds, uncompensated) = (seconds * share, solution.uncompensated);
-                    let record = Record { relative_error, facts, seconds, uncompensated, fallback };
+                    let tuned = false;
+                    let record = Record { relative_error, facts, seconds, uncompensated, fallback, tuned };
                     progress.event(&Event::Linear {
                         name: &id.to_string(),
                         variant: &variant.to_string(),
                         relative_error,
                     });
-                    self.around.memory.enter(At::Packing);
-                    sink().take(variants[position], *id, &solution.linear, record)?;
-                    self.around.memory.enter(At::Solving);
-                    solved[position].push(solution.linear);
+                    let outcome = Outcome { id: *id, linear: solution.linear, record };
+                    if !self.task.tunes() {
+                        self.pack(variants[position], &outcome, sink_of_all)?;
+                    }
+                    solved[position].push(outcome);
                 }
                 progress.advance(1);
             }
         }
         self.around.memory.enter(At::Calibrating);
         Ok(solved)
+    }
+
+    /// Gives a linear to the sink.
+    pub(super) fn pack(&self, variant: usize, outcome: &Outcome, sink: &SharedSink<'_>) -> Result<()> {
+        self.around.memory.enter(At::Packing);
+        lock(sink).take(variant, outcome.id, &outcome.linear, outcome.record.clone())?;
+        self.around.memory.enter(At::Solving);
+        Ok(())
     }
 
     /// The weights that aim at what the unquantized model computes, where it is followed.

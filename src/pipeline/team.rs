@@ -11,7 +11,7 @@ use super::{
     member::{Member, Surroundings},
     output_hessians::{LayerFactors, OutputHessians},
     stage_memory::At,
-    stage_solving::Record,
+    stage_solving::{Outcome, Record},
     weights::Weights,
 };
 use crate::{
@@ -72,6 +72,11 @@ impl Task<'_> {
     pub(super) fn follows_dense(&self) -> bool {
         self.dense_windows > 0
     }
+
+    /// Whether the scales of each layer are tuned once it is solved.
+    pub(super) fn tunes(&self) -> bool {
+        self.refinements.tune > 0
+    }
 }
 
 /// Devices that work on the same variants, each with a part of the windows; the first solves.
@@ -122,6 +127,12 @@ impl<'a> Team<'a> {
             let batches: usize = self.members.iter().map(Member::dense_batches).sum();
             // No capture of the first stage's inputs.
             steps += (passes - 1) * batches;
+            if self.task.tunes() && self.is_last(layer) {
+                steps += batches;
+            }
+        }
+        if self.task.tunes() {
+            steps += self.task.refinements.tune as usize * self.variants.len();
         }
         steps as u64
     }
@@ -172,10 +183,12 @@ impl<'a> Team<'a> {
         next: Option<&SharedStates<'_>>,
     ) -> Result<()> {
         let all = self.variants.clone();
-        let dense = self.dense_stream();
-        if let Some(dense) = dense {
+        let follows = self.dense_stream();
+        if let Some(dense) = follows {
             self.run_dense(layer, dense, next)?;
         }
+        // What linears aim at; tuning alone does not change that.
+        let dense = follows.filter(|_| self.task.refinements.asymmetric > 0.0);
         // Before the first layer all variants have the same hidden states, hence the same first Hessian.
         let mut first_stage = Vec::new();
         if layer == 0 {
@@ -185,6 +198,11 @@ impl<'a> Team<'a> {
             first_stage = self.solve_stage(layer, Stage::AttentionInput, captured, &all, sink)?;
         }
         for (stream, &variant) in all.iter().enumerate() {
+            // What the sink takes when the layer is tuned.
+            let mut held = Vec::new();
+            if self.task.tunes() {
+                self.everywhere(|member| member.keep_inputs(stream))?;
+            }
             let solved = if layer == 0 {
                 std::mem::take(&mut first_stage[stream])
             } else {
@@ -192,31 +210,41 @@ impl<'a> Team<'a> {
                 let captured = self.capture(|member| member.capture_attention_input(stream, dense))?;
                 self.solve_one(layer, Stage::AttentionInput, captured, variant, sink)?
             };
-            self.go_on_with(Stage::AttentionInput, solved)?;
+            self.go_on_with(Stage::AttentionInput, solved, &mut held)?;
 
             self.stage(Some(variant), Stage::AttentionOutput);
             let captured = self.capture(|member| member.capture_attention_output(stream, dense))?;
             let solved = self.solve_one(layer, Stage::AttentionOutput, captured, variant, sink)?;
-            self.go_on_with(Stage::AttentionOutput, solved)?;
+            self.go_on_with(Stage::AttentionOutput, solved, &mut held)?;
 
             self.stage(Some(variant), Stage::MlpInput);
             let captured = self.capture(|member| member.capture_mlp_input(stream, dense))?;
             let solved = self.solve_one(layer, Stage::MlpInput, captured, variant, sink)?;
-            self.go_on_with(Stage::MlpInput, solved)?;
+            self.go_on_with(Stage::MlpInput, solved, &mut held)?;
 
             self.stage(Some(variant), Stage::MlpOutput);
             let captured = self.capture(|member| member.capture_mlp_output(stream, dense))?;
             let solved = self.solve_one(layer, Stage::MlpOutput, captured, variant, sink)?;
+            let tuned = match self.task.tunes() {
+                true => {
+                    self.go_on_with(Stage::MlpOutput, solved, &mut held)?;
+                    self.tune(variant, &mut held, sink)?
+                }
+                false => {
+                    if next.is_some() {
+                        self.go_on_with(Stage::MlpOutput, solved, &mut held)?;
+                    }
+                    false
+                }
+            };
             match next {
                 // Nobody's inputs.
                 None => self.end()?,
-                Some(next) => {
-                    self.go_on_with(Stage::MlpOutput, solved)?;
-                    self.leave_layer(stream, variant, next)?;
-                }
+                Some(next) if tuned => self.leave_tuned(stream, variant, &held, next)?,
+                Some(next) => self.leave_layer(stream, variant, next)?,
             }
         }
-        if let Some(dense) = dense {
+        if let Some(dense) = follows {
             self.members.iter_mut().for_each(|member| member.leave_dense(dense));
         }
         Ok(())
@@ -230,7 +258,8 @@ impl<'a> Team<'a> {
         let of_all = self.task.variants.len();
         let next = next.filter(|_| self.variants[0] == 0);
         let states = |next: &'_ SharedStates<'_>| Arc::clone(lock(next).file(of_all));
-        let (file, last) = (next.map(states), self.is_last(layer));
+        // Nobody goes on from the last layer, but tuning aims at what comes out of it.
+        let (file, last) = (next.map(states), self.is_last(layer) && !self.task.tunes());
         self.everywhere(|member| member.run_dense(dense, file.as_ref(), last))?;
         if let Some(next) = next {
             lock(next).sync(of_all);
@@ -293,12 +322,18 @@ impl<'a> Team<'a> {
         Ok(sum)
     }
 
-    fn go_on_with(&mut self, stage: Stage, solved: Vec<Solved>) -> Result<()> {
+    /// The stage goes on with what was solved, which is kept where the layer will be tuned.
+    fn go_on_with(&mut self, stage: Stage, solved: Vec<Outcome>, held: &mut Vec<Outcome>) -> Result<()> {
         // What is solved lies on the first device and does not go from thread to thread.
-        self.members.iter_mut().try_for_each(|member| member.set_solved(stage, &solved))
+        let linears: Vec<&Solved> = solved.iter().map(|outcome| &outcome.linear).collect();
+        self.members.iter_mut().try_for_each(|member| member.set_solved(stage, &linears))?;
+        if self.task.tunes() {
+            held.extend(solved);
+        }
+        Ok(())
     }
 
-    fn everywhere(&mut self, work: impl Fn(&mut Member<'a>) -> Result<()> + Sync) -> Result<()> {
+    pub(super) fn everywhere(&mut self, work: impl Fn(&mut Member<'a>) -> Result<()> + Sync) -> Result<()> {
         self.on_all(work).map(drop)
     }
 

@@ -239,6 +239,9 @@ pub struct LinearReport {
     /// Output features that are rounded to nearest, as compensation would have made their error larger.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub uncompensated_features: usize,
+    /// Whether its scales were tuned together with those of its layer; the error is that before.
+    #[serde(default)]
+    pub tuned: bool,
     /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,

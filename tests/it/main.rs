@@ -42,6 +42,7 @@ mod accuracy;
 mod bad_input;
 mod bad_settings;
 mod bench;
+mod block_tuning;
 mod card;
 mod cuda_device;
 #[path = "../cuda_host/mod.rs"]

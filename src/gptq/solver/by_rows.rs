@@ -68,6 +68,14 @@ impl OutputFactor {
         Ok(None)
     }
 
+    /// Errors of all outputs `[…, N]` → `[…, n]` for this block, whose squares sum to what they cost.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn weighted(&self, errors: &Tensor) -> Result<Tensor> {
+        errors.f_index_select(-1, &self.rows).and_then(|e| e.f_matmul(&self.upper)).torch("weigh errors")
+    }
+
     fn len(&self) -> i64 {
         self.upper.size()[0]
     }
