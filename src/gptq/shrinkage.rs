@@ -102,7 +102,7 @@ mod tests {
 
     #[test]
     fn it_brings_a_hessian_nearer_to_that_of_many_tokens() {
-        let exact = hessian(200_000);
+        let exact = hessian(40_000);
         let off = |hessian: &Hessian, damp: f64| {
             let mean = sums(hessian).0 / sums(hessian).2;
             let damped = (hessian.matrix()
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn few_tokens_ask_for_more_than_many() {
-        let damps = [20, 150, 600, 5000, 200_000].map(|tokens| hessian(tokens).shrinkage().unwrap());
+        let damps = [20, 150, 600, 5000, 40_000].map(|tokens| hessian(tokens).shrinkage().unwrap());
         assert!(damps.windows(2).all(|pair| pair[0] > pair[1]), "{damps:?}");
         assert!(damps[0] <= 1.0 && damps[4] < 0.01, "{damps:?}");
     }
