@@ -11,6 +11,7 @@ mod output_hessian;
 mod quantized;
 mod raw;
 mod scale_search;
+mod shrinkage;
 pub mod solver;
 mod tensor_cores;
 

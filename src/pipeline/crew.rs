@@ -76,6 +76,7 @@ impl<'a> Crew<'a> {
                     [part, followed],
                     windows.seq_len(),
                     per_batch,
+                    task.refinements.skip_first,
                     around,
                 ));
             }

@@ -3,7 +3,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{member::Member, stream::Stream, window_file::WindowFile};
 use crate::{
@@ -17,9 +17,18 @@ pub(super) struct Capture {
     pub(super) hessian: Hessian,
     /// How far they are from the unquantized model's, where that is followed.
     pub(super) drift: Option<Drift>,
+    /// Positions at the beginning of each window that are left out.
+    skipped: i64,
 }
 
 impl Capture {
+    /// Nothing yet, of inputs of that width. The unquantized model may be `followed`, and the first position of each window be
+    /// left out.
+    pub(super) fn new(width: usize, device: Device, followed: bool, skip_first: bool) -> Result<Self> {
+        let drift = followed.then(|| Drift::new(width, device)).transpose()?;
+        Ok(Self { hessian: Hessian::new(width, device)?, drift, skipped: skip_first.into() })
+    }
+
     /// Adds another device's sums over other tokens.
     pub(super) fn absorb(&mut self, other: Self) -> Result<()> {
         self.hessian.absorb(other.hessian)?;
@@ -29,11 +38,16 @@ impl Capture {
         Ok(())
     }
 
-    /// Adds a batch of inputs, and what the unquantized model has in their place in the first of its windows.
+    /// Adds a batch of inputs `[B, S, K]`, and what the unquantized model has in their place in the first of its windows.
     pub(super) fn add(&mut self, inputs: &Tensor, dense: Option<&Tensor>) -> Result<()> {
-        self.hessian.add(inputs)?;
+        let counted = |t: &Tensor| {
+            t.f_narrow(1, self.skipped, t.size()[1] - self.skipped).torch("leave out first positions")
+        };
+        let inputs = counted(inputs)?;
+        let dense = dense.map(counted).transpose()?;
+        self.hessian.add(&inputs)?;
         let (Some(drift), Some(dense)) = (&mut self.drift, dense) else { return Ok(()) };
-        drift.add(&inputs.f_narrow(0, 0, dense.size()[0]).torch("split a batch")?, dense)
+        drift.add(&inputs.f_narrow(0, 0, dense.size()[0]).torch("split a batch")?, &dense)
     }
 }
 
@@ -162,5 +176,47 @@ impl Member<'_> {
 
     pub(super) fn dense_layer(&mut self) -> &mut DenseLayer {
         self.dense.as_mut().expect("the unquantized model runs through a layer first")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    /// Of 5 windows of 4 positions in two batches, of which the unquantized model is followed on 3.
+    fn captured(x: &Tensor, dense: &Tensor, skip_first: bool) -> Capture {
+        let mut capture = Capture::new(6, Device::Cpu, true, skip_first).unwrap();
+        capture.add(&x.narrow(0, 0, 2), Some(&dense.narrow(0, 0, 2))).unwrap();
+        // Another device's.
+        let mut other = Capture::new(6, Device::Cpu, true, skip_first).unwrap();
+        other.add(&x.narrow(0, 2, 3), Some(&dense.narrow(0, 2, 1))).unwrap();
+        capture.absorb(other).unwrap();
+        capture
+    }
+
+    #[test]
+    fn first_positions_are_in_neither_sum() {
+        tch::manual_seed(5);
+        let options = (Kind::Float, Device::Cpu);
+        let (x, dense) = (Tensor::randn([5, 4, 6], options), Tensor::randn([3, 4, 6], options));
+        // Sinks: nothing else would show beside them.
+        let _ = x.narrow(1, 0, 1).fill_(1000.0);
+        let all = captured(&x, &dense, false);
+        assert_eq!((all.hessian.tokens(), all.drift.unwrap().tokens()), (20, 12));
+        assert!(all.hessian.finish("test").unwrap().matrix().min().double_value(&[]) > 1e5);
+
+        let Capture { hessian, drift, .. } = captured(&x, &dense, true);
+        let drift = drift.unwrap();
+        assert_eq!((hessian.tokens(), drift.tokens()), (15, 9));
+        let rows = |t: &Tensor, windows: i64| t.narrow(0, 0, windows).slice(1, 1, 4, 1).reshape([-1, 6]);
+        let later = rows(&x, 5);
+        let expected = later.tr().mm(&later) / 15.0;
+        assert!(hessian.finish("test").unwrap().matrix().allclose(&expected, 1e-4, 1e-4, false));
+        let (later, off) = (rows(&x, 3), rows(&dense, 3) - rows(&x, 3));
+        let expected = off.tr().mm(&later) / 9.0;
+        let identity = Tensor::eye(6, options);
+        assert!(drift.of(&identity, 1.0, "test").unwrap().allclose(&expected, 1e-4, 1e-4, false));
     }
 }

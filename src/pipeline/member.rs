@@ -22,7 +22,7 @@ use crate::{
     calibration::Windows,
     checkpoint::LlamaConfig,
     error::{Error, Result},
-    gptq::{Drift, Hessian, solver::Solved},
+    gptq::solver::Solved,
     model::{Dense, Linear, Llama, Stage, add},
     progress::{Event, Progress},
 };
@@ -54,6 +54,8 @@ pub(super) struct Member<'a> {
     pub(super) followed: Range<usize>,
     pub(super) seq_len: usize,
     per_batch: usize,
+    /// Whether the first position of each window is left out of what is captured.
+    skip_first: bool,
     pub(super) around: Surroundings<'a>,
     weights: Option<Weights>,
     /// The quantized (or, for Hessians of the unquantized model, the dense) linears of the stage that is going on.
@@ -76,6 +78,7 @@ impl<'a> Member<'a> {
         [windows, followed]: [Range<usize>; 2],
         seq_len: usize,
         per_batch: usize,
+        skip_first: bool,
         around: Surroundings<'a>,
     ) -> Self {
         let room = Arc::new(room);
@@ -87,6 +90,7 @@ impl<'a> Member<'a> {
             followed,
             seq_len,
             per_batch,
+            skip_first,
             around,
             weights,
             linears,
@@ -287,8 +291,7 @@ impl<'a> Member<'a> {
     }
 
     fn capture(&self, width: usize, dense: Option<usize>) -> Result<Capture> {
-        let drift = dense.map(|_| Drift::new(width, self.device())).transpose()?;
-        Ok(Capture { hessian: Hessian::new(width, self.device())?, drift })
+        Capture::new(width, self.device(), dense.is_some(), self.skip_first)
     }
 
     /// Hidden states, normalized as a stage gets them that stands behind a norm.

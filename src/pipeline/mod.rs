@@ -284,12 +284,15 @@ fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<Stri
     }
     let config = checkpoint.config();
     let widest = config.intermediate_size.max(config.hidden_size);
-    let tokens = windows.count() * windows.seq_len();
+    let skipped = usize::from(plan.refinements(config.tie_word_embeddings).skip_first);
+    let tokens = windows.count() * (windows.seq_len() - skipped);
     if tokens < widest {
         // The Hessian then has not even full rank.
         warnings.push(format!(
-            "{tokens} calibration tokens ({} windows of {}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
-            plan.samples, plan.seq_len
+            "{tokens} calibration tokens ({} windows of {}{}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
+            plan.samples,
+            plan.seq_len,
+            if skipped > 0 { ", without first positions" } else { "" },
         ));
     }
     warnings

@@ -14,7 +14,7 @@ use crate::{
     checkpoint::{LinearId, LinearKind},
     error::Result,
     gptq::{
-        Drift,
+        Drift, Hessian,
         solver::{Factorization, Factorized, Solved, Weight, solve_by_rows},
     },
     model::Stage,
@@ -72,13 +72,15 @@ impl Team<'_> {
         let weights = self.members[0].weights();
         let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
         let name = format!("layer {layer}, {}", stage.name());
-        let Capture { hessian, drift } = captured;
+        let Capture { hessian, drift, .. } = captured;
         if let Some(text) = hessian.warning() {
             progress.event(&Event::Warning(text));
             sink().warn(text.to_owned());
         }
         self.around.memory.enter(At::Solving);
-        let mut hessian = Some(hessian.finish(&name)?);
+        let hessian = hessian.finish(&name)?;
+        let damp = self.damp(&hessian)?;
+        let mut hessian = Some(hessian);
         let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
         let values = |kind: LinearKind| &weights.of(kind).0;
         let dense: Vec<Weight<'_>> =
@@ -102,12 +104,12 @@ impl Team<'_> {
             let begun = Instant::now();
             let factor = {
                 let hessian = hessian.as_ref().expect("kept until the last order");
-                self.solver.factorize(hessian, order, self.task.damp, &name)?
+                self.solver.factorize(hessian, order, damp, &name)?
             };
             if i + 1 == orders && outputs.is_none() {
                 hessian = None;
             }
-            self.warn(&name, factor.facts());
+            self.warn(&name, damp, factor.facts());
             let aimed = self.aimed(&*factor, drift.as_ref(), &dense, &name)?;
             let weights: Vec<Weight<'_>> = match &aimed {
                 Some(aimed) => dense.iter().zip(aimed).map(|(w, values)| Weight { values, ..*w }).collect(),
@@ -168,6 +170,12 @@ impl Team<'_> {
         Ok(())
     }
 
+    /// The damping that is tried first: the plan's, or what the spectrum asks for where that is more.
+    fn damp(&self, hessian: &Hessian) -> Result<f64> {
+        let least = self.task.damp;
+        if self.task.refinements.shrinkage { Ok(hessian.shrinkage()?.max(least)) } else { Ok(least) }
+    }
+
     /// The weights that aim at what the unquantized model computes, where it is followed.
     fn aimed(
         &self,
@@ -182,11 +190,12 @@ impl Team<'_> {
         aimed.collect::<Result<_>>().map(Some)
     }
 
-    fn warn(&self, stage: &str, facts: &Factorization) {
+    /// Says that damping which began at `damp` had to be raised.
+    fn warn(&self, stage: &str, damp: f64, facts: &Factorization) {
         if facts.damp_raised > 0 {
             let text = format!(
-                "{stage}: not positive definite at damping {}; raised {} times to {}",
-                self.task.damp, facts.damp_raised, facts.damp
+                "{stage}: not positive definite at damping {damp}; raised {} times to {}",
+                facts.damp_raised, facts.damp
             );
             self.around.progress.event(&Event::Warning(&text));
         }

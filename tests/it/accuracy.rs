@@ -103,6 +103,62 @@ fn a_rotated_branch_computes_what_the_model_does() {
     assert!(lab.verify(&branch, &against).json()["distances"].as_array().unwrap().len() == 14);
 }
 
+/// Each linear's damping, in a run that needs to raise none.
+fn damping(report: &Value) -> Vec<f64> {
+    let linears = report["branches"][0]["linears"].as_array().unwrap();
+    assert!(linears.iter().all(|linear| linear["damp_raised"] == 0), "{linears:?}");
+    linears.iter().map(|linear| linear["damp"].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn damping_by_shrinkage_is_more_where_tokens_are_few_and_never_less_than_asked_for() {
+    let lab = Lab::new();
+    let run = |samples: &str, flags: &[&str]| {
+        let out = lab.path(&[&[samples], flags].concat().concat());
+        let (out, report) = (text_of(&out), out.join("run.json"));
+        let common = ["--variant", "4bit-32g", "--quality", "fast", "--samples", samples, "--out", &out];
+        let output = lab.quantize(&[&common[..], flags].concat()).succeeds();
+        assert!(!output.stderr.contains("raised"), "{}", output.stderr);
+        (damping(&read_json(&report)), output.stderr)
+    };
+    assert!(run("2", &[]).0.iter().all(|&damp| damp == 0.01));
+    let (few, said) = run("2", &["--shrinkage"]);
+    assert!(said.contains("quality fast: damping by shrinkage\n"), "{said}");
+    let (many, _) = run("16", &["--shrinkage"]);
+    assert_eq!(few.len(), 14);
+    for (few, many) in few.iter().zip(&many) {
+        assert!(*few > 2.0 * many && *few <= 1.0 && *many >= 0.01, "{few} {many}");
+    }
+    assert!(run("2", &["--shrinkage", "--damp", "1"]).0.iter().all(|&damp| damp == 1.0));
+}
+
+#[test]
+fn a_branch_without_first_positions_is_another_one_and_says_so() {
+    let lab = Lab::new();
+    let branch = |flags: &[&str], name: &str| {
+        let out = text_of(&lab.path(name));
+        let output =
+            lab.quantize(&[&["--variant", "4bit-32g-act", "--out", &out], flags].concat()).succeeds();
+        (lab.path(name).join("gptq-4bit-32g-actorder_True"), output.stderr)
+    };
+    let (all, _) = branch(&[], "all");
+    // Windows of two positions leave one each.
+    for flags in [&["--skip-first-position"][..], &["--skip-first-position", "--seq-len", "2"]] {
+        let (later, said) = branch(flags, flags.last().unwrap().trim_start_matches('-'));
+        assert!(said.contains("on 25% of the windows, no first positions\n"), "{said}");
+        assert!(safetensors_file::read_folder(&later) != safetensors_file::read_folder(&all));
+        let config = read_json(&later.join("config.json"));
+        assert_eq!(config["quantization_config"]["meta"]["skip_first"], true);
+        lab.verify(&later, &[]).succeeds();
+        let few = flags.len() > 1;
+        assert_eq!(
+            said.contains("4 calibration tokens (4 windows of 2, without first positions)"),
+            few,
+            "{said}"
+        );
+    }
+}
+
 /// Of the bundled model, 32 windows of 256 tokens; the evaluation is on text that is not among them.
 #[test]
 fn each_preset_is_closer_to_the_model_than_the_one_before() {

@@ -1,0 +1,135 @@
+//! How much a Hessian is to be damped for the number of tokens that it is taken from.
+
+use tch::{Kind, TchError};
+
+use super::Hessian;
+use crate::error::{Result, TorchContext};
+
+/// Rows that are summed together in fp64.
+const ROWS: i64 = 256;
+
+impl Hessian {
+    /// The damping, as a fraction of the mean diagonal and at most 1, that the oracle approximating shrinkage estimator asks for
+    /// (arXiv 0907.4698): of all `(1 − ρ) H + ρ μ I`, with `μ` the mean diagonal, the one that is expected to be nearest to what
+    /// endless tokens would give. To a solver a Hessian's scale does not matter, so that this is `H + ρ / (1 − ρ) μ I`.
+    ///
+    /// The estimator takes tokens for independent and Gaussian. Those of a text are neither, and it asks for too little rather
+    /// than too much.
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn shrinkage(&self) -> Result<f64> {
+        let diagonal = self.diagonal()?;
+        let alive = diagonal.iter().filter(|&&d| d != 0.0).count();
+        let trace = diagonal.iter().map(|&d| f64::from(d)).sum();
+        let squares = self.sum_of_squares().torch("measure a Hessian's spectrum")?;
+        let rho = shrunk(alive as f64, self.tokens() as f64, trace, squares);
+        // More than half would be more than all of the mean diagonal.
+        Ok(if rho < 0.5 { rho / (1.0 - rho) } else { 1.0 })
+    }
+
+    /// `‖H‖²`, in fp64: the squares alone may not fit fp32.
+    fn sum_of_squares(&self) -> Result<f64, TchError> {
+        let k = self.in_features() as i64;
+        let parts = (0..k).step_by(ROWS as usize).map(|first| {
+            let rows = self.matrix().f_narrow(0, first, ROWS.min(k - first))?;
+            let rows = rows.f_to_kind(Kind::Double)?.f_reshape([-1])?;
+            f64::try_from(rows.f_dot(&rows)?)
+        });
+        parts.sum()
+    }
+}
+
+/// `ρ` of `features` that are not dead, from `tr H` and `tr H²`: what the paper's iteration converges to.
+fn shrunk(features: f64, tokens: f64, trace: f64, squares: f64) -> f64 {
+    // How far the spectrum is from even.
+    let spread = squares - trace * trace / features;
+    let few = 1.0 - 2.0 / features;
+    let rho = (few * squares + trace * trace) / ((tokens + few) * spread);
+    // An even one stays what it is, however much it is shrunk.
+    if spread > 0.0 { rho.min(1.0) } else { 1.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Tensor};
+
+    use super::*;
+    use crate::gptq::solver::tests::problem::{Problem, to_vec};
+
+    fn features() -> i64 {
+        // More than are summed together.
+        ROWS + 44
+    }
+
+    /// Correlated inputs of different size, and two dead features.
+    fn hessian(tokens: i64) -> Hessian {
+        tch::manual_seed(8);
+        let (k, options) = (features(), (Kind::Float, Device::Cpu));
+        let mix = Tensor::randn([k, k], options) * 0.05 + Tensor::eye(k, options);
+        let sizes = (Tensor::randn([k], options) * 0.7).exp();
+        let _ = sizes.narrow(0, 100, 2).zero_();
+        let inputs = Tensor::randn([tokens, k], options).matmul(&mix) * sizes;
+        Problem::with_inputs(1, k as usize, &inputs).hessian
+    }
+
+    /// `tr H`, `tr H²` and live features, plainly.
+    fn sums(hessian: &Hessian) -> (f64, f64, f64) {
+        let (k, h) = (hessian.in_features(), to_vec(hessian.matrix()));
+        let diagonal = (0..k).map(|i| h[i * k + i]);
+        let alive = diagonal.clone().filter(|&d| d != 0.0).count();
+        (diagonal.sum(), h.iter().map(|v| v * v).sum(), alive as f64)
+    }
+
+    #[test]
+    fn damping_is_what_the_papers_iteration_converges_to() {
+        for tokens in [150, 600, 5000] {
+            let hessian = hessian(tokens);
+            let (trace, squares, p) = sums(&hessian);
+            assert_eq!(p as i64, features() - 2);
+            let n = tokens as f64;
+            // The oracle's coefficient for the estimate before, over and over.
+            let mut rho = 0.5;
+            for _ in 0..10_000 {
+                let product = (1.0 - rho) * squares + rho * trace * trace / p;
+                rho = ((1.0 - 2.0 / p) * product + trace * trace)
+                    / ((n + 1.0 - 2.0 / p) * product + (1.0 - n / p) * trace * trace);
+            }
+            let (found, expected) = (hessian.shrinkage().unwrap(), (rho / (1.0 - rho)).min(1.0));
+            assert!((found / expected - 1.0).abs() < 1e-4, "{tokens}: {found} {expected}");
+        }
+    }
+
+    #[test]
+    fn it_brings_a_hessian_nearer_to_that_of_many_tokens() {
+        let exact = hessian(40_000);
+        let off = |hessian: &Hessian, damp: f64| {
+            let mean = sums(hessian).0 / sums(hessian).2;
+            let damped = (hessian.matrix()
+                + Tensor::eye(features(), (Kind::Float, Device::Cpu)) * (damp * mean))
+                / (1.0 + damp);
+            f64::try_from((damped - exact.matrix()).square().sum(Kind::Double)).unwrap()
+        };
+        for tokens in [150, 600] {
+            let few = hessian(tokens);
+            let damp = few.shrinkage().unwrap();
+            let [none, less, asked, more] = [0.0, damp / 2.0, damp, damp * 2.0].map(|d| off(&few, d));
+            assert!(asked < none && asked < less && asked < more, "{none} {less} {asked} {more}");
+        }
+    }
+
+    #[test]
+    fn few_tokens_ask_for_more_than_many() {
+        let damps = [20, 150, 600, 5000, 40_000].map(|tokens| hessian(tokens).shrinkage().unwrap());
+        assert!(damps.windows(2).all(|pair| pair[0] > pair[1]), "{damps:?}");
+        assert!(damps[0] <= 1.0 && damps[4] < 0.01, "{damps:?}");
+    }
+
+    #[test]
+    fn an_even_spectrum_and_one_feature_are_no_trouble() {
+        assert_eq!(shrunk(4.0, 100.0, 8.0, 16.0), 1.0);
+        let mut one = Hessian::new(1, Device::Cpu).unwrap();
+        one.add(&Tensor::ones([3, 1], (Kind::Float, Device::Cpu))).unwrap();
+        assert_eq!(one.finish("test").unwrap().shrinkage().unwrap(), 1.0);
+    }
+}
