@@ -67,7 +67,7 @@ impl Equalization {
             squares = sum.and_then(|sum| squares.f_add(&sum)).torch("look at weights")?;
             checkpoint.release([name]);
         }
-        let columns = squares.f_sqrt().and_then(|roots| Vec::<f32>::try_from(roots));
+        let columns = squares.f_sqrt().and_then(Vec::<f32>::try_from);
         let factors = factors(&sizes, &columns.torch("look at weights")?);
         let channels = factors.iter().filter(|&&factor| factor != 1.0).count();
         if channels > 0 {

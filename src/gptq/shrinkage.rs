@@ -13,8 +13,7 @@ impl Hessian {
     /// (arXiv 0907.4698): of all `(1 − ρ) H + ρ μ I`, with `μ` the mean diagonal, the one that is expected to be nearest to what
     /// endless tokens would give. To a solver a Hessian's scale does not matter, so that this is `H + ρ / (1 − ρ) μ I`.
     ///
-    /// The estimator takes tokens for independent and Gaussian. Those of a text are neither, and it asks for too little rather
-    /// than too much.
+    /// The estimator takes tokens for independent and Gaussian, which those of a text are not.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
