@@ -228,6 +228,15 @@ impl Plan {
                 return refuse(what, &format!("at most {most}"), steps.to_string());
             }
         }
+        let effective = self.refinements(false);
+        if effective.refine > 0 && effective.output_hessian > 0.0 {
+            let expected = "0 with output-hessian (which --quality best has), whose rows are solved for each other's errors";
+            return refuse("refine", expected, effective.refine.to_string());
+        }
+        if effective.refine > 0 && self.samples < 2 {
+            let expected = "at least 2 with refine, which judges by windows that are not solved with";
+            return refuse("samples", expected, self.samples.to_string());
+        }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {
                 return refuse("asymmetric", "a strength from 0 to 1", alpha.to_string());
@@ -374,6 +383,10 @@ mod tests {
             Plan { output_hessian: Some(1.5), ..Plan::default() },
             Plan { output_hessian: Some(f64::NAN), ..Plan::default() },
             Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
+            Plan { refine: Some(101), ..Plan::default() },
+            Plan { refine: Some(2), samples: 1, ..Plan::default() },
+            Plan { refine: Some(2), output_hessian: Some(0.5), ..Plan::default() },
+            Plan { refine: Some(2), quality: Quality::Best, ..Plan::default() },
             Plan { variants: vec![], ..Plan::default() },
             Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
             Plan { max_shard_size: 10, ..Plan::default() },
@@ -382,5 +395,7 @@ mod tests {
             assert!(plan.check().is_err(), "{plan:?}");
         }
         Plan::default().check().unwrap();
+        let without = Plan { quality: Quality::Best, output_hessian: Some(0.0), ..Plan::default() };
+        Plan { refine: Some(2), samples: 2, ..without }.check().unwrap();
     }
 }

@@ -88,7 +88,13 @@ impl Refinements {
 
     /// How many of the calibration windows, from the first on, the unquantized model is followed on.
     pub fn dense_windows(&self, windows: usize) -> usize {
-        if self.asymmetric == 0.0 { 0 } else { part(self.asymmetric_share, windows) }
+        let solved = windows - self.held_out_windows(windows);
+        if self.asymmetric == 0.0 { 0 } else { part(self.asymmetric_share, windows).min(solved) }
+    }
+
+    /// How many of the calibration windows, the last ones, only judge what refinement makes of a linear.
+    pub fn held_out_windows(&self, windows: usize) -> usize {
+        if self.refine == 0 { 0 } else { (windows / 8).max(1).min(windows) }
     }
 
     /// On how many of the calibration windows, from the first on, gradients are taken.

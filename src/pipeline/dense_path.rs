@@ -17,6 +17,8 @@ pub(super) struct Capture {
     pub(super) hessian: Hessian,
     /// How far they are from the unquantized model's, where that is followed.
     pub(super) drift: Option<Drift>,
+    /// Of the windows that are held out of the other two, if there are any.
+    pub(super) held_out: Option<Hessian>,
 }
 
 impl Capture {
@@ -26,12 +28,28 @@ impl Capture {
         if let (Some(own), Some(drift)) = (&mut self.drift, other.drift) {
             own.absorb(drift)?;
         }
+        if let Some(held_out) = other.held_out {
+            let own = match &mut self.held_out {
+                Some(own) => own,
+                none => none.insert(self.hessian.empty_like()?),
+            };
+            own.absorb(held_out)?;
+        }
         Ok(())
     }
 
-    /// Adds a batch of inputs, and what the unquantized model has in their place in the first of its windows.
-    pub(super) fn add(&mut self, inputs: &Tensor, dense: Option<&Tensor>) -> Result<()> {
-        self.hessian.add(inputs)?;
+    /// Adds a batch of inputs, the first `counted` of whose windows are not held out, and what the unquantized model has in their
+    /// place in the first of its windows.
+    pub(super) fn add(&mut self, inputs: &Tensor, counted: usize, dense: Option<&Tensor>) -> Result<()> {
+        let (counted, all) = (counted as i64, inputs.size()[0]);
+        if counted > 0 {
+            self.hessian.add(&inputs.f_narrow(0, 0, counted).torch("split a batch")?)?;
+        }
+        if counted < all {
+            let held_out =
+                self.held_out.as_mut().expect("windows are held out where there is a Hessian for them");
+            held_out.add(&inputs.f_narrow(0, counted, all - counted).torch("split a batch")?)?;
+        }
         let (Some(drift), Some(dense)) = (&mut self.drift, dense) else { return Ok(()) };
         drift.add(&inputs.f_narrow(0, 0, dense.size()[0]).torch("split a batch")?, dense)
     }

@@ -59,6 +59,7 @@ impl Needs {
             shared_hessian: plan.shared_hessian,
             dense_windows: refinements.dense_windows(plan.samples),
             gradient_windows: refinements.gradient_windows(plan.samples),
+            refine: refinements.refine,
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
@@ -180,6 +181,7 @@ mod tests {
             shared_hessian: false,
             dense_windows: 0,
             gradient_windows: 0,
+            refine: 0,
         };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
@@ -221,6 +223,7 @@ mod tests {
             shared_hessian: false,
             dense_windows: windows,
             gradient_windows: windows,
+            refine: 0,
         };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);
