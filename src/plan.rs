@@ -228,14 +228,12 @@ impl Plan {
                 return refuse(what, &format!("at most {most}"), steps.to_string());
             }
         }
-        let effective = self.refinements(false);
-        if effective.refine > 0 && effective.output_hessian > 0.0 {
-            let expected = "0 with output-hessian (which --quality best has), whose rows are solved for each other's errors";
-            return refuse("refine", expected, effective.refine.to_string());
+        let all = self.refinements(false);
+        if all.refine > 0 && all.output_hessian > 0.0 {
+            return refuse("refine", "0 with output-hessian, which `best` turns on", all.refine.to_string());
         }
-        if effective.refine > 0 && self.samples < 2 {
-            let expected = "at least 2 with refine, which judges by windows that are not solved with";
-            return refuse("samples", expected, self.samples.to_string());
+        if all.refine > 0 && self.samples < 2 {
+            return refuse("samples", "at least 2 with refine: the last is held out", self.samples.to_string());
         }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {
@@ -385,7 +383,6 @@ mod tests {
             Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
             Plan { refine: Some(101), ..Plan::default() },
             Plan { refine: Some(2), samples: 1, ..Plan::default() },
-            Plan { refine: Some(2), output_hessian: Some(0.5), ..Plan::default() },
             Plan { refine: Some(2), quality: Quality::Best, ..Plan::default() },
             Plan { variants: vec![], ..Plan::default() },
             Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
