@@ -232,6 +232,17 @@ impl Plan {
             let expected = "0 with shared-hessian, where layers are solved for other inputs than they get";
             return refuse("tune-blocks", expected, self.tune_blocks.unwrap_or(0).to_string());
         }
+        let all = self.refinements(false);
+        if all.refine > 0 && all.output_hessian > 0.0 {
+            return refuse("refine", "0 with output-hessian, which `best` turns on", all.refine.to_string());
+        }
+        if all.refine > 0 && self.samples < 2 {
+            return refuse(
+                "samples",
+                "at least 2 with refine: the last is held out",
+                self.samples.to_string(),
+            );
+        }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {
                 return refuse("asymmetric", "a strength from 0 to 1", alpha.to_string());
@@ -380,6 +391,8 @@ mod tests {
             Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
             Plan { tune_blocks: Some(5), shared_hessian: true, ..Plan::default() },
             Plan { refine: Some(101), ..Plan::default() },
+            Plan { refine: Some(2), samples: 1, ..Plan::default() },
+            Plan { refine: Some(2), quality: Quality::Best, ..Plan::default() },
             Plan { variants: vec![], ..Plan::default() },
             Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
             Plan { max_shard_size: 10, ..Plan::default() },
@@ -388,5 +401,7 @@ mod tests {
             assert!(plan.check().is_err(), "{plan:?}");
         }
         Plan::default().check().unwrap();
+        let without = Plan { quality: Quality::Best, output_hessian: Some(0.0), ..Plan::default() };
+        Plan { refine: Some(2), samples: 2, ..without }.check().unwrap();
     }
 }

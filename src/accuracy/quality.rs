@@ -88,12 +88,18 @@ impl Refinements {
 
     /// How many of the calibration windows, from the first on, the unquantized model is followed on.
     pub fn dense_windows(&self, windows: usize) -> usize {
+        let solved = windows - self.held_out_windows(windows);
         match (self.asymmetric > 0.0, self.tune > 0) {
-            (true, _) => part(self.asymmetric_share, windows),
+            (true, _) => part(self.asymmetric_share, windows).min(solved),
             // Its outputs are what is tuned for.
             (false, true) => windows,
             (false, false) => 0,
         }
+    }
+
+    /// How many of the calibration windows, the last ones, only judge what refinement makes of a linear.
+    pub fn held_out_windows(&self, windows: usize) -> usize {
+        if self.refine == 0 { 0 } else { (windows / 8).max(1).min(windows) }
     }
 
     /// On how many of the calibration windows, from the first on, gradients are taken.

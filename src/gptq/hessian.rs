@@ -13,7 +13,7 @@ use crate::{
 const BLOCK: i64 = 1024;
 /// The same on CUDA: fewer, larger products, each of which fills the device.
 const CUDA_BLOCK: i64 = 2048;
-/// Rows of a weight whose output energy is computed together on a CPU without AMX.
+/// Rows of a weight whose output energy is computed together in fp32.
 const ENERGY_ROWS: i64 = 1024;
 
 /// The Hessian of a stage's inputs, accumulated in fp32 in the order in which batches arrive: on CUDA from fp16 and bf16
@@ -38,6 +38,14 @@ impl Hessian {
         let k = in_features as i64;
         let matrix = Tensor::f_empty([k, k], (Kind::Float, device)).torch("allocate a Hessian")?;
         Ok(Self { matrix, tokens: 0, finished: false, warning: None })
+    }
+
+    /// An empty one for as many inputs, on the same device.
+    ///
+    /// # Errors
+    /// When libtorch cannot allocate it.
+    pub fn empty_like(&self) -> Result<Self> {
+        Self::new(self.in_features(), self.matrix.device())
     }
 
     /// Adds a batch of inputs `[…, K]`.
@@ -221,13 +229,18 @@ impl Hessian {
             if self.matrix.device() != Device::Cpu {
                 return self.output_energy_in(Kind::BFloat16, weight);
             }
-            // Some rows at a time: products of all would take several times the weight's memory.
-            let rows = weight.size()[0];
-            let parts = (0..rows).step_by(ENERGY_ROWS as usize);
-            let parts = parts.map(|first| weight.f_narrow(0, first, ENERGY_ROWS.min(rows - first)));
-            parts.map(|part| self.output_energy_in(Kind::Float, &part?)).sum()
+            self.exact_output_energy(weight)
         };
         measure().torch("measure a linear's output")
+    }
+
+    /// [`Hessian::output_energy`] in fp32 on any device.
+    pub(super) fn exact_output_energy(&self, weight: &Tensor) -> Result<f64, TchError> {
+        // Some rows at a time: products of all would take several times the weight's memory.
+        let rows = weight.size()[0];
+        let parts = (0..rows).step_by(ENERGY_ROWS as usize);
+        let parts = parts.map(|first| weight.f_narrow(0, first, ENERGY_ROWS.min(rows - first)));
+        parts.map(|part| self.output_energy_in(Kind::Float, &part?)).sum()
     }
 
     /// With products of `kind`, bf16 or fp32, and sums in fp32; one wait for the device at the end.

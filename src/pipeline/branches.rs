@@ -13,7 +13,7 @@ use crate::{
     error::Result,
     gptq::solver::Solved,
     plan::Plan,
-    progress::Progress,
+    progress::{Event, Progress},
     report::{BranchReport, LinearReport, StageSeconds},
     variant::Variant,
     verify,
@@ -93,9 +93,15 @@ impl Branches {
     ) -> Result<()> {
         let begun = Instant::now();
         progress.begin("writing and checking", self.writers.len() as u64);
-        for writer in &mut self.writers {
+        for (writer, report) in self.writers.iter_mut().zip(&self.reports) {
             let folder = writer.seal(checkpoint, source, provenance)?;
             verify::written(folder)?;
+            if provenance.refinements.refine > 0 {
+                let refined = report.linears.iter().filter(|linear| linear.refined).count();
+                let (branch, all) = (&report.branch, report.linears.len());
+                let text = format!("{branch}: refinement was kept for {refined} of {all} linears");
+                progress.event(&Event::Note(&text));
+            }
             progress.advance(1);
         }
         self.seconds.finishing = begun.elapsed().as_secs_f64();
@@ -159,6 +165,7 @@ impl Sink for Branches {
             uncompensated_features: record.uncompensated,
             tuned: record.tuned,
             fallback: record.fallback,
+            refined: record.refined,
         });
         Ok(())
     }

@@ -58,6 +58,7 @@ impl<'a> Crew<'a> {
         let streams = if task.shared_hessian { 1 } else { task.variants.len() };
         let memory = Ledger::new(limits.in_memory);
         let per_batch = (limits.batch_tokens / windows.seq_len()).max(1);
+        let counted = windows.count() - task.refinements.held_out_windows(windows.count());
         let mut teams = Vec::new();
         for (devices, own) in spread(devices, streams) {
             let parts = split(windows.count(), devices.len());
@@ -70,10 +71,11 @@ impl<'a> Crew<'a> {
                 let room = Room::new(device, kind, near, Arc::clone(&memory), spill)?;
                 let llama = Llama::new(checkpoint, windows.seq_len(), kind, device)?;
                 let followed = part.start.min(task.dense_windows)..part.end.min(task.dense_windows);
+                let counted = part.start.min(counted)..part.end.min(counted);
                 members.push(Member::new(
                     llama,
                     room,
-                    [part, followed],
+                    [part, followed, counted],
                     windows.seq_len(),
                     per_batch,
                     task.refinements.skip_first,

@@ -19,14 +19,24 @@ pub(super) struct Capture {
     pub(super) drift: Option<Drift>,
     /// Positions at the beginning of each window that are left out.
     skipped: i64,
+    /// Of the windows that are held out of the other two, if there are any.
+    pub(super) held_out: Option<Hessian>,
 }
 
 impl Capture {
-    /// Nothing yet, of inputs of that width. The unquantized model may be `followed`, and the first position of each window be
-    /// left out.
-    pub(super) fn new(width: usize, device: Device, followed: bool, skip_first: bool) -> Result<Self> {
+    /// Nothing yet, of inputs of that width. The unquantized model may be `followed`, some windows `held_out`, and the first position
+    /// of each window be left out.
+    pub(super) fn new(
+        width: usize,
+        device: Device,
+        followed: bool,
+        held_out: bool,
+        skip_first: bool,
+    ) -> Result<Self> {
         let drift = followed.then(|| Drift::new(width, device)).transpose()?;
-        Ok(Self { hessian: Hessian::new(width, device)?, drift, skipped: skip_first.into() })
+        let hessian = Hessian::new(width, device)?;
+        let held_out = held_out.then(|| hessian.empty_like()).transpose()?;
+        Ok(Self { hessian, drift, skipped: skip_first.into(), held_out })
     }
 
     /// Adds another device's sums over other tokens.
@@ -35,17 +45,33 @@ impl Capture {
         if let (Some(own), Some(drift)) = (&mut self.drift, other.drift) {
             own.absorb(drift)?;
         }
+        if let Some(held_out) = other.held_out {
+            let own = match &mut self.held_out {
+                Some(own) => own,
+                none => none.insert(self.hessian.empty_like()?),
+            };
+            own.absorb(held_out)?;
+        }
         Ok(())
     }
 
-    /// Adds a batch of inputs `[B, S, K]`, and what the unquantized model has in their place in the first of its windows.
-    pub(super) fn add(&mut self, inputs: &Tensor, dense: Option<&Tensor>) -> Result<()> {
-        let counted = |t: &Tensor| {
+    /// Adds a batch of inputs `[B, S, K]`, the first `counted` of whose windows are not held out, and what the unquantized model has
+    /// in their place in the first of its windows.
+    pub(super) fn add(&mut self, inputs: &Tensor, counted: usize, dense: Option<&Tensor>) -> Result<()> {
+        let without_first = |t: &Tensor| {
             t.f_narrow(1, self.skipped, t.size()[1] - self.skipped).torch("leave out first positions")
         };
-        let inputs = counted(inputs)?;
-        let dense = dense.map(counted).transpose()?;
-        self.hessian.add(&inputs)?;
+        let inputs = without_first(inputs)?;
+        let dense = dense.map(without_first).transpose()?;
+        let (counted, all) = (counted as i64, inputs.size()[0]);
+        if counted > 0 {
+            self.hessian.add(&inputs.f_narrow(0, 0, counted).torch("split a batch")?)?;
+        }
+        if counted < all {
+            let held_out =
+                self.held_out.as_mut().expect("windows are held out where there is a Hessian for them");
+            held_out.add(&inputs.f_narrow(0, counted, all - counted).torch("split a batch")?)?;
+        }
         let (Some(drift), Some(dense)) = (&mut self.drift, dense) else { return Ok(()) };
         drift.add(&inputs.f_narrow(0, 0, dense.size()[0]).torch("split a batch")?, &dense)
     }
@@ -187,11 +213,11 @@ mod tests {
 
     /// Of 5 windows of 4 positions in two batches, of which the unquantized model is followed on 3.
     fn captured(x: &Tensor, dense: &Tensor, skip_first: bool) -> Capture {
-        let mut capture = Capture::new(6, Device::Cpu, true, skip_first).unwrap();
-        capture.add(&x.narrow(0, 0, 2), Some(&dense.narrow(0, 0, 2))).unwrap();
+        let mut capture = Capture::new(6, Device::Cpu, true, false, skip_first).unwrap();
+        capture.add(&x.narrow(0, 0, 2), 2, Some(&dense.narrow(0, 0, 2))).unwrap();
         // Another device's.
-        let mut other = Capture::new(6, Device::Cpu, true, skip_first).unwrap();
-        other.add(&x.narrow(0, 2, 3), Some(&dense.narrow(0, 2, 1))).unwrap();
+        let mut other = Capture::new(6, Device::Cpu, true, false, skip_first).unwrap();
+        other.add(&x.narrow(0, 2, 3), 3, Some(&dense.narrow(0, 2, 1))).unwrap();
         capture.absorb(other).unwrap();
         capture
     }

@@ -49,6 +49,8 @@ pub(super) struct Shape<'a> {
     pub(super) gradient_windows: usize,
     /// Whether each layer is tuned once it is solved.
     pub(super) tunes: bool,
+    /// Sweeps of refinement, for which windows are held out.
+    pub(super) refine: u32,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -156,6 +158,19 @@ impl Shape<'_> {
         2 * outputs + (2 * n * k + k * k) * FP32
     }
 
+    /// What refinement takes beside a stage's own: the Hessian of the held-out windows and, as it outlives the factor, the one that is
+    /// solved with; levels, differences, gradients and the weight of the largest linear.
+    fn refining(&self, stage: Stage) -> u64 {
+        if self.refine == 0 {
+            return 0;
+        }
+        let sizes = stage.linears().iter().map(|kind| kind.shape(self.config).iter().product::<usize>());
+        let (_, k) = self.stage(stage);
+        // While the MLP's second stage is captured, both are as wide as that.
+        let k = if stage == Stage::MlpInput { k.max(self.config.intermediate_size as u64) } else { k };
+        (2 * k * k + 4 * sizes.max().unwrap_or(0) as u64) * FP32
+    }
+
     /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the way
     /// back, and its output Hessians.
     fn taking_gradients(&self) -> u64 {
@@ -206,6 +221,10 @@ impl Shape<'_> {
             factors += k.powi(3) / 3.0;
             // The energy of the outputs, for the reported error, and the compensation.
             solves += 2.0 * n * k * k;
+            // Products with both Hessians; then columns' changes, scales' changes, and the held-out error of each sweep.
+            if self.refine > 0 {
+                solves += (3.0 + 5.0 * f64::from(self.refine)) * n * k * k;
+            }
         }
         let variants = self.variants as f64;
         // Forward passes of the unquantized model; products for the drift, and for what aims at it.
@@ -232,7 +251,9 @@ impl Shape<'_> {
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
     pub(super) fn need(&self, device: Device, tokens: usize) -> Need {
         let cuda = device != Device::Cpu;
-        let solving = Stage::ALL.into_iter().map(|stage| self.solving(stage, cuda) + self.feedback(stage));
+        let solving = Stage::ALL
+            .into_iter()
+            .map(|stage| self.solving(stage, cuda) + self.feedback(stage) + self.refining(stage));
         let solving = solving.max().unwrap_or(0).max(self.tuning() + self.feedback(Stage::MlpOutput));
         let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS };
         Need {
@@ -315,6 +336,7 @@ mod tests {
             dense_windows: 0,
             gradient_windows: 0,
             tunes: false,
+            refine: 0,
         }
     }
 

@@ -52,6 +52,8 @@ pub(super) struct Member<'a> {
     windows: Range<usize>,
     /// Of these, those on which the unquantized model is followed.
     pub(super) followed: Range<usize>,
+    /// Of these, those whose tokens are solved with; others are held out.
+    counted: Range<usize>,
     pub(super) seq_len: usize,
     per_batch: usize,
     /// Whether the first position of each window is left out of what is captured.
@@ -71,11 +73,12 @@ pub(super) struct Member<'a> {
 }
 
 impl<'a> Member<'a> {
-    /// `per_batch` windows go through the model together; of these `windows`, the unquantized model is `followed` on some.
+    /// `per_batch` windows go through the model together; of these `windows`, the unquantized model is `followed` on some, and
+    /// some are `counted` in what is solved with.
     pub(super) fn new(
         llama: Llama<'a>,
         room: Room,
-        [windows, followed]: [Range<usize>; 2],
+        [windows, followed, counted]: [Range<usize>; 3],
         seq_len: usize,
         per_batch: usize,
         skip_first: bool,
@@ -88,6 +91,7 @@ impl<'a> Member<'a> {
             room,
             windows,
             followed,
+            counted,
             seq_len,
             per_batch,
             skip_first,
@@ -190,7 +194,7 @@ impl<'a> Member<'a> {
                 let x = member.attention_input(stream, i)?;
                 Ok((x, member.dense_inputs(Stage::AttentionInput, dense, stream, i)?))
             },
-            |_, _, (x, dense)| capture.add(&x, dense.as_ref()),
+            |member, i, (x, dense)| capture.add(&x, member.counted(stream, i), dense.as_ref()),
         )?;
         Ok(capture)
     }
@@ -211,7 +215,7 @@ impl<'a> Member<'a> {
                 Ok((member.attend(&x)?, member.dense_inputs(Stage::AttentionOutput, dense, stream, i)?))
             },
             |member, i, (attended, dense)| {
-                capture.add(&attended, dense.as_ref())?;
+                capture.add(&attended, member.counted(stream, i), dense.as_ref())?;
                 member.between().put(i, attended)
             },
         )?;
@@ -231,7 +235,7 @@ impl<'a> Member<'a> {
                 Ok((hidden, x, member.dense_inputs(Stage::MlpInput, dense, stream, i)?))
             },
             |member, i, (hidden, x, dense)| {
-                capture.add(&x, dense.as_ref())?;
+                capture.add(&x, member.counted(stream, i), dense.as_ref())?;
                 member.between().discard(i);
                 member.hidden[stream].put(i, hidden)
             },
@@ -254,7 +258,7 @@ impl<'a> Member<'a> {
                 Ok((activated, member.dense_inputs(Stage::MlpOutput, dense, stream, i)?))
             },
             |member, i, (activated, dense)| {
-                capture.add(&activated, dense.as_ref())?;
+                capture.add(&activated, member.counted(stream, i), dense.as_ref())?;
                 member.between().put(i, activated)
             },
         )?;
@@ -291,7 +295,14 @@ impl<'a> Member<'a> {
     }
 
     fn capture(&self, width: usize, dense: Option<usize>) -> Result<Capture> {
-        Capture::new(width, self.device(), dense.is_some(), self.skip_first)
+        let held_out = self.counted != self.windows;
+        Capture::new(width, self.device(), dense.is_some(), held_out, self.skip_first)
+    }
+
+    /// How many of a batch's windows, the first ones, are not held out.
+    fn counted(&self, stream: usize, i: usize) -> usize {
+        let windows = &self.hidden[stream].batches()[i];
+        self.counted.end.clamp(windows.start, windows.end) - windows.start
     }
 
     /// Hidden states, normalized as a stage gets them that stands behind a norm.

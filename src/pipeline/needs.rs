@@ -60,6 +60,7 @@ impl Needs {
             dense_windows: refinements.dense_windows(plan.samples),
             gradient_windows: refinements.gradient_windows(plan.samples),
             tunes: refinements.tune > 0,
+            refine: refinements.refine,
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
@@ -182,6 +183,7 @@ mod tests {
             dense_windows: 0,
             gradient_windows: 0,
             tunes: false,
+            refine: 0,
         };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
@@ -224,6 +226,7 @@ mod tests {
             dense_windows: windows,
             gradient_windows: windows,
             tunes: true,
+            refine: 0,
         };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);

@@ -14,8 +14,8 @@ use crate::{
     checkpoint::{LinearId, LinearKind},
     error::Result,
     gptq::{
-        Drift, Hessian,
-        solver::{Factorization, Factorized, Solved, Weight, solve_by_rows},
+        Drift, Hessian, Refiner,
+        solver::{Factorization, Factorized, Solution, Solved, Weight, solve_by_rows},
     },
     model::Stage,
     progress::Event,
@@ -33,6 +33,8 @@ pub(super) struct Record {
     pub(super) uncompensated: usize,
     /// Why all of it was, if it was.
     pub(super) fallback: Option<String>,
+    /// Whether it was refined after the solve, as that is better on held-out tokens.
+    pub(super) refined: bool,
     /// Whether its scales are other ones since the layer was tuned.
     pub(super) tuned: bool,
 }
@@ -72,8 +74,8 @@ impl Team<'_> {
         let weights = self.members[0].weights();
         let ids: Vec<LinearId> = stage.linears().iter().map(|&kind| LinearId { layer, kind }).collect();
         let name = format!("layer {layer}, {}", stage.name());
-        let Capture { hessian, drift, .. } = captured;
-        if let Some(text) = hessian.warning() {
+        let Capture { hessian, drift, held_out, .. } = captured;
+        if let Some(text) = hessian.warning().or(held_out.as_ref().and_then(|h| h.warning())) {
             progress.event(&Event::Warning(text));
             sink().warn(text.to_owned());
         }
@@ -81,6 +83,7 @@ impl Team<'_> {
         let hessian = hessian.finish(&name)?;
         let damp = self.damp(&hessian)?;
         let mut hessian = Some(hessian);
+        let held_out = held_out.map(|held_out| held_out.finish(&name)).transpose()?;
         let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
         let values = |kind: LinearKind| &weights.of(kind).0;
         let dense: Vec<Weight<'_>> =
@@ -106,7 +109,7 @@ impl Team<'_> {
                 let hessian = hessian.as_ref().expect("kept until the last order");
                 self.solver.factorize(hessian, order, damp, &name)?
             };
-            if i + 1 == orders && outputs.is_none() {
+            if i + 1 == orders && outputs.is_none() && held_out.is_none() {
                 hessian = None;
             }
             self.warn(&name, damp, factor.facts());
@@ -114,6 +117,13 @@ impl Team<'_> {
             let weights: Vec<Weight<'_>> = match &aimed {
                 Some(aimed) => dense.iter().zip(aimed).map(|(w, values)| Weight { values, ..*w }).collect(),
                 None => dense.clone(),
+            };
+            let refiner = match (&hessian, &held_out) {
+                (Some(hessian), Some(held_out)) => {
+                    let sweeps = self.task.refinements.refine;
+                    Some(Refiner::new(hessian, held_out, factor.facts().damp, sweeps)?)
+                }
+                _ => None,
             };
             // The factorization is shared by this order's variants, and so is its time.
             let factor_seconds = begun.elapsed().as_secs_f64() / list.len() as f64;
@@ -128,10 +138,11 @@ impl Team<'_> {
                     }
                     _ => factor.solve(&weights, variant)?,
                 };
+                let solutions = self.refined(refiner.as_ref(), &weights, solutions)?;
                 let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
                 let size = |linear: &Solved| linear.in_features() * linear.out_features();
-                let total: usize = solutions.iter().map(|s| size(&s.linear)).sum();
-                for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
+                let total: usize = solutions.iter().map(|(s, _)| size(&s.linear)).sum();
+                for ((id, (solution, refined)), energy) in ids.iter().zip(solutions).zip(&energies) {
                     let relative_error =
                         if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
                     let share = size(&solution.linear) as f64 / total as f64;
@@ -143,7 +154,8 @@ impl Team<'_> {
                     }
                     let (seconds, uncompensated) = (seconds * share, solution.uncompensated);
                     let tuned = false;
-                    let record = Record { relative_error, facts, seconds, uncompensated, fallback, tuned };
+                    let record =
+                        Record { relative_error, facts, seconds, uncompensated, fallback, refined, tuned };
                     progress.event(&Event::Linear {
                         name: &id.to_string(),
                         variant: &variant.to_string(),
@@ -188,6 +200,31 @@ impl Team<'_> {
         let alpha = self.task.refinements.asymmetric;
         let aimed = dense.iter().map(|w| factor.aimed(w, &drift.of(w.values, alpha, stage)?));
         aimed.collect::<Result<_>>().map(Some)
+    }
+
+    /// Solutions as refinement has made them, and which of them it has changed.
+    fn refined(
+        &self,
+        refiner: Option<&Refiner<'_>>,
+        weights: &[Weight<'_>],
+        solutions: Vec<Solution>,
+    ) -> Result<Vec<(Solution, bool)>> {
+        let refine = |(weight, solution): (&Weight<'_>, Solution)| {
+            self.around.go_on()?;
+            let refined = match refiner {
+                // What could not be solved is left as it is.
+                Some(refiner) if solution.fallback.is_none() => refiner.refine(weight, &solution.linear)?,
+                _ => None,
+            };
+            Ok(match refined {
+                Some(new) => {
+                    let (linear, squared_error) = (Solved::Host(new.linear), new.squared_error);
+                    (Solution { linear, squared_error, ..solution }, true)
+                }
+                None => (solution, false),
+            })
+        };
+        weights.iter().zip(solutions).map(refine).collect()
     }
 
     /// Says that damping which began at `damp` had to be raised.

@@ -245,6 +245,13 @@ pub struct LinearReport {
     /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
+    /// Whether it was refined after the solve, as that lowers its error on held-out tokens.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub refined: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !*flag
 }
 
 fn is_zero(count: &usize) -> bool {

@@ -79,6 +79,27 @@ fn negative_scales_are_used_told_of_and_turned_off() {
     assert_eq!(signs(&["--quality", "fast"], "fast").0, 0);
 }
 
+#[test]
+fn refinement_is_told_of_where_it_was_kept_and_branches_verify() {
+    let lab = Lab::new();
+    let flags = ["--variant", "4bit-32g", "--variant", "3bit-32g-act", "--refine", "2", "--samples", "16"];
+    for (name, shared) in [("own", &[][..]), ("shared", &["--shared-hessian"][..])] {
+        let out = text_of(&lab.path(name));
+        let output = lab.quantize(&[&flags[..], shared, &["--out", &out]].concat()).succeeds();
+        let report = read_json(&lab.path(name).join("run.json"));
+        assert_eq!(report["refinements"]["refine"], 2);
+        for branch in report["branches"].as_array().unwrap() {
+            let linears = branch["linears"].as_array().unwrap();
+            let refined = linears.iter().filter(|linear| linear["refined"] == true).count();
+            let branch = branch["branch"].as_str().unwrap();
+            assert!(refined > 0, "{name}, {branch}: none is refined");
+            let said = format!("{branch}: refinement was kept for {refined} of {} linears", linears.len());
+            assert!(output.stderr.contains(&said), "{}", output.stderr);
+            lab.verify(&lab.path(name).join(branch), &["--against", &text_of(&lab.model())]).succeeds();
+        }
+    }
+}
+
 /// Of a model whose sizes are no powers of two, with all that a rotation has to go through.
 #[test]
 fn a_rotated_branch_computes_what_the_model_does() {
@@ -243,8 +264,8 @@ fn a_tuned_branch_says_what_was_tuned() {
         let tuned = linears.iter().filter(|linear| linear["tuned"] == true).count();
         (tuned, evaluation["models"][0]["kl_divergence"]["value"].as_f64().unwrap())
     };
-    // Where the unquantized model is followed for that alone, and where it is followed anyway, on a part of the windows.
-    for quality in ["fast", "standard"] {
+    // Where the unquantized model is followed for that alone, and where errors are weighed by what they cost downstream.
+    for quality in ["fast", "best"] {
         let [plain, tuned] = ["0", "40"].map(|steps| {
             with(&format!("{quality}-{steps}"), &["--quality", quality, "--tune-blocks", steps])
         });

@@ -161,11 +161,11 @@ fn a_header_that_lies() {
 fn numbers_that_are_none() {
     for value in [f32::NAN, f32::INFINITY] {
         let lab = changed(&Model::default(), |tensors| {
-            tensors.get_mut("model.layers.1.mlp.up_proj.weight").unwrap().fill([17, 4711], value);
+            tensors.get_mut("model.layers.1.mlp.down_proj.weight").unwrap().fill([17, 4711], value);
         });
         stopped(
             &lab,
-            &format!("error: tensor `model.layers.1.mlp.up_proj.weight`: 2 of 8192 values {BROKEN}"),
+            &format!("error: tensor `model.layers.1.mlp.down_proj.weight`: 2 of 8192 values {BROKEN}"),
         );
     }
     for (name, total) in

@@ -1,5 +1,7 @@
 //! What solvers return.
 
+use std::borrow::Cow;
+
 use half::f16;
 use tch::{Device, Kind, Tensor};
 
@@ -83,6 +85,17 @@ impl Solved {
             on_host.push(linear.to_host()?);
         }
         Ok(Self::Host(QuantizedLinear::joined(&on_host, rows)))
+    }
+
+    /// In the machine's memory, or a copy there.
+    ///
+    /// # Errors
+    /// When it cannot be copied from the device.
+    pub fn on_host(&self) -> Result<Cow<'_, QuantizedLinear>> {
+        match self {
+            Self::Host(linear) => Ok(Cow::Borrowed(linear)),
+            Self::Device(linear) => linear.to_host().map(Cow::Owned),
+        }
     }
 
     /// In the machine's memory.
