@@ -237,11 +237,7 @@ impl Plan {
             return refuse("refine", "0 with output-hessian, which `best` turns on", all.refine.to_string());
         }
         if all.refine > 0 && self.samples < 2 {
-            return refuse(
-                "samples",
-                "at least 2 with refine: the last is held out",
-                self.samples.to_string(),
-            );
+            return refuse("samples", "at least 2, one to hold out for refine", self.samples.to_string());
         }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {

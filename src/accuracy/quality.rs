@@ -129,7 +129,7 @@ impl Quality {
         match self {
             Self::Fast => Refinements::NONE,
             Self::Standard => Refinements {
-                scales: searched(ScaleSearch::Diagonal),
+                scales: searched(ScaleSearch::Block),
                 group_aware: true,
                 asymmetric: ASYMMETRIC,
                 asymmetric_share: 0.25,
@@ -228,7 +228,7 @@ mod tests {
             said,
             [
                 "plain GPTQ",
-                "equalized norms, signed scales, scale search by diagonal, group-aware order, \
+                "equalized norms, signed scales, scale search by block, group-aware order, \
                  asymmetric calibration at 0.5 on 25% of the windows",
                 "folded rotations, signed scales, scale search by block, group-aware order, \
                  asymmetric calibration at 1 on 100% of the windows, \

@@ -136,7 +136,7 @@ mod tests {
             assert_eq!(quantization["checkpoint_format"], "gptq");
             let meta = &quantization["meta"];
             assert_eq!((&meta["dataset"], &meta["quality"]), (&"wikitext2".into(), &"standard".into()));
-            assert_eq!((&meta["signed_scales"], &meta["scale_search"]), (&true.into(), &"diagonal".into()));
+            assert_eq!((&meta["signed_scales"], &meta["scale_search"]), (&true.into(), &"block".into()));
             assert_eq!(meta["asymmetric"], 0.5);
         }
     }

@@ -15,11 +15,11 @@ const OFF: [&str; 7] =
 fn presets_say_what_they_turn_on_and_files_hold_it() {
     let lab = Lab::new();
     let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
-    let said = "quality standard: equalized norms, signed scales, scale search by diagonal, group-aware order, \
+    let said = "quality standard: equalized norms, signed scales, scale search by block, group-aware order, \
                 asymmetric calibration at 0.5 on 25% of the windows";
     assert!(output.stderr.contains(said), "{}", output.stderr);
     let refinements = json!({
-        "signed_scales": true, "scale_search": "diagonal", "act_group_aware": true, "asymmetric": 0.5,
+        "signed_scales": true, "scale_search": "block", "act_group_aware": true, "asymmetric": 0.5,
         "asymmetric_share": 0.25, "output_hessian": 0.0, "rotate": false,
         "equalize": true, "skip_first": false, "shrinkage": false, "refine": 0, "tune": 0,
     });
