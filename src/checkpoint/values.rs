@@ -98,12 +98,13 @@ fn float_magnitude(bytes: [u8; 4]) -> u32 {
     u32::from_le_bytes(bytes) & 0x7FFF_FFFF
 }
 
-/// Element `index` of a BF16 or F32 tensor.
+/// Element `index` of an F16, BF16 or F32 tensor.
 fn f32_at(view: &TensorView<'_>, index: usize) -> f32 {
-    if view.dtype == Dtype::F32 {
-        view.bytes.as_chunks::<4>().0.get(index).map_or(0.0, |&b| f32::from_le_bytes(b))
-    } else {
-        view.bytes.as_chunks::<2>().0.get(index).map_or(0.0, |&b| bfloat_to_f32(b))
+    let halves = || view.bytes.as_chunks::<2>().0.get(index);
+    match view.dtype {
+        Dtype::F32 => view.bytes.as_chunks::<4>().0.get(index).map_or(0.0, |&b| f32::from_le_bytes(b)),
+        Dtype::F16 => halves().map_or(0.0, |&b| f16::from_le_bytes(b).to_f32()),
+        _ => halves().map_or(0.0, |&b| bfloat_to_f32(b)),
     }
 }
 
@@ -123,20 +124,12 @@ pub(super) fn f16_bytes<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [u8]>> {
 
 /// The tensor as fp32 bytes, each row multiplied by `factors`.
 pub(super) fn scaled(view: &TensorView<'_>, factors: &[f32]) -> Result<Vec<u8>> {
-    let kind = kind_of(view)?;
-    let width = kind.elt_size_in_bytes();
-    let mut floats = vec![0u8; view.bytes.len() / width * size_of::<f32>()];
-    let rows = view.bytes.par_chunks(factors.len().max(1) * width);
-    floats.par_chunks_mut(factors.len().max(1) * size_of::<f32>()).zip(rows).for_each(|(to, from)| {
-        for ((to, from), factor) in to.as_chunks_mut::<4>().0.iter_mut().zip(from.chunks(width)).zip(factors)
-        {
-            let value = match (kind, from) {
-                (Kind::Half, &[a, b]) => f16::from_le_bytes([a, b]).to_f32(),
-                (Kind::BFloat16, &[a, b]) => bfloat_to_f32([a, b]),
-                (_, &[a, b, c, d]) => f32::from_le_bytes([a, b, c, d]),
-                _ => unreachable!("a number has as many bytes as its kind"),
-            };
-            *to = (value * factor).to_le_bytes();
+    let count = view.bytes.len() / kind_of(view)?.elt_size_in_bytes();
+    let mut floats = vec![0u8; count * size_of::<f32>()];
+    let (numbers, _) = floats.as_chunks_mut::<4>();
+    numbers.par_chunks_mut(factors.len().max(1)).enumerate().for_each(|(row, numbers)| {
+        for (i, (number, factor)) in numbers.iter_mut().zip(factors).enumerate() {
+            *number = (f32_at(view, row * factors.len() + i) * factor).to_le_bytes();
         }
     });
     Ok(floats)

@@ -19,7 +19,7 @@ mod tensor_cores;
 pub use drift::Drift;
 pub use grid::{Grid, Step};
 pub use hessian::Hessian;
-pub use order::{ColumnOrder, dead_columns};
+pub use order::{ColumnOrder, dead_columns, mean_alive};
 pub use output_hessian::{OutputHessian, output_blocks};
 pub use quantized::QuantizedLinear;
 pub use refine::{Refined, Refiner};

@@ -64,6 +64,12 @@ pub fn dead_columns(diagonal: &[f32]) -> Vec<u32> {
     (0..diagonal.len() as u32).filter(|&k| diagonal[k as usize] == 0.0).collect()
 }
 
+/// The mean of a diagonal over the features that are not dead, if there are any.
+pub fn mean_alive(diagonal: &[f32], dead: &[u32]) -> Option<f64> {
+    let alive = diagonal.len() - dead.len();
+    (alive > 0).then(|| diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,5 +111,7 @@ mod tests {
     #[test]
     fn dead_columns_have_a_zero_diagonal() {
         assert_eq!(dead_columns(&DIAGONAL), [2]);
+        assert_eq!(mean_alive(&[3.0, 0.0, 5.0], &[1]), Some(4.0));
+        assert_eq!(mean_alive(&[0.0], &[0]), None);
     }
 }

@@ -9,7 +9,7 @@ use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    Hessian, QuantizedLinear, dead_columns,
+    Hessian, QuantizedLinear, dead_columns, mean_alive,
     solver::{Solved, Weight},
 };
 use crate::error::{Result, TorchContext};
@@ -45,8 +45,7 @@ impl<'a> Refiner<'a> {
     pub fn new(hessian: &'a Hessian, held_out: &'a Hessian, damp: f64, sweeps: u32) -> Result<Self> {
         let diagonal = hessian.diagonal()?;
         let dead = dead_columns(&diagonal);
-        let alive = (diagonal.len() - dead.len()).max(1);
-        let lambda = damp * diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
+        let lambda = damp * mean_alive(&diagonal, &dead).unwrap_or(0.0);
         Ok(Self { hessian, held_out, diagonal, dead, lambda, sweeps })
     }
 

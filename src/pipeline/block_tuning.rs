@@ -1,8 +1,7 @@
 //! Tuning a layer's scales, once it is solved, for what the unquantized model's layer puts out.
 
-use std::{ops::Range, sync::Arc};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
-use half::f16;
 use tch::{Kind, Tensor};
 
 use super::{
@@ -14,8 +13,11 @@ use super::{
 use crate::{
     checkpoint::LinearKind,
     error::{Result, TorchContext},
-    gptq::solver::{OutputFactor, Solved},
-    model::{Dense, Layer, Linear, TunedLayer},
+    gptq::{
+        QuantizedLinear,
+        solver::{OutputFactor, Solved},
+    },
+    model::{Layer, Linear, TunedLayer},
     progress::Event,
 };
 
@@ -26,8 +28,8 @@ const HELD_OUT: usize = 8;
 
 /// What came of tuning a layer.
 enum Tuned {
-    /// Scales `[G, N]` of each linear.
-    Better(Vec<Vec<f16>>),
+    /// Its linears with other scales.
+    Better(Vec<QuantizedLinear>),
     /// No better on the windows that were held out.
     NoBetter,
     /// There are not enough windows.
@@ -41,28 +43,27 @@ impl Team<'_> {
     pub(super) fn tune(
         &mut self,
         variant: usize,
-        held: &mut Vec<Outcome>,
+        held: &mut [Outcome],
         sink: &SharedSink<'_>,
     ) -> Result<bool> {
-        let on_host =
-            |outcome: Outcome| Ok(Outcome { linear: Solved::Host(outcome.linear.into_host()?), ..outcome });
-        *held = std::mem::take(held).into_iter().map(on_host).collect::<Result<_>>()?;
         let metric = self.outputs.as_ref().map(|layer| layer.of(LinearKind::Down));
         let tuned = self.members[0].tune(held, self.task.refinements.tune, metric)?;
-        let name = &self.task.variants[variant];
-        let better = match tuned {
-            Tuned::Better(scales) => {
-                *held = std::mem::take(held).into_iter().zip(scales).map(rescaled).collect::<Result<_>>()?;
-                true
+        let better = matches!(tuned, Tuned::Better(_));
+        match tuned {
+            Tuned::Better(linears) => {
+                for (outcome, linear) in held.iter_mut().zip(linears) {
+                    outcome.linear = Solved::Host(linear);
+                    outcome.record.tuned = true;
+                }
             }
-            Tuned::NoBetter => false,
+            Tuned::NoBetter => {}
             Tuned::Impossible => {
+                let name = &self.task.variants[variant];
                 let text = format!("{name}: too few windows to tune a layer on; it stays as solved");
                 self.around.progress.event(&Event::Warning(&text));
                 lock(sink).warn(text);
-                false
             }
-        };
+        }
         held.iter().try_for_each(|outcome| self.pack(variant, outcome, sink))?;
         if !better {
             self.members.iter_mut().for_each(|member| member.entered = None);
@@ -78,21 +79,10 @@ impl Team<'_> {
         held: &[Outcome],
         next: &SharedStates<'_>,
     ) -> Result<()> {
-        let file = Arc::clone(lock(next).file(of_all));
         let linears: Vec<&Solved> = held.iter().map(|outcome| &outcome.linear).collect();
-        self.members.iter_mut().try_for_each(|member| member.set_layer(&linears))?;
-        self.everywhere(|member| member.leave_tuned(stream, &file))?;
-        lock(next).sync(of_all);
-        Ok(())
+        self.members.iter_mut().try_for_each(|member| member.set_solved(&LinearKind::ALL, &linears))?;
+        self.leave(of_all, next, |member, file| member.leave_tuned(stream, file))
     }
-}
-
-/// A linear with other scales.
-fn rescaled((outcome, scales): (Outcome, Vec<f16>)) -> Result<Outcome> {
-    let mut record = outcome.record;
-    record.tuned = true;
-    let linear = Solved::Host(outcome.linear.into_host()?.with_scales(scales));
-    Ok(Outcome { linear, record, ..outcome })
 }
 
 impl Member<'_> {
@@ -116,12 +106,10 @@ impl Member<'_> {
         }
         let llama = self.llama.in_kind(self.seq_len, Kind::Float)?;
         let weights = self.weights();
-        let mut linears = Vec::with_capacity(solved.len());
-        for outcome in solved {
-            let Solved::Host(linear) = &outcome.linear else { unreachable!("they were brought to the host") };
-            linears.push((linear, weights.of(outcome.id.kind).1.as_ref()));
-        }
-        let mut layer = TunedLayer::new(&llama, &weights.norms, &linears, steps)?;
+        let linears = solved.iter().map(|outcome| outcome.linear.on_host()).collect::<Result<Vec<_>>>()?;
+        let biases = solved.iter().map(|outcome| weights.of(outcome.id.kind).1.as_ref());
+        let with_biases: Vec<_> = linears.iter().map(Cow::as_ref).zip(biases).collect();
+        let mut layer = TunedLayer::new(&llama, &weights.norms, &with_biases, steps)?;
         let weighted = |errors: &Tensor| match metric {
             None => Ok(errors.shallow_clone()),
             Some(factors) => {
@@ -146,7 +134,11 @@ impl Member<'_> {
         }
         layer.round()?;
         let after = self.held_out_loss(&layer, held_out, &weighted)?;
-        if after < before { layer.scales().map(Tuned::Better) } else { Ok(Tuned::NoBetter) }
+        if after >= before || after.is_nan() {
+            return Ok(Tuned::NoBetter);
+        }
+        let rescaled = linears.into_iter().zip(layer.scales()?);
+        Ok(Tuned::Better(rescaled.map(|(linear, scales)| linear.into_owned().with_scales(scales)).collect()))
     }
 
     fn held_out_loss(
@@ -169,18 +161,6 @@ impl Member<'_> {
         let target = self.dense_layer().next.of_windows(&windows)?;
         let in_fp32 = |t: Tensor| t.f_to_kind(Kind::Float).torch("convert activations");
         Ok([in_fp32(entered)?, in_fp32(target)?])
-    }
-
-    /// Goes on with all linears of a layer.
-    fn set_layer(&mut self, solved: &[&Solved]) -> Result<()> {
-        let weights = self.weights();
-        let (kind, device) = (self.llama.kind(), self.device());
-        let dense = LinearKind::ALL
-            .iter()
-            .zip(solved)
-            .map(|(&of, linear)| Dense::from_solved(linear, weights.of(of).1.as_ref(), kind, device));
-        self.linears = dense.collect::<Result<_>>()?;
-        Ok(())
     }
 
     /// Hidden states behind the layer, from what went into it, with all of its linears; also into the journal's `file`.

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     calibration::Windows,
-    checkpoint::LlamaConfig,
+    checkpoint::{LinearKind, LlamaConfig},
     error::{Error, Result},
     gptq::solver::Solved,
     model::{Dense, Linear, Llama, Stage, add},
@@ -164,10 +164,10 @@ impl<'a> Member<'a> {
         self.weights.as_ref().expect("a layer is entered before it is worked on")
     }
 
-    /// The stage goes on with these linears as solved.
-    pub(super) fn set_solved(&mut self, stage: Stage, solved: &[&Solved]) -> Result<()> {
+    /// Goes on with linears as solved, which are of these kinds.
+    pub(super) fn set_solved(&mut self, kinds: &[LinearKind], solved: &[&Solved]) -> Result<()> {
         let weights = self.weights();
-        let dense = stage.linears().iter().zip(solved).map(|(&kind, linear)| {
+        let dense = kinds.iter().zip(solved).map(|(&kind, linear)| {
             Dense::from_solved(linear, weights.of(kind).1.as_ref(), self.llama.kind(), self.device())
         });
         self.linears = dense.collect::<Result<_>>()?;

@@ -13,6 +13,7 @@ use super::{
     stage_memory::At,
     stage_solving::{Outcome, Record},
     weights::Weights,
+    window_file::WindowFile,
 };
 use crate::{
     accuracy::Refinements,
@@ -295,8 +296,18 @@ impl<'a> Team<'a> {
 
     /// Advances a stream of hidden states behind the layer; it is the run's `of_all`-th.
     fn leave_layer(&mut self, stream: usize, of_all: usize, next: &SharedStates<'_>) -> Result<()> {
+        self.leave(of_all, next, |member, file| member.leave_layer(stream, file))
+    }
+
+    /// The same, as `leave` does it on each device; the states go into a file too.
+    pub(super) fn leave(
+        &mut self,
+        of_all: usize,
+        next: &SharedStates<'_>,
+        leave: impl Fn(&mut Member<'a>, &Arc<WindowFile>) -> Result<()> + Sync,
+    ) -> Result<()> {
         let file = Arc::clone(lock(next).file(of_all));
-        self.everywhere(|member| member.leave_layer(stream, &file))?;
+        self.everywhere(|member| leave(member, &file))?;
         lock(next).sync(of_all);
         Ok(())
     }
@@ -326,14 +337,14 @@ impl<'a> Team<'a> {
     fn go_on_with(&mut self, stage: Stage, solved: Vec<Outcome>, held: &mut Vec<Outcome>) -> Result<()> {
         // What is solved lies on the first device and does not go from thread to thread.
         let linears: Vec<&Solved> = solved.iter().map(|outcome| &outcome.linear).collect();
-        self.members.iter_mut().try_for_each(|member| member.set_solved(stage, &linears))?;
+        self.members.iter_mut().try_for_each(|member| member.set_solved(stage.linears(), &linears))?;
         if self.task.tunes() {
             held.extend(solved);
         }
         Ok(())
     }
 
-    pub(super) fn everywhere(&mut self, work: impl Fn(&mut Member<'a>) -> Result<()> + Sync) -> Result<()> {
+    fn everywhere(&mut self, work: impl Fn(&mut Member<'a>) -> Result<()> + Sync) -> Result<()> {
         self.on_all(work).map(drop)
     }
 

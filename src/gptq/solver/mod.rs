@@ -35,7 +35,7 @@ pub use rtn::RtnSolver;
 pub use solved::{Solution, Solved};
 pub use torch::TorchSolver;
 
-use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns, drift::divided};
+use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns, drift::divided, mean_alive};
 use crate::{
     error::{Error, NumericalError, Result, TorchContext},
     variant::{Sorting, Variant},
@@ -135,11 +135,8 @@ fn damped<F: Borrow<Tensor>>(
 ) -> Result<Damped<F>> {
     let diagonal = hessian.diagonal()?;
     let dead = dead_columns(&diagonal);
-    let alive = diagonal.len() - dead.len();
-    if alive == 0 {
-        return Err(NumericalError::EmptyHessian { stage: stage.to_owned() }.into());
-    }
-    let mean = diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64;
+    let mean = mean_alive(&diagonal, &dead)
+        .ok_or_else(|| NumericalError::EmptyHessian { stage: stage.to_owned() })?;
     let order = ColumnOrder::new(sorting, &diagonal);
     for (raised, damp) in damping_steps(damp).enumerate() {
         let lambda = damp * mean;
