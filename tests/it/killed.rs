@@ -6,7 +6,7 @@ use std::{
     path::Path,
     process::{Child, Command},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crate::helpers::{Lab, copy, demo, digests, entries, text_of};
@@ -73,6 +73,27 @@ fn killed_at_twenty_moments_it_goes_on_to_the_same_bytes() {
     }
     let output = lab.run(&card(&lab, "killed", &[])).succeeds();
     assert_eq!(digests(&lab.path("killed")), expected, "{output:?}, finished {finished} times before");
+    assert_eq!(entries(&lab.path("killed")), entries(&lab.path("whole")));
+}
+
+/// What it leaves of a rotated model is a folder.
+#[test]
+fn killed_while_it_has_a_rotated_model_it_begins_again() {
+    let lab = Lab::empty();
+    let more = ["--quality", "fast", "--rotate", "--variant", "4bit-128g"];
+    lab.run(&card(&lab, "whole", &more)).succeeds();
+    let journal = lab.path("killed/.journal.partial");
+    let rotated = || journal.is_dir() && entries(&journal).iter().any(|name| name.starts_with("rotated-"));
+    let mut child = lab.start(&card(&lab, "killed", &more));
+    while !rotated() {
+        assert!(child.try_wait().unwrap().is_none(), "{}", ends_with(child).1);
+        thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(rotated());
+    lab.run(&card(&lab, "killed", &more)).succeeds();
+    assert_eq!(digests(&lab.path("killed")), digests(&lab.path("whole")));
     assert_eq!(entries(&lab.path("killed")), entries(&lab.path("whole")));
 }
 

@@ -25,7 +25,7 @@ use super::{
     window_file::WindowFile,
 };
 use crate::{
-    emit::{is_partial, remove_unfinished},
+    emit::is_partial,
     error::{Error, JournalError, Result},
     model::kind_name,
     report::{ComputeReport, LayersComputed, StageMemory, StageSeconds},
@@ -85,10 +85,7 @@ impl Journal {
         }
         fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
         let lock = lock(&folder, place.out)?;
-        if place.restart {
-            clear(&folder)?;
-        }
-        let begun = State::read(&folder)?;
+        let begun = if place.restart { None } else { State::read(&folder)? };
         let state = match begun {
             Some(state) if state.layers > 0 => {
                 let differences = state.identity.differences(&identity);
@@ -102,9 +99,8 @@ impl Journal {
                 }
                 state
             }
-            // Nothing that could be lost.
+            // Nothing that could be lost. At no moment is there no state: beside branches that were begun it would be missed.
             _ => {
-                clear(&folder)?;
                 let state = State::new(identity, total_layers);
                 state.write(&folder)?;
                 state
@@ -352,19 +348,4 @@ fn lock(folder: &Path, out: &Path) -> Result<File> {
             Ok(file)
         }
     }
-}
-
-/// Removes all of a journal but its lock.
-fn clear(folder: &Path) -> Result<()> {
-    let state = folder.join(state::STATE_FILE);
-    if state.exists() {
-        fs::remove_file(&state).map_err(Error::io("remove", &state))?;
-    }
-    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
-        let entry = entry.map_err(Error::io("read", folder))?;
-        if entry.file_name() != LOCK_FILE {
-            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
-        }
-    }
-    remove_unfinished(folder)
 }
