@@ -99,13 +99,18 @@ impl Refinements {
 
     /// How many of the calibration windows, the last ones, only judge what refinement makes of a linear.
     pub fn held_out_windows(&self, windows: usize) -> usize {
-        if self.refine == 0 { 0 } else { (windows / 8).max(1).min(windows) }
+        if self.refine == 0 { 0 } else { held_out(windows) }
     }
 
     /// On how many of the calibration windows, from the first on, gradients are taken.
     pub fn gradient_windows(&self, windows: usize) -> usize {
         if self.output_hessian == 0.0 { 0 } else { part(self.output_hessian, windows) }
     }
+}
+
+/// How many of some windows, the last ones, judge what the others were used for.
+pub fn held_out(windows: usize) -> usize {
+    windows.div_ceil(8)
 }
 
 /// At least one.

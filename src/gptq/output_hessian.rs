@@ -36,6 +36,20 @@ impl OutputHessian {
         Ok(Self { blocks, tokens: 0 })
     }
 
+    /// Goes on with the sums over so many tokens that [`OutputHessian::into_sums`] gave.
+    ///
+    /// # Errors
+    /// When they cannot be copied to the device.
+    pub fn from_sums(sums: Vec<Tensor>, tokens: u64, device: Device) -> Result<Self> {
+        let moved = |sum: Tensor| sum.f_to_device(device).torch("copy an output Hessian");
+        Ok(Self { blocks: sums.into_iter().map(moved).collect::<Result<_>>()?, tokens })
+    }
+
+    /// The sums as they are, block by block.
+    pub fn into_sums(self) -> Vec<Tensor> {
+        self.blocks
+    }
+
     /// Adds the gradients of a batch, `[…, N]` fp32.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use super::{
     window_file::WindowFile,
 };
 use crate::{
+    accuracy::held_out,
     checkpoint::LinearKind,
     error::{Result, TorchContext},
     gptq::{
@@ -23,8 +24,6 @@ use crate::{
 
 /// Tokens that a step looks at, but at least one window.
 const STEP_TOKENS: usize = 1024;
-/// One of so many windows is not tuned on; the result is judged by those.
-const HELD_OUT: usize = 8;
 
 /// What came of tuning a layer.
 enum Tuned {
@@ -100,7 +99,7 @@ impl Member<'_> {
     /// outputs cost; without it all cost the same.
     fn tune(&mut self, solved: &[Outcome], steps: u32, metric: Option<&[OutputFactor]>) -> Result<Tuned> {
         let Range { start, end } = self.followed;
-        let tuned_on = start..end - (end - start).div_ceil(HELD_OUT);
+        let tuned_on = start..end - held_out(end - start);
         if tuned_on.is_empty() {
             return Ok(Tuned::Impossible);
         }
@@ -118,8 +117,8 @@ impl Member<'_> {
                 Tensor::f_cat(&parts, -1).torch("weigh errors")
             }
         };
-        let held_out = tuned_on.end..end;
-        let before = self.held_out_loss(&layer, held_out.clone(), &weighted)?;
+        let judging = tuned_on.end..end;
+        let before = self.held_out_loss(&layer, judging.clone(), &weighted)?;
         let together = (STEP_TOKENS / self.seq_len).clamp(1, tuned_on.len());
         let mut at = tuned_on.start;
         for _ in 0..steps {
@@ -133,7 +132,7 @@ impl Member<'_> {
             at += together;
         }
         layer.round()?;
-        let after = self.held_out_loss(&layer, held_out, &weighted)?;
+        let after = self.held_out_loss(&layer, judging, &weighted)?;
         if after >= before || after.is_nan() {
             return Ok(Tuned::NoBetter);
         }

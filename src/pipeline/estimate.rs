@@ -15,6 +15,7 @@ use crate::{
     error::{ResourceError, Result},
     model::Stage,
     report::bytes,
+    rotation::TURNED_TOGETHER,
 };
 
 const FP32: u64 = 4;
@@ -51,6 +52,8 @@ pub(super) struct Shape<'a> {
     pub(super) tunes: bool,
     /// Sweeps of refinement, for which windows are held out.
     pub(super) refine: u32,
+    /// Whether the model is rotated first.
+    pub(super) rotates: bool,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -183,6 +186,16 @@ impl Shape<'_> {
             + self.there_and_back(tokens)
     }
 
+    /// What rotating takes before anything else: the embedding or the output layer in fp32, times the norm, rotated, and as bytes; and
+    /// rows of it on the way in fp64.
+    fn rotating(&self) -> u64 {
+        if !self.rotates {
+            return 0;
+        }
+        let numbers = (self.config.vocab_size * self.config.hidden_size) as u64;
+        4 * numbers * FP32 + 3 * 2 * FP32 * numbers.min(TURNED_TOGETHER as u64)
+    }
+
     /// What a layer's operations keep of some tokens for the way back, in fp32.
     fn there_and_back(&self, tokens: usize) -> u64 {
         3 * self.batch(tokens) / self.element() * FP32
@@ -197,10 +210,12 @@ impl Shape<'_> {
         }
     }
 
-    /// States of the windows that gradients are taken on: what goes into every layer and out of the last, and the gradients.
-    pub(super) fn gradient_states(&self) -> u64 {
-        let states = (self.config.num_layers as u64 + 2) * self.config.hidden_size as u64;
-        self.of_tokens(self.gradient_windows, states) / self.element() * FP32
+    /// Of the windows that gradients are taken on, as many as the activations later have room for: what goes into every layer and
+    /// out of the last, and the gradients, are kept of them at the same time.
+    pub(super) fn gradients_at_once(&self) -> usize {
+        let values = (self.config.num_layers as u64 + 2) * self.config.hidden_size as u64;
+        let window = (self.seq_len as u64).saturating_mul(values * FP32).max(1);
+        (self.activations() / window).clamp(1, self.windows.max(1) as u64) as usize
     }
 
     /// Output Hessians of all layers, on disk.
@@ -259,14 +274,15 @@ impl Shape<'_> {
         Need {
             working: fixed
                 + (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)))
-                    .max(self.taking_gradients()),
+                    .max(self.taking_gradients())
+                    .max(if cuda { 0 } else { self.rotating() }),
             activations: self.activations(),
         }
     }
 
-    /// Memory of the machine beside a CUDA device: this layer's weights and the next one's, page-locked.
+    /// Memory of the machine beside a CUDA device: this layer's weights and the next one's, page-locked; or what rotating takes before.
     pub(super) fn host_beside_cuda(&self) -> u64 {
-        2 * self.layer_weights()
+        (2 * self.layer_weights()).max(self.rotating())
     }
 
     /// What may be held where. `device_memory` and `memory` are limits in bytes, `base` what the program holds by itself.
@@ -337,6 +353,7 @@ mod tests {
             gradient_windows: 0,
             tunes: false,
             refine: 0,
+            rotates: false,
         }
     }
 

@@ -12,7 +12,7 @@ use super::{
     member::Surroundings,
     needs::Needs,
     output_folder::OutputFolder,
-    output_hessians::OutputHessians,
+    output_hessians::{GradientWindows, OutputHessians},
     resident_memory,
     team::Task,
 };
@@ -60,7 +60,7 @@ pub(super) fn solve(
     choices.iter().filter_map(|c| c.note.as_ref()).for_each(|text| progress.event(&Event::Note(text)));
     let _guard = tch::no_grad_guard();
     let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
-    let needs = Needs::of(plan, checkpoint, place)?;
+    let needs = Needs::of_layers(plan, checkpoint, place)?;
     let time = needs
         .layer_seconds()?
         .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
@@ -73,13 +73,12 @@ pub(super) fn solve(
         false => refinements.dense_windows(plan.samples),
     };
     let spill = journal.folder().to_owned();
-    let gradient_windows = refinements.gradient_windows(plan.samples);
-    let output_hessians = match gradient_windows {
+    let output_hessians = match refinements.gradient_windows(plan.samples) {
         0 => None,
         count => Some(OutputHessians::measure(
             source,
             devices[0],
-            (windows, count),
+            GradientWindows { windows, count, at_once: needs.gradients_at_once },
             journal.layers(),
             plan.seed,
             needs.limits,

@@ -18,6 +18,8 @@ mod stage_memory;
 mod stage_solving;
 mod stream;
 mod team;
+#[cfg(test)]
+mod tests;
 mod weights;
 mod window_file;
 

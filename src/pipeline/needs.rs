@@ -31,6 +31,8 @@ pub(super) struct Needs {
     pub(super) kind: Kind,
     /// What may be held where.
     pub(super) limits: Limits,
+    /// Windows whose states of all layers are kept at the same time, where gradients are taken.
+    pub(super) gradients_at_once: usize,
     device: Device,
     /// At most, in the memory of the device, or of the machine where that is the CPU.
     memory: u64,
@@ -42,9 +44,24 @@ pub(super) struct Needs {
 }
 
 impl Needs {
+    /// Of a run whose model is still to be rotated, or evened out, if it will be.
+    ///
     /// # Errors
     /// When it does not fit.
     pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
+        let rotates = plan.refinements(checkpoint.config().tie_word_embeddings).rotate;
+        Self::beside(plan, checkpoint, place, rotates)
+    }
+
+    /// Of what a run does with its layers; a rotated model is on the disk already.
+    ///
+    /// # Errors
+    /// When it does not fit.
+    pub(super) fn of_layers(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
+        Self::beside(plan, checkpoint, place, false)
+    }
+
+    fn beside(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
         let kind = compute_kind(plan.compute_dtype, device, source_kind(checkpoint)?);
         let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
@@ -61,6 +78,7 @@ impl Needs {
             gradient_windows: refinements.gradient_windows(plan.samples),
             tunes: refinements.tune > 0,
             refine: refinements.refine,
+            rotates,
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
@@ -83,23 +101,16 @@ impl Needs {
             _ => shape.host_beside_cuda().saturating_add(elsewhere - spilled),
         };
         fits_machine(available_memory(), needs_host, &shape, device, base, plan)?;
-        // Gradients are taken before there are other activations.
-        let room = match device {
-            Device::Cpu => limits.in_memory.unwrap_or(u64::MAX),
-            _ => limits.on_device.unwrap_or(u64::MAX).saturating_add(limits.in_memory.unwrap_or(u64::MAX)),
-        };
-        let spilled = spilled.max(shape.gradient_states().saturating_sub(room));
         let spilled = spilled.saturating_add(shape.output_hessians());
-        let (config, rotated) = match checkpoint.config() {
-            config if refinements.rotate => (config.untied(), rotated_bytes(config)),
-            config => (config.clone(), 0),
-        };
-        let spilled = spilled.saturating_add(rotated);
+        let config = checkpoint.config();
+        let spilled = spilled.saturating_add(if rotates { rotated_bytes(config) } else { 0 });
+        let config = if refinements.rotate { config.untied() } else { config.clone() };
         let disk = DiskNeed::new(plan, checkpoint, &config, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
         let memory = (own + need.working).saturating_add(held);
         let operations = shape.layer_operations();
-        Ok(Self { kind, limits, device, memory, elsewhere, disk, operations })
+        let gradients_at_once = shape.gradients_at_once();
+        Ok(Self { kind, limits, gradients_at_once, device, memory, elsewhere, disk, operations })
     }
 
     /// Seconds that a layer will take, roughly: its products at the speed that one product has here. None where it is too
@@ -184,6 +195,7 @@ mod tests {
             gradient_windows: 0,
             tunes: false,
             refine: 0,
+            rotates: false,
         };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
@@ -227,6 +239,7 @@ mod tests {
             gradient_windows: windows,
             tunes: true,
             refine: 0,
+            rotates: false,
         };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);

@@ -1,7 +1,7 @@
 //! What errors in the outputs of each linear cost at the end of the model: gradients of the unquantized model, before any
 //! layer is quantized.
 
-use std::path::Path;
+use std::{ops::Range, path::Path, sync::Arc};
 
 use tch::{Device, Kind, Tensor};
 
@@ -32,6 +32,16 @@ pub(super) struct OutputHessians {
     file: WindowFile,
 }
 
+/// Calibration windows that gradients are taken on.
+#[derive(Clone, Copy)]
+pub(super) struct GradientWindows<'a> {
+    pub(super) windows: &'a Windows,
+    /// How many of them, from the first on.
+    pub(super) count: usize,
+    /// About how many go through all layers and back before others do. The results do not depend on it: sums are gone on with.
+    pub(super) at_once: usize,
+}
+
 /// Those of one layer, factorized.
 pub(super) struct LayerFactors {
     /// The blocks of each linear, in the order of [`LinearKind::ALL`].
@@ -45,14 +55,14 @@ pub(super) fn layer_bytes(config: &LlamaConfig) -> u64 {
 }
 
 impl OutputHessians {
-    /// Takes gradients on the first `count` windows, for the layers from `first` on. `seed` draws the tokens that are predicted.
+    /// Takes gradients on some `windows`, for the layers from `first` on. `seed` draws the tokens that are predicted.
     ///
     /// # Errors
     /// When memory or the disk ends, or the user asked to stop.
     pub(super) fn measure(
         checkpoint: &Checkpoint,
         device: Device,
-        (windows, count): (&Windows, usize),
+        windows: GradientWindows<'_>,
         first: usize,
         seed: u64,
         limits: Limits,
@@ -60,86 +70,38 @@ impl OutputHessians {
         around: Surroundings<'_>,
     ) -> Result<Self> {
         let config = checkpoint.config();
+        let GradientWindows { windows, count, at_once } = windows;
         let (seq_len, layers) = (windows.seq_len(), config.num_layers);
         let memory = Ledger::new(limits.in_memory);
         let near = match device {
-            Device::Cpu => std::sync::Arc::clone(&memory),
+            Device::Cpu => Arc::clone(&memory),
             _ => Ledger::new(limits.on_device),
         };
-        let room = std::sync::Arc::new(Room::new(device, Kind::Float, near, memory, folder)?);
+        let room = Arc::new(Room::new(device, Kind::Float, near, memory, folder)?);
         let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
-        let llama = runner.llama();
         let per_batch = (BATCH_TOKENS / seq_len).max(1);
-        let stream = || Stream::new(&room, 0..count, per_batch, [seq_len, config.hidden_size]);
-        let batches = stream().batches().to_vec();
-        let steps = batches.len() * (1 + layers + (layers - first));
-        around.progress.begin("gradients", steps as u64);
-        let step = || {
-            around.progress.advance(1);
-            around.go_on()
-        };
-
-        let mut embedded = stream();
-        for (i, batch) in batches.iter().enumerate() {
-            let ids = &windows.ids()[batch.start * seq_len..batch.end * seq_len];
-            embedded.put(i, llama.embed(ids, seq_len)?)?;
-        }
-        // What goes into each layer, and out of the last.
-        let mut states = vec![embedded];
-        for layer in 0..layers {
-            let packed = runner.packed_layer(layer)?;
-            let ready = runner.layer(layer, &packed)?;
-            let mut next = stream();
-            for i in 0..batches.len() {
-                next.put(i, llama.forward(&ready, &states[layer].get(i)?)?)?;
-                step()?;
-            }
-            checkpoint.release_layer(layer);
-            if layer < first {
-                // Nobody comes back this far.
-                states[layer] = stream();
-            }
-            states.push(next);
-        }
-
-        let mut gradients = stream();
-        let mut last = states.pop().expect("the last layer has outputs");
-        for (i, batch) in batches.iter().enumerate() {
-            let uniform = uniform(seed, batch.start * seq_len..batch.end * seq_len);
-            let shape = [batch.len() as i64, seq_len as i64];
-            let uniform = Tensor::f_from_slice(&uniform).and_then(|u| u.f_view(shape)?.f_to_device(device));
-            let uniform = uniform.torch("draw tokens")?;
-            gradients.put(i, runner.sampled_gradient(&last.get(i)?, &uniform)?)?;
-            step()?;
-        }
-        drop(last);
-
         let file = WindowFile::scratch(folder, layers, layer_bytes(config) as usize)?;
-        for layer in (first..layers).rev() {
-            let packed = runner.packed_layer(layer)?;
-            let ready = runner.layer(layer, &packed)?;
-            let mut states = states.pop().expect("every layer has inputs");
-            let new = |kind: &LinearKind| OutputHessian::new(kind.shape(config)[0], device);
-            let mut sums = LinearKind::ALL.iter().map(new).collect::<Result<Vec<_>>>()?;
-            for i in 0..batches.len() {
-                let back = llama.layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
-                for (sum, gradient) in sums.iter_mut().zip(&back.outputs) {
-                    sum.add(gradient)?;
-                }
-                gradients.put(i, back.hidden)?;
-                step()?;
-            }
-            let mut bytes = Vec::with_capacity(file.window_bytes());
-            for (sum, kind) in sums.into_iter().zip(LinearKind::ALL) {
-                for block in sum.finish(&LinearId { layer, kind }.to_string())? {
-                    bytes.extend(to_bytes(&block)?);
-                }
-            }
-            file.write(layer, &bytes)?;
-            checkpoint.release_layer(layer);
+        let task = Gradients { checkpoint, runner, windows, per_batch, first, seed, room, file, around };
+        let steps = count.div_ceil(per_batch) * (1 + layers + (layers - first));
+        around.progress.begin("gradients", steps as u64);
+        let part = (at_once.min(count) / per_batch).max(1) * per_batch;
+        for start in (0..count).step_by(part) {
+            let part = start..count.min(start + part);
+            let mut states = task.forward(&part)?;
+            let last = states.pop().expect("the last layer has outputs");
+            let gradients = task.at_the_end(last)?;
+            task.back(&part, states, gradients, part.end == count)?;
         }
         around.progress.event(&Event::Note(&format!("gradients on {count} windows: done")));
-        Ok(Self { file })
+        Ok(Self { file: task.file })
+    }
+
+    /// Those of one layer's linears, in the order of [`LinearKind::ALL`], on the CPU.
+    ///
+    /// # Errors
+    /// When they cannot be read back.
+    pub(super) fn blocks(&self, config: &LlamaConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
+        read_blocks(&self.file, config, layer)
     }
 
     /// Those of one layer, factorized on `device` once for all variants.
@@ -147,20 +109,150 @@ impl OutputHessians {
     /// # Errors
     /// When they cannot be read back, or one cannot be factorized.
     pub(super) fn factors(&self, config: &LlamaConfig, layer: usize, device: Device) -> Result<LayerFactors> {
-        let bytes = self.file.read(layer, 1)?;
-        let mut rest = &bytes[..];
-        let mut block = |n: usize| {
-            let (own, others) = rest.split_at(4 * n * n);
-            rest = others;
-            Tensor::f_from_data_size(own, &[n as i64, n as i64], Kind::Float).torch("read an output Hessian")
-        };
-        let of = |kind: LinearKind| {
-            let blocks = output_blocks(kind.shape(config)[0]).into_iter().map(&mut block);
-            let blocks = blocks.collect::<Result<Vec<_>>>()?;
+        let blocks = self.blocks(config, layer)?.into_iter().zip(LinearKind::ALL);
+        let of = |(blocks, kind): (Vec<Tensor>, LinearKind)| {
             OutputFactor::all(&blocks, DAMP, device, &LinearId { layer, kind }.to_string())
         };
-        Ok(LayerFactors { blocks: LinearKind::ALL.into_iter().map(of).collect::<Result<_>>()? })
+        Ok(LayerFactors { blocks: blocks.map(of).collect::<Result<_>>()? })
     }
+}
+
+/// Gradients that are being taken.
+struct Gradients<'a> {
+    checkpoint: &'a Checkpoint,
+    runner: Runner<'a>,
+    windows: &'a Windows,
+    per_batch: usize,
+    /// The first layer whose linears' gradients are asked for.
+    first: usize,
+    seed: u64,
+    room: Arc<Room>,
+    /// Sums over the windows that are done, layer by layer; in the end means.
+    file: WindowFile,
+    around: Surroundings<'a>,
+}
+
+impl Gradients<'_> {
+    /// What goes into each layer, and out of the last; nothing is kept in front of the first that is asked for.
+    fn forward(&self, part: &Range<usize>) -> Result<Vec<Stream>> {
+        let (seq_len, llama) = (self.windows.seq_len(), self.runner.llama());
+        let mut embedded = self.stream(part);
+        for (i, batch) in embedded.batches().to_vec().into_iter().enumerate() {
+            let ids = &self.windows.ids()[batch.start * seq_len..batch.end * seq_len];
+            embedded.put(i, llama.embed(ids, seq_len)?)?;
+        }
+        let mut states = vec![embedded];
+        for layer in 0..self.layers() {
+            let packed = self.runner.packed_layer(layer)?;
+            let ready = self.runner.layer(layer, &packed)?;
+            let mut next = self.stream(part);
+            for i in 0..next.len() {
+                next.put(i, llama.forward(&ready, &states[layer].get(i)?)?)?;
+                self.step()?;
+            }
+            self.checkpoint.release_layer(layer);
+            if layer < self.first {
+                states[layer] = self.stream(part);
+            }
+            states.push(next);
+        }
+        Ok(states)
+    }
+
+    /// Gradients of `−log p(y)` with respect to what the last layer puts out, `y` drawn from `p`.
+    fn at_the_end(&self, mut last: Stream) -> Result<Stream> {
+        let seq_len = self.windows.seq_len();
+        let mut gradients = last.empty_like([seq_len, self.checkpoint.config().hidden_size]);
+        for (i, batch) in last.batches().to_vec().into_iter().enumerate() {
+            let uniform = uniform(self.seed, batch.start * seq_len..batch.end * seq_len);
+            let shape = [batch.len() as i64, seq_len as i64];
+            let uniform =
+                Tensor::f_from_slice(&uniform).and_then(|u| u.f_view(shape)?.f_to_device(self.room.device));
+            let uniform = uniform.torch("draw tokens")?;
+            gradients.put(i, self.runner.sampled_gradient(&last.get(i)?, &uniform)?)?;
+            self.step()?;
+        }
+        Ok(gradients)
+    }
+
+    /// Takes gradients back through the layers and adds their outer products to the sums; behind the `last` part they become means.
+    fn back(
+        &self,
+        part: &Range<usize>,
+        mut states: Vec<Stream>,
+        mut gradients: Stream,
+        last: bool,
+    ) -> Result<()> {
+        for layer in (self.first..self.layers()).rev() {
+            let packed = self.runner.packed_layer(layer)?;
+            let ready = self.runner.layer(layer, &packed)?;
+            let mut states = states.pop().expect("every layer has inputs");
+            let mut sums = self.sums(layer, part.start)?;
+            for i in 0..gradients.len() {
+                let back =
+                    self.runner.llama().layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
+                for (sum, gradient) in sums.iter_mut().zip(&back.outputs) {
+                    sum.add(gradient)?;
+                }
+                gradients.put(i, back.hidden)?;
+                self.step()?;
+            }
+            let mut bytes = Vec::with_capacity(self.file.window_bytes());
+            for (sum, kind) in sums.into_iter().zip(LinearKind::ALL) {
+                let blocks = match last {
+                    true => sum.finish(&LinearId { layer, kind }.to_string())?,
+                    false => sum.into_sums(),
+                };
+                for block in blocks {
+                    bytes.extend(to_bytes(&block)?);
+                }
+            }
+            self.file.write(layer, &bytes)?;
+            self.checkpoint.release_layer(layer);
+        }
+        Ok(())
+    }
+
+    /// Sums over the `done` windows in front, of the outputs of each linear.
+    fn sums(&self, layer: usize, done: usize) -> Result<Vec<OutputHessian>> {
+        let (config, device) = (self.checkpoint.config(), self.room.device);
+        if done == 0 {
+            let new = |kind: &LinearKind| OutputHessian::new(kind.shape(config)[0], device);
+            return LinearKind::ALL.iter().map(new).collect();
+        }
+        let tokens = (done * self.windows.seq_len()) as u64;
+        let of = |blocks| OutputHessian::from_sums(blocks, tokens, device);
+        read_blocks(&self.file, config, layer)?.into_iter().map(of).collect()
+    }
+
+    fn stream(&self, part: &Range<usize>) -> Stream {
+        let window = [self.windows.seq_len(), self.checkpoint.config().hidden_size];
+        Stream::new(&self.room, part.clone(), self.per_batch, window)
+    }
+
+    fn layers(&self) -> usize {
+        self.checkpoint.config().num_layers
+    }
+
+    /// A batch went through a layer.
+    fn step(&self) -> Result<()> {
+        self.around.progress.advance(1);
+        self.around.go_on()
+    }
+}
+
+/// The blocks of a layer's linears, in the order of [`LinearKind::ALL`], on the CPU.
+fn read_blocks(file: &WindowFile, config: &LlamaConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
+    let bytes = file.read(layer, 1)?;
+    let mut rest = &bytes[..];
+    let mut block = |n: usize| {
+        let (own, others) = rest.split_at(4 * n * n);
+        rest = others;
+        Tensor::f_from_data_size(own, &[n as i64, n as i64], Kind::Float).torch("read an output Hessian")
+    };
+    let mut of =
+        |kind: LinearKind| output_blocks(kind.shape(config)[0]).into_iter().map(&mut block).collect();
+    LinearKind::ALL.into_iter().map(&mut of).collect()
 }
 
 impl LayerFactors {
@@ -172,7 +264,7 @@ impl LayerFactors {
 }
 
 /// Numbers in `0..1` for some tokens of the run, the same however they are batched.
-fn uniform(seed: u64, tokens: std::ops::Range<usize>) -> Vec<f32> {
+fn uniform(seed: u64, tokens: Range<usize>) -> Vec<f32> {
     // SplitMix64, started at each token's place.
     let draw = |token: usize| {
         let mut z = seed.wrapping_add((token as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));

@@ -240,7 +240,7 @@ pub struct LinearReport {
     #[serde(default, skip_serializing_if = "is_zero")]
     pub uncompensated_features: usize,
     /// Whether its scales were tuned together with those of its layer; the error is that before.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_false")]
     pub tuned: bool,
     /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -11,6 +11,7 @@ mod orthogonal;
 use std::path::Path;
 
 use orthogonal::Orthogonal;
+pub use orthogonal::TURNED_TOGETHER;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 

@@ -7,7 +7,7 @@ use tch::{Kind, TchError, Tensor};
 /// The largest factor that is applied as a whole.
 const LARGEST: usize = 64;
 /// Values that are turned together, in fp64.
-const TOGETHER: i64 = 1 << 24;
+pub const TURNED_TOGETHER: i64 = 1 << 24;
 
 /// `Q = diag(s) (F₁ ⊗ F₂ ⊗ …)` `[n, n]`, with random signs `s`: for a power of two the randomized Hadamard matrix; what of
 /// `n` is odd is a factor of a cosine transform's matrix.
@@ -42,7 +42,7 @@ impl Orthogonal {
         let rows = x.f_reshape([-1, n])?;
         let turned = rows.f_empty_like()?.f_to_kind(Kind::Float)?;
         let count = rows.size()[0];
-        let step = (TOGETHER / n).max(1);
+        let step = (TURNED_TOGETHER / n).max(1);
         for first in (0..count).step_by(step as usize) {
             let size = step.min(count - first);
             let mut part = rows.f_narrow(0, first, size)?.f_to_kind(Kind::Double)?.f_mul(&self.signs)?;
