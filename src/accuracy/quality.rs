@@ -139,6 +139,7 @@ impl Quality {
                 asymmetric: ASYMMETRIC,
                 asymmetric_share: 0.25,
                 equalize: true,
+                shrinkage: true,
                 ..Refinements::NONE
             },
             Self::Best => Refinements {
@@ -150,6 +151,7 @@ impl Quality {
                 output_hessian: 1.0,
                 rotate: true,
                 equalize: true,
+                shrinkage: true,
                 ..Refinements::NONE
             },
         }
@@ -234,10 +236,10 @@ mod tests {
             [
                 "plain GPTQ",
                 "equalized norms, signed scales, scale search by block, group-aware order, \
-                 asymmetric calibration at 0.5 on 25% of the windows",
+                 asymmetric calibration at 0.5 on 25% of the windows, damping by shrinkage",
                 "folded rotations, signed scales, scale search by block, group-aware order, \
                  asymmetric calibration at 1 on 100% of the windows, \
-                 output Hessians from gradients on 100% of the windows",
+                 output Hessians from gradients on 100% of the windows, damping by shrinkage",
             ]
         );
     }

@@ -8,20 +8,29 @@ use crate::{
     tiny_model::Model,
 };
 
-const OFF: [&str; 7] =
-    ["--unsigned-scales", "--scale-search", "off", "--act-group-aware", "false", "--asymmetric", "0"];
+const OFF: [&str; 9] = [
+    "--unsigned-scales",
+    "--scale-search",
+    "off",
+    "--act-group-aware",
+    "false",
+    "--asymmetric",
+    "0",
+    "--shrinkage",
+    "false",
+];
 
 #[test]
 fn presets_say_what_they_turn_on_and_files_hold_it() {
     let lab = Lab::new();
     let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
     let said = "quality standard: equalized norms, signed scales, scale search by block, group-aware order, \
-                asymmetric calibration at 0.5 on 25% of the windows";
+                asymmetric calibration at 0.5 on 25% of the windows, damping by shrinkage";
     assert!(output.stderr.contains(said), "{}", output.stderr);
     let refinements = json!({
         "signed_scales": true, "scale_search": "block", "act_group_aware": true, "asymmetric": 0.5,
         "asymmetric_share": 0.25, "output_hessian": 0.0, "rotate": false,
-        "equalize": true, "skip_first": false, "shrinkage": false, "refine": 0, "tune": 0,
+        "equalize": true, "skip_first": false, "shrinkage": true, "refine": 0, "tune": 0,
     });
     let report = read_json(&lab.out().join("run.json"));
     assert_eq!((&report["plan"]["quality"], &report["refinements"]), (&"standard".into(), &refinements));

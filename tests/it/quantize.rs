@@ -118,7 +118,7 @@ fn configs_are_what_loaders_read(out: &Path) {
             "shared_hessian": false, "quality": "standard", "signed_scales": true, "scale_search": "block",
             "act_group_aware": true, "asymmetric": 0.5, "asymmetric_share": 0.25,
             "output_hessian": 0.0, "rotate": false,
-            "equalize": true, "skip_first": false, "shrinkage": false, "refine": 0, "tune": 0,
+            "equalize": true, "skip_first": false, "shrinkage": true, "refine": 0, "tune": 0,
         },
     });
     assert_eq!(quantization, expected);
