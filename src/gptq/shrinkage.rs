@@ -51,6 +51,12 @@ fn shrunk(features: f64, tokens: f64, trace: f64, squares: f64) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::f64::consts::TAU;
+
+    use rand_chacha::{
+        ChaCha8Rng,
+        rand_core::{RngCore, SeedableRng},
+    };
     use tch::{Device, Tensor};
 
     use super::*;
@@ -61,14 +67,22 @@ mod tests {
         ROWS + 44
     }
 
+    /// Normal numbers (Box-Muller): libtorch's own are every thread's, and Hessians here must be of the same distribution.
+    fn normal(draws: &mut ChaCha8Rng, rows: i64, columns: i64) -> Tensor {
+        let mut uniform = || (draws.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let mut draw = || ((-2.0 * (1.0 - uniform()).ln()).sqrt() * (TAU * uniform()).cos()) as f32;
+        let values: Vec<f32> = (0..rows * columns).map(|_| draw()).collect();
+        Tensor::from_slice(&values).reshape([rows, columns])
+    }
+
     /// Correlated inputs of different size, and two dead features.
     fn hessian(tokens: i64) -> Hessian {
-        tch::manual_seed(8);
-        let (k, options) = (features(), (Kind::Float, Device::Cpu));
-        let mix = Tensor::randn([k, k], options) * 0.05 + Tensor::eye(k, options);
-        let sizes = (Tensor::randn([k], options) * 0.7).exp();
-        let _ = sizes.narrow(0, 100, 2).zero_();
-        let inputs = Tensor::randn([tokens, k], options).matmul(&mix) * sizes;
+        let mut draws = ChaCha8Rng::seed_from_u64(8);
+        let k = features();
+        let mix = normal(&mut draws, k, k) * 0.05 + Tensor::eye(k, (Kind::Float, Device::Cpu));
+        let sizes = (normal(&mut draws, 1, k) * 0.7).exp();
+        let _ = sizes.narrow(1, 100, 2).zero_();
+        let inputs = normal(&mut draws, tokens, k).matmul(&mix) * sizes;
         Problem::with_inputs(1, k as usize, &inputs).hessian
     }
 
