@@ -44,13 +44,13 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// Of a run whose model is still to be rotated, or evened out, if it will be.
+    /// Of a whole run, with the rotated model if there will be one.
     ///
     /// # Errors
     /// When it does not fit.
     pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
         let rotates = plan.refinements(checkpoint.config().tie_word_embeddings).rotate;
-        Self::beside(plan, checkpoint, place, rotates)
+        Self::and_rotated(plan, checkpoint, place, rotates)
     }
 
     /// Of what a run does with its layers; a rotated model is on the disk already.
@@ -58,10 +58,10 @@ impl Needs {
     /// # Errors
     /// When it does not fit.
     pub(super) fn of_layers(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
-        Self::beside(plan, checkpoint, place, false)
+        Self::and_rotated(plan, checkpoint, place, false)
     }
 
-    fn beside(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
+    fn and_rotated(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
         let kind = compute_kind(plan.compute_dtype, device, source_kind(checkpoint)?);
         let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);

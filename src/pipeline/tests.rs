@@ -1,7 +1,7 @@
 //! What must not depend on how windows are spread over batches, devices and parts of a run.
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Mutex, atomic::AtomicBool},
 };
 
@@ -123,7 +123,7 @@ fn a_layer_is_tuned_on_several_devices() {
 fn gradients_are_the_same_whatever_number_of_windows_goes_at_once() {
     let checkpoint = model();
     let config = checkpoint.config();
-    // A window of 1024 tokens would be a batch of its own.
+    // 64 of them make a batch, and parts are whole batches.
     let (windows, first) = (windows(150), 1);
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
     let around = Surroundings { progress: &Silent, stop: &stop, memory: &memory };
@@ -131,10 +131,9 @@ fn gradients_are_the_same_whatever_number_of_windows_goes_at_once() {
     let bytes = |count: usize, at_once: usize| {
         let _guard = tch::no_grad_guard();
         let windows = GradientWindows { windows: &windows, count, at_once };
-        let folder: PathBuf = folder.path().into();
-        let device = Device::Cpu;
+        let (device, folder) = (Device::Cpu, folder.path());
         let measured =
-            OutputHessians::measure(&checkpoint, device, windows, first, 7, limits(1024), &folder, around);
+            OutputHessians::measure(&checkpoint, device, windows, first, 7, limits(1024), folder, around);
         let blocks = measured.unwrap().blocks(config, first).unwrap().into_iter().flatten();
         blocks.map(|block| Vec::<f32>::try_from(block.flatten(0, -1)).unwrap()).collect::<Vec<_>>()
     };
