@@ -16,6 +16,7 @@ PINS = (
     "tokenizers==0.23.3",
     "torchao==0.18.0",
     "safetensors==0.8.0",
+    "gguf==0.19.0",
     "numpy==2.4.6",
 )
 

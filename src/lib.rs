@@ -11,6 +11,7 @@ pub mod accuracy;
 pub mod amx;
 pub mod calibration;
 pub mod card;
+pub mod chat;
 pub mod checkpoint;
 pub mod cuda;
 pub mod device;

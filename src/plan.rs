@@ -8,15 +8,16 @@ use crate::{
     accuracy::{Quality, Refinements, ScaleSearch, Scales},
     error::{Error, Result, toml_error},
     folder,
-    variant::Variant,
+    variant::{Variant, VariantSet},
 };
 
 /// Everything that decides the content of the branches, and how they are computed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Plan {
-    /// A recipe or a file or folder of text.
-    pub dataset: String,
+    /// Recipes, files or folders of text, each with its share of the windows. In a file: a string, or a list of them.
+    #[serde(with = "one_or_many")]
+    pub dataset: Vec<DatasetShare>,
     /// The split of a folder of parquet files.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub split: Option<String>,
@@ -94,13 +95,13 @@ impl Default for Plan {
     /// The model card's settings.
     fn default() -> Self {
         Self {
-            dataset: "wikitext2".into(),
+            dataset: vec!["wikitext2".into()],
             split: None,
             text_column: None,
             samples: 128,
             seq_len: 2048,
             seed: 0,
-            variants: Variant::card(),
+            variants: VariantSet::Card.variants(),
             damp: 0.01,
             quality: Quality::default(),
             signed_scales: None,
@@ -204,6 +205,18 @@ impl Plan {
         let refuse = |what: &str, expected: &str, found: String| {
             Err(Error::Value { what: what.into(), expected: expected.into(), found })
         };
+        if self.dataset.is_empty() {
+            return refuse("dataset", "at least one", "none".into());
+        }
+        if self.dataset.len() > 1 {
+            for (what, value) in [("split", &self.split), ("text-column", &self.text_column)] {
+                if let Some(value) = value {
+                    let expected =
+                        "none with several datasets; a recipe file (.toml) can say it of one of them";
+                    return refuse(what, expected, value.clone());
+                }
+            }
+        }
         if self.samples == 0 {
             return refuse("samples", "at least 1", "0".into());
         }
@@ -260,6 +273,77 @@ impl Plan {
             return refuse("max-shard-size", "at least 1 MB", self.max_shard_size.to_string());
         }
         Ok(())
+    }
+}
+
+/// A text to calibrate on, and its share of the windows. Written as `wikitext2` or `wikitext2:64`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DatasetShare {
+    /// A recipe, or the path of a file or folder.
+    pub name: String,
+    /// Its share in proportion to those of the others; 1 where nothing is said.
+    pub weight: Option<u32>,
+}
+
+impl DatasetShare {
+    /// The weight that counts.
+    pub fn weight(&self) -> u32 {
+        self.weight.unwrap_or(1)
+    }
+}
+
+impl From<&str> for DatasetShare {
+    /// A number after the last colon is the weight. A file whose name ends so can be given a weight of its own.
+    fn from(text: &str) -> Self {
+        let weighted = text.rsplit_once(':').and_then(|(name, weight)| Some((name, weight.parse().ok()?)));
+        match weighted.filter(|&(name, weight)| weight > 0 && !name.is_empty()) {
+            Some((name, weight)) => Self { name: name.into(), weight: Some(weight) },
+            None => Self { name: text.into(), weight: None },
+        }
+    }
+}
+
+impl FromStr for DatasetShare {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(text.into())
+    }
+}
+
+impl fmt::Display for DatasetShare {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        self.weight.map_or(Ok(()), |weight| write!(f, ":{weight}"))
+    }
+}
+
+/// A list that is written as a single string where it has one element.
+mod one_or_many {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::DatasetShare;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        One(String),
+        Many(Vec<String>),
+    }
+
+    pub(super) fn serialize<S: Serializer>(all: &[DatasetShare], serializer: S) -> Result<S::Ok, S::Error> {
+        match all {
+            [one] => OneOrMany::One(one.to_string()),
+            many => OneOrMany::Many(many.iter().map(ToString::to_string).collect()),
+        }
+        .serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<DatasetShare>, D::Error> {
+        Ok(match OneOrMany::deserialize(from)? {
+            OneOrMany::One(one) => vec![one.as_str().into()],
+            OneOrMany::Many(many) => many.iter().map(|one| one.as_str().into()).collect(),
+        })
     }
 }
 

@@ -120,9 +120,35 @@ pub enum Sorting {
 }
 
 impl Order {
-    /// `desc_act` in files.
+    /// `desc_act` in files: whether `g_idx` is permuted. Readers that look at the flag alone would refuse act order with static
+    /// groups, whose `g_idx` is sequential, if it were set there.
     pub fn desc_act(self) -> bool {
-        matches!(self, Self::Act | Self::ActStatic)
+        self == Self::Act
+    }
+}
+
+/// A named list of variants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VariantSet {
+    /// The four branches of the model cards of 2023: three of them with act order.
+    Card,
+    /// What every living server runs at full speed: symmetric, sequential `g_idx`, 4 and 8 bits.
+    Serve,
+    /// Both, each variant once.
+    All,
+}
+
+impl VariantSet {
+    /// Its variants, the one of branch `main` first.
+    pub fn variants(self) -> Vec<Variant> {
+        const CARD: [&str; 4] = ["4bit-128g", "4bit-32g-act", "4bit-64g-act", "4bit-128g-act"];
+        const SERVE: [&str; 4] = ["4bit-128g", "4bit-64g", "4bit-32g", "8bit-128g"];
+        let texts = match self {
+            Self::Card => CARD.to_vec(),
+            Self::Serve => SERVE.to_vec(),
+            Self::All => [&CARD[..], &SERVE[1..]].concat(),
+        };
+        texts.into_iter().map(|text| text.parse().expect("the variants of sets are well formed")).collect()
     }
 }
 
@@ -155,24 +181,17 @@ impl Variant {
         }
     }
 
-    /// The four branches of the model card.
-    pub fn card() -> Vec<Self> {
-        ["4bit-128g", "4bit-32g-act", "4bit-64g-act", "4bit-128g-act"]
-            .map(|text| text.parse().expect("the card's variants are well formed"))
-            .to_vec()
-    }
-
     /// The branch this variant is published as: `main` for `4bit-128g`, else
     /// `gptq-{bits}bit-{g}g-actorder_{True|False}` with what the rule cannot say appended.
     pub fn branch(&self) -> String {
-        if *self == Self::card()[0] {
+        if *self == VariantSet::Card.variants()[0] {
             return "main".into();
         }
         let mut name = format!(
             "gptq-{}bit-{}g-actorder_{}",
             self.bits.get(),
             self.group_size.as_config(),
-            if self.order.desc_act() { "True" } else { "False" }
+            if self.order == Order::Sequential { "False" } else { "True" }
         );
         if self.order == Order::ActStatic {
             name.push_str("-static");
@@ -265,7 +284,7 @@ mod tests {
 
     #[test]
     fn branches_of_the_card() {
-        let names: Vec<_> = Variant::card().iter().map(Variant::branch).collect();
+        let names: Vec<_> = VariantSet::Card.variants().iter().map(Variant::branch).collect();
         assert_eq!(
             names,
             [
@@ -275,6 +294,17 @@ mod tests {
                 "gptq-4bit-128g-actorder_True"
             ]
         );
+        let serve: Vec<_> = VariantSet::Serve.variants().iter().map(Variant::branch).collect();
+        assert_eq!(
+            serve,
+            [
+                "main",
+                "gptq-4bit-64g-actorder_False",
+                "gptq-4bit-32g-actorder_False",
+                "gptq-8bit-128g-actorder_False"
+            ]
+        );
+        assert_eq!(VariantSet::All.variants().len(), 7);
         let per_channel: Variant = "4bit--1g".parse().unwrap();
         assert_eq!(per_channel.branch(), "gptq-4bit--1g-actorder_False");
     }

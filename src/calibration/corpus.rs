@@ -2,6 +2,7 @@
 
 use super::recipe::Sampling;
 use super::{hex_digest, parquet_rows};
+use crate::chat::{ChatTemplate, Message};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -37,6 +38,20 @@ pub struct Provenance {
     pub rows: usize,
     /// Rows without one (null); they are left out.
     pub nulls: usize,
+    /// Conversations that the chat template refuses; they are left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refused>,
+}
+
+/// Conversations that are left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// How many.
+    pub count: usize,
+    /// The first of them, counted from 1.
+    pub first: usize,
+    /// Why that one.
+    pub reason: String,
 }
 
 /// One file a text was read from.
@@ -48,6 +63,23 @@ pub struct ProvenanceFile {
     pub sha256: String,
 }
 
+impl Provenance {
+    /// Of a file or folder on this machine, or of a text that is part of the program. Files and rows are counted later.
+    pub(super) fn local(dataset: &str) -> Self {
+        Self {
+            dataset: dataset.to_owned(),
+            repository: None,
+            revision: None,
+            files: Vec::new(),
+            text_column: None,
+            sampling: Sampling::joined_by_empty_line(),
+            rows: 0,
+            nulls: 0,
+            refused: None,
+        }
+    }
+}
+
 impl Corpus {
     /// Reads a parquet file that is already in memory (the bundled demo text); rows are joined with an empty
     /// line.
@@ -56,17 +88,12 @@ impl Corpus {
         let mut hasher = Sha256::new();
         hasher.update(&bytes);
         let sampling = Sampling::joined_by_empty_line();
-        let mut rows = Rows::new(&sampling);
-        parquet_rows::read(bytes, Path::new(name), column, &mut rows)?;
+        let mut rows = Rows::new(&sampling, None);
+        parquet_rows::read(bytes, Path::new(name), Some(column), &mut rows)?;
         rows.into_corpus(Provenance {
-            dataset: name.to_owned(),
-            repository: None,
-            revision: None,
             files: vec![ProvenanceFile { name: name.to_owned(), sha256: hex_digest(hasher) }],
             text_column: Some(column.to_owned()),
-            sampling,
-            rows: 0,
-            nulls: 0,
+            ..Provenance::local(name)
         })
     }
 
@@ -102,25 +129,31 @@ impl Corpus {
 }
 
 /// Rows on their way into a [`Corpus`]. They are joined as they come, so that a text is in memory only once.
-pub(super) struct Rows {
+pub(super) struct Rows<'a> {
     text: String,
     rows: Vec<Range<usize>>,
     nulls: usize,
-    join: String,
+    sampling: Sampling,
+    chat: Option<&'a ChatTemplate>,
+    refused: Option<Refused>,
+    column: Option<String>,
 }
 
-impl Rows {
-    pub(super) fn new(sampling: &Sampling) -> Self {
-        let join = match sampling {
-            Sampling::Stream { join } => join.clone(),
-            Sampling::Documents => String::new(),
-        };
-        Self { text: String::new(), rows: Vec::new(), nulls: 0, join }
+impl<'a> Rows<'a> {
+    /// No rows yet. `chat` is the model's template, for rows that are conversations.
+    pub(super) fn new(sampling: &Sampling, chat: Option<&'a ChatTemplate>) -> Self {
+        let sampling = sampling.clone();
+        Self { text: String::new(), rows: Vec::new(), nulls: 0, sampling, chat, refused: None, column: None }
+    }
+
+    /// Which column the rows come from, for what is said of them.
+    pub(super) fn set_column(&mut self, name: &str) {
+        self.column = Some(name.to_owned());
     }
 
     pub(super) fn push(&mut self, row: &str) {
-        if !self.rows.is_empty() {
-            self.text.push_str(&self.join);
+        if let (Sampling::Stream { join }, false) = (&self.sampling, self.rows.is_empty()) {
+            self.text.push_str(join);
         }
         let start = self.text.len();
         self.text.push_str(row);
@@ -131,10 +164,41 @@ impl Rows {
         self.nulls += 1;
     }
 
-    /// Checks that there is text; `provenance` gets the number of rows.
+    /// Appends a conversation as the chat template renders it. One that the template refuses is counted and left out.
+    ///
+    /// # Errors
+    /// When the model has no template, or plain text came before.
+    pub(super) fn push_conversation(&mut self, path: &Path, messages: &[Message]) -> Result<()> {
+        let what = || format!("`{}`", path.display());
+        let template = self.chat.ok_or_else(|| Error::NoChatTemplate { what: what() })?;
+        if self.sampling != Sampling::Conversations {
+            if !self.rows.is_empty() || self.nulls > 0 {
+                let problem = "plain text and conversations cannot be mixed in one dataset".to_owned();
+                return Err(Error::Dataset { path: path.into(), problem });
+            }
+            self.sampling = Sampling::Conversations;
+        }
+        match template.render(messages, false) {
+            Ok(text) => self.push(&text),
+            Err(error) => {
+                let seen = self.rows.len() + self.nulls + self.refused.as_ref().map_or(0, |r| r.count);
+                let first = || Refused { count: 0, first: seen + 1, reason: error.to_string() };
+                self.refused.get_or_insert_with(first).count += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that there is text; `provenance` gets what is known of the rows.
     pub(super) fn into_corpus(self, provenance: Provenance) -> Result<Corpus> {
-        let provenance = Provenance { rows: self.rows.len(), nulls: self.nulls, ..provenance };
-        let corpus = Corpus { text: self.text, rows: self.rows, provenance };
+        let Self { text, rows, nulls, sampling, refused, column, .. } = self;
+        if let (true, Some(Refused { count, first, reason })) = (rows.is_empty(), &refused) {
+            let problem = format!("none of its {count} conversations can be used: row {first}: {reason}");
+            return Err(Error::Dataset { path: provenance.dataset.into(), problem });
+        }
+        let text_column = provenance.text_column.or(column);
+        let provenance = Provenance { rows: rows.len(), nulls, sampling, refused, text_column, ..provenance };
+        let corpus = Corpus { text, rows, provenance };
         if corpus.rows().all(|row| row.trim().is_empty()) {
             let Provenance { dataset, text_column, rows, nulls, .. } = corpus.provenance;
             return Err(match text_column {
@@ -152,21 +216,12 @@ mod tests {
     use crate::calibration::test_support::demo;
 
     fn provenance(text_column: Option<&str>) -> Provenance {
-        Provenance {
-            dataset: "mine".into(),
-            repository: None,
-            revision: None,
-            files: vec![],
-            text_column: text_column.map(str::to_owned),
-            sampling: Sampling::joined_by_empty_line(),
-            rows: 0,
-            nulls: 0,
-        }
+        Provenance { text_column: text_column.map(str::to_owned), ..Provenance::local("mine") }
     }
 
     #[test]
     fn rows_are_joined_unchanged_and_nulls_left_out() {
-        let mut rows = Rows::new(&Sampling::joined_by_empty_line());
+        let mut rows = Rows::new(&Sampling::joined_by_empty_line(), None);
         for row in [Some(""), Some(" a \n"), None, Some(""), Some("b")] {
             match row {
                 Some(row) => rows.push(row),
@@ -182,7 +237,7 @@ mod tests {
     #[test]
     fn no_text_is_an_error_with_the_number_of_rows() {
         let empty = |column| {
-            let mut rows = Rows::new(&Sampling::Documents);
+            let mut rows = Rows::new(&Sampling::Documents, None);
             rows.push(" \n");
             rows.push_null();
             rows.into_corpus(provenance(column)).unwrap_err().to_string()

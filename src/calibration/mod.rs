@@ -11,6 +11,7 @@
 
 mod corpus;
 mod hub_layout;
+mod objects;
 mod parquet_pages;
 mod parquet_rows;
 mod recipe;
@@ -20,12 +21,12 @@ mod tokenizer;
 mod tokens;
 mod windows;
 
-pub use corpus::{Corpus, Provenance, ProvenanceFile};
+pub use corpus::{Corpus, Provenance, ProvenanceFile, Refused};
 pub use recipe::{Recipe, Sampling};
 pub use source::{CorpusSource, SourceOptions};
 pub use tokenizer::Tokenizer;
 pub use tokens::Tokens;
-pub use windows::{MAX_OVERLAP, Windows, check_seq_len};
+pub use windows::{MAX_OVERLAP, Windows, check_seq_len, shares};
 
 use sha2::{Digest, Sha256};
 use std::fmt::Write;

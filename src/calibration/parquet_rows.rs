@@ -1,6 +1,7 @@
-//! Reads the text column of a parquet file, row group by row group; no other column is touched.
+//! Reads the column of text or messages of a parquet file, row group by row group; no other column is touched.
 
 use super::corpus::Rows;
+use super::objects::{Field, Objects, PROMPT_COLUMNS, TEXT_COLUMN};
 use super::parquet_pages;
 use crate::error::{Error, Result};
 use bytes::Bytes;
@@ -9,7 +10,7 @@ use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::ByteArrayType;
 use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
-use parquet::schema::types::SchemaDescriptor;
+use parquet::schema::types::{SchemaDescriptor, Type};
 use std::fmt::Display;
 use std::fs::File;
 use std::io;
@@ -37,8 +38,13 @@ impl Source for Bytes {
     }
 }
 
-/// Appends the rows of `column` to `rows`. `path` serves for messages.
-pub(super) fn read(source: impl Source, path: &Path, column: &str, rows: &mut Rows) -> Result<()> {
+/// Appends the rows of `column` to `rows`, or of the first usual column where none is named. `path` serves for messages.
+pub(super) fn read(
+    source: impl Source,
+    path: &Path,
+    column: Option<&str>,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
     // The reader panics at some damaged pages where it should return an error; to the user it is one. The
     // rows are dropped after it, so nothing half-written is ever seen.
     let read = AssertUnwindSafe(|| read_row_groups(source, path, column, rows));
@@ -48,13 +54,29 @@ pub(super) fn read(source: impl Source, path: &Path, column: &str, rows: &mut Ro
     })
 }
 
-fn read_row_groups(source: impl Source, path: &Path, column: &str, rows: &mut Rows) -> Result<()> {
+fn read_row_groups(source: impl Source, path: &Path, named: Option<&str>, rows: &mut Rows<'_>) -> Result<()> {
     let broken = |problem: String| Error::Dataset { path: path.into(), problem };
     let unreadable = |error: &dyn Display| broken(format!("it cannot be read as parquet: {error}"));
 
     let unchecked = source.again().map_err(Error::io("read", path))?;
     let file = SerializedFileReader::new(source).map_err(|error| unreadable(&error))?;
-    let index = text_column(file.metadata().file_metadata().schema_descr(), path, column)?;
+    let schema = file.metadata().file_metadata().schema_descr();
+    let fields = schema.root_schema().get_fields();
+    let has = |name: &str| fields.iter().any(|field| field.name() == name);
+    let is_group = |name: &str| fields.iter().any(|field| field.name() == name && field.is_group());
+    let column = match Field::choose(named, has) {
+        Some(Field::One(name)) if is_group(&name) => {
+            return read_conversations(&file, &unchecked, path, named, &[&name], rows);
+        }
+        Some(Field::PromptCompletion) => {
+            return read_conversations(&file, &unchecked, path, named, &PROMPT_COLUMNS, rows);
+        }
+        Some(Field::One(name)) => name,
+        None => named.unwrap_or(TEXT_COLUMN).to_owned(),
+    };
+    let column = column.as_str();
+    let index = text_column(schema, path, column)?;
+    rows.set_column(column);
     let mut row_number = 0;
     for group in 0..file.num_row_groups() {
         let group = file.get_row_group(group).map_err(|error| unreadable(&error))?;
@@ -83,6 +105,45 @@ fn read_row_groups(source: impl Source, path: &Path, column: &str, rows: &mut Ro
             return Err(broken(format!(
                 "column `{column}` ends after {found} of {expected} rows of a row group"
             )));
+        }
+    }
+    Ok(())
+}
+
+/// Appends the conversations in `columns`, whose cells are lists of messages, or texts where they are a prompt and its completion.
+fn read_conversations<S: Source>(
+    file: &SerializedFileReader<S>,
+    unchecked: &S,
+    path: &Path,
+    named: Option<&str>,
+    columns: &[&str],
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    let broken = |problem: String| Error::Dataset { path: path.into(), problem };
+    let unreadable = |error: &dyn Display| broken(format!("it cannot be read as parquet: {error}"));
+    let schema = file.metadata().file_metadata().schema_descr();
+    let root = schema.root_schema();
+    let wanted = root.get_fields().iter().filter(|field| columns.contains(&field.name()));
+    let projection = Type::group_type_builder(root.name()).with_fields(wanted.cloned().collect());
+    let projection = projection.build().map_err(|error| unreadable(&error))?;
+    let mut objects = Objects::new(path, named);
+    let mut number = 0;
+    for group in 0..file.num_row_groups() {
+        let group = file.get_row_group(group).map_err(|error| unreadable(&error))?;
+        for (index, leaf) in schema.columns().iter().enumerate() {
+            if leaf.path().parts().first().is_some_and(|name| columns.contains(&name.as_str())) {
+                parquet_pages::check(unchecked, group.metadata().column(index))
+                    .map_err(|error| unreadable(&error))?;
+            }
+        }
+        let found = group.get_row_iter(Some(projection.clone())).map_err(|error| unreadable(&error))?;
+        for row in found {
+            let row = row.map_err(|error| unreadable(&error))?.to_json_value();
+            number += 1;
+            let Some(object) = row.as_object() else {
+                return Err(broken(format!("row {number} is no record")));
+            };
+            objects.push(object, &format!("row {number}"), rows)?;
         }
     }
     Ok(())
@@ -141,8 +202,8 @@ fn text_column(schema: &SchemaDescriptor, path: &Path, column: &str) -> Result<u
         });
     };
     let leaf = &leaves[index];
-    if leaf.path().parts().len() != 1 || leaf.max_rep_level() != 0 {
-        return broken(format!("column `{column}` is nested (a list or a struct); one text a row is needed"));
+    if leaf.max_rep_level() != 0 {
+        return broken(format!("column `{column}` is a list; one text a row, or messages, are needed"));
     }
     if leaf.physical_type() != PhysicalType::BYTE_ARRAY {
         return broken(format!("column `{column}` holds {}, not text", leaf.physical_type()));
@@ -153,7 +214,8 @@ fn text_column(schema: &SchemaDescriptor, path: &Path, column: &str) -> Result<u
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::calibration::Corpus;
+    use crate::calibration::{Corpus, Provenance, Sampling};
+    use crate::chat::ChatTemplate;
     use parquet::basic::Compression;
     use parquet::data_type::{ByteArray, Int32Type};
     use parquet::file::properties::WriterProperties;
@@ -227,10 +289,6 @@ mod tests {
                     optional binary element (UTF8); } } }";
         let nested = parquet(list, &[], false);
         assert_eq!(
-            error(nested.clone(), "text"),
-            "`x.parquet`: column `text` is nested (a list or a struct); one text a row is needed"
-        );
-        assert_eq!(
             error(nested, "text.list.element"),
             "`x.parquet`: column `text.list.element` is nested in another; a text column at the top is needed"
         );
@@ -259,5 +317,47 @@ mod tests {
         let last_page = damaged.windows(6).rposition(|bytes| bytes == header).unwrap();
         damaged[last_page + 1] = 0x10;
         assert_eq!(error(damaged), "`x.parquet`: it cannot be read as parquet: a page is damaged");
+    }
+
+    #[test]
+    fn conversations_are_rendered_with_the_chat_template() {
+        const MESSAGES: &str = "message m { required binary prompt_id (UTF8); optional group messages (LIST) { \
+            repeated group list { optional group element { optional binary content (UTF8); \
+            optional binary role (UTF8); } } } }";
+        let schema = Arc::new(parse_message_type(MESSAGES).unwrap());
+        let mut bytes = Vec::new();
+        let properties = Arc::new(WriterProperties::builder().build());
+        let mut file = SerializedFileWriter::new(&mut bytes, schema, properties).unwrap();
+        let mut group = file.next_row_group().unwrap();
+        // Two conversations: two messages, and one.
+        let columns: [(&[&str], Option<(&[i16], &[i16])>); 3] = [
+            (&["a", "b"], None),
+            (&["Hi", "Ho", "Hm"], Some((&[4, 4, 4], &[0, 1, 0]))),
+            (&["user", "assistant", "user"], Some((&[4, 4, 4], &[0, 1, 0]))),
+        ];
+        for (values, levels) in columns {
+            let mut column = group.next_column().unwrap().unwrap();
+            let values: Vec<_> = values.iter().map(|value| ByteArray::from(*value)).collect();
+            let (definition, repetition) = levels.unzip();
+            column.typed::<ByteArrayType>().write_batch(&values, definition, repetition).unwrap();
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+        file.close().unwrap();
+
+        let template = ChatTemplate::of("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}");
+        let read = |bytes: Vec<u8>, chat| {
+            let mut rows = Rows::new(&Sampling::joined_by_empty_line(), chat);
+            read(Bytes::from(bytes), Path::new("x.parquet"), None, &mut rows)?;
+            rows.into_corpus(Provenance::local("x.parquet"))
+        };
+        let corpus = read(bytes.clone(), Some(&template)).unwrap();
+        assert_eq!(corpus.rows().collect::<Vec<_>>(), ["<user>Hi<assistant>Ho", "<user>Hm"]);
+        assert_eq!(
+            (corpus.text(), corpus.sampling()),
+            ("<user>Hi<assistant>Ho<user>Hm", &Sampling::Conversations)
+        );
+        let error = read(bytes, None).unwrap_err().to_string();
+        assert_eq!(error, "`x.parquet` needs a chat template, and the model has none");
     }
 }

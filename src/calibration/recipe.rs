@@ -27,6 +27,9 @@ pub enum Sampling {
     },
     /// Each window is cut from one row that has more tokens than the window; only drawn rows are tokenized.
     Documents,
+    /// Rows are conversations, rendered with the model's chat template. They are drawn in random order and tokenized one by
+    /// one without further special tokens; windows are cut from them one after another.
+    Conversations,
 }
 
 impl Sampling {
@@ -54,10 +57,12 @@ const KEYS: [&str; 9] =
     ["repository", "revision", "config", "split", "files", "text_column", "sampling", "join", "evaluate"];
 
 /// Name and text of each built-in recipe, in the order they are listed.
-const BUILTIN: [(&str, &str); 3] = [
+const BUILTIN: [(&str, &str); 5] = [
     ("wikitext2", include_str!("../../calibration/wikitext2.toml")),
     ("wikitext2-test", include_str!("../../calibration/wikitext2-test.toml")),
     ("c4", include_str!("../../calibration/c4.toml")),
+    ("ultrachat", include_str!("../../calibration/ultrachat.toml")),
+    ("smoltalk", include_str!("../../calibration/smoltalk.toml")),
 ];
 
 impl Recipe {
@@ -81,7 +86,7 @@ impl Recipe {
         BUILTIN.iter().filter_map(|(name, _)| Self::builtin(name)).collect()
     }
 
-    /// The names of the built-in recipes, for messages: `wikitext2, wikitext2-test, c4`.
+    /// The names of the built-in recipes, for messages: `wikitext2, wikitext2-test, …`.
     pub(super) fn names() -> String {
         BUILTIN.map(|(name, _)| name).join(", ")
     }
@@ -130,7 +135,17 @@ impl Recipe {
                     &join.escape_debug().to_string(),
                 ));
             }
-            (other, _) => return Err(refuse("sampling", "`stream` or `documents`", other)),
+            ("conversations", None) => Sampling::Conversations,
+            ("conversations", Some(join)) => {
+                return Err(refuse(
+                    "join",
+                    "nothing, as sampling is `conversations`",
+                    &join.escape_debug().to_string(),
+                ));
+            }
+            (other, _) => {
+                return Err(refuse("sampling", "`stream`, `documents` or `conversations`", other));
+            }
         };
         if keys.evaluate != name && !BUILTIN.iter().any(|(known, _)| *known == keys.evaluate) {
             let expected = format!("a recipe ({}) or `{name}`", Self::names());
@@ -230,18 +245,20 @@ evaluate = "mine"
         let recipes = Recipe::all();
         assert_eq!(
             recipes.iter().map(Recipe::name).collect::<Vec<_>>(),
-            ["wikitext2", "wikitext2-test", "c4"]
+            ["wikitext2", "wikitext2-test", "c4", "ultrachat", "smoltalk"]
         );
         let evaluate: Vec<_> = recipes.iter().map(Recipe::evaluate).collect();
-        assert_eq!(evaluate, ["wikitext2-test"; 3]);
+        assert_eq!(evaluate, ["wikitext2-test"; 5]);
         assert!(Recipe::builtin("wikitext-2").is_none());
 
-        let [train, test, c4] = &recipes[..] else { unreachable!() };
+        let [train, test, c4, ultrachat, smoltalk] = &recipes[..] else { unreachable!() };
         assert_eq!(train.paths(), ["wikitext-2-raw-v1/train-00000-of-00001.parquet"]);
         assert_eq!(test.paths(), ["wikitext-2-raw-v1/test-00000-of-00001.parquet"]);
         assert_eq!(c4.paths(), ["en/c4-train.00000-of-01024.json.gz"]);
         assert_eq!(train.sampling(), &Sampling::joined_by_empty_line());
         assert_eq!(c4.sampling(), &Sampling::Documents);
+        assert_eq!([ultrachat, smoltalk].map(Recipe::sampling), [&Sampling::Conversations; 2]);
+        assert_eq!(smoltalk.paths(), ["data/all/train-00000-of-00009.parquet"]);
         assert_eq!(
             c4.fetch_command(),
             "hf download allenai/c4 en/c4-train.00000-of-01024.json.gz --repo-type dataset \
@@ -307,13 +324,13 @@ evaluate = "mine"
             (
                 "\"mine\"",
                 "\"yours\"",
-                "key `evaluate` of recipe `mine`: expected a recipe (wikitext2, wikitext2-test, c4) or `mine`, \
+                "key `evaluate` of recipe `mine`: expected a recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk) or `mine`, \
                  found `yours`",
             ),
             (
                 "stream",
                 "all",
-                "key `sampling` of recipe `mine`: expected `stream` or `documents`, found `all`",
+                "key `sampling` of recipe `mine`: expected `stream`, `documents` or `conversations`, found `all`",
             ),
             (
                 "stream",

@@ -2,7 +2,9 @@
 
 use super::corpus::{Corpus, Provenance, ProvenanceFile, Rows};
 use super::recipe::{Recipe, Sampling};
+use super::text_rows::Packing;
 use super::{hex_digest, hub_layout, parquet_rows, text_rows};
+use crate::chat::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::folder;
 use sha2::{Digest, Sha256};
@@ -13,7 +15,8 @@ use std::path::{Path, PathBuf};
 /// What else the user said about a dataset.
 #[derive(Debug, Clone, Default)]
 pub struct SourceOptions {
-    /// The column (or JSON key) of the text, instead of the recipe's, or of `text` for local files.
+    /// The column (or JSON key) of the text or the messages, instead of the recipe's. For local files the default is `text`,
+    /// then `messages`, `conversations`, and `prompt` with `completion`.
     pub text_column: Option<String>,
     /// The split of a folder of parquet files.
     pub split: Option<String>,
@@ -33,16 +36,14 @@ pub struct CorpusSource {
     single_file: bool,
     /// Below `root`.
     files: Vec<(String, Format)>,
-    /// Plain text has none.
+    /// As the user or the recipe names it.
     text_column: Option<String>,
     sampling: Sampling,
 }
 
-const DEFAULT_COLUMN: &str = "text";
-
 impl CorpusSource {
     /// Finds the files of a built-in recipe, a recipe file (`….toml`), a `.parquet`, `.txt`, `.jsonl` or
-    /// `.json` file (the last two also with `.gz`; one object a line), or a folder of parquet files laid out
+    /// `.json` file (all but the first also with `.gz` or `.zst`), or a folder of parquet files laid out
     /// as on the Hub. A recipe's name goes before a file of the same name: write `./wikitext2` for the file.
     pub fn resolve(name_or_path: &str, options: &SourceOptions) -> Result<CorpusSource> {
         if let Some(recipe) = Recipe::builtin(name_or_path) {
@@ -90,8 +91,7 @@ impl CorpusSource {
         let name = last_name(path);
         let files = hub_layout::split_files(path, &name, options.split.as_deref())?;
         let files = files.into_iter().map(|file| (file, Format::Parquet)).collect();
-        let column = options.text_column.clone().unwrap_or_else(|| DEFAULT_COLUMN.into());
-        Ok(Self::local(name, path.into(), false, files, Some(column)))
+        Ok(Self::local(name, path.into(), false, files, options.text_column.clone()))
     }
 
     fn of_file(path: &Path, options: &SourceOptions) -> Result<Self> {
@@ -106,12 +106,11 @@ impl CorpusSource {
             None => Ok(()),
         };
         none("split", &options.split)?;
-        let column = match format {
-            Format::Text => none("text column", &options.text_column).map(|()| None)?,
-            _ => Some(options.text_column.clone().unwrap_or_else(|| DEFAULT_COLUMN.into())),
-        };
+        if let Format::Text(_) = format {
+            none("text column", &options.text_column)?;
+        }
         let root = path.parent().unwrap_or(Path::new("")).to_owned();
-        Ok(Self::local(name.clone(), root, true, vec![(name, format)], column))
+        Ok(Self::local(name.clone(), root, true, vec![(name, format)], options.text_column.clone()))
     }
 
     fn local(
@@ -135,9 +134,12 @@ impl CorpusSource {
         self.recipe.as_ref()
     }
 
-    /// Reads the files.
-    pub fn load(&self) -> Result<Corpus> {
-        let mut rows = Rows::new(&self.sampling);
+    /// Reads the files. `chat` is the model's chat template, for rows that are conversations.
+    ///
+    /// # Errors
+    /// When a file cannot be read or holds no text, or conversations are there and no template.
+    pub fn load(&self, chat: Option<&ChatTemplate>) -> Result<Corpus> {
+        let mut rows = Rows::new(&self.sampling, chat);
         let mut files = Vec::new();
         for (name, format) in &self.files {
             // A single file is the user's own choice, wherever a link leads; those of a folder are not.
@@ -145,26 +147,23 @@ impl CorpusSource {
                 true => self.root.join(name),
                 false => folder::file_in(&self.root, name)?,
             };
-            let column = self.text_column.as_deref().unwrap_or(DEFAULT_COLUMN);
+            let column = self.text_column.as_deref();
             match format {
                 Format::Parquet => {
                     let file = File::open(&path).map_err(Error::io("read", &path))?;
                     parquet_rows::read(file, &path, column, &mut rows)?;
                 }
-                Format::Text => text_rows::read_text(&path, &mut rows)?,
-                Format::JsonLines { gzip } => text_rows::read_json_lines(&path, *gzip, column, &mut rows)?,
+                Format::Text(packing) => text_rows::read_text(&path, *packing, &mut rows)?,
+                Format::Json(packing) => text_rows::read_json(&path, *packing, column, &mut rows)?,
             }
             files.push(ProvenanceFile { name: name.clone(), sha256: sha256_of(&path)? });
         }
         rows.into_corpus(Provenance {
-            dataset: self.name.clone(),
             repository: self.recipe.as_ref().map(|recipe| recipe.repository().to_owned()),
             revision: self.revision.clone(),
             files,
             text_column: self.text_column.clone(),
-            sampling: self.sampling.clone(),
-            rows: 0,
-            nulls: 0,
+            ..Provenance::local(&self.name)
         })
     }
 }
@@ -173,23 +172,25 @@ impl CorpusSource {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Format {
     Parquet,
-    Text,
-    JsonLines { gzip: bool },
+    Text(Packing),
+    Json(Packing),
 }
 
 impl Format {
     fn of(path: &Path) -> Result<Self> {
         let name = path.to_string_lossy().to_ascii_lowercase();
-        let (name, gzip) = name.strip_suffix(".gz").map_or((name.as_str(), false), |name| (name, true));
+        let packed = [(".gz", Packing::Gzip), (".zst", Packing::Zstd)];
+        let packed = packed.into_iter().find_map(|(end, packing)| Some((name.strip_suffix(end)?, packing)));
+        let (name, packing) = packed.unwrap_or((name.as_str(), Packing::None));
         match Path::new(name).extension().and_then(|extension| extension.to_str()) {
-            Some("parquet") if !gzip => Ok(Self::Parquet),
-            Some("txt") if !gzip => Ok(Self::Text),
-            Some("jsonl" | "json") => Ok(Self::JsonLines { gzip }),
+            Some("parquet") if packing == Packing::None => Ok(Self::Parquet),
+            Some("txt") => Ok(Self::Text(packing)),
+            Some("jsonl" | "json") => Ok(Self::Json(packing)),
             _ => Err(Error::Dataset {
                 path: path.into(),
-                problem:
-                    "its name does not end in .parquet, .txt, .jsonl, .json, .jsonl.gz, .json.gz or .toml"
-                        .into(),
+                problem: "its name must end in .parquet, .txt, .jsonl, .json or .toml; .txt, .jsonl and .json may be \
+                          packed as .gz or .zst"
+                    .into(),
             }),
         }
     }
@@ -239,7 +240,8 @@ mod tests {
 
     #[test]
     fn neither_a_recipe_nor_a_file() {
-        let known = "is neither a recipe (wikitext2, wikitext2-test, c4) nor a file or folder";
+        let known =
+            "is neither a recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk) nor a file or folder";
         for name in ["wikitext", "", "/no/such/file.txt"] {
             let error = resolve(name, &SourceOptions::default()).unwrap_err();
             assert_eq!(error, format!("dataset `{name}` {known}"));
@@ -256,7 +258,7 @@ mod tests {
         let source = resolve("wikitext2", &options).unwrap();
         assert_eq!((source.name(), source.recipe().unwrap().evaluate()), ("wikitext2", "wikitext2-test"));
 
-        let corpus = source.load().unwrap();
+        let corpus = source.load(None).unwrap();
         let provenance = corpus.provenance();
         assert_eq!(provenance.files[0].name, "wikitext-2-raw-v1/train-00000-of-00001.parquet");
         assert_eq!(provenance.repository.as_deref(), Some("Salesforce/wikitext"));
@@ -266,7 +268,7 @@ mod tests {
         assert!(!json.contains(root.path().to_str().unwrap()), "{json}");
 
         let column = SourceOptions { text_column: Some("body".into()), ..options.clone() };
-        let error = resolve("wikitext2", &column).unwrap().load().unwrap_err().to_string();
+        let error = resolve("wikitext2", &column).unwrap().load(None).unwrap_err().to_string();
         assert!(error.ends_with("has no text column `body` (columns: text)"), "{error}");
         let split = SourceOptions { split: Some("test".into()), ..options };
         assert_eq!(
@@ -284,8 +286,9 @@ mod tests {
             let to = folder.join(format!("train-0000{number}-of-00002.parquet"));
             fs::copy(demo().join(format!("{file}.parquet")), to).unwrap();
         }
-        let load =
-            |path: PathBuf| resolve(path.to_str().unwrap(), &options(None, None)).unwrap().load().unwrap();
+        let load = |path: PathBuf| {
+            resolve(path.to_str().unwrap(), &options(None, None)).unwrap().load(None).unwrap()
+        };
         let both = load(root.path().join("texts"));
         let parts = ["evaluation", "calibration"].map(|file| load(demo().join(format!("{file}.parquet"))));
         assert_eq!(both.text(), format!("{}\n\n{}", parts[0].text(), parts[1].text()));
@@ -311,9 +314,9 @@ mod tests {
             resolve(&path("a.jsonl"), &options(None, Some("test"))).unwrap_err(),
             "split of `a.jsonl`: expected none, as the file has none, found `test`"
         );
-        for name in ["a.csv", "a.txt.gz", "a"] {
+        for name in ["a.csv", "a.parquet.gz", "a"] {
             let error = resolve(&path(name), &options(None, None)).unwrap_err();
-            assert!(error.contains("its name does not end in .parquet, .txt"), "{error}");
+            assert!(error.contains("its name must end in .parquet, .txt"), "{error}");
         }
     }
 
@@ -326,7 +329,7 @@ mod tests {
         fs::write(folder.path().join("a.txt"), "some text").unwrap();
         let options = SourceOptions { roots: vec![folder.path().into()], ..Default::default() };
         let source = resolve(folder.path().join("mine.toml").to_str().unwrap(), &options).unwrap();
-        assert_eq!((source.name(), source.load().unwrap().text()), ("mine", "some text"));
+        assert_eq!((source.name(), source.load(None).unwrap().text()), ("mine", "some text"));
     }
 
     #[test]

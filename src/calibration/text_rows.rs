@@ -1,16 +1,43 @@
-//! Reads plain text and JSON lines.
+//! Reads plain text and JSON, packed or not.
 
 use super::corpus::Rows;
+use super::objects::{Objects, kind};
 use crate::error::{Error, Result};
 use flate2::read::MultiGzDecoder;
+use serde::Deserializer as _;
+use serde::de::{Error as _, SeqAccess, Visitor};
 use serde_json::Value;
+use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
+/// How a file is packed, as its name's last ending says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packing {
+    None,
+    Gzip,
+    Zstd,
+}
+
+/// The unpacked content of a file.
+fn open(path: &Path, packing: Packing) -> Result<Box<dyn BufRead>> {
+    const BUFFER: usize = 1 << 20;
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    Ok(match packing {
+        Packing::None => Box::new(BufReader::with_capacity(BUFFER, file)),
+        Packing::Gzip => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(file))),
+        Packing::Zstd => {
+            let decoder = zstd::Decoder::new(file).map_err(Error::io("read", path))?;
+            Box::new(BufReader::with_capacity(BUFFER, decoder))
+        }
+    })
+}
+
 /// Appends a whole text file as one row.
-pub(super) fn read_text(path: &Path, rows: &mut Rows) -> Result<()> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+pub(super) fn read_text(path: &Path, packing: Packing, rows: &mut Rows<'_>) -> Result<()> {
+    let mut bytes = Vec::new();
+    open(path, packing)?.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     let text = str::from_utf8(&bytes).map_err(|error| Error::Dataset {
         path: path.into(),
         problem: format!("byte {} of {} is not UTF-8", error.valid_up_to() + 1, bytes.len()),
@@ -19,20 +46,80 @@ pub(super) fn read_text(path: &Path, rows: &mut Rows) -> Result<()> {
     Ok(())
 }
 
-/// Appends the text under `key` of each line's JSON object; blank lines are passed over.
-pub(super) fn read_json_lines(path: &Path, gzip: bool, key: &str, rows: &mut Rows) -> Result<()> {
-    let file = File::open(path).map_err(Error::io("read", path))?;
-    if gzip {
-        read_lines(BufReader::with_capacity(1 << 20, MultiGzDecoder::new(file)), path, key, rows)
-    } else {
-        read_lines(BufReader::with_capacity(1 << 20, file), path, key, rows)
+/// Appends the rows of a file of JSON objects: one a line (blank lines are skipped), or all in one array. `column` is the key that
+/// the user asked for.
+pub(super) fn read_json(
+    path: &Path,
+    packing: Packing,
+    column: Option<&str>,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
+    let mut reader = open(path, packing)?;
+    let mut objects = Objects::new(path, column);
+    match first_byte(&mut reader) {
+        Ok(Some(b'[')) => read_array(reader, path, &mut objects, rows),
+        Ok(_) => read_lines(reader, path, &mut objects, rows),
+        Err(error) => {
+            let problem = format!("it cannot be read after line 0: {error}");
+            Err(Error::Dataset { path: path.into(), problem })
+        }
     }
 }
 
-fn read_lines(mut reader: impl BufRead, path: &Path, key: &str, rows: &mut Rows) -> Result<()> {
+/// The first byte that is not white space, left in the reader; white space before it too, so that lines keep their numbers, unless
+/// a buffer holds nothing else.
+fn first_byte(reader: &mut impl BufRead) -> std::io::Result<Option<u8>> {
+    Ok(reader.fill_buf()?.iter().copied().find(|byte| !byte.is_ascii_whitespace()))
+}
+
+/// One array of objects, read one by one.
+fn read_array(reader: impl Read, path: &Path, objects: &mut Objects<'_>, rows: &mut Rows<'_>) -> Result<()> {
+    let mut failed = None;
+    let items = Items { objects, rows, failed: &mut failed };
+    let mut json = serde_json::Deserializer::from_reader(reader);
+    let read = json.deserialize_seq(items).and_then(|()| json.end());
+    match (failed, read) {
+        (Some(error), _) => Err(error),
+        (None, Ok(())) => Ok(()),
+        (None, Err(error)) => Err(Error::Json { path: path.into(), source: error }),
+    }
+}
+
+/// Hands each object of an array on; an error of ours ends the reading and stands in `failed`.
+struct Items<'a, 'o, 'r> {
+    objects: &'a mut Objects<'o>,
+    rows: &'a mut Rows<'r>,
+    failed: &'a mut Option<Error>,
+}
+
+impl<'de> Visitor<'de> for Items<'_, '_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array of objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<(), A::Error> {
+        let mut number = 0_usize;
+        while let Some(item) = items.next_element::<serde_json::Map<String, Value>>()? {
+            number += 1;
+            if let Err(error) = self.objects.push(&item, &format!("item {number}"), self.rows) {
+                *self.failed = Some(error);
+                return Err(A::Error::custom("a row that cannot be used"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_lines(
+    mut reader: impl BufRead,
+    path: &Path,
+    objects: &mut Objects<'_>,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
     let broken = |problem: String| Error::Dataset { path: path.into(), problem };
     let mut line = Vec::new();
-    let mut objects = 0;
     for number in 1_usize.. {
         line.clear();
         let length = reader
@@ -47,30 +134,15 @@ fn read_lines(mut reader: impl BufRead, path: &Path, key: &str, rows: &mut Rows)
         }
         let object = match serde_json::from_slice(content) {
             Ok(Value::Object(object)) => object,
-            Ok(_) => return Err(broken(format!("line {number} is not a JSON object"))),
-            Err(_) if objects == 0 && matches!(content, b"[" | b"{") => {
+            Ok(other) => return Err(broken(format!("line {number} is {}, not an object", kind(&other)))),
+            Err(_) if !objects.begun() && content == b"{" => {
                 return Err(broken(format!(
-                    "line {number} does not end what it begins: one object a line is needed"
+                    "line {number} does not end what it begins: one object a line is needed, or one array of objects"
                 )));
             }
             Err(error) => return Err(broken(format!("line {number}: {}", json_problem(&error)))),
         };
-        objects += 1;
-        match object.get(key) {
-            Some(Value::String(text)) => rows.push(text),
-            Some(Value::Null) => rows.push_null(),
-            Some(other) => {
-                return Err(broken(format!("line {number}: `{key}` is {}, not a text", kind(other))));
-            }
-            None => {
-                let found = object.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-                return Err(if objects == 1 {
-                    Error::MissingColumn { path: path.into(), column: key.into(), found }
-                } else {
-                    broken(format!("line {number} has no `{key}` (keys: {found})"))
-                });
-            }
-        }
+        objects.push(&object, &format!("line {number}"), rows)?;
     }
     Ok(())
 }
@@ -82,20 +154,10 @@ fn json_problem(error: &serde_json::Error) -> String {
     format!("{reason} at column {}", error.column())
 }
 
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use crate::calibration::{Corpus, CorpusSource, SourceOptions};
+    use crate::calibration::{Corpus, CorpusSource, Sampling, SourceOptions};
+    use crate::chat::ChatTemplate;
     use flate2::Compression;
     use flate2::write::GzEncoder;
     use std::io::Write;
@@ -106,7 +168,7 @@ mod tests {
         std::fs::write(&path, content).unwrap();
         let options = SourceOptions { text_column: column.map(str::to_owned), ..Default::default() };
         CorpusSource::resolve(path.to_str().unwrap(), &options)
-            .and_then(|source| source.load())
+            .and_then(|source| source.load(None))
             .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
     }
 
@@ -146,20 +208,20 @@ mod tests {
         let good = "{\"text\": \"a\"}\n\n";
         assert_eq!(
             error(&format!("{good}{{\"text\": 1}}")),
-            "`a.jsonl`: line 3: `text` is a number, not a text"
+            "`a.jsonl`: line 3: `text` is a number, not a text or messages"
         );
         assert_eq!(
             error(&format!("{good}{{\"a\": 1, \"b\": 2}}")),
             "`a.jsonl`: line 3 has no `text` (keys: a, b)"
         );
-        assert_eq!(error(&format!("{good}[1]")), "`a.jsonl`: line 3 is not a JSON object");
+        assert_eq!(error(&format!("{good}[1]")), "`a.jsonl`: line 3 is a list, not an object");
         assert_eq!(
             error(&format!("{good}{{\"text\": \"a")),
             "`a.jsonl`: line 3: EOF while parsing a string at column 11"
         );
         assert_eq!(
-            error("[\n{\"text\": \"a\"}\n]"),
-            "`a.jsonl`: line 1 does not end what it begins: one object a line is needed"
+            error("{\n\"text\": \"a\"}\n"),
+            "`a.jsonl`: line 1 does not end what it begins: one object a line is needed, or one array of objects"
         );
         assert_eq!(error("{\"a\": 1, \"b\": 2}"), "`a.jsonl` has no text column `text` (columns: a, b)");
         assert_eq!(
@@ -176,5 +238,96 @@ mod tests {
         let packed = gzip(content.as_bytes());
         let error = load("a.json.gz", &packed[..packed.len() / 2], None).unwrap_err();
         assert!(error.starts_with("`a.json.gz`: it cannot be read after line "), "{error}");
+    }
+
+    #[test]
+    fn arrays_and_packed_text() {
+        let array = b" [{\"text\": \"a\"},\n {\"text\": null}, {\"text\": \"b\"}]\n";
+        for (name, content) in
+            [("a.json", array.to_vec()), ("a.jsonl.zst", zstd::encode_all(&array[..], 3).unwrap())]
+        {
+            let corpus = load(name, &content, None).unwrap();
+            assert_eq!(corpus.rows().collect::<Vec<_>>(), ["a", "b"], "{name}");
+            assert_eq!(corpus.provenance().nulls, 1);
+        }
+        assert_eq!(load("a.txt.gz", &gzip(b"one\ntwo"), None).unwrap().text(), "one\ntwo");
+        assert_eq!(
+            load("a.txt.zst", &zstd::encode_all(&b"one"[..], 3).unwrap(), None).unwrap().text(),
+            "one"
+        );
+
+        let error = |content: &str| load("a.json", content.as_bytes(), None).unwrap_err();
+        assert_eq!(
+            error("[{\"text\": \"a\"}, {\"body\": 1}]"),
+            "`a.json`: item 2 has no `text` (keys: body)"
+        );
+        assert!(error("[{\"text\": \"a\"}, 3]").contains("invalid type: integer `3`"));
+        assert!(error("[{\"text\": \"a\"}").contains("EOF while parsing"));
+        let cut = zstd::encode_all(&b"one two three"[..], 3).unwrap();
+        assert!(
+            load("a.txt.zst", &cut[..cut.len() - 3], None)
+                .unwrap_err()
+                .starts_with("cannot read `a.txt.zst`")
+        );
+    }
+
+    #[test]
+    fn conversations_in_every_usual_form() {
+        let template = ChatTemplate::of(
+            "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}\
+             <{{ m.role }}>{{ m.content }}{% endfor %}",
+        );
+        let load = |lines: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("chat.jsonl");
+            std::fs::write(&path, lines).unwrap();
+            let source = CorpusSource::resolve(path.to_str().unwrap(), &SourceOptions::default()).unwrap();
+            source
+                .load(Some(&template))
+                .map_err(|e| e.to_string().replace(&format!("{}/", folder.path().display()), ""))
+        };
+        let forms = [
+            r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}"#,
+            r#"{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}"#,
+            r#"{"prompt": "Hi", "completion": "Ho"}"#,
+            r#"{"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]}"#,
+            r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "Ho"}]}"#,
+        ];
+        for form in forms {
+            let corpus = load(form).unwrap();
+            assert_eq!(corpus.rows().collect::<Vec<_>>(), ["<user>Hi<assistant>Ho"], "{form}");
+            assert_eq!(corpus.sampling(), &Sampling::Conversations);
+        }
+
+        // What a template refuses, and what has no content, is counted and left out.
+        let tool = r#"{"messages": [{"role": "tool", "content": "x"}]}"#;
+        let empty = r#"{"messages": [{"role": "assistant", "content": null}]}"#;
+        let corpus = load(&[forms[0], tool, empty, tool].join("\n")).unwrap();
+        let provenance = corpus.provenance();
+        let refused = provenance.refused.as_ref().unwrap();
+        assert_eq!((provenance.rows, provenance.nulls, refused.count, refused.first), (1, 1, 2, 2));
+        assert!(refused.reason.ends_with("no tools"), "{}", refused.reason);
+        let all = load(tool).unwrap_err();
+        assert!(
+            all.starts_with(
+                "`chat.jsonl`: none of its 1 conversations can be used: row 1: the chat template"
+            ),
+            "{all}"
+        );
+
+        assert_eq!(
+            load(r#"{"messages": [{"speaker": "user"}]}"#).unwrap_err(),
+            "`chat.jsonl`: line 1: `messages`: message 1 has neither `role` nor `from` (keys: speaker)"
+        );
+        assert_eq!(
+            load(r#"{"messages": ["Hi"]}"#).unwrap_err(),
+            "`chat.jsonl`: line 1: `messages`: message 1 is a text, not an object with role and content"
+        );
+        let mixed =
+            format!("{}\n{}", r#"{"text": "plain"}"#, r#"{"text": [{"role": "user", "content": "Hi"}]}"#);
+        assert_eq!(
+            load(&mixed).unwrap_err(),
+            "`chat.jsonl`: plain text and conversations cannot be mixed in one dataset"
+        );
     }
 }

@@ -52,7 +52,16 @@ impl Tokenizer {
 
     /// The ids of a text, tokenized as a whole, with the special tokens that the tokenizer adds.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, true).map_err(|error| {
+        self.encode_with(text, true)
+    }
+
+    /// The ids of a text that a chat template rendered: special tokens are those that stand in it, none is added.
+    pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>> {
+        self.encode_with(text, false)
+    }
+
+    fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|error| {
             self.problem(format!("it cannot tokenize a text of {} bytes: {error}", text.len()))
         })?;
         Ok(encoding.get_ids().to_vec())

@@ -15,8 +15,8 @@ pub struct Tokens<'a> {
 pub(super) enum Text<'a> {
     /// The ids of the joined rows.
     Stream(Vec<u32>),
-    /// Rows that are tokenized one by one, when they are drawn.
-    Documents { corpus: &'a Corpus, tokenizer: &'a Tokenizer },
+    /// Rows that are tokenized one by one, when they are drawn: documents or conversations, as the corpus says.
+    Rows { corpus: &'a Corpus, tokenizer: &'a Tokenizer },
 }
 
 impl<'a> Tokens<'a> {
@@ -26,7 +26,7 @@ impl<'a> Tokens<'a> {
         let dataset = corpus.name().to_owned();
         let text = match corpus.sampling() {
             Sampling::Stream { .. } => Text::Stream(tokenizer.encode(corpus.text())?),
-            Sampling::Documents => Text::Documents { corpus, tokenizer },
+            Sampling::Documents | Sampling::Conversations => Text::Rows { corpus, tokenizer },
         };
         Self { dataset, vocab_size, text }.checked()
     }
@@ -45,8 +45,19 @@ impl<'a> Tokens<'a> {
     pub fn count(&self) -> Option<usize> {
         match &self.text {
             Text::Stream(ids) => Some(ids.len()),
-            Text::Documents { .. } => None,
+            Text::Rows { .. } => None,
         }
+    }
+
+    /// The ids of one row of a text whose rows are tokenized one by one.
+    pub(super) fn row(&self, corpus: &Corpus, tokenizer: &Tokenizer, index: usize) -> Result<Vec<u32>> {
+        let text = corpus.row(index);
+        let ids = match corpus.sampling() {
+            Sampling::Conversations => tokenizer.encode_rendered(text)?,
+            _ => tokenizer.encode(text)?,
+        };
+        self.in_vocabulary(&ids)?;
+        Ok(ids)
     }
 
     pub(super) fn text(&self) -> &Text<'a> {
@@ -54,7 +65,7 @@ impl<'a> Tokens<'a> {
     }
 
     /// Checks ids that were made just now.
-    pub(super) fn in_vocabulary(&self, ids: &[u32]) -> Result<()> {
+    fn in_vocabulary(&self, ids: &[u32]) -> Result<()> {
         match ids.iter().position(|id| *id as usize >= self.vocab_size) {
             None => Ok(()),
             Some(position) => Err(Error::TokenOutOfRange {
@@ -82,7 +93,7 @@ mod tests {
     use sha2::{Digest, Sha256};
 
     fn parquet(path: std::path::PathBuf) -> Corpus {
-        CorpusSource::resolve(path.to_str().unwrap(), &SourceOptions::default()).unwrap().load().unwrap()
+        CorpusSource::resolve(path.to_str().unwrap(), &SourceOptions::default()).unwrap().load(None).unwrap()
     }
 
     #[test]

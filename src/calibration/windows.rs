@@ -1,6 +1,7 @@
 //! Token windows: what the pipeline calibrates on and what perplexity is measured on.
 
 use super::hex_digest;
+use super::recipe::Sampling;
 use super::tokens::{Text, Tokens};
 use crate::error::{Error, Result};
 use rand_chacha::ChaCha8Rng;
@@ -38,64 +39,41 @@ impl Windows {
     /// from `0..=count - seq_len`; a text that they would cover more than [`MAX_OVERLAP`] times is refused.
     /// Of a text sampled by documents, documents of at least `seq_len` bytes are drawn in random order, none
     /// twice; each with more than `seq_len` tokens gives one window, whose start is drawn likewise inside it.
+    /// Conversations are drawn in random order, none twice; their tokens follow each other, and windows are cut from the front.
     ///
     /// The same seed gives the same windows on every platform: draws are those of ChaCha8 keyed with the
     /// seed's 8 little-endian bytes and 24 zero bytes; below `n` they are `next_u64 % n`, drawn again while
     /// `next_u64` is at or above the largest multiple of `n` up to 2⁶⁴.
     pub fn random(tokens: &Tokens, samples: usize, seq_len: usize, seed: u64) -> Result<Windows> {
-        at_least_one("samples", samples)?;
+        Self::mixed(&[(tokens, samples)], seq_len, seed)
+    }
+
+    /// Random windows of several texts, as many of each as stand beside it, drawn as in [`Windows::random`]; the key of the
+    /// draws holds the position of the text, from 0, after the seed. They are interleaved so that any number of the first
+    /// windows holds the texts in about these proportions.
+    pub fn mixed(texts: &[(&Tokens, usize)], seq_len: usize, seed: u64) -> Result<Windows> {
         at_least_one("sequence length", seq_len)?;
-        let mut draws = Draws::new(seed);
+        let mut drawn = Vec::with_capacity(texts.len());
+        for (position, &(tokens, samples)) in texts.iter().enumerate() {
+            at_least_one("samples", samples)?;
+            drawn.push(draw(tokens, samples, seq_len, &mut Draws::new(seed, position as u64))?);
+        }
         let mut windows = Builder::new(seq_len);
-        match tokens.text() {
-            Text::Stream(ids) => {
-                let needed = samples.saturating_mul(seq_len).div_ceil(MAX_OVERLAP).max(seq_len);
-                enough(tokens, ids.len(), samples, seq_len, needed)?;
-                for _ in 0..samples {
-                    let start = draws.below(ids.len() - seq_len + 1);
-                    windows.push(&ids[start..start + seq_len]);
-                }
-            }
-            Text::Documents { corpus, tokenizer } => {
-                // A document has at most about one token a byte.
-                let mut rows: Vec<usize> = corpus
-                    .rows()
-                    .enumerate()
-                    .filter(|(_, row)| row.len() >= seq_len)
-                    .map(|(row, _)| row)
-                    .collect();
-                for drawn in 0..rows.len() {
-                    if windows.count() == samples {
-                        break;
-                    }
-                    let other = drawn + draws.below(rows.len() - drawn);
-                    rows.swap(drawn, other);
-                    let ids = tokenizer.encode(corpus.row(rows[drawn]))?;
-                    tokens.in_vocabulary(&ids)?;
-                    if ids.len() > seq_len {
-                        let start = draws.below(ids.len() - seq_len + 1);
-                        windows.push(&ids[start..start + seq_len]);
-                    }
-                }
-                if windows.count() < samples {
-                    return Err(Error::Value {
-                        what: "samples".into(),
-                        expected: format!(
-                            "at most {}, the documents of {} (of {}) with more than {seq_len} tokens",
-                            windows.count(),
-                            tokens.dataset(),
-                            corpus.rows().len()
-                        ),
-                        found: samples.to_string(),
-                    });
-                }
-            }
+        let mut taken = vec![0; texts.len()];
+        let total: usize = texts.iter().map(|&(_, samples)| samples).sum();
+        for count in 1..=total {
+            // What a text lacks of its part of `count` windows, times the total.
+            let lacks = |i: &usize| (texts[*i].1 * count) as i128 - (taken[*i] * total) as i128;
+            let left = (0..texts.len()).filter(|&i| taken[i] < texts[i].1);
+            let next = left.max_by_key(|i| (lacks(i), std::cmp::Reverse(*i))).expect("windows are left");
+            windows.push(&drawn[next][taken[next] * seq_len..][..seq_len]);
+            taken[next] += 1;
         }
         Ok(windows.finish())
     }
 
     /// Windows one after another from the front, none overlapping, at most `limit`; a last one that is not
-    /// whole is dropped. Of a text sampled by documents, the documents follow each other in their order, each
+    /// whole is dropped. Of a text sampled by documents or conversations, these follow each other in their order, each
     /// tokenized by itself.
     pub fn sequential(tokens: &Tokens, seq_len: usize, limit: Option<usize>) -> Result<Windows> {
         Self::strided(tokens, seq_len, seq_len, limit)
@@ -117,16 +95,14 @@ impl Windows {
                 enough(tokens, ids.len(), 1, seq_len, seq_len)?;
                 windows.push_all(ids, limit);
             }
-            Text::Documents { corpus, tokenizer } => {
+            Text::Rows { corpus, tokenizer } => {
                 let needed = (limit - 1).saturating_mul(stride).saturating_add(seq_len);
                 let mut ids = Vec::new();
-                for row in corpus.rows() {
+                for row in 0..corpus.rows().len() {
                     if ids.len() >= needed {
                         break;
                     }
-                    let document = tokenizer.encode(row)?;
-                    tokens.in_vocabulary(&document)?;
-                    ids.extend(document);
+                    ids.extend(tokens.row(corpus, tokenizer, row)?);
                 }
                 enough(tokens, ids.len(), 1, seq_len, seq_len)?;
                 windows.push_all(&ids, limit);
@@ -173,6 +149,90 @@ impl Windows {
     }
 }
 
+/// How many of `samples` windows each text gets, in proportion to its weight: the largest remainders get what rounding down leaves.
+///
+/// # Errors
+/// When there are too few for every text to get one.
+pub fn shares(weights: &[u32], samples: usize) -> Result<Vec<usize>> {
+    let total: u64 = weights.iter().map(|&weight| u64::from(weight)).sum::<u64>().max(1);
+    let exact = |i: usize| samples as u128 * u128::from(weights[i]);
+    let mut shares: Vec<usize> =
+        (0..weights.len()).map(|i| (exact(i) / u128::from(total)) as usize).collect();
+    let mut by_remainder: Vec<usize> = (0..weights.len()).collect();
+    by_remainder.sort_by_key(|&i| std::cmp::Reverse(exact(i) % u128::from(total)));
+    let left = samples - shares.iter().sum::<usize>();
+    by_remainder.iter().take(left).for_each(|&i| shares[i] += 1);
+    if shares.contains(&0) {
+        let expected =
+            "a window at least of each dataset; use more samples, or weights that are nearer to each other";
+        return Err(Error::Value {
+            what: "samples".into(),
+            expected: expected.into(),
+            found: samples.to_string(),
+        });
+    }
+    Ok(shares)
+}
+
+/// The ids of the random windows of one text, `[samples, seq_len]`.
+fn draw(tokens: &Tokens, samples: usize, seq_len: usize, draws: &mut Draws) -> Result<Vec<u32>> {
+    let mut windows = Vec::with_capacity(samples.saturating_mul(seq_len).min(1 << 28));
+    match tokens.text() {
+        Text::Stream(ids) => {
+            let needed = samples.saturating_mul(seq_len).div_ceil(MAX_OVERLAP).max(seq_len);
+            enough(tokens, ids.len(), samples, seq_len, needed)?;
+            for _ in 0..samples {
+                let start = draws.below(ids.len() - seq_len + 1);
+                windows.extend_from_slice(&ids[start..start + seq_len]);
+            }
+        }
+        Text::Rows { corpus, tokenizer } if *corpus.sampling() == Sampling::Conversations => {
+            let needed = samples.saturating_mul(seq_len);
+            let mut order: Vec<usize> = (0..corpus.rows().len()).collect();
+            for drawn in 0..order.len() {
+                if windows.len() >= needed {
+                    break;
+                }
+                let other = drawn + draws.below(order.len() - drawn);
+                order.swap(drawn, other);
+                windows.extend(tokens.row(corpus, tokenizer, order[drawn])?);
+            }
+            enough(tokens, windows.len(), samples, seq_len, needed)?;
+            windows.truncate(needed);
+        }
+        Text::Rows { corpus, tokenizer } => {
+            // A document has at most about one token a byte.
+            let long_enough = corpus.rows().enumerate().filter(|(_, row)| row.len() >= seq_len);
+            let mut rows: Vec<usize> = long_enough.map(|(row, _)| row).collect();
+            for drawn in 0..rows.len() {
+                if windows.len() == samples * seq_len {
+                    break;
+                }
+                let other = drawn + draws.below(rows.len() - drawn);
+                rows.swap(drawn, other);
+                let ids = tokens.row(corpus, tokenizer, rows[drawn])?;
+                if ids.len() > seq_len {
+                    let start = draws.below(ids.len() - seq_len + 1);
+                    windows.extend_from_slice(&ids[start..start + seq_len]);
+                }
+            }
+            let found = windows.len() / seq_len;
+            if found < samples {
+                return Err(Error::Value {
+                    what: "samples".into(),
+                    expected: format!(
+                        "at most {found}, the documents of {} (of {}) with more than {seq_len} tokens",
+                        tokens.dataset(),
+                        corpus.rows().len()
+                    ),
+                    found: samples.to_string(),
+                });
+            }
+        }
+    }
+    Ok(windows)
+}
+
 fn at_least_one(what: &str, value: usize) -> Result<()> {
     if value == 0 {
         return Err(Error::Value { what: what.into(), expected: "at least 1".into(), found: "0".into() });
@@ -214,10 +274,6 @@ impl Builder {
         ids.windows(seq_len).step_by(stride).take(limit).for_each(|window| self.push(window));
     }
 
-    fn count(&self) -> usize {
-        self.ids.len() / self.seq_len
-    }
-
     fn finish(self) -> Windows {
         Windows { ids: self.ids, seq_len: self.seq_len, stride: self.stride, digest: hex_digest(self.hasher) }
     }
@@ -227,9 +283,10 @@ impl Builder {
 struct Draws(ChaCha8Rng);
 
 impl Draws {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, position: u64) -> Self {
         let mut key = [0; 32];
         key[..8].copy_from_slice(&seed.to_le_bytes());
+        key[8..16].copy_from_slice(&position.to_le_bytes());
         Self(ChaCha8Rng::from_seed(key))
     }
 

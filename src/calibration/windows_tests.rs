@@ -3,6 +3,7 @@
 use super::*;
 use crate::calibration::test_support::{demo_tokenizer, test_data};
 use crate::calibration::{Corpus, CorpusSource, SourceOptions, Tokenizer};
+use crate::chat::ChatTemplate;
 
 fn counting(count: u32) -> Tokens<'static> {
     Tokens::from_ids("mine", (0..count).collect(), count as usize).unwrap()
@@ -26,7 +27,7 @@ fn documents(lengths: &[usize]) -> Corpus {
     std::fs::write(folder.path().join("x.jsonl"), lines).unwrap();
     let options = SourceOptions { roots: vec![folder.path().into()], ..Default::default() };
     let path = folder.path().join("pages.toml");
-    CorpusSource::resolve(path.to_str().unwrap(), &options).unwrap().load().unwrap()
+    CorpusSource::resolve(path.to_str().unwrap(), &options).unwrap().load(None).unwrap()
 }
 
 /// The expected starts were made with an independent ChaCha8 in Python, from the rule in
@@ -46,7 +47,7 @@ const STARTS_SEED_MAX: [i64; 8] = [955, 339, 377, 467, 797, 439, 957, 553];
 /// Also from Python; with this bound nearly every second draw is thrown away.
 #[test]
 fn draws_at_the_top_are_repeated() {
-    let mut draws = Draws::new(1);
+    let mut draws = Draws::new(1, 0);
     let bound = (1 << 63) + 1;
     let drawn = [(); 3].map(|()| draws.below(bound) as u64);
     assert_eq!(drawn, [7_037_237_572_835_827_407, 5_440_448_899_038_119_230, 2_567_501_368_458_013_526]);
@@ -169,9 +170,74 @@ fn evaluation_windows_start_with_one_bos_with_test_data() {
     let tokenizer = Tokenizer::open(&data.join("booklm")).unwrap();
     let path = data.join("books/eval.parquet");
     let corpus =
-        CorpusSource::resolve(path.to_str().unwrap(), &SourceOptions::default()).unwrap().load().unwrap();
+        CorpusSource::resolve(path.to_str().unwrap(), &SourceOptions::default()).unwrap().load(None).unwrap();
     let tokens = Tokens::new(&corpus, &tokenizer, 4096).unwrap();
     let windows = Windows::sequential(&tokens, 1024, Some(16)).unwrap();
     assert_eq!((windows.count(), windows.ids().iter().filter(|id| **id == 1).count()), (16, 1));
     assert_eq!(windows.ids()[0], 1);
+}
+
+/// A chat dataset with one message a row, of these numbers of words.
+fn conversations(lengths: &[usize]) -> Corpus {
+    let folder = tempfile::tempdir().unwrap();
+    let line = |(row, words): (usize, &usize)| {
+        let text: String = (0..*words).map(|word| format!("word {row} {word} ")).collect();
+        format!("{{\"messages\": [{{\"role\": \"user\", \"content\": \"{text}\"}}]}}\n")
+    };
+    let path = folder.path().join("chat.jsonl");
+    std::fs::write(&path, lengths.iter().enumerate().map(line).collect::<String>()).unwrap();
+    let template = ChatTemplate::of("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}");
+    let source = CorpusSource::resolve(path.to_str().unwrap(), &SourceOptions::default()).unwrap();
+    source.load(Some(&template)).unwrap()
+}
+
+#[test]
+fn conversations_are_drawn_whole_and_have_no_second_bos() {
+    let (corpus, tokenizer) = (conversations(&[10, 20, 30, 40]), demo_tokenizer());
+    let tokens = Tokens::new(&corpus, &tokenizer, 4096).unwrap();
+    let rows: Vec<Vec<i64>> = corpus
+        .rows()
+        .map(|row| tokenizer.encode_rendered(row).unwrap().into_iter().map(i64::from).collect())
+        .collect();
+    assert!(rows.iter().all(|row| row[0] == 1 && row.iter().filter(|id| **id == 1).count() == 1));
+
+    let windows = Windows::random(&tokens, 4, 50, 3).unwrap();
+    assert_eq!(windows, Windows::random(&tokens, 4, 50, 3).unwrap());
+    let ids = windows.ids();
+    let first = rows.iter().find(|row| ids.starts_with(row)).expect("a whole conversation comes first");
+    assert!(rows.iter().any(|row| row != first && ids[first.len()..].starts_with(&row[..5])));
+    let all: usize = rows.iter().map(Vec::len).sum();
+    assert!(matches!(Windows::random(&tokens, all / 50 + 1, 50, 3), Err(Error::TooLittleText { .. })));
+
+    // To be evaluated on they follow each other in their order.
+    let sequential = Windows::sequential(&tokens, 50, Some(2)).unwrap();
+    assert_eq!(sequential.ids(), &rows.concat()[..100]);
+}
+
+#[test]
+fn mixed_windows_keep_their_proportions_from_the_front() {
+    let high = Tokens::from_ids("high", (500..1000).collect(), 1000).unwrap();
+    let low = counting(400);
+    let mixed = Windows::mixed(&[(&low, 6), (&high, 2)], 10, 7).unwrap();
+    let from_high: Vec<bool> = starts(&mixed).iter().map(|&start| start >= 500).collect();
+    assert_eq!(from_high, [false, false, true, false, false, false, true, false]);
+    // The first text is drawn as it is alone, the second by other draws.
+    let alone = starts(&Windows::random(&low, 6, 10, 7).unwrap());
+    let own: Vec<i64> = starts(&mixed).into_iter().filter(|&start| start < 500).collect();
+    assert_eq!(own, alone);
+    let second = starts(&Windows::mixed(&[(&low, 1), (&low, 1)], 10, 7).unwrap());
+    assert_ne!(second[0], second[1]);
+}
+
+#[test]
+fn shares_follow_weights() {
+    assert_eq!(shares(&[1], 128).unwrap(), [128]);
+    assert_eq!(shares(&[64, 64], 128).unwrap(), [64, 64]);
+    assert_eq!(shares(&[3, 1], 128).unwrap(), [96, 32]);
+    assert_eq!(shares(&[1, 1, 1], 8).unwrap(), [3, 3, 2]);
+    assert_eq!(
+        shares(&[100, 1], 8).unwrap_err().to_string(),
+        "samples: expected a window at least of each dataset; use more samples, or weights that are nearer to each other, \
+         found `8`"
+    );
 }

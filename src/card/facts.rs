@@ -8,12 +8,18 @@ use serde_json::{Value, json};
 use super::{Address, CardOptions, metadata, prompt, source::SourceCard};
 use crate::{
     emit::is_licence,
-    report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report, bytes},
+    error::Result,
+    report::{
+        BranchReport, EvaluatedModel, Evaluation, Interval, ReaderReport, Report, bytes, not_loaded_by,
+    },
     variant::{GroupSize, Order},
 };
 
-/// The reader that the column `ExLlama` speaks of.
-const EXLLAMA: &str = "ExLlama, ExLlamaV2";
+/// The reader of the column `ExLlama`.
+const EXLLAMA: &str = "ExLlamaV2";
+
+/// The reader that the section on vLLM is for.
+const VLLM: &str = "vLLM 0.30 and newer";
 
 /// A row of the table of branches.
 #[derive(Serialize)]
@@ -29,6 +35,8 @@ struct Row {
     seq_len: usize,
     size: String,
     exllama: &'static str,
+    /// Maintained programs that refuse it.
+    not_loaded_by: String,
     /// As measured on the first text, if at all.
     perplexity: Option<String>,
     kl_divergence: Option<String>,
@@ -42,11 +50,11 @@ pub(super) fn facts(
     at: usize,
     source: &SourceCard,
     options: &CardOptions,
-) -> Value {
+) -> Result<Value> {
     let folder = run.join(&report.branches[at].branch);
-    let prompt = prompt::prompt(&folder, options.prompt_template.as_deref());
-    let marlin = report.branches.iter().filter(|branch| takes(branch, "Marlin") == Some(true));
-    json!({
+    let prompt = prompt::prompt(&folder, options.prompt_template.as_deref())?;
+    let vllm = report.branches.iter().filter(|branch| takes(branch, VLLM) == Some(true));
+    Ok(json!({
         "metadata": metadata::block(report, source, options),
         "branch": report.branches[at].branch,
         "branches": report.branches.iter().map(|branch| row(report, branch)).collect::<Vec<_>>(),
@@ -61,7 +69,8 @@ pub(super) fn facts(
         },
         "evaluations": report.evaluations.iter().map(evaluation).collect::<Vec<_>>(),
         "readers": readers(report),
-        "marlin_branches": marlin.map(|branch| &branch.branch).collect::<Vec<_>>(),
+        "vllm_branches": vllm.map(|branch| &branch.branch).collect::<Vec<_>>(),
+        "recommendations": recommendations(report),
         "prompt": prompt,
         "licence": {
             "id": source.text_of("license"),
@@ -76,7 +85,7 @@ pub(super) fn facts(
         "command": report.command.join(" "),
         "warnings": report.warnings,
         "source_card": source.text,
-    })
+    }))
 }
 
 fn row(report: &Report, branch: &BranchReport) -> Row {
@@ -97,10 +106,14 @@ fn row(report: &Report, branch: &BranchReport) -> Row {
         },
         symmetric: variant.symmetric,
         damp: report.plan.damp.to_string(),
-        dataset: report.calibration.source.dataset.clone(),
+        dataset: report.calibration.names(),
         seq_len: report.calibration.seq_len,
         size: bytes(branch.bytes),
         exllama: if takes(branch, EXLLAMA) == Some(true) { "Yes" } else { "No" },
+        not_loaded_by: match not_loaded_by(&branch.readers) {
+            names if names.is_empty() => "–".into(),
+            names => names.join(", "),
+        },
         perplexity: measured.map(|model| shown(&model.perplexity, 4)),
         kl_divergence: measured.map(|model| shown(&model.kl_divergence, 6)),
         description: description(report, branch),
@@ -140,9 +153,27 @@ fn description(report: &Report, branch: &BranchReport) -> String {
     parts.join(" ")
 }
 
-/// Whether a reader whose name begins so takes a branch; none when there is no such reader.
+/// For each maintained reader: the closest of the measured branches that it loads, or where nothing was measured all of them.
+fn recommendations(report: &Report) -> Vec<Value> {
+    let Some(first) = report.branches.first() else { return Vec::new() };
+    let evaluation = report.evaluations.first();
+    let divergence = |branch: &BranchReport| {
+        Some(evaluation?.model_named(&branch.branch)?.kl_divergence.value).filter(|kl| kl.is_finite())
+    };
+    let one = |reader: &ReaderReport| {
+        let loaded: Vec<&BranchReport> =
+            report.branches.iter().filter(|branch| takes(branch, &reader.name) == Some(true)).collect();
+        let measured = loaded.iter().filter_map(|branch| Some((branch, divergence(branch)?)));
+        let closest = measured.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(branch, _)| &branch.branch);
+        let loaded: Vec<&String> = loaded.iter().map(|branch| &branch.branch).collect();
+        json!({ "reader": reader.name, "closest": closest, "loaded": loaded })
+    };
+    first.readers.iter().filter(|reader| reader.living).map(one).collect()
+}
+
+/// Whether a reader takes a branch; none when there is no such reader.
 fn takes(branch: &BranchReport, reader: &str) -> Option<bool> {
-    let found = branch.readers.iter().find(|known| known.name.starts_with(reader))?;
+    let found = branch.readers.iter().find(|known| known.name == reader)?;
     Some(found.refused.is_none())
 }
 

@@ -11,9 +11,10 @@ mod source;
 
 use std::path::{Path, PathBuf};
 
-use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig, value::Serde};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, value::Serde};
 
 use crate::{
+    chat::syntax,
     error::{Error, HubError, Result},
     hub::Reference,
     report::{Report, markdown_text},
@@ -99,17 +100,10 @@ pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<S
     let wrong = |error: &minijinja::Error| template_error(&path, error);
     let template = environment.template_from_str(text).map_err(|error| wrong(&error))?;
     let one = |at: usize| {
-        let facts = facts::facts(report, run, at, &source, options);
+        let facts = facts::facts(report, run, at, &source, options)?;
         template.render(Value::from(Serde(facts))).map_err(|error| wrong(&error))
     };
     (0..report.branches.len()).map(one).collect()
-}
-
-/// As transformers reads chat templates: lines of tags alone leave nothing behind.
-fn syntax() -> SyntaxConfig {
-    let mut syntax = SyntaxConfig::builder();
-    syntax.trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true);
-    syntax.build().expect("the usual delimiters")
 }
 
 fn template_error(path: &Path, error: &minijinja::Error) -> Error {

@@ -1,12 +1,13 @@
 //! The form in which a model expects to be spoken to.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
-use minijinja::{Environment, value::Serde};
 use serde::Serialize;
-use serde_json::{Value, json};
 
-use super::syntax;
+use crate::{
+    chat::{ChatTemplate, Message},
+    error::Result,
+};
 
 /// What a card says about prompts.
 #[derive(Debug, Serialize)]
@@ -18,64 +19,32 @@ pub(super) struct Prompt {
 }
 
 /// As given, else from the chat template in a branch's folder, else just the text.
-pub(super) fn prompt(branch: &Path, given: Option<&str>) -> Prompt {
+///
+/// # Errors
+/// When the folder's tokenizer files cannot be read.
+pub(super) fn prompt(branch: &Path, given: Option<&str>) -> Result<Prompt> {
     if let Some(text) = given {
-        return Prompt { text: text.to_owned(), origin: "given" };
+        return Ok(Prompt { text: text.to_owned(), origin: "given" });
     }
-    let Some((template, tokens)) = chat_template(branch) else {
-        return Prompt { text: "{prompt}".into(), origin: "none" };
+    let Some(template) = ChatTemplate::read(branch)? else {
+        return Ok(Prompt { text: "{prompt}".into(), origin: "none" });
     };
-    let system = json!({ "role": "system", "content": "{system_message}" });
-    let user = json!({ "role": "user", "content": "{prompt}" });
-    let filled =
-        fill(&template, &[system, user.clone()], &tokens).or_else(|| fill(&template, &[user], &tokens));
-    match filled.filter(|text| text.contains("{prompt}")) {
+    let system = Message::new("system", "{system_message}");
+    let user = Message::new("user", "{prompt}");
+    // A template may refuse system messages.
+    let filled = template.render(&[system, user.clone()], true).or_else(|_| template.render(&[user], true));
+    Ok(match filled.ok().filter(|text| text.contains("{prompt}")) {
         Some(text) => Prompt { text, origin: "chat template" },
-        None => Prompt { text: template, origin: "raw chat template" },
-    }
-}
-
-/// The template and the special tokens it may name.
-fn chat_template(branch: &Path) -> Option<(String, Value)> {
-    let config = fs::read(branch.join("tokenizer_config.json")).ok();
-    let config: Value = config.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
-    let own = fs::read_to_string(branch.join("chat_template.jinja")).ok();
-    let listed = || match config.get("chat_template")? {
-        Value::String(template) => Some(template.clone()),
-        Value::Array(several) => {
-            let default = several.iter().find(|one| one["name"] == "default")?;
-            default["template"].as_str().map(str::to_owned)
-        }
-        _ => None,
-    };
-    let template = own.or_else(listed)?;
-    let token = |key: &str| {
-        let token = &config[key];
-        token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default().to_owned()
-    };
-    let tokens = json!({ "bos_token": token("bos_token"), "eos_token": token("eos_token") });
-    Some((template, tokens))
-}
-
-fn fill(template: &str, messages: &[Value], tokens: &Value) -> Option<String> {
-    let mut environment = Environment::new();
-    environment.set_syntax(syntax());
-    environment.set_fuel(Some(100_000));
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-        Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-    });
-    let values = json!({
-        "messages": messages,
-        "add_generation_prompt": true,
-        "bos_token": tokens["bos_token"],
-        "eos_token": tokens["eos_token"],
-    });
-    environment.render_str(template, minijinja::Value::from(Serde(values))).ok()
+        None => Prompt { text: template.source().to_owned(), origin: "raw chat template" },
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
+    use serde_json::json;
+
     use super::*;
 
     fn of(files: &[(&str, &str)]) -> (String, &'static str) {
@@ -83,7 +52,7 @@ mod tests {
         for (name, text) in files {
             fs::write(folder.path().join(name), text).unwrap();
         }
-        let Prompt { text, origin } = prompt(folder.path(), None);
+        let Prompt { text, origin } = prompt(folder.path(), None).unwrap();
         (text, origin)
     }
 
@@ -120,6 +89,6 @@ mod tests {
         ] {
             assert_eq!(of(&[("chat_template.jinja", broken)]), (broken.into(), "raw chat template"));
         }
-        assert_eq!(prompt(Path::new("/none"), Some("USER: {prompt}")).text, "USER: {prompt}");
+        assert_eq!(prompt(Path::new("/none"), Some("USER: {prompt}")).unwrap().text, "USER: {prompt}");
     }
 }

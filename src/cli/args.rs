@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use gptq::{
-    plan::{ComputeDtype, OnFailure},
-    variant::Variant,
+    plan::{ComputeDtype, DatasetShare, OnFailure},
+    variant::{Variant, VariantSet},
 };
 
 use super::{accuracy_args::AccuracyArgs, card::CardArgs, publish::PublishArgs};
@@ -55,7 +55,7 @@ pub(super) enum Command {
     Report(ReportArgs),
     /// Fail when a run is worse than fp16 allows, or than a baseline, which is kept in a file
     Gate(super::gate::GateArgs),
-    /// Go on with a text, to read what a quantized (or unquantized) model says
+    /// Generate text with a quantized or dense model
     Generate(GenerateArgs),
     /// Say what a folder holds
     Inspect(InspectArgs),
@@ -86,8 +86,13 @@ pub(super) struct QuantizeArgs {
     /// Settings from a file; flags go before them
     #[arg(long, value_name = "FILE")]
     pub(super) plan: Option<PathBuf>,
+    /// Calibration text: a recipe (wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of
+    /// parquet files; conversations go through the model's chat template. Repeatable, with a weight: wikitext2:3 chat.jsonl:1
+    /// [default: wikitext2]
+    #[arg(long = "dataset", value_name = "DATASET[:WEIGHT]")]
+    pub(super) datasets: Vec<DatasetShare>,
     #[command(flatten)]
-    pub(super) text: TextArgs,
+    pub(super) places: TextPlaces,
     /// Calibration windows [default: 128]
     #[arg(long, value_name = "N")]
     pub(super) samples: Option<usize>,
@@ -97,8 +102,11 @@ pub(super) struct QuantizeArgs {
     /// Where the windows begin [default: 0]
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<u64>,
+    /// A list of variants: card, the four of the model cards of 2023; serve, what vLLM and all other living servers run; all
+    /// [default: card, unless --variant is given]
+    #[arg(long, value_name = "SET", value_enum)]
+    pub(super) set: Option<SetArg>,
     /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static; repeatable
-    /// [default: the model card's four]
     #[arg(long = "variant", value_name = "VARIANT")]
     pub(super) variants: Vec<Variant>,
     /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01]
@@ -128,9 +136,9 @@ pub(super) struct QuantizeArgs {
     /// Largest weights file, e.g. 5GB [default: 10GB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(super) max_shard_size: Option<u64>,
-    /// Text to evaluate the branches on: recipe, file or folder [default: what the recipe says]
+    /// Text to evaluate the branches on: recipe, file or folder; repeatable [default: what the recipes say]
     #[arg(long, value_name = "DATASET")]
-    pub(super) eval: Option<String>,
+    pub(super) eval: Vec<String>,
     /// Windows to evaluate on
     #[arg(long, value_name = "N", default_value_t = 16)]
     pub(super) eval_windows: usize,
@@ -139,6 +147,27 @@ pub(super) struct QuantizeArgs {
     pub(super) no_eval: bool,
     #[command(flatten)]
     pub(super) cache: CacheArgs,
+}
+
+/// [`VariantSet`] as an argument.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum SetArg {
+    /// The four branches of the model cards of 2023: 4bit-128g, and 32g, 64g and 128g with act order
+    Card,
+    /// Sequential g_idx, for vLLM and all other living servers: 4bit-128g, 4bit-64g, 4bit-32g, 8bit-128g
+    Serve,
+    /// Both
+    All,
+}
+
+impl From<SetArg> for VariantSet {
+    fn from(set: SetArg) -> Self {
+        match set {
+            SetArg::Card => Self::Card,
+            SetArg::Serve => Self::Serve,
+            SetArg::All => Self::All,
+        }
+    }
 }
 
 /// Where a model is run, and in what.
@@ -167,7 +196,8 @@ pub(super) struct CacheArgs {
 /// Where text comes from.
 #[derive(Debug, Args)]
 pub(super) struct TextArgs {
-    /// A recipe (wikitext2, wikitext2-test, c4), a .parquet, .txt or .jsonl file, or a folder of parquet files
+    /// A recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of parquet
+    /// files
     #[arg(long, value_name = "DATASET")]
     pub(super) dataset: Option<String>,
     #[command(flatten)]
@@ -184,7 +214,7 @@ pub(super) struct TextPlaces {
     /// Split of a folder of parquet files
     #[arg(long, value_name = "NAME")]
     pub(super) split: Option<String>,
-    /// Column with the text [default: text]
+    /// Column with the text or the messages [default: text, else messages, conversations, or prompt with completion]
     #[arg(long, value_name = "NAME")]
     pub(super) text_column: Option<String>,
 }
@@ -215,8 +245,8 @@ pub(super) struct EvalArgs {
     /// A quantized folder, or OWNER/NAME:BRANCH on the Hub; repeatable
     #[arg(long, value_name = "MODEL")]
     pub(super) quantized: Vec<PathBuf>,
-    /// A recipe (wikitext2, wikitext2-test, c4), a .parquet, .txt or .jsonl file, or a folder of parquet files; repeatable
-    /// [default: wikitext2-test]
+    /// A recipe (wikitext2-test, wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of parquet
+    /// files; repeatable [default: wikitext2-test]
     #[arg(long = "dataset", value_name = "DATASET")]
     pub(super) datasets: Vec<String>,
     #[command(flatten)]
@@ -281,9 +311,12 @@ pub(super) struct GenerateArgs {
     pub(super) dir: PathBuf,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
-    /// The text to go on with
+    /// The text to continue, or with --chat the user's message
     #[arg(long, value_name = "TEXT")]
     pub(super) prompt: String,
+    /// Render the prompt with the model's chat template, as the message of a user
+    #[arg(long)]
+    pub(super) chat: bool,
     /// Tokens to make at most
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(super) max_tokens: usize,

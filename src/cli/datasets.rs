@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::Result;
 use gptq::{
     Error,
-    calibration::{CorpusSource, Recipe, SourceOptions},
+    calibration::{Corpus, CorpusSource, Recipe, SourceOptions},
+    chat::ChatTemplate,
     hub::{Hub, Reference},
 };
 
@@ -20,6 +21,11 @@ pub(super) fn options(args: &TextPlaces) -> SourceOptions {
     let mut roots = args.dataset_dir.clone();
     roots.push(hub::cache());
     SourceOptions { text_column: args.text_column.clone(), split: args.split.clone(), roots }
+}
+
+/// The rows of a dataset; conversations are rendered with the chat template of the model in `model`.
+pub(super) fn load(source: &CorpusSource, model: &Path) -> gptq::Result<Corpus> {
+    source.load(ChatTemplate::read(model)?.as_ref())
 }
 
 /// The files of a dataset; a recipe's that are not on this machine are fetched from the Hub.

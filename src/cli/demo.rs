@@ -7,7 +7,7 @@ use gptq::{
     calibration::{Corpus, Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
     model::Compute,
-    pipeline::{self, Place, Run},
+    pipeline::{self, CalibrationText, Place, Run},
     plan::Plan,
     verify,
 };
@@ -53,7 +53,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(source.path())?;
     let tokenizer = Tokenizer::open(source.path())?;
     let plan = Plan {
-        dataset: "demo calibration text".into(),
+        dataset: vec!["demo calibration text".into()],
         samples: SAMPLES,
         seq_len: SEQ_LEN,
         ..Plan::default()
@@ -73,8 +73,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let run = Run {
         plan: &plan,
         checkpoint: &checkpoint,
-        tokens: &tokens,
-        provenance: calibration.provenance(),
+        texts: &[CalibrationText { tokens, provenance: calibration.provenance() }],
         place,
         command: &command::words(),
         stop: &*signals::stop_flag(output)?,

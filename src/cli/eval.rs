@@ -90,7 +90,7 @@ fn windows(args: &EvalArgs, reference: &Checkpoint, output: &OutputArgs) -> Resu
     let mut all = Vec::new();
     for name in &named {
         let source = datasets::resolve(name, &datasets::options(&args.places), output)?;
-        let corpus = source.load()?;
+        let corpus = datasets::load(&source, reference.dir())?;
         let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
         for &seq_len in &args.seq_len {
             let count = args.windows.map(|count| count * longest / seq_len.max(1));

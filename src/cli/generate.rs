@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use gptq::{
+    chat::{ChatTemplate, Message},
     checkpoint::Checkpoint,
     generation::{Request, Sampling, generate},
 };
@@ -15,8 +16,17 @@ use super::{
 pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
     let compute = args.compute.resolve(&checkpoint, output)?;
+    let prompt = match args.chat {
+        true => {
+            let template = ChatTemplate::read(checkpoint.dir())?;
+            let template = template.ok_or_else(|| gptq::Error::NoChatTemplate { what: "--chat".into() })?;
+            template.render(&[Message::new("user", &args.prompt)], true)?
+        }
+        false => args.prompt.clone(),
+    };
     let request = Request {
-        prompt: args.prompt.clone(),
+        prompt,
+        rendered: args.chat,
         max_tokens: args.max_tokens,
         sampling: Sampling {
             temperature: args.temperature,
@@ -29,7 +39,8 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let (mut begun, mut printed) = (false, Ok(()));
     let mut piece = |piece: &str| {
         if output.json.is_none() && printed.is_ok() {
-            let prompt = if begun { "" } else { &args.prompt };
+            // An answer stands alone; a continued text needs its beginning.
+            let prompt = if begun || args.chat { "" } else { &args.prompt };
             begun = true;
             printed = terminal::piece(&format!("{prompt}{piece}"));
         }

@@ -137,9 +137,9 @@ fn text(i: &Inspection) -> String {
                 q.bits,
                 q.group_size,
                 match (q.desc_act, q.static_groups) {
-                    (false, _) => "no",
+                    (_, true) => "yes (static groups)",
                     (true, false) => "yes",
-                    (true, true) => "yes (static groups)",
+                    (false, false) => "no",
                 },
                 if q.symmetric { "symmetric" } else { "asymmetric" },
                 q.checkpoint_format,

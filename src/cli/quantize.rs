@@ -4,16 +4,17 @@ use std::path::Path;
 
 use anyhow::Result;
 use gptq::{
-    calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens, Windows},
+    calibration::{CorpusSource, Recipe, SourceOptions, Tokenizer, Tokens, Windows},
     card,
     checkpoint::Checkpoint,
     device,
     eval::{self, Candidate},
     model::Compute,
-    pipeline::{self, Place, Run},
-    plan::{ComputeDtype, Plan},
+    pipeline::{self, CalibrationText, Place, Run},
+    plan::{ComputeDtype, DatasetShare, Plan},
     progress::Progress,
     report::{Evaluation, Report, evaluation_table, run_table},
+    variant::{Variant, VariantSet},
 };
 
 use super::{
@@ -34,31 +35,34 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),
-        ..datasets::options(&args.text.places)
+        ..datasets::options(&args.places)
     };
-    let source = datasets::resolve(&plan.dataset, &options, output)?;
-    let evaluation_source = evaluation_source(args, &source, &options, output)?;
+    let resolve = |dataset: &DatasetShare| datasets::resolve(&dataset.name, &options, output);
+    let sources = plan.dataset.iter().map(resolve).collect::<Result<Vec<_>>>()?;
+    let evaluation_sources = evaluation_sources(args, &sources, &options, output)?;
     let tokenizer = Tokenizer::open(&model.folder)?;
     let vocab_size = checkpoint.config().vocab_size;
-    let corpus = source.load()?;
-    let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
-    // Text that cannot be evaluated on should be known now, not after the night.
-    let evaluation_windows = match &evaluation_source {
-        Some(source) => {
-            let corpus = source.load()?;
-            let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
-            Some(evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?)
-        }
-        None => None,
+    let load = |source: &CorpusSource| datasets::load(source, &model.folder);
+    let corpora = sources.iter().map(load).collect::<gptq::Result<Vec<_>>>()?;
+    let text = |corpus| {
+        let tokens = Tokens::new(corpus, &tokenizer, vocab_size)?;
+        Ok(CalibrationText { tokens, provenance: corpus.provenance() })
     };
+    let texts = corpora.iter().map(text).collect::<gptq::Result<Vec<_>>>()?;
+    // Text that cannot be evaluated on should be known now, not after the night.
+    let windows = |source: &CorpusSource| {
+        let corpus = load(source)?;
+        let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
+        Ok((source.name().to_owned(), evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?))
+    };
+    let evaluation_texts = evaluation_sources.iter().map(windows).collect::<gptq::Result<Vec<_>>>()?;
 
     let terminal = Terminal::new(output);
     let stop = signals::stop_flag(output)?;
     let run = Run {
         plan: &plan,
         checkpoint: &checkpoint,
-        tokens: &tokens,
-        provenance: corpus.provenance(),
+        texts: &texts,
         place,
         command: &command::words(),
         stop: &stop,
@@ -67,23 +71,17 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         pipeline::quantize(&run, &terminal).inspect_err(|error| say_what_is_kept(error, &place, output))?;
     model.sign(&mut finished.report.model);
     card::keep_source_card(&model.folder, &args.out)?;
-    if let (Some(source), Some(windows)) = (&evaluation_source, &evaluation_windows) {
+    if !evaluation_texts.is_empty() {
         // Where the run was; in what the kernels there multiply packed weights with.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
-        let (out, name) = (&args.out, source.name());
-        let cache = args.cache.dir();
+        let (out, cache) = (&args.out, args.cache.dir());
         let report = &mut finished.report;
-        for windows in windows {
-            let mut found = evaluate_branches(
-                report,
-                out,
-                &checkpoint,
-                windows,
-                name,
-                compute,
-                cache.as_deref(),
-                &terminal,
-            )?;
+        for (name, windows) in
+            evaluation_texts.iter().flat_map(|(name, all)| all.iter().map(move |w| (name, w)))
+        {
+            let cache = cache.as_deref();
+            let mut found =
+                evaluate_branches(report, out, &checkpoint, windows, name, compute, cache, &terminal)?;
             found.model.clone_from(&report.model.name);
             report.evaluations.push(found);
         }
@@ -177,7 +175,9 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
             *field = value;
         }
     }
-    set(&mut plan.dataset, args.text.dataset.clone());
+    if !args.datasets.is_empty() {
+        plan.dataset.clone_from(&args.datasets);
+    }
     set(&mut plan.samples, args.samples);
     set(&mut plan.seq_len, args.seq_len);
     set(&mut plan.seed, args.seed);
@@ -189,10 +189,15 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.max_shard_size, args.max_shard_size);
     set(&mut plan.max_memory, args.max_memory.map(Some));
     set(&mut plan.max_device_memory, args.max_device_memory.map(Some));
-    set(&mut plan.split, args.text.places.split.clone().map(Some));
-    set(&mut plan.text_column, args.text.places.text_column.clone().map(Some));
-    if !args.variants.is_empty() {
-        plan.variants.clone_from(&args.variants);
+    set(&mut plan.split, args.places.split.clone().map(Some));
+    set(&mut plan.text_column, args.places.text_column.clone().map(Some));
+    if args.set.is_some() || !args.variants.is_empty() {
+        plan.variants = args.set.map_or_else(Vec::new, |set| VariantSet::from(set).variants());
+        // What a set holds already need not be a mistake; a variant given twice is, and the plan's check says so.
+        let extra =
+            args.variants.iter().filter(|variant| args.set.is_none() || !plan.variants.contains(variant));
+        let extra: Vec<Variant> = extra.copied().collect();
+        plan.variants.extend(extra);
     }
     plan.shared_hessian |= args.shared_hessian;
     Ok(plan)
@@ -203,31 +208,40 @@ fn anywhere(options: &SourceOptions) -> SourceOptions {
     SourceOptions { roots: options.roots.clone(), split: None, text_column: None }
 }
 
-/// What to evaluate on: what was asked for, else what the recipe names, if it is on this machine.
-fn evaluation_source(
+/// What to evaluate on: what was asked for, else what the recipes name, as far as it can be had.
+fn evaluation_sources(
     args: &QuantizeArgs,
-    calibration: &CorpusSource,
+    calibration: &[CorpusSource],
     options: &SourceOptions,
     output: &OutputArgs,
-) -> Result<Option<CorpusSource>> {
+) -> Result<Vec<CorpusSource>> {
+    let options = anywhere(options);
     if args.no_eval {
-        return Ok(None);
+        return Ok(Vec::new());
     }
-    if let Some(name) = &args.eval {
-        return Ok(Some(datasets::resolve(name, &anywhere(options), output)?));
+    if !args.eval.is_empty() {
+        return args.eval.iter().map(|name| datasets::resolve(name, &options, output)).collect();
     }
-    let Some(name) = calibration.recipe().map(|recipe| recipe.evaluate().to_owned()) else {
+    let mut names: Vec<&str> = Vec::new();
+    for name in calibration.iter().filter_map(CorpusSource::recipe).map(Recipe::evaluate) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if names.is_empty() {
         terminal::note(output, "the branches will not be evaluated: name a text with --eval");
-        return Ok(None);
-    };
-    match datasets::resolve(&name, &anywhere(options), output) {
-        Ok(source) => Ok(Some(source)),
-        Err(error) => match error.downcast_ref() {
-            Some(gptq::Error::DatasetNotFound { .. } | gptq::Error::Hub(_)) => {
-                terminal::note(output, &format!("the branches will not be evaluated: {error}"));
-                Ok(None)
-            }
-            _ => Err(error),
-        },
     }
+    let mut sources = Vec::new();
+    for name in names {
+        match datasets::resolve(name, &options, output) {
+            Ok(source) => sources.push(source),
+            Err(error) => match error.downcast_ref() {
+                Some(gptq::Error::DatasetNotFound { .. } | gptq::Error::Hub(_)) => {
+                    terminal::note(output, &format!("the branches will not be evaluated on {name}: {error}"));
+                }
+                _ => return Err(error),
+            },
+        }
+    }
+    Ok(sources)
 }

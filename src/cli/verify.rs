@@ -1,6 +1,6 @@
 //! `gptq verify`.
 
-use std::fmt::Write;
+use std::{fmt::Write, path::Path};
 
 use anyhow::{Result, bail};
 use gptq::{
@@ -28,7 +28,7 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     if args.device.is_none() && args.text.dataset.is_some() {
         bail!("--dataset is the text for --device, which is not given");
     }
-    let kernel = args.device.as_ref().map(|device| kernel(args, device, output)).transpose()?;
+    let kernel = args.device.as_ref().map(|device| kernel(args, device, &folder, output)).transpose()?;
     let options = kernel.as_ref().map(|(device, corpus)| {
         let (device, dtype) = (*device, args.compute_dtype);
         KernelOptions { device, dtype, corpus }
@@ -45,11 +45,14 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
 }
 
 /// What to run the linears on: device and text.
-fn kernel(args: &VerifyArgs, device: &str, output: &OutputArgs) -> Result<(Device, Corpus)> {
+fn kernel(args: &VerifyArgs, device: &str, model: &Path, output: &OutputArgs) -> Result<(Device, Corpus)> {
     let choice = device::resolve(device)?;
     choice.note.iter().for_each(|note| terminal::note(output, note));
     let corpus = match &args.text.dataset {
-        Some(name) => datasets::resolve(name, &datasets::options(&args.text.places), output)?.load()?,
+        Some(name) => {
+            let source = datasets::resolve(name, &datasets::options(&args.text.places), output)?;
+            datasets::load(&source, model)?
+        }
         None => demo::calibration_text()?,
     };
     Ok((choice.device, corpus))

@@ -91,6 +91,7 @@ pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Pro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::variant::VariantSet;
 
     fn provenance() -> Provenance {
         Provenance {
@@ -109,13 +110,13 @@ mod tests {
 
     #[test]
     fn quantize_config_is_that_of_the_model_cards_era() {
-        let text = quantize_config_json(&Variant::card()[0], &provenance()).to_string();
+        let text = quantize_config_json(&VariantSet::Card.variants()[0], &provenance()).to_string();
         assert_eq!(
             text,
             r#"{"bits":4,"group_size":128,"damp_percent":0.01,"desc_act":false,"sym":true,"true_sequential":true,"model_name_or_path":null,"model_file_base_name":"model"}"#
         );
         let with_static = quantize_config_json(&"4bit-128g-static".parse().unwrap(), &provenance());
-        assert_eq!((&with_static["static_groups"], &with_static["desc_act"]), (&true.into(), &true.into()));
+        assert_eq!((&with_static["static_groups"], &with_static["desc_act"]), (&true.into(), &false.into()));
     }
 
     #[test]
@@ -125,13 +126,13 @@ mod tests {
             ("torch_dtype", json!({"hidden_size": 8, "torch_dtype": "float32"})),
             ("torch_dtype", json!({"hidden_size": 8})),
         ] {
-            let config = quantized_config_json(&source, &Variant::card()[1], &provenance());
+            let config = quantized_config_json(&source, &VariantSet::Card.variants()[1], &provenance());
             assert_eq!((&config["hidden_size"], &config[key]), (&8.into(), &"float16".into()));
             let quantization = &config["quantization_config"];
             assert_eq!(quantization["desc_act"], true);
             // Of act order's branch.
             assert_eq!(quantization["act_group_aware"], false);
-            let main = quantized_config_json(&source, &Variant::card()[0], &provenance());
+            let main = quantized_config_json(&source, &VariantSet::Card.variants()[0], &provenance());
             assert_eq!(main["quantization_config"]["act_group_aware"], true);
             assert_eq!(quantization["checkpoint_format"], "gptq");
             let meta = &quantization["meta"];

@@ -18,6 +18,9 @@ impl Error {
                  T.from_pretrained('{0}').save_pretrained('{0}')\"",
                 path.display()
             ),
+            Self::NoChatTemplate { .. } => {
+                "use an instruct model, put its chat_template.jinja into the folder, or use plain text".into()
+            }
             Self::DatasetNotFound { fetch, .. } => fetch.clone(),
             Self::OutOfFolder { .. } => {
                 "copy the folder with what its links lead to, if you trust them: cp -rL FOLDER COPY".into()

@@ -221,6 +221,20 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// A chat template that is broken, or refuses a conversation.
+    #[error("the chat template in `{file}` cannot be applied: {problem}")]
+    ChatTemplate {
+        /// The file that holds it.
+        file: &'static str,
+        /// Its line, and the reason.
+        problem: String,
+    },
+    /// Conversations, and a model without a chat template.
+    #[error("{what} needs a chat template, and the model has none")]
+    NoChatTemplate {
+        /// The dataset or option that needs it.
+        what: String,
+    },
     /// A dataset name that is neither a recipe nor a file.
     #[error("dataset `{name}` is neither a recipe ({known}) nor a file or folder")]
     UnknownDataset {

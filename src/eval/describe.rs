@@ -24,9 +24,9 @@ pub fn describe(checkpoint: &Checkpoint) -> Result<CheckpointReport> {
         group_size: quantization.group_size.as_config(),
         digest: checkpoint.digest()?,
         act_order: match (quantization.desc_act, quantization.static_groups) {
-            (false, _) => "no",
+            (_, true) => "static",
             (true, false) => "yes",
-            (true, true) => "static",
+            (false, false) => "no",
         }
         .into(),
         symmetric: quantization.sym,

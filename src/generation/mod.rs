@@ -1,4 +1,4 @@
-//! Text that a model goes on with: the last step of a validation is to read what it says.
+//! Text generation with a quantized or dense model: the last step of a validation is to read its text.
 
 mod sampler;
 
@@ -19,8 +19,10 @@ use crate::{
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
-    /// Goes through the tokenizer as it is, with the tokenizer's own BOS rule.
+    /// The text to continue.
     pub prompt: String,
+    /// Whether a chat template rendered the prompt. Its special tokens then stand in the text; otherwise the tokenizer adds its own.
+    pub rendered: bool,
     /// Tokens to make, at most.
     pub max_tokens: usize,
     /// How they are chosen.
@@ -60,7 +62,7 @@ pub struct Generated {
     pub tokens_per_second: Option<f64>,
 }
 
-/// Goes on with a prompt; `emit` gets each piece of text as it comes.
+/// Continues a prompt; `emit` gets each piece of text as it comes.
 ///
 /// # Errors
 /// When the prompt has no tokens or does not fit the context, or the model cannot be run or does not fit the device.
@@ -75,7 +77,10 @@ pub fn generate(
     let config = checkpoint.config();
     let mut sampler = Sampler::new(&request.sampling)?;
     let tokenizer = Tokenizer::open(checkpoint.dir())?;
-    let mut ids = tokenizer.encode(&request.prompt)?;
+    let mut ids = match request.rendered {
+        true => tokenizer.encode_rendered(&request.prompt)?,
+        false => tokenizer.encode(&request.prompt)?,
+    };
     let context = config.max_position_embeddings;
     let value =
         |what: &str, expected: String, found: String| Error::Value { what: what.into(), expected, found };

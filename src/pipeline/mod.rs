@@ -31,15 +31,17 @@ use std::{
 use tch::{Device, Kind};
 
 use crate::{
-    calibration::{self, Tokens, Windows, check_seq_len},
+    calibration::{self, Tokens, Windows, check_seq_len, shares},
     checkpoint::{Checkpoint, LinearId, dense_tensors},
     device,
     emit::{Provenance, remove_unfinished},
     equalization::Equalization,
     error::{Error, Result},
-    plan::{ComputeDtype, Plan},
+    plan::{ComputeDtype, DatasetShare, Plan},
     progress::{Event, Progress},
-    report::{CalibrationReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report},
+    report::{
+        CalibrationReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport,
+    },
     rotation::Rotated,
 };
 pub use journal::{Begun, begun};
@@ -59,16 +61,22 @@ pub struct Run<'a> {
     pub plan: &'a Plan,
     /// The dense source.
     pub checkpoint: &'a Checkpoint,
-    /// The calibration text.
-    pub tokens: &'a Tokens<'a>,
-    /// Where that text comes from, for the report.
-    pub provenance: &'a calibration::Provenance,
+    /// The calibration texts, as many as the plan has datasets and in their order.
+    pub texts: &'a [CalibrationText<'a>],
     /// Where the branches go; what the same run left there unfinished is gone on with.
     pub place: Place<'a>,
     /// The command, for the report: without paths of this machine.
     pub command: &'a [String],
     /// Set by whoever wants the run to stop; it then ends at the next batch or linear.
     pub stop: &'a AtomicBool,
+}
+
+/// One calibration text.
+pub struct CalibrationText<'a> {
+    /// Its tokens.
+    pub tokens: Tokens<'a>,
+    /// Where it comes from, for the report.
+    pub provenance: &'a calibration::Provenance,
 }
 
 /// A run whose branches are in their places. Until it is completed, the same run can be gone on with from here.
@@ -99,15 +107,22 @@ impl Finished {
 /// # Errors
 /// When anything at all does not fit, before the work where it can be known before.
 pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
-    let Run { plan, checkpoint, tokens, provenance: text, place, command, .. } = run;
+    let Run { plan, checkpoint, texts, place, command, .. } = run;
     check(plan, checkpoint, place)?;
-    let windows = Windows::random(tokens, plan.samples, plan.seq_len, plan.seed)?;
+    let weights: Vec<u32> = plan.dataset.iter().map(DatasetShare::weight).collect();
+    let shares = shares(&weights, plan.samples)?;
+    let drawn: Vec<(&Tokens<'_>, usize)> =
+        texts.iter().map(|text| &text.tokens).zip(shares.iter().copied()).collect();
+    let windows = Windows::mixed(&drawn, plan.seq_len, plan.seed)?;
     check_dense(checkpoint)?;
-    let mut warnings = warnings(checkpoint, plan, &windows);
+    let mut warnings = warnings(checkpoint, plan, &windows, texts);
+    // A local text was given by its path on this machine.
+    let plan = &Plan { dataset: without_paths(&plan.dataset, texts), ..(*plan).clone() };
+    let dataset = text_names(&drawn);
     warnings.iter().for_each(|text| progress.event(&Event::Warning(text)));
 
     let mut folder = OutputFolder::create(place)?;
-    let identity = Identity::new(plan, checkpoint, tokens.dataset(), &windows)?;
+    let identity = Identity::new(plan, checkpoint, &windows)?;
     let mut journal = Journal::open(place, identity, checkpoint.config().num_layers)?;
     if journal.layers() == 0 {
         folder.empty()?;
@@ -117,7 +132,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
-        dataset: tokens.dataset().to_owned(),
+        dataset,
         dataset_sha256: windows.digest().to_owned(),
         samples: plan.samples,
         seq_len: plan.seq_len,
@@ -154,14 +169,12 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         schema: REPORT_SCHEMA.into(),
         generated_by: GENERATED_BY.into(),
         command: command.to_vec(),
-        // A local text was given by its path on this machine.
-        plan: Plan { dataset: tokens.dataset().to_owned(), ..(*plan).clone() },
+        plan: plan.clone(),
         refinements,
         model: model_report(checkpoint)?,
         calibration: CalibrationReport {
-            source: (*text).clone(),
+            sources: texts.iter().zip(&shares).map(|(text, &samples)| source_report(text, samples)).collect(),
             sha256: windows.digest().to_owned(),
-            text_tokens: tokens.count(),
             samples: windows.count(),
             seq_len: windows.seq_len(),
         },
@@ -276,8 +289,47 @@ fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {
     })
 }
 
-fn warnings(checkpoint: &Checkpoint, plan: &Plan, windows: &Windows) -> Vec<String> {
+/// The plan's datasets, each by the name of its text.
+fn without_paths(datasets: &[DatasetShare], texts: &[CalibrationText<'_>]) -> Vec<DatasetShare> {
+    let name = |text: &CalibrationText<'_>| text.tokens.dataset().to_owned();
+    let named = datasets.iter().zip(texts);
+    named.map(|(dataset, text)| DatasetShare { name: name(text), weight: dataset.weight }).collect()
+}
+
+/// `wikitext2`, or `wikitext2 (96 windows) and chat.jsonl (32 windows)`.
+fn text_names(texts: &[(&Tokens<'_>, usize)]) -> String {
+    match texts {
+        [(one, _)] => one.dataset().to_owned(),
+        many => {
+            let named = many.iter().map(|(text, windows)| format!("{} ({windows} windows)", text.dataset()));
+            named.collect::<Vec<_>>().join(" and ")
+        }
+    }
+}
+
+fn source_report(text: &CalibrationText<'_>, samples: usize) -> SourceReport {
+    SourceReport {
+        provenance: text.provenance.clone(),
+        samples: Some(samples),
+        text_tokens: text.tokens.count(),
+    }
+}
+
+fn warnings(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    windows: &Windows,
+    texts: &[CalibrationText<'_>],
+) -> Vec<String> {
     let mut warnings = Vec::new();
+    for text in texts {
+        if let Some(calibration::Refused { count, first, reason }) = &text.provenance.refused {
+            let name = text.tokens.dataset();
+            warnings.push(format!(
+                "{count} conversations of {name} are left out; the first is row {first}: {reason}"
+            ));
+        }
+    }
     let extra = checkpoint.extra();
     if !extra.is_empty() {
         let named = extra.iter().take(3).copied().collect::<Vec<_>>().join(", ");

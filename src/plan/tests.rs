@@ -43,7 +43,10 @@ fn refuses_values_that_make_no_sense() {
         Plan { refine: Some(2), samples: 1, ..Plan::default() },
         Plan { refine: Some(2), quality: Quality::Best, ..Plan::default() },
         Plan { variants: vec![], ..Plan::default() },
-        Plan { variants: [Variant::card(), Variant::card()].concat(), ..Plan::default() },
+        Plan {
+            variants: [VariantSet::Card.variants(), VariantSet::Card.variants()].concat(),
+            ..Plan::default()
+        },
         Plan { max_shard_size: 10, ..Plan::default() },
     ];
     for plan in cases {

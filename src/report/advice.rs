@@ -1,6 +1,9 @@
 //! The recommendation in words.
 
-use super::{Comparison, Entry, bytes, recommendation::FACTOR};
+use super::{
+    Comparison, Entry, bytes,
+    recommendation::{FACTOR, ForReaders},
+};
 
 /// One recommended model.
 pub(super) struct Advice<'a> {
@@ -25,15 +28,15 @@ impl Advice<'_> {
 }
 
 /// What to take, the first first; empty where nothing was measured.
-pub(super) fn advice(comparison: &Comparison) -> Vec<Advice<'_>> {
+pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     let Some(choice) = &comparison.recommendation else { return Vec::new() };
     let entry = |i: usize| &comparison.entries[i];
     let closest = entry(choice.closest);
-    let advice = |when: &str, entry, because| Advice {
+    let advice = |when: &str, entry: &'a Entry, because: String| Advice {
         when: when.to_owned(),
         entry,
         what: in_words(entry),
-        because,
+        because: because + &not_for(entry),
         figures: figures(comparison, entry),
     };
     let measured = comparison.entries.iter().filter(|e| e.main().is_some()).count();
@@ -53,22 +56,35 @@ pub(super) fn advice(comparison: &Comparison) -> Vec<Advice<'_>> {
         let because = format!("{:.1}% smaller, {times:.1} times as far from fp16", saved * 100.0);
         all.push(advice("If it must be smaller", smaller, because));
     }
-    if let Some(everywhere) = choice.everywhere.map(entry) {
-        let own = everywhere.readers().1;
-        let gained = closest.readers().1.into_iter().map(|r| r.name.as_str());
-        let gained: Vec<&str> = gained.filter(|name| own.iter().all(|r| r.name != *name)).collect();
-        match all.iter_mut().skip(1).find(|a| a.entry.name == everywhere.name) {
-            Some(same) => {
-                same.when += ", or run everywhere";
-                same.because += &format!("; also taken by {}", gained.join(", "));
-            }
+    for ForReaders { readers, entry: chosen } in &choice.for_readers {
+        let Some(chosen) = chosen.map(entry) else { continue };
+        let names = readers.join(", ");
+        match all.iter_mut().skip(1).find(|a| a.entry.name == chosen.name) {
+            Some(same) => same.when += &format!(", or for {names}"),
             None => {
-                let because = format!("The closest that is also taken by {}", gained.join(", "));
-                all.push(advice("If it must run everywhere", everywhere, because));
+                let them = if readers.len() == 1 { "it" } else { "they" };
+                let load = if readers.len() == 1 { "loads" } else { "load" };
+                all.push(advice(&format!("For {names}"), chosen, format!("The closest that {them} {load}")));
             }
         }
     }
     all
+}
+
+/// Which maintained readers refuse an entry, as the end of a sentence.
+fn not_for(entry: &Entry) -> String {
+    match entry.not_loaded_by() {
+        names if names.is_empty() => String::new(),
+        names => format!("; not loaded by {}", names.join(", ")),
+    }
+}
+
+/// The readers that load nothing of what was measured.
+pub(super) fn unserved(comparison: &Comparison) -> Option<String> {
+    let choice = comparison.recommendation.as_ref()?;
+    let none = choice.for_readers.iter().filter(|choice| choice.entry.is_none());
+    let names: Vec<&str> = none.flat_map(|choice| &choice.readers).map(String::as_str).collect();
+    (!names.is_empty()).then(|| format!("For {}: none of these; they load none of them.", names.join(", ")))
 }
 
 /// How the recommendation follows from the figures.
@@ -79,7 +95,7 @@ pub(super) fn rule(comparison: &Comparison) -> String {
     format!(
         "Rule: the smallest mean KL divergence from fp16 on {} ({} windows of {} tokens), and of those whose 95% interval \
          of the difference includes none, the smallest file; then the smallest file with at most {FACTOR} times that \
-         divergence; then the closest one that the most software takes.",
+         divergence; then, for each maintained program that refuses the first, the closest one that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )
 }

@@ -109,10 +109,21 @@ impl Entry {
         self.main().map(|m| m.kl_divergence.value)
     }
 
+    /// The maintained readers that do not take it.
+    pub fn not_loaded_by(&self) -> Vec<&str> {
+        not_loaded_by(&self.checkpoint.readers)
+    }
+
     /// Readers that take it, and those that do not.
     pub fn readers(&self) -> (Vec<&ReaderReport>, Vec<&ReaderReport>) {
         self.checkpoint.readers.iter().partition(|reader| reader.refused.is_none())
     }
+}
+
+/// Of some readers, the names of the maintained ones that refuse.
+pub(crate) fn not_loaded_by(readers: &[ReaderReport]) -> Vec<&str> {
+    let refuse = readers.iter().filter(|reader| reader.living && reader.refused.is_some());
+    refuse.map(|reader| reader.name.as_str()).collect()
 }
 
 impl Comparison {
@@ -248,7 +259,7 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
         .into(),
         symmetric: variant.symmetric,
         damp: Some(report.plan.damp),
-        dataset: Some(report.calibration.source.dataset.clone()),
+        dataset: Some(report.calibration.names()),
         seq_len: Some(report.calibration.seq_len),
         samples: Some(report.calibration.samples),
         bytes: branch.weight_bytes,

@@ -73,10 +73,17 @@ pub struct CheckpointReport {
 /// One reader and why it does not take a checkpoint, if so.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReaderReport {
-    /// The software, and the kernel where that decides.
+    /// The software and its versions.
     pub name: String,
+    /// Whether it is maintained in these versions, and reads GPTQ.
+    #[serde(default = "yes")]
+    pub living: bool,
     /// None when it loads and computes what was meant.
     pub refused: Option<String>,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Quality against the unquantized model, on the same tokens.

@@ -72,7 +72,7 @@ pub(super) fn headers(comparison: &Comparison) -> Vec<(String, &'static str)> {
         ("calibrated on".into(), ""),
         ("seq. length".into(), "tokens of a calibration window"),
         ("made by".into(), ""),
-        ("readers".into(), "software that takes it"),
+        ("readers".into(), "maintained programs that load it"),
     ]);
     headers
 }
@@ -95,19 +95,20 @@ pub(super) fn interval(interval: Interval, digits: usize, signed: bool) -> Cell 
     Cell { text, sort: value.to_string() }
 }
 
-/// `7 of 8, not mistral.rs`.
+/// Of the maintained readers: `5 of 7, not vLLM, mistral.rs`.
 fn readers(entry: &Entry) -> Cell {
-    let (take, refuse) = entry.readers();
-    let all = take.len() + refuse.len();
+    let all = entry.checkpoint.readers.iter().filter(|reader| reader.living).count();
     if all == 0 {
         return none();
     }
-    let mut text = format!("{} of {all}", take.len());
+    let refuse = entry.not_loaded_by();
+    let take = all - refuse.len();
+    let mut text = format!("{take} of {all}");
     if !refuse.is_empty() {
-        let short = |name: &str| name.split([' ', ',']).next().unwrap_or(name).to_owned();
-        text += &format!(", not {}", refuse.iter().map(|r| short(&r.name)).collect::<Vec<_>>().join(", "));
+        let short = |name: &&str| name.split([' ', ',', '\'']).next().unwrap_or(name).to_owned();
+        text += &format!(", not {}", refuse.iter().map(short).collect::<Vec<_>>().join(", "));
     }
-    Cell { text, sort: take.len().to_string() }
+    Cell { text, sort: take.to_string() }
 }
 
 /// One of the worst linears.

@@ -155,16 +155,53 @@ pub struct ModelSource {
 /// The calibration text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CalibrationReport {
-    /// Where the text comes from: recipe or file name, repository, revision, files and their digests.
-    pub source: Provenance,
+    /// The texts.
+    #[serde(alias = "source", deserialize_with = "one_or_many")]
+    pub sources: Vec<SourceReport>,
     /// SHA-256 of the windows' token ids as little-endian 32-bit integers.
     pub sha256: String,
-    /// Tokens of the whole text; none when documents were tokenized as they were drawn.
-    pub text_tokens: Option<usize>,
     /// Windows.
     pub samples: usize,
     /// Tokens a window.
     pub seq_len: usize,
+}
+
+/// One calibration text.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SourceReport {
+    /// Where the text comes from: recipe or file name, repository, revision, files and their digests.
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Windows that it gave; none in reports of versions that took one text.
+    #[serde(default)]
+    pub samples: Option<usize>,
+    /// Tokens of the whole text; none when its rows were tokenized as they were drawn.
+    #[serde(default)]
+    pub text_tokens: Option<usize>,
+}
+
+impl CalibrationReport {
+    /// `wikitext2`, or `wikitext2 + chat.jsonl`.
+    pub fn names(&self) -> String {
+        let names: Vec<&str> = self.sources.iter().map(|source| source.provenance.dataset.as_str()).collect();
+        names.join(" + ")
+    }
+}
+
+/// Versions that took one text wrote it without a list.
+fn one_or_many<'de, D: serde::Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<Vec<SourceReport>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OneOrMany {
+        Many(Vec<SourceReport>),
+        One(Box<SourceReport>),
+    }
+    Ok(match OneOrMany::deserialize(from)? {
+        OneOrMany::Many(many) => many,
+        OneOrMany::One(one) => vec![*one],
+    })
 }
 
 /// How it was computed.

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::{
     Comparison,
-    advice::{advice, headline, rule},
+    advice::{advice, headline, rule, unserved},
     costs::{Costs, costs},
     figures::{cells, headers, interval, worst},
     provenance,
@@ -38,6 +38,9 @@ fn first_part(comparison: &Comparison) -> String {
     for advice in advice(comparison) {
         let line = text(&advice.line());
         let _ = writeln!(out, "- **{}:** `{}`. {line}", advice.when, code(&advice.entry.name));
+    }
+    if let Some(line) = unserved(comparison) {
+        let _ = writeln!(out, "- {}", text(&line));
     }
     out.push('\n');
     table(&mut out, comparison, shown);

@@ -14,6 +14,7 @@ mod recommendation;
 pub mod statistics;
 mod text;
 
+pub(crate) use comparison::not_loaded_by;
 pub use comparison::{COMPARISON_SCHEMA, Comparison, Entry, RunInput, RunSummary, Source};
 pub use evaluation::{
     CheckpointReport, EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, Interval,
@@ -23,9 +24,9 @@ pub use html::html;
 pub(crate) use json::read_schema;
 pub use json::{
     BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
-    ModelSource, REPORT_FILE, REPORT_SCHEMA, Report, StageMemory, StageSeconds,
+    ModelSource, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport, StageMemory, StageSeconds,
 };
 pub use markdown::markdown;
 pub(crate) use markdown::text as markdown_text;
-pub use recommendation::{FACTOR, Recommendation};
+pub use recommendation::{FACTOR, ForReaders, Recommendation};
 pub use text::{bytes, comparison_table, duration, evaluation_table, run_table};

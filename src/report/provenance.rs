@@ -1,6 +1,6 @@
 //! What is needed to make a run again.
 
-use super::{Comparison, Evaluation, LayersComputed, RunSummary};
+use super::{Comparison, Evaluation, LayersComputed, RunSummary, SourceReport};
 
 /// A heading and its facts: name and value.
 pub(super) type Facts = (String, Vec<(String, String)>);
@@ -14,7 +14,6 @@ pub(super) fn all(comparison: &Comparison) -> Vec<Facts> {
 fn run(run: &RunSummary) -> Facts {
     let report = &run.report;
     let (plan, calibration, compute) = (&report.plan, &report.calibration, &report.compute);
-    let source = &calibration.source;
     let mut facts: Vec<(&str, String)> = Vec::new();
     if !report.command.is_empty() {
         facts.push(("command", command(&report.command)));
@@ -32,14 +31,24 @@ fn run(run: &RunSummary) -> Facts {
     facts.push(("damping, seed, Hessians", format!("{}, {}, {hessians}", plan.damp, plan.seed)));
     facts.push((
         "calibration",
-        format!("{} windows of {} tokens of {}", calibration.samples, calibration.seq_len, source.dataset),
+        format!(
+            "{} windows of {} tokens of {}",
+            calibration.samples,
+            calibration.seq_len,
+            calibration.names()
+        ),
     ));
-    if let Some(repository) = &source.repository {
-        let revision = source.revision.as_deref().unwrap_or("unknown");
-        facts.push(("text from", format!("{repository}, revision {revision}")));
-    }
-    for file in &source.files {
-        facts.push(("text file", format!("{}, sha256 {}", file.name, file.sha256)));
+    for SourceReport { provenance: source, samples, .. } in &calibration.sources {
+        if let (Some(samples), true) = (samples, calibration.sources.len() > 1) {
+            facts.push(("text", format!("{}, {samples} windows", source.dataset)));
+        }
+        if let Some(repository) = &source.repository {
+            let revision = source.revision.as_deref().unwrap_or("unknown");
+            facts.push(("text from", format!("{repository}, revision {revision}")));
+        }
+        for file in &source.files {
+            facts.push(("text file", format!("{}, sha256 {}", file.name, file.sha256)));
+        }
     }
     facts.push(("calibration tokens", format!("sha256 {}", calibration.sha256)));
     facts.push((

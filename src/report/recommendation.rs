@@ -16,8 +16,17 @@ pub struct Recommendation {
     pub as_close: Vec<usize>,
     /// The smallest file with at most [`FACTOR`] times that divergence, where it is smaller than the closest.
     pub smaller: Option<usize>,
-    /// The closest of those that every reader takes that takes any of them, where `closest` is refused by one.
-    pub everywhere: Option<usize>,
+    /// For the maintained readers that refuse `closest`: the closest one that they take.
+    pub for_readers: Vec<ForReaders>,
+}
+
+/// What to take for readers that refuse the closest model.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ForReaders {
+    /// Their names.
+    pub readers: Vec<String>,
+    /// The closest one that they take; none where they take none that was measured.
+    pub entry: Option<usize>,
 }
 
 impl Recommendation {
@@ -42,11 +51,15 @@ impl Recommendation {
         let smaller = smaller.min_by(|a, b| size(a).cmp(&size(b)).then(kl(a).total_cmp(&kl(b))));
         let smaller = smaller.filter(|i| size(i) < size(&closest));
 
-        let refusals = |i: &usize| entries[*i].readers().1.len();
-        let fewest = measured.iter().map(refusals).min()?;
-        let everywhere = measured.iter().copied().filter(|i| refusals(i) == fewest);
-        let everywhere = everywhere.min_by(|a, b| kl(a).total_cmp(&kl(b)));
-        let everywhere = everywhere.filter(|i| refusals(&closest) > fewest && *i != closest);
-        Some(Self { closest, as_close: close, smaller, everywhere })
+        let mut for_readers: Vec<ForReaders> = Vec::new();
+        for reader in entries[closest].not_loaded_by() {
+            let takes = |i: &usize| entries[*i].readers().0.iter().any(|other| other.name == reader);
+            let entry = measured.iter().copied().filter(takes).min_by(|a, b| kl(a).total_cmp(&kl(b)));
+            match for_readers.iter_mut().find(|known| known.entry == entry) {
+                Some(known) => known.readers.push(reader.to_owned()),
+                None => for_readers.push(ForReaders { readers: vec![reader.to_owned()], entry }),
+            }
+        }
+        Some(Self { closest, as_close: close, smaller, for_readers })
     }
 }

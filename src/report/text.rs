@@ -4,7 +4,8 @@ use std::fmt::Write;
 
 use super::{
     Comparison, Evaluation, Interval, Report,
-    advice::{advice, headline, rule},
+    advice::{advice, headline, rule, unserved},
+    comparison::not_loaded_by,
     figures::{cells, headers},
 };
 use crate::variant::Order;
@@ -31,8 +32,17 @@ pub fn bytes(count: u64) -> String {
 
 /// The branches of a run: what each is, how large, how far its linears are off; and which linears are not what was asked for.
 pub fn run_table(report: &Report) -> String {
-    let header =
-        ["branch", "bits", "group", "act order", "size", "bits/weight", "mean error", "worst linear"];
+    let header = [
+        "branch",
+        "bits",
+        "group",
+        "act order",
+        "size",
+        "bits/weight",
+        "mean error",
+        "worst linear",
+        "not loaded by",
+    ];
     let rows = report.branches.iter().map(|branch| {
         let errors = || branch.linears.iter().map(|l| l.relative_error);
         let worst = branch.linears.iter().max_by(|a, b| a.relative_error.total_cmp(&b.relative_error));
@@ -51,6 +61,7 @@ pub fn run_table(report: &Report) -> String {
             format!("{:.3}", branch.bits_per_weight),
             format!("{mean:.4}"),
             worst.map_or_else(String::new, |l| format!("{:.4} {}", l.relative_error, short(&l.name))),
+            not_loaded_by(&branch.readers).join(", "),
         ]
     });
     let mut text = table(&header, rows.collect());
@@ -78,6 +89,9 @@ pub fn comparison_table(comparison: &Comparison) -> String {
     let mut text = format!("{}\n\n", headline(comparison));
     for advice in advice(comparison) {
         let _ = writeln!(text, "{}: {}. {}", advice.when, advice.entry.name, advice.line());
+    }
+    if let Some(line) = unserved(comparison) {
+        let _ = writeln!(text, "{line}");
     }
     let _ = writeln!(text, "\n{}{}", table(&names, rows.collect()), rule(comparison));
     text

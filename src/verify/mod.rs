@@ -18,7 +18,7 @@ use crate::{
 };
 pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_kernels};
 pub use numeric::LinearDistance;
-pub use readers::{readers, readers_of};
+pub use readers::{readers, readers_markdown, readers_of};
 pub use rounding::KERNEL_TOLERANCE;
 pub use structure::ScaleSigns;
 use structure::Structure;

@@ -8,10 +8,11 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 27] = [
+const LAYERS: [&str; 28] = [
     "error",
     "progress",
     "folder",
+    "chat",
     "device",
     "cuda",
     "variant",

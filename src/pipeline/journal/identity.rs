@@ -20,7 +20,7 @@ const FREE: [&str; 4] = ["device", "max-memory", "max-device-memory", "on-failur
 pub(in crate::pipeline) struct Identity {
     /// `gptq 0.1.0`.
     version: String,
-    /// The plan's keys, but for [`FREE`]; `dataset` is the text's name, wherever it lies.
+    /// The plan's keys, but for [`FREE`]; `dataset` holds the texts' names, wherever they lie.
     plan: Map<String, Value>,
     /// SHA-256 of the calibration windows' token ids.
     tokens: String,
@@ -33,18 +33,12 @@ pub(in crate::pipeline) struct Identity {
 impl Identity {
     /// # Errors
     /// When the source cannot be read.
-    pub(in crate::pipeline) fn new(
-        plan: &Plan,
-        checkpoint: &Checkpoint,
-        dataset: &str,
-        windows: &Windows,
-    ) -> Result<Self> {
+    pub(in crate::pipeline) fn new(plan: &Plan, checkpoint: &Checkpoint, windows: &Windows) -> Result<Self> {
         let json = |source| Error::Json { path: "plan".into(), source };
         let Value::Object(mut settings) = serde_json::to_value(plan).map_err(json)? else {
             unreachable!("a plan is a table");
         };
         settings.retain(|key, _| !FREE.contains(&key.as_str()));
-        settings.insert("dataset".into(), dataset.into());
         let config = Sha256::digest(checkpoint.config().raw().to_string());
         Ok(Self {
             version: GENERATED_BY.into(),
