@@ -12,6 +12,7 @@ use std::{
 
 use gptq::{
     calibration::{Corpus, CorpusSource, SourceOptions},
+    chat::{ChatTemplate, Message},
     checkpoint::{Checkpoint, LinearId, QuantizationConfig, dense_tensors, packed},
     plan::Plan,
     progress::Silent,
@@ -58,20 +59,37 @@ pub(crate) fn quantize_config(data: &[u8]) {
     });
 }
 
-/// `data` as a parquet file of text.
+/// `data` as a parquet file of text, and of messages.
 pub(crate) fn parquet(data: &[u8]) {
-    let _ = Corpus::from_parquet_bytes("fuzz", data.to_vec(), "text");
+    for column in ["text", "messages"] {
+        let _ = Corpus::from_parquet_bytes("fuzz", data.to_vec(), column);
+    }
 }
 
 /// `data` without its first byte as a file of text, whose kind that byte decides.
 pub(crate) fn jsonl(data: &[u8]) {
     let Some((kind, data)) = data.split_first() else { return };
-    let name = ["a.jsonl", "a.jsonl.gz", "a.json", "a.txt"][usize::from(kind % 4)];
+    let names = ["a.jsonl", "a.jsonl.gz", "a.json", "a.txt", "a.json.zst", "a.txt.gz"];
+    let name = names[usize::from(*kind) % names.len()];
     with_folder(|folder| {
         folder.write(name, data);
+        folder.write("chat_template.jinja", b"{% for m in messages %}{{ m.role + m.content }}{% endfor %}");
+        let template = ChatTemplate::read(&folder.path()).unwrap();
         let path = folder.path().join(name);
         let source = CorpusSource::resolve(&path.to_string_lossy(), &SourceOptions::default());
-        let _ = source.and_then(|source| source.load());
+        let _ = source.and_then(|source| source.load(template.as_ref()));
+    });
+}
+
+/// `data` as a chat template, and as the file that may hold one.
+pub(crate) fn chat_template(data: &[u8]) {
+    with_folder(|folder| {
+        for name in ["tokenizer_config.json", "chat_template.jinja"] {
+            folder.write(name, data);
+            if let Ok(Some(template)) = ChatTemplate::read(&folder.path()) {
+                let _ = template.render(&[Message::new("user", "Hi"), Message::new("assistant", "Ho")], true);
+            }
+        }
     });
 }
 
@@ -86,7 +104,7 @@ pub(crate) fn plan(data: &[u8]) {
         }
         let roots = vec![folder.path()];
         let options = SourceOptions { roots, ..SourceOptions::default() };
-        let _ = CorpusSource::resolve(&path.to_string_lossy(), &options).and_then(|source| source.load());
+        let _ = CorpusSource::resolve(&path.to_string_lossy(), &options).and_then(|source| source.load(None));
     });
 }
 

@@ -9,9 +9,7 @@ use super::{Address, CardOptions, metadata, prompt, source::SourceCard};
 use crate::{
     emit::is_licence,
     error::Result,
-    report::{
-        BranchReport, EvaluatedModel, Evaluation, Interval, ReaderReport, Report, bytes, not_loaded_by,
-    },
+    report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report, bytes, not_loaded_by},
     variant::{GroupSize, Order},
 };
 
@@ -153,22 +151,31 @@ fn description(report: &Report, branch: &BranchReport) -> String {
     parts.join(" ")
 }
 
-/// For each maintained reader: the closest of the measured branches that it loads, or where nothing was measured all of them.
+/// What to take for each maintained reader: of the branches that it loads, the smallest and the closest as measured. Readers that
+/// load the same ones stand together.
 fn recommendations(report: &Report) -> Vec<Value> {
-    let Some(first) = report.branches.first() else { return Vec::new() };
-    let evaluation = report.evaluations.first();
-    let divergence = |branch: &BranchReport| {
-        Some(evaluation?.model_named(&branch.branch)?.kl_divergence.value).filter(|kl| kl.is_finite())
-    };
-    let one = |reader: &ReaderReport| {
+    let mut choices: Vec<(Vec<&str>, Vec<&BranchReport>)> = Vec::new();
+    let readers = report.branches.first().map_or(&[][..], |first| &first.readers);
+    for reader in readers.iter().filter(|reader| reader.living) {
         let loaded: Vec<&BranchReport> =
             report.branches.iter().filter(|branch| takes(branch, &reader.name) == Some(true)).collect();
+        match choices.iter_mut().find(|known| known.1 == loaded) {
+            Some(known) => known.0.push(&reader.name),
+            None => choices.push((vec![&reader.name], loaded)),
+        }
+    }
+    let divergence = |branch: &BranchReport| {
+        let measured = report.evaluations.first()?.model_named(&branch.branch)?;
+        Some(measured.kl_divergence.value).filter(|kl| kl.is_finite())
+    };
+    let one = |(readers, loaded): &(Vec<&str>, Vec<&BranchReport>)| {
         let measured = loaded.iter().filter_map(|branch| Some((branch, divergence(branch)?)));
         let closest = measured.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(branch, _)| &branch.branch);
+        let smallest = loaded.iter().min_by_key(|branch| branch.bytes).map(|branch| &branch.branch);
         let loaded: Vec<&String> = loaded.iter().map(|branch| &branch.branch).collect();
-        json!({ "reader": reader.name, "closest": closest, "loaded": loaded })
+        json!({ "readers": readers, "closest": closest, "smallest": smallest, "loaded": loaded })
     };
-    first.readers.iter().filter(|reader| reader.living).map(one).collect()
+    choices.iter().map(one).collect()
 }
 
 /// Whether a reader takes a branch; none when there is no such reader.

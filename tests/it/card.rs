@@ -71,10 +71,12 @@ fn everything_that_is_known_is_on_the_card() {
         &format!("git clone --single-branch --branch {ACT} https://huggingface.co/me/Tiny-GPTQ\n"),
         &format!("name, revision = \"me/Tiny-GPTQ\", \"{ACT}\""),
         &format!("hf download me/Tiny-GPTQ --revision {ACT}"),
-        "| mistral.rs | Yes | No: act order gives wrong results |",
+        "| vLLM 0.30 and newer |",
+        "| llama.cpp's converter | Yes | Yes |",
+        "For transformers 5, GPTQModel 7, llama.cpp's converter: ",
         "The tokenizer of this model has no chat template",
         of_report("/calibration/sha256"),
-        of_report("/calibration/source/files/0/sha256"),
+        of_report("/calibration/sources/0/files/0/sha256"),
         of_report("/evaluations/0/sha256"),
         "states the licence llama2 (LICENSE.txt)",
         "Copied from it: [`LICENSE.txt`](LICENSE.txt), [`USE_POLICY.md`](USE_POLICY.md).",
@@ -127,7 +129,7 @@ fn what_was_not_measured_is_not_claimed() {
     let lab = run(&[]);
     fs::remove_file(lab.out().join("source-card.md")).unwrap();
     let mut report = read_json(&lab.out().join("run.json"));
-    report["calibration"]["source"]["dataset"] = "odd|name".into();
+    report["calibration"]["sources"][0]["dataset"] = "odd|name".into();
     write_json(&lab.out().join("run.json"), &report);
     let card = card(&lab, &[]);
     for word in [

@@ -49,7 +49,7 @@ fn logits(checkpoint: &Checkpoint, windows: &Windows, compute: Compute) -> Tenso
 fn cuda_device_logits_are_those_of_the_cpu() {
     let lab = branches(&["4bit-128g", "4bit-32g-act", "8bit-64g-asym", "3bit-128g"]);
     let corpus = CorpusSource::resolve(&text_of(&demo("evaluation.parquet")), &SourceOptions::default());
-    let corpus = corpus.unwrap().load().unwrap();
+    let corpus = corpus.unwrap().load(None).unwrap();
     let tokenizer = Tokenizer::open(&demo("")).unwrap();
     for dir in folders(&lab).into_iter().chain([demo("")]) {
         let checkpoint = Checkpoint::open(&dir).unwrap();

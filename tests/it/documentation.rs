@@ -34,3 +34,19 @@ fn names_are_taken_from_the_last_column() {
     let table = "| a | b | test |\n|---|---|---|\n| x `y` | z | `one`, `two` |\n| no test | here |\n";
     assert_eq!(named_tests(table), ["one", "two"]);
 }
+
+/// `docs/readers.md` holds the table that the program applies. `GPTQ_UPDATE_DOCS=1 scripts/test readers_doc` writes it anew.
+#[test]
+fn the_readers_doc_is_the_table_of_the_program() {
+    const MARKS: [&str; 2] = ["<!-- readers -->\n", "<!-- end of readers -->"];
+    let path = repository().join("docs/readers.md");
+    let text = fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once(MARKS[0]).unwrap();
+    let (found, after) = rest.split_once(MARKS[1]).unwrap();
+    let expected = format!("\n{}\n", gptq::verify::readers_markdown());
+    if std::env::var_os("GPTQ_UPDATE_DOCS").is_some() {
+        fs::write(&path, [before, MARKS[0], &expected, MARKS[1], after].concat()).unwrap();
+        return;
+    }
+    assert_eq!(found, expected, "docs/readers.md is not what src/verify/readers.toml says");
+}

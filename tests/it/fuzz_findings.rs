@@ -10,13 +10,14 @@ mod bodies;
 /// What a target does with an input.
 type Body = fn(&[u8]);
 
-const TARGETS: [(&str, Body); 8] = [
+const TARGETS: [(&str, Body); 9] = [
     ("safetensors_header", bodies::safetensors_header),
     ("safetensors_index", bodies::safetensors_index),
     ("config", bodies::config),
     ("quantize_config", bodies::quantize_config),
     ("parquet", bodies::parquet),
     ("jsonl", bodies::jsonl),
+    ("chat_template", bodies::chat_template),
     ("plan", bodies::plan),
     ("verify", bodies::verify),
 ];

@@ -33,7 +33,7 @@ const FAULTS: [Fault; 4] = [
 
 fn corpus() -> Corpus {
     let source = CorpusSource::resolve(&text_of(&demo("evaluation.parquet")), &SourceOptions::default());
-    source.unwrap().load().unwrap()
+    source.unwrap().load(None).unwrap()
 }
 
 fn check(

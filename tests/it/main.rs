@@ -44,6 +44,7 @@ mod bad_settings;
 mod bench;
 mod block_tuning;
 mod card;
+mod chat;
 mod cuda_device;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;

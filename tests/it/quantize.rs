@@ -67,7 +67,7 @@ fn the_report_says_what_was_done(printed: &Value, out: &Path) {
     assert_eq!(report.generated_by, concat!("gptq ", env!("CARGO_PKG_VERSION")));
     assert_eq!((report.model.layers, report.model.parameters), (4, 5_114_112));
     assert_eq!((report.calibration.samples, report.calibration.seq_len), (8, 128));
-    assert_eq!(report.calibration.source.dataset, "calibration.parquet");
+    assert_eq!(report.calibration.sources[0].provenance.dataset, "calibration.parquet");
     assert_eq!(report.layer_seconds.len(), 4);
     let branches: Vec<&str> = report.branches.iter().map(|b| b.branch.as_str()).collect();
     assert_eq!(branches, ["main", "gptq-4bit-32g-actorder_True"]);

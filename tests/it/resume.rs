@@ -11,7 +11,7 @@ use gptq::{
     accuracy::Quality,
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens},
     checkpoint::Checkpoint,
-    pipeline::{self, Begun, Place, Run},
+    pipeline::{self, Begun, CalibrationText, Place, Run},
     plan::Plan,
     progress::{Event, Progress},
     report::Report,
@@ -45,7 +45,7 @@ impl Progress for StopAfter<'_> {
 
 fn plan(variants: &[&str]) -> Plan {
     Plan {
-        dataset: text_of(&demo("evaluation.parquet")),
+        dataset: vec![text_of(&demo("evaluation.parquet")).as_str().into()],
         samples: 6,
         seq_len: 64,
         variants: variants.iter().map(|v| v.parse().unwrap()).collect(),
@@ -56,15 +56,14 @@ fn plan(variants: &[&str]) -> Plan {
 /// Runs the plan in this program; with `stop_after`, until so many layers are finished.
 fn run(model: &Path, plan: &Plan, place: &Place<'_>, stop_after: Option<usize>) -> Result<Report> {
     let checkpoint = Checkpoint::open(model)?;
-    let corpus = CorpusSource::resolve(&plan.dataset, &SourceOptions::default())?.load()?;
+    let corpus = CorpusSource::resolve(&plan.dataset[0].name, &SourceOptions::default())?.load(None)?;
     let tokenizer = Tokenizer::open(model)?;
     let tokens = Tokens::new(&corpus, &tokenizer, checkpoint.config().vocab_size)?;
     let stop = AtomicBool::new(false);
     let run = Run {
         plan,
         checkpoint: &checkpoint,
-        tokens: &tokens,
-        provenance: corpus.provenance(),
+        texts: &[CalibrationText { tokens, provenance: corpus.provenance() }],
         place: *place,
         command: &[],
         stop: &stop,
@@ -184,7 +183,7 @@ fn a_run_begun_otherwise_is_refused_with_what_differs() {
     assert_eq!(refused(&damp, &lab.model()), "damp (0.01 then, 0.05 now)");
     let variants = plan(&["4bit-32g-act"]);
     assert_eq!(refused(&variants, &lab.model()), "variants (4bit-32g then, 4bit-32g-act now)");
-    let text = Plan { dataset: text_of(&demo("calibration.parquet")), ..then.clone() };
+    let text = Plan { dataset: vec![text_of(&demo("calibration.parquet")).as_str().into()], ..then.clone() };
     let differences = refused(&text, &lab.model());
     assert!(
         differences.contains("dataset (evaluation.parquet then, calibration.parquet now)"),
