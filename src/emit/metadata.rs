@@ -79,13 +79,33 @@ pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Pro
     });
     let mut config: Map<String, Value> = source.as_object().cloned().unwrap_or_default();
     // transformers 5 writes `dtype`, 4 `torch_dtype`; a reader of one does not know the other.
-    let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-    config.insert(key.into(), "float16".into());
-    if config.contains_key("torch_dtype") {
-        config.insert("torch_dtype".into(), "float16".into());
+    if config.contains_key("dtype") {
+        config.insert("dtype".into(), "float16".into());
     }
+    config.insert("torch_dtype".into(), "float16".into());
+    add_older_rope_keys(&mut config);
     config.insert("quantization_config".into(), quantization);
     config.into()
+}
+
+/// transformers 5 keeps the base and the scaling of RoPE in `rope_parameters`. Readers built on transformers 4 know `rope_theta` and
+/// `rope_scaling` alone, and would compute with a base of 10000 without a word. Parameters by layer type have no older spelling.
+fn add_older_rope_keys(config: &mut Map<String, Value>) {
+    let Some(Value::Object(parameters)) = config.get("rope_parameters") else { return };
+    let Some(theta) = parameters.get("rope_theta").cloned() else { return };
+    let kind = parameters.get("rope_type").or_else(|| parameters.get("type")).cloned();
+    let scaling = match kind {
+        Some(kind) if kind != "default" => {
+            let mut scaling = parameters.clone();
+            scaling.shift_remove("rope_theta");
+            // Until transformers 4.43 the key was `type`.
+            scaling.insert("type".into(), kind);
+            Value::Object(scaling)
+        }
+        _ => Value::Null,
+    };
+    config.entry("rope_theta").or_insert(theta);
+    config.entry("rope_scaling").or_insert(scaling);
 }
 
 #[cfg(test)]
@@ -117,6 +137,27 @@ mod tests {
         );
         let with_static = quantize_config_json(&"4bit-128g-static".parse().unwrap(), &provenance());
         assert_eq!((&with_static["static_groups"], &with_static["desc_act"]), (&true.into(), &false.into()));
+    }
+
+    #[test]
+    fn older_readers_find_the_rope_of_a_newer_config() {
+        let rope = |parameters: Value| {
+            let source = json!({"dtype": "bfloat16", "rope_parameters": parameters});
+            let config = quantized_config_json(&source, &VariantSet::Card.variants()[0], &provenance());
+            assert_eq!(config["rope_parameters"], source["rope_parameters"]);
+            assert_eq!((&config["dtype"], &config["torch_dtype"]), (&"float16".into(), &"float16".into()));
+            (config["rope_theta"].clone(), config["rope_scaling"].clone())
+        };
+        let plain = json!({"rope_type": "default", "rope_theta": 100000.0});
+        assert_eq!(rope(plain), (100000.0.into(), Value::Null));
+        let llama3 = json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0});
+        let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "type": "llama3"});
+        assert_eq!(rope(llama3), (500000.0.into(), scaling));
+        // What the source spells itself stays as it is, and so do parameters by layer type.
+        let both = json!({"rope_theta": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 2.0}});
+        assert_eq!(quantized_config_json(&both, &VariantSet::Card.variants()[0], &provenance())["rope_theta"], 1.0);
+        let by_layer = rope(json!({"full_attention": {"rope_type": "default", "rope_theta": 3.0}}));
+        assert_eq!(by_layer, (Value::Null, Value::Null));
     }
 
     #[test]

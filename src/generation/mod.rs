@@ -46,6 +46,8 @@ pub enum Stop {
 pub struct Generated {
     /// Without the prompt.
     pub text: String,
+    /// Its tokens, the end-of-sequence token not among them.
+    pub token_ids: Vec<u32>,
     /// Why it ended.
     pub stop: Stop,
     /// Tokens of the prompt, BOS included.
@@ -139,6 +141,7 @@ pub fn generate(
     let tokens_per_second = (decoded > 0).then(|| decoded as f64 / decode_seconds);
     Ok(Generated {
         text,
+        token_ids: ids.split_off(prompt_tokens),
         stop,
         prompt_tokens,
         tokens,

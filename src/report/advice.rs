@@ -2,7 +2,7 @@
 
 use super::{
     Comparison, Entry, bytes,
-    recommendation::{FACTOR, ForReaders},
+    recommendation::{FACTOR, ForReaders, USUAL_BITS},
 };
 
 /// One recommended model.
@@ -41,6 +41,8 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     };
     let measured = comparison.entries.iter().filter(|e| e.main().is_some()).count();
     let of = if measured > 1 { format!(" of the {measured} measured") } else { String::new() };
+    let bits = closest.checkpoint.bits;
+    let of = if choice.closer.is_some() { format!(" of those with {bits} bits or fewer") } else { of };
     let mut because = format!("Closest to fp16{of}");
     if !choice.as_close.is_empty() {
         let names: Vec<&str> = choice.as_close.iter().map(|&i| entry(i).name.as_str()).collect();
@@ -55,6 +57,12 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
         let saved = 1.0 - smaller.checkpoint.bytes as f64 / closest.checkpoint.bytes as f64;
         let because = format!("{:.1}% smaller, {times:.1} times as far from fp16", saved * 100.0);
         all.push(advice("If it must be smaller", smaller, because));
+    }
+    if let Some(closer) = choice.closer.map(entry) {
+        let times = closest.kl().unwrap_or(f64::NAN) / closer.kl().unwrap_or(f64::NAN);
+        let more = closer.checkpoint.bytes as f64 / closest.checkpoint.bytes as f64 - 1.0;
+        let because = format!("{:.0}% larger, {times:.0} times as close to fp16", more * 100.0);
+        all.push(advice("If there is room", closer, because));
     }
     for ForReaders { readers, entry: chosen } in &choice.for_readers {
         let Some(chosen) = chosen.map(entry) else { continue };
@@ -93,8 +101,8 @@ pub(super) fn rule(comparison: &Comparison) -> String {
         return "Nothing was measured, so nothing is recommended: run gptq eval first.".into();
     };
     format!(
-        "Rule: the smallest mean KL divergence from fp16 on {} ({} windows of {} tokens), and of those whose 95% interval \
-         of the difference includes none, the smallest file; then the smallest file with at most {FACTOR} times that \
+        "Rule: of at most {USUAL_BITS} bits, the smallest mean KL divergence from fp16 on {} ({} windows of {} tokens), and of \
+         those whose 95% interval of the difference includes none, the smallest file; then the smallest file with at most {FACTOR} times that \
          divergence; then, for each maintained program that refuses the first, the closest one that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )

@@ -4,7 +4,7 @@ use askama::Template;
 
 use super::{
     Comparison, Entry, EvaluatedModel,
-    advice::{Advice, advice, headline, rule},
+    advice::{Advice, advice, headline, rule, unserved},
     bytes,
     charts::{self, LINEARS, Picture, SERIES, place},
     costs::{Costs, costs},
@@ -20,6 +20,8 @@ struct Page<'a> {
     source: String,
     generated_by: &'a str,
     advice: Vec<Advice<'a>>,
+    /// Readers that load none of them.
+    unserved: Option<String>,
     rule: String,
     reference: String,
     pareto: Option<Picture>,
@@ -87,6 +89,7 @@ pub fn html(comparison: &Comparison) -> String {
         ),
         generated_by: comparison.generated_by,
         advice: advice(comparison),
+        unserved: unserved(comparison),
         rule: rule(comparison),
         reference: comparison.protocols.first().map_or_else(String::new, |p| {
             let value = interval(p.reference_perplexity, 4, false).text;

@@ -7,13 +7,19 @@ use super::{Entry, Interval, statistics::difference_of_means};
 /// The smaller file may be this many times as far from the unquantized model as the closest one.
 pub const FACTOR: f64 = 2.0;
 
+/// The width that is recommended where there is one: a quarter of fp16, and what every server runs.
+pub const USUAL_BITS: u32 = 4;
+
 /// Which to take, by position among the entries.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recommendation {
-    /// Smallest mean KL divergence; of those that cannot be told from that by paired windows, the smallest file.
+    /// Smallest mean KL divergence of those with at most [`USUAL_BITS`] bits, or of all where there are none; of those that cannot
+    /// be told from that by paired windows, the smallest file.
     pub closest: usize,
     /// Those that cannot be told from the smallest mean KL divergence, `closest` left out.
     pub as_close: Vec<usize>,
+    /// The one with the smallest mean KL divergence of all, where it has more bits than `closest`.
+    pub closer: Option<usize>,
     /// The smallest file with at most [`FACTOR`] times that divergence, where it is smaller than the closest.
     pub smaller: Option<usize>,
     /// For the maintained readers that refuse `closest`: the closest one that they take.
@@ -35,17 +41,23 @@ impl Recommendation {
         let kl = |i: &usize| entries[*i].kl().unwrap_or(f64::INFINITY);
         let measured: Vec<usize> =
             (0..entries.len()).filter(|&i| entries[i].kl().is_some_and(f64::is_finite)).collect();
-        let best = *measured.iter().min_by(|a, b| kl(a).total_cmp(&kl(b)))?;
+        let bits = |i: &usize| entries[*i].checkpoint.bits;
+        let usual: Vec<usize> = measured.iter().copied().filter(|i| bits(i) <= USUAL_BITS).collect();
+        let candidates = if usual.is_empty() { &measured } else { &usual };
+        let best = *candidates.iter().min_by(|a, b| kl(a).total_cmp(&kl(b)))?;
         let alike = |i: &usize| {
             let (a, b) = (entries[*i].main(), entries[best].main());
             let (Some(a), Some(b)) = (a, b) else { return false };
             let Interval { value, margin } = difference_of_means(&a.window_kl, &b.window_kl, window_tokens);
             margin.is_some_and(|margin| value <= margin)
         };
-        let mut close: Vec<usize> = measured.iter().copied().filter(|i| *i == best || alike(i)).collect();
+        let mut close: Vec<usize> = candidates.iter().copied().filter(|i| *i == best || alike(i)).collect();
         let size = |i: &usize| entries[*i].checkpoint.bytes;
         close.sort_by(|a, b| size(a).cmp(&size(b)).then(kl(a).total_cmp(&kl(b))));
         let closest = close.remove(0);
+
+        let closer = measured.iter().copied().min_by(|a, b| kl(a).total_cmp(&kl(b)));
+        let closer = closer.filter(|i| kl(i) < kl(&best) && bits(i) > bits(&closest));
 
         let smaller = measured.iter().copied().filter(|i| kl(i) <= FACTOR * kl(&best));
         let smaller = smaller.min_by(|a, b| size(a).cmp(&size(b)).then(kl(a).total_cmp(&kl(b))));
@@ -54,12 +66,15 @@ impl Recommendation {
         let mut for_readers: Vec<ForReaders> = Vec::new();
         for reader in entries[closest].not_loaded_by() {
             let takes = |i: &usize| entries[*i].readers().0.iter().any(|other| other.name == reader);
-            let entry = measured.iter().copied().filter(takes).min_by(|a, b| kl(a).total_cmp(&kl(b)));
+            let closest_of = |all: &[usize]| {
+                all.iter().copied().filter(takes).min_by(|a, b| kl(a).total_cmp(&kl(b)))
+            };
+            let entry = closest_of(candidates).or_else(|| closest_of(&measured));
             match for_readers.iter_mut().find(|known| known.entry == entry) {
                 Some(known) => known.readers.push(reader.to_owned()),
                 None => for_readers.push(ForReaders { readers: vec![reader.to_owned()], entry }),
             }
         }
-        Some(Self { closest, as_close: close, smaller, for_readers })
+        Some(Self { closest, as_close: close, closer, smaller, for_readers })
     }
 }

@@ -197,7 +197,7 @@ fn texts_that_are_not_there() {
     refused(
         &lab,
         &["--dataset", "wikitext", "--variant", "4bit-32g"],
-        "error: dataset `wikitext` is neither a recipe (wikitext2, wikitext2-test, c4) nor a file or folder",
+        "error: dataset `wikitext` is neither a recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk) nor a file or folder",
     );
     refused(
         &lab,
@@ -285,6 +285,6 @@ fn evaluation_that_cannot_work_is_known_before_the_run() {
     refused(
         &lab,
         &["--eval", "nothing.parquet", "--variant", "4bit-32g"],
-        "error: dataset `nothing.parquet` is neither a recipe (wikitext2, wikitext2-test, c4) nor a file or folder",
+        "error: dataset `nothing.parquet` is neither a recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk) nor a file or folder",
     );
 }
