@@ -34,7 +34,10 @@ fn open(path: &Path, packing: Packing) -> Result<Box<dyn BufRead>> {
     })
 }
 
-/// Appends a whole text file as one row.
+/// The byte order mark that some editors put in front of UTF-8. It is no part of the text.
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+
+/// Appends a whole text file as one row, its line ends as Python's text mode reads them: all of them become `\n`.
 pub(super) fn read_text(path: &Path, packing: Packing, rows: &mut Rows<'_>) -> Result<()> {
     let mut bytes = Vec::new();
     open(path, packing)?.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
@@ -42,7 +45,11 @@ pub(super) fn read_text(path: &Path, packing: Packing, rows: &mut Rows<'_>) -> R
         path: path.into(),
         problem: format!("byte {} of {} is not UTF-8", error.valid_up_to() + 1, bytes.len()),
     })?;
-    rows.push(text);
+    let text = text.strip_prefix('\u{FEFF}').unwrap_or(text);
+    match text.contains('\r') {
+        true => rows.push(&text.replace("\r\n", "\n").replace('\r', "\n")),
+        false => rows.push(text),
+    }
     Ok(())
 }
 
@@ -56,7 +63,7 @@ pub(super) fn read_json(
 ) -> Result<()> {
     let mut reader = open(path, packing)?;
     let mut objects = Objects::new(path, column);
-    match first_byte(&mut reader) {
+    match skip_byte_order_mark(&mut reader).and_then(|()| first_byte(&mut reader)) {
         Ok(Some(b'[')) => read_array(reader, path, &mut objects, rows),
         Ok(_) => read_lines(reader, path, &mut objects, rows),
         Err(error) => {
@@ -64,6 +71,13 @@ pub(super) fn read_json(
             Err(Error::Dataset { path: path.into(), problem })
         }
     }
+}
+
+fn skip_byte_order_mark(reader: &mut impl BufRead) -> std::io::Result<()> {
+    if reader.fill_buf()?.starts_with(BYTE_ORDER_MARK) {
+        reader.consume(BYTE_ORDER_MARK.len());
+    }
+    Ok(())
 }
 
 /// The first byte that is not white space, left in the reader; white space before it too, so that lines keep their numbers, unless
@@ -179,9 +193,12 @@ mod tests {
     }
 
     #[test]
-    fn plain_text_is_one_row_unchanged() {
-        let corpus = load("a.txt", "one\r\n\n two\n".as_bytes(), None).unwrap();
-        assert_eq!(corpus.rows().collect::<Vec<_>>(), ["one\r\n\n two\n"]);
+    fn plain_text_is_one_row_as_text_mode_reads_it() {
+        for content in ["one\n\n two\n", "one\r\n\r\n two\r\n", "\u{FEFF}one\n\n two\n", "one\r\r two\r"] {
+            let corpus = load("a.txt", content.as_bytes(), None).unwrap();
+            assert_eq!(corpus.rows().collect::<Vec<_>>(), ["one\n\n two\n"], "{content:?}");
+        }
+        let corpus = load("a.txt", b"one", None).unwrap();
         assert_eq!((corpus.name(), &corpus.provenance().text_column), ("a.txt", &None));
         assert_eq!(load("a.txt", b"ab\xffcd", None).unwrap_err(), "`a.txt`: byte 3 of 5 is not UTF-8");
         assert_eq!(load("a.txt", b" \n", None).unwrap_err(), "`a.txt`: it holds no text");
@@ -256,6 +273,8 @@ mod tests {
             "one"
         );
 
+        let marked = ["\u{FEFF}{\"text\": \"a\"}\n", "\u{FEFF}[{\"text\": \"a\"}]"];
+        assert!(marked.iter().all(|json| load("a.json", json.as_bytes(), None).unwrap().text() == "a"));
         let error = |content: &str| load("a.json", content.as_bytes(), None).unwrap_err();
         assert_eq!(
             error("[{\"text\": \"a\"}, {\"body\": 1}]"),

@@ -74,13 +74,21 @@ impl Tokenizer {
             .map_err(|error| self.problem(format!("it cannot decode {} tokens: {error}", ids.len())))
     }
 
-    /// Turns ids into text one at a time, without special tokens: each call returns what has become whole, `None` while
-    /// a character is incomplete.
-    pub fn stream(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
+    /// Turns ids that follow those of `prompt` into text one at a time, without special tokens: each call returns what has become
+    /// whole, `None` while a character is incomplete. The decoder has seen the prompt, so that it does not take the space in front of
+    /// the first word for the beginning of a text and drop it.
+    ///
+    /// # Errors
+    /// When the prompt cannot be decoded.
+    pub fn stream_after(&self, prompt: &[u32]) -> Result<impl FnMut(u32) -> Result<Option<String>> + '_> {
         let mut stream = self.inner.decode_stream(true);
-        move |id| {
+        let mut step = move |id| {
             stream.step(id).map_err(|error| self.problem(format!("it cannot decode token {id}: {error}")))
+        };
+        for &id in prompt {
+            step(id)?;
         }
+        Ok(step)
     }
 
     fn problem(&self, problem: String) -> Error {

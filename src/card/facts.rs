@@ -169,8 +169,11 @@ fn recommendations(report: &Report) -> Vec<Value> {
         Some(measured.kl_divergence.value).filter(|kl| kl.is_finite())
     };
     let one = |(readers, loaded): &(Vec<&str>, Vec<&BranchReport>)| {
-        let measured = loaded.iter().filter_map(|branch| Some((branch, divergence(branch)?)));
-        let closest = measured.min_by(|a, b| a.1.total_cmp(&b.1)).map(|(branch, _)| &branch.branch);
+        // Of branches that were not measured it is not known how close they are.
+        let measured: Option<Vec<_>> =
+            loaded.iter().map(|branch| Some((branch, divergence(branch)?))).collect();
+        let closest = measured.and_then(|all| all.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)));
+        let closest = closest.map(|(branch, _)| &branch.branch);
         let smallest = loaded.iter().min_by_key(|branch| branch.bytes).map(|branch| &branch.branch);
         let loaded: Vec<&String> = loaded.iter().map(|branch| &branch.branch).collect();
         json!({ "readers": readers, "closest": closest, "smallest": smallest, "loaded": loaded })

@@ -311,7 +311,7 @@ pub(super) struct GenerateArgs {
     pub(super) dir: PathBuf,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
-    /// The text to continue, or with --chat the user's message
+    /// The text to continue, or with --chat the user's message; `-` reads it from standard input
     #[arg(long, value_name = "TEXT")]
     pub(super) prompt: String,
     /// Render the prompt with the model's chat template, as the message of a user
@@ -375,6 +375,9 @@ fn standard_output(text: &str) -> Result<PathBuf, String> {
     if text == "-" { Ok(text.into()) } else { Err("only `report` writes its JSON to a file".into()) }
 }
 
+/// A size below this is a number whose unit was forgotten.
+const SMALLEST_SIZE: f64 = 1e6;
+
 fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let factor: f64 = match &text[digits.len()..] {
@@ -387,7 +390,11 @@ fn size(text: &str) -> Result<u64, String> {
         unit => return Err(format!("unknown unit `{unit}`; use MB, GB, MiB or GiB")),
     };
     let number: f64 = digits.parse().map_err(|_| "expected a size such as 5GB".to_owned())?;
-    Ok((number * factor) as u64)
+    let bytes = number * factor;
+    if bytes.is_nan() || bytes < SMALLEST_SIZE {
+        return Err(format!("{bytes} bytes are too few for anything here; did you mean {digits}GB?"));
+    }
+    Ok(bytes as u64)
 }
 
 fn shape(text: &str) -> Result<(usize, usize), String> {
@@ -411,7 +418,8 @@ mod tests {
     fn sizes_and_shapes() {
         assert_eq!(size("5GB"), Ok(5_000_000_000));
         assert_eq!(size("1.5MiB"), Ok(1_572_864));
-        assert!(size("5 potatoes").is_err());
+        assert!(size("5 potatoes").is_err() && size("NaN").is_err());
+        assert_eq!(size("8").unwrap_err(), "8 bytes are too few for anything here; did you mean 8GB?");
         assert_eq!(shape("4096,11008"), Ok((4096, 11008)));
         assert!(shape("4096").is_err() && shape("0,8").is_err());
     }

@@ -67,7 +67,8 @@ pub(super) fn run(args: &GateArgs, output: &OutputArgs) -> Result<bool> {
 fn update(run: &Figures, path: &Path, thresholds: &Thresholds) -> Result<Judgement> {
     let mut judgement = gate::judge_alone(run, thresholds);
     if judgement.verdict() != Verdict::Pass {
-        judgement.notes.push(format!("the baseline was left as it was: {}", path.display()));
+        let what = if path.exists() { "the baseline was left as it was" } else { "no baseline was written" };
+        judgement.notes.push(format!("{what}: {}", path.display()));
         return Ok(judgement);
     }
     if path.exists() {

@@ -1,6 +1,6 @@
 //! `gptq generate`.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use gptq::{
     chat::{ChatTemplate, Message},
     checkpoint::Checkpoint,
@@ -16,13 +16,17 @@ use super::{
 pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
     let compute = args.compute.resolve(&checkpoint, output)?;
+    let given = match args.prompt.as_str() {
+        "-" => std::io::read_to_string(std::io::stdin()).context("reading the prompt from standard input")?,
+        text => text.to_owned(),
+    };
     let prompt = match args.chat {
         true => {
             let template = ChatTemplate::read(checkpoint.dir())?;
             let template = template.ok_or_else(|| gptq::Error::NoChatTemplate { what: "--chat".into() })?;
-            template.render(&[Message::new("user", &args.prompt)], true)?
+            template.render(&[Message::new("user", &given)], true)?
         }
-        false => args.prompt.clone(),
+        false => given.clone(),
     };
     let request = Request {
         prompt,
@@ -40,7 +44,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let mut piece = |piece: &str| {
         if output.json.is_none() && printed.is_ok() {
             // An answer stands alone; a continued text needs its beginning.
-            let prompt = if begun || args.chat { "" } else { &args.prompt };
+            let prompt = if begun || args.chat { "" } else { &given };
             begun = true;
             printed = terminal::piece(&format!("{prompt}{piece}"));
         }

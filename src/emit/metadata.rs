@@ -150,12 +150,16 @@ mod tests {
         };
         let plain = json!({"rope_type": "default", "rope_theta": 100000.0});
         assert_eq!(rope(plain), (100000.0.into(), Value::Null));
-        let llama3 = json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0});
+        let llama3 =
+            json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0});
         let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "type": "llama3"});
         assert_eq!(rope(llama3), (500000.0.into(), scaling));
         // What the source spells itself stays as it is, and so do parameters by layer type.
         let both = json!({"rope_theta": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 2.0}});
-        assert_eq!(quantized_config_json(&both, &VariantSet::Card.variants()[0], &provenance())["rope_theta"], 1.0);
+        assert_eq!(
+            quantized_config_json(&both, &VariantSet::Card.variants()[0], &provenance())["rope_theta"],
+            1.0
+        );
         let by_layer = rope(json!({"full_attention": {"rope_type": "default", "rope_theta": 3.0}}));
         assert_eq!(by_layer, (Value::Null, Value::Null));
     }

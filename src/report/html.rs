@@ -45,6 +45,8 @@ struct Row {
     square: bool,
     name: String,
     variant: String,
+    /// Maintained programs that refuse it.
+    not_loaded_by: String,
     best: bool,
     pareto: bool,
     cells: Vec<Cell>,
@@ -124,6 +126,7 @@ fn row(comparison: &Comparison, index: usize, entry: &Entry) -> Row {
         square: entry.run.is_none(),
         name: entry.name.clone(),
         variant: entry.variant.clone(),
+        not_loaded_by: entry.not_loaded_by().join(", "),
         best: comparison.recommendation.as_ref().is_some_and(|r| r.closest == index),
         pareto: entry.pareto,
         cells: cells(comparison, entry),

@@ -239,7 +239,7 @@ fn texts_that_hold_too_little() {
     refuse(
         "rows.jsonl",
         "{\"text\": \"a\"}\n{\"text\": 3}\n",
-        "error: `[LAB]/rows.jsonl`: line 2: `text` is a number, not a text",
+        "error: `[LAB]/rows.jsonl`: line 2: `text` is a number, not a text or messages",
     );
     refuse(
         "rows.jsonl",

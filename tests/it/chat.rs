@@ -7,7 +7,7 @@ use gptq::{
     chat::ChatTemplate,
 };
 
-use crate::helpers::{Lab, demo, read_json, text_of};
+use crate::helpers::{Lab, copy, demo, read_json, text_of};
 
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
                         {% if add_generation_prompt %}[assistant]{% endif %}";
@@ -101,10 +101,7 @@ fn several_texts_share_the_windows_by_weight() {
 fn an_answer_begins_where_the_template_puts_it() {
     let lab = Lab::empty();
     let model = lab.path("demo");
-    fs::create_dir(&model).unwrap();
-    for file in fs::read_dir(demo("")).unwrap().flatten() {
-        fs::copy(file.path(), model.join(file.file_name())).unwrap();
-    }
+    copy(&demo(""), &model);
     let model = text_of(&model);
     let greedy = ["--temperature", "0", "--repetition-penalty", "1", "--max-tokens", "8"];
     let refused = lab.run(&[&["generate", &model, "--chat", "--prompt", "Hi"][..], &greedy].concat());

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::helpers::{Lab, Output, demo, text_of};
+use crate::helpers::{Lab, Output, copy, demo, read_json, text_of, write_json};
 
 const PROMPT: &str = "The";
 
@@ -49,6 +49,45 @@ fn a_seed_decides_and_the_text_is_streamed_after_the_prompt() {
     let plain = generate(&lab, &model, &["--seed", "1", "--temperature", "1.5"]).succeeds();
     assert_eq!(plain.stdout, format!("{PROMPT}{}\n", text("1").as_str().unwrap()));
     assert!(plain.stderr.contains("tokens/s"), "{}", plain.stderr);
+}
+
+/// The demo model in a folder of its own.
+fn own_demo(lab: &Lab) -> String {
+    let model = lab.path("demo");
+    copy(&demo(""), &model);
+    text_of(&model)
+}
+
+#[test]
+fn the_stop_tokens_of_both_files_end_it() {
+    let lab = Lab::empty();
+    let model = own_demo(&lab);
+    let greedy = ["--temperature", "0", "--repetition-penalty", "1"];
+    let ids: Vec<u64> = serde_json::from_value(made(&lab, &model, &greedy)["token_ids"].take()).unwrap();
+    let at = (1..ids.len()).find(|&i| !ids[..i].contains(&ids[i])).expect("another token than the first");
+    let path = lab.path("demo").join("generation_config.json");
+    let mut config = read_json(&path);
+    config["eos_token_id"] = serde_json::json!([2, ids[at]]);
+    write_json(&path, &config);
+    let stopped = made(&lab, &model, &greedy);
+    assert_eq!((&stopped["stop"], &stopped["tokens"]), (&"end-of-sequence".into(), &at.into()));
+    config["eos_token_id"] = "two".into();
+    write_json(&path, &config);
+    generate(&lab, &model, &greedy).fails_with(
+        "error: `[LAB]/demo/generation_config.json`: key `eos_token_id`: expected a token id, or a list of them, found \"two\"",
+    );
+}
+
+/// The decoder of a Llama drops the space in front of a text's first word, and what is made is no beginning of a text.
+#[test]
+fn the_space_after_the_prompt_is_kept() {
+    let lab = Lab::empty();
+    let model = text_of(&demo(""));
+    let found = made(&lab, &model, &["--temperature", "0", "--prompt", "The old house"]);
+    let tokenizer = gptq::calibration::Tokenizer::open(&demo("")).unwrap();
+    let made: Vec<u32> = serde_json::from_value(found["token_ids"].clone()).unwrap();
+    let all = [tokenizer.encode("The old house").unwrap(), made].concat();
+    assert_eq!(format!("The old house{}", found["text"].as_str().unwrap()), tokenizer.decode(&all).unwrap());
 }
 
 #[test]

@@ -50,7 +50,7 @@ fn the_first_shard_of_c4() {
     let arguments = lab.quantize_args(&["--dataset", "c4", "--variant", "4bit-32g"]);
     on_hub(&lab, &server, "", &arguments).succeeds();
     let report = read_json(&lab.out().join("run.json"));
-    let source = &report["calibration"]["source"];
+    let source = &report["calibration"]["sources"][0];
     assert_eq!((&source["dataset"], &source["revision"]), (&json!("c4"), &json!(commit)));
     let snapshot = lab.path("hf-home/hub/datasets--allenai--c4/snapshots").join(commit);
     assert_eq!(files_below(&snapshot), [Path::new(shard)], "one shard alone");

@@ -103,8 +103,6 @@ const UNSAFE: &[&str] = &[
     "pipeline/machine.rs",
 ];
 
-const LONGEST: usize = 400;
-
 /// A source file: its path below `src`, with `/`, and its text.
 struct Source {
     path: String,
@@ -165,11 +163,6 @@ impl Source {
         let found = self.is_in(&WITHOUT_LIBTORCH) && mentions(&code(&self.text), "tch");
         found.then(|| "has `tch`, and should be plain Rust".to_owned()).into_iter().collect()
     }
-
-    fn length(&self) -> Vec<String> {
-        let lines = self.text.lines().count();
-        (lines > LONGEST).then(|| format!("has {lines} lines, more than {LONGEST}")).into_iter().collect()
-    }
 }
 
 /// All Rust files below a folder of the repository.
@@ -225,12 +218,6 @@ fn plain_modules_do_without_libtorch() {
 }
 
 #[test]
-fn files_are_short() {
-    all_obey("src", Source::length);
-    all_obey("tests", Source::length);
-}
-
-#[test]
 fn unsafe_code_is_where_it_is_expected() {
     let sources = sources("src");
     let found: Vec<&str> =
@@ -260,9 +247,6 @@ fn the_rules_can_fail() {
     assert_eq!(pack("use tch::Tensor;").libtorch(), ["has `tch`, and should be plain Rust"]);
     assert!(pack("match x {} // tch").libtorch().is_empty());
     assert!(source("model/llama.rs", "use tch::Tensor;").libtorch().is_empty());
-
-    assert_eq!(pack(&"\n".repeat(401)).length(), ["has 401 lines, more than 400"]);
-    assert!(pack(&"\n".repeat(400)).length().is_empty());
 }
 
 #[test]

@@ -42,9 +42,9 @@ fn a_run_ends_with_its_tables() {
     // Two linears are about equally bad; which is worse depends on the processor.
     let table = masked(&output.stdout).replace("self_attn.q_proj", "self_attn.k_proj");
     insta::assert_snapshot!(table, @r"
-    branch bits group act order size bits/weight mean error worst linear
-    gptq-0bit-0g-actorder_False 0 0 no 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj
-    gptq-0bit-0g-actorder_True-static-asym 0 0 static 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj
+    branch bits group act order size bits/weight mean error worst linear not loaded by
+    gptq-0bit-0g-actorder_False 0 0 no 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj SGLang 0.0.0 and newer, mistral.rs 0.0
+    gptq-0bit-0g-actorder_True-static-asym 0 0 static 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj GPTQModel 0, vLLM 0.0 and newer, SGLang 0.0.0 and newer, mistral.rs 0.0
     model weights perplexity change KL divergence same top-0
     fp0 0.0
     gptq-0bit-0g-actorder_False 0.0 MB 0.0 0.0 ±0.0 0.0 ±0.0 0.0 ±0.0%
@@ -67,14 +67,23 @@ fn inspect_says_what_a_folder_holds() {
     insta::assert_snapshot!(quantized.stdout, @r"
     Llama: 2 layers, hidden 64, intermediate 128, 2 heads (2 kv), vocabulary 4096, context 128, 1.1 MB
     GPTQ: 4 bits, group size 32, act order yes, symmetric, format gptq, 5.025 bits per weight
-      transformers 5 (GPTQModel, optimum)  yes
+      transformers 5                       yes
       GPTQModel 7                          yes
-      AutoGPTQ 0.4-0.7                     yes
-      Marlin (vLLM, GPTQModel)             no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
-      Machete (vLLM on Hopper)             no: group sizes -1, 64, 128 only, this has 32
-      ExLlama, ExLlamaV2                   yes
-      llama.cpp converter                  yes
-      mistral.rs                           no: act order gives wrong results
+      vLLM 0.30 and newer                  no: refuses act order (desc_act)
+      vLLM 0.22 to 0.29                    no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
+      vLLM up to 0.21                      yes
+      SGLang 0.5.20 and newer              no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
+      SGLang up to 0.5.19                  yes
+      llama.cpp's converter                yes
+      mistral.rs 0.9                       no: computes wrong results with act order
+      text-generation-webui 4              no: has no loader for GPTQ since 4.0 (March 2026)
+      text-generation-webui up to 3        yes
+      ExLlamaV2                            yes
+      ExLlama                              yes
+      AutoGPTQ 0.4 to 0.7                  yes
+      TGI 3                                no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
+      GPTQ-for-LLaMa                       yes
+      KoboldAI (Occ4m's fork)              yes
     ");
     let dense = lab.run(&["inspect", &text_of(&lab.model()), "--tensors"]).succeeds();
     let lines: Vec<&str> = dense.stdout.lines().take(4).collect();

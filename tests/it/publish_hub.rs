@@ -256,7 +256,10 @@ fn from_the_hub_to_the_hub() {
         let report = read_json(&lab.out().join("run.json"));
         assert_eq!(report["model"]["name"], "demo");
         assert_eq!(report["model"]["source"]["repository"], "some/demo");
-        assert_eq!(report["calibration"]["source"]["revision"], "b08601e04326c79dfdd32d625aee71d232d685c3");
+        assert_eq!(
+            report["calibration"]["sources"][0]["revision"],
+            "b08601e04326c79dfdd32d625aee71d232d685c3"
+        );
         assert_eq!(report["branches"].as_array().unwrap().len(), 4);
 
         let to = ["publish", &out, "--to", "hub:me/demo-GPTQ", "--verbose"];

@@ -51,14 +51,23 @@ fn a_good_branch_passes_and_lists_its_readers() {
     assert_eq!(output.stderr, "");
     insta::assert_snapshot!(output.stdout, @r"
     1266 of 2560 scales are negative, which readers need not know of
-    transformers 5 (GPTQModel, optimum)  yes
+    transformers 5                       yes
     GPTQModel 7                          yes
-    AutoGPTQ 0.4-0.7                     yes
-    Marlin (vLLM, GPTQModel)             no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
-    Machete (vLLM on Hopper)             no: group sizes -1, 64, 128 only, this has 32
-    ExLlama, ExLlamaV2                   yes
-    llama.cpp converter                  yes
-    mistral.rs                           yes
+    vLLM 0.30 and newer                  yes
+    vLLM 0.22 to 0.29                    no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
+    vLLM up to 0.21                      yes
+    SGLang 0.5.20 and newer              no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
+    SGLang up to 0.5.19                  yes
+    llama.cpp's converter                yes
+    mistral.rs 0.9                       no: takes group sizes 64 or 128, this has 32
+    text-generation-webui 4              no: has no loader for GPTQ since 4.0 (March 2026)
+    text-generation-webui up to 3        yes
+    ExLlamaV2                            yes
+    ExLlama                              yes
+    AutoGPTQ 0.4 to 0.7                  yes
+    TGI 3                                yes
+    GPTQ-for-LLaMa                       yes
+    KoboldAI (Occ4m's fork)              yes
     ok: 63 tensors
     ");
     let json = lab.verify(&lab.branch(), &["--json"]).json();
