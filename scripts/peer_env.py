@@ -31,7 +31,8 @@ def make(name: str, folder: Path) -> Path:
     if done.exists() and done.read_text().split() == wanted:
         return python
     print(f"making the Python environment {folder} ({SIZES[name]} from PyPI)", file=sys.stderr)
-    venv.create(folder, with_pip=True)
+    if not python.exists():
+        venv.create(folder, with_pip=True)
     alone = [pin for pin in wanted if pin.startswith(WITHOUT_DEPENDENCIES)]
     install = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*install, *(pin for pin in wanted if pin not in alone)], check=True)
@@ -47,11 +48,14 @@ def llama_cpp(python: Path, folder: Path, pin: str) -> None:
     """Compiles llama-cpp-python from its source, which also holds llama.cpp's converter; that stays in `folder`."""
     source = folder / "source"
     download = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
-    subprocess.run([*download, "--dest", source, pin], check=True)
+    subprocess.run([*download, "--dest", source, pin], check=True, env=os.environ | environment(folder))
     (archive,) = source.glob("*.tar.gz")
     subprocess.run(["tar", "-xzf", archive, "--strip-components=1", "-C", source], check=True)
-    settings = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())}
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", source]
+    settings = environment(folder) | {
+        "CMAKE_ARGS": "-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF",
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
+    }
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", source]
     subprocess.run(install, check=True, env=os.environ | settings)
 
 

@@ -183,7 +183,7 @@ mod tests {
             let meta = &quantization["meta"];
             assert_eq!((&meta["dataset"], &meta["quality"]), (&"wikitext2".into(), &"standard".into()));
             assert_eq!((&meta["signed_scales"], &meta["scale_search"]), (&true.into(), &"block".into()));
-            assert_eq!(meta["asymmetric"], 0.5);
+            assert_eq!(meta["asymmetric"], 1.0);
         }
     }
 }

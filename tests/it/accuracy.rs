@@ -25,11 +25,11 @@ fn presets_say_what_they_turn_on_and_files_hold_it() {
     let lab = Lab::new();
     let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
     let said = "quality standard: equalized norms, signed scales, scale search by block, group-aware order, \
-                asymmetric calibration at 0.5 on 25% of the windows, damping by shrinkage";
+                asymmetric calibration at 1 on 100% of the windows, damping by shrinkage";
     assert!(output.stderr.contains(said), "{}", output.stderr);
     let refinements = json!({
-        "signed_scales": true, "scale_search": "block", "act_group_aware": true, "asymmetric": 0.5,
-        "asymmetric_share": 0.25, "output_hessian": 0.0, "rotate": false,
+        "signed_scales": true, "scale_search": "block", "act_group_aware": true, "asymmetric": 1.0,
+        "asymmetric_share": 1.0, "output_hessian": 0.0, "rotate": false,
         "equalize": true, "skip_first": false, "shrinkage": true, "refine": 0, "tune": 0,
     });
     let report = read_json(&lab.out().join("run.json"));

@@ -58,7 +58,11 @@ fn values_that_make_no_sense() {
         (["--damp=-0.1", "-q"], "damp: expected a fraction from 0 to 1, found `-0.1`"),
         (["--samples", "0"], "samples: expected at least 1, found `0`"),
         (["--seq-len", "1"], "seq-len: expected at least 2, found `1`"),
-        (["--max-shard-size", "10"], "max-shard-size: expected at least 1 MB, found `10`"),
+        (
+            ["--max-shard-size", "10"],
+            "invalid value '10' for '--max-shard-size <SIZE>': 10 bytes are too few for anything here; did you mean \
+             10GB?\n\nFor more information, try '--help'.",
+        ),
         (["--device", "tpu"], "device `tpu` cannot be used: expected auto, cpu, cuda or cuda:N"),
     ] {
         refused(&lab, &flags, &format!("error: {error}"));
@@ -249,7 +253,7 @@ fn texts_that_hold_too_little() {
     refuse(
         "table.csv",
         "text\na\n",
-        "error: `[LAB]/table.csv`: its name does not end in .parquet, .txt, .jsonl, .json, .jsonl.gz, .json.gz or .toml",
+        "error: `[LAB]/table.csv`: its name must end in .parquet, .txt, .jsonl, .json or .toml; .txt, .jsonl and .json may be packed as .gz or .zst",
     );
 }
 

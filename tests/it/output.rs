@@ -53,7 +53,7 @@ fn a_run_ends_with_its_tables() {
     0 branches in [LAB]/out (0.0 s)
     ");
     insta::assert_snapshot!(masked(&output.stderr), @r"
-    quality standard: equalized norms, signed scales, scale search by block, group-aware order, asymmetric calibration at 0.0 on 0% of the windows, damping by shrinkage
+    quality standard: equalized norms, signed scales, scale search by block, group-aware order, asymmetric calibration at 0 on 0% of the windows, damping by shrinkage
     layer 0/0: 0.0 s, 0.0 MB in use
     layer 0/0: 0.0 s, 0.0 MB in use
     the unquantized model's predictions are kept in `[LAB]/cache/gptq/…` (0.0 kB)
