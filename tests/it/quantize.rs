@@ -103,7 +103,13 @@ fn configs_are_what_loaders_read(out: &Path) {
 
     let (source, config) = (read_json(&demo("config.json")), read_json(&out.join("main/config.json")));
     let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
-    assert_eq!(keys(&config), [keys(&source), vec!["quantization_config".into()]].concat());
+    // What readers built on transformers 4 know, beside the newer spelling.
+    let added = ["torch_dtype", "rope_theta", "rope_scaling", "quantization_config"].map(str::to_owned);
+    assert_eq!(keys(&config), [keys(&source), added.to_vec()].concat());
+    assert_eq!(
+        (&config["torch_dtype"], &config["rope_theta"]),
+        (&"float16".into(), &source["rope_parameters"]["rope_theta"])
+    );
     assert_eq!(config["dtype"], "float16");
     let mut quantization = config["quantization_config"].clone();
     let digest = quantization["meta"]["dataset_sha256"].take();
