@@ -246,6 +246,11 @@ impl Plan {
             return refuse("tune-blocks", expected, self.tune_blocks.unwrap_or(0).to_string());
         }
         let all = self.refinements(false);
+        if all.asymmetric > MOST_OF_A_SHARE && all.asymmetric_share < 1.0 {
+            // The cross-covariance of a part does not belong to the Hessian of all: on a real model the result was noise.
+            let expected = format!("1 with asymmetric above {MOST_OF_A_SHARE}");
+            return refuse("asymmetric-share", &expected, all.asymmetric_share.to_string());
+        }
         if all.refine > 0 && all.output_hessian > 0.0 {
             return refuse("refine", "0 with output-hessian, which `best` turns on", all.refine.to_string());
         }
@@ -275,6 +280,9 @@ impl Plan {
         Ok(())
     }
 }
+
+/// The strongest asymmetric calibration that a part of the windows may give.
+const MOST_OF_A_SHARE: f64 = 0.5;
 
 /// A text to calibrate on, and its share of the windows. Written as `wikitext2` or `wikitext2:64`.
 #[derive(Debug, Clone, PartialEq, Eq)]

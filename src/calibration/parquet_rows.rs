@@ -330,7 +330,8 @@ mod tests {
         let mut file = SerializedFileWriter::new(&mut bytes, schema, properties).unwrap();
         let mut group = file.next_row_group().unwrap();
         // Two conversations: two messages, and one.
-        let columns: [(&[&str], Option<(&[i16], &[i16])>); 3] = [
+        type Levels = Option<(&'static [i16], &'static [i16])>;
+        let columns: [(&[&str], Levels); 3] = [
             (&["a", "b"], None),
             (&["Hi", "Ho", "Hm"], Some((&[4, 4, 4], &[0, 1, 0]))),
             (&["user", "assistant", "user"], Some((&[4, 4, 4], &[0, 1, 0]))),

@@ -35,6 +35,7 @@ fn refuses_values_that_make_no_sense() {
         Plan { asymmetric: Some(1.5), ..Plan::default() },
         Plan { asymmetric: Some(f64::NAN), ..Plan::default() },
         Plan { asymmetric_share: Some(0.0), ..Plan::default() },
+        Plan { asymmetric_share: Some(0.25), ..Plan::default() },
         Plan { output_hessian: Some(1.5), ..Plan::default() },
         Plan { output_hessian: Some(f64::NAN), ..Plan::default() },
         Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
