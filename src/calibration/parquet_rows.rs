@@ -288,6 +288,16 @@ mod tests {
         let list = "message m { optional group text (LIST) { repeated group list { \
                     optional binary element (UTF8); } } }";
         let nested = parquet(list, &[], false);
+        let repeated = parquet("message m { repeated binary text (UTF8); }", &[], false);
+        assert_eq!(
+            error(repeated, "text"),
+            "`x.parquet`: column `text` is a list; one text a row, or messages, are needed"
+        );
+        // A list is read as messages, and here there is none.
+        assert_eq!(
+            error(nested.clone(), "text"),
+            "column `text` of x.parquet holds no text in any of its 0 rows"
+        );
         assert_eq!(
             error(nested, "text.list.element"),
             "`x.parquet`: column `text.list.element` is nested in another; a text column at the top is needed"

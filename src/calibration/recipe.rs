@@ -128,20 +128,10 @@ impl Recipe {
             ("stream", Some(join)) => Sampling::Stream { join: join.clone() },
             ("stream", None) => return Err(refuse("join", "a string, as sampling is `stream`", "nothing")),
             ("documents", None) => Sampling::Documents,
-            ("documents", Some(join)) => {
-                return Err(refuse(
-                    "join",
-                    "nothing, as sampling is `documents`",
-                    &join.escape_debug().to_string(),
-                ));
-            }
             ("conversations", None) => Sampling::Conversations,
-            ("conversations", Some(join)) => {
-                return Err(refuse(
-                    "join",
-                    "nothing, as sampling is `conversations`",
-                    &join.escape_debug().to_string(),
-                ));
+            (whole @ ("documents" | "conversations"), Some(join)) => {
+                let expected = format!("nothing, as sampling is `{whole}`");
+                return Err(refuse("join", &expected, &join.escape_debug().to_string()));
             }
             (other, _) => {
                 return Err(refuse("sampling", "`stream`, `documents` or `conversations`", other));
