@@ -311,14 +311,6 @@ impl From<&str> for DatasetShare {
     }
 }
 
-impl FromStr for DatasetShare {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(text.into())
-    }
-}
-
 impl fmt::Display for DatasetShare {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)?;

@@ -152,6 +152,20 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// The tokens that end a text: those of `config.json` and those of `generation_config.json`. Chat models often name the end of a
+    /// turn in the second one alone.
+    ///
+    /// # Errors
+    /// When `generation_config.json` is there and cannot be read.
+    pub fn stop_token_ids(&self) -> Result<Vec<u32>> {
+        let mut ids = self.config.eos_token_ids.clone();
+        let path = file_in(&self.dir, "generation_config.json")?;
+        if path.exists() {
+            ids.extend(Fields::new(&path, "", &read_json(&path)?)?.token_ids("eos_token_id")?);
+        }
+        Ok(ids)
+    }
+
     /// The model's config.
     pub fn config(&self) -> &LlamaConfig {
         &self.config

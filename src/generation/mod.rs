@@ -5,7 +5,6 @@ mod sampler;
 use std::time::Instant;
 
 use serde::Serialize;
-use serde_json::Value;
 
 pub use sampler::{Sampler, Sampling};
 
@@ -13,7 +12,6 @@ use crate::{
     calibration::Tokenizer,
     checkpoint::Checkpoint,
     error::{Error, Result},
-    folder,
     model::{Compute, Decoder, Runner, check_device_memory, device_need},
     progress::{Event, Progress},
 };
@@ -66,33 +64,6 @@ pub struct Generated {
     pub tokens_per_second: Option<f64>,
 }
 
-/// The tokens that end a text: those of `config.json` and those of `generation_config.json`. Chat models often name the end of a turn
-/// in the second one alone.
-fn stop_tokens(checkpoint: &Checkpoint) -> Result<Vec<u32>> {
-    let mut ids = checkpoint.config().eos_token_ids.clone();
-    let path = folder::file_in(checkpoint.dir(), "generation_config.json")?;
-    if !path.exists() {
-        return Ok(ids);
-    }
-    let json = |source| Error::Json { path: path.clone(), source };
-    let config: Value = serde_json::from_slice(&folder::read(&path, folder::TEXT_LIMIT)?).map_err(json)?;
-    let one = |value: &Value| {
-        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| Error::Config {
-            path: path.clone(),
-            key: "eos_token_id".into(),
-            expected: "a token id, or a list of them".into(),
-            found: value.to_string(),
-        })
-    };
-    match config.get("eos_token_id") {
-        None | Some(Value::Null) => {}
-        Some(Value::Array(several)) => ids.extend(several.iter().map(one).collect::<Result<Vec<_>>>()?),
-        Some(single) => ids.push(one(single)?),
-    }
-    Ok(ids)
-}
-
 /// Continues a prompt; `emit` gets each piece of text as it comes.
 ///
 /// # Errors
@@ -108,7 +79,7 @@ pub fn generate(
     let config = checkpoint.config();
     let mut sampler = Sampler::new(&request.sampling)?;
     let tokenizer = Tokenizer::open(checkpoint.dir())?;
-    let stop_ids = stop_tokens(checkpoint)?;
+    let stop_ids = checkpoint.stop_token_ids()?;
     let mut ids = match request.rendered {
         true => tokenizer.encode_rendered(&request.prompt)?,
         false => tokenizer.encode(&request.prompt)?,

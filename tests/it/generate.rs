@@ -74,7 +74,7 @@ fn the_stop_tokens_of_both_files_end_it() {
     config["eos_token_id"] = "two".into();
     write_json(&path, &config);
     generate(&lab, &model, &greedy).fails_with(
-        "error: `[LAB]/demo/generation_config.json`: key `eos_token_id`: expected a token id, or a list of them, found \"two\"",
+        "error: `[LAB]/demo/generation_config.json`: key `eos_token_id`: expected a token id or a list of them, found \"two\"",
     );
 }
 
