@@ -13,7 +13,7 @@ use std::{
 use gptq::{
     calibration::{Corpus, CorpusSource, SourceOptions},
     chat::{ChatTemplate, Message},
-    checkpoint::{Checkpoint, LinearId, QuantizationConfig, dense_tensors, packed},
+    checkpoint::{Checkpoint, QuantizationConfig, packed},
     plan::Plan,
     progress::Silent,
     verify,
@@ -151,12 +151,12 @@ fn read_all(dir: &Path) {
         let _ = checkpoint.view(name).map(|view| view.bytes.iter().fold(0u8, |sum, byte| sum ^ byte));
         let _ = checkpoint.bytes_f16(name);
     }
-    let _ = dense_tensors(checkpoint.config());
+    let _ = checkpoint.config().dense_tensors();
     match QuantizationConfig::read(&checkpoint) {
         Ok(quantization) => {
             let _ = verify::readers(checkpoint.config(), &quantization, &checkpoint);
-            for id in LinearId::all(checkpoint.config()) {
-                let _ = packed(&checkpoint, id, &quantization);
+            for (id, linear) in checkpoint.config().linears() {
+                let _ = packed(&checkpoint, &id, linear, &quantization);
             }
         }
         Err(error) => drop((error.to_string(), error.hint())),

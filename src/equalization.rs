@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    checkpoint::{Checkpoint, LinearId, LinearKind, input_layernorm, post_attention_layernorm},
-    error::{Result, TorchContext},
+    checkpoint::Checkpoint,
+    error::{Error, Result, TorchContext},
 };
 
 /// How far a channel's norm and weights lie from their medians, in opposite directions, before it is touched.
@@ -33,11 +33,26 @@ impl Equalization {
     /// When a tensor is missing, malformed or not finite, or `step` says so.
     pub fn of(checkpoint: &Checkpoint, step: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let mut found = Self::default();
-        for layer in 0..checkpoint.config().num_layers {
+        let config = checkpoint.config();
+        if let Some(reason) = config.equalization_refusal() {
+            return Err(Error::Value {
+                what: "equalize".into(),
+                expected: format!("off for {}: {reason}", config.class),
+                found: "on".into(),
+            });
+        }
+        for (layer, parts) in config.layers.iter().enumerate() {
             step()?;
-            found.look_at(checkpoint, layer, input_layernorm(layer), &LinearKind::ALL[..3])?;
-            let mlp = [LinearKind::Gate, LinearKind::Up];
-            found.look_at(checkpoint, layer, post_attention_layernorm(layer), &mlp)?;
+            for (norm, linears, others) in parts.norm_readers() {
+                let linears = linears.map(|position| {
+                    (config.linear_id(layer, position).weight(), parts.linears[position].shape.to_vec())
+                });
+                let dense = parts.feed_forward.dense_tensors(config.hidden_size).into_iter();
+                let others = dense.filter(|(path, _)| others.contains(&path.as_str()));
+                let others = others.map(|(path, shape)| (config.layer_tensor(layer, &path), shape));
+                let readers: Vec<_> = linears.chain(others).collect();
+                found.look_at(checkpoint, config.layer_tensor(layer, &norm.weight()), &readers)?;
+            }
         }
         Ok(found)
     }
@@ -45,9 +60,8 @@ impl Equalization {
     fn look_at(
         &mut self,
         checkpoint: &Checkpoint,
-        layer: usize,
         norm: String,
-        behind: &[LinearKind],
+        readers: &[(String, Vec<usize>)],
     ) -> Result<()> {
         let config = checkpoint.config();
         let load = |name: &str, shape: &[usize]| checkpoint.load(name, shape, Kind::Float, Device::Cpu);
@@ -58,11 +72,10 @@ impl Equalization {
         if middle == 0.0 || !sizes.iter().any(strays) {
             return Ok(());
         }
-        let names: Vec<String> = behind.iter().map(|&kind| LinearId { layer, kind }.weight()).collect();
         let mut squares = Tensor::f_zeros([config.hidden_size as i64], (Kind::Float, Device::Cpu))
             .torch("look at weights")?;
-        for (name, kind) in names.iter().zip(behind) {
-            let weight = load(name, &kind.shape(config))?;
+        for (name, shape) in readers {
+            let weight = load(name, shape)?;
             let sum = weight.f_square().and_then(|w| w.f_sum_dim_intlist(0, false, Kind::Float));
             squares = sum.and_then(|sum| squares.f_add(&sum)).torch("look at weights")?;
             checkpoint.release([name]);
@@ -74,7 +87,7 @@ impl Equalization {
             self.channels += channels;
             self.norms += 1;
             let inverse: Vec<f32> = factors.iter().map(|factor| factor.recip()).collect();
-            self.factors.extend(names.into_iter().map(|name| (name, inverse.clone())));
+            self.factors.extend(readers.iter().map(|(name, _)| (name.clone(), inverse.clone())));
             self.factors.insert(norm, factors);
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! GPTQ quantization of Llama checkpoints: from an fp16 checkpoint to packed branches that every popular loader takes.
+//! GPTQ quantization of language models: from an fp16 checkpoint to packed branches that every popular loader takes.
 //!
 //! The way of the data, each module using only what stands before it:
 //! [`checkpoint`] and [`calibration`] read; [`gptq`] solves, on [`amx`] or [`cuda`] where there is one;
@@ -9,6 +9,7 @@
 
 pub mod accuracy;
 pub mod amx;
+pub mod architectures;
 pub mod calibration;
 pub mod card;
 pub mod chat;
@@ -24,7 +25,9 @@ pub mod gate;
 pub mod generation;
 pub mod gptq;
 pub mod hub;
+pub mod json;
 pub mod kernels;
+pub mod machine;
 pub mod model;
 pub mod pack;
 pub mod pipeline;
@@ -33,6 +36,7 @@ pub mod progress;
 pub mod publish;
 pub mod report;
 pub mod rotation;
+pub mod units;
 pub mod variant;
 pub mod verify;
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     accuracy::{Quality, Refinements, ScaleSearch, Scales},
+    architectures::ModelConfig,
     error::{Error, Result, toml_error},
     folder,
     variant::{Variant, VariantSet},
@@ -48,9 +49,6 @@ pub struct Plan {
     /// The strength of asymmetric calibration, from 0 to 1, in place of what the preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub asymmetric: Option<f64>,
-    /// The part of the calibration windows that asymmetric calibration takes, above 0 to 1, in place of what the preset says.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub asymmetric_share: Option<f64>,
     /// The part of the calibration windows, from 0 to 1, on which gradients are taken for output Hessians, in place of what the
     /// preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -61,18 +59,9 @@ pub struct Plan {
     /// Whether channels that norms and linears scale against each other are evened out first, in place of what the preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub equalize: Option<bool>,
-    /// Whether the first position of each window is left out of the Hessians, in place of what the preset says.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub skip_first_position: Option<bool>,
     /// Whether damping is raised to what a Hessian's spectrum asks for, in place of what the preset says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shrinkage: Option<bool>,
-    /// Sweeps of refinement after the solve, from 0 to 100, in place of what the preset says.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub refine: Option<u32>,
-    /// Steps of tuning the scales of a layer together, from 0 to 10000, in place of what the preset says.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tune_blocks: Option<u32>,
     /// Whether all variants are solved for the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// What becomes of a linear that cannot be solved for the numbers in it.
@@ -108,14 +97,10 @@ impl Default for Plan {
             scale_search: None,
             act_group_aware: None,
             asymmetric: None,
-            asymmetric_share: None,
             output_hessian: None,
             rotate: None,
             equalize: None,
-            skip_first_position: None,
             shrinkage: None,
-            refine: None,
-            tune_blocks: None,
             shared_hessian: false,
             on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
@@ -149,14 +134,10 @@ impl Plan {
             scale_search: Some(ScaleSearch::Off),
             act_group_aware: Some(true),
             asymmetric: Some(0.0),
-            asymmetric_share: Some(1.0),
             output_hessian: Some(0.0),
             rotate: Some(true),
             equalize: Some(true),
-            skip_first_position: Some(true),
             shrinkage: Some(true),
-            refine: Some(0),
-            tune_blocks: Some(0),
             max_memory: Some(0),
             max_device_memory: Some(0),
             ..Self::default()
@@ -165,9 +146,9 @@ impl Plan {
         table.keys().cloned().collect()
     }
 
-    /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise. A preset does not rotate a model whose output
-    /// layer is `tied` to the embedding: it would then need one of its own, and its file be larger.
-    pub fn refinements(&self, tied: bool) -> Refinements {
+    /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise, and without what this model cannot have. A preset
+    /// does not rotate a model whose output layer is tied to the embedding: it would then need one of its own, and its file be larger.
+    pub fn refinements(&self, config: &ModelConfig) -> Refinements {
         let preset = self.quality.refinements();
         let scales = Scales {
             signed: self.signed_scales.unwrap_or(preset.scales.signed),
@@ -176,24 +157,20 @@ impl Plan {
         let group_aware = self.act_group_aware.unwrap_or(preset.group_aware);
         // Where Hessians are the unquantized model's, there is nothing else to aim at.
         let asymmetric = if self.shared_hessian { 0.0 } else { self.asymmetric.unwrap_or(preset.asymmetric) };
-        let share = if preset.asymmetric == 0.0 { 1.0 } else { preset.asymmetric_share };
-        let share = self.asymmetric_share.unwrap_or(share);
-        let asymmetric_share = if asymmetric == 0.0 { 0.0 } else { share };
-        let output_hessian = self.output_hessian.unwrap_or(preset.output_hessian);
-        let rotate = self.rotate.unwrap_or(preset.rotate && !tied);
+        let experts = config.has_experts();
+        let output_hessian = self.output_hessian.unwrap_or(if experts { 0.0 } else { preset.output_hessian });
+        let can_rotate = !config.tie_word_embeddings && config.rotation_refusal().is_none();
+        let rotate = self.rotate.unwrap_or(preset.rotate && can_rotate);
         Refinements {
             scales,
             group_aware,
             asymmetric,
-            asymmetric_share,
             output_hessian,
             rotate,
             // Rotations spread what is left of that anyway.
-            equalize: !rotate && self.equalize.unwrap_or(preset.equalize),
-            skip_first: self.skip_first_position.unwrap_or(preset.skip_first),
+            equalize: !rotate
+                && self.equalize.unwrap_or(preset.equalize && config.equalization_refusal().is_none()),
             shrinkage: self.shrinkage.unwrap_or(preset.shrinkage),
-            refine: self.refine.unwrap_or(preset.refine),
-            tune: if self.shared_hessian { 0 } else { self.tune_blocks.unwrap_or(preset.tune) },
         }
     }
 
@@ -226,36 +203,8 @@ impl Plan {
         if !(self.damp >= 0.0 && self.damp <= 1.0) {
             return refuse("damp", "a fraction from 0 to 1", self.damp.to_string());
         }
-        if let Some(share) = self.asymmetric_share.filter(|&share| !(share > 0.0 && share <= 1.0)) {
-            return refuse(
-                "asymmetric-share",
-                "a part of the windows, above 0 and at most 1",
-                share.to_string(),
-            );
-        }
         if let Some(share) = self.output_hessian.filter(|share| !(0.0..=1.0).contains(share)) {
             return refuse("output-hessian", "a part of the windows, from 0 to 1", share.to_string());
-        }
-        for (what, steps, most) in [("refine", self.refine, 100), ("tune-blocks", self.tune_blocks, 10_000)] {
-            if let Some(steps) = steps.filter(|&steps| steps > most) {
-                return refuse(what, &format!("at most {most}"), steps.to_string());
-            }
-        }
-        if self.shared_hessian && self.tune_blocks.is_some_and(|steps| steps > 0) {
-            let expected = "0 with shared-hessian, where layers are solved for other inputs than they get";
-            return refuse("tune-blocks", expected, self.tune_blocks.unwrap_or(0).to_string());
-        }
-        let all = self.refinements(false);
-        if all.asymmetric > MOST_OF_A_SHARE && all.asymmetric_share < 1.0 {
-            // The cross-covariance of a part does not belong to the Hessian of all: on a real model the result was noise.
-            let expected = format!("1 with asymmetric above {MOST_OF_A_SHARE}");
-            return refuse("asymmetric-share", &expected, all.asymmetric_share.to_string());
-        }
-        if all.refine > 0 && all.output_hessian > 0.0 {
-            return refuse("refine", "0 with output-hessian, which `best` turns on", all.refine.to_string());
-        }
-        if all.refine > 0 && self.samples < 2 {
-            return refuse("samples", "at least 2, one to hold out for refine", self.samples.to_string());
         }
         if let Some(alpha) = self.asymmetric {
             if !(0.0..=1.0).contains(&alpha) {
@@ -279,10 +228,50 @@ impl Plan {
         }
         Ok(())
     }
-}
 
-/// The strongest asymmetric calibration that a part of the windows may give.
-const MOST_OF_A_SHARE: f64 = 0.5;
+    /// Checks what a model of this family cannot have.
+    ///
+    /// # Errors
+    /// When it was asked for all the same.
+    pub fn check_for(&self, config: &ModelConfig) -> Result<()> {
+        let refuse = |what: &str, reason: String| {
+            let expected = format!("off for {}: {reason}", config.class);
+            Err(Error::Value { what: what.into(), expected, found: "on".into() })
+        };
+        if let (Some(true), Some(reason)) = (self.rotate, config.rotation_refusal()) {
+            return refuse("rotate", reason);
+        }
+        if let (Some(true), Some(reason)) = (self.equalize, config.equalization_refusal()) {
+            return refuse("equalize", reason);
+        }
+        if config.has_experts() && self.output_hessian.is_some_and(|share| share > 0.0) {
+            return refuse("output-hessian", "too few tokens go through each expert".into());
+        }
+        Ok(())
+    }
+
+    /// What the preset leaves out for a model of this family, and why.
+    pub fn left_out(&self, config: &ModelConfig) -> Vec<String> {
+        let preset = self.quality.refinements();
+        let mut left_out = Vec::new();
+        if preset.rotate && self.rotate.is_none() {
+            match config.rotation_refusal() {
+                Some(reason) => left_out.push(format!("no rotations: {reason}")),
+                None if config.tie_word_embeddings => {
+                    left_out.push("no rotations: the output layer is tied to the embedding".into());
+                }
+                None => {}
+            }
+        }
+        if preset.equalize && self.equalize.is_none() && !self.refinements(config).rotate {
+            left_out.extend(config.equalization_refusal().map(|reason| format!("no equalization: {reason}")));
+        }
+        if preset.output_hessian > 0.0 && self.output_hessian.is_none() && config.has_experts() {
+            left_out.push("no output Hessians: too few tokens go through each expert".into());
+        }
+        left_out
+    }
+}
 
 /// A text to calibrate on, and its share of the windows. Written as `wikitext2` or `wikitext2:64`.
 #[derive(Debug, Clone, PartialEq, Eq)]

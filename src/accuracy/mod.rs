@@ -3,5 +3,5 @@
 mod quality;
 mod scales;
 
-pub use quality::{Quality, Refinements, held_out};
+pub use quality::{Quality, Refinements};
 pub use scales::{ScaleSearch, Scales};

@@ -37,8 +37,6 @@ pub struct Refinements {
     /// Asymmetric calibration (GPTAQ, arXiv 2504.02692): how far a linear aims at what the unquantized model computes from
     /// *its* inputs, from 0, what the linear itself would compute from the inputs as they are, to 1.
     pub asymmetric: f64,
-    /// The part of the calibration windows on which the unquantized model is followed for that, from 0 to 1.
-    pub asymmetric_share: f64,
     /// The part of the calibration windows, from 0 to 1, on which gradients of the unquantized model say what errors in each
     /// output cost (YAQA, arXiv 2505.22988); rows then make good for the errors of rows before them.
     #[serde(default)]
@@ -50,19 +48,9 @@ pub struct Refinements {
     /// (cross-layer equalization, arXiv 1906.04721).
     #[serde(default)]
     pub equalize: bool,
-    /// Whether the first position of each window, where attention sinks are, is left out of the Hessians.
-    #[serde(default)]
-    pub skip_first: bool,
     /// Whether damping is raised to what the spectrum of a Hessian asks for (oracle approximating shrinkage, arXiv 0907.4698).
     #[serde(default)]
     pub shrinkage: bool,
-    /// Sweeps of coordinate descent and least-squares scales after the solve; what they make of a linear is taken only where its
-    /// error on tokens that the Hessian has not seen falls.
-    #[serde(default)]
-    pub refine: u32,
-    /// Steps in which the scales of a layer's linears are tuned together for the output of the layer.
-    #[serde(default)]
-    pub tune: u32,
 }
 
 impl Refinements {
@@ -71,14 +59,10 @@ impl Refinements {
         scales: Scales::PLAIN,
         group_aware: false,
         asymmetric: 0.0,
-        asymmetric_share: 0.0,
         output_hessian: 0.0,
         rotate: false,
         equalize: false,
-        skip_first: false,
         shrinkage: false,
-        refine: 0,
-        tune: 0,
     };
 
     /// The order that a variant's features are quantized in.
@@ -86,31 +70,10 @@ impl Refinements {
         variant.sorting(self.group_aware)
     }
 
-    /// How many of the calibration windows, from the first on, the unquantized model is followed on.
-    pub fn dense_windows(&self, windows: usize) -> usize {
-        let solved = windows - self.held_out_windows(windows);
-        match (self.asymmetric > 0.0, self.tune > 0) {
-            (true, _) => part(self.asymmetric_share, windows).min(solved),
-            // Its outputs are what is tuned for.
-            (false, true) => windows,
-            (false, false) => 0,
-        }
-    }
-
-    /// How many of the calibration windows, the last ones, only judge what refinement makes of a linear.
-    pub fn held_out_windows(&self, windows: usize) -> usize {
-        if self.refine == 0 { 0 } else { held_out(windows) }
-    }
-
     /// On how many of the calibration windows, from the first on, gradients are taken.
     pub fn gradient_windows(&self, windows: usize) -> usize {
         if self.output_hessian == 0.0 { 0 } else { part(self.output_hessian, windows) }
     }
-}
-
-/// How many of some windows, the last ones, judge what the others were used for.
-pub fn held_out(windows: usize) -> usize {
-    windows.div_ceil(8)
 }
 
 /// At least one.
@@ -135,7 +98,6 @@ impl Quality {
                 group_aware: true,
                 // On a real model this brings more than all the rest together (docs/accuracy.md).
                 asymmetric: 1.0,
-                asymmetric_share: 1.0,
                 equalize: true,
                 shrinkage: true,
                 ..Refinements::NONE
@@ -144,7 +106,6 @@ impl Quality {
                 scales: searched(ScaleSearch::Block),
                 group_aware: true,
                 asymmetric: 1.0,
-                asymmetric_share: 1.0,
                 output_hessian: 1.0,
                 rotate: true,
                 equalize: true,
@@ -174,24 +135,14 @@ impl fmt::Display for Refinements {
             on.push("group-aware order".to_owned());
         }
         if self.asymmetric > 0.0 {
-            let share = (self.asymmetric_share * 100.0).round();
-            on.push(format!("asymmetric calibration at {} on {share}% of the windows", self.asymmetric));
+            on.push(format!("asymmetric calibration at {}", self.asymmetric));
         }
         if self.output_hessian > 0.0 {
             let share = (self.output_hessian * 100.0).round();
             on.push(format!("output Hessians from gradients on {share}% of the windows"));
         }
-        if self.skip_first {
-            on.push("no first positions".to_owned());
-        }
         if self.shrinkage {
             on.push("damping by shrinkage".to_owned());
-        }
-        if self.refine > 0 {
-            on.push(format!("{} sweeps of guarded refinement", self.refine));
-        }
-        if self.tune > 0 {
-            on.push(format!("{} steps of block tuning", self.tune));
         }
         f.write_str(&if on.is_empty() { "plain GPTQ".to_owned() } else { on.join(", ") })
     }
@@ -233,9 +184,9 @@ mod tests {
             [
                 "plain GPTQ",
                 "equalized norms, signed scales, scale search by block, group-aware order, \
-                 asymmetric calibration at 1 on 100% of the windows, damping by shrinkage",
+                 asymmetric calibration at 1, damping by shrinkage",
                 "folded rotations, signed scales, scale search by block, group-aware order, \
-                 asymmetric calibration at 1 on 100% of the windows, \
+                 asymmetric calibration at 1, \
                  output Hessians from gradients on 100% of the windows, damping by shrinkage",
             ]
         );

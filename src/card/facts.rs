@@ -9,7 +9,8 @@ use super::{Address, CardOptions, metadata, prompt, source::SourceCard};
 use crate::{
     emit::is_licence,
     error::Result,
-    report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report, bytes, not_loaded_by},
+    report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report, not_loaded_by},
+    units::bytes,
     variant::{GroupSize, Order},
 };
 

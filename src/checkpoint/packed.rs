@@ -7,8 +7,8 @@ use half::f16;
 use safetensors::Dtype;
 
 use crate::{
+    architectures::{LinearConfig, LinearId},
     checkpoint::{
-        names::LinearId,
         quantization::{CheckpointFormat, QuantizationConfig},
         reader::{Checkpoint, TensorView},
         values,
@@ -47,19 +47,19 @@ pub struct PackedTensors<'a> {
 /// Shapes, dtypes, group indices and scales are checked; codes and zero points can hold nothing wrong.
 pub fn packed<'a>(
     checkpoint: &'a Checkpoint,
-    linear: LinearId,
+    id: &LinearId,
+    linear: &LinearConfig,
     quantization: &QuantizationConfig,
 ) -> Result<Option<PackedTensors<'a>>> {
-    if !checkpoint.contains(&linear.qweight()) && checkpoint.contains(&linear.weight()) {
+    if !checkpoint.contains(&id.qweight()) && checkpoint.contains(&id.weight()) {
         return Ok(None);
     }
-    let config = checkpoint.config();
-    let [out_features, in_features] = linear.kind.shape(config);
+    let [out_features, in_features] = linear.shape;
     let bits = quantization.bits;
     for (dimension, size) in [("in_features", in_features), ("out_features", out_features)] {
         if !size.is_multiple_of(bits.pack_factor()) {
             return Err(Error::PackFactor {
-                linear: linear.to_string(),
+                linear: id.to_string(),
                 dimension,
                 size,
                 multiple: bits.pack_factor(),
@@ -71,20 +71,20 @@ pub fn packed<'a>(
     let words = |features: usize| features * bits.get() as usize / 32;
     let groups = quantization.group_size.groups(in_features);
 
-    let qweight = integers(&checkpoint.view_shaped(&linear.qweight(), &[words(in_features), out_features])?)?;
-    let qzeros = integers(&checkpoint.view_shaped(&linear.qzeros(), &[groups, words(out_features)])?)?;
-    let scales = halves(&checkpoint.view_shaped(&linear.scales(), &[groups, out_features])?)?;
-    let g_idx = if checkpoint.contains(&linear.g_idx()) {
-        let g_idx = integers(&checkpoint.view_shaped(&linear.g_idx(), &[in_features])?)?;
-        check_groups(linear, &g_idx, groups)?;
+    let qweight = integers(&checkpoint.view_shaped(&id.qweight(), &[words(in_features), out_features])?)?;
+    let qzeros = integers(&checkpoint.view_shaped(&id.qzeros(), &[groups, words(out_features)])?)?;
+    let scales = halves(&checkpoint.view_shaped(&id.scales(), &[groups, out_features])?)?;
+    let g_idx = if checkpoint.contains(&id.g_idx()) {
+        let g_idx = integers(&checkpoint.view_shaped(&id.g_idx(), &[in_features])?)?;
+        check_groups(id, &g_idx, groups)?;
         g_idx
     } else if quantization.sequential_groups() {
         let size = quantization.group_size.features(in_features);
         Cow::Owned((0..in_features).map(|k| (k / size) as i32).collect())
     } else {
-        return Err(Error::MissingTensor { name: linear.g_idx(), path: checkpoint.dir().into() });
+        return Err(Error::MissingTensor { name: id.g_idx(), path: checkpoint.dir().into() });
     };
-    let bias = bias(checkpoint, linear, out_features)?;
+    let bias = bias(checkpoint, id, linear)?;
     let format = quantization.format;
     Ok(Some(PackedTensors {
         bits,
@@ -100,7 +100,7 @@ pub fn packed<'a>(
     }))
 }
 
-fn check_groups(linear: LinearId, g_idx: &[i32], groups: usize) -> Result<()> {
+fn check_groups(linear: &LinearId, g_idx: &[i32], groups: usize) -> Result<()> {
     let outside = |group: &i32| usize::try_from(*group).map_or(true, |group| group >= groups);
     match g_idx.iter().position(outside) {
         Some(index) => Err(Error::TensorValue {
@@ -114,13 +114,17 @@ fn check_groups(linear: LinearId, g_idx: &[i32], groups: usize) -> Result<()> {
 }
 
 /// The bias of a model that has biases; otherwise none, and what the file may hold must be zero.
-fn bias(checkpoint: &Checkpoint, linear: LinearId, out_features: usize) -> Result<Option<Cow<'_, [f16]>>> {
-    let name = linear.bias();
-    let wanted = linear.kind.has_bias(checkpoint.config());
+fn bias<'a>(
+    checkpoint: &'a Checkpoint,
+    id: &LinearId,
+    linear: &LinearConfig,
+) -> Result<Option<Cow<'a, [f16]>>> {
+    let name = id.bias();
+    let wanted = linear.bias;
     if !wanted && !checkpoint.contains(&name) {
         return Ok(None);
     }
-    let bias = halves(&checkpoint.view_shaped(&name, &[out_features])?)?;
+    let bias = halves(&checkpoint.view_shaped(&name, &linear.shape[..1])?)?;
     if wanted {
         return Ok(Some(bias));
     }

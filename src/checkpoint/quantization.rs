@@ -6,13 +6,11 @@ use std::{fmt::Display, path::Path};
 use serde_json::Value;
 
 use crate::{
-    checkpoint::{
-        config::CONFIG_FILE,
-        fields::{Fields, read_json},
-        reader::Checkpoint,
-    },
+    architectures::CONFIG_FILE,
+    checkpoint::reader::Checkpoint,
     error::{Error, Result},
     folder::file_in,
+    json::{Fields, read_json},
     variant::{Bits, GroupSize},
 };
 

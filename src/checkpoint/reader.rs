@@ -14,15 +14,14 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    architectures::{CONFIG_FILE, ModelConfig},
     checkpoint::{
-        config::{CONFIG_FILE, LlamaConfig},
-        fields::{Fields, read_json},
-        header,
-        names::{EMBED_TOKENS, LM_HEAD, LinearId, dense_tensors, layer_prefix},
-        values,
+        header, values,
+        writer::{TensorSpec, WriteDtype},
     },
     error::{Error, Result},
     folder::{file_in, is_file_name},
+    json::{Fields, read_json},
 };
 
 /// All weights in one file.
@@ -34,7 +33,7 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub struct Checkpoint {
     dir: PathBuf,
-    config: LlamaConfig,
+    config: ModelConfig,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
     /// What a tensor's numbers are multiplied by, for each element of its last axis.
@@ -76,7 +75,7 @@ impl Checkpoint {
     /// The weights are `model.safetensors`, else the shards of `model.safetensors.index.json`, else the one
     /// `*.safetensors` file of the folder (AutoGPTQ named it freely).
     pub fn open(dir: &Path) -> Result<Self> {
-        let config = LlamaConfig::read(dir)?;
+        let config = ModelConfig::read(dir)?;
         let (tensors, factors) = (BTreeMap::new(), BTreeMap::new());
         let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors, factors };
         let (weights, index) = (file_in(dir, WEIGHTS_FILE)?, file_in(dir, INDEX_FILE)?);
@@ -87,7 +86,17 @@ impl Checkpoint {
         } else {
             checkpoint.add_shard(file_in(dir, &only_weights_file(dir)?)?)?;
         }
-        Ok(checkpoint)
+        Ok(checkpoint.with_names_as_stored())
+    }
+
+    /// Decoders beside other encoders are stored under one of two names.
+    fn with_names_as_stored(mut self) -> Self {
+        const IN_MEMORY: [&str; 2] = ["model.language_model.", "lm_head.weight"];
+        let embedding = format!("{}embed_tokens.weight", IN_MEMORY[0]);
+        if !self.contains(&self.config.embedding()) && self.contains(&embedding) {
+            self.config = self.config.with_prefix(IN_MEMORY[0], IN_MEMORY[1]);
+        }
+        self
     }
 
     fn add_indexed_shards(&mut self, index: &Path) -> Result<()> {
@@ -167,7 +176,7 @@ impl Checkpoint {
     }
 
     /// The model's config.
-    pub fn config(&self) -> &LlamaConfig {
+    pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
@@ -224,14 +233,13 @@ impl Checkpoint {
                 found,
             });
         }
-        for (name, shape) in dense_tensors(&self.config) {
+        for (name, shape) in self.config.dense_tensors() {
             values::kind_of(&self.view_shaped(&name, &shape)?)?;
         }
-        for linear in LinearId::all(&self.config) {
-            let shape = linear.kind.shape(&self.config);
-            values::kind_of(&self.view_shaped(&linear.weight(), &shape)?)?;
-            if linear.kind.has_bias(&self.config) {
-                values::kind_of(&self.view_shaped(&linear.bias(), &shape[..1])?)?;
+        for (id, linear) in self.config.linears() {
+            values::kind_of(&self.view_shaped(&id.weight(), &linear.shape)?)?;
+            if linear.bias {
+                values::kind_of(&self.view_shaped(&id.bias(), &linear.shape[..1])?)?;
             }
         }
         self.check_tied()
@@ -240,19 +248,20 @@ impl Checkpoint {
     /// Checks that an output layer that is tied, and stored all the same, is the embedding. If it is not,
     /// transformers 5 takes what is stored, and others the embedding.
     pub fn check_tied(&self) -> Result<()> {
-        if !self.config.tie_word_embeddings || !self.contains(LM_HEAD) {
+        let (lm_head, embed_tokens) = (&self.config.lm_head, &self.config.embedding());
+        if !self.config.tie_word_embeddings || !self.contains(lm_head) {
             return Ok(());
         }
-        let (head, embedding) = (self.view(LM_HEAD)?, self.view(EMBED_TOKENS)?);
+        let (head, embedding) = (self.view(lm_head)?, self.view(embed_tokens)?);
         let same = (head.dtype, head.bytes) == (embedding.dtype, embedding.bytes);
-        self.release([LM_HEAD, EMBED_TOKENS]);
+        self.release([lm_head, embed_tokens]);
         if same {
             return Ok(());
         }
         Err(Error::Config {
             path: self.dir.join(CONFIG_FILE),
             key: "tie_word_embeddings".into(),
-            expected: format!("false, as `{LM_HEAD}` is stored and is not the embedding"),
+            expected: format!("false, as `{lm_head}` is stored and is not the embedding"),
             found: "true".into(),
         })
     }
@@ -271,21 +280,41 @@ impl Checkpoint {
     /// `rotary_emb.inv_freq` buffers of old files are not listed, nor what belongs to a packed linear.
     pub fn extra(&self) -> Vec<&str> {
         let mut known: HashSet<String> =
-            dense_tensors(&self.config).into_iter().map(|(name, _)| name).collect();
-        for linear in LinearId::all(&self.config) {
-            let packed = self.contains(&linear.qweight());
-            if packed || linear.kind.has_bias(&self.config) {
-                known.insert(linear.bias());
+            self.config.dense_tensors().into_iter().map(|(name, _)| name).collect();
+        for (id, linear) in self.config.linears() {
+            let packed = self.contains(&id.qweight());
+            if packed || linear.bias {
+                known.insert(id.bias());
             }
             if packed {
-                known.extend([linear.qweight(), linear.qzeros(), linear.scales(), linear.g_idx()]);
+                known.extend([id.qweight(), id.qzeros(), id.scales(), id.g_idx()]);
             } else {
-                known.insert(linear.weight());
+                known.insert(id.weight());
             }
         }
-        self.names()
-            .filter(|name| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"))
-            .collect()
+        let extra = |name: &&str| {
+            !known.contains(*name)
+                && !name.ends_with(".rotary_emb.inv_freq")
+                && !self.config.is_passed_through(name)
+        };
+        self.names().filter(extra).collect()
+    }
+
+    /// Tensors that are no part of the decoder and stay as they are, sorted: encoders of other inputs.
+    ///
+    /// # Errors
+    /// When one is of a type that is not written.
+    pub fn passed_through(&self) -> Result<Vec<TensorSpec>> {
+        let spec = |name: &str| {
+            let view = self.view(name)?;
+            let dtype = match values::kind_of(&view)? {
+                Kind::Half => WriteDtype::F16,
+                Kind::BFloat16 => WriteDtype::Bf16,
+                _ => WriteDtype::F32,
+            };
+            Ok(TensorSpec { name: name.to_owned(), dtype, shape: view.shape.to_vec() })
+        };
+        self.names().filter(|name| self.config.is_passed_through(name)).map(spec).collect()
     }
 
     /// The same folder, with some tensors multiplied by a factor for each element of their last axis, by name. What is loaded and
@@ -347,7 +376,7 @@ impl Checkpoint {
 
     /// [`Checkpoint::release`] for every tensor of decoder layer `layer`.
     pub fn release_layer(&self, layer: usize) {
-        let prefix = layer_prefix(layer);
+        let prefix = self.config.layer_prefix(layer);
         let tensors = self.tensors.range(prefix.clone()..);
         tensors
             .take_while(|(name, _)| name.starts_with(&prefix))

@@ -1,6 +1,6 @@
 //! How precise a quantized model's scales are, whatever type they are stored in.
 
-use super::{Checkpoint, Dtype, LinearId};
+use super::{Checkpoint, Dtype};
 use crate::error::Result;
 
 impl Checkpoint {
@@ -12,7 +12,7 @@ impl Checkpoint {
     /// When a tensor is malformed.
     pub fn scale_bits(&self) -> Result<Option<u32>> {
         let mut fewest = None;
-        for name in LinearId::all(self.config()).map(|id| id.scales()) {
+        for name in self.config().linears().map(|(id, _)| id.scales()) {
             if self.contains(&name) {
                 let view = self.view(&name)?;
                 let used = most_bits(view.dtype, view.bytes);

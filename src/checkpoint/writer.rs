@@ -25,6 +25,8 @@ pub enum WriteDtype {
     I32,
     /// IEEE half precision.
     F16,
+    /// The upper half of single precision.
+    Bf16,
     /// IEEE single precision.
     F32,
 }
@@ -35,6 +37,7 @@ impl WriteDtype {
         match self {
             Self::I32 => "I32",
             Self::F16 => "F16",
+            Self::Bf16 => "BF16",
             Self::F32 => "F32",
         }
     }
@@ -43,7 +46,7 @@ impl WriteDtype {
     pub fn size(self) -> usize {
         match self {
             Self::I32 | Self::F32 => 4,
-            Self::F16 => 2,
+            Self::F16 | Self::Bf16 => 2,
         }
     }
 }

@@ -28,9 +28,6 @@ pub(super) struct AccuracyArgs {
     /// How far linears aim at the unquantized model's outputs, from 0 to 1 [default: what the preset says]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) asymmetric: Option<f64>,
-    /// The part of the calibration windows that --asymmetric takes, up to 1 [default: what the preset says]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub(super) asymmetric_share: Option<f64>,
     /// The part of the calibration windows, from 0 to 1, on which gradients say what errors in outputs cost; rows then make
     /// good for each other [default: what the preset says]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -43,19 +40,9 @@ pub(super) struct AccuracyArgs {
     /// the preset says]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub(super) equalize: Option<bool>,
-    /// Leave the first position of each window out of the Hessians [default: what the preset says]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    pub(super) skip_first_position: Option<bool>,
     /// Raise damping to what the spectrum of a Hessian and the number of tokens ask for [default: what the preset says]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub(super) shrinkage: Option<bool>,
-    /// Sweeps of coordinate descent and least-squares scales after the solve, taken where they lower the error on held-out
-    /// tokens [default: what the preset says]
-    #[arg(long, value_name = "N")]
-    pub(super) refine: Option<u32>,
-    /// Steps in which the scales of a layer are tuned together for its output [default: what the preset says]
-    #[arg(long, value_name = "N")]
-    pub(super) tune_blocks: Option<u32>,
 }
 
 impl AccuracyArgs {
@@ -67,13 +54,9 @@ impl AccuracyArgs {
         plan.scale_search = self.scale_search.or(plan.scale_search);
         plan.act_group_aware = self.act_group_aware.or(plan.act_group_aware);
         plan.asymmetric = self.asymmetric.or(plan.asymmetric);
-        plan.asymmetric_share = self.asymmetric_share.or(plan.asymmetric_share);
         plan.rotate = self.rotate.or(plan.rotate);
         plan.equalize = self.equalize.or(plan.equalize);
-        plan.skip_first_position = self.skip_first_position.or(plan.skip_first_position);
         plan.shrinkage = self.shrinkage.or(plan.shrinkage);
-        plan.refine = self.refine.or(plan.refine);
-        plan.tune_blocks = self.tune_blocks.or(plan.tune_blocks);
         plan.output_hessian = self.output_hessian.or(plan.output_hessian);
     }
 }

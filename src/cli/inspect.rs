@@ -6,7 +6,7 @@ use anyhow::Result;
 use gptq::{
     checkpoint::{Checkpoint, QuantizationConfig},
     eval::bits_per_weight,
-    report::bytes,
+    units::bytes,
     verify::readers,
 };
 use serde::Serialize;
@@ -22,7 +22,10 @@ struct Inspection {
     architecture: String,
     layers: usize,
     hidden_size: usize,
+    /// Of one expert, where there are experts.
     intermediate_size: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    experts: Option<usize>,
     heads: usize,
     kv_heads: usize,
     vocab_size: usize,
@@ -67,6 +70,7 @@ pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
 
 fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
     let config = checkpoint.config();
+    let first = &config.layers[0];
     let quantization = match checkpoint.quantization_mark() {
         Some(_) => Some(quantized(checkpoint)?),
         None => None,
@@ -84,12 +88,13 @@ fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
         }
     }
     Ok(Inspection {
-        architecture: format!("{:?}", config.architecture),
-        layers: config.num_layers,
+        architecture: config.class.to_owned(),
+        layers: config.num_layers(),
         hidden_size: config.hidden_size,
-        intermediate_size: config.intermediate_size,
-        heads: config.num_heads,
-        kv_heads: config.num_kv_heads,
+        intermediate_size: first.feed_forward.blocks[0].width(),
+        experts: first.feed_forward.routing.as_ref().map(|routing| routing.experts),
+        heads: first.attention.num_heads,
+        kv_heads: first.attention.num_kv_heads,
         vocab_size: config.vocab_size,
         max_position_embeddings: config.max_position_embeddings,
         bytes: checkpoint.bytes_total(),

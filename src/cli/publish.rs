@@ -8,7 +8,8 @@ use gptq::{
     card::{Address, SourceCard, cards},
     hub::{CARD_FILE, Hub, Reference},
     publish::{self, GitOptions, HubOptions, Outcome},
-    report::{REPORT_FILE, Report, bytes},
+    report::{REPORT_FILE, Report},
+    units::bytes,
     verify,
 };
 

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use gptq::{
     progress::{Event, Progress},
-    report::{bytes, duration},
+    units::{bytes, duration},
 };
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 

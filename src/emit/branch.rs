@@ -12,9 +12,9 @@ use sha2::{Digest, Sha256};
 
 use super::metadata::{Provenance, quantize_config_json, quantized_config_json};
 use crate::{
+    architectures::{CONFIG_FILE, LinearId, ModelConfig},
     checkpoint::{
-        CONFIG_FILE, Checkpoint, LinearId, LlamaConfig, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter,
-        TensorSpec, UNFINISHED, WriteDtype, dense_tensors,
+        Checkpoint, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter, TensorSpec, UNFINISHED, WriteDtype,
     },
     error::{Error, Result},
     folder,
@@ -62,13 +62,19 @@ pub struct BranchWriter {
 }
 
 impl BranchWriter {
-    /// Begins `out/<branch>` with its weights file at full size.
+    /// Begins `out/<branch>` with its weights file at full size; `passed_through` are tensors that are copied as they are.
     ///
     /// # Errors
     /// When the branch exists, the variant does not fit the model, or the disk is full.
-    pub fn create(out: &Path, variant: Variant, config: &LlamaConfig, max_shard_size: u64) -> Result<Self> {
+    pub fn create(
+        out: &Path,
+        variant: Variant,
+        config: &ModelConfig,
+        passed_through: &[TensorSpec],
+        max_shard_size: u64,
+    ) -> Result<Self> {
         let [path, partial] = places(out, &variant);
-        let plan = ShardPlan::new(tensors(&variant, config)?, max_shard_size)?;
+        let plan = ShardPlan::new(tensors(&variant, config, passed_through)?, max_shard_size)?;
         if path.exists() {
             return Err(Error::OutputExists { path });
         }
@@ -85,12 +91,13 @@ impl BranchWriter {
     pub fn reopen(
         out: &Path,
         variant: Variant,
-        config: &LlamaConfig,
+        config: &ModelConfig,
+        passed_through: &[TensorSpec],
         max_shard_size: u64,
         sha256: BTreeMap<String, String>,
     ) -> Result<Self> {
         let [_, partial] = places(out, &variant);
-        let plan = ShardPlan::new(tensors(&variant, config)?, max_shard_size)?;
+        let plan = ShardPlan::new(tensors(&variant, config, passed_through)?, max_shard_size)?;
         remove_unfinished(&partial)?;
         let shards = Some(ShardWriter::reopen(&partial, plan, sha256)?);
         Ok(Self { variant, partial, shards, keep: true })
@@ -111,7 +118,7 @@ impl BranchWriter {
     ///
     /// # Errors
     /// When the disk is full, or the device that holds the linear fails.
-    pub fn write_linear(&mut self, id: LinearId, linear: &Solved) -> Result<()> {
+    pub fn write_linear(&mut self, id: &LinearId, linear: &Solved) -> Result<()> {
         let packed = PackedLinear::of_solved(linear)?;
         for (suffix, bytes) in packed.tensors() {
             self.shards().write(&format!("{id}.{suffix}"), bytes)?;
@@ -119,18 +126,26 @@ impl BranchWriter {
         Ok(())
     }
 
-    /// Writes everything else: dense tensors and configs of the `checkpoint` that was quantized, the tokenizer and licences from
-    /// the `source` folder, checksums. Returns the folder, not yet at its final place, for checking.
+    /// Writes everything else: dense tensors and configs of the `checkpoint` that was quantized; the tokenizer, licences and what is passed
+    /// through from the `original`; checksums. Returns the folder, not yet at its final place, for checking.
     ///
     /// # Errors
     /// When a linear was left out, the source cannot be read, or the disk is full.
-    pub fn seal(&mut self, checkpoint: &Checkpoint, source: &Path, provenance: &Provenance) -> Result<&Path> {
-        let config = checkpoint.config();
-        let biases = LinearId::all(config).filter(|id| id.kind.has_bias(config)).map(LinearId::bias);
-        for name in dense_tensors(config).into_iter().map(|(name, _)| name).chain(biases) {
+    pub fn seal(
+        &mut self,
+        checkpoint: &Checkpoint,
+        original: &Checkpoint,
+        provenance: &Provenance,
+    ) -> Result<&Path> {
+        let (config, source) = (checkpoint.config(), original.dir());
+        for name in config.dense_tensors().into_iter().map(|(name, _)| name).chain(config.linear_biases()) {
             let bytes = checkpoint.bytes_f16(&name)?;
             self.shards().write(&name, &bytes)?;
             checkpoint.release([&name]);
+        }
+        for TensorSpec { name, .. } in original.passed_through()? {
+            self.shards().write(&name, original.view(&name)?.bytes)?;
+            original.release([&name]);
         }
         let written = self.shards.take().expect("sealed once").finish()?;
 
@@ -233,15 +248,15 @@ pub fn is_partial(name: &str) -> bool {
 /// When the variant does not fit the model.
 pub fn planned_bytes(
     variant: &Variant,
-    config: &LlamaConfig,
-    source: &Path,
+    config: &ModelConfig,
+    original: &Checkpoint,
     max_shard_size: u64,
 ) -> Result<u64> {
     /// Both configs.
     const CONFIGS: u64 = 64 << 10;
     /// A tensor's line in the checksums and in an index of shards.
     const LINES: u64 = 512;
-    let tensors = tensors(variant, config)?;
+    let (tensors, source) = (tensors(variant, config, &original.passed_through()?)?, original.dir());
     let lines = tensors.len() as u64 * LINES;
     let copied = COPIED_FILES.iter().filter_map(|name| fs::metadata(source.join(name)).ok());
     let copied: u64 = copied.map(|file| file.len()).sum();
@@ -249,13 +264,17 @@ pub fn planned_bytes(
 }
 
 /// All tensors of a branch in the order of the file: layer by layer, so that a shard is a run of layers.
-fn tensors(variant: &Variant, config: &LlamaConfig) -> Result<Vec<TensorSpec>> {
+fn tensors(
+    variant: &Variant,
+    config: &ModelConfig,
+    passed_through: &[TensorSpec],
+) -> Result<Vec<TensorSpec>> {
     let (bits, factor) = (variant.bits, variant.bits.pack_factor());
     let words = |features: usize| features * bits.get() as usize / 32;
     let spec = |name: String, dtype, shape: &[usize]| TensorSpec { name, dtype, shape: shape.to_vec() };
     let mut specs = Vec::new();
-    for id in LinearId::all(config) {
-        let [n, k] = id.kind.shape(config);
+    for (id, linear) in config.linears() {
+        let [n, k] = linear.shape;
         for (dimension, size) in [("in_features", k), ("out_features", n)] {
             if !size.is_multiple_of(factor) {
                 let (linear, multiple, bits) = (id.to_string(), factor, bits.get());
@@ -271,12 +290,13 @@ fn tensors(variant: &Variant, config: &LlamaConfig) -> Result<Vec<TensorSpec>> {
         specs.push(spec(id.qzeros(), WriteDtype::I32, &[groups, words(n)]));
         specs.push(spec(id.g_idx(), WriteDtype::I32, &[k]));
         specs.push(spec(id.scales(), WriteDtype::F16, &[groups, n]));
-        if id.kind.has_bias(config) {
+        if linear.bias {
             specs.push(spec(id.bias(), WriteDtype::F16, &[n]));
         }
     }
-    let dense = dense_tensors(config).into_iter();
+    let dense = config.dense_tensors().into_iter();
     specs.extend(dense.map(|(name, shape)| spec(name, WriteDtype::F16, &shape)));
+    specs.extend_from_slice(passed_through);
     Ok(specs)
 }
 

@@ -13,6 +13,11 @@ impl Error {
                  M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
                 path.display()
             ),
+            Self::CheckpointKind { path, found, .. } if found.contains("`fp8`") => format!(
+                "make it bf16 first: python -c \"from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; \
+                 M.from_pretrained('{0}', dtype='bfloat16', quantization_config=C(dequantize=True)).save_pretrained('{0}-bf16')\"",
+                path.display()
+            ),
             Self::TokenizerModelOnly { path } => format!(
                 "convert it: python -c \"from transformers import AutoTokenizer as T; \
                  T.from_pretrained('{0}').save_pretrained('{0}')\"",

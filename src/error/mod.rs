@@ -81,7 +81,7 @@ pub enum Error {
         /// The architecture it names.
         found: String,
         /// The ones that can be read.
-        supported: &'static str,
+        supported: String,
     },
     /// A key of `config.json` is missing or cannot be used.
     #[error("`{}`: key `{key}`: expected {expected}, found {found}", path.display())]

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::{
-    checkpoint::{Checkpoint, LinearId, QuantizationConfig},
+    checkpoint::{Checkpoint, QuantizationConfig},
     error::Result,
     report::CheckpointReport,
     verify::readers,
@@ -53,15 +53,14 @@ fn first_text(value: &Value) -> Option<String> {
 pub fn bits_per_weight(checkpoint: &Checkpoint) -> Result<f64> {
     let config = checkpoint.config();
     let (mut bits, mut weights) = (0, 0);
-    for id in LinearId::all(config) {
+    for (id, linear) in config.linears() {
         for name in [id.qweight(), id.qzeros(), id.scales(), id.g_idx()] {
             if checkpoint.contains(&name) {
                 bits += checkpoint.view(&name)?.bytes.len() * 8;
             }
         }
         if checkpoint.contains(&id.qweight()) {
-            let [n, k] = id.kind.shape(config);
-            weights += n * k;
+            weights += linear.weights();
         }
     }
     Ok(bits as f64 / weights.max(1) as f64)

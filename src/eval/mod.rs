@@ -12,8 +12,9 @@ use std::{path::Path, time::Instant};
 use tch::{Device, Tensor};
 
 use crate::{
+    architectures::ModelConfig,
     calibration::{Windows, check_seq_len},
-    checkpoint::{Checkpoint, LlamaConfig},
+    checkpoint::Checkpoint,
     cuda::Gpu,
     error::{Error, Result, TorchContext},
     model::{Compute, Runner, kind_name},
@@ -73,7 +74,7 @@ pub fn evaluate(
     let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
     let models = usize::from(dense.is_run()) + candidates.len();
     let per_chunk = (chunk_tokens(compute, reference.config(), models)? / seq_len).max(1) * seq_len;
-    let layers = reference.config().num_layers as u64;
+    let layers = reference.config().num_layers() as u64;
     let chunks = windows.ids().len().div_ceil(per_chunk) as u64;
     progress.begin("evaluating", chunks * layers * models as u64);
     for ids in windows.ids().chunks(per_chunk) {
@@ -154,7 +155,7 @@ pub fn logits(checkpoint: &Checkpoint, windows: &Windows, compute: Compute) -> R
 
 /// Tokens whose hidden states are kept at a time. Each chunk reads every layer of every model, and on CUDA copies it, so
 /// that there a chunk is as large as a quarter of the free memory holds.
-fn chunk_tokens(compute: Compute, config: &LlamaConfig, models: usize) -> Result<usize> {
+fn chunk_tokens(compute: Compute, config: &ModelConfig, models: usize) -> Result<usize> {
     if compute.device == Device::Cpu {
         return Ok(CHUNK_TOKENS);
     }
@@ -174,7 +175,7 @@ fn comparable(reference: &Checkpoint, candidate: &Checkpoint) -> Result<()> {
     let sizes = [
         ("vocab_size", left.vocab_size, right.vocab_size),
         ("hidden_size", left.hidden_size, right.hidden_size),
-        ("num_hidden_layers", left.num_layers, right.num_layers),
+        ("num_hidden_layers", left.num_layers(), right.num_layers()),
     ];
     match sizes.into_iter().find(|(_, l, r)| l != r) {
         None => Ok(()),

@@ -15,7 +15,7 @@ use crate::{
     error::Result,
     model::{Compute, Runner},
     progress::{Event, Progress},
-    report::bytes,
+    units::bytes,
 };
 
 /// The unquantized model, window by window.
@@ -129,10 +129,9 @@ impl<'a> Reference<'a> {
 
 fn key(checkpoint: &Checkpoint, digest: &str, windows: &Windows, compute: Compute) -> Key {
     let c = checkpoint.config();
-    let attention = (c.num_heads, c.num_kv_heads, c.head_dim, c.sliding_window, c.mixed_windows);
     Key {
         model: digest.to_owned(),
-        config: format!("{:?} {attention:?} {:?} {}", c.architecture, c.rope, c.rms_norm_eps),
+        config: c.forward_digest(),
         tokens: windows.digest().to_owned(),
         windows: windows.count(),
         seq_len: windows.seq_len(),

@@ -1,7 +1,7 @@
 //! Writing checks down.
 
 use super::judgement::{Check, Judgement};
-use crate::report::bytes;
+use crate::units::bytes;
 
 /// Takes the checks of one branch, or of the run.
 pub(super) struct Ledger<'a> {

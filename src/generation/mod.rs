@@ -105,7 +105,7 @@ pub fn generate(
     }
     let runner = Runner::open(checkpoint, capacity, compute)?;
     let packed =
-        (0..config.num_layers).map(|layer| runner.packed_layer(layer)).collect::<Result<Vec<_>>>()?;
+        (0..config.num_layers()).map(|layer| runner.packed_layer(layer)).collect::<Result<Vec<_>>>()?;
     let mut decoder = Decoder::new(&runner, &packed, capacity)?;
     runner.notes().iter().for_each(|note| progress.event(&Event::Note(note)));
     let load_seconds = begun.elapsed().as_secs_f64();

@@ -74,6 +74,18 @@ impl Drift {
         Ok(())
     }
 
+    /// Divides the sums by at least so many tokens: where fewer were seen, the others drifted by nothing.
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn spread_over(&mut self, least: u64) -> Result<()> {
+        if self.tokens == 0 {
+            drop(self.matrix.f_zero_().torch("reset a drift")?);
+        }
+        self.tokens = self.tokens.max(least);
+        Ok(())
+    }
+
     /// Calibration tokens seen.
     pub fn tokens(&self) -> u64 {
         self.tokens

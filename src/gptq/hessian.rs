@@ -125,6 +125,44 @@ impl Hessian {
         Ok(())
     }
 
+    /// The sums of several over different tokens, added.
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn sum_of<'a>(all: impl Iterator<Item = &'a Self>) -> Result<Self> {
+        let mut sum: Option<Self> = None;
+        for own in all {
+            let matrix = own.matrix.f_add_scalar(0.0).torch("copy a Hessian")?;
+            let copy = Self { matrix, tokens: own.tokens, finished: false, warning: own.warning.clone() };
+            match &mut sum {
+                Some(sum) => sum.absorb(copy)?,
+                none => *none = Some(copy),
+            }
+        }
+        Ok(sum.expect("at least one Hessian"))
+    }
+
+    /// Fills up to `least` tokens with the mean of `pooled`, where this has seen fewer.
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn fill_up(&mut self, pooled: &Self, least: u64) -> Result<()> {
+        if self.tokens >= least || pooled.tokens == 0 {
+            return Ok(());
+        }
+        let share = (least - self.tokens) as f64 / pooled.tokens as f64;
+        let mut add = || {
+            let filling = pooled.matrix.f_mul_scalar(share)?;
+            match self.tokens {
+                0 => self.matrix.f_copy_(&filling),
+                _ => self.matrix.f_add_(&filling).map(drop),
+            }
+        };
+        add().torch("add two Hessians")?;
+        self.tokens = least;
+        Ok(())
+    }
+
     /// What went otherwise than planned, for the user.
     pub fn warning(&self) -> Option<&str> {
         self.warning.as_deref()

@@ -15,9 +15,9 @@ use super::{
 use crate::{
     checkpoint::INDEX_FILE,
     error::{Error, HubError, Result, quoted},
-    pipeline::require_space,
+    machine::require_space,
     progress::{Event, Progress},
-    report::bytes,
+    units::bytes,
 };
 
 /// A revision of a repository in the cache, with the files that were asked for.

@@ -5,7 +5,8 @@ use std::{collections::BTreeSet, path::Path};
 use serde::Deserialize;
 
 use crate::{
-    checkpoint::{CONFIG_FILE, INDEX_FILE, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
+    architectures::CONFIG_FILE,
+    checkpoint::{INDEX_FILE, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
     emit::{CHECKSUMS_FILE, COPIED_FILES, is_licence},
     error::{Error, Result},
 };

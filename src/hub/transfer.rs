@@ -19,9 +19,9 @@ use super::{
 };
 use crate::{
     error::{Error, HubError, ResourceError, Result},
-    pipeline::available_space,
+    machine::available_space,
     progress::Progress,
-    report::bytes,
+    units::bytes,
 };
 
 /// A file of a repository, as the Hub lists it.

@@ -1,24 +1,30 @@
-//! Causal attention through libtorch's fused kernel: over whole sequences, or token by token with a cache.
+//! Causal attention: over whole sequences, or token by token with a cache. Through libtorch's fused kernel, but for scores with a
+//! softcap, which it does not have.
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::rope::RopeTable;
+use super::{parts::Norm, rope::RopeTable};
 use crate::{
-    checkpoint::LlamaConfig,
-    error::{Error, Result, TorchContext},
+    architectures::{AttentionConfig, ModelConfig, RopeConfig},
+    error::{Result, TorchContext},
 };
 
-/// Heads, positions and the window of one model.
+/// Rotary tables and masks of a model, one for all layers that have the same.
 #[derive(Debug)]
-pub(super) struct Attention {
-    rope: RopeTable,
-    num_heads: i64,
-    num_kv_heads: i64,
-    head_dim: i64,
-    /// `[S, S]` bool, true where a token may look; only for sequences longer than a sliding window.
-    mask: Option<Tensor>,
-    /// Tokens that a token sees, itself included; `None`: all before it.
-    window: Option<i64>,
+pub(super) struct AttentionTables {
+    ropes: Vec<(RopeConfig, RopeTable)>,
+    /// By window: `[S, S]` bool, true where a token may look; only for sequences longer than the window.
+    masks: Vec<(usize, Tensor)>,
+    /// The same for layers without a window, where a mask is needed.
+    causal: Option<Tensor>,
+}
+
+/// Attention of one layer.
+pub(super) struct Attention<'a> {
+    config: &'a AttentionConfig,
+    qk_norms: Option<&'a [Norm; 2]>,
+    rope: Option<&'a RopeTable>,
+    mask: Option<&'a Tensor>,
 }
 
 /// Keys and values of one layer for the tokens of one sequence so far.
@@ -30,98 +36,146 @@ pub struct KvCache {
     len: i64,
 }
 
-impl Attention {
+impl KvCache {
     /// An empty cache for `capacity` tokens.
-    pub(super) fn cache(&self, capacity: usize, kind: Kind, device: Device) -> Result<KvCache> {
-        let size = [1, self.num_kv_heads, capacity as i64, self.head_dim];
+    pub(super) fn new(config: &AttentionConfig, capacity: usize, kind: Kind, device: Device) -> Result<Self> {
+        let size = [1, config.num_kv_heads as i64, capacity as i64, config.head_dim as i64];
         let zeros = || Tensor::f_zeros(size, (kind, device)).torch("allocate a key-value cache");
-        Ok(KvCache { keys: zeros()?, values: zeros()?, len: 0 })
+        Ok(Self { keys: zeros()?, values: zeros()?, len: 0 })
+    }
+}
+
+impl AttentionTables {
+    pub(super) fn new(config: &ModelConfig, seq_len: usize, device: Device) -> Result<Self> {
+        let mut tables = Self { ropes: Vec::new(), masks: Vec::new(), causal: None };
+        let s = seq_len as i64;
+        let causal = || Tensor::f_ones([s, s], (Kind::Bool, device)).and_then(|ones| ones.f_tril(0));
+        for attention in config.layers.iter().map(|layer| &layer.attention) {
+            if let Some(rope) = &attention.rope
+                && !tables.ropes.iter().any(|(known, _)| known == rope)
+            {
+                tables.ropes.push((rope.clone(), RopeTable::new(rope, seq_len, device)?));
+            }
+            match attention.window.filter(|&window| window < seq_len) {
+                Some(window) if !tables.masks.iter().any(|(known, _)| *known == window) => {
+                    let mask = causal().and_then(|mask| mask.f_triu(1 - window as i64));
+                    tables.masks.push((window, mask.torch("make the attention mask")?));
+                }
+                Some(_) => {}
+                None if attention.softcap.is_some() && tables.causal.is_none() => {
+                    tables.causal = Some(causal().torch("make the attention mask")?);
+                }
+                None => {}
+            }
+        }
+        Ok(tables)
     }
 
-    pub(super) fn new(config: &LlamaConfig, seq_len: usize, device: Device) -> Result<Self> {
-        let mask = match config.sliding_window {
-            Some(window) if window < seq_len && config.mixed_windows => {
-                return Err(Error::Value {
-                    what: "sequence length".into(),
-                    expected: format!("at most sliding_window {window}, which only some layers have"),
-                    found: seq_len.to_string(),
-                });
-            }
-            Some(window) if window < seq_len => {
-                let s = seq_len as i64;
-                let mask = Tensor::f_ones([s, s], (Kind::Bool, device))
-                    .and_then(|ones| ones.f_tril(0)?.f_triu(1 - window as i64));
-                Some(mask.torch("make the attention mask")?)
-            }
-            _ => None,
-        };
-        Ok(Self {
-            rope: RopeTable::new(&config.rope, config.head_dim, seq_len, device)?,
-            num_heads: config.num_heads as i64,
-            num_kv_heads: config.num_kv_heads as i64,
-            head_dim: config.head_dim as i64,
-            mask,
-            window: config.sliding_window.filter(|_| !config.mixed_windows).map(|window| window as i64),
-        })
+    /// Attention of a layer, with its norms of q and k.
+    pub(super) fn of<'a>(
+        &'a self,
+        config: &'a AttentionConfig,
+        qk_norms: Option<&'a [Norm; 2]>,
+    ) -> Attention<'a> {
+        let rope = config.rope.as_ref();
+        let rope = rope.and_then(|rope| self.ropes.iter().find(|(known, _)| known == rope));
+        let mask = config.window.and_then(|window| self.masks.iter().find(|(known, _)| *known == window));
+        let causal = self.causal.as_ref().filter(|_| config.softcap.is_some());
+        let mask = mask.map(|(_, mask)| mask).or(causal);
+        Attention { config, qk_norms, rope: rope.map(|(_, table)| table), mask }
     }
+}
 
-    /// `q` `[B, S, heads·d]`, `k` and `v` `[B, S, kv_heads·d]` → `[B, S, heads·d]`.
-    pub(super) fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+impl Attention<'_> {
+    /// Outputs of the projections `[B, S, …]` → inputs of the output projection `[B, S, heads·d]`.
+    pub(super) fn forward(&self, outputs: &[Tensor]) -> Result<Tensor> {
         let attend = || {
-            let q = self.rope.rotate(&self.split(q, self.num_heads)?, 0)?;
-            let k = self.rope.rotate(&self.split(k, self.num_kv_heads)?, 0)?;
-            self.attend(&q, k, self.split(v, self.num_kv_heads)?)
+            let [q, k, v] = self.heads(outputs, 0)?;
+            self.attend(&q, k, v)
         };
         attend().torch("compute attention")
     }
 
     /// The same for the tokens that follow those in `cache`, `B` = 1, which takes them up. More than one only while the
     /// cache is empty.
-    pub(super) fn forward_cached(
-        &self,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        cache: &mut KvCache,
-    ) -> Result<Tensor> {
-        let (first, count) = (cache.len, q.size()[1]);
+    pub(super) fn forward_cached(&self, outputs: &[Tensor], cache: &mut KvCache) -> Result<Tensor> {
+        let (first, count) = (cache.len, outputs[0].size()[1]);
         assert!(first == 0 || count == 1, "a prompt goes first, as a whole");
         let attend = || {
-            let q = self.rope.rotate(&self.split(q, self.num_heads)?, first)?;
-            let k = self.rope.rotate(&self.split(k, self.num_kv_heads)?, first)?;
-            let v = self.split(v, self.num_kv_heads)?;
+            let [q, k, v] = self.heads(outputs, first)?;
             cache.keys.f_narrow(2, first, count)?.f_copy_(&k)?;
             cache.values.f_narrow(2, first, count)?.f_copy_(&v)?;
             if first == 0 {
                 return self.attend(&q, k, v);
             }
-            let seen = self.window.unwrap_or(i64::MAX).min(first + 1);
+            let seen = self.config.window.map_or(i64::MAX, |window| window as i64).min(first + 1);
             let last = |x: &Tensor| x.f_narrow(2, first + 1 - seen, seen);
-            self.fused(&q, last(&cache.keys)?, last(&cache.values)?, None, false)
+            self.attention(&q, last(&cache.keys)?, last(&cache.values)?, None, false)
         };
         let output = attend().torch("compute attention")?;
         cache.len += count;
         Ok(output)
     }
 
+    /// q, k and v by heads, `[B, heads, S, head_dim]`, q and k normalized and rotated from position `first` on.
+    fn heads(&self, outputs: &[Tensor], first: i64) -> Result<[Tensor; 3], TchError> {
+        let (width, kv) = (self.config.width() as i64, self.config.kv_width() as i64);
+        let split = |part: &Tensor| -> Result<[Tensor; 3], TchError> {
+            Ok([part.f_narrow(2, 0, width)?, part.f_narrow(2, width, kv)?, part.f_narrow(2, width + kv, kv)?])
+        };
+        let [q, k, v] = match outputs {
+            [q, k, v] => [q.shallow_clone(), k.shallow_clone(), v.shallow_clone()],
+            [fused] => split(fused)?,
+            _ => unreachable!("a layer has three projections or one"),
+        };
+        let (heads, kv_heads) = (self.config.num_heads as i64, self.config.num_kv_heads as i64);
+        let [q_norm, k_norm] = match self.qk_norms {
+            Some([q, k]) => [Some(q), Some(k)],
+            None => [None, None],
+        };
+        let rotated = |x: &Tensor, norm: Option<&Norm>, heads: i64| {
+            let x = self.normalized(x, norm, heads)?;
+            match self.rope {
+                Some(rope) => rope.rotate(&x, first),
+                None => Ok(x),
+            }
+        };
+        Ok([rotated(&q, q_norm, heads)?, rotated(&k, k_norm, kv_heads)?, self.split(&v, kv_heads)?])
+    }
+
+    /// `[B, S, n·d]` → `[B, n, S, d]`, normalized over each head or over all of them.
+    fn normalized(&self, x: &Tensor, norm: Option<&Norm>, heads: i64) -> Result<Tensor, TchError> {
+        let Some(norm) = norm else { return self.split(x, heads) };
+        let apply = |x: &Tensor| {
+            let failed = |error: crate::error::Error| TchError::Torch(error.to_string());
+            norm.apply(x, x.kind()).map_err(failed)
+        };
+        let size = x.size();
+        if norm.features() == size[2] && heads > 1 {
+            return self.split(&apply(x)?, heads);
+        }
+        let by_head = x.f_reshape([size[0], size[1], heads, self.config.head_dim as i64])?;
+        apply(&by_head)?.f_transpose(1, 2)
+    }
+
     /// `[B, S, n·d]` → `[B, n, S, d]`.
     fn split(&self, x: &Tensor, n: i64) -> Result<Tensor, TchError> {
         let size = x.size();
-        x.f_view([size[0], size[1], n, self.head_dim])?.f_transpose(1, 2)
+        x.f_reshape([size[0], size[1], n, self.config.head_dim as i64])?.f_transpose(1, 2)
     }
 
     /// A whole sequence from position 0.
     fn attend(&self, q: &Tensor, k: Tensor, v: Tensor) -> Result<Tensor, TchError> {
         let s = q.size()[2];
-        let mask = match &self.mask {
+        let mask = match self.mask {
             Some(mask) => Some(mask.f_narrow(0, 0, s)?.f_narrow(1, 0, s)?),
             None => None,
         };
         let causal = mask.is_none();
-        self.fused(q, k, v, mask.as_ref(), causal)
+        self.attention(q, k, v, mask.as_ref(), causal)
     }
 
-    fn fused(
+    fn attention(
         &self,
         q: &Tensor,
         k: Tensor,
@@ -130,16 +184,30 @@ impl Attention {
         causal: bool,
     ) -> Result<Tensor, TchError> {
         let (k, v) = (self.repeat(k)?, self.repeat(v)?);
-        let out = Tensor::f_scaled_dot_product_attention(q, &k, &v, mask, 0.0, causal, None, false)?;
+        let usual = (self.config.head_dim as f64).powf(-0.5);
+        let out = match self.config.softcap {
+            Some(cap) => {
+                let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_mul_scalar(self.config.scale)?;
+                let mut scores = scores.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?;
+                if let Some(mask) = mask {
+                    scores = scores.f_masked_fill(&mask.f_logical_not()?, f64::NEG_INFINITY)?;
+                }
+                scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.kind())?.f_matmul(&v)?
+            }
+            None => {
+                let scale = (self.config.scale != usual).then_some(self.config.scale);
+                Tensor::f_scaled_dot_product_attention(q, &k, &v, mask, 0.0, causal, scale, false)?
+            }
+        };
         let size = out.size();
-        out.f_transpose(1, 2)?.f_reshape([size[0], size[2], self.num_heads * self.head_dim])
+        out.f_transpose(1, 2)?.f_reshape([size[0], size[2], self.config.width() as i64])
     }
 
     /// Grouped-query attention: each key and value head serves `heads/kv_heads` query heads.
     fn repeat(&self, x: Tensor) -> Result<Tensor, TchError> {
-        match self.num_heads / self.num_kv_heads {
+        match self.config.num_heads / self.config.num_kv_heads {
             1 => Ok(x),
-            times => x.f_repeat_interleave_self_int(times, 1, None),
+            times => x.f_repeat_interleave_self_int(times as i64, 1, None),
         }
     }
 }

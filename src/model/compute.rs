@@ -4,7 +4,7 @@ use std::fmt;
 
 use tch::{Device, Kind};
 
-use super::llama::embedding_kind;
+use super::transformer::embedding_kind;
 use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},

@@ -19,10 +19,11 @@ impl<'a> Decoder<'a> {
     pub fn new(runner: &'a Runner<'a>, packed: &'a [PackedLayer<'a>], capacity: usize) -> Result<Self> {
         let layers = packed.iter().enumerate().map(|(layer, packed)| {
             let ready = runner.layer(layer, packed)?;
-            if runner.llama().device() != Device::Cpu {
-                runner.llama().release(layer); // it has been copied
+            let transformer = runner.transformer();
+            if transformer.device() != Device::Cpu {
+                transformer.release(layer); // it has been copied
             }
-            Ok((ready, runner.llama().cache(capacity)?))
+            Ok((ready, transformer.cache(layer, capacity)?))
         });
         Ok(Self { runner, layers: layers.collect::<Result<_>>()? })
     }
@@ -32,10 +33,10 @@ impl<'a> Decoder<'a> {
     /// # Errors
     /// When libtorch fails.
     pub fn advance(&mut self, ids: &[i64]) -> Result<Vec<f32>> {
-        let llama = self.runner.llama();
-        let mut hidden = llama.embed(ids, ids.len())?;
+        let transformer = self.runner.transformer();
+        let mut hidden = transformer.embed(ids, ids.len())?;
         for (layer, cache) in &mut self.layers {
-            hidden = llama.forward_cached(layer, &hidden, cache)?;
+            hidden = transformer.forward_cached(layer, &hidden, cache)?;
         }
         let last = hidden.f_narrow(1, ids.len() as i64 - 1, 1).torch("take the last token")?;
         let logits = self.runner.logits(&self.runner.normalized(&last)?)?;

@@ -4,9 +4,9 @@ use std::cell::Cell;
 
 use tch::{Kind, TchError, Tensor};
 
-use super::{Dense, Layer, Linear, Llama, Runner};
+use super::{Dense, Layer, Linear, Runner, Transformer, runner::shaped};
 use crate::{
-    checkpoint::LinearKind,
+    architectures::ModelConfig,
     error::{Result, TorchContext},
 };
 
@@ -17,8 +17,8 @@ const LOGIT_TOKENS: i64 = 256;
 pub struct LayerGradients {
     /// Into the layer before: with respect to this one's inputs, `[B, S, hidden]`.
     pub hidden: Tensor,
-    /// With respect to the outputs of each linear, `[B, S, N]`, in the order of [`LinearKind::ALL`].
-    pub outputs: [Tensor; LinearKind::ALL.len()],
+    /// With respect to the outputs of each linear of the layer, `[…, N]`; `None` of an expert that no token goes through.
+    pub outputs: Vec<Option<Tensor>>,
 }
 
 /// A linear whose outputs are kept.
@@ -35,7 +35,7 @@ impl Linear for Recorded<'_> {
     }
 }
 
-impl Llama<'_> {
+impl Transformer<'_> {
     /// Runs a layer on `hidden` `[B, S, hidden]` and takes the `gradient` with respect to what comes out back through it.
     /// In fp32, as the layer has to be.
     ///
@@ -49,28 +49,25 @@ impl Llama<'_> {
     ) -> Result<LayerGradients> {
         tch::with_grad(|| {
             let hidden = hidden.detach().set_requires_grad(true);
-            let outputs: [Cell<Option<Tensor>>; LinearKind::ALL.len()] = Default::default();
-            let recorded = Layer {
-                norms: layer.norms.shallow_clone(),
-                linears: std::array::from_fn(|i| {
-                    Box::new(Recorded { linear: &*layer.linears[i], output: &outputs[i] }) as Box<dyn Linear>
-                }),
-            };
+            let outputs: Vec<Cell<Option<Tensor>>> = layer.linears.iter().map(|_| Cell::default()).collect();
+            let mut linears: Vec<Box<dyn Linear + '_>> = Vec::with_capacity(outputs.len());
+            for (linear, output) in layer.linears.iter().zip(&outputs) {
+                linears.push(Box::new(Recorded { linear: &**linear, output }));
+            }
+            let recorded = Layer::new(layer.index, layer.parts.shallow_clone(), linears);
             let next = self.forward(&recorded, &hidden)?;
-            let outputs =
-                outputs.each_ref().map(|output| output.take().expect("every linear of a layer is applied"));
-            let [q, k, v, o, gate, up, _] = &outputs;
+            let outputs: Vec<Option<Tensor>> = outputs.iter().map(Cell::take).collect();
             let back = || -> Result<_, TchError> {
                 let product = next.f_mul(gradient)?.f_sum(Kind::Float)?;
-                let with_respect_to = [&hidden, q, k, v, o, gate, up];
+                let with_respect_to: Vec<&Tensor> =
+                    std::iter::once(&hidden).chain(outputs.iter().flatten()).collect();
                 Tensor::f_run_backward(&[&product], &with_respect_to, false, false)
             };
-            let gradients = back().torch("take gradients through a layer")?;
-            let [hidden, q, k, v, o, gate, up]: [Tensor; 7] =
-                gradients.try_into().expect("as many as were asked for");
-            // The layer's output is the residual stream and what down adds to it.
-            let down = gradient.shallow_clone();
-            Ok(LayerGradients { hidden, outputs: [q, k, v, o, gate, up, down] })
+            let mut gradients = back().torch("take gradients through a layer")?.into_iter();
+            let hidden = gradients.next().expect("as many as were asked for");
+            let outputs =
+                outputs.iter().map(|output| output.as_ref().and_then(|_| gradients.next())).collect();
+            Ok(LayerGradients { hidden, outputs })
         })
     }
 }
@@ -85,7 +82,8 @@ impl Runner<'_> {
         tch::with_grad(|| {
             let hidden = hidden.detach().set_requires_grad(true);
             let normalized = self.normalized(&hidden)?;
-            let of_normalized = tch::no_grad(|| sampled(&normalized, &self.head, uniform))?;
+            let of_normalized =
+                tch::no_grad(|| sampled(self.transformer().config(), &normalized, &self.head, uniform))?;
             let back = || -> Result<_, TchError> {
                 let product = normalized.f_mul(&of_normalized)?.f_sum(Kind::Float)?;
                 Ok(Tensor::f_run_backward(&[&product], &[&hidden], false, false)?.remove(0))
@@ -96,7 +94,7 @@ impl Runner<'_> {
 }
 
 /// The gradient with respect to the output layer's inputs.
-fn sampled(normalized: &Tensor, head: &Dense, uniform: &Tensor) -> Result<Tensor> {
+fn sampled(config: &ModelConfig, normalized: &Tensor, head: &Dense, uniform: &Tensor) -> Result<Tensor> {
     let shape = normalized.size();
     let flat = || -> Result<_, TchError> {
         Ok((normalized.f_detach()?.f_reshape([-1, shape[2]])?, uniform.f_reshape([-1, 1])?))
@@ -107,7 +105,7 @@ fn sampled(normalized: &Tensor, head: &Dense, uniform: &Tensor) -> Result<Tensor
     for first in (0..tokens).step_by(LOGIT_TOKENS as usize) {
         let count = LOGIT_TOKENS.min(tokens - first);
         let inputs = inputs.f_narrow(0, first, count).torch("split hidden states")?;
-        let logits = head.forward(&inputs)?;
+        let logits = shaped(config, head.forward(&inputs)?)?;
         let of_logits = || -> Result<_, TchError> {
             let probabilities = logits.f_softmax(-1, Kind::Float)?;
             let sums = probabilities.f_cumsum(-1, Kind::Float)?;
@@ -115,7 +113,19 @@ fn sampled(normalized: &Tensor, head: &Dense, uniform: &Tensor) -> Result<Tensor
             let drawn = uniform.f_narrow(0, first, count)?.f_mul(&sums.f_narrow(1, last, 1)?)?;
             let y = drawn.f_searchsorted(&sums, false, true, "right", None::<&Tensor>)?.f_clamp(0, last)?;
             let ones = y.f_to_kind(Kind::Float)?.f_ones_like()?.f_neg()?;
-            probabilities.f_scatter_add(1, &y, &ones)
+            let of_shaped = probabilities.f_scatter_add(1, &y, &ones)?;
+            let of_capped = match config.logits_softcap {
+                // Of cap · tanh(x / cap).
+                Some(cap) => {
+                    let slope = logits.f_div_scalar(cap)?.f_square()?.f_neg()?.f_add_scalar(1.0)?;
+                    of_shaped.f_mul(&slope)?
+                }
+                None => of_shaped,
+            };
+            match config.logits_multiplier {
+                1.0 => Ok(of_capped),
+                by => of_capped.f_mul_scalar(by),
+            }
         };
         parts.push(head.backward(&of_logits().torch("draw tokens")?)?);
     }
@@ -128,6 +138,14 @@ mod tests {
 
     use super::*;
 
+    fn config() -> ModelConfig {
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 2, "intermediate_size": 2,
+            "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 3,
+        });
+        ModelConfig::from_json("config.json", &json).unwrap()
+    }
+
     #[test]
     fn tokens_are_drawn_as_they_are_predicted() {
         let options = (Kind::Float, Device::Cpu);
@@ -136,7 +154,8 @@ mod tests {
         let head = Dense::new(weight.shallow_clone(), None);
         let uniform = (Tensor::arange(1000, options) + 0.5) / 1000.0;
         let gradients =
-            sampled(&Tensor::ones([1, 1000, 1], options), &head, &uniform.reshape([1, 1000])).unwrap();
+            sampled(&config(), &Tensor::ones([1, 1000, 1], options), &head, &uniform.reshape([1, 1000]))
+                .unwrap();
         // Of −log p(y): the mean of the inputs' weights less that of y's.
         let mean = f64::try_from(gradients.mean(Kind::Float)).unwrap();
         assert!(mean.abs() < 1e-3, "the expected gradient of a true sample is zero: {mean}");

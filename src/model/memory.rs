@@ -4,7 +4,8 @@ use tch::Device;
 
 use super::Compute;
 use crate::{
-    checkpoint::{Checkpoint, LinearId, QuantizationConfig},
+    architectures::LayerConfig,
+    checkpoint::{Checkpoint, QuantizationConfig},
     cuda::Gpu,
     error::{Error, Result},
     kernels::repacked_bytes,
@@ -44,23 +45,29 @@ pub fn device_need(checkpoint: &Checkpoint, prompt: usize, capacity: usize) -> R
         None => None,
     };
     let mut weights = 0;
-    for id in LinearId::all(config) {
-        let [n, k] = id.kind.shape(config);
+    for (id, linear) in config.linears() {
+        let [n, k] = linear.shape;
         let packed = quantization.as_ref().filter(|_| checkpoint.contains(&id.qweight()));
         let packed = packed.and_then(|q| repacked_bytes(q.bits, n, k, q.group_size, !q.sym));
         weights += packed.unwrap_or(n * k * ELEMENT_BYTES) + n * ELEMENT_BYTES;
         // The order of features, where there is one.
         weights += packed.map_or(0, |_| k * size_of::<u32>());
     }
-    let (hidden, wide) = (config.hidden_size, config.intermediate_size);
-    weights += (2 * config.num_layers + 1) * hidden * size_of::<f32>();
-    weights += config.vocab_size * hidden * ELEMENT_BYTES;
-    let cache = 2 * config.num_layers * capacity * config.kv_width() * ELEMENT_BYTES;
+    let hidden = config.hidden_size;
+    // Norms and routers, fp32; the output layer.
+    let dense = config.layers.iter().flat_map(LayerConfig::dense_tensors);
+    weights += dense.map(|(_, shape)| shape.iter().product::<usize>() * size_of::<f32>()).sum::<usize>();
+    weights += hidden * size_of::<f32>() + config.vocab_size * hidden * ELEMENT_BYTES;
+    let kv: usize = config.layers.iter().map(|layer| layer.attention.kv_width()).sum();
+    let cache = 2 * capacity * kv * ELEMENT_BYTES;
     // The residual stream and a norm's steps in fp32; gate, up, their product and its gathered copy; or q, k, v, rotated,
     // repeated and attended.
-    let mlp = 4 * wide * ELEMENT_BYTES;
-    let attention = 10 * config.attention_width() * ELEMENT_BYTES;
-    let a_token = hidden * (3 * size_of::<f32>() + 3 * ELEMENT_BYTES) + mlp.max(attention);
+    let widest = |layer: &LayerConfig| {
+        let mlp = 4 * layer.feed_forward.stored_widths().iter().sum::<usize>();
+        mlp.max(10 * layer.attention.width()) * ELEMENT_BYTES
+    };
+    let block = config.layers.iter().map(widest).max().unwrap_or(0);
+    let a_token = hidden * (3 * size_of::<f32>() + 3 * ELEMENT_BYTES) + block;
     let working = prompt * a_token + 2 * config.vocab_size * size_of::<f32>() + LIBRARIES;
     Ok(DeviceNeed { weights, cache, working })
 }

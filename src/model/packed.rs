@@ -6,7 +6,8 @@ use tch::{Device, Tensor};
 
 use super::{Compute, CudaPacked, Dense, Linear, Packed, kind_name};
 use crate::{
-    checkpoint::{LinearId, PackedTensors},
+    architectures::LinearId,
+    checkpoint::PackedTensors,
     error::{Error, Result, TorchContext},
     kernels::{CudaMatmul, RepackError, Workspace, repack},
     pack::PackedView,
@@ -45,7 +46,7 @@ impl PackedLinears {
     /// When memory ends or the device refuses something.
     pub(super) fn linear<'t>(
         &self,
-        id: LinearId,
+        id: &LinearId,
         packed: &'t PackedTensors<'_>,
     ) -> Result<Box<dyn Linear + 't>> {
         let Compute { device, kind } = self.compute;
@@ -61,7 +62,7 @@ impl PackedLinears {
             Err(reason) => {
                 let mut dense = self.dense.borrow_mut();
                 if !dense.iter().any(|(known, _)| *known == reason) {
-                    dense.push((reason, id));
+                    dense.push((reason, id.clone()));
                 }
                 Box::new(Dense::from_packed(&view, bias, kind, device)?)
             }

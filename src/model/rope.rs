@@ -5,47 +5,70 @@ use std::f64::consts::TAU;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    checkpoint::{Rope, RopeScaling},
+    architectures::{RopeConfig, RopeScaling},
     error::{Result, TorchContext},
 };
 
 /// Cosines and sines for the positions `0..seq_len`.
 #[derive(Debug)]
 pub(super) struct RopeTable {
-    /// `[seq_len, head_dim/2]` fp32.
+    /// `[seq_len, rotary_dim/2]` fp32.
     cos: Tensor,
     sin: Tensor,
+    interleaved: bool,
 }
 
 impl RopeTable {
-    pub(super) fn new(rope: &Rope, head_dim: usize, seq_len: usize, device: Device) -> Result<Self> {
+    pub(super) fn new(rope: &RopeConfig, seq_len: usize, device: Device) -> Result<Self> {
         let frequencies: Vec<f32> =
-            inverse_frequencies(rope, head_dim, seq_len).into_iter().map(|f| f as f32).collect();
+            inverse_frequencies(rope, seq_len).into_iter().map(|f| f as f32).collect();
+        let factor = match rope.scaling {
+            RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
+                attention_factor
+            }
+            _ => 1.0,
+        };
         let table = || -> Result<Self, tch::TchError> {
             let positions = Tensor::f_arange(seq_len as i64, (Kind::Float, device))?;
             let angles = positions.f_outer(&Tensor::f_from_slice(&frequencies)?.f_to_device(device)?)?;
-            Ok(Self { cos: angles.f_cos()?, sin: angles.f_sin()? })
+            let (mut cos, mut sin) = (angles.f_cos()?, angles.f_sin()?);
+            if factor != 1.0 {
+                (cos, sin) = (cos.f_mul_scalar(factor)?, sin.f_mul_scalar(factor)?);
+            }
+            Ok(Self { cos, sin, interleaved: rope.interleaved })
         };
         table().torch("make the rotary table")
     }
 
-    /// Rotates `x` `[B, heads, S, head_dim]`, whose first token stands at position `first`; feature `i` is paired with
-    /// `i + head_dim/2`. Computed in fp32.
+    /// Rotates the first `rotary_dim` features of `x` `[B, heads, S, head_dim]`, whose first token stands at position `first`;
+    /// feature `i` is paired with `i + rotary_dim/2`, or with its neighbour. Computed in fp32.
     pub(super) fn rotate(&self, x: &Tensor, first: i64) -> Result<Tensor, tch::TchError> {
         let size = x.size();
-        let (seq_len, half) = (size[2], size[3] / 2);
+        let (seq_len, half) = (size[2], self.cos.size()[1]);
         let (cos, sin) = (self.cos.f_narrow(0, first, seq_len)?, self.sin.f_narrow(0, first, seq_len)?);
         let wide = x.f_to_kind(Kind::Float)?;
-        let (low, high) = (wide.f_narrow(3, 0, half)?, wide.f_narrow(3, half, half)?);
+        let pairs = |part: i64| match self.interleaved {
+            true => wide.f_slice(3, part, 2 * half, 2),
+            false => wide.f_narrow(3, part * half, half),
+        };
+        let (low, high) = (pairs(0)?, pairs(1)?);
         let rotated_low = low.f_mul(&cos)?.f_sub(&high.f_mul(&sin)?)?;
         let rotated_high = high.f_mul(&cos)?.f_add(&low.f_mul(&sin)?)?;
-        Tensor::f_cat(&[rotated_low, rotated_high], 3)?.f_to_kind(x.kind())
+        let rotated = match self.interleaved {
+            true => Tensor::f_stack(&[rotated_low, rotated_high], 4)?.f_flatten(3, 4)?,
+            false => Tensor::f_cat(&[rotated_low, rotated_high], 3)?,
+        };
+        match size[3] - 2 * half {
+            0 => rotated,
+            rest => Tensor::f_cat(&[rotated, wide.f_narrow(3, 2 * half, rest)?], 3)?,
+        }
+        .f_to_kind(x.kind())
     }
 }
 
 /// `θ^(−2i/d)` for `i` in `0..d/2`, scaled as the config says.
-fn inverse_frequencies(rope: &Rope, head_dim: usize, seq_len: usize) -> Vec<f64> {
-    let dim = head_dim as f64;
+fn inverse_frequencies(rope: &RopeConfig, seq_len: usize) -> Vec<f64> {
+    let dim = rope.rotary_dim as f64;
     let theta = match rope.scaling {
         // NTK-aware: θ grows once the sequence is longer than the model was made for.
         RopeScaling::Dynamic { factor, original_max } if seq_len > original_max => {
@@ -54,8 +77,8 @@ fn inverse_frequencies(rope: &Rope, head_dim: usize, seq_len: usize) -> Vec<f64>
         }
         _ => rope.theta,
     };
-    let plain = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / dim));
-    match rope.scaling {
+    let plain = (0..rope.rotary_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / dim));
+    match &rope.scaling {
         RopeScaling::None | RopeScaling::Dynamic { .. } => plain.collect(),
         RopeScaling::Linear { factor } => plain.map(|f| f / factor).collect(),
         RopeScaling::Llama3 {
@@ -64,7 +87,7 @@ fn inverse_frequencies(rope: &Rope, head_dim: usize, seq_len: usize) -> Vec<f64>
             high_freq_factor,
             original_max_position_embeddings,
         } => {
-            let context = original_max_position_embeddings as f64;
+            let context = *original_max_position_embeddings as f64;
             plain
                 .map(|f| {
                     // Turns of this frequency within the original context.
@@ -75,6 +98,38 @@ fn inverse_frequencies(rope: &Rope, head_dim: usize, seq_len: usize) -> Vec<f64>
                 })
                 .collect()
         }
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            truncate,
+            original_max_position_embeddings,
+            ..
+        } => {
+            let context = *original_max_position_embeddings as f64;
+            // The dimension whose frequency makes so many turns within the original context.
+            let dimension = |turns: f64| dim * (context / (turns * TAU)).ln() / (2.0 * theta.ln());
+            let (mut low, mut high) = (dimension(*beta_fast), dimension(*beta_slow));
+            if *truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            (low, high) = (low.max(0.0), high.min(dim - 1.0));
+            if low == high {
+                high += 0.001;
+            }
+            plain
+                .enumerate()
+                .map(|(i, f)| {
+                    let divided = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                    f / factor * divided + f * (1.0 - divided)
+                })
+                .collect()
+        }
+        RopeScaling::LongRope { short_factor, long_factor, original_max_position_embeddings, .. } => {
+            let factors =
+                if seq_len > *original_max_position_embeddings { long_factor } else { short_factor };
+            plain.zip(factors).map(|(f, factor)| f / factor).collect()
+        }
     }
 }
 
@@ -82,20 +137,20 @@ fn inverse_frequencies(rope: &Rope, head_dim: usize, seq_len: usize) -> Vec<f64>
 mod tests {
     use super::*;
 
-    fn rope(scaling: RopeScaling) -> Rope {
-        Rope { theta: 10_000.0, scaling }
+    fn rope(scaling: RopeScaling, rotary_dim: usize) -> RopeConfig {
+        RopeConfig { theta: 10_000.0, scaling, rotary_dim, interleaved: false }
     }
 
     #[test]
     fn plain_linear_and_dynamic() {
-        let plain = inverse_frequencies(&rope(RopeScaling::None), 4, 8);
+        let plain = inverse_frequencies(&rope(RopeScaling::None, 4), 8);
         assert_eq!(plain, [1.0, 0.01]);
-        let linear = inverse_frequencies(&rope(RopeScaling::Linear { factor: 4.0 }), 4, 8);
+        let linear = inverse_frequencies(&rope(RopeScaling::Linear { factor: 4.0 }, 4), 8);
         assert_eq!(linear, [0.25, 0.0025]);
         let dynamic = RopeScaling::Dynamic { factor: 2.0, original_max: 8 };
-        assert_eq!(inverse_frequencies(&rope(dynamic), 4, 8), plain);
+        assert_eq!(inverse_frequencies(&rope(dynamic.clone(), 4), 8), plain);
         // θ' = 10000 · (2·16/8 − 1)^(4/2) = 90000.
-        assert!((inverse_frequencies(&rope(dynamic), 4, 16)[1] - 90_000f64.powf(-0.5)).abs() < 1e-12);
+        assert!((inverse_frequencies(&rope(dynamic, 4), 16)[1] - 90_000f64.powf(-0.5)).abs() < 1e-12);
     }
 
     #[test]
@@ -106,9 +161,9 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_position_embeddings: 8192,
         };
-        let rope = Rope { theta: 500_000.0, scaling };
-        let scaled = inverse_frequencies(&rope, 128, 1);
-        let plain = inverse_frequencies(&Rope { scaling: RopeScaling::None, ..rope }, 128, 1);
+        let rope = RopeConfig { theta: 500_000.0, ..rope(scaling, 128) };
+        let scaled = inverse_frequencies(&rope, 1);
+        let plain = inverse_frequencies(&RopeConfig { scaling: RopeScaling::None, ..rope }, 1);
         assert_eq!(scaled[0], plain[0]);
         assert!((scaled[63] - plain[63] / 8.0).abs() < 1e-18);
         assert!(scaled.iter().zip(&plain).any(|(s, p)| *s < 0.9 * p && *s > p / 7.0), "a ramp lies between");

@@ -2,9 +2,10 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Compute, Dense, Layer, Linear, Llama, packed::PackedLinears};
+use super::{Compute, Dense, Layer, Linear, Norm, Transformer, packed::PackedLinears};
 use crate::{
-    checkpoint::{Checkpoint, LinearId, LinearKind, PackedTensors, QuantizationConfig, packed},
+    architectures::{LinearId, ModelConfig},
+    checkpoint::{Checkpoint, PackedTensors, QuantizationConfig, packed},
     error::{Result, TorchContext},
 };
 
@@ -14,14 +15,14 @@ const BATCH_TOKENS: usize = 2048;
 /// A model that can be run from tokens to logits.
 pub struct Runner<'a> {
     checkpoint: &'a Checkpoint,
-    llama: Llama<'a>,
+    transformer: Transformer<'a>,
     quantization: Option<(QuantizationConfig, PackedLinears)>,
-    norm: Tensor,
+    norm: Norm,
     pub(super) head: Dense,
 }
 
-/// The packed tensors of a layer in the order of [`LinearKind::ALL`]; `None` where one is dense.
-pub type PackedLayer<'a> = [Option<PackedTensors<'a>>; LinearKind::ALL.len()];
+/// The packed tensors of a layer's linears in their order; `None` where one is dense.
+pub type PackedLayer<'a> = Vec<Option<PackedTensors<'a>>>;
 
 impl<'a> Runner<'a> {
     /// A checkpoint with dense weights.
@@ -59,9 +60,9 @@ impl<'a> Runner<'a> {
         compute: Compute,
         quantization: Option<(QuantizationConfig, PackedLinears)>,
     ) -> Result<Self> {
-        let llama = Llama::new(checkpoint, seq_len, compute.kind, compute.device)?;
-        let (norm, head) = llama.head()?;
-        Ok(Self { checkpoint, llama, quantization, norm, head })
+        let transformer = Transformer::new(checkpoint, seq_len, compute.kind, compute.device)?;
+        let (norm, head) = transformer.head()?;
+        Ok(Self { checkpoint, transformer, quantization, norm, head })
     }
 
     /// What a user should know of how the layers run that were loaded since this was asked last.
@@ -77,8 +78,8 @@ impl<'a> Runner<'a> {
     pub fn hidden_states(&self, ids: &[i64], seq_len: usize, mut step: impl FnMut()) -> Result<Vec<Tensor>> {
         let per_batch = (BATCH_TOKENS / seq_len).max(1) * seq_len;
         let mut batches: Vec<Tensor> =
-            ids.chunks(per_batch).map(|ids| self.llama.embed(ids, seq_len)).collect::<Result<_>>()?;
-        for layer in 0..self.llama.config().num_layers {
+            ids.chunks(per_batch).map(|ids| self.transformer.embed(ids, seq_len)).collect::<Result<_>>()?;
+        for layer in 0..self.transformer.config().num_layers() {
             self.forward_layer(layer, &mut batches)?;
             self.checkpoint.release_layer(layer);
             step();
@@ -96,13 +97,11 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// When a tensor is malformed.
     pub fn packed_layer(&self, layer: usize) -> Result<PackedLayer<'a>> {
-        let mut tensors = LinearKind::ALL.map(|_| None);
-        if let Some((quantization, _)) = &self.quantization {
-            for (tensor, kind) in tensors.iter_mut().zip(LinearKind::ALL) {
-                *tensor = packed(self.checkpoint, LinearId { layer, kind }, quantization)?;
-            }
-        }
-        Ok(tensors)
+        let of = |(id, linear)| match &self.quantization {
+            Some((quantization, _)) => packed(self.checkpoint, &id, linear, quantization),
+            None => Ok(None),
+        };
+        self.transformer.config().layer_linears(layer).map(of).collect()
     }
 
     /// A layer that is ready to run. On CUDA the packed tensors have been copied and are not needed any more.
@@ -123,25 +122,25 @@ impl<'a> Runner<'a> {
         packed: &'t PackedLayer<'_>,
         wrap: &mut dyn FnMut(LinearId, Box<dyn Linear + 't>) -> Box<dyn Linear + 't>,
     ) -> Result<Layer<'t>> {
-        let mut linears = Vec::with_capacity(LinearKind::ALL.len());
-        for (kind, packed) in LinearKind::ALL.into_iter().zip(packed) {
-            let id = LinearId { layer, kind };
+        let transformer = &self.transformer;
+        let mut linears = Vec::with_capacity(packed.len());
+        for (position, packed) in packed.iter().enumerate() {
+            let id = transformer.config().linear_id(layer, position);
             let linear = match (packed, &self.quantization) {
-                (Some(packed), Some((_, linears))) => linears.linear(id, packed)?,
+                (Some(packed), Some((_, linears))) => linears.linear(&id, packed)?,
                 _ => {
-                    let (weight, bias) = self.llama.weight(id, self.llama.kind())?;
+                    let (weight, bias) = transformer.weight(layer, position, transformer.kind())?;
                     Box::new(Dense::new(weight, bias))
                 }
             };
             linears.push(wrap(id, linear));
         }
-        let linears = linears.try_into().unwrap_or_else(|_| unreachable!("one for each kind"));
-        self.llama.layer(layer, linears)
+        Ok(Layer::new(layer, transformer.parts(layer)?, linears))
     }
 
     /// The model without its layers.
-    pub fn llama(&self) -> &Llama<'a> {
-        &self.llama
+    pub fn transformer(&self) -> &Transformer<'a> {
+        &self.transformer
     }
 
     /// The last norm, applied to hidden states.
@@ -149,12 +148,12 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// When libtorch fails.
     pub fn normalized(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.llama.rms_norm(hidden, &self.norm)
+        self.norm.apply(hidden, self.transformer.kind())
     }
 
     fn forward_batches(&self, layer: &Layer<'_>, batches: &mut [Tensor]) -> Result<()> {
         for batch in batches {
-            *batch = self.llama.forward(layer, batch)?;
+            *batch = self.transformer.forward(layer, batch)?;
         }
         Ok(())
     }
@@ -164,6 +163,22 @@ impl<'a> Runner<'a> {
     /// # Errors
     /// When memory ends.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.forward(hidden)?.f_to_kind(Kind::Float).torch("convert logits")
+        let logits = self.head.forward(hidden)?.f_to_kind(Kind::Float).torch("convert logits")?;
+        shaped(self.transformer.config(), logits)
+    }
+}
+
+/// Logits as the model puts them out: multiplied, and capped.
+pub(super) fn shaped(config: &ModelConfig, logits: Tensor) -> Result<Tensor> {
+    let multiplied = match config.logits_multiplier {
+        1.0 => logits,
+        by => logits.f_mul_scalar(by).torch("multiply logits")?,
+    };
+    match config.logits_softcap {
+        None => Ok(multiplied),
+        Some(cap) => {
+            let capped = multiplied.f_div_scalar(cap).and_then(|x| x.f_tanh()?.f_mul_scalar(cap));
+            capped.torch("cap logits")
+        }
     }
 }

@@ -4,16 +4,17 @@ use std::{path::Path, time::Instant};
 
 use super::{
     journal::{BranchState, State},
-    stage_solving::Record,
-    team::Sink,
+    stage_solver::LinearStatistics,
+    worker_group::Sink,
 };
 use crate::{
-    checkpoint::{Checkpoint, LinearId},
+    architectures::LinearId,
+    checkpoint::Checkpoint,
     emit::{self, BranchWriter, Provenance},
     error::Result,
     gptq::solver::Solved,
     plan::Plan,
-    progress::{Event, Progress},
+    progress::Progress,
     report::{BranchReport, LinearReport, StageSeconds},
     variant::Variant,
     verify,
@@ -29,8 +30,16 @@ pub(super) struct Branches {
 }
 
 impl Branches {
-    pub(super) fn create(plan: &Plan, checkpoint: &Checkpoint, out: &Path) -> Result<Self> {
-        let create = |v: &Variant| BranchWriter::create(out, *v, checkpoint.config(), plan.max_shard_size);
+    /// Begins branches of the `checkpoint` that is quantized, which was made of the `original`.
+    pub(super) fn create(
+        plan: &Plan,
+        checkpoint: &Checkpoint,
+        original: &Checkpoint,
+        out: &Path,
+    ) -> Result<Self> {
+        let (config, passed_through) = (checkpoint.config(), original.passed_through()?);
+        let create =
+            |v: &Variant| BranchWriter::create(out, *v, config, &passed_through, plan.max_shard_size);
         let report = |v: &Variant| BranchReport {
             branch: v.branch(),
             variant: *v,
@@ -51,11 +60,18 @@ impl Branches {
     }
 
     /// Goes on with branches that were committed to.
-    pub(super) fn reopen(plan: &Plan, checkpoint: &Checkpoint, out: &Path, state: &State) -> Result<Self> {
-        let branches = state.branches();
+    pub(super) fn reopen(
+        plan: &Plan,
+        checkpoint: &Checkpoint,
+        original: &Checkpoint,
+        out: &Path,
+        state: &State,
+    ) -> Result<Self> {
+        let (branches, config, passed_through) =
+            (state.branches(), checkpoint.config(), original.passed_through()?);
         let reopen = |(variant, branch): (&Variant, &BranchState)| {
             let tensors = branch.tensors.clone();
-            BranchWriter::reopen(out, *variant, checkpoint.config(), plan.max_shard_size, tensors)
+            BranchWriter::reopen(out, *variant, config, &passed_through, plan.max_shard_size, tensors)
         };
         Ok(Self {
             writers: plan.variants.iter().zip(branches).map(reopen).collect::<Result<_>>()?,
@@ -87,21 +103,15 @@ impl Branches {
     pub(super) fn seal(
         &mut self,
         checkpoint: &Checkpoint,
-        source: &Path,
+        original: &Checkpoint,
         provenance: &Provenance,
         progress: &dyn Progress,
     ) -> Result<()> {
         let begun = Instant::now();
         progress.begin("writing and checking", self.writers.len() as u64);
-        for (writer, report) in self.writers.iter_mut().zip(&self.reports) {
-            let folder = writer.seal(checkpoint, source, provenance)?;
+        for writer in &mut self.writers {
+            let folder = writer.seal(checkpoint, original, provenance)?;
             verify::written(folder)?;
-            if provenance.refinements.refine > 0 {
-                let refined = report.linears.iter().filter(|linear| linear.refined).count();
-                let (branch, all) = (&report.branch, report.linears.len());
-                let text = format!("{branch}: refinement was kept for {refined} of {all} linears");
-                progress.event(&Event::Note(&text));
-            }
             progress.advance(1);
         }
         self.seconds.finishing = begun.elapsed().as_secs_f64();
@@ -145,9 +155,15 @@ impl Sink for Branches {
         self.warnings.push(text);
     }
 
-    fn take(&mut self, variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()> {
+    fn take(
+        &mut self,
+        variant: usize,
+        id: LinearId,
+        linear: &Solved,
+        record: LinearStatistics,
+    ) -> Result<()> {
         let begun = Instant::now();
-        self.writers[variant].write_linear(id, linear)?;
+        self.writers[variant].write_linear(&id, linear)?;
         let report = &mut self.reports[variant];
         let packing = begun.elapsed().as_secs_f64();
         report.seconds += record.seconds + packing;
@@ -163,9 +179,8 @@ impl Sink for Branches {
             condition_estimate: record.facts.condition_estimate,
             seconds: record.seconds,
             uncompensated_features: record.uncompensated,
-            tuned: record.tuned,
             fallback: record.fallback,
-            refined: record.refined,
+            tokens: record.tokens,
         });
         Ok(())
     }
@@ -174,8 +189,8 @@ impl Sink for Branches {
 /// Bits of codes, scales, zeros and group indices over the quantized weights.
 fn bits_per_weight(variant: &Variant, checkpoint: &Checkpoint) -> f64 {
     let (mut bits, mut weights) = (0.0, 0.0);
-    for id in LinearId::all(checkpoint.config()) {
-        let [n, k] = id.kind.shape(checkpoint.config()).map(|size| size as f64);
+    for (_, linear) in checkpoint.config().linears() {
+        let [n, k] = linear.shape.map(|size| size as f64);
         let groups = variant.group_size.groups(k as usize) as f64;
         let code = f64::from(variant.bits.get());
         bits += n * k * code + groups * n * (16.0 + code) + 32.0 * k;

@@ -7,15 +7,14 @@
 use tch::{Device, Kind};
 
 use super::{
-    crew::Limits,
-    output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, layer_bytes},
+    output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, largest_layer_bytes},
+    worker_pool::Limits,
 };
 use crate::{
-    checkpoint::{LinearKind, LlamaConfig},
+    architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
     error::{ResourceError, Result},
-    model::Stage,
-    report::bytes,
     rotation::TURNED_TOGETHER,
+    units::bytes,
 };
 
 const FP32: u64 = 4;
@@ -35,7 +34,7 @@ const CUDA_BATCH_TOKENS: usize = 8192;
 /// What is to be done, as far as memory is concerned.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape<'a> {
-    pub(super) config: &'a LlamaConfig,
+    pub(super) config: &'a ModelConfig,
     /// Bytes of a weight as stored.
     pub(super) source_bytes: u64,
     /// Of weights and activations in forward passes.
@@ -44,14 +43,10 @@ pub(super) struct Shape<'a> {
     pub(super) seq_len: usize,
     pub(super) variants: usize,
     pub(super) shared_hessian: bool,
-    /// Windows of which the unquantized model's activations are kept beside the variants'.
-    pub(super) dense_windows: usize,
+    /// Whether the reference model's activations are kept beside the variants'.
+    pub(super) reference: bool,
     /// Windows on which gradients are taken for output Hessians.
     pub(super) gradient_windows: usize,
-    /// Whether each layer is tuned once it is solved.
-    pub(super) tunes: bool,
-    /// Sweeps of refinement, for which windows are held out.
-    pub(super) refine: u32,
     /// Whether the model is rotated first.
     pub(super) rotates: bool,
 }
@@ -71,23 +66,43 @@ impl Shape<'_> {
     }
 
     fn layer_weights(&self) -> u64 {
-        let numbers: usize =
-            LinearKind::ALL.iter().map(|k| k.shape(self.config).iter().product::<usize>()).sum();
-        numbers as u64 * self.source_bytes
+        let layers = self.config.layers.iter();
+        let numbers =
+            layers.map(|layer| layer.linears.iter().map(LinearConfig::weights).sum::<usize>()).max();
+        numbers.unwrap_or(0) as u64 * self.source_bytes
     }
 
-    /// Output and input features of a stage's linears together.
-    fn stage(&self, stage: Stage) -> (u64, u64) {
-        let shapes = stage.linears().iter().map(|kind| kind.shape(self.config));
-        let n: usize = shapes.clone().map(|[n, _]| n).sum();
-        let k = shapes.map(|[_, k]| k).max().unwrap_or(0);
-        (n as u64, k as u64)
+    /// Width of attention's output, the most of all layers.
+    fn attention_width(&self) -> u64 {
+        self.config.layers.iter().map(|layer| layer.attention.width()).max().unwrap_or(0) as u64
+    }
+
+    /// Width inside the feed-forward block, of all that a token goes through; the most of all layers.
+    fn wide(&self) -> u64 {
+        let width = |layer: &LayerConfig| layer.feed_forward.stored_widths().iter().sum::<usize>();
+        self.config.layers.iter().map(width).max().unwrap_or(0) as u64
+    }
+
+    /// What is kept from one stage for the next, the most of all stages.
+    fn stored(&self) -> u64 {
+        let of = |layer: &LayerConfig| {
+            (0..layer.stages.len()).map(|stage| layer.stored_widths(stage).iter().sum::<usize>()).max()
+        };
+        self.config.layers.iter().filter_map(of).max().unwrap_or(0) as u64
+    }
+
+    /// What is kept of a layer in the reference model beside the residual streams, the most of all layers.
+    fn stored_by_reference(&self) -> u64 {
+        let of = |layer: &LayerConfig| {
+            (0..layer.stages.len()).flat_map(|stage| layer.stored_widths(stage)).sum::<usize>()
+        };
+        self.config.layers.iter().map(of).max().unwrap_or(0) as u64
     }
 
     /// Activations of one batch while it goes through a layer.
     fn batch(&self, tokens: usize) -> u64 {
-        let (hidden, wide) = (self.config.hidden_size as u64, self.config.intermediate_size as u64);
-        let (attention, e) = (self.config.attention_width() as u64, self.element());
+        let (hidden, wide) = (self.config.hidden_size as u64, self.wide());
+        let (attention, e) = (self.attention_width(), self.element());
         // The residual stream and its norm's steps in fp32; gate, up and what is made of them; or q, k, v, turned and
         // repeated.
         let norm = 3 * FP32 * hidden + 2 * e * hidden;
@@ -99,79 +114,70 @@ impl Shape<'_> {
     pub(super) fn hidden_states(&self) -> u64 {
         let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
         let hidden = self.config.hidden_size as u64;
-        self.of_tokens(self.windows, streams * hidden)
-            .saturating_add(self.of_tokens(self.dense_windows, hidden))
+        self.of_tokens((streams + u64::from(self.reference)) * hidden)
     }
 
     /// Hidden states of all streams, and one stage's inputs, which are kept until its linears are solved.
     fn activations(&self) -> u64 {
-        let (hidden, attention) = (self.config.hidden_size as u64, self.config.attention_width() as u64);
-        let wide = self.config.intermediate_size as u64;
-        // In the unquantized model the inputs of all of a layer's stages, and its outputs.
-        let dense = self.of_tokens(self.dense_windows, attention + 2 * hidden + wide);
-        // What goes into a layer that is tuned.
-        let entered = if self.tunes { self.of_tokens(self.windows, hidden) } else { 0 };
+        let hidden = self.config.hidden_size as u64;
+        // In the reference model the inputs of all of a layer's stages, and its outputs.
+        let reference = if self.reference { self.stored_by_reference() + 2 * hidden } else { 0 };
         self.hidden_states()
-            .saturating_add(self.of_tokens(self.windows, attention.max(wide)))
-            .saturating_add(dense)
-            .saturating_add(entered)
+            .saturating_add(self.of_tokens(self.stored()))
+            .saturating_add(self.of_tokens(reference))
     }
 
-    /// Bytes of so many values of every token of some windows. The number of tokens is the user's, and may be anything.
-    fn of_tokens(&self, windows: usize, values: u64) -> u64 {
-        let tokens = (windows as u64).saturating_mul(self.seq_len as u64);
+    /// Bytes of so many values of every token. The number of tokens is the user's, and may be anything.
+    fn of_tokens(&self, values: u64) -> u64 {
+        let tokens = (self.windows as u64).saturating_mul(self.seq_len as u64);
         tokens.saturating_mul(values * self.element())
     }
 
-    /// The largest of what a stage's steps take beside the layer's weights.
-    fn solving(&self, stage: Stage, cuda: bool) -> u64 {
-        let (n, k) = self.stage(stage);
-        let matrix = k * k * FP32;
-        // Where several variants are solved for one Hessian, it outlives a factor, and their codes pile up.
-        let together = self.shared_hessian || stage == Stage::AttentionInput;
-        let several = together && self.variants > 1;
-        let kept = u64::from(several) * matrix;
-        let codes = n * k * if several { self.variants as u64 } else { 1 };
-        let factoring = if cuda { 4 * matrix } else { 2 * matrix + CHOLESKY_ROWS * k * FP32 };
-        let energy = matrix + if cuda { n * k * (2 + FP32) } else { 0 };
-        let solving = kept + matrix + n * k * FP32 + codes + PANEL_ROWS * n * FP32;
-        // Codes, packed words, and the weights that the calibration goes on with.
-        let leaving = kept + codes + n * k * self.element() + n * k / 2;
-        // The next stage's Hessian is accumulated with these weights.
-        let next = (self.config.intermediate_size as u64).pow(2) * FP32;
-        let sums = if stage == Stage::MlpInput { next } else { matrix };
-        let capturing = n * k * self.element() + if self.dense_windows > 0 { 2 * sums } else { sums };
-        if self.dense_windows > 0 {
-            // The drift stays until the weights are aimed; those take another copy and what is added to it.
-            return matrix
-                + n * k * FP32 * 2
-                + factoring.max(energy).max(solving).max(leaving).max(capturing);
-        }
-        factoring.max(energy).max(solving).max(leaving).max(capturing)
+    /// The largest of what the steps of a stage take beside the layer's weights: for the group of its linears that takes the most, with
+    /// the Hessians of its other groups.
+    fn solving(&self, layer: &LayerConfig, stage: usize, cuda: bool) -> u64 {
+        let groups = &layer.stages[stage].groups;
+        let hessian = |width: usize| (width * width) as u64 * FP32;
+        let sums = |stage: usize| match layer.stages.get(stage) {
+            Some(stage) => stage.groups.iter().map(|group| hessian(group.width)).sum::<u64>(),
+            None => 0,
+        };
+        let copies = if self.reference { 2 } else { 1 };
+        let next = sums(stage + 1);
+        let of = |group: &GroupConfig| {
+            let linears = &layer.linears[group.linears.clone()];
+            let (n, k) =
+                (linears.iter().map(|linear| linear.shape[0] as u64).sum::<u64>(), group.width as u64);
+            let matrix = k * k * FP32;
+            // Statistics of the groups that are solved after this one.
+            let others = copies * (sums(stage) - matrix);
+            // Where several variants are solved for one Hessian, it outlives a factor, and their codes pile up.
+            let together = self.shared_hessian || stage == 0;
+            let several = together && self.variants > 1;
+            let kept = u64::from(several) * matrix;
+            let codes = n * k * if several { self.variants as u64 } else { 1 };
+            let factoring = if cuda { 4 * matrix } else { 2 * matrix + CHOLESKY_ROWS * k * FP32 };
+            let energy = matrix + if cuda { n * k * (2 + FP32) } else { 0 };
+            let solving = kept + matrix + n * k * FP32 + codes + PANEL_ROWS * n * FP32;
+            // Codes, packed words, and the weights that the calibration goes on with.
+            let leaving = kept + codes + n * k * self.element() + n * k / 2;
+            // The next stage's statistics are accumulated with these weights.
+            let capturing = n * k * self.element() + copies * next.max(matrix);
+            let most = factoring.max(energy).max(solving).max(leaving).max(capturing);
+            // The cross-covariance stays until the targets are computed; those take another copy and what is added to it.
+            let targets = if self.reference { matrix + n * k * FP32 * 2 } else { 0 };
+            others + targets + most + self.feedback(n, k)
+        };
+        groups.iter().map(of).max().unwrap_or(0)
     }
 
-    /// What feedback between rows takes beside a stage's own: the layer's output Hessians, factors of a stage's, the weights
-    /// aimed at and their errors, and the Hessian, which is kept.
-    fn feedback(&self, stage: Stage) -> u64 {
+    /// What feedback between rows takes beside a stage's own: the layer's output Hessians, factors of a stage's, the targets and
+    /// their errors, and the Hessian, which is kept.
+    fn feedback(&self, n: u64, k: u64) -> u64 {
         if self.gradient_windows == 0 {
             return 0;
         }
-        let (n, k) = self.stage(stage);
-        let outputs = layer_bytes(self.config);
-        2 * outputs + (2 * n * k + k * k) * FP32
-    }
-
-    /// What refinement takes beside a stage's own: the Hessian of the held-out windows and, as it outlives the factor, the one that is
-    /// solved with; levels, differences, gradients and the weight of the largest linear.
-    fn refining(&self, stage: Stage) -> u64 {
-        if self.refine == 0 {
-            return 0;
-        }
-        let sizes = stage.linears().iter().map(|kind| kind.shape(self.config).iter().product::<usize>());
-        let (_, k) = self.stage(stage);
-        // While the MLP's second stage is captured, both are as wide as that.
-        let k = if stage == Stage::MlpInput { k.max(self.config.intermediate_size as u64) } else { k };
-        (2 * k * k + 4 * sizes.max().unwrap_or(0) as u64) * FP32
+        2 * largest_layer_bytes(self.config) + (2 * n * k + k * k) * FP32
     }
 
     /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the way
@@ -181,9 +187,11 @@ impl Shape<'_> {
             return 0;
         }
         let tokens = self.seq_len.max(GRADIENT_BATCH_TOKENS);
+        // What a layer's operations keep of some tokens for the way back, in fp32.
+        let kept = 3 * self.batch(tokens) / self.element() * FP32;
         self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes)
-            + 2 * layer_bytes(self.config)
-            + self.there_and_back(tokens)
+            + 2 * largest_layer_bytes(self.config)
+            + kept
     }
 
     /// What rotating takes before anything else: the embedding or the output layer in fp32, times the norm, rotated, and as bytes; and
@@ -196,59 +204,55 @@ impl Shape<'_> {
         4 * numbers * FP32 + 3 * 2 * FP32 * numbers.min(TURNED_TOGETHER as u64)
     }
 
-    /// What a layer's operations keep of some tokens for the way back, in fp32.
-    fn there_and_back(&self, tokens: usize) -> u64 {
-        3 * self.batch(tokens) / self.element() * FP32
-    }
-
-    /// What tuning takes beside the layer's weights: its codes, and its weights in fp32 as solved, scaled, and on the way back.
-    fn tuning(&self) -> u64 {
-        let numbers = self.layer_weights() / self.source_bytes;
-        match self.tunes {
-            true => numbers * (1 + 3 * FP32) + self.there_and_back(self.seq_len.max(GRADIENT_BATCH_TOKENS)),
-            false => 0,
-        }
-    }
-
     /// Of the windows that gradients are taken on, as many as the activations later have room for: what goes into every layer and
     /// out of the last, and the gradients, are kept of them at the same time.
     pub(super) fn gradients_at_once(&self) -> usize {
-        let values = (self.config.num_layers as u64 + 2) * self.config.hidden_size as u64;
+        let values = (self.config.num_layers() as u64 + 2) * self.config.hidden_size as u64;
         let window = (self.seq_len as u64).saturating_mul(values * FP32).max(1);
         (self.activations() / window) as usize
     }
 
     /// Output Hessians of all layers, on disk.
     pub(super) fn output_hessians(&self) -> u64 {
-        if self.gradient_windows == 0 { 0 } else { layer_bytes(self.config) * self.config.num_layers as u64 }
+        let bytes = largest_layer_bytes(self.config) * self.config.num_layers() as u64;
+        if self.gradient_windows == 0 { 0 } else { bytes }
     }
 
-    /// Floating-point operations of a layer on the CPU, but for attention's scores and whatever is not a product.
+    /// Floating-point operations of a layer on the CPU, on the average, but for attention's scores and whatever is not a product.
     pub(super) fn layer_operations(&self) -> f64 {
-        let tokens = self.windows as f64 * self.seq_len as f64;
+        let layers = self.config.layers.iter();
+        layers.map(|layer| self.operations_of(layer)).sum::<f64>() / self.config.num_layers() as f64
+    }
+
+    fn operations_of(&self, layer: &LayerConfig) -> f64 {
+        let all_tokens = self.windows as f64 * self.seq_len as f64;
         let (mut forward, mut hessians, mut factors, mut solves) = (0.0, 0.0, 0.0, 0.0);
-        for stage in Stage::ALL {
-            let (n, k) = self.stage(stage);
-            let (n, k) = (n as f64, k as f64);
-            forward += 2.0 * tokens * n * k;
-            // The lower triangles alone.
-            hessians += tokens * k * k;
-            factors += k.powi(3) / 3.0;
-            // The energy of the outputs, for the reported error, and the compensation.
-            solves += 2.0 * n * k * k;
-            // Products with both Hessians; then columns' changes, scales' changes, and the held-out error of each sweep.
-            if self.refine > 0 {
-                solves += (3.0 + 5.0 * f64::from(self.refine)) * n * k * k;
+        let experts = layer.feed_forward.routing.as_ref();
+        for stage in &layer.stages {
+            for (position, group) in stage.groups.iter().enumerate() {
+                let linears = &layer.linears[group.linears.clone()];
+                let n = linears.iter().map(|linear| linear.shape[0] as f64).sum::<f64>();
+                let k = group.width as f64;
+                let part = match experts {
+                    Some(routing) if stage.groups.len() >= routing.experts && position < routing.experts => {
+                        routing.per_token as f64 / routing.experts as f64
+                    }
+                    _ => 1.0,
+                };
+                let tokens = part * all_tokens;
+                forward += 2.0 * tokens * n * k;
+                // The lower triangles alone.
+                hessians += tokens * k * k;
+                factors += k.powi(3) / 3.0;
+                // The energy of the outputs, for the reported error, and the compensation.
+                solves += 2.0 * n * k * k;
             }
         }
         let variants = self.variants as f64;
-        // Forward passes of the unquantized model; products for the drift, and for what aims at it.
-        let followed = match self.dense_windows {
-            0 => 0.0,
-            windows => {
-                let share = windows as f64 / self.windows as f64;
-                share * (forward + variants * 2.0 * hessians) + variants * 2.0 * solves
-            }
+        // Forward passes of the reference model; products for the cross-covariance, and for the targets.
+        let reference = match self.reference {
+            false => 0.0,
+            true => forward + variants * 2.0 * hessians + variants * 2.0 * solves,
         };
         let streams = if self.shared_hessian { 1.0 } else { variants };
         // Through a layer, again for the way back, and back; and sums over blocks of outputs.
@@ -257,19 +261,19 @@ impl Shape<'_> {
             windows => {
                 let tokens = windows as f64 * self.seq_len as f64;
                 let share = windows as f64 / self.windows as f64;
-                share * 3.0 * forward + 2.0 * tokens * layer_bytes(self.config) as f64 / FP32 as f64 / 1024.0
+                let sums = largest_layer_bytes(self.config) as f64 / FP32 as f64;
+                share * 3.0 * forward + 2.0 * tokens * sums / 1024.0
             }
         };
-        gradients + followed + streams * (forward + hessians + factors) + variants * solves
+        gradients + reference + streams * (forward + hessians + factors) + variants * solves
     }
 
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
     pub(super) fn need(&self, device: Device, tokens: usize) -> Need {
         let cuda = device != Device::Cpu;
-        let solving = Stage::ALL
-            .into_iter()
-            .map(|stage| self.solving(stage, cuda) + self.feedback(stage) + self.refining(stage));
-        let solving = solving.max().unwrap_or(0).max(self.tuning() + self.feedback(Stage::MlpOutput));
+        let of =
+            |layer: &LayerConfig| (0..layer.stages.len()).map(|stage| self.solving(layer, stage, cuda)).max();
+        let solving = self.config.layers.iter().filter_map(of).max().unwrap_or(0);
         let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS };
         Need {
             working: fixed
@@ -329,18 +333,17 @@ impl Shape<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::LlamaConfig;
 
-    fn config(hidden: usize, intermediate: usize, heads: usize, kv_heads: usize) -> LlamaConfig {
+    fn config(hidden: usize, intermediate: usize, heads: usize, kv_heads: usize) -> ModelConfig {
         let json = serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": intermediate,
             "num_hidden_layers": 80, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
             "vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
         });
-        LlamaConfig::from_json("config.json", &json).unwrap()
+        ModelConfig::from_json("config.json", &json).unwrap()
     }
 
-    fn shape(config: &LlamaConfig) -> Shape<'_> {
+    fn shape(config: &ModelConfig) -> Shape<'_> {
         Shape {
             config,
             source_bytes: 2,
@@ -349,10 +352,8 @@ mod tests {
             seq_len: 2048,
             variants: 4,
             shared_hessian: false,
-            dense_windows: 0,
+            reference: false,
             gradient_windows: 0,
-            tunes: false,
-            refine: 0,
             rotates: false,
         }
     }

@@ -7,23 +7,17 @@ use tch::Device;
 use super::{
     Run,
     branches::Branches,
-    crew::Crew,
     journal::{Journal, LayerCosts},
-    member::Surroundings,
     needs::Needs,
     output_folder::OutputFolder,
     output_hessians::{GradientWindows, OutputHessians},
-    resident_memory,
-    team::Task,
+    worker::RunContext,
+    worker_group::Task,
+    worker_pool::WorkerPool,
 };
 use crate::{
-    calibration::Windows,
-    checkpoint::Checkpoint,
-    device,
-    error::Result,
-    model::kind_name,
-    progress::Event,
-    report::{ComputeReport, duration},
+    calibration::Windows, checkpoint::Checkpoint, device, error::Result, machine::resident_memory,
+    model::kind_name, progress::Event, report::ComputeReport, units::duration,
 };
 
 /// Solves the layers of `source`, the run's model or it rotated, that are not finished; each is in the journal, and the
@@ -34,18 +28,18 @@ pub(super) fn solve(
     windows: &Windows,
     journal: &mut Journal,
     folder: &mut OutputFolder<'_>,
-    around: Surroundings<'_>,
+    context: RunContext<'_>,
 ) -> Result<Branches> {
     let Run { plan, checkpoint, place, .. } = run;
-    let Surroundings { progress, memory, .. } = around;
-    let total = checkpoint.config().num_layers;
+    let RunContext { progress, memory, .. } = context;
+    let total = checkpoint.config().num_layers();
     if journal.layers() > 0 {
         let text = format!("going on: {} of {total} layers are finished", journal.layers());
         progress.event(&Event::Note(&text));
     }
     let mut branches = match journal.layers() {
-        0 => Branches::create(plan, source, place.out)?,
-        _ => Branches::reopen(plan, source, place.out, journal.state())?,
+        0 => Branches::create(plan, source, checkpoint, place.out)?,
+        _ => Branches::reopen(plan, source, checkpoint, place.out, journal.state())?,
     };
     let report_layer = |done: usize, seconds: f64| {
         let memory = resident_memory().unwrap_or(0);
@@ -66,12 +60,11 @@ pub(super) fn solve(
         .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
     progress.event(&Event::Note(&format!("{needs}{time}")));
     let kind = needs.kind;
-    let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
+    let refinements = plan.refinements(checkpoint.config());
     progress.event(&Event::Note(&format!("quality {}: {refinements}", plan.quality)));
-    let dense_windows = match plan.shared_hessian {
-        true => 0,
-        false => refinements.dense_windows(plan.samples),
-    };
+    for text in plan.left_out(checkpoint.config()) {
+        progress.event(&Event::Note(&text));
+    }
     let spill = journal.folder().to_owned();
     let output_hessians = match refinements.gradient_windows(plan.samples) {
         0 => None,
@@ -83,40 +76,41 @@ pub(super) fn solve(
             plan.seed,
             needs.limits,
             &spill,
-            around,
+            context,
         )?),
     };
     let task = Task {
         variants: &plan.variants,
         damp: plan.damp,
         refinements,
-        dense_windows,
+        reference: refinements.asymmetric > 0.0,
         output_hessians: output_hessians.as_ref(),
         shared_hessian: plan.shared_hessian,
         on_failure: plan.on_failure,
         layers: total,
     };
     let kept = journal.kept()?;
-    let mut crew =
-        Crew::new(source, &devices, kind, windows, task, needs.limits, &spill, kept.as_ref(), around)?;
+    let limits = needs.limits;
+    let mut pool =
+        WorkerPool::new(source, &devices, kind, windows, task, limits, &spill, kept.as_ref(), context)?;
     drop(kept);
     let compute = ComputeReport {
         device: choices.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(","),
-        solver: crew.solver_name().to_owned(),
+        solver: pool.solver_name().to_owned(),
         dtype: kind_name(kind).into(),
         threads: rayon::current_num_threads(),
     };
     let window_bytes = checkpoint.config().hidden_size * windows.seq_len() * kind.elt_size_in_bytes();
     for layer in journal.layers()..total {
         let layer_begun = Instant::now();
-        progress.begin(&format!("layer {}/{total}", layer + 1), crew.steps(layer));
+        progress.begin(&format!("layer {}/{total}", layer + 1), pool.steps(layer));
         // Nobody goes on from the last.
         let mut next = match layer + 1 < total {
-            true => Some(journal.next(&task.streams(windows.count()), window_bytes, kind)?),
+            true => Some(journal.next(&vec![windows.count(); task.streams()], window_bytes, kind)?),
             false => None,
         };
         let states = next.as_mut().map(Mutex::new);
-        crew.solve_layer(layer, &Mutex::new(&mut branches), states.as_ref())?;
+        pool.solve_layer(layer, &Mutex::new(&mut branches), states.as_ref())?;
         let committed = branches.commit()?;
         let layer_seconds = layer_begun.elapsed().as_secs_f64();
         let costs = LayerCosts {

@@ -1,27 +1,26 @@
 //! The order of the steps, from checkpoint and text to branches and report.
 
-mod block_tuning;
 mod branches;
-mod crew;
-mod dense_path;
 mod estimate;
 mod journal;
 mod layers;
-mod machine;
-mod member;
 mod memory;
 mod needs;
 mod output_folder;
 mod output_hessians;
 mod preflight;
+mod reference;
 mod stage_memory;
-mod stage_solving;
+mod stage_solver;
+mod statistics;
 mod stream;
-mod team;
 #[cfg(test)]
 mod tests;
 mod weights;
 mod window_file;
+mod worker;
+mod worker_group;
+mod worker_pool;
 
 use std::{
     path::{Path, PathBuf},
@@ -32,11 +31,12 @@ use tch::{Device, Kind};
 
 use crate::{
     calibration::{self, Tokens, Windows, check_seq_len, shares},
-    checkpoint::{Checkpoint, LinearId, dense_tensors},
+    checkpoint::Checkpoint,
     device,
     emit::{Provenance, remove_unfinished},
     equalization::Equalization,
     error::{Error, Result},
+    machine::{fast_bf16, peak_memory},
     plan::{ComputeDtype, DatasetShare, Plan},
     progress::{Event, Progress},
     report::{
@@ -46,14 +46,11 @@ use crate::{
 };
 pub use journal::{Begun, begun};
 use journal::{Identity, Journal};
-pub use machine::{
-    available_memory, available_space, fast_bf16, peak_memory, require_space, resident_memory,
-};
-use member::Surroundings;
 use needs::Needs;
 use output_folder::OutputFolder;
 pub use output_folder::Place;
 use stage_memory::{At, MemoryWatch};
+use worker::RunContext;
 
 /// What a run needs beside the plan.
 pub struct Run<'a> {
@@ -123,13 +120,13 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
 
     let mut folder = OutputFolder::create(place)?;
     let identity = Identity::new(plan, checkpoint, &windows)?;
-    let mut journal = Journal::open(place, identity, checkpoint.config().num_layers)?;
+    let mut journal = Journal::open(place, identity, checkpoint.config().num_layers())?;
     if journal.layers() == 0 {
         folder.empty()?;
     } else {
         folder.hold();
     }
-    let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
+    let refinements = plan.refinements(checkpoint.config());
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
         dataset,
@@ -146,20 +143,20 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         branches::check_sealed(place.out, &plan.variants)?;
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory());
-        let around = Surroundings { progress, stop: run.stop, memory: &memory };
+        let context = RunContext { progress, stop: run.stop, memory: &memory };
         let rotated = match refinements.rotate {
-            true => Some(rotate(checkpoint, journal.folder(), around)?),
+            true => Some(rotate(checkpoint, journal.folder(), context)?),
             false => None,
         };
         let equalized = match refinements.equalize {
-            true => equalize(checkpoint, around)?,
+            true => equalize(checkpoint, context)?,
             false => None,
         };
         let changed = rotated.as_ref().map(Rotated::checkpoint).or(equalized.as_ref());
         let source = changed.unwrap_or(checkpoint);
-        let mut branches = layers::solve(run, source, &windows, &mut journal, &mut folder, around)?;
+        let mut branches = layers::solve(run, source, &windows, &mut journal, &mut folder, context)?;
         memory.enter(At::Finishing);
-        branches.seal(source, checkpoint.dir(), &provenance, progress)?;
+        branches.seal(source, checkpoint, &provenance, progress)?;
         journal.seal(branches.seconds(), memory.peaks())?;
     }
     let state = journal.state();
@@ -204,6 +201,7 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
     device::resolve_all(&plan.device)?;
     checkpoint.check()?;
     let config = checkpoint.config();
+    plan.check_for(config)?;
     check_seq_len(plan.seq_len, config.max_position_embeddings)?;
     if !place.is_free() {
         return Err(Error::OutputExists { path: place.out.into() });
@@ -212,11 +210,11 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
 }
 
 /// The model as it is when rotated, in a folder below `place`.
-fn rotate(checkpoint: &Checkpoint, place: &Path, around: Surroundings<'_>) -> Result<Rotated> {
-    around.progress.begin("rotating", checkpoint.config().num_layers as u64);
+fn rotate(checkpoint: &Checkpoint, place: &Path, context: RunContext<'_>) -> Result<Rotated> {
+    context.progress.begin("rotating", checkpoint.config().num_layers() as u64);
     let mut step = || {
-        around.progress.advance(1);
-        around.go_on()
+        context.progress.advance(1);
+        context.check_cancelled()
     };
     let rotated = Rotated::write(checkpoint, place, &mut step)?;
     check_dense(rotated.checkpoint())?;
@@ -224,12 +222,12 @@ fn rotate(checkpoint: &Checkpoint, place: &Path, around: Surroundings<'_>) -> Re
 }
 
 /// The model with its norms equalized, if there is anything to equalize.
-fn equalize(checkpoint: &Checkpoint, around: Surroundings<'_>) -> Result<Option<Checkpoint>> {
-    let equalization = Equalization::of(checkpoint, &mut || around.go_on())?;
+fn equalize(checkpoint: &Checkpoint, context: RunContext<'_>) -> Result<Option<Checkpoint>> {
+    let equalization = Equalization::of(checkpoint, &mut || context.check_cancelled())?;
     let Some(equalized) = equalization.apply(checkpoint)? else { return Ok(None) };
     let (channels, norms) = equalization.channels();
     let text = format!("{channels} outlier channels of {norms} norms are equalized with the linears behind");
-    around.progress.event(&Event::Note(&text));
+    context.progress.event(&Event::Note(&text));
     check_dense(&equalized)?;
     Ok(Some(equalized))
 }
@@ -237,8 +235,7 @@ fn equalize(checkpoint: &Checkpoint, around: Surroundings<'_>) -> Result<Option<
 /// Refuses numbers that fp16 cannot hold in the tensors that are copied, which would else be met at the very end.
 fn check_dense(checkpoint: &Checkpoint) -> Result<()> {
     let config = checkpoint.config();
-    let biases = LinearId::all(config).filter(|id| id.kind.has_bias(config)).map(LinearId::bias);
-    for name in dense_tensors(config).into_iter().map(|(name, _)| name).chain(biases) {
+    for name in config.dense_tensors().into_iter().map(|(name, _)| name).chain(config.linear_biases()) {
         checkpoint.check_f16(&name)?;
         checkpoint.release([&name]);
     }
@@ -282,7 +279,7 @@ fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {
     Ok(ModelReport {
         name: name.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
         source: None,
-        layers: config.num_layers,
+        layers: config.num_layers(),
         hidden_size: config.hidden_size,
         parameters,
         bytes: checkpoint.bytes_total(),
@@ -337,16 +334,15 @@ fn warnings(
             .push(format!("tensors that are not part of the model are left out ({}): {named}", extra.len()));
     }
     let config = checkpoint.config();
-    let widest = config.intermediate_size.max(config.hidden_size);
-    let skipped = usize::from(plan.refinements(config.tie_word_embeddings).skip_first);
-    let tokens = windows.count() * (windows.seq_len() - skipped);
+    let stages = config.layers.iter().flat_map(|layer| &layer.stages);
+    let widest = stages.flat_map(|stage| &stage.groups).map(|group| group.width).max().unwrap_or(0);
+    let tokens = windows.count() * windows.seq_len();
     if tokens < widest {
         // The Hessian then has not even full rank.
         warnings.push(format!(
-            "{tokens} calibration tokens ({} windows of {}{}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
+            "{tokens} calibration tokens ({} windows of {}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
             plan.samples,
             plan.seq_len,
-            if skipped > 0 { ", without first positions" } else { "" },
         ));
     }
     warnings

@@ -4,19 +4,17 @@ use std::fmt;
 
 use tch::{Device, Kind};
 
-use super::{
-    available_memory, compute_kind, crew::Limits, estimate::Shape, machine::product_speed,
-    output_folder::Place, preflight::DiskNeed, resident_memory,
-};
+use super::{compute_kind, estimate::Shape, output_folder::Place, preflight::DiskNeed, worker_pool::Limits};
 use crate::{
     checkpoint::Checkpoint,
     cuda::Gpu,
     device,
     error::{ResourceError, Result},
+    machine::{available_memory, product_speed, resident_memory},
     model::source_kind,
     plan::Plan,
-    report::bytes,
     rotation::rotated_bytes,
+    units::bytes,
 };
 
 /// Operations of a layer below which nobody waits for it.
@@ -49,7 +47,7 @@ impl Needs {
     /// # Errors
     /// When it does not fit.
     pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
-        let rotates = plan.refinements(checkpoint.config().tie_word_embeddings).rotate;
+        let rotates = plan.refinements(checkpoint.config()).rotate;
         Self::and_rotated(plan, checkpoint, place, rotates)
     }
 
@@ -64,7 +62,7 @@ impl Needs {
     fn and_rotated(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
         let kind = compute_kind(plan.compute_dtype, device, source_kind(checkpoint)?);
-        let refinements = plan.refinements(checkpoint.config().tie_word_embeddings);
+        let refinements = plan.refinements(checkpoint.config());
         let shape = Shape {
             config: checkpoint.config(),
             source_bytes: if refinements.rotate { Kind::Float } else { source_kind(checkpoint)? }
@@ -74,10 +72,8 @@ impl Needs {
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: plan.shared_hessian,
-            dense_windows: refinements.dense_windows(plan.samples),
+            reference: refinements.asymmetric > 0.0,
             gradient_windows: refinements.gradient_windows(plan.samples),
-            tunes: refinements.tune > 0,
-            refine: refinements.refine,
             rotates,
         };
         let device_memory = match (device, plan.max_device_memory) {
@@ -172,7 +168,7 @@ impl fmt::Display for Needs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::LlamaConfig;
+    use crate::architectures::ModelConfig;
 
     #[test]
     fn a_run_that_does_not_fit_is_refused_with_the_flag_that_fits() {
@@ -181,7 +177,7 @@ mod tests {
             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
             "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
         });
-        let config = LlamaConfig::from_json("config.json", &json).unwrap();
+        let config = ModelConfig::from_json("config.json", &json).unwrap();
         let plan = Plan::default();
         let shape = Shape {
             config: &config,
@@ -191,10 +187,8 @@ mod tests {
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: false,
-            dense_windows: 0,
+            reference: false,
             gradient_windows: 0,
-            tunes: false,
-            refine: 0,
             rotates: false,
         };
         let need = shape.need(Device::Cpu, 1024);
@@ -225,7 +219,7 @@ mod tests {
             "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
             "max_position_embeddings": 4096,
         });
-        let config = LlamaConfig::from_json("config.json", &json).unwrap();
+        let config = ModelConfig::from_json("config.json", &json).unwrap();
         let windows = usize::MAX / 4096;
         let shape = Shape {
             config: &config,
@@ -235,10 +229,8 @@ mod tests {
             seq_len: 4096,
             variants: 4,
             shared_hessian: false,
-            dense_windows: windows,
+            reference: true,
             gradient_windows: windows,
-            tunes: true,
-            refine: 0,
             rotates: false,
         };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);

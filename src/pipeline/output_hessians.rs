@@ -6,15 +6,16 @@ use std::{ops::Range, path::Path, sync::Arc};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    crew::Limits,
-    member::Surroundings,
     memory::{Ledger, Room},
     stream::Stream,
     window_file::WindowFile,
+    worker::RunContext,
+    worker_pool::Limits,
 };
 use crate::{
+    architectures::{LayerConfig, ModelConfig},
     calibration::Windows,
-    checkpoint::{Checkpoint, LinearId, LinearKind, LlamaConfig, to_bytes},
+    checkpoint::{Checkpoint, to_bytes},
     error::{Result, TorchContext},
     gptq::{OutputHessian, output_blocks, solver::OutputFactor},
     model::{Compute, Runner},
@@ -44,14 +45,19 @@ pub(super) struct GradientWindows<'a> {
 
 /// Those of one layer, factorized.
 pub(super) struct LayerFactors {
-    /// The blocks of each linear, in the order of [`LinearKind::ALL`].
+    /// The blocks of each linear of the layer.
     blocks: Vec<Vec<OutputFactor>>,
 }
 
 /// Bytes of a layer's output Hessians.
-pub(super) fn layer_bytes(config: &LlamaConfig) -> u64 {
-    let blocks = LinearKind::ALL.iter().flat_map(|kind| output_blocks(kind.shape(config)[0]));
+pub(super) fn layer_bytes(layer: &LayerConfig) -> u64 {
+    let blocks = layer.linears.iter().flat_map(|linear| output_blocks(linear.shape[0]));
     blocks.map(|n| n * n).sum::<usize>() as u64 * 4
+}
+
+/// The same of the layer that has the most.
+pub(super) fn largest_layer_bytes(config: &ModelConfig) -> u64 {
+    config.layers.iter().map(layer_bytes).max().unwrap_or(0)
 }
 
 impl OutputHessians {
@@ -67,11 +73,11 @@ impl OutputHessians {
         seed: u64,
         limits: Limits,
         folder: &Path,
-        around: Surroundings<'_>,
+        context: RunContext<'_>,
     ) -> Result<Self> {
         let config = checkpoint.config();
         let GradientWindows { windows, count, at_once } = windows;
-        let (seq_len, layers) = (windows.seq_len(), config.num_layers);
+        let (seq_len, layers) = (windows.seq_len(), config.num_layers());
         let memory = Ledger::new(limits.in_memory);
         let near = match device {
             Device::Cpu => Arc::clone(&memory),
@@ -80,10 +86,10 @@ impl OutputHessians {
         let room = Arc::new(Room::new(device, Kind::Float, near, memory, folder)?);
         let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
         let per_batch = (BATCH_TOKENS / seq_len).max(1);
-        let file = WindowFile::scratch(folder, layers, layer_bytes(config) as usize)?;
-        let task = Gradients { checkpoint, runner, windows, per_batch, first, seed, room, file, around };
+        let file = WindowFile::scratch(folder, layers, largest_layer_bytes(config) as usize)?;
+        let task = Gradients { checkpoint, runner, windows, per_batch, first, seed, room, file, context };
         let steps = count.div_ceil(per_batch) * (1 + layers + (layers - first));
-        around.progress.begin("gradients", steps as u64);
+        context.progress.begin("gradients", steps as u64);
         let part = (at_once.min(count) / per_batch).max(1) * per_batch;
         for start in (0..count).step_by(part) {
             let part = start..count.min(start + part);
@@ -92,15 +98,15 @@ impl OutputHessians {
             let gradients = task.at_the_end(last)?;
             task.back(&part, states, gradients, part.end == count)?;
         }
-        around.progress.event(&Event::Note(&format!("gradients on {count} windows: done")));
+        context.progress.event(&Event::Note(&format!("gradients on {count} windows: done")));
         Ok(Self { file: task.file })
     }
 
-    /// Those of one layer's linears, in the order of [`LinearKind::ALL`], on the CPU.
+    /// Those of one layer's linears, on the CPU.
     ///
     /// # Errors
     /// When they cannot be read back.
-    pub(super) fn blocks(&self, config: &LlamaConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
+    pub(super) fn blocks(&self, config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
         read_blocks(&self.file, config, layer)
     }
 
@@ -108,10 +114,10 @@ impl OutputHessians {
     ///
     /// # Errors
     /// When they cannot be read back, or one cannot be factorized.
-    pub(super) fn factors(&self, config: &LlamaConfig, layer: usize, device: Device) -> Result<LayerFactors> {
-        let blocks = self.blocks(config, layer)?.into_iter().zip(LinearKind::ALL);
-        let of = |(blocks, kind): (Vec<Tensor>, LinearKind)| {
-            OutputFactor::all(&blocks, DAMP, device, &LinearId { layer, kind }.to_string())
+    pub(super) fn factors(&self, config: &ModelConfig, layer: usize, device: Device) -> Result<LayerFactors> {
+        let blocks = self.blocks(config, layer)?.into_iter().enumerate();
+        let of = |(position, blocks): (usize, Vec<Tensor>)| {
+            OutputFactor::all(&blocks, DAMP, device, &config.linear_id(layer, position).to_string())
         };
         Ok(LayerFactors { blocks: blocks.map(of).collect::<Result<_>>()? })
     }
@@ -129,17 +135,17 @@ struct Gradients<'a> {
     room: Arc<Room>,
     /// Sums over the windows that are done, layer by layer; in the end means.
     file: WindowFile,
-    around: Surroundings<'a>,
+    context: RunContext<'a>,
 }
 
 impl Gradients<'_> {
     /// What goes into each layer, and out of the last; nothing is kept in front of the first that is asked for.
     fn forward(&self, part: &Range<usize>) -> Result<Vec<Stream>> {
-        let (seq_len, llama) = (self.windows.seq_len(), self.runner.llama());
+        let (seq_len, transformer) = (self.windows.seq_len(), self.runner.transformer());
         let mut embedded = self.stream(part);
         for (i, batch) in embedded.batches().to_vec().into_iter().enumerate() {
             let ids = &self.windows.ids()[batch.start * seq_len..batch.end * seq_len];
-            embedded.put(i, llama.embed(ids, seq_len)?)?;
+            embedded.put(i, transformer.embed(ids, seq_len)?)?;
         }
         let mut states = vec![embedded];
         for layer in 0..self.layers() {
@@ -147,7 +153,7 @@ impl Gradients<'_> {
             let ready = self.runner.layer(layer, &packed)?;
             let mut next = self.stream(part);
             for i in 0..next.len() {
-                next.put(i, llama.forward(&ready, &states[layer].get(i)?)?)?;
+                next.put(i, transformer.forward(&ready, &states[layer].get(i)?)?)?;
                 self.step()?;
             }
             self.checkpoint.release_layer(layer);
@@ -183,6 +189,7 @@ impl Gradients<'_> {
         mut gradients: Stream,
         last: bool,
     ) -> Result<()> {
+        let config = self.checkpoint.config();
         for layer in (self.first..self.layers()).rev() {
             let packed = self.runner.packed_layer(layer)?;
             let ready = self.runner.layer(layer, &packed)?;
@@ -190,23 +197,25 @@ impl Gradients<'_> {
             let mut sums = self.sums(layer, part.start)?;
             for i in 0..gradients.len() {
                 let back =
-                    self.runner.llama().layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
-                for (sum, gradient) in sums.iter_mut().zip(&back.outputs) {
+                    self.runner.transformer().layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
+                for (sum, gradient) in sums.iter_mut().zip(back.outputs.iter().flatten()) {
                     sum.add(gradient)?;
                 }
                 gradients.put(i, back.hidden)?;
                 self.step()?;
             }
             let mut bytes = Vec::with_capacity(self.file.window_bytes());
-            for (sum, kind) in sums.into_iter().zip(LinearKind::ALL) {
+            for (position, sum) in sums.into_iter().enumerate() {
                 let blocks = match last {
-                    true => sum.finish(&LinearId { layer, kind }.to_string())?,
+                    true => sum.finish(&config.linear_id(layer, position).to_string())?,
                     false => sum.into_sums(),
                 };
                 for block in blocks {
                     bytes.extend(to_bytes(&block)?);
                 }
             }
+            // Layers may differ in size.
+            bytes.resize(self.file.window_bytes(), 0);
             self.file.write(layer, &bytes)?;
             self.checkpoint.release_layer(layer);
         }
@@ -217,8 +226,8 @@ impl Gradients<'_> {
     fn sums(&self, layer: usize, done: usize) -> Result<Vec<OutputHessian>> {
         let (config, device) = (self.checkpoint.config(), self.room.device);
         if done == 0 {
-            let new = |kind: &LinearKind| OutputHessian::new(kind.shape(config)[0], device);
-            return LinearKind::ALL.iter().map(new).collect();
+            let linears = config.layers[layer].linears.iter();
+            return linears.map(|linear| OutputHessian::new(linear.shape[0], device)).collect();
         }
         let tokens = (done * self.windows.seq_len()) as u64;
         let of = |blocks| OutputHessian::from_sums(blocks, tokens, device);
@@ -231,18 +240,18 @@ impl Gradients<'_> {
     }
 
     fn layers(&self) -> usize {
-        self.checkpoint.config().num_layers
+        self.checkpoint.config().num_layers()
     }
 
     /// A batch went through a layer.
     fn step(&self) -> Result<()> {
-        self.around.progress.advance(1);
-        self.around.go_on()
+        self.context.progress.advance(1);
+        self.context.check_cancelled()
     }
 }
 
-/// The blocks of a layer's linears, in the order of [`LinearKind::ALL`], on the CPU.
-fn read_blocks(file: &WindowFile, config: &LlamaConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
+/// The blocks of a layer's linears, on the CPU.
+fn read_blocks(file: &WindowFile, config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
     let bytes = file.read(layer, 1)?;
     let mut rest = &bytes[..];
     let mut block = |n: usize| {
@@ -250,16 +259,14 @@ fn read_blocks(file: &WindowFile, config: &LlamaConfig, layer: usize) -> Result<
         rest = others;
         Tensor::f_from_data_size(own, &[n as i64, n as i64], Kind::Float).torch("read an output Hessian")
     };
-    let mut of =
-        |kind: LinearKind| output_blocks(kind.shape(config)[0]).into_iter().map(&mut block).collect();
-    LinearKind::ALL.into_iter().map(&mut of).collect()
+    let linears = config.layers[layer].linears.iter();
+    linears.map(|linear| output_blocks(linear.shape[0]).into_iter().map(&mut block).collect()).collect()
 }
 
 impl LayerFactors {
     /// Those of a linear.
-    pub(super) fn of(&self, kind: LinearKind) -> &[OutputFactor] {
-        let position = LinearKind::ALL.iter().position(|&k| k == kind);
-        &self.blocks[position.expect("ALL holds every kind")]
+    pub(super) fn of(&self, position: usize) -> &[OutputFactor] {
+        &self.blocks[position]
     }
 }
 

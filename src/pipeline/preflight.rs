@@ -2,11 +2,13 @@
 
 use std::{fs, path::Path};
 
-use super::{journal, machine::require_space, output_folder::Place};
+use super::{journal, output_folder::Place};
 use crate::{
-    checkpoint::{Checkpoint, LlamaConfig},
+    architectures::ModelConfig,
+    checkpoint::Checkpoint,
     emit::{is_partial, planned_bytes},
     error::Result,
+    machine::require_space,
     plan::Plan,
 };
 
@@ -28,7 +30,7 @@ impl DiskNeed {
     pub(super) fn new(
         plan: &Plan,
         checkpoint: &Checkpoint,
-        config: &LlamaConfig,
+        config: &ModelConfig,
         place: &Place<'_>,
         states: u64,
         spilled: u64,
@@ -37,10 +39,10 @@ impl DiskNeed {
         let mut branches = 0;
         // The weights of branches that were begun have their room.
         for variant in plan.variants.iter().filter(|_| begun.is_none()) {
-            branches += planned_bytes(variant, config, checkpoint.dir(), plan.max_shard_size)?;
+            branches += planned_bytes(variant, config, checkpoint, plan.max_shard_size)?;
         }
         // One set of states beside the one that is being written; behind the last layer there are none.
-        let sets = match (checkpoint.config().num_layers, begun) {
+        let sets = match (checkpoint.config().num_layers(), begun) {
             (1, _) => 0,
             (2, None) | (_, Some(_)) => 1,
             (_, None) => 2,

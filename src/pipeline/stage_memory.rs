@@ -10,8 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::machine::resident_memory;
-use crate::report::StageMemory;
+use crate::{machine::resident_memory, report::StageMemory};
 
 /// Between two looks; one takes some 30 µs.
 const EVERY: Duration = Duration::from_millis(20);

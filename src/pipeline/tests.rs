@@ -8,17 +8,18 @@ use std::{
 use tch::{Device, Kind};
 
 use super::{
-    crew::{Crew, Limits},
-    member::Surroundings,
     output_hessians::{GradientWindows, OutputHessians},
     stage_memory::MemoryWatch,
-    stage_solving::Record,
-    team::{Sink, Task},
+    stage_solver::LinearStatistics,
+    worker::RunContext,
+    worker_group::{Sink, Task},
+    worker_pool::{Limits, WorkerPool},
 };
 use crate::{
     accuracy::{Quality, Refinements},
+    architectures::LinearId,
     calibration::{Tokens, Windows},
-    checkpoint::{Checkpoint, LinearId},
+    checkpoint::Checkpoint,
     error::Result,
     gptq::solver::Solved,
     plan::OnFailure,
@@ -43,16 +44,21 @@ fn limits(batch_tokens: usize) -> Limits {
     Limits { on_device: None, in_memory: None, batch_tokens }
 }
 
-/// Codes of a linear, and whether it was refined and tuned.
-type Taken = (LinearId, Vec<u8>, [bool; 2]);
+/// Codes of a linear.
+type Taken = (LinearId, Vec<u8>);
 
 #[derive(Default)]
 struct Kept(Vec<Taken>);
 
 impl Sink for Kept {
-    fn take(&mut self, _variant: usize, id: LinearId, linear: &Solved, record: Record) -> Result<()> {
-        let codes = linear.on_host()?.codes().to_vec();
-        self.0.push((id, codes, [record.refined, record.tuned]));
+    fn take(
+        &mut self,
+        _variant: usize,
+        id: LinearId,
+        linear: &Solved,
+        _statistics: LinearStatistics,
+    ) -> Result<()> {
+        self.0.push((id, linear.on_host()?.codes().to_vec()));
         Ok(())
     }
 
@@ -66,56 +72,43 @@ fn first_layer(refinements: Refinements, devices: usize, batch_tokens: usize) ->
     let (checkpoint, windows) = (model(), windows(13));
     let variants: [Variant; 1] = ["4bit-16g-act".parse().unwrap()];
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
-    let around = Surroundings { progress: &Silent, stop: &stop, memory: &memory };
+    let context = RunContext { progress: &Silent, stop: &stop, memory: &memory };
     let folder = tempfile::tempdir().unwrap();
     let task = Task {
         variants: &variants,
         damp: 0.01,
         refinements,
-        dense_windows: refinements.dense_windows(windows.count()),
+        reference: refinements.asymmetric > 0.0,
         output_hessians: None,
         shared_hessian: false,
         on_failure: OnFailure::Error,
-        layers: checkpoint.config().num_layers,
+        layers: checkpoint.config().num_layers(),
     };
     let devices = vec![Device::Cpu; devices];
     let limits = limits(batch_tokens);
     let _guard = tch::no_grad_guard();
-    let mut crew =
-        Crew::new(&checkpoint, &devices, Kind::Float, &windows, task, limits, folder.path(), None, around)
+    let folder = folder.path();
+    let mut pool =
+        WorkerPool::new(&checkpoint, &devices, Kind::Float, &windows, task, limits, folder, None, context)
             .unwrap();
     let mut kept = Kept::default();
-    crew.solve_layer(0, &Mutex::new(&mut kept), None).unwrap();
+    pool.solve_layer(0, &Mutex::new(&mut kept), None).unwrap();
     kept.0
 }
 
 /// Sums in another order round otherwise, so that a code here and there may be another one.
 #[test]
 fn batches_and_devices_solve_the_same() {
-    for refine in [0, 2] {
-        let refinements = Refinements { refine, ..Quality::Standard.refinements() };
-        // 11 windows are solved with and 2 held out, which share a batch and lie on one of two devices.
-        let expected = first_layer(refinements, 1, SEQ_LEN);
-        assert_eq!(expected.len(), 7);
-        assert_eq!(expected.iter().any(|(_, _, [refined, _])| *refined), refine > 0);
-        for (devices, batch_tokens) in [(1, 1024), (2, SEQ_LEN), (2, 1024), (3, 3 * SEQ_LEN)] {
-            for (found, expected) in first_layer(refinements, devices, batch_tokens).iter().zip(&expected) {
-                let place = format!("{}, {refine} sweeps, {devices} devices, {batch_tokens}", expected.0);
-                assert_eq!((found.0, found.2), (expected.0, expected.2), "{place}");
-                let equal = found.1.iter().zip(&expected.1).filter(|(a, b)| a == b).count();
-                assert!(equal * 100 >= expected.1.len() * 99, "{place}: {equal} of {}", expected.1.len());
-            }
+    let refinements = Quality::Standard.refinements();
+    let expected = first_layer(refinements, 1, SEQ_LEN);
+    assert_eq!(expected.len(), 7);
+    for (devices, batch_tokens) in [(1, 1024), (2, SEQ_LEN), (2, 1024), (3, 3 * SEQ_LEN)] {
+        for (found, expected) in first_layer(refinements, devices, batch_tokens).iter().zip(&expected) {
+            let place = format!("{}, {devices} devices, {batch_tokens}", expected.0);
+            assert_eq!(found.0, expected.0, "{place}");
+            let equal = found.1.iter().zip(&expected.1).filter(|(a, b)| a == b).count();
+            assert!(equal * 100 >= expected.1.len() * 99, "{place}: {equal} of {}", expected.1.len());
         }
-    }
-}
-
-/// Tuning looks at the first device's windows.
-#[test]
-fn a_layer_is_tuned_on_several_devices() {
-    let refinements = Refinements { tune: 40, ..Quality::Fast.refinements() };
-    for devices in [1, 2] {
-        let tuned: Vec<_> = first_layer(refinements, devices, 1024).iter().map(|(_, _, [_, t])| *t).collect();
-        assert_eq!(tuned, [true; 7], "{devices} devices");
     }
 }
 
@@ -126,14 +119,14 @@ fn gradients_are_the_same_whatever_number_of_windows_goes_at_once() {
     // 64 of them make a batch, and parts are whole batches.
     let (windows, first) = (windows(150), 1);
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
-    let around = Surroundings { progress: &Silent, stop: &stop, memory: &memory };
+    let context = RunContext { progress: &Silent, stop: &stop, memory: &memory };
     let folder = tempfile::tempdir().unwrap();
     let bytes = |count: usize, at_once: usize| {
         let _guard = tch::no_grad_guard();
         let windows = GradientWindows { windows: &windows, count, at_once };
         let (device, folder) = (Device::Cpu, folder.path());
         let measured =
-            OutputHessians::measure(&checkpoint, device, windows, first, 7, limits(1024), folder, around);
+            OutputHessians::measure(&checkpoint, device, windows, first, 7, limits(1024), folder, context);
         let blocks = measured.unwrap().blocks(config, first).unwrap().into_iter().flatten();
         blocks.map(|block| Vec::<f32>::try_from(block.flatten(0, -1)).unwrap()).collect::<Vec<_>>()
     };

@@ -3,15 +3,17 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    checkpoint::{Checkpoint, LinearId, LinearKind},
+    checkpoint::Checkpoint,
     error::{Result, TorchContext},
-    model::{Llama, Norms},
+    model::{DenseParts, Transformer},
 };
 
 /// A layer's dense weights, read once for all variants and devices.
 pub(super) struct Weights {
-    pub(super) norms: Norms,
-    /// In the order of [`LinearKind::ALL`], in the checkpoint's own kind.
+    /// Which layer, from 0.
+    pub(super) layer: usize,
+    pub(super) parts: DenseParts,
+    /// Weight `[N, K]` and bias `[N]` of each of the layer's linears, in the checkpoint's own kind.
     linears: Vec<(Tensor, Option<Tensor>)>,
 }
 
@@ -21,23 +23,24 @@ impl Weights {
     /// # Errors
     /// When a tensor is missing, malformed, not finite, or beyond fp16.
     pub(super) fn read(checkpoint: &Checkpoint, layer: usize, pinned_for: Option<Device>) -> Result<Self> {
-        let llama = Llama::new(checkpoint, 1, Kind::Float, Device::Cpu)?;
-        let source = llama.source_kind(LinearId { layer, kind: LinearKind::Q })?;
+        let transformer = Transformer::new(checkpoint, 1, Kind::Float, Device::Cpu)?;
+        let config = checkpoint.config();
+        let source = transformer.source_kind(&config.linear_id(layer, 0))?;
         if source != Kind::Half {
-            for kind in LinearKind::ALL {
-                llama.check_f16(LinearId { layer, kind })?;
+            for (id, _) in config.layer_linears(layer) {
+                transformer.check_f16(&id)?;
             }
         }
         let pin = |tensor: Tensor| match pinned_for {
             Some(device) => tensor.f_pin_memory(device).torch("lock memory for copies"),
             None => Ok(tensor),
         };
-        let mut linears = Vec::with_capacity(LinearKind::ALL.len());
-        for kind in LinearKind::ALL {
-            let (weight, bias) = llama.weight(LinearId { layer, kind }, source)?;
-            linears.push((pin(weight)?, bias));
-        }
-        let weights = Self { norms: llama.norms(layer)?, linears };
+        let read = |position: usize| {
+            let (weight, bias) = transformer.weight(layer, position, source)?;
+            Ok((pin(weight)?, bias))
+        };
+        let linears = (0..config.layers[layer].linears.len()).map(read).collect::<Result<_>>()?;
+        let weights = Self { layer, parts: transformer.parts(layer)?, linears };
         checkpoint.release_layer(layer);
         Ok(weights)
     }
@@ -51,16 +54,16 @@ impl Weights {
             Device::Cpu => Ok(tensor.shallow_clone()),
             _ => tensor.f_to_device_(device, tensor.kind(), true, false).torch("copy weights to the device"),
         };
-        let norms = Norms { input: on(&self.norms.input)?, post_attention: on(&self.norms.post_attention)? };
         let linears = self.linears.iter().map(|(weight, bias)| {
             let bias = bias.as_ref().map(on).transpose()?;
             Ok((on(weight)?, bias))
         });
-        Ok(Self { norms, linears: linears.collect::<Result<_>>()? })
+        let linears = linears.collect::<Result<_>>()?;
+        Ok(Self { layer: self.layer, parts: self.parts.try_map(&on)?, linears })
     }
 
-    pub(super) fn of(&self, kind: LinearKind) -> &(Tensor, Option<Tensor>) {
-        let position = LinearKind::ALL.iter().position(|&k| k == kind);
-        &self.linears[position.expect("ALL holds every kind")]
+    /// Of the linear at a position in the layer.
+    pub(super) fn of(&self, position: usize) -> &(Tensor, Option<Tensor>) {
+        &self.linears[position]
     }
 }

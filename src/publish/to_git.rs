@@ -14,7 +14,7 @@ use crate::{
     error::{Error, HubError, Result},
     hub::Settings,
     progress::{Event, Progress},
-    report::bytes,
+    units::bytes,
 };
 
 /// Files from this size on are large, whatever they are called.

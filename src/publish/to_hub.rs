@@ -7,7 +7,7 @@ use crate::{
     error::{Error, HubError, Result, quoted},
     hub::{Commit, DEFAULT_REVISION, Hub, Listed, Reference},
     progress::{Event, Progress},
-    report::bytes,
+    units::bytes,
 };
 
 /// How to publish to the Hub.

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::json::read_schema;
 use crate::{
-    checkpoint::{CONFIG_FILE, Checkpoint},
+    architectures::CONFIG_FILE,
+    checkpoint::Checkpoint,
     error::{ReportError, Result},
 };
 

@@ -276,19 +276,12 @@ pub struct LinearReport {
     /// Output features that are rounded to nearest, as compensation would have made their error larger.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub uncompensated_features: usize,
-    /// Whether its scales were tuned together with those of its layer; the error is that before.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub tuned: bool,
     /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
-    /// Whether it was refined after the solve, as that lowers its error on held-out tokens.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub refined: bool,
-}
-
-fn is_false(flag: &bool) -> bool {
-    !*flag
+    /// Of an expert, the calibration tokens that went through it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<u64>,
 }
 
 fn is_zero(count: &usize) -> bool {

@@ -29,4 +29,6 @@ pub use json::{
 pub use markdown::markdown;
 pub(crate) use markdown::text as markdown_text;
 pub use recommendation::{FACTOR, ForReaders, Recommendation, USUAL_BITS};
-pub use text::{bytes, comparison_table, duration, evaluation_table, run_table};
+pub use text::{comparison_table, evaluation_table, run_table};
+
+use crate::units::bytes;

@@ -5,30 +5,11 @@ use std::fmt::Write;
 use super::{
     Comparison, Evaluation, Interval, Report,
     advice::{advice, headline, rule, unserved},
+    bytes,
     comparison::not_loaded_by,
     figures::{cells, headers},
 };
 use crate::variant::Order;
-
-/// Seconds as people say them.
-pub fn duration(seconds: f64) -> String {
-    match seconds {
-        s if s < 90.0 => format!("{s:.0} s"),
-        s if s < 90.0 * 60.0 => format!("{:.0} min", s / 60.0),
-        s => format!("{:.1} h", s / 3600.0),
-    }
-}
-
-/// `3.90 GB`, in powers of ten as on the Hub.
-pub fn bytes(count: u64) -> String {
-    let count = count as f64;
-    match count {
-        c if c >= 1e9 => format!("{:.2} GB", c / 1e9),
-        c if c >= 1e6 => format!("{:.1} MB", c / 1e6),
-        c if c >= 1e3 => format!("{:.1} kB", c / 1e3),
-        c => format!("{c} B"),
-    }
-}
 
 /// The branches of a run: what each is, how large, how far its linears are off; and which linears are not what was asked for.
 pub fn run_table(report: &Report) -> String {

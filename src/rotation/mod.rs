@@ -1,4 +1,4 @@
-//! Rotations that are folded into the weights and leave an ordinary Llama that computes the same: outliers of weights are spread
+//! Rotations that are folded into the weights and leave a model of the same family that computes the same: outliers of weights are spread
 //! over all features. (QuaRot, arXiv 2404.00456, and SpinQuant, 2405.16406, call them R1 and R2; what those do to
 //! activations at run time is left out, so that every reader of the format loads the result.)
 //!
@@ -16,10 +16,9 @@ use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    architectures::{CONFIG_FILE, LayerConfig, ModelConfig, NormConfig, NormKind},
     checkpoint::{
-        CONFIG_FILE, Checkpoint, EMBED_TOKENS, FINAL_NORM, LM_HEAD, LinearId, LinearKind, LlamaConfig,
-        ShardPlan, ShardWriter, TensorSpec, WriteDtype, dense_tensors, input_layernorm,
-        post_attention_layernorm, to_bytes, write_file_atomically,
+        Checkpoint, ShardPlan, ShardWriter, TensorSpec, WriteDtype, to_bytes, write_file_atomically,
     },
     error::{Error, Result, TorchContext},
 };
@@ -52,25 +51,25 @@ impl Rotated {
         let mut writer = ShardWriter::create(folder.path(), ShardPlan::new(tensors(&config), u64::MAX)?)?;
         let mut write = |name: &str, tensor: Tensor| writer.write(name, &to_bytes(&tensor)?);
 
-        write(EMBED_TOKENS, rotation.embedding()?)?;
-        checkpoint.release([EMBED_TOKENS]);
-        for layer in 0..config.num_layers {
+        write(&config.embedding(), rotation.embedding()?)?;
+        checkpoint.release([config.embedding()]);
+        for (layer, parts) in config.layers.iter().enumerate() {
             step()?;
-            for norm in [input_layernorm(layer), post_attention_layernorm(layer)] {
-                write(&norm, ones(config.hidden_size))?;
+            for (path, tensor) in rotation.dense_parts(layer, parts)? {
+                write(&config.layer_tensor(layer, &path), tensor)?;
             }
-            for kind in LinearKind::ALL {
-                let id = LinearId { layer, kind };
-                write(&id.weight(), rotation.weight(id)?)?;
-                if kind.has_bias(&config) {
-                    write(&id.bias(), rotation.bias(id)?)?;
+            for (position, linear) in parts.linears.iter().enumerate() {
+                let id = config.linear_id(layer, position);
+                write(&id.weight(), rotation.weight(layer, position)?)?;
+                if linear.bias {
+                    write(&id.bias(), rotation.bias(layer, position)?)?;
                 }
             }
             checkpoint.release_layer(layer);
         }
-        write(FINAL_NORM, ones(config.hidden_size))?;
-        write(LM_HEAD, rotation.head()?)?;
-        checkpoint.release([EMBED_TOKENS, LM_HEAD]);
+        write(&format!("{}{}", config.prefix, config.final_norm.weight()), neutral(&config.final_norm))?;
+        write(&config.lm_head, rotation.head()?)?;
+        checkpoint.release([config.embedding(), config.lm_head.clone()]);
         writer.finish()?;
 
         let mut json = config.raw().clone();
@@ -86,19 +85,18 @@ impl Rotated {
 }
 
 /// Bytes that a model takes on disk when rotated.
-pub fn rotated_bytes(config: &LlamaConfig) -> u64 {
+pub fn rotated_bytes(config: &ModelConfig) -> u64 {
     let numbers = |spec: TensorSpec| spec.shape.iter().map(|&size| size as u64).product::<u64>();
     tensors(&config.untied()).into_iter().map(numbers).sum::<u64>() * WriteDtype::F32.size() as u64
 }
 
 /// Layer by layer, as they are read.
-fn tensors(config: &LlamaConfig) -> Vec<TensorSpec> {
+fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let spec = |name: String, shape: Vec<usize>| TensorSpec { name, dtype: WriteDtype::F32, shape };
-    let dense = dense_tensors(config).into_iter().map(|(name, shape)| spec(name, shape));
-    let linears = LinearId::all(config).flat_map(|id| {
-        let shape = id.kind.shape(config);
-        let bias = id.kind.has_bias(config).then(|| spec(id.bias(), vec![shape[0]]));
-        std::iter::once(spec(id.weight(), shape.to_vec())).chain(bias)
+    let dense = config.dense_tensors().into_iter().map(|(name, shape)| spec(name, shape));
+    let linears = config.linears().flat_map(|(id, linear)| {
+        let bias = linear.bias.then(|| spec(id.bias(), vec![linear.shape[0]]));
+        std::iter::once(spec(id.weight(), linear.shape.to_vec())).chain(bias)
     });
     dense.chain(linears).collect()
 }
@@ -114,18 +112,25 @@ pub struct Rotation<'a> {
 
 impl<'a> Rotation<'a> {
     /// # Errors
-    /// When libtorch cannot make it.
+    /// When the model's norms are not such that it computes the same, or libtorch cannot make it.
     pub fn new(checkpoint: &'a Checkpoint) -> Result<Self> {
         let config = checkpoint.config();
+        if let Some(reason) = config.rotation_refusal() {
+            return Err(Error::Value {
+                what: "rotate".into(),
+                expected: format!("off for {}: {reason}", config.class),
+                found: "on".into(),
+            });
+        }
         let matrix = |n: usize, seed| Orthogonal::new(n, seed).torch("make a rotation");
         Ok(Self {
             checkpoint,
             stream: matrix(config.hidden_size, SEEDS[0])?,
-            head: matrix(config.head_dim, SEEDS[1])?,
+            head: matrix(config.layers[0].attention.head_dim, SEEDS[1])?,
         })
     }
 
-    fn config(&self) -> &LlamaConfig {
+    fn config(&self) -> &ModelConfig {
         self.checkpoint.config()
     }
 
@@ -133,53 +138,103 @@ impl<'a> Rotation<'a> {
         self.checkpoint.load(name, shape, Kind::Float, Device::Cpu)
     }
 
-    fn norm(&self, name: &str) -> Result<Tensor> {
-        self.load(name, &[self.config().hidden_size])
+    /// What a norm multiplies with, `[hidden]`; its path stands behind `prefix`.
+    fn norm(&self, norm: &NormConfig, prefix: &str) -> Result<Tensor> {
+        let weight = self.load(&format!("{prefix}{}", norm.weight()), &norm.shape)?;
+        match norm.kind {
+            NormKind::RmsPlusOne => weight.f_add_scalar(1.0).torch("read a norm"),
+            NormKind::Rms | NormKind::Layer => Ok(weight),
+        }
+    }
+
+    fn layer_norm(&self, layer: usize, norm: &NormConfig) -> Result<Tensor> {
+        self.norm(norm, &self.config().layer_prefix(layer))
     }
 
     fn embedding(&self) -> Result<Tensor> {
-        let LlamaConfig { vocab_size, hidden_size, .. } = *self.config();
-        let embedding = self.load(EMBED_TOKENS, &[vocab_size, hidden_size])?;
+        let (vocab, hidden) = (self.config().vocab_size, self.config().hidden_size);
+        let embedding = self.load(&self.config().embedding(), &[vocab, hidden])?;
         self.stream.turn(&embedding).torch("rotate the embedding")
     }
 
     /// The output layer, with the last norm's weight in it.
     fn head(&self) -> Result<Tensor> {
-        let LlamaConfig { vocab_size, hidden_size, tie_word_embeddings, .. } = *self.config();
-        let name = if tie_word_embeddings { EMBED_TOKENS } else { LM_HEAD };
-        let head = self.load(name, &[vocab_size, hidden_size])?;
-        self.reading(&head, &self.norm(FINAL_NORM)?).torch("rotate the output layer")
+        let config = self.config();
+        let head = self.load(&config.output_layer(), &[config.vocab_size, config.hidden_size])?;
+        let norm = self.norm(&config.final_norm, &config.prefix)?;
+        self.reading(&head, &norm).torch("rotate the output layer")
     }
 
-    /// A linear's weight `[N, K]` when rotated, fp32.
+    /// What a layer has beside its linears: norms of the residual stream without weights, routers that read it rotated, the
+    /// others as they are.
+    fn dense_parts(&self, layer: usize, config: &LayerConfig) -> Result<Vec<(String, Tensor)>> {
+        let mut parts: Vec<(String, Tensor)> =
+            config.norms.all().map(|norm| (norm.weight(), neutral(norm))).collect();
+        for norm in config.attention.qk_norms.iter().flatten() {
+            for (path, shape) in norm.tensors() {
+                let tensor = self.load(&self.config().layer_tensor(layer, &path), &shape)?;
+                parts.push((path, tensor));
+            }
+        }
+        for (path, shape) in config.feed_forward.dense_tensors(self.config().hidden_size) {
+            let tensor = self.load(&self.config().layer_tensor(layer, &path), &shape)?;
+            let norm = config.norms.feed_forward.as_ref().expect("a router reads behind a norm");
+            let norm = self.layer_norm(layer, norm)?;
+            parts.push((path, self.reading(&tensor, &norm).torch("rotate a router")?));
+        }
+        Ok(parts)
+    }
+
+    /// The weight `[N, K]` of a layer's linear when rotated, fp32.
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
-    pub fn weight(&self, id: LinearId) -> Result<Tensor> {
-        let weight = self.load(&id.weight(), &id.kind.shape(self.config()))?;
-        let norm = match id.kind {
-            LinearKind::Q | LinearKind::K | LinearKind::V => Some(input_layernorm(id.layer)),
-            LinearKind::Gate | LinearKind::Up => Some(post_attention_layernorm(id.layer)),
-            LinearKind::O | LinearKind::Down => None,
-        };
-        let norm = norm.map(|name| self.norm(&name)).transpose()?;
-        let rotated = || match (&norm, id.kind) {
-            (Some(norm), LinearKind::V) => self.values(&self.reading(&weight, norm)?),
-            (Some(norm), _) => self.reading(&weight, norm),
-            (None, LinearKind::O) => self.writing(&self.reading_values(&weight)?),
-            (None, _) => self.writing(&weight),
+    pub fn weight(&self, layer: usize, position: usize) -> Result<Tensor> {
+        let config = &self.config().layers[layer];
+        let id = self.config().linear_id(layer, position);
+        let weight = self.load(&id.weight(), &config.linears[position].shape)?;
+        let norm = config.norm_before(position).map(|norm| self.layer_norm(layer, norm)).transpose()?;
+        let rotated = || {
+            let weight = match &norm {
+                Some(norm) => self.reading(&weight, norm)?,
+                None => weight,
+            };
+            let weight = self.values_turned(config, position, weight)?;
+            let weight =
+                if position == config.attention_output() { self.reading_values(&weight)? } else { weight };
+            if config.writes_to_stream(position) { self.writing(&weight) } else { Ok(weight) }
         };
         rotated().torch("rotate a weight")
     }
 
-    fn bias(&self, id: LinearId) -> Result<Tensor> {
-        let bias = self.load(&id.bias(), &id.kind.shape(self.config())[..1])?;
-        let rotated = || match id.kind {
-            LinearKind::V => self.values(&bias.f_unsqueeze(1)?)?.f_squeeze_dim(1),
-            LinearKind::O | LinearKind::Down => self.stream.turn(&bias),
-            _ => Ok(bias.shallow_clone()),
+    fn bias(&self, layer: usize, position: usize) -> Result<Tensor> {
+        let config = &self.config().layers[layer];
+        let id = self.config().linear_id(layer, position);
+        let bias = self.load(&id.bias(), &config.linears[position].shape[..1])?;
+        let rotated = || {
+            let bias = self.values_turned(config, position, bias.f_unsqueeze(1)?)?.f_squeeze_dim(1)?;
+            if config.writes_to_stream(position) { self.stream.turn(&bias) } else { Ok(bias) }
         };
         rotated().torch("rotate a bias")
+    }
+
+    /// A projection's weight with the rows of values turned, where it has some.
+    fn values_turned(
+        &self,
+        config: &LayerConfig,
+        position: usize,
+        weight: Tensor,
+    ) -> Result<Tensor, tch::TchError> {
+        let (values, rows) = config.attention.value_rows();
+        if position != values {
+            return Ok(weight);
+        }
+        let (first, count) = (rows.start as i64, rows.len() as i64);
+        let turned = self.values(&weight.f_narrow(0, first, count)?)?;
+        match first {
+            0 => Ok(turned),
+            _ => Tensor::f_cat(&[weight.f_narrow(0, 0, first)?, turned], 0),
+        }
     }
 
     /// `W diag(norm) Q`, of what reads from the residual stream.
@@ -194,17 +249,21 @@ impl<'a> Rotation<'a> {
 
     /// `Rᵀ` times the rows `[head_dim, K]` of each head.
     fn values(&self, weight: &Tensor) -> Result<Tensor, tch::TchError> {
-        let heads = weight.f_reshape([-1, self.config().head_dim as i64, weight.size()[1]])?;
+        let heads =
+            weight.f_reshape([-1, self.config().layers[0].attention.head_dim as i64, weight.size()[1]])?;
         self.head.turn(&heads.f_transpose(1, 2)?)?.f_transpose(1, 2)?.f_reshape(weight.size())
     }
 
     /// The columns `[N, head_dim]` of each head times `R`.
     fn reading_values(&self, weight: &Tensor) -> Result<Tensor, tch::TchError> {
-        let heads = weight.f_reshape([weight.size()[0], -1, self.config().head_dim as i64])?;
+        let heads =
+            weight.f_reshape([weight.size()[0], -1, self.config().layers[0].attention.head_dim as i64])?;
         self.head.turn(&heads)?.f_reshape(weight.size())
     }
 }
 
-fn ones(n: usize) -> Tensor {
-    Tensor::from_slice(&vec![1f32; n])
+/// The weight of a norm that multiplies with nothing.
+fn neutral(norm: &NormConfig) -> Tensor {
+    let one = if norm.kind == NormKind::RmsPlusOne { 0f32 } else { 1.0 };
+    Tensor::from_slice(&vec![one; norm.shape.iter().product()])
 }

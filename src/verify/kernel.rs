@@ -14,8 +14,9 @@ use super::{
     rounding::{Exact, KERNEL_TOLERANCE, Outputs},
 };
 use crate::{
+    architectures::LinearId,
     calibration::{Corpus, Tokenizer, Tokens, Windows},
-    checkpoint::{Checkpoint, LinearId, LinearKind, PackedTensors},
+    checkpoint::{Checkpoint, PackedTensors},
     error::{Error, Result, TorchContext},
     model::{Compute, Linear, PackedLayer, Runner},
     pack::PackedView,
@@ -81,15 +82,14 @@ impl KernelReport {
 pub fn check_kernels(
     checkpoint: &Checkpoint,
     options: &KernelOptions<'_>,
-    seen: &dyn Fn(LinearId, &mut PackedTensors<'_>),
+    seen: &dyn Fn(&LinearId, &mut PackedTensors<'_>),
     progress: &dyn Progress,
 ) -> Result<KernelReport> {
     let _guard = tch::no_grad_guard();
     let compute = Compute::new(options.device, options.dtype, checkpoint)?;
     let config = checkpoint.config();
     let most = KERNEL_TOKENS[KERNEL_TOKENS.len() - 1];
-    let window = config.sliding_window.filter(|_| config.mixed_windows).unwrap_or(most);
-    let seq_len = most.min(window).min(config.max_position_embeddings);
+    let seq_len = most.min(config.max_position_embeddings);
     let tokenizer = Tokenizer::open(checkpoint.dir())?;
     let tokens = Tokens::new(options.corpus, &tokenizer, config.vocab_size)?;
     let windows = Windows::sequential(&tokens, seq_len, Some(most.div_ceil(seq_len)))?;
@@ -104,14 +104,14 @@ pub fn check_kernels(
     }
 
     let runner = Runner::quantized(checkpoint, seq_len, compute)?;
-    let mut hidden = runner.llama().embed(windows.ids(), seq_len)?;
+    let mut hidden = runner.transformer().embed(windows.ids(), seq_len)?;
     let errors = RefCell::new(Vec::new());
-    progress.begin("checking the int4 matmul", config.num_layers as u64);
-    for layer in 0..config.num_layers {
+    progress.begin("checking the int4 matmul", config.num_layers() as u64);
+    for layer in 0..config.num_layers() {
         let right = runner.packed_layer(layer)?;
         let mut given: PackedLayer<'_> = right.clone();
-        for (kind, tensors) in LinearKind::ALL.into_iter().zip(&mut given) {
-            tensors.iter_mut().for_each(|tensors| seen(LinearId { layer, kind }, tensors));
+        for (position, tensors) in given.iter_mut().enumerate() {
+            tensors.iter_mut().for_each(|tensors| seen(&config.linear_id(layer, position), tensors));
         }
         let mut tensors = right.iter();
         let ready = runner.layer_of(layer, &given, &mut |id, linear| match tensors
@@ -121,9 +121,9 @@ pub fn check_kernels(
             Some(right) => Box::new(Checked { id, linear, right, compute, errors: &errors }),
             None => linear,
         })?;
-        hidden = runner.llama().forward(&ready, &hidden)?;
+        hidden = runner.transformer().forward(&ready, &hidden)?;
         runner.notes().iter().for_each(|note| progress.event(&Event::Note(note)));
-        runner.llama().release(layer);
+        runner.transformer().release(layer);
         progress.advance(1);
     }
     Ok(KernelReport {
@@ -165,7 +165,7 @@ impl Linear for Checked<'_> {
         let mut size = x.size();
         let x = x.f_reshape([-1, size[size.len() - 1]]).torch("lay out an input")?;
         let outputs = exact.outputs(&x)?;
-        let error = measure(self.id, &*self.linear, &exact, &x, &outputs, self.compute)?;
+        let error = measure(&self.id, &*self.linear, &exact, &x, &outputs, self.compute)?;
         self.errors.borrow_mut().push(error);
         *size.last_mut().expect("an input has at least one axis") = outputs.y.size()[1];
         outputs.y.f_to_kind(self.compute.kind).and_then(|y| y.f_view(&size[..])).torch("lay out an output")
@@ -174,7 +174,7 @@ impl Linear for Checked<'_> {
 
 /// Gives the linear rows of `x` `[T, K]`, spread over all of them, as many as each of [`KERNEL_TOKENS`] says.
 fn measure(
-    id: LinearId,
+    id: &LinearId,
     linear: &dyn Linear,
     exact: &Exact,
     x: &Tensor,

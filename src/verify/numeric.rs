@@ -6,7 +6,7 @@ use tch::{Device, Kind};
 
 use super::Finding;
 use crate::{
-    checkpoint::{Checkpoint, LinearId, QuantizationConfig, packed},
+    checkpoint::{Checkpoint, QuantizationConfig, packed},
     equalization::Equalization,
     error::{Result, TorchContext},
     kernels,
@@ -57,13 +57,14 @@ pub(super) fn compare(
         false => None,
     };
     let mut distances = Vec::new();
-    progress.begin("comparing with the source", LinearId::all(config).count() as u64);
-    for id in LinearId::all(config) {
+    progress.begin("comparing with the source", config.linears().count() as u64);
+    for (layer, position) in config.linear_positions() {
         progress.advance(1);
-        let Some(tensors) = packed(checkpoint, id, quantization)? else { continue };
-        let [n, k] = id.kind.shape(config);
+        let (id, linear) = (config.linear_id(layer, position), &config.layers[layer].linears[position]);
+        let Some(tensors) = packed(checkpoint, &id, linear, quantization)? else { continue };
+        let [n, k] = linear.shape;
         let weight = match &rotation {
-            Some(rotation) => rotation.weight(id)?,
+            Some(rotation) => rotation.weight(layer, position)?,
             None => source.load(&id.weight(), &[n, k], Kind::Float, Device::Cpu)?,
         };
         source.release([id.weight()]);

@@ -5,7 +5,8 @@ use std::sync::LazyLock;
 use serde::Deserialize;
 
 use crate::{
-    checkpoint::{Checkpoint, CheckpointFormat, LinearId, LinearKind, LlamaConfig, QuantizationConfig},
+    architectures::ModelConfig,
+    checkpoint::{Checkpoint, CheckpointFormat, QuantizationConfig},
     error::Result,
     report::ReaderReport,
     variant::GroupSize,
@@ -108,11 +109,17 @@ struct Format {
 
 /// All readers, in the order of the table.
 pub fn readers(
-    config: &LlamaConfig,
+    config: &ModelConfig,
     quantization: &QuantizationConfig,
     checkpoint: &Checkpoint,
 ) -> Vec<ReaderReport> {
-    let first = LinearId { layer: 0, kind: LinearKind::Q };
+    let first = config.linear_id(0, 0);
+    let mut shapes: Vec<[usize; 2]> = Vec::new();
+    for (_, linear) in config.linears() {
+        if !shapes.contains(&linear.shape) {
+            shapes.push(linear.shape);
+        }
+    }
     let quantizer = quantization.meta.get("quantizer");
     let format = Format {
         bits: quantization.bits.get(),
@@ -123,7 +130,7 @@ pub fn readers(
         v1: quantization.format == CheckpointFormat::Gptq,
         has_g_idx: checkpoint.contains(&first.g_idx()),
         written_by_gptqmodel: quantizer.is_some_and(|q| q.to_string().contains("gptqmodel")),
-        shapes: LinearKind::ALL.iter().map(|kind| kind.shape(config)).collect(),
+        shapes,
     };
     TABLE.iter().map(|reader| reader.report(&format)).collect()
 }

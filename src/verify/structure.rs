@@ -7,7 +7,8 @@ use sha2::{Digest, Sha256};
 
 use super::Finding;
 use crate::{
-    checkpoint::{Checkpoint, LinearId, PackedTensors, QuantizationConfig, dense_tensors, packed},
+    architectures::LinearId,
+    checkpoint::{Checkpoint, PackedTensors, QuantizationConfig, packed},
     emit::{CHECKSUMS_FILE, Checksums},
     folder::{self, TEXT_LIMIT, file_in, is_file_name},
     pack::PackedView,
@@ -38,22 +39,22 @@ pub(super) fn check(
     progress: &dyn Progress,
 ) -> Structure {
     let config = checkpoint.config();
-    progress.begin("checking tensors", LinearId::all(config).count() as u64);
+    progress.begin("checking tensors", config.linears().count() as u64);
     let (mut findings, mut signs) = (Vec::new(), ScaleSigns::default());
-    for (name, shape) in dense_tensors(config) {
+    for (name, shape) in config.dense_tensors() {
         if let Err(error) = checkpoint.view_shaped(&name, &shape).and_then(|_| checkpoint.bytes_f16(&name)) {
             findings.push(Finding { subject: name.clone(), problem: error.to_string() });
         }
         checkpoint.release([&name]);
     }
-    for id in LinearId::all(config) {
-        match packed(checkpoint, id, quantization) {
+    for (id, config) in config.linears() {
+        match packed(checkpoint, &id, config, quantization) {
             Err(error) => findings.push(Finding { subject: id.to_string(), problem: error.to_string() }),
             Ok(None) => {}
             Ok(Some(tensors)) => {
                 signs.negative += tensors.scales.iter().filter(|s| s.to_f32() < 0.0).count() as u64;
                 signs.all += tensors.scales.len() as u64;
-                linear(id, &tensors, quantization, &mut findings);
+                linear(&id, &tensors, quantization, &mut findings);
             }
         }
         progress.advance(1);
@@ -67,7 +68,7 @@ pub(super) fn check(
 
 /// Codes need no check: every bit pattern of 2, 3, 4 and 8 bits is one.
 fn linear(
-    id: LinearId,
+    id: &LinearId,
     tensors: &PackedTensors<'_>,
     quantization: &QuantizationConfig,
     findings: &mut Vec<Finding>,

@@ -288,9 +288,12 @@ fn tensors_that_the_config_does_not_expect() {
 #[test]
 fn configs_that_make_no_model() {
     refused(
-        &configured("architectures", serde_json::json!(["Qwen2ForCausalLM"])),
-        "error: `[LAB]/model/config.json` holds architecture `Qwen2ForCausalLM`, which is not supported (supported: \
-         LlamaForCausalLM, MistralForCausalLM)",
+        &configured("architectures", serde_json::json!(["GPTNeoXForCausalLM"])),
+        &format!(
+            "error: `[LAB]/model/config.json` holds architecture `GPTNeoXForCausalLM`, which is not supported \
+             (supported: {})",
+            gptq::architectures::supported_classes().collect::<Vec<_>>().join(", ")
+        ),
     );
     refused(
         &configured("num_key_value_heads", 3),

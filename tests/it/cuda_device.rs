@@ -63,7 +63,7 @@ fn cuda_device_logits_are_those_of_the_cpu() {
             assert!(difference > 0.0, "another computation");
             // Token by token, all layers on the device.
             let runner = Runner::open(&checkpoint, SEQ_LEN, Compute { device: cuda(), kind }).unwrap();
-            let layers = 0..checkpoint.config().num_layers;
+            let layers = 0..checkpoint.config().num_layers();
             let packed: Vec<_> = layers.map(|layer| runner.packed_layer(layer).unwrap()).collect();
             let mut decoder = Decoder::new(&runner, &packed, SEQ_LEN).unwrap();
             let ids = windows.window(0);

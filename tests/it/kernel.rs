@@ -1,8 +1,9 @@
 //! `gptq verify --device`: real branches through the matmul that runs them, and what it says of wrong ones.
 
 use gptq::{
+    architectures::LinearId,
     calibration::{Corpus, CorpusSource, SourceOptions},
-    checkpoint::{Checkpoint, LinearId, LinearKind, PackedTensors},
+    checkpoint::{Checkpoint, PackedTensors},
     plan::ComputeDtype,
     progress::Silent,
     verify::{KERNEL_TOKENS, KERNEL_TOLERANCE, KernelOptions, KernelReport, check_kernels},
@@ -39,7 +40,7 @@ fn corpus() -> Corpus {
 fn check(
     checkpoint: &Checkpoint,
     device: Device,
-    seen: &dyn Fn(LinearId, &mut PackedTensors<'_>),
+    seen: &dyn Fn(&LinearId, &mut PackedTensors<'_>),
 ) -> KernelReport {
     let options = KernelOptions { device, dtype: ComputeDtype::Auto, corpus: &corpus() };
     check_kernels(checkpoint, &options, seen, &Silent).unwrap()
@@ -54,10 +55,10 @@ fn faults_show(variant: &str, device: Device) {
     for linear in &report.linears {
         assert!(linear.rounding > 0.0 && linear.rounding <= KERNEL_TOLERANCE, "{variant}: {linear:?}");
     }
-    let wrong = LinearId { layer: 1, kind: LinearKind::Down };
+    let wrong = checkpoint.config().linear_id(1, 6);
     for (name, fault) in FAULTS {
         let report = check(&checkpoint, device, &|id, tensors| {
-            if id == wrong {
+            if *id == wrong {
                 fault(tensors);
             }
         });

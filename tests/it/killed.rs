@@ -151,7 +151,7 @@ impl<'a> SmallDisk<'a> {
     }
 
     fn free(&self) -> u64 {
-        gptq::pipeline::available_space(self.0).unwrap()
+        gptq::machine::available_space(self.0).unwrap()
     }
 
     /// Leaves so many bytes free.

@@ -42,7 +42,6 @@ mod accuracy;
 mod bad_input;
 mod bad_settings;
 mod bench;
-mod block_tuning;
 mod card;
 mod chat;
 mod cuda_device;

@@ -1,9 +1,10 @@
 //! The forward pass against the logits that transformers computed for the tiny models of tests/golden/models.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use gptq::{
-    checkpoint::{CONFIG_FILE, Checkpoint, WEIGHTS_FILE},
+    architectures::{CONFIG_FILE, supported_classes},
+    checkpoint::{Checkpoint, WEIGHTS_FILE},
     model::{Compute, Decoder, Runner},
     rotation::{Rotated, rotated_bytes},
 };
@@ -96,6 +97,66 @@ fn eps_theta() {
     check("eps-theta", changes);
 }
 
+/// Every family's models; each with something changed that only it has.
+#[test]
+fn other_families() {
+    let rope = |theta: f64| Config("/rope_parameters/rope_theta", json!(theta));
+    check("qwen2", [KvHeads]);
+    check("qwen2-window", [Config("/max_window_layers", json!(0)), Config("/sliding_window", json!(7))]);
+    check("qwen3", [rope(11_000.0), Config("/rms_norm_eps", json!(0.1))]);
+    check("phi3", []);
+    check("phi3-longrope", [Config("/original_max_position_embeddings", json!(64))]);
+    check("gemma", [rope(11_000.0)]);
+    check(
+        "gemma2",
+        [Config("/query_pre_attn_scalar", json!(64)), Config("/attn_logit_softcapping", Value::Null)],
+    );
+    check("gemma2", [Config("/final_logit_softcapping", json!(2.0)), Config("/sliding_window", json!(7))]);
+    check("gemma3", [Config("/query_pre_attn_scalar", json!(64)), Config("/sliding_window", json!(7))]);
+    check("gemma3-nested", []);
+    check("olmo2", [Config("/rms_norm_eps", json!(0.1))]);
+    check("olmo3", [Config("/sliding_window", json!(7))]);
+    check(
+        "granite",
+        [
+            Config("/embedding_multiplier", json!(1.0)),
+            Config("/residual_multiplier", json!(1.0)),
+            Config("/attention_multiplier", json!(1.0)),
+            Config("/logits_scaling", json!(1.0)),
+        ],
+    );
+    check("smollm3", [Config("/no_rope_layers", json!([1, 1]))]);
+    check("seed-oss", []);
+    check("glm4", [Config("/partial_rotary_factor", json!(1.0))]);
+    check("cohere", [Config("/logit_scale", json!(1.0))]);
+    check("cohere-plain", []);
+    check("starcoder2", [Config("/norm_epsilon", json!(0.1))]);
+    check("stablelm", [Config("/layer_norm_eps", json!(0.1))]);
+    check("ministral", [Config("/sliding_window", json!(7))]);
+    check("yarn", []);
+    check("mixtral", [Config("/num_experts_per_tok", json!(1))]);
+    check("qwen2-moe", [Config("/norm_topk_prob", json!(true)), Config("/num_experts_per_tok", json!(1))]);
+    check("qwen3-moe", [Config("/norm_topk_prob", json!(false))]);
+}
+
+#[test]
+fn every_family_describes_all_tensors_of_its_golden_model() {
+    let mut classes = BTreeSet::new();
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models")).unwrap() {
+        let dir = entry.unwrap().path();
+        if !dir.is_dir() {
+            continue;
+        }
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        checkpoint.check().unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+        assert_eq!(checkpoint.extra(), Vec::<&str>::new(), "{}", dir.display());
+        classes.insert(checkpoint.config().class);
+    }
+    // transformers has only the config of InternLM3, whose model is Llama's.
+    let without: Vec<&str> = supported_classes().filter(|class| !classes.contains(class)).collect();
+    assert_eq!(without, ["InternLM3ForCausalLM"], "families without a golden model");
+}
+
 #[test]
 fn a_rotated_model_computes_the_same() {
     for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models")).unwrap() {
@@ -105,6 +166,11 @@ fn a_rotated_model_computes_the_same() {
         }
         let place = tempfile::tempdir().unwrap();
         let checkpoint = Checkpoint::open(&dir).unwrap();
+        if let Some(reason) = checkpoint.config().rotation_refusal() {
+            let refused = Rotated::write(&checkpoint, place.path(), &mut || Ok(())).err().unwrap();
+            assert!(refused.to_string().contains(&reason), "{refused}");
+            continue;
+        }
         let rotated = Rotated::write(&checkpoint, place.path(), &mut || Ok(())).unwrap();
         let names = rotated.checkpoint().names();
         let bytes: u64 = names.map(|name| rotated.checkpoint().view(name).unwrap().bytes.len() as u64).sum();
@@ -151,7 +217,7 @@ fn decoded_difference(dir: &Path, prompt: usize) -> f64 {
     let (tokens, expected) = expected(dir);
     let checkpoint = Checkpoint::open(dir).unwrap();
     let runner = Runner::open(&checkpoint, SEQ_LEN, Compute::CPU).unwrap();
-    let layers = 0..checkpoint.config().num_layers;
+    let layers = 0..checkpoint.config().num_layers();
     let packed: Vec<_> = layers.map(|layer| runner.packed_layer(layer).unwrap()).collect();
     let mut decoder = Decoder::new(&runner, &packed, SEQ_LEN).unwrap();
     let mut logits = decoder.advance(&tokens[..prompt]).unwrap();
@@ -184,7 +250,7 @@ fn difference(dir: &Path, golden: &Path) -> f64 {
 fn with_config(dir: &Path, pointer: &str, value: Value) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
     let mut config: Value = serde_json::from_slice(&fs::read(dir.join(CONFIG_FILE)).unwrap()).unwrap();
-    *config.pointer_mut(pointer).unwrap() = value;
+    *config.pointer_mut(pointer).unwrap_or_else(|| panic!("{}: no {pointer}", dir.display())) = value;
     fs::write(copy.path().join(CONFIG_FILE), config.to_string()).unwrap();
     fs::copy(dir.join(WEIGHTS_FILE), copy.path().join(WEIGHTS_FILE)).unwrap();
     copy
@@ -194,7 +260,7 @@ fn with_config(dir: &Path, pointer: &str, value: Value) -> tempfile::TempDir {
 fn with_next_kv_heads(dir: &Path) -> tempfile::TempDir {
     let copy = tempfile::tempdir().unwrap();
     fs::copy(dir.join(CONFIG_FILE), copy.path().join(CONFIG_FILE)).unwrap();
-    let heads = Checkpoint::open(dir).unwrap().config().num_kv_heads;
+    let heads = Checkpoint::open(dir).unwrap().config().layers[0].attention.num_kv_heads;
     let file = fs::read(dir.join(WEIGHTS_FILE)).unwrap();
     let tensors = SafeTensors::deserialize(&file).unwrap();
     let moved: Vec<_> = tensors

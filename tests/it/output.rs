@@ -53,7 +53,7 @@ fn a_run_ends_with_its_tables() {
     0 branches in [LAB]/out (0.0 s)
     ");
     insta::assert_snapshot!(masked(&output.stderr), @r"
-    quality standard: equalized norms, signed scales, scale search by block, group-aware order, asymmetric calibration at 0 on 0% of the windows, damping by shrinkage
+    quality standard: equalized norms, signed scales, scale search by block, group-aware order, asymmetric calibration at 0, damping by shrinkage
     layer 0/0: 0.0 s, 0.0 MB in use
     layer 0/0: 0.0 s, 0.0 MB in use
     the unquantized model's predictions are kept in `[LAB]/cache/gptq/…` (0.0 kB)
@@ -65,7 +65,7 @@ fn inspect_says_what_a_folder_holds() {
     let lab = Lab::with_branch("4bit-32g-act");
     let quantized = lab.run(&["inspect", &text_of(&lab.branch())]).succeeds();
     insta::assert_snapshot!(quantized.stdout, @r"
-    Llama: 2 layers, hidden 64, intermediate 128, 2 heads (2 kv), vocabulary 4096, context 128, 1.1 MB
+    LlamaForCausalLM: 2 layers, hidden 64, intermediate 128, 2 heads (2 kv), vocabulary 4096, context 128, 1.1 MB
     GPTQ: 4 bits, group size 32, act order yes, symmetric, format gptq, 5.025 bits per weight
       transformers 5                       yes
       GPTQModel 7                          yes
@@ -88,7 +88,7 @@ fn inspect_says_what_a_folder_holds() {
     let dense = lab.run(&["inspect", &text_of(&lab.model()), "--tensors"]).succeeds();
     let lines: Vec<&str> = dense.stdout.lines().take(4).collect();
     insta::assert_snapshot!(lines.join("\n"), @r"
-    Llama: 2 layers, hidden 64, intermediate 128, 2 heads (2 kv), vocabulary 4096, context 128, 1.2 MB
+    LlamaForCausalLM: 2 layers, hidden 64, intermediate 128, 2 heads (2 kv), vocabulary 4096, context 128, 1.2 MB
     not quantized
     lm_head.weight                                           F16   [4096, 64]  524.3 kB
     model.embed_tokens.weight                                F16   [4096, 64]  524.3 kB

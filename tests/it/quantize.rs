@@ -122,9 +122,8 @@ fn configs_are_what_loaders_read(out: &Path) {
             "quantizer": [concat!("gptq:", env!("CARGO_PKG_VERSION"))], "dataset": "calibration.parquet",
             "dataset_sha256": null, "samples": 8, "seq_len": 128, "seed": 0, "damp_percent": 0.01,
             "shared_hessian": false, "quality": "standard", "signed_scales": true, "scale_search": "block",
-            "act_group_aware": true, "asymmetric": 1.0, "asymmetric_share": 1.0,
-            "output_hessian": 0.0, "rotate": false,
-            "equalize": true, "skip_first": false, "shrinkage": true, "refine": 0, "tune": 0,
+            "act_group_aware": true, "asymmetric": 1.0, "output_hessian": 0.0, "rotate": false,
+            "equalize": true, "shrinkage": true,
         },
     });
     assert_eq!(quantization, expected);

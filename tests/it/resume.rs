@@ -118,14 +118,7 @@ fn every_configuration_goes_on_to_the_same_bytes() {
         },
         Plan { rotate: Some(true), ..plan(&["4bit-32g"]) },
         // Windows of one variant on two devices.
-        Plan { refine: Some(2), device: "cpu,cpu".into(), ..plan(&["4bit-32g"]) },
-        Plan { refine: Some(2), tune_blocks: Some(5), ..plan(&["4bit-32g", "3bit-64g-act"]) },
-        Plan {
-            quality: Quality::Best,
-            tune_blocks: Some(5),
-            device: "cpu,cpu".into(),
-            ..plan(&["4bit-32g"])
-        },
+        Plan { quality: Quality::Best, device: "cpu,cpu".into(), ..plan(&["4bit-32g"]) },
     ];
     for (i, plan) in plans.iter().enumerate() {
         let place = lab.path(&format!("whole-{i}"));

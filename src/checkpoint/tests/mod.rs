@@ -1,6 +1,5 @@
 //! A small Llama in a temporary folder, and ways to spoil it.
 
-mod config;
 mod quantization;
 mod reader;
 mod shards;
@@ -13,8 +12,11 @@ use half::f16;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::{Dtype, LinearId, LlamaConfig, dense_tensors};
-use crate::error::{Error, Result};
+use super::Dtype;
+use crate::{
+    architectures::ModelConfig,
+    error::{Error, Result},
+};
 
 /// One tensor of a file to be made.
 #[derive(Clone)]
@@ -38,8 +40,8 @@ fn small_config() -> Value {
     })
 }
 
-fn parse(value: &Value) -> Result<LlamaConfig> {
-    LlamaConfig::from_json("config.json", value)
+fn parse(value: &Value) -> Result<ModelConfig> {
+    ModelConfig::from_json("config.json", value)
 }
 
 /// `count` fp16 numbers, small multiples of 1/8.
@@ -53,8 +55,9 @@ fn i32_bytes(values: impl IntoIterator<Item = i32>) -> Vec<u8> {
 
 fn dense_model(config: &Value) -> Vec<Given> {
     let config = parse(config).unwrap();
-    let linears = LinearId::all(&config).map(|id| (id.weight(), id.kind.shape(&config).to_vec()));
-    dense_tensors(&config)
+    let linears = config.linears().map(|(id, linear)| (id.weight(), linear.shape.to_vec()));
+    config
+        .dense_tensors()
         .into_iter()
         .chain(linears)
         .map(|(name, shape)| given(name, Dtype::F16, &shape, f16_bytes(shape.iter().product())))

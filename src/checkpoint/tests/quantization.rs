@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::{
-    super::{Checkpoint, CheckpointFormat, Dtype, LinearId, LinearKind, QuantizationConfig, packed},
+    super::{Checkpoint, CheckpointFormat, Dtype, PackedTensors, QuantizationConfig, packed},
     Given, assert_error, dense_model, f16_bytes, folder, given, i32_bytes, parse, small_config, weights_file,
 };
 use crate::{
@@ -13,8 +13,20 @@ use crate::{
     variant::{Bits, GroupSize},
 };
 
-const UP: LinearId = LinearId { layer: 0, kind: LinearKind::Up };
+/// Positions in the layer.
+const UP: usize = 5;
+const DOWN: usize = 6;
 const NAME: &str = "model.layers.0.mlp.up_proj";
+
+/// A linear of the layer.
+fn of<'a>(
+    checkpoint: &'a Checkpoint,
+    position: usize,
+    quantization: &QuantizationConfig,
+) -> Result<Option<PackedTensors<'a>>> {
+    let config = checkpoint.config();
+    packed(checkpoint, &config.linear_id(0, position), &config.layers[0].linears[position], quantization)
+}
 
 /// As the published branches of Llama 2 have it.
 fn card() -> Value {
@@ -185,20 +197,19 @@ fn unfit(change: impl FnOnce(&mut Vec<Given>), variant: &'static str, message: &
     let mut tensors = packed_up();
     change(&mut tensors);
     let (dir, checkpoint) = quantized(&tensors);
-    assert_error(packed(&checkpoint, UP, &settings(json!({}))), dir.path(), variant, message);
+    assert_error(of(&checkpoint, UP, &settings(json!({}))), dir.path(), variant, message);
 }
 
 #[test]
 fn packed_tensors_are_views() {
     let (_dir, checkpoint) = quantized(&packed_up());
-    let linear = packed(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap();
+    let linear = of(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap();
     assert_eq!((linear.in_features, linear.out_features, linear.groups), (32, 64, 2));
     assert_eq!(linear.qweight[..], (0..256).collect::<Vec<_>>());
     assert_eq!((linear.qzeros[15], linear.g_idx[16], linear.bias.is_none()), (0x7777_7777, 1, true));
     assert_eq!(linear.scales[3], f16::from_f32(-0.625));
     assert!(checkpoint.extra().is_empty());
-    let dense = LinearId { kind: LinearKind::Down, ..UP };
-    assert_eq!(packed(&checkpoint, dense, &settings(json!({}))).unwrap(), None);
+    assert_eq!(of(&checkpoint, DOWN, &settings(json!({}))).unwrap(), None);
 }
 
 #[test]
@@ -208,7 +219,7 @@ fn unaligned_and_wider_tensors_are_converted() {
     tensors[2] = given(format!("{NAME}.scales"), Dtype::BF16, &[2, 64], scales);
     tensors.insert(0, given("odd", Dtype::U8, &[1], vec![0]));
     let (_dir, checkpoint) = quantized(&tensors);
-    let linear = packed(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap();
+    let linear = of(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap();
     assert_eq!(linear.qweight[255], 255);
     assert_eq!(linear.scales[96], f16::from_f32(1.5));
 }
@@ -217,7 +228,7 @@ fn unaligned_and_wider_tensors_are_converted() {
 fn a_missing_g_idx_is_sequential_or_an_error() {
     let (dir, checkpoint) = quantized(&packed_up()[..3]);
     let linear = |changes: Value| -> Result<Vec<i32>> {
-        Ok(packed(&checkpoint, UP, &settings(changes))?.unwrap().g_idx.into_owned())
+        Ok(of(&checkpoint, UP, &settings(changes))?.unwrap().g_idx.into_owned())
     };
     let sequential: Vec<i32> = (0..32).map(|k| k / 16).collect();
     assert_eq!(linear(json!({})).unwrap(), sequential);
@@ -231,7 +242,7 @@ fn a_short_last_group_is_legal() {
     let mut tensors = packed_up();
     tensors[3].bytes = i32_bytes((0..32).map(|k| k / 24));
     let (_dir, checkpoint) = quantized(&tensors);
-    assert_eq!(packed(&checkpoint, UP, &settings(json!({"group_size": 24}))).unwrap().unwrap().groups, 2);
+    assert_eq!(of(&checkpoint, UP, &settings(json!({"group_size": 24}))).unwrap().unwrap().groups, 2);
 }
 
 #[test]
@@ -272,7 +283,7 @@ fn biases_of_a_model_without_them_must_be_zero() {
     let mut tensors = packed_up();
     tensors.push(bias(0.0));
     let (_dir, checkpoint) = quantized(&tensors);
-    assert_eq!(packed(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap().bias, None);
+    assert_eq!(of(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap().bias, None);
     assert!(checkpoint.extra().is_empty());
     unfit(
         |t| t.push(bias(0.5)),
@@ -289,7 +300,7 @@ fn biases_of_a_model_with_them_are_read() {
     model.push(given(format!("{NAME}.bias"), Dtype::F32, &[64], 0.5f32.to_le_bytes().repeat(64)));
     let dir = folder(&config, &[("model.safetensors", &weights_file(&model))]);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let linear = packed(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap();
+    let linear = of(&checkpoint, UP, &settings(json!({}))).unwrap().unwrap();
     assert_eq!(linear.bias.unwrap()[63], f16::from_f32(0.5));
 }
 
@@ -297,11 +308,11 @@ fn biases_of_a_model_with_them_are_read() {
 fn sizes_that_cannot_be_packed() {
     let mut config = small_config();
     config["intermediate_size"] = json!(60);
-    assert_eq!(parse(&config).unwrap().intermediate_size, 60);
+    assert_eq!(parse(&config).unwrap().layers[0].linears[UP].shape, [60, 32]);
     let dir = folder(&config, &[("model.safetensors", &weights_file(&packed_up()))]);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert_error(
-        packed(&checkpoint, UP, &settings(json!({}))),
+        of(&checkpoint, UP, &settings(json!({}))),
         dir.path(),
         "PackFactor",
         "`model.layers.0.mlp.up_proj`: out_features 60 is not a multiple of 8, which 4-bit packing needs",

@@ -20,13 +20,13 @@ pub(super) use state::{BranchState, State};
 use state::{HiddenFile, HiddenFiles};
 
 use super::{
-    machine::peak_memory,
     output_folder::{JOURNAL_FOLDER, Place},
     window_file::WindowFile,
 };
 use crate::{
     emit::is_partial,
     error::{Error, JournalError, Result},
+    machine::peak_memory,
     model::kind_name,
     report::{ComputeReport, LayersComputed, StageMemory, StageSeconds},
 };

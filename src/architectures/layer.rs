@@ -1,0 +1,376 @@
+//! One decoder layer: attention and feed-forward block, the norms around them, and its linears in calibration order.
+
+use std::{ops::Range, sync::Arc};
+
+use super::{FeedForward, RopeConfig};
+
+/// A linear of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinearConfig {
+    /// Inside the layer, `self_attn.q_proj`.
+    pub path: Arc<str>,
+    /// Shape of the dense weight, `[out, in]`.
+    pub shape: [usize; 2],
+    /// Whether it has a bias, `[out]`.
+    pub bias: bool,
+}
+
+impl LinearConfig {
+    /// A linear by its path in the layer.
+    pub fn new(path: &str, shape: [usize; 2], bias: bool) -> Self {
+        Self { path: path.into(), shape, bias }
+    }
+
+    /// Weights, `out · in`.
+    pub fn weights(&self) -> usize {
+        self.shape[0] * self.shape[1]
+    }
+}
+
+/// How a norm computes. All but the last divide by the root of the mean square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// RMSNorm, times `w`.
+    Rms,
+    /// RMSNorm, times `1 + w`.
+    RmsPlusOne,
+    /// LayerNorm: the mean is subtracted first.
+    Layer,
+}
+
+/// A norm.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NormConfig {
+    /// Its module, inside the layer or below the model's prefix.
+    pub path: &'static str,
+    /// What it computes.
+    pub kind: NormKind,
+    /// Added to the mean square or the variance.
+    pub eps: f64,
+    /// Sizes of the weight: `[features]`, or `[heads, features of a head]`.
+    pub shape: Vec<usize>,
+    /// Whether it has a bias as long as the weight.
+    pub bias: bool,
+}
+
+impl NormConfig {
+    /// Name of the weight, from where its path starts.
+    pub fn weight(&self) -> String {
+        format!("{}.weight", self.path)
+    }
+
+    /// Name of the bias.
+    pub fn bias_name(&self) -> String {
+        format!("{}.bias", self.path)
+    }
+
+    /// Its tensors and their shapes.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
+        let bias = self.bias.then(|| (self.bias_name(), self.shape.clone()));
+        std::iter::once((self.weight(), self.shape.clone())).chain(bias)
+    }
+
+    /// The same norm at another place.
+    #[must_use]
+    pub fn at(&self, path: &'static str) -> Self {
+        Self { path, ..self.clone() }
+    }
+}
+
+/// Norms around a layer's blocks.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct NormPositions {
+    /// Of the residual stream, before attention; in a layer whose blocks are parallel before both.
+    pub input: Option<NormConfig>,
+    /// Of attention's output, before it is added to the residual stream.
+    pub attention_output: Option<NormConfig>,
+    /// Of the residual stream, before the feed-forward block.
+    pub feed_forward: Option<NormConfig>,
+    /// Of the feed-forward block's output, before it is added.
+    pub feed_forward_output: Option<NormConfig>,
+}
+
+impl NormPositions {
+    /// Those that are there, in the order of the forward pass.
+    pub fn all(&self) -> impl Iterator<Item = &NormConfig> {
+        [&self.input, &self.attention_output, &self.feed_forward, &self.feed_forward_output]
+            .into_iter()
+            .flatten()
+    }
+}
+
+/// Causal attention.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionConfig {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Features a head, even; `num_heads * head_dim` need not be the hidden size.
+    pub head_dim: usize,
+    /// The linears that read the layer's input: q, k and v, or one with their rows one after another.
+    pub projections: Vec<LinearConfig>,
+    /// The output projection.
+    pub output: LinearConfig,
+    /// Norms of q and of k before RoPE: per head (`[head_dim]` or `[heads, head_dim]`), or over the whole projection.
+    pub qk_norms: Option<[NormConfig; 2]>,
+    /// Rotary position embedding; `None` in layers without.
+    pub rope: Option<RopeConfig>,
+    /// A token sees this many tokens, itself included. `None`: all before it.
+    pub window: Option<usize>,
+    /// Scores are multiplied by it.
+    pub scale: f64,
+    /// Scores `x` become `cap · tanh(x / cap)`.
+    pub softcap: Option<f64>,
+}
+
+impl AttentionConfig {
+    /// Features of all query heads.
+    pub fn width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Features of all key heads, and of all value heads.
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Whether q, k and v are rows of one linear.
+    pub fn fused(&self) -> bool {
+        self.projections.len() == 1
+    }
+
+    /// The position among the projections, and the rows there, of the values.
+    pub fn value_rows(&self) -> (usize, Range<usize>) {
+        let (width, kv) = (self.width(), self.kv_width());
+        if self.fused() { (0, width + kv..width + 2 * kv) } else { (2, 0..kv) }
+    }
+}
+
+/// What a family's file says of a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerParts {
+    /// The attention block.
+    pub attention: AttentionConfig,
+    /// The feed-forward block, or experts.
+    pub feed_forward: FeedForward,
+    /// Norms around both.
+    pub norms: NormPositions,
+    /// Whether both blocks read the same normalized input, and both outputs are added at once.
+    pub parallel: bool,
+    /// Outputs of blocks are multiplied by it before they are added.
+    pub residual_multiplier: f64,
+}
+
+/// A decoder layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerConfig {
+    /// What the family's file says.
+    parts: LayerParts,
+    /// In calibration order.
+    pub linears: Vec<LinearConfig>,
+    /// In the order of the forward pass.
+    pub stages: Vec<StageConfig>,
+}
+
+impl std::ops::Deref for LayerConfig {
+    type Target = LayerParts;
+
+    fn deref(&self) -> &LayerParts {
+        &self.parts
+    }
+}
+
+/// Linears that are solved after one pass over the windows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageConfig {
+    /// Where in the layer it stands.
+    pub kind: StageKind,
+    /// Linears by what they read.
+    pub groups: Vec<GroupConfig>,
+}
+
+/// Linears that read the same input, so that they share a Hessian.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupConfig {
+    /// For reports and errors: `q/k/v`.
+    pub name: String,
+    /// Positions in [`LayerConfig::linears`].
+    pub linears: Range<usize>,
+    /// Input features.
+    pub width: usize,
+}
+
+/// Where in a layer a stage stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StageKind {
+    /// q, k and v.
+    AttentionInput,
+    /// The output projection.
+    AttentionOutput,
+    /// gate and up.
+    FeedForwardInput,
+    /// down.
+    FeedForwardOutput,
+    /// Of parallel blocks: the linears that read the layer's input.
+    ParallelInput,
+    /// Of parallel blocks: the linears that write to the residual stream.
+    ParallelOutput,
+}
+
+impl StageKind {
+    /// Whether the stage's inputs are kept from the stage before. Others are computed from the residual stream.
+    pub fn is_stored(self) -> bool {
+        matches!(self, Self::AttentionOutput | Self::FeedForwardOutput | Self::ParallelOutput)
+    }
+}
+
+impl StageConfig {
+    /// Its name for reports and errors: `q/k/v`.
+    pub fn name(&self) -> String {
+        match &self.groups[..] {
+            [one] => one.name.clone(),
+            [first, second] => format!("{} and {}", first.name, second.name),
+            [first, ..] => format!("{} and {} others", first.name, self.groups.len() - 1),
+            [] => String::new(),
+        }
+    }
+
+    /// Positions of its linears in [`LayerConfig::linears`].
+    pub fn linears(&self) -> Range<usize> {
+        let of = |group: Option<&GroupConfig>| group.map_or(0..0, |group| group.linears.clone());
+        of(self.groups.first()).start..of(self.groups.last()).end
+    }
+}
+
+impl LayerConfig {
+    /// Puts linears and stages in order.
+    pub fn new(parts: LayerParts) -> Self {
+        let (attention, blocks) = (&parts.attention, &parts.feed_forward.blocks);
+        let (mut linears, mut stages) = (Vec::new(), Vec::new());
+        let mut group = |own: &[LinearConfig], name: String| {
+            let start = linears.len();
+            linears.extend_from_slice(own);
+            let width = own.first().map_or(0, |linear| linear.shape[1]);
+            GroupConfig { name, linears: start..linears.len(), width }
+        };
+        let output = std::slice::from_ref(&attention.output);
+        let of_block = |position: usize, own: &[LinearConfig]| match &parts.feed_forward.routing {
+            Some(routing) if position < routing.experts => format!("expert {position} {}", short_names(own)),
+            Some(_) => format!("shared {}", short_names(own)),
+            None => short_names(own),
+        };
+        if parts.parallel {
+            assert_eq!(blocks.len(), 1, "experts stand behind attention");
+            let all: Vec<LinearConfig> =
+                attention.projections.iter().chain(&blocks[0].inputs).cloned().collect();
+            let groups = vec![group(&all, short_names(&all))];
+            stages.push(StageConfig { kind: StageKind::ParallelInput, groups });
+            let down = std::slice::from_ref(&blocks[0].down);
+            let groups = vec![group(output, short_names(output)), group(down, short_names(down))];
+            stages.push(StageConfig { kind: StageKind::ParallelOutput, groups });
+        } else {
+            let projections = &attention.projections[..];
+            let groups = vec![group(projections, short_names(projections))];
+            stages.push(StageConfig { kind: StageKind::AttentionInput, groups });
+            let groups = vec![group(output, short_names(output))];
+            stages.push(StageConfig { kind: StageKind::AttentionOutput, groups });
+            let inputs = blocks.iter().enumerate();
+            let groups = inputs.map(|(i, block)| group(&block.inputs, of_block(i, &block.inputs))).collect();
+            stages.push(StageConfig { kind: StageKind::FeedForwardInput, groups });
+            let outputs = blocks.iter().map(|block| std::slice::from_ref(&block.down)).enumerate();
+            let groups = outputs.map(|(i, down)| group(down, of_block(i, down))).collect();
+            stages.push(StageConfig { kind: StageKind::FeedForwardOutput, groups });
+        }
+        Self { parts, linears, stages }
+    }
+
+    /// Positions of the attention's projections in [`LayerConfig::linears`].
+    pub fn projections(&self) -> Range<usize> {
+        0..self.attention.projections.len()
+    }
+
+    /// Position of the attention's output projection.
+    pub fn attention_output(&self) -> usize {
+        let stage = &self.stages[1];
+        stage.groups[0].linears.start
+    }
+
+    /// Positions of the linears that read a feed-forward block's input.
+    pub fn block_inputs(&self, block: usize) -> Range<usize> {
+        match self.parallel {
+            true => self.projections().end..self.attention_output(),
+            false => self.stages[2].groups[block].linears.clone(),
+        }
+    }
+
+    /// Position of a feed-forward block's last linear.
+    pub fn block_output(&self, block: usize) -> usize {
+        match self.parallel {
+            true => self.stages[1].groups[1].linears.start,
+            false => self.stages[3].groups[block].linears.start,
+        }
+    }
+
+    /// Features of each of the inputs of a stage that are kept from the stage before.
+    pub fn stored_widths(&self, stage: usize) -> Vec<usize> {
+        match self.stages[stage].kind {
+            StageKind::AttentionOutput => vec![self.attention.width()],
+            StageKind::FeedForwardOutput => self.feed_forward.stored_widths(),
+            StageKind::ParallelOutput => {
+                let own = std::iter::once(self.attention.width());
+                own.chain(self.feed_forward.stored_widths()).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// What the layer has beside its linears: norms, router and gate.
+    pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let qk_norms = self.attention.qk_norms.iter().flatten();
+        let norms = self.norms.all().chain(qk_norms).flat_map(NormConfig::tensors);
+        norms.chain(self.feed_forward.dense_tensors(self.hidden_size())).collect()
+    }
+
+    /// Width of the residual stream.
+    pub fn hidden_size(&self) -> usize {
+        self.attention.output.shape[0]
+    }
+
+    /// Each norm of the residual stream with what reads it, and nothing else does: positions of linears, and other tensors.
+    pub fn norm_readers(&self) -> Vec<(&NormConfig, Range<usize>, Vec<&'static str>)> {
+        let inputs = self.stages[0].linears();
+        let routing = self.feed_forward.routing.iter();
+        let dense =
+            routing.flat_map(|routing| std::iter::once(routing.router).chain(routing.shared_gate)).collect();
+        let own = self.norms.feed_forward.as_ref();
+        let own = own.map(|norm| (norm, self.stages[self.stages.len() - 2].linears(), dense));
+        self.norms.input.iter().map(|norm| (norm, inputs.clone(), Vec::new())).chain(own).collect()
+    }
+
+    /// The norm that a linear reads the residual stream behind; `None` where it reads something else.
+    pub fn norm_before(&self, position: usize) -> Option<&NormConfig> {
+        let mut readers = self.norm_readers().into_iter();
+        readers.find(|(_, linears, _)| linears.contains(&position)).map(|(norm, ..)| norm)
+    }
+
+    /// Whether a linear writes to the residual stream.
+    pub fn writes_to_stream(&self, position: usize) -> bool {
+        self.stages.iter().any(|stage| {
+            let writes = matches!(
+                stage.kind,
+                StageKind::AttentionOutput | StageKind::FeedForwardOutput | StageKind::ParallelOutput
+            );
+            writes && stage.linears().contains(&position)
+        })
+    }
+}
+
+/// `q/k/v` of `self_attn.q_proj` and its like.
+fn short_names(linears: &[LinearConfig]) -> String {
+    let short = |linear: &LinearConfig| {
+        let name = linear.path.rsplit('.').next().unwrap_or_default();
+        name.trim_end_matches("_proj").to_owned()
+    };
+    linears.iter().map(short).collect::<Vec<_>>().join("/")
+}

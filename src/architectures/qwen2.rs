@@ -1,0 +1,42 @@
+//! Qwen2 and Qwen2.5: Llama with biases of q, k and v.
+
+use super::{
+    AttentionConfig, ConfigFields, Family, ModelConfig,
+    common::{Defaults, LLAMA, Sizes},
+};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family { classes: &[("Qwen2ForCausalLM", "qwen2")], read };
+
+pub(super) const DEFAULTS: Defaults = Defaults { kv_heads: Some(32), max_positions: 32_768, ..LLAMA };
+
+fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
+    let sizes = Sizes::read(config, DEFAULTS)?;
+    let windows = windows(&sizes)?;
+    let attention = sizes.attention(Some(sizes.rope()?), [true, false]);
+    sizes.model(|layer| {
+        let attention = AttentionConfig { window: windows[layer], ..attention.clone() };
+        sizes.llama_layer(attention, false)
+    })
+}
+
+/// The window of each layer: those from `max_window_layers` on, if windows are used at all.
+pub(super) fn windows(sizes: &Sizes<'_>) -> Result<Vec<Option<usize>>> {
+    let fields = &sizes.config.decoder;
+    let used = sizes.flag("use_sliding_window", false)?;
+    // Without windows the key may hold anything, also 0.
+    let window = match used && fields.has("sliding_window") {
+        true => fields.size("sliding_window")?,
+        false => Some(4096),
+    };
+    let first = fields.get("max_window_layers").and_then(serde_json::Value::as_u64).unwrap_or(28);
+    let windowed = sizes.windowed(|layer| used && layer as u64 >= first)?;
+    if !used && windowed.contains(&true) {
+        return Err(fields.error(
+            "use_sliding_window",
+            "true, as `layer_types` has sliding windows",
+            "false",
+        ));
+    }
+    Ok(windowed.into_iter().map(|windowed| window.filter(|_| windowed)).collect())
+}

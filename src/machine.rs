@@ -1,0 +1,142 @@
+//! What the machine has, and what this process has of it.
+
+use std::{fs, path::Path, time::Instant};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    error::{ResourceError, Result, TorchContext},
+    units::bytes,
+};
+
+/// Bytes that can still be written to the disk of `folder`; none where the system does not say.
+pub fn available_space(folder: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Requires that the disk of `folder` has room for so many bytes, where the system says what it has.
+///
+/// # Errors
+/// When there is too little.
+pub fn require_space(folder: &Path, needed: u64) -> Result<()> {
+    match available_space(folder) {
+        Some(available) if available < needed => Err(ResourceError::DiskSpace {
+            path: folder.into(),
+            available: bytes(available),
+            needed: bytes(needed),
+        }
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the processor multiplies bf16 much faster than fp32.
+pub fn fast_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Resident memory of this process now, bytes; none where the system does not say.
+pub fn resident_memory() -> Option<u64> {
+    kilobytes("/proc/self/status", "VmRSS:")
+}
+
+/// Largest resident memory of this process so far, bytes; none where the system does not say.
+pub fn peak_memory() -> Option<u64> {
+    kilobytes("/proc/self/status", "VmHWM:")
+}
+
+/// Bytes that this process can still take before the system, or the limit of its container, is out of memory; none where
+/// the system does not say.
+pub fn available_memory() -> Option<u64> {
+    let system = kilobytes("/proc/meminfo", "MemAvailable:");
+    match (system, container_memory()) {
+        (Some(system), Some(container)) => Some(system.min(container)),
+        (system, container) => system.or(container),
+    }
+}
+
+/// Floating-point operations a second of matrix products in `kind` on the CPU, as a layer has them: the better of two tries,
+/// which take a fraction of a second.
+///
+/// # Errors
+/// When libtorch cannot compute them.
+pub fn product_speed(kind: Kind) -> Result<f64> {
+    const SIZE: i64 = 1024;
+    let products = || {
+        let x = Tensor::f_ones([SIZE, SIZE], (kind, Device::Cpu))?;
+        let mut best = f64::INFINITY;
+        for _ in 0..2 {
+            let begun = Instant::now();
+            let _product = x.f_mm(&x)?;
+            best = best.min(begun.elapsed().as_secs_f64());
+        }
+        Ok(2.0 * (SIZE as f64).powi(3) / best)
+    };
+    products().torch("measure a matrix product")
+}
+
+/// Gives memory that is free, but kept for later, back to the system: buffers of a few megabytes, which a forward pass takes
+/// and frees in numbers, otherwise add up in the heaps of its threads.
+pub fn return_free_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: it only looks at what is free, and locks what it looks at.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+fn kilobytes(path: &str, key: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find(|l| l.starts_with(key))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+/// What the control groups of this process leave it: of version 2, or of version 1's memory controller; the tightest from
+/// its own up to the root.
+fn container_memory() -> Option<u64> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let of_line = |line: &str| {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (controllers, path) = (parts.next()?, parts.next()?);
+        let (root, limit, usage, cache) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+            _ if controllers.split(',').any(|c| c == "memory") => (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            ),
+            _ => return None,
+        };
+        let folders = Path::new(path.trim_start_matches('/')).ancestors();
+        let left = folders.filter_map(|group| {
+            let folder = Path::new(root).join(group);
+            let number = |name: &str| fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
+            let statistics = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+            // Pages of files that the system takes back when it needs them.
+            let cache =
+                statistics.lines().find_map(|line| line.strip_prefix(cache)?.trim().parse::<u64>().ok());
+            // `max` is no number, and no limit.
+            Some(number(limit)?.saturating_sub(number(usage)?.saturating_sub(cache.unwrap_or(0))))
+        });
+        left.min()
+    };
+    groups.lines().filter_map(of_line).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_within_what_there_is() {
+        let (now, peak) = (resident_memory().unwrap(), peak_memory().unwrap());
+        assert!(now > 1 << 20 && peak >= now / 2, "{now} {peak}");
+        assert!(available_memory().unwrap() > 1 << 20);
+        assert!(available_space(Path::new("/")).is_some());
+    }
+}

@@ -1,0 +1,554 @@
+//! A decoder, layer by layer and stage by stage, as its config describes it.
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{
+    Dense, KvCache, Linear,
+    attention::AttentionTables,
+    feed_forward::{Routing, activated},
+    parts::{DenseParts, Norm},
+};
+use crate::{
+    architectures::{EmbeddingMultiplier, LayerConfig, LinearId, ModelConfig, StageKind},
+    checkpoint::{Checkpoint, Dtype, TensorView},
+    error::{Error, Result, TorchContext},
+};
+
+/// What does not depend on the layer: the config, rotary tables and masks, kind and device of the computation.
+#[derive(Debug)]
+pub struct Transformer<'a> {
+    checkpoint: &'a Checkpoint,
+    attention: AttentionTables,
+    kind: Kind,
+    device: Device,
+}
+
+/// A decoder layer that is ready to run.
+pub struct Layer<'a> {
+    /// Which one, from 0.
+    pub(super) index: usize,
+    pub(super) parts: DenseParts,
+    /// In the order of [`LayerConfig::linears`].
+    pub(super) linears: Vec<Box<dyn Linear + 'a>>,
+}
+
+impl<'a> Layer<'a> {
+    /// Layer `index` of these linears, in the order of [`LayerConfig::linears`].
+    pub fn new(index: usize, parts: DenseParts, linears: Vec<Box<dyn Linear + 'a>>) -> Self {
+        Self { index, parts, linears }
+    }
+}
+
+/// A batch between two stages of a layer.
+#[derive(Debug)]
+pub struct Between {
+    /// The residual stream, `[B, S, hidden]`.
+    pub hidden: Tensor,
+    /// What the stage before has left for this one, `[B, S, …]` each: as many as [`LayerConfig::stored_widths`] says.
+    pub stored: Vec<Tensor>,
+}
+
+impl Between {
+    /// In front of a layer.
+    pub fn entering(hidden: Tensor) -> Self {
+        Self { hidden, stored: Vec::new() }
+    }
+}
+
+impl<'a> Transformer<'a> {
+    /// Prepares forward passes over sequences of up to `seq_len` tokens.
+    ///
+    /// # Errors
+    /// When the rotary table cannot be made.
+    pub fn new(checkpoint: &'a Checkpoint, seq_len: usize, kind: Kind, device: Device) -> Result<Self> {
+        let attention = AttentionTables::new(checkpoint.config(), seq_len, device)?;
+        Ok(Self { checkpoint, attention, kind, device })
+    }
+
+    /// The model's config.
+    pub fn config(&self) -> &'a ModelConfig {
+        self.checkpoint.config()
+    }
+
+    /// Kind of weights and activations.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Token ids, `[B, S]` flattened, → hidden states `[B, S, hidden]`.
+    ///
+    /// # Errors
+    /// When the embedding cannot be read.
+    pub fn embed(&self, ids: &[i64], seq_len: usize) -> Result<Tensor> {
+        let name = self.config().embedding();
+        let view = self.checkpoint.view(&name)?;
+        let hidden = self.config().hidden_size;
+        let row_bytes = view.bytes.len() / self.config().vocab_size;
+        let mut rows = Vec::with_capacity(ids.len() * row_bytes);
+        for &id in ids {
+            rows.extend_from_slice(&view.bytes[id as usize * row_bytes..][..row_bytes]);
+        }
+        let size = [(ids.len() / seq_len) as i64, seq_len as i64, hidden as i64];
+        let kind = tensor_kind(&view)?;
+        let gathered = Tensor::f_from_data_size(&rows, &size, kind)
+            .and_then(|t| t.f_to_device(self.device)?.f_to_kind(self.kind))
+            .torch("embed tokens")?;
+        let total = gathered.numel() as u64;
+        let finite = gathered.f_isfinite().and_then(|t| i64::try_from(t.f_sum(Kind::Int64)?));
+        let broken = total - finite.torch("check the embedding")? as u64;
+        if broken > 0 {
+            let place = format!("tensor `{name}`");
+            return Err(Error::NonFinite { place, count: broken, total, computed: false });
+        }
+        let multiplied = match self.config().embedding_multiplier {
+            EmbeddingMultiplier::Exact(1.0) => Ok(gathered),
+            EmbeddingMultiplier::Exact(by) => gathered.f_mul_scalar(by),
+            EmbeddingMultiplier::Rounded(by) => Tensor::f_from_slice(&[by as f32])
+                .and_then(|by| gathered.f_mul(&by.f_to_device(self.device)?.f_to_kind(self.kind)?)),
+        };
+        multiplied.torch("embed tokens")
+    }
+
+    /// What a layer has beside its linears.
+    ///
+    /// # Errors
+    /// When a tensor is missing, malformed or not finite.
+    pub fn parts(&self, layer: usize) -> Result<DenseParts> {
+        DenseParts::read(self.checkpoint, layer, self.device)
+    }
+
+    /// The dense weight `[N, K]` and bias `[N]` of a layer's linear, by its position.
+    ///
+    /// # Errors
+    /// When a tensor is missing, malformed or not finite.
+    pub fn weight(&self, layer: usize, position: usize, kind: Kind) -> Result<(Tensor, Option<Tensor>)> {
+        let linear = &self.config().layers[layer].linears[position];
+        let id = self.config().linear_id(layer, position);
+        let weight = self.checkpoint.load(&id.weight(), &linear.shape, kind, self.device)?;
+        let bias = match linear.bias {
+            true => Some(self.checkpoint.load(&id.bias(), &linear.shape[..1], kind, self.device)?),
+            false => None,
+        };
+        Ok((weight, bias))
+    }
+
+    /// Refuses a linear's weight that fp16 cannot hold: whoever runs the quantized model computes with fp16.
+    ///
+    /// # Errors
+    /// When the tensor is missing, not finite or beyond fp16.
+    pub fn check_f16(&self, id: &LinearId) -> Result<()> {
+        self.checkpoint.check_f16(&id.weight())
+    }
+
+    /// The kind a linear's weight is stored in.
+    ///
+    /// # Errors
+    /// When the tensor is missing or of a kind that is not read.
+    pub fn source_kind(&self, id: &LinearId) -> Result<Kind> {
+        tensor_kind(&self.checkpoint.view(&id.weight())?)
+    }
+
+    /// Tells the system that a layer's part of the memory map is not needed any more.
+    pub fn release(&self, layer: usize) {
+        self.checkpoint.release_layer(layer);
+    }
+
+    /// The inputs of each group of a stage's linears.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn inputs(
+        &self,
+        index: usize,
+        parts: &DenseParts,
+        stage: usize,
+        at: &Between,
+    ) -> Result<Vec<Tensor>> {
+        Ok(self.routed_inputs(index, parts, stage, at)?.0)
+    }
+
+    /// The inputs of each group of a stage's linears, and what the unquantized model has in their place, whose batch is `reference`.
+    /// Where that sends a token to other experts, an expert that it does not choose gets what it gets here.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn inputs_beside(
+        &self,
+        index: usize,
+        parts: &DenseParts,
+        stage: usize,
+        at: &Between,
+        reference: &Between,
+    ) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+        let (own, routing) = self.routed_inputs(index, parts, stage, at)?;
+        let Some(routing) = routing else {
+            return Ok((own, self.inputs(index, parts, stage, reference)?));
+        };
+        let config = &self.config().layers[index];
+        let stored = config.stages[stage].kind == StageKind::FeedForwardOutput;
+        let mut others = if stored {
+            let x = self.feed_forward_input(config, parts, &reference.hidden)?;
+            let theirs = self.routing(config, parts, &x)?.expect("a layer with experts");
+            let matching = theirs.matching(&routing)?;
+            let (own, other) =
+                (rows(&at.stored[0], routing.per_token())?, rows(&reference.stored[0], routing.per_token())?);
+            let merged = || -> Result<Tensor, TchError> {
+                let missing = matching.f_lt(0)?.f_unsqueeze(1)?;
+                let found = other.f_index_select(0, &matching.f_clamp_min(0)?)?;
+                own.f_where_self(&missing, &found)
+            };
+            let merged = merged().torch("match the experts of two models")?;
+            self.chosen_rows(config, &routing, &merged, 1)?
+        } else {
+            let x = self.feed_forward_input(config, parts, &reference.hidden)?;
+            self.chosen_rows(config, &routing, &rows(&x, 1)?, routing.per_token())?
+        };
+        if config.feed_forward.blocks.len() > others.len() {
+            others.push(match stored {
+                true => reference.stored[1].shallow_clone(),
+                false => self.feed_forward_input(config, parts, &reference.hidden)?,
+            });
+        }
+        Ok((own, others))
+    }
+
+    fn routed_inputs(
+        &self,
+        index: usize,
+        parts: &DenseParts,
+        stage: usize,
+        at: &Between,
+    ) -> Result<(Vec<Tensor>, Option<Routing>)> {
+        let config = &self.config().layers[index];
+        let stored = || at.stored.iter().map(Tensor::shallow_clone).collect();
+        Ok(match config.stages[stage].kind {
+            StageKind::AttentionInput | StageKind::ParallelInput => {
+                (vec![self.normalized(parts.input.as_ref(), &at.hidden)?], None)
+            }
+            StageKind::AttentionOutput | StageKind::ParallelOutput => (stored(), None),
+            StageKind::FeedForwardInput => {
+                let x = self.feed_forward_input(config, parts, &at.hidden)?;
+                let Some(routing) = self.routing(config, parts, &x)? else { return Ok((vec![x], None)) };
+                let mut inputs = self.chosen_rows(config, &routing, &rows(&x, 1)?, routing.per_token())?;
+                if config.feed_forward.blocks.len() > inputs.len() {
+                    inputs.push(x);
+                }
+                (inputs, Some(routing))
+            }
+            StageKind::FeedForwardOutput => {
+                if config.feed_forward.routing.is_none() {
+                    return Ok((stored(), None));
+                }
+                let x = self.feed_forward_input(config, parts, &at.hidden)?;
+                let routing = self.routing(config, parts, &x)?.expect("a layer with experts");
+                let choices = rows(&at.stored[0], routing.per_token())?;
+                let mut inputs = self.chosen_rows(config, &routing, &choices, 1)?;
+                inputs.extend(at.stored.get(1).map(Tensor::shallow_clone));
+                (inputs, Some(routing))
+            }
+        })
+    }
+
+    fn feed_forward_input(
+        &self,
+        config: &LayerConfig,
+        parts: &DenseParts,
+        hidden: &Tensor,
+    ) -> Result<Tensor> {
+        debug_assert!(!config.parallel, "parallel blocks read the layer's input");
+        self.normalized(parts.feed_forward.as_ref(), hidden)
+    }
+
+    fn routing(&self, config: &LayerConfig, parts: &DenseParts, x: &Tensor) -> Result<Option<Routing>> {
+        let (Some(routing), Some(router)) = (&config.feed_forward.routing, &parts.router) else {
+            return Ok(None);
+        };
+        Routing::new(routing, router, &rows(x, 1)?).map(Some)
+    }
+
+    /// The rows of each expert: of `x` `[T·k, …]`, or of `[T, …]` where `per_row` choices share a row.
+    fn chosen_rows(
+        &self,
+        config: &LayerConfig,
+        routing: &Routing,
+        x: &Tensor,
+        per_row: i64,
+    ) -> Result<Vec<Tensor>> {
+        let experts = config.feed_forward.routing.as_ref().map_or(0, |routing| routing.experts);
+        let of = |expert: usize| {
+            let chosen = routing.chosen(expert)?;
+            let rows = chosen.f_div_scalar_mode(per_row, "floor").and_then(|row| x.f_index_select(0, &row));
+            rows.torch("gather an expert's tokens")
+        };
+        (0..experts).map(of).collect()
+    }
+
+    /// Runs a stage's linears, in the order of [`LayerConfig::linears`], and goes over to the next.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn advance(
+        &self,
+        index: usize,
+        parts: &DenseParts,
+        stage: usize,
+        at: Between,
+        linears: &[&dyn Linear],
+    ) -> Result<Between> {
+        self.advance_with(index, parts, stage, at, linears, None)
+    }
+
+    fn advance_with(
+        &self,
+        index: usize,
+        parts: &DenseParts,
+        stage: usize,
+        at: Between,
+        linears: &[&dyn Linear],
+        cache: Option<&mut KvCache>,
+    ) -> Result<Between> {
+        let config = &self.config().layers[index];
+        let (inputs, routing) = self.routed_inputs(index, parts, stage, &at)?;
+        let stage = &config.stages[stage];
+        let first = stage.linears().start;
+        let mut outputs = Vec::with_capacity(linears.len());
+        for (group, x) in stage.groups.iter().zip(&inputs) {
+            for position in group.linears.clone() {
+                let linear = linears[position - first];
+                outputs.push(match x.size()[0] {
+                    // An expert that no token goes through.
+                    0 => self.nothing(config.linears[position].shape[0])?,
+                    _ => linear.forward(x)?,
+                });
+            }
+        }
+        let attention = self.attention.of(&config.attention, parts.qk_norms.as_ref());
+        let attend = |outputs: &[Tensor]| match cache {
+            Some(cache) => attention.forward_cached(outputs, cache),
+            None => attention.forward(outputs),
+        };
+        let blocks = &config.feed_forward.blocks;
+        Ok(match stage.kind {
+            StageKind::AttentionInput => Between { hidden: at.hidden, stored: vec![attend(&outputs)?] },
+            StageKind::AttentionOutput => {
+                let output = self.block_output(config, parts.attention_output.as_ref(), &outputs[0])?;
+                Between::entering(add(&at.hidden, &output)?)
+            }
+            StageKind::FeedForwardInput => {
+                let groups = stage.groups.iter().zip(blocks);
+                let activated = groups.map(|(group, block)| {
+                    activated(block, &outputs[group.linears.start - first..group.linears.end - first])
+                });
+                let activated = activated.collect::<Result<Vec<_>>>()?;
+                let stored = match routing {
+                    Some(routing) => self.by_choice(&routing, activated, &at.hidden)?,
+                    None => activated,
+                };
+                Between { hidden: at.hidden, stored }
+            }
+            StageKind::FeedForwardOutput => {
+                let output = match routing {
+                    Some(routing) => self.mixed(config, parts, &routing, &outputs, &at.hidden)?,
+                    None => outputs.swap_remove(0),
+                };
+                let output = self.block_output(config, parts.feed_forward_output.as_ref(), &output)?;
+                Between::entering(add(&at.hidden, &output)?)
+            }
+            StageKind::ParallelInput => {
+                let after = config.projections().end;
+                let stored = vec![attend(&outputs[..after])?, activated(&blocks[0], &outputs[after..])?];
+                Between { hidden: at.hidden, stored }
+            }
+            StageKind::ParallelOutput => {
+                let mut hidden = at.hidden;
+                for output in &outputs {
+                    hidden = add(&hidden, &self.block_output(config, None, output)?)?;
+                }
+                Between::entering(hidden)
+            }
+        })
+    }
+
+    /// Rows that no token has.
+    fn nothing(&self, features: usize) -> Result<Tensor> {
+        Tensor::f_zeros([0, features as i64], (self.kind, self.device)).torch("allocate an output")
+    }
+
+    /// What comes out of a block, as it is added to the residual stream.
+    fn block_output(&self, config: &LayerConfig, norm: Option<&Norm>, output: &Tensor) -> Result<Tensor> {
+        let output = match norm {
+            Some(norm) => norm.apply(output, self.kind)?,
+            None => output.shallow_clone(),
+        };
+        match config.residual_multiplier {
+            1.0 => Ok(output),
+            by => output.f_mul_scalar(by).torch("multiply a block's output"),
+        }
+    }
+
+    /// Rows of experts `[T_e, width]`, put where each was chosen, `[B, S, k·width]`; and those of the block that all tokens go
+    /// through.
+    fn by_choice(&self, routing: &Routing, activated: Vec<Tensor>, hidden: &Tensor) -> Result<Vec<Tensor>> {
+        let (size, k) = (hidden.size(), routing.per_token());
+        let tokens = size[0] * size[1];
+        let mut activated = activated;
+        let experts = activated.len();
+        // The last one has all tokens where there is a block for all.
+        let shared = match activated.last() {
+            Some(last) if last.dim() == 3 => activated.pop(),
+            _ => None,
+        };
+        let width = activated[0].size()[1];
+        let put = || -> Result<Tensor, TchError> {
+            let mut all = Tensor::f_zeros([tokens * k, width], (self.kind, self.device))?;
+            for (expert, rows) in activated.iter().enumerate() {
+                let chosen = routing.chosen(expert).map_err(|error| TchError::Torch(error.to_string()))?;
+                all = all.f_index_copy(0, &chosen, rows)?;
+            }
+            all.f_view([size[0], size[1], k * width])
+        };
+        debug_assert!(experts > 0);
+        Ok(std::iter::once(put().torch("collect the experts' rows")?).chain(shared).collect())
+    }
+
+    /// The experts' outputs, weighted and added, and that of the block that all tokens go through.
+    fn mixed(
+        &self,
+        config: &LayerConfig,
+        parts: &DenseParts,
+        routing: &Routing,
+        outputs: &[Tensor],
+        hidden: &Tensor,
+    ) -> Result<Tensor> {
+        let (size, k) = (hidden.size(), routing.per_token());
+        let tokens = size[0] * size[1];
+        let experts = config.feed_forward.routing.as_ref().map_or(0, |routing| routing.experts);
+        let weights = routing.flat_weights()?;
+        let mut sum = Tensor::f_zeros([tokens, size[2]], (Kind::Float, self.device)).torch("add experts")?;
+        for (expert, rows) in outputs.iter().take(experts).enumerate() {
+            let chosen = routing.chosen(expert)?;
+            let added = || -> Result<Tensor, TchError> {
+                let weights = weights.f_index_select(0, &chosen)?.f_unsqueeze(1)?;
+                let token = chosen.f_div_scalar_mode(k, "floor")?;
+                sum.f_index_add(0, &token, &rows.f_to_kind(Kind::Float)?.f_mul(&weights)?)
+            };
+            sum = added().torch("add experts")?;
+        }
+        let sum = sum.f_view(&size[..]).and_then(|sum| sum.f_to_kind(self.kind)).torch("add experts")?;
+        let (Some(gate), Some(shared)) = (&parts.shared_gate, outputs.get(experts)) else { return Ok(sum) };
+        let x = self.feed_forward_input(config, parts, hidden)?;
+        let gated = || {
+            let gate = x.f_linear(&gate.f_to_kind(self.kind)?, None::<&Tensor>)?.f_sigmoid()?;
+            sum.f_add(&shared.f_mul(&gate)?)
+        };
+        gated().torch("add the block that all tokens go through")
+    }
+
+    /// A norm, or nothing where there is none.
+    fn normalized(&self, norm: Option<&Norm>, x: &Tensor) -> Result<Tensor> {
+        match norm {
+            Some(norm) => norm.apply(x, self.kind),
+            None => Ok(x.shallow_clone()),
+        }
+    }
+
+    /// Runs a whole layer: hidden states `[B, S, hidden]` → the next ones.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn forward(&self, layer: &Layer<'_>, hidden: &Tensor) -> Result<Tensor> {
+        self.forward_with(layer, hidden, None)
+    }
+
+    /// The same for the tokens `[1, S, hidden]` that follow those in the layer's `cache`, which takes them up. More than
+    /// one only while the cache is empty.
+    ///
+    /// # Errors
+    /// When libtorch fails.
+    pub fn forward_cached(&self, layer: &Layer<'_>, hidden: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        self.forward_with(layer, hidden, Some(cache))
+    }
+
+    /// An empty cache of a layer for `capacity` tokens.
+    ///
+    /// # Errors
+    /// When memory ends.
+    pub fn cache(&self, layer: usize, capacity: usize) -> Result<KvCache> {
+        KvCache::new(&self.config().layers[layer].attention, capacity, self.kind, self.device)
+    }
+
+    fn forward_with(
+        &self,
+        layer: &Layer<'_>,
+        hidden: &Tensor,
+        mut cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let mut at = Between::entering(hidden.shallow_clone());
+        let stages = &self.config().layers[layer.index].stages;
+        for (position, stage) in stages.iter().enumerate() {
+            let linears: Vec<&dyn Linear> = layer.linears[stage.linears()].iter().map(|l| &**l).collect();
+            let cache = if position == 0 { cache.take() } else { None };
+            at = self.advance_with(layer.index, &layer.parts, position, at, &linears, cache)?;
+        }
+        Ok(at.hidden)
+    }
+
+    /// The last norm and the output layer `[vocab, hidden]`, in the kind of the computation.
+    ///
+    /// # Errors
+    /// When a tensor is missing, malformed or not finite, or a tied output layer is stored and is another one.
+    pub fn head(&self) -> Result<(Norm, Dense)> {
+        self.checkpoint.check_tied()?;
+        let config = self.config();
+        let norm = Norm::read(self.checkpoint, &config.final_norm, &config.prefix, self.device)?;
+        let shape = [config.vocab_size, config.hidden_size];
+        let weight = self.checkpoint.load(&config.output_layer(), &shape, self.kind, self.device)?;
+        Ok((norm, Dense::new(weight, None)))
+    }
+}
+
+/// `[B, S, k·width]` → `[B·S·k, width]`.
+fn rows(x: &Tensor, k: i64) -> Result<Tensor> {
+    let width = x.size().last().copied().unwrap_or_default() / k;
+    x.f_reshape([-1, width]).torch("lay out tokens")
+}
+
+/// The kind that a checkpoint's first linear is stored in, which stands for the others.
+///
+/// # Errors
+/// When the tensor is missing or of a kind that is not read.
+pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
+    tensor_kind(&checkpoint.view(&checkpoint.config().linear_id(0, 0).weight())?)
+}
+
+/// The kind of the embedding, which every checkpoint holds unquantized.
+///
+/// # Errors
+/// When the tensor is missing or of a kind that is not read.
+pub(super) fn embedding_kind(checkpoint: &Checkpoint) -> Result<Kind> {
+    tensor_kind(&checkpoint.view(&checkpoint.config().embedding())?)
+}
+
+/// libtorch's name of a tensor's dtype.
+fn tensor_kind(view: &TensorView<'_>) -> Result<Kind> {
+    match view.dtype {
+        Dtype::F16 => Ok(Kind::Half),
+        Dtype::BF16 => Ok(Kind::BFloat16),
+        Dtype::F32 => Ok(Kind::Float),
+        other => Err(Error::TensorDtype {
+            name: view.name.to_owned(),
+            expected: "F16, BF16 or F32",
+            found: format!("{other:?}"),
+        }),
+    }
+}
+
+/// Adds a block's output to the residual stream.
+fn add(hidden: &Tensor, output: &Tensor) -> Result<Tensor> {
+    hidden.f_add(output).torch("add to the residual stream")
+}
