@@ -5,7 +5,7 @@ use std::{fmt, path::Path, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    accuracy::{Quality, Refinements, ScaleSearch, Scales},
+    accuracy::{AccuracyOptions, Quality, ScaleSearch, Scales},
     architectures::ModelConfig,
     error::{Error, Result, toml_error},
     folder,
@@ -148,8 +148,8 @@ impl Plan {
 
     /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise, and without what this model cannot have. A preset
     /// does not rotate a model whose output layer is tied to the embedding: it would then need one of its own, and its file be larger.
-    pub fn refinements(&self, config: &ModelConfig) -> Refinements {
-        let preset = self.quality.refinements();
+    pub fn accuracy(&self, config: &ModelConfig) -> AccuracyOptions {
+        let preset = self.quality.options();
         let scales = Scales {
             signed: self.signed_scales.unwrap_or(preset.scales.signed),
             search: self.scale_search.unwrap_or(preset.scales.search),
@@ -161,7 +161,7 @@ impl Plan {
         let output_hessian = self.output_hessian.unwrap_or(if experts { 0.0 } else { preset.output_hessian });
         let can_rotate = !config.tie_word_embeddings && config.rotation_refusal().is_none();
         let rotate = self.rotate.unwrap_or(preset.rotate && can_rotate);
-        Refinements {
+        AccuracyOptions {
             scales,
             group_aware,
             asymmetric,
@@ -252,7 +252,7 @@ impl Plan {
 
     /// What the preset leaves out for a model of this family, and why.
     pub fn left_out(&self, config: &ModelConfig) -> Vec<String> {
-        let preset = self.quality.refinements();
+        let preset = self.quality.options();
         let mut left_out = Vec::new();
         if preset.rotate && self.rotate.is_none() {
             match config.rotation_refusal() {
@@ -263,7 +263,7 @@ impl Plan {
                 None => {}
             }
         }
-        if preset.equalize && self.equalize.is_none() && !self.refinements(config).rotate {
+        if preset.equalize && self.equalize.is_none() && !self.accuracy(config).rotate {
             left_out.extend(config.equalization_refusal().map(|reason| format!("no equalization: {reason}")));
         }
         if preset.output_hessian > 0.0 && self.output_hessian.is_none() && config.has_experts() {

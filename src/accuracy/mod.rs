@@ -3,5 +3,5 @@
 mod quality;
 mod scales;
 
-pub use quality::{Quality, Refinements};
+pub use quality::{AccuracyOptions, Quality};
 pub use scales::{ScaleSearch, Scales};

@@ -25,7 +25,7 @@ pub enum Quality {
 
 /// What is done beyond plain GPTQ.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Refinements {
+pub struct AccuracyOptions {
     /// How the scale of a group is chosen.
     #[serde(flatten)]
     pub scales: Scales,
@@ -53,7 +53,7 @@ pub struct Refinements {
     pub shrinkage: bool,
 }
 
-impl Refinements {
+impl AccuracyOptions {
     /// Plain GPTQ.
     pub const NONE: Self = Self {
         scales: Scales::PLAIN,
@@ -81,7 +81,7 @@ fn part(share: f64, windows: usize) -> usize {
     ((windows as f64 * share).ceil() as usize).max(1).min(windows)
 }
 
-impl Default for Refinements {
+impl Default for AccuracyOptions {
     fn default() -> Self {
         Self::NONE
     }
@@ -89,20 +89,20 @@ impl Default for Refinements {
 
 impl Quality {
     /// What the preset turns on.
-    pub fn refinements(self) -> Refinements {
+    pub fn options(self) -> AccuracyOptions {
         let searched = |search| Scales { signed: true, search };
         match self {
-            Self::Fast => Refinements::NONE,
-            Self::Standard => Refinements {
+            Self::Fast => AccuracyOptions::NONE,
+            Self::Standard => AccuracyOptions {
                 scales: searched(ScaleSearch::Block),
                 group_aware: true,
                 // On a real model this brings more than all the rest together (docs/accuracy.md).
                 asymmetric: 1.0,
                 equalize: true,
                 shrinkage: true,
-                ..Refinements::NONE
+                ..AccuracyOptions::NONE
             },
-            Self::Best => Refinements {
+            Self::Best => AccuracyOptions {
                 scales: searched(ScaleSearch::Block),
                 group_aware: true,
                 asymmetric: 1.0,
@@ -110,13 +110,13 @@ impl Quality {
                 rotate: true,
                 equalize: true,
                 shrinkage: true,
-                ..Refinements::NONE
+                ..AccuracyOptions::NONE
             },
         }
     }
 }
 
-impl fmt::Display for Refinements {
+impl fmt::Display for AccuracyOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut on = Vec::new();
         if self.rotate {
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn presets_say_what_they_turn_on() {
-        let said = [Quality::Fast, Quality::Standard, Quality::Best].map(|q| q.refinements().to_string());
+        let said = [Quality::Fast, Quality::Standard, Quality::Best].map(|q| q.options().to_string());
         assert_eq!(
             said,
             [

@@ -74,21 +74,33 @@ impl Tokenizer {
             .map_err(|error| self.problem(format!("it cannot decode {} tokens: {error}", ids.len())))
     }
 
-    /// Turns ids that follow those of `prompt` into text one at a time, without special tokens: each call returns what has become
-    /// whole, `None` while a character is incomplete. The decoder has seen the prompt, so that it does not take the space in front of
-    /// the first word for the beginning of a text and drop it.
+    /// Turns ids that follow those of `prompt` into text one at a time, without special tokens. Each call returns the text that has become
+    /// complete, or `None` while a character is incomplete. New ids are decoded together with the ones before them, because
+    /// decoders drop the space in front of the first word of a text. Bytes that never make a character become `\u{fffd}`.
     ///
     /// # Errors
-    /// When the prompt cannot be decoded.
+    /// When an id cannot be decoded.
     pub fn stream_after(&self, prompt: &[u32]) -> Result<impl FnMut(u32) -> Result<Option<String>> + '_> {
-        let mut stream = self.inner.decode_stream(true);
-        let mut step = move |id| {
-            stream.step(id).map_err(|error| self.problem(format!("it cannot decode token {id}: {error}")))
-        };
-        for &id in prompt {
-            step(id)?;
-        }
-        Ok(step)
+        /// Ids of the prompt that are enough for a decoder to see a text in front.
+        const CONTEXT: usize = 8;
+        let mut ids = prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec();
+        // Ids up to `read` have become text; decoding begins at `first`.
+        let (mut first, mut read) = (0, ids.len());
+        Ok(move |id| {
+            ids.push(id);
+            let before = self.decode(&ids[first..read])?;
+            let all = self.decode(&ids[first..])?;
+            if all.len() <= before.len() || all.ends_with('\u{fffd}') {
+                return Ok(None);
+            }
+            let new = match all.strip_prefix(&before) {
+                Some(new) => new.to_owned(),
+                // The new bytes have completed a character that was taken for broken.
+                None => self.decode(&ids[read..])?,
+            };
+            (first, read) = (read, ids.len());
+            Ok(Some(new).filter(|new| !new.is_empty()))
+        })
     }
 
     fn problem(&self, problem: String) -> Error {
@@ -161,6 +173,23 @@ mod tests {
         );
         let error = Tokenizer::from_bytes(b"{}").unwrap_err().to_string();
         assert!(error.starts_with("`tokenizer.json`: it is not a tokenizer that can be read: "), "{error}");
+    }
+
+    #[test]
+    fn broken_characters_do_not_stop_a_stream() {
+        let tokenizer = demo_tokenizer();
+        let byte = |byte: u8| {
+            let json = demo_json(|_| ());
+            let json: Value = serde_json::from_slice(&json).unwrap();
+            json["model"]["vocab"][format!("<0x{byte:02X}>")].as_u64().map(|id| id as u32)
+        };
+        let mut stream = tokenizer.stream_after(&tokenizer.encode("The old").unwrap()).unwrap();
+        let words = tokenizer.encode(" house").unwrap();
+        // The beginning of a character of three bytes that never ends, where the vocabulary has bytes.
+        let broken = [0xe2, 0x82].into_iter().filter_map(byte);
+        let text: String =
+            broken.chain(words[1..].iter().copied()).filter_map(|id| stream(id).unwrap()).collect();
+        assert!(text.ends_with("house"), "{text:?}");
     }
 
     #[test]

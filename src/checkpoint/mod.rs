@@ -5,6 +5,7 @@ mod digest;
 mod fingerprint;
 mod header;
 mod packed;
+mod pytorch_file;
 mod quantization;
 mod reader;
 mod scale_bits;

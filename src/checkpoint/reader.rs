@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     architectures::{CONFIG_FILE, ModelConfig},
     checkpoint::{
-        header, values,
+        header, pytorch_file, values,
         writer::{TensorSpec, WriteDtype},
     },
     error::{Error, Result},
@@ -28,6 +28,8 @@ use crate::{
 pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// Which shard each tensor is in.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// All weights in PyTorch's own format, or the index of its shards.
+const PYTORCH_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// A checkpoint folder. Its files must not be changed while this lives.
 #[derive(Debug)]
@@ -73,7 +75,7 @@ impl Checkpoint {
     /// Opens the folder `dir`: reads `config.json` and the headers, maps the weights, reads none of them.
     ///
     /// The weights are `model.safetensors`, else the shards of `model.safetensors.index.json`, else the one
-    /// `*.safetensors` file of the folder (AutoGPTQ named it freely).
+    /// `*.safetensors` file of the folder (AutoGPTQ named it freely), else `pytorch_model.bin` or its shards.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::read(dir)?;
         let (tensors, factors) = (BTreeMap::new(), BTreeMap::new());
@@ -84,7 +86,10 @@ impl Checkpoint {
         } else if index.exists() {
             checkpoint.add_indexed_shards(&index)?;
         } else {
-            checkpoint.add_shard(file_in(dir, &only_weights_file(dir)?)?)?;
+            match only_weights_file(dir)?.as_str() {
+                name if name == PYTORCH_FILES[1] => checkpoint.add_indexed_shards(&file_in(dir, name)?)?,
+                name => checkpoint.add_shard(file_in(dir, name)?)?,
+            }
         }
         Ok(checkpoint.with_names_as_stored())
     }
@@ -143,18 +148,28 @@ impl Checkpoint {
         let file = File::open(&path).map_err(Error::io("read", &path))?;
         // SAFETY: the map is only read, and `Checkpoint` asks that the files stay as they are while it lives.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
-        let (data_start, metadata) = header::parse(&path, &map)?;
         let shard = self.shards.len();
-        for name in metadata.offset_keys() {
-            let Some(info) = metadata.info(&name) else { continue };
+        let mut entries = Vec::new();
+        if path.extension().is_some_and(|extension| extension == "bin") {
+            for tensor in pytorch_file::parse(&path, map.len())? {
+                let (dtype, shape, range) = (tensor.dtype, tensor.shape, tensor.range);
+                entries.push((tensor.name, Entry { shard, dtype, shape, range }));
+            }
+        } else {
+            let (data_start, metadata) = header::parse(&path, &map)?;
+            for name in metadata.offset_keys() {
+                let Some(info) = metadata.info(&name) else { continue };
+                let (start, end) = info.data_offsets;
+                let range = data_start + start..data_start + end;
+                entries.push((name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), range }));
+            }
+        }
+        for (name, entry) in entries {
             if let Some(other) = self.tensors.get(&name) {
                 let problem =
                     format!("tensor `{name}` is also in `{}`", self.shards[other.shard].path.display());
                 return Err(Error::Safetensors { path, problem });
             }
-            let (start, end) = info.data_offsets;
-            let range = data_start + start..data_start + end;
-            let entry = Entry { shard, dtype: info.dtype, shape: info.shape.clone(), range };
             self.tensors.insert(name, entry);
         }
         self.shards.push(Shard { path, map });
@@ -412,6 +427,10 @@ fn only_weights_file(dir: &Path) -> Result<String> {
             return Err(Error::NotACheckpoint { path: dir.into(), missing: format!("`{INDEX_FILE}`") });
         }
         (None, _) => {}
+    }
+    let pytorch = PYTORCH_FILES.into_iter().find(|&file| names.iter().any(|name| name == file));
+    if let Some(file) = pytorch {
+        return Ok(file.to_owned());
     }
     let other_format = |name: &&String| {
         name.starts_with("pytorch_model")

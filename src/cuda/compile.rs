@@ -64,37 +64,25 @@ fn open_builtins() -> bool {
     true
 }
 
+/// The kernels of a source, compiled for one architecture of each generation that is supported.
+#[cfg(test)]
+pub(crate) fn entries_by_generation(source: &Source) -> Vec<Vec<String>> {
+    let of = |architecture| entries(source, architecture, &[]);
+    ["compute_80", "compute_89", "compute_90a"].into_iter().map(of).collect()
+}
+
+#[cfg(test)]
+fn entries(source: &Source, architecture: &str, macros: &[Macro]) -> Vec<String> {
+    let ptx = compile(source, architecture, macros).unwrap_or_else(|error| panic!("{error}"));
+    // Registers that do not suffice would show as local memory.
+    assert!(!ptx.contains(".local"), "{} for {architecture}: local memory", source.name);
+    let named = ptx.lines().filter_map(|line| line.split(".entry ").nth(1));
+    named.map(|rest| rest.trim_end_matches('(').to_owned()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::{GPTQ_BLOCK, INT4_MATMUL};
-
-    const ARCHITECTURES: [&str; 3] = ["compute_80", "compute_89", "compute_90a"];
-
-    fn entries(source: &Source, architecture: &str, macros: &[Macro]) -> Vec<String> {
-        let ptx = compile(source, architecture, macros).unwrap_or_else(|error| panic!("{error}"));
-        // Registers that do not suffice would show as local memory.
-        assert!(!ptx.contains(".local"), "{} for {architecture}: local memory", source.name);
-        let named = ptx.lines().filter_map(|line| line.split(".entry ").nth(1));
-        named.map(|rest| rest.trim_end_matches('(').to_owned()).collect()
-    }
-
-    #[test]
-    fn the_solver_compiles_for_every_generation_with_nvrtc() {
-        for architecture in ARCHITECTURES {
-            let found = entries(&GPTQ_BLOCK, architecture, &[]);
-            for kernel in ["gptq_solve_fitted", "gptq_solve_given", "gptq_compensate", "gptq_pack"] {
-                assert!(found.iter().any(|name| name == kernel), "{kernel} is not among {found:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn the_product_compiles_for_every_generation_with_nvrtc() {
-        for architecture in ARCHITECTURES {
-            assert!(!entries(&INT4_MATMUL, architecture, &[]).is_empty());
-        }
-    }
 
     #[test]
     fn a_mistake_is_named_with_its_line_with_nvrtc() {

@@ -5,12 +5,8 @@ mod compile;
 mod copies;
 mod gpu;
 
+#[cfg(test)]
+pub(crate) use compile::entries_by_generation;
 pub use compile::{Macro, Source, compile, compiler_missing};
 pub use copies::{Copies, Copy};
 pub use gpu::{Argument, Gpu, Grid, Kernel, Memory};
-
-/// The column loop and what stands around it.
-pub const GPTQ_BLOCK: Source = Source { name: "gptq_block.cu", text: include_str!("gptq_block.cu") };
-
-/// Products with packed weights.
-pub const INT4_MATMUL: Source = Source { name: "int4_matmul.cu", text: include_str!("int4_matmul.cu") };

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{
-    accuracy::{Quality, Refinements},
+    accuracy::{AccuracyOptions, Quality},
     checkpoint::CheckpointFormat,
     variant::{Order, Variant},
 };
@@ -36,7 +36,7 @@ pub struct Provenance {
     pub quality: Quality,
     /// What that turned on.
     #[serde(flatten)]
-    pub refinements: Refinements,
+    pub accuracy: AccuracyOptions,
 }
 
 /// `quantize_config.json`.
@@ -74,7 +74,7 @@ pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Pro
         "checkpoint_format": CheckpointFormat::Gptq.name(),
         "pack_dtype": "int32",
         // transformers takes true where this is missing, and refuses it together with desc_act.
-        "act_group_aware": provenance.refinements.group_aware && variant.order == Order::Sequential,
+        "act_group_aware": provenance.accuracy.group_aware && variant.order == Order::Sequential,
         "meta": provenance,
     });
     let mut config: Map<String, Value> = source.as_object().cloned().unwrap_or_default();
@@ -124,7 +124,7 @@ mod tests {
             damp_percent: 0.01,
             shared_hessian: false,
             quality: Quality::Standard,
-            refinements: Quality::Standard.refinements(),
+            accuracy: Quality::Standard.options(),
         }
     }
 

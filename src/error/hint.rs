@@ -8,6 +8,11 @@ impl Error {
         Some(match self {
             Self::Hub(error) => return error.hint(),
             Self::UnknownKey { nearest: Some(key), .. } => format!("did you mean `{key}`?"),
+            Self::PytorchFile { path, .. } => format!(
+                "convert the model: python -c \"from transformers import AutoModelForCausalLM as M; \
+                 M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
+                path.parent().unwrap_or(path).display()
+            ),
             Self::WeightsFormat { path, .. } => format!(
                 "convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
                  M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",

@@ -123,6 +123,14 @@ pub enum Error {
         /// What is wrong there.
         problem: &'static str,
     },
+    /// A file of PyTorch's own format that cannot be read.
+    #[error("`{}` cannot be read as a PyTorch checkpoint: {problem}", path.display())]
+    PytorchFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// A safetensors file is not whole or contradicts itself.
     #[error("`{}` is not a whole safetensors file: {problem}", path.display())]
     Safetensors {

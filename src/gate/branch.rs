@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::{
+    checklist::{Checklist, finite, percent, signed, size},
     figures::{BranchFigures, LinearFigures},
     judgement::{Comparison, Growth},
-    ledger::{Ledger, finite, percent, signed, size},
     thresholds::BranchLimits,
     windows::Measured,
 };
@@ -14,7 +14,7 @@ const LINEARS: usize = 7;
 
 /// What needs no baseline, and no text.
 pub(super) fn by_itself(
-    ledger: &mut Ledger<'_>,
+    checklist: &mut Checklist<'_>,
     branch: &BranchFigures,
     layers: usize,
     limits: &BranchLimits,
@@ -22,7 +22,7 @@ pub(super) fn by_itself(
     let linears = &branch.linears;
     let expected = layers * LINEARS;
     let finding = format!("{} of {expected} linears were quantized", linears.len());
-    ledger.check("linears", linears.len() != expected || linears.is_empty(), finding);
+    checklist.check("linears", linears.len() != expected || linears.is_empty(), finding);
 
     let worst = linears.iter().filter_map(|l| Some((finite(l.relative_error)?, l)));
     let worst = worst.max_by(|a, b| a.0.total_cmp(&b.0));
@@ -31,7 +31,7 @@ pub(super) fn by_itself(
         || "error of linears".to_owned(),
         |(_, l)| format!("error of {}, the worst linear,", l.name),
     );
-    ledger.at_most(
+    checklist.at_most(
         "max-linear-error",
         &what,
         worst.map(|(e, _)| e).filter(|_| all_known),
@@ -44,54 +44,60 @@ pub(super) fn by_itself(
     };
     let count = |n: f64| n.to_string();
     let raised = sum(|l| l.damp_raised.map(|times| times.min(1)));
-    ledger.at_most("max-damp-raised", "linears with raised damping:", raised, limits.max_damp_raised, count);
+    checklist.at_most(
+        "max-damp-raised",
+        "linears with raised damping:",
+        raised,
+        limits.max_damp_raised,
+        count,
+    );
     let dead = sum(|l| l.dead_columns);
-    ledger.at_most("max-dead-columns", "dead input features:", dead, limits.max_dead_columns, count);
+    checklist.at_most("max-dead-columns", "dead input features:", dead, limits.max_dead_columns, count);
     let fallbacks = sum(|l| Some(l.fallback.is_some().into()));
-    ledger.at_most(
+    checklist.at_most(
         "max-fallbacks",
         "linears rounded instead of solved:",
         fallbacks,
         limits.max_fallbacks,
         count,
     );
-    ledger.at_least(
+    checklist.at_least(
         "min-scale-bits",
         "significant bits that scales use, of fp16's 11:",
         branch.scale_bits,
         limits.min_scale_bits,
         count,
     );
-    ledger.at_most("max-size", "size", branch.bytes, limits.max_size, size);
+    checklist.at_most("max-size", "size", branch.bytes, limits.max_size, size);
 }
 
 /// What needs a text and no baseline.
-pub(super) fn against_fp16(ledger: &mut Ledger<'_>, measured: &Measured, limits: &BranchLimits) {
+pub(super) fn against_fp16(checklist: &mut Checklist<'_>, measured: &Measured, limits: &BranchLimits) {
     let text = &measured.text;
     let (ppl, fp16) = (measured.perplexity(), measured.reference_perplexity());
     let what = format!("perplexity {ppl:.4} on {text}, fp16's is {fp16:.4}:");
     let change = |change: f64| format!("{change:+.4}");
-    ledger.at_most("max-perplexity-change", &what, Some(ppl - fp16), limits.max_perplexity_change, change);
+    checklist.at_most("max-perplexity-change", &what, Some(ppl - fp16), limits.max_perplexity_change, change);
     let increase = Some(ppl / fp16 - 1.0);
-    ledger.at_most("max-perplexity-increase", &what, increase, limits.max_perplexity_increase, percent);
+    checklist.at_most("max-perplexity-increase", &what, increase, limits.max_perplexity_increase, percent);
     let what = format!("KL divergence on {text}");
-    ledger.at_most("max-kl", &what, Some(measured.kl_divergence()), limits.max_kl, kl);
+    checklist.at_most("max-kl", &what, Some(measured.kl_divergence()), limits.max_kl, kl);
     let what = format!("top-1 agreement on {text}");
-    ledger.at_least("min-top1", &what, Some(measured.top1_agreement()), limits.min_top1, share);
+    checklist.at_least("min-top1", &what, Some(measured.top1_agreement()), limits.min_top1, share);
 }
 
 /// What needs the baseline's branch and no text.
 pub(super) fn against_baseline(
-    ledger: &mut Ledger<'_>,
+    checklist: &mut Checklist<'_>,
     branch: &BranchFigures,
     baseline: &BranchFigures,
     limits: &BranchLimits,
 ) {
     if branch.variant != baseline.variant {
         let finding = format!("variant {}, the baseline's is {}", branch.variant, baseline.variant);
-        ledger.breach("variant", finding);
+        checklist.breach("variant", finding);
     }
-    ledger.grows_at_most(
+    checklist.grows_at_most(
         "max-size-growth",
         "size",
         branch.bytes,
@@ -109,24 +115,24 @@ pub(super) fn against_baseline(
     let Some(pairs) = pairs.collect::<Option<Vec<_>>>().filter(|p| !p.is_empty() && p.len() == before.len())
     else {
         let finding = "the linears are not those of the baseline, or some have no error".to_owned();
-        return ledger.breach("max-linear-error-growth", finding);
+        return checklist.breach("max-linear-error-growth", finding);
     };
     let growth = |pair: &(&str, f64, f64)| pair.1 / pair.2;
     if let Some(&(name, now, before)) = pairs.iter().max_by(|a, b| growth(a).total_cmp(&growth(b))) {
         let (check, what) = ("max-linear-error-growth", format!("error of {name}"));
-        ledger.grows_at_most(check, &what, Some(now), Some(before), limits.max_linear_error_growth, error);
+        checklist.grows_at_most(check, &what, Some(now), Some(before), limits.max_linear_error_growth, error);
     }
     let mean =
         |of: fn(&(&str, f64, f64)) -> f64| Some(pairs.iter().map(of).sum::<f64>() / pairs.len() as f64);
     let (check, what, limit) =
         ("max-mean-error-growth", "mean error of linears", limits.max_mean_error_growth);
-    ledger.grows_at_most(check, what, mean(|p| p.1), mean(|p| p.2), limit, error);
+    checklist.grows_at_most(check, what, mean(|p| p.1), mean(|p| p.2), limit, error);
 }
 
 /// What needs the baseline's branch on the same text, window by window. A change that the windows' scatter could explain
 /// is none.
 pub(super) fn paired(
-    ledger: &mut Ledger<'_>,
+    checklist: &mut Checklist<'_>,
     measured: &Measured,
     baseline: &Measured,
     limits: &BranchLimits,
@@ -144,7 +150,7 @@ pub(super) fn paired(
             show(limit)
         );
         let within = growth.value <= limit || growth.low <= 0.0;
-        ledger.check(check, !within || growth.value.is_nan(), finding);
+        checklist.check(check, !within || growth.value.is_nan(), finding);
     };
     let (now, before) = (measured.kl_divergence(), baseline.kl_divergence());
     let what = format!("KL divergence {} on {text}, the baseline's is {}", kl(now), kl(before));

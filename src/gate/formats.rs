@@ -3,8 +3,8 @@
 use std::fmt::Write;
 
 use super::{
+    checklist::percent,
     judgement::{Check, Growth, Judgement, Verdict},
-    ledger::percent,
 };
 use crate::report::markdown_text;
 

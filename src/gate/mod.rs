@@ -4,10 +4,10 @@
 
 mod baseline;
 mod branch;
+mod checklist;
 mod figures;
 mod formats;
 mod judgement;
-mod ledger;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -23,13 +23,13 @@ pub use formats::{github, junit, markdown, text};
 pub use judgement::{Check, Comparison, Growth, JUDGEMENT_SCHEMA, Judgement, Verdict};
 pub use thresholds::{BranchLimits, RunLimits, Thresholds};
 
-use ledger::Ledger;
+use checklist::Checklist;
 use windows::Measured;
 
 /// Judges a run against fp16 and a baseline.
 pub fn judge(run: &Figures, baseline: &Figures, thresholds: &Thresholds) -> Judgement {
     let mut judgement = Judgement::default();
-    let mut of_run = Ledger::of_run(&mut judgement);
+    let mut of_run = Checklist::of_run(&mut judgement);
     by_itself(&mut of_run, run, Some(baseline), thresholds);
     run::evaluated(&mut of_run, baseline, "the baseline");
     run::model(&mut of_run, run, baseline);
@@ -49,19 +49,24 @@ pub fn judge(run: &Figures, baseline: &Figures, thresholds: &Thresholds) -> Judg
 /// Judges a run against fp16 alone.
 pub fn judge_alone(run: &Figures, thresholds: &Thresholds) -> Judgement {
     let mut judgement = Judgement::default();
-    by_itself(&mut Ledger::of_run(&mut judgement), run, None, thresholds);
+    by_itself(&mut Checklist::of_run(&mut judgement), run, None, thresholds);
     for branch in &run.branches {
         judge_branch(&mut judgement, branch, run, None, thresholds);
     }
     judgement
 }
 
-fn by_itself(ledger: &mut Ledger<'_>, run: &Figures, baseline: Option<&Figures>, thresholds: &Thresholds) {
-    run::branches(ledger, run);
-    run::missing_branches(ledger, run, baseline, &thresholds.run);
-    run::thresholds(ledger, run, baseline, thresholds);
-    run::evaluated(ledger, run, "the report");
-    run::costs(ledger, run, &thresholds.run);
+fn by_itself(
+    checklist: &mut Checklist<'_>,
+    run: &Figures,
+    baseline: Option<&Figures>,
+    thresholds: &Thresholds,
+) {
+    run::branches(checklist, run);
+    run::missing_branches(checklist, run, baseline, &thresholds.run);
+    run::thresholds(checklist, run, baseline, thresholds);
+    run::evaluated(checklist, run, "the report");
+    run::costs(checklist, run, &thresholds.run);
 }
 
 fn judge_branch(
@@ -74,12 +79,12 @@ fn judge_branch(
     let name = branch.branch.as_str();
     let limits = thresholds.of(name);
     let mut compared = Vec::new();
-    let mut ledger = Ledger::of_branch(judgement, name);
-    branch::by_itself(&mut ledger, branch, run.model.layers, limits);
+    let mut checklist = Checklist::of_branch(judgement, name);
+    branch::by_itself(&mut checklist, branch, run.model.layers, limits);
     if let Some(baseline) = baseline {
         match baseline.branches.iter().find(|before| before.branch == name) {
-            Some(before) => branch::against_baseline(&mut ledger, branch, before, limits),
-            None => ledger.breach("baseline", "the baseline has no such branch".into()),
+            Some(before) => branch::against_baseline(&mut checklist, branch, before, limits),
+            None => checklist.breach("baseline", "the baseline has no such branch".into()),
         }
     }
     for evaluation in &run.evaluations {
@@ -95,20 +100,20 @@ fn judge_branch(
         let measured = match Measured::of(run, evaluation, name) {
             Ok(measured) => measured,
             Err(problem) => {
-                ledger.breach("evaluation", problem);
+                checklist.breach("evaluation", problem);
                 continue;
             }
         };
-        branch::against_fp16(&mut ledger, &measured, limits);
+        branch::against_fp16(&mut checklist, &measured, limits);
         let before = same.and_then(|(baseline, same)| match Measured::of(baseline, same, name) {
             Ok(before) => Some(before),
             Err(problem) => {
-                ledger.breach("baseline", format!("in the baseline, it {problem}"));
+                checklist.breach("baseline", format!("in the baseline, it {problem}"));
                 None
             }
         });
         if let Some(before) = &before {
-            branch::paired(&mut ledger, &measured, before, limits);
+            branch::paired(&mut checklist, &measured, before, limits);
         }
         compared.push(branch::comparison(name, &measured, before.as_ref()));
     }

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::{
+    checklist::{Checklist, size},
     figures::{EvaluationFigures, Figures, ModelFigures},
-    ledger::{Ledger, size},
     thresholds::{RunLimits, Thresholds},
 };
 use crate::variant::Variant;
@@ -16,20 +16,20 @@ const PLAN: [&str; 8] =
     ["dataset", "split", "text-column", "samples", "seq-len", "seed", "damp", "shared-hessian"];
 
 /// Branches: at least one, and none twice.
-pub(super) fn branches(ledger: &mut Ledger<'_>, run: &Figures) {
+pub(super) fn branches(checklist: &mut Checklist<'_>, run: &Figures) {
     let mut names = BTreeSet::new();
     let twice: Vec<&str> =
         run.branches.iter().map(|b| b.branch.as_str()).filter(|name| !names.insert(*name)).collect();
     if run.branches.is_empty() {
-        ledger.breach("branches", "the report has no branches".into());
+        checklist.breach("branches", "the report has no branches".into());
     } else if !twice.is_empty() {
-        ledger.breach("branches", format!("the report has branches twice: {}", twice.join(", ")));
+        checklist.breach("branches", format!("the report has branches twice: {}", twice.join(", ")));
     }
 }
 
 /// The branches of the plan and of the baseline.
 pub(super) fn missing_branches(
-    ledger: &mut Ledger<'_>,
+    checklist: &mut Checklist<'_>,
     run: &Figures,
     baseline: Option<&Figures>,
     limits: &RunLimits,
@@ -39,7 +39,7 @@ pub(super) fn missing_branches(
     let planned = variants.and_then(|variants| variants.iter().map(branch).collect::<Option<Vec<_>>>());
     let Some(planned) = planned.filter(|planned| !planned.is_empty()) else {
         let finding = "the report does not say which branches were planned, or not so that it can be read";
-        return ledger.breach("max-missing-branches", finding.into());
+        return checklist.breach("max-missing-branches", finding.into());
     };
     let known = baseline.into_iter().flat_map(|baseline| &baseline.branches).map(|b| b.branch.clone());
     let expected: BTreeSet<String> = known.chain(planned).collect();
@@ -54,12 +54,12 @@ pub(super) fn missing_branches(
     };
     let limit = limits.max_missing_branches;
     let finding = format!("{finding}; at most {limit} may be missing");
-    ledger.check("max-missing-branches", missing.len() as f64 > limit, finding);
+    checklist.check("max-missing-branches", missing.len() as f64 > limit, finding);
 }
 
 /// Branches that thresholds are meant for and nobody has: a typing error would else loosen or tighten nothing.
 pub(super) fn thresholds(
-    ledger: &mut Ledger<'_>,
+    checklist: &mut Checklist<'_>,
     run: &Figures,
     baseline: Option<&Figures>,
     thresholds: &Thresholds,
@@ -67,7 +67,7 @@ pub(super) fn thresholds(
     let all = [Some(run), baseline].into_iter().flatten().flat_map(|figures| &figures.branches);
     let known: Vec<&str> = all.map(|b| b.branch.as_str()).collect();
     for name in thresholds.branches.keys().filter(|name| !known.contains(&name.as_str())) {
-        ledger.breach(
+        checklist.breach(
             "thresholds",
             format!("thresholds name branch {name}, which neither the run nor the baseline has"),
         );
@@ -75,7 +75,7 @@ pub(super) fn thresholds(
 }
 
 /// Whether both runs are of the same model.
-pub(super) fn model(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures) {
+pub(super) fn model(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Figures) {
     let digests = |f: &Figures| f.evaluations.iter().map(|e| e.model_digest.clone()).collect::<BTreeSet<_>>();
     let shape = |f: &Figures| (f.model.layers, f.model.hidden_size, f.model.parameters);
     let text = |f: &Figures| {
@@ -91,39 +91,39 @@ pub(super) fn model(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures) 
         true => format!("the model is the baseline's: {}", text(run)),
         false => format!("the model is {}, and the baseline is for {}", text(run), text(baseline)),
     };
-    ledger.check("model", !same, finding);
+    checklist.check("model", !same, finding);
 }
 
 /// Whether the run was evaluated at all, and says on what.
-pub(super) fn evaluated(ledger: &mut Ledger<'_>, figures: &Figures, whose: &str) {
+pub(super) fn evaluated(checklist: &mut Checklist<'_>, figures: &Figures, whose: &str) {
     let evaluations = &figures.evaluations;
     if evaluations.is_empty() {
-        return ledger.breach("evaluation", format!("{whose} has no evaluation"));
+        return checklist.breach("evaluation", format!("{whose} has no evaluation"));
     }
     for (i, evaluation) in evaluations.iter().enumerate() {
         let said = [&evaluation.sha256, &evaluation.model_digest, &evaluation.compute];
         if said.iter().any(|text| text.is_empty()) {
             let finding =
                 format!("{whose} does not say of what model and tokens its evaluation {} is", i + 1);
-            ledger.breach("evaluation", finding);
+            checklist.breach("evaluation", finding);
         }
         if evaluations[..i].iter().any(|other| other.same_protocol(evaluation)) {
-            ledger.breach("evaluation", format!("{whose} has two evaluations on {}", text(evaluation)));
+            checklist.breach("evaluation", format!("{whose} has two evaluations on {}", text(evaluation)));
         }
     }
 }
 
 /// Whether every text that the baseline was evaluated on is among the run's, evaluated in the same way.
-pub(super) fn protocol(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures) {
+pub(super) fn protocol(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Figures) {
     for expected in &baseline.evaluations {
         let wanted = text(expected);
         if run.evaluations.iter().any(|evaluation| evaluation.same_protocol(expected)) {
-            ledger.check("protocol", false, format!("evaluated as the baseline was: on {wanted}"));
+            checklist.check("protocol", false, format!("evaluated as the baseline was: on {wanted}"));
             continue;
         }
         let found: Vec<String> = run.evaluations.iter().map(text).collect();
         let found = if found.is_empty() { "nothing".to_owned() } else { found.join(" and on ") };
-        ledger.breach("protocol", format!("evaluated on {found}, and the baseline on {wanted}"));
+        checklist.breach("protocol", format!("evaluated on {found}, and the baseline on {wanted}"));
     }
 }
 
@@ -138,17 +138,22 @@ fn short(digest: &str) -> String {
 }
 
 /// Seconds and memory, if asked for.
-pub(super) fn costs(ledger: &mut Ledger<'_>, run: &Figures, limits: &RunLimits) {
-    ledger.at_most("max-seconds", "time of the run", run.seconds, limits.max_seconds, seconds);
-    ledger.at_most("max-memory", "peak memory", run.peak_memory_bytes, limits.max_memory, size);
+pub(super) fn costs(checklist: &mut Checklist<'_>, run: &Figures, limits: &RunLimits) {
+    checklist.at_most("max-seconds", "time of the run", run.seconds, limits.max_seconds, seconds);
+    checklist.at_most("max-memory", "peak memory", run.peak_memory_bytes, limits.max_memory, size);
 }
 
 /// Seconds and memory against the baseline's, if asked for.
-pub(super) fn growing_costs(ledger: &mut Ledger<'_>, run: &Figures, baseline: &Figures, limits: &RunLimits) {
+pub(super) fn growing_costs(
+    checklist: &mut Checklist<'_>,
+    run: &Figures,
+    baseline: &Figures,
+    limits: &RunLimits,
+) {
     let (now, before, limit) = (run.seconds, baseline.seconds, limits.max_seconds_growth);
-    ledger.grows_at_most("max-seconds-growth", "time of the run", now, before, limit, seconds);
+    checklist.grows_at_most("max-seconds-growth", "time of the run", now, before, limit, seconds);
     let (now, before, limit) = (run.peak_memory_bytes, baseline.peak_memory_bytes, limits.max_memory_growth);
-    ledger.grows_at_most("max-memory-growth", "peak memory", now, before, limit, size);
+    checklist.grows_at_most("max-memory-growth", "peak memory", now, before, limit, size);
 }
 
 fn seconds(seconds: f64) -> String {

@@ -3,7 +3,7 @@
 //! Letters used here and below: `N` output features, `K` input features, `G` groups, `T` tokens,
 //! `H` the Hessian `[K, K]`, `W` a weight `[N, K]`, `Ũ` the upper triangular factor with `H + λI = Ũ Ũᵀ`.
 
-mod drift;
+mod cross_covariance;
 mod grid;
 mod hessian;
 mod order;
@@ -15,7 +15,7 @@ mod shrinkage;
 pub mod solver;
 mod tensor_cores;
 
-pub use drift::Drift;
+pub use cross_covariance::CrossCovariance;
 pub use grid::{Grid, Step};
 pub use hessian::Hessian;
 pub use order::{ColumnOrder, dead_columns, mean_alive};

@@ -60,13 +60,13 @@ pub(super) fn solve(
         .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
     progress.event(&Event::Note(&format!("{needs}{time}")));
     let kind = needs.kind;
-    let refinements = plan.refinements(checkpoint.config());
-    progress.event(&Event::Note(&format!("quality {}: {refinements}", plan.quality)));
+    let accuracy = plan.accuracy(checkpoint.config());
+    progress.event(&Event::Note(&format!("quality {}: {accuracy}", plan.quality)));
     for text in plan.left_out(checkpoint.config()) {
         progress.event(&Event::Note(&text));
     }
     let spill = journal.folder().to_owned();
-    let output_hessians = match refinements.gradient_windows(plan.samples) {
+    let output_hessians = match accuracy.gradient_windows(plan.samples) {
         0 => None,
         count => Some(OutputHessians::measure(
             source,
@@ -82,8 +82,8 @@ pub(super) fn solve(
     let task = Task {
         variants: &plan.variants,
         damp: plan.damp,
-        refinements,
-        reference: refinements.asymmetric > 0.0,
+        accuracy,
+        reference: accuracy.asymmetric > 0.0,
         output_hessians: output_hessians.as_ref(),
         shared_hessian: plan.shared_hessian,
         on_failure: plan.on_failure,

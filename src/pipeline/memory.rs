@@ -14,7 +14,7 @@ use crate::{cuda::Copies, error::Result};
 
 /// Bytes that may be held somewhere.
 #[derive(Debug)]
-pub(super) struct Ledger {
+pub(super) struct MemoryBudget {
     free: AtomicU64,
     closed: AtomicBool,
 }
@@ -22,11 +22,11 @@ pub(super) struct Ledger {
 /// Bytes that are held; given back when dropped.
 #[derive(Debug)]
 pub(super) struct Reserved {
-    ledger: Arc<Ledger>,
+    budget: Arc<MemoryBudget>,
     bytes: u64,
 }
 
-impl Ledger {
+impl MemoryBudget {
     /// `None` is no limit.
     pub(super) fn new(bytes: Option<u64>) -> Arc<Self> {
         Arc::new(Self { free: AtomicU64::new(bytes.unwrap_or(u64::MAX / 2)), closed: AtomicBool::new(false) })
@@ -39,7 +39,7 @@ impl Ledger {
         }
         let take = |free: u64| free.checked_sub(bytes);
         self.free.fetch_update(Ordering::AcqRel, Ordering::Acquire, take).ok()?;
-        Some(Reserved { ledger: Arc::clone(self), bytes })
+        Some(Reserved { budget: Arc::clone(self), bytes })
     }
 
     /// Whether anything more may be held.
@@ -55,31 +55,31 @@ impl Ledger {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        self.ledger.free.fetch_add(self.bytes, Ordering::AcqRel);
+        self.budget.free.fetch_add(self.bytes, Ordering::AcqRel);
     }
 }
 
 /// Where a device's activations are kept: beside what computes on them as long as there is room, else in memory, else in
 /// a file.
-pub(super) struct Room {
+pub(super) struct ActivationStore {
     pub(super) device: Device,
     pub(super) kind: Kind,
     /// On the device; for the CPU this is memory.
-    pub(super) near: Arc<Ledger>,
+    pub(super) near: Arc<MemoryBudget>,
     /// In page-locked memory, for devices that are not the CPU.
-    pub(super) memory: Arc<Ledger>,
+    pub(super) memory: Arc<MemoryBudget>,
     /// Folder for what fits neither.
     spill: PathBuf,
     pub(super) copies: Option<Copies>,
 }
 
-impl Room {
+impl ActivationStore {
     /// `near` and `memory` are limits in bytes; `memory` is shared by all devices of a run.
     pub(super) fn new(
         device: Device,
         kind: Kind,
-        near: Arc<Ledger>,
-        memory: Arc<Ledger>,
+        near: Arc<MemoryBudget>,
+        memory: Arc<MemoryBudget>,
         spill: &Path,
     ) -> Result<Self> {
         let copies = match device {
@@ -100,16 +100,16 @@ mod tests {
 
     #[test]
     fn what_is_reserved_comes_back() {
-        let ledger = Ledger::new(Some(10));
-        let first = ledger.reserve(6).unwrap();
-        assert!(ledger.reserve(5).is_none());
-        let second = ledger.reserve(4).unwrap();
+        let budget = MemoryBudget::new(Some(10));
+        let first = budget.reserve(6).unwrap();
+        assert!(budget.reserve(5).is_none());
+        let second = budget.reserve(4).unwrap();
         drop(first);
-        assert!(ledger.reserve(7).is_none());
+        assert!(budget.reserve(7).is_none());
         drop(second);
-        assert!(ledger.reserve(10).is_some());
-        ledger.close();
-        assert!(ledger.reserve(1).is_none());
-        assert!(Ledger::new(None).reserve(1 << 50).is_some());
+        assert!(budget.reserve(10).is_some());
+        budget.close();
+        assert!(budget.reserve(1).is_none());
+        assert!(MemoryBudget::new(None).reserve(1 << 50).is_some());
     }
 }

@@ -126,7 +126,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     } else {
         folder.hold();
     }
-    let refinements = plan.refinements(checkpoint.config());
+    let accuracy = plan.accuracy(checkpoint.config());
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
         dataset,
@@ -137,18 +137,18 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         damp_percent: plan.damp,
         shared_hessian: plan.shared_hessian,
         quality: plan.quality,
-        refinements,
+        accuracy,
     };
     if journal.state().sealed() {
         branches::check_sealed(place.out, &plan.variants)?;
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory());
         let context = RunContext { progress, stop: run.stop, memory: &memory };
-        let rotated = match refinements.rotate {
+        let rotated = match accuracy.rotate {
             true => Some(rotate(checkpoint, journal.folder(), context)?),
             false => None,
         };
-        let equalized = match refinements.equalize {
+        let equalized = match accuracy.equalize {
             true => equalize(checkpoint, context)?,
             false => None,
         };
@@ -167,7 +167,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         generated_by: GENERATED_BY.into(),
         command: command.to_vec(),
         plan: plan.clone(),
-        refinements,
+        accuracy,
         model: model_report(checkpoint)?,
         calibration: CalibrationReport {
             sources: texts.iter().zip(&shares).map(|(text, &samples)| source_report(text, samples)).collect(),

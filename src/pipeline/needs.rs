@@ -47,7 +47,7 @@ impl Needs {
     /// # Errors
     /// When it does not fit.
     pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
-        let rotates = plan.refinements(checkpoint.config()).rotate;
+        let rotates = plan.accuracy(checkpoint.config()).rotate;
         Self::and_rotated(plan, checkpoint, place, rotates)
     }
 
@@ -62,18 +62,18 @@ impl Needs {
     fn and_rotated(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
         let kind = compute_kind(plan.compute_dtype, device, source_kind(checkpoint)?);
-        let refinements = plan.refinements(checkpoint.config());
+        let accuracy = plan.accuracy(checkpoint.config());
         let shape = Shape {
             config: checkpoint.config(),
-            source_bytes: if refinements.rotate { Kind::Float } else { source_kind(checkpoint)? }
+            source_bytes: if accuracy.rotate { Kind::Float } else { source_kind(checkpoint)? }
                 .elt_size_in_bytes() as u64,
             kind,
             windows: plan.samples,
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: plan.shared_hessian,
-            reference: refinements.asymmetric > 0.0,
-            gradient_windows: refinements.gradient_windows(plan.samples),
+            reference: accuracy.asymmetric > 0.0,
+            gradient_windows: accuracy.gradient_windows(plan.samples),
             rotates,
         };
         let device_memory = match (device, plan.max_device_memory) {
@@ -100,7 +100,7 @@ impl Needs {
         let spilled = spilled.saturating_add(shape.output_hessians());
         let config = checkpoint.config();
         let spilled = spilled.saturating_add(if rotates { rotated_bytes(config) } else { 0 });
-        let config = if refinements.rotate { config.untied() } else { config.clone() };
+        let config = if accuracy.rotate { config.untied() } else { config.clone() };
         let disk = DiskNeed::new(plan, checkpoint, &config, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
         let memory = (own + need.working).saturating_add(held);
@@ -197,7 +197,7 @@ mod tests {
         fits(all).unwrap();
         fits_machine(None, all, &shape, Device::Cpu, base, &plan).unwrap();
 
-        // Room for what is needed in any case, and for some activations.
+        // ActivationStore for what is needed in any case, and for some activations.
         let error = fits(need.working + need.activations / 2).unwrap_err();
         let hint = error.hint().unwrap();
         let flag = hint.strip_prefix("it fits with --max-memory ").and_then(|rest| rest.split("MB").next());

@@ -6,7 +6,7 @@ use std::{ops::Range, path::Path, sync::Arc};
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    memory::{Ledger, Room},
+    memory::{ActivationStore, MemoryBudget},
     stream::Stream,
     window_file::WindowFile,
     worker::RunContext,
@@ -78,12 +78,12 @@ impl OutputHessians {
         let config = checkpoint.config();
         let GradientWindows { windows, count, at_once } = windows;
         let (seq_len, layers) = (windows.seq_len(), config.num_layers());
-        let memory = Ledger::new(limits.in_memory);
+        let memory = MemoryBudget::new(limits.in_memory);
         let near = match device {
             Device::Cpu => Arc::clone(&memory),
-            _ => Ledger::new(limits.on_device),
+            _ => MemoryBudget::new(limits.on_device),
         };
-        let room = Arc::new(Room::new(device, Kind::Float, near, memory, folder)?);
+        let room = Arc::new(ActivationStore::new(device, Kind::Float, near, memory, folder)?);
         let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
         let per_batch = (BATCH_TOKENS / seq_len).max(1);
         let file = WindowFile::scratch(folder, layers, largest_layer_bytes(config) as usize)?;
@@ -132,7 +132,7 @@ struct Gradients<'a> {
     /// The first layer whose linears' gradients are asked for.
     first: usize,
     seed: u64,
-    room: Arc<Room>,
+    room: Arc<ActivationStore>,
     /// Sums over the windows that are done, layer by layer; in the end means.
     file: WindowFile,
     context: RunContext<'a>,

@@ -13,7 +13,7 @@ use crate::{
     architectures::{GroupConfig, LinearId},
     error::Result,
     gptq::{
-        Drift, Hessian,
+        CrossCovariance, Hessian,
         solver::{Factorization, Factorized, Solved, Weight, solve_by_rows},
     },
     machine::return_free_memory,
@@ -124,7 +124,7 @@ impl WorkerGroup<'_> {
 
         let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
         for (position, &variant) in variants.iter().enumerate() {
-            let order = self.task.refinements.sorting(&self.task.variants[variant]);
+            let order = self.task.accuracy.sorting(&self.task.variants[variant]);
             match by_order.iter_mut().find(|(o, _)| *o == order) {
                 Some((_, list)) => list.push(position),
                 None => by_order.push((order, vec![position])),
@@ -204,20 +204,20 @@ impl WorkerGroup<'_> {
     /// The damping that is tried first: the plan's, or what the spectrum asks for where that is more.
     fn damp(&self, hessian: &Hessian) -> Result<f64> {
         let least = self.task.damp;
-        if self.task.refinements.shrinkage { Ok(hessian.shrinkage()?.max(least)) } else { Ok(least) }
+        if self.task.accuracy.shrinkage { Ok(hessian.shrinkage()?.max(least)) } else { Ok(least) }
     }
 
     /// The weights whose outputs come nearest to the reference model's, where that is run.
     fn targets(
         &self,
         factor: &dyn Factorized,
-        cross_covariance: Option<&Drift>,
+        cross_covariance: Option<&CrossCovariance>,
         dense: &[Weight<'_>],
         stage: &str,
     ) -> Result<Option<Vec<Tensor>>> {
         let Some(known) = cross_covariance.filter(|known| known.tokens() > 0) else { return Ok(None) };
-        let alpha = self.task.refinements.asymmetric;
-        let targets = dense.iter().map(|w| factor.aimed(w, &known.of(w.values, alpha, stage)?));
+        let alpha = self.task.accuracy.asymmetric;
+        let targets = dense.iter().map(|w| factor.target(w, &known.of(w.values, alpha, stage)?));
         targets.collect::<Result<_>>().map(Some)
     }
 

@@ -4,20 +4,20 @@ use tch::{Device, Tensor};
 
 use crate::{
     error::Result,
-    gptq::{Drift, Hessian},
+    gptq::{CrossCovariance, Hessian},
 };
 
 /// Sums over the calibration tokens that reach a group of linears.
 pub(super) struct CalibrationStatistics {
     pub(super) hessian: Hessian,
     /// With the reference model's inputs, where that is run.
-    pub(super) cross_covariance: Option<Drift>,
+    pub(super) cross_covariance: Option<CrossCovariance>,
 }
 
 impl CalibrationStatistics {
     /// Without tokens, for inputs of that width.
     pub(super) fn new(width: usize, device: Device, reference: bool) -> Result<Self> {
-        let cross_covariance = reference.then(|| Drift::new(width, device)).transpose()?;
+        let cross_covariance = reference.then(|| CrossCovariance::new(width, device)).transpose()?;
         Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance })
     }
 

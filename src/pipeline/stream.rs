@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc};
 use tch::{Kind, Tensor};
 
 use super::{
-    memory::{Reserved, Room},
+    memory::{ActivationStore, Reserved},
     window_file::WindowFile,
 };
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
 
 /// Activations `[B, S, width]` of a range of windows, in batches of whole windows.
 pub(super) struct Stream {
-    room: Arc<Room>,
+    room: Arc<ActivationStore>,
     /// Windows of each batch, counted from the run's first.
     batches: Vec<Range<usize>>,
     slots: Vec<Slot>,
@@ -43,7 +43,12 @@ enum Slot {
 
 impl Stream {
     /// An empty one; `window` is `[S, width]`.
-    pub(super) fn new(room: &Arc<Room>, windows: Range<usize>, per_batch: usize, window: [usize; 2]) -> Self {
+    pub(super) fn new(
+        room: &Arc<ActivationStore>,
+        windows: Range<usize>,
+        per_batch: usize,
+        window: [usize; 2],
+    ) -> Self {
         let starts = windows.clone().step_by(per_batch);
         let batches: Vec<_> = starts.map(|start| start..(start + per_batch).min(windows.end)).collect();
         Self {
@@ -279,15 +284,15 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::pipeline::memory::Ledger;
+    use crate::pipeline::memory::MemoryBudget;
 
     fn batch(from: f64, windows: i64) -> Tensor {
         (Tensor::arange(windows * 6, (Kind::Float, Device::Cpu)) + from).reshape([windows, 2, 3])
     }
 
     fn stream(near: u64, folder: &std::path::Path) -> Stream {
-        let (near, memory) = (Ledger::new(Some(near)), Ledger::new(Some(0)));
-        let room = Arc::new(Room::new(Device::Cpu, Kind::Float, near, memory, folder).unwrap());
+        let (near, memory) = (MemoryBudget::new(Some(near)), MemoryBudget::new(Some(0)));
+        let room = Arc::new(ActivationStore::new(Device::Cpu, Kind::Float, near, memory, folder).unwrap());
         Stream::new(&room, 3..10, 2, [2, 3])
     }
 

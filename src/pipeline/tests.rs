@@ -16,13 +16,12 @@ use super::{
     worker_pool::{Limits, WorkerPool},
 };
 use crate::{
-    accuracy::{Quality, Refinements},
     architectures::LinearId,
     calibration::{Tokens, Windows},
     checkpoint::Checkpoint,
     error::Result,
     gptq::solver::Solved,
-    plan::OnFailure,
+    plan::{OnFailure, Plan},
     progress::Silent,
     report::StageMemory,
     variant::Variant,
@@ -30,8 +29,8 @@ use crate::{
 
 const SEQ_LEN: usize = 16;
 
-fn model() -> Checkpoint {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models/llama3-gqa-rope");
+fn model(name: &str) -> Checkpoint {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name);
     Checkpoint::open(&folder).unwrap()
 }
 
@@ -68,8 +67,10 @@ impl Sink for Kept {
 }
 
 /// The first layer's linears, as some devices solve them with `batch_tokens` going through together.
-fn first_layer(refinements: Refinements, devices: usize, batch_tokens: usize) -> Vec<Taken> {
-    let (checkpoint, windows) = (model(), windows(13));
+fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
+    let (checkpoint, windows) = (model(name), windows(13));
+    let plan = Plan::default();
+    let accuracy = plan.accuracy(checkpoint.config());
     let variants: [Variant; 1] = ["4bit-16g-act".parse().unwrap()];
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
     let context = RunContext { progress: &Silent, stop: &stop, memory: &memory };
@@ -77,8 +78,8 @@ fn first_layer(refinements: Refinements, devices: usize, batch_tokens: usize) ->
     let task = Task {
         variants: &variants,
         damp: 0.01,
-        refinements,
-        reference: refinements.asymmetric > 0.0,
+        accuracy,
+        reference: accuracy.asymmetric > 0.0,
         output_hessians: None,
         shared_hessian: false,
         on_failure: OnFailure::Error,
@@ -99,22 +100,25 @@ fn first_layer(refinements: Refinements, devices: usize, batch_tokens: usize) ->
 /// Sums in another order round otherwise, so that a code here and there may be another one.
 #[test]
 fn batches_and_devices_solve_the_same() {
-    let refinements = Quality::Standard.refinements();
-    let expected = first_layer(refinements, 1, SEQ_LEN);
-    assert_eq!(expected.len(), 7);
-    for (devices, batch_tokens) in [(1, 1024), (2, SEQ_LEN), (2, 1024), (3, 3 * SEQ_LEN)] {
-        for (found, expected) in first_layer(refinements, devices, batch_tokens).iter().zip(&expected) {
-            let place = format!("{}, {devices} devices, {batch_tokens}", expected.0);
-            assert_eq!(found.0, expected.0, "{place}");
-            let equal = found.1.iter().zip(&expected.1).filter(|(a, b)| a == b).count();
-            assert!(equal * 100 >= expected.1.len() * 99, "{place}: {equal} of {}", expected.1.len());
+    for name in ["llama3-gqa-rope", "phi3", "gemma3", "cohere", "mixtral", "qwen2-moe", "qwen3-moe"] {
+        let checkpoint = model(name);
+        let expected = first_layer(name, 1, SEQ_LEN);
+        let linears = checkpoint.config().layer_linears(0).map(|(id, _)| id);
+        assert!(expected.iter().map(|(id, _)| id.clone()).eq(linears), "{name}");
+        for (devices, batch_tokens) in [(1, 1024), (2, SEQ_LEN), (2, 1024), (3, 3 * SEQ_LEN)] {
+            for (found, expected) in first_layer(name, devices, batch_tokens).iter().zip(&expected) {
+                let place = format!("{name}, {}, {devices} devices, {batch_tokens}", expected.0);
+                assert_eq!(found.0, expected.0, "{place}");
+                let equal = found.1.iter().zip(&expected.1).filter(|(a, b)| a == b).count();
+                assert!(equal * 100 >= expected.1.len() * 98, "{place}: {equal} of {}", expected.1.len());
+            }
         }
     }
 }
 
 #[test]
 fn gradients_are_the_same_whatever_number_of_windows_goes_at_once() {
-    let checkpoint = model();
+    let checkpoint = model("llama3-gqa-rope");
     let config = checkpoint.config();
     // 64 of them make a batch, and parts are whole batches.
     let (windows, first) = (windows(150), 1);

@@ -11,8 +11,8 @@ use std::{
 use tch::{Device, Kind};
 
 use super::{
-    memory::Room, reference::ReferenceLayer, stage_memory::MemoryWatch, statistics::CalibrationStatistics,
-    stream::Stream, weights::Weights, window_file::WindowFile,
+    memory::ActivationStore, reference::ReferenceLayer, stage_memory::MemoryWatch,
+    statistics::CalibrationStatistics, stream::Stream, weights::Weights, window_file::WindowFile,
 };
 use crate::{
     architectures::{LayerConfig, ModelConfig},
@@ -43,7 +43,7 @@ impl RunContext<'_> {
 /// A device and the windows that are run on it.
 pub(super) struct Worker<'a> {
     transformer: Transformer<'a>,
-    room: Arc<Room>,
+    room: Arc<ActivationStore>,
     windows: Range<usize>,
     seq_len: usize,
     per_batch: usize,
@@ -65,7 +65,7 @@ impl<'a> Worker<'a> {
     /// `per_batch` of these windows go through the model together.
     pub(super) fn new(
         transformer: Transformer<'a>,
-        room: Room,
+        room: ActivationStore,
         windows: Range<usize>,
         seq_len: usize,
         per_batch: usize,

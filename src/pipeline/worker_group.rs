@@ -15,7 +15,7 @@ use super::{
     worker::{RunContext, Worker},
 };
 use crate::{
-    accuracy::Refinements,
+    accuracy::AccuracyOptions,
     architectures::{LayerConfig, LinearId},
     error::Result,
     gptq::solver::{Solved, Solver},
@@ -51,7 +51,7 @@ pub(super) struct Task<'a> {
     /// All of the run's.
     pub(super) variants: &'a [Variant],
     pub(super) damp: f64,
-    pub(super) refinements: Refinements,
+    pub(super) accuracy: AccuracyOptions,
     /// Whether the reference model's hidden states are advanced beside the variants'.
     pub(super) reference: bool,
     /// What errors in outputs cost, where that is used.

@@ -6,7 +6,7 @@ use tch::{Device, Kind};
 
 use super::{
     journal::Kept,
-    memory::{Ledger, Room},
+    memory::{ActivationStore, MemoryBudget},
     weights::Weights,
     worker::{RunContext, Worker},
     worker_group::{SharedSink, SharedStates, Task, WorkerGroup},
@@ -56,7 +56,7 @@ impl<'a> WorkerPool<'a> {
         context: RunContext<'a>,
     ) -> Result<Self> {
         let streams = if task.shared_hessian { 1 } else { task.variants.len() };
-        let memory = Ledger::new(limits.in_memory);
+        let memory = MemoryBudget::new(limits.in_memory);
         let per_batch = (limits.batch_tokens / windows.seq_len()).max(1);
         let mut groups = Vec::new();
         for (devices, own) in spread(devices, streams) {
@@ -65,9 +65,9 @@ impl<'a> WorkerPool<'a> {
             for (&device, part) in devices.iter().zip(parts) {
                 let near = match device {
                     Device::Cpu => Arc::clone(&memory),
-                    _ => Ledger::new(limits.on_device),
+                    _ => MemoryBudget::new(limits.on_device),
                 };
-                let room = Room::new(device, kind, near, Arc::clone(&memory), spill)?;
+                let room = ActivationStore::new(device, kind, near, Arc::clone(&memory), spill)?;
                 let transformer = Transformer::new(checkpoint, windows.seq_len(), kind, device)?;
                 workers.push(Worker::new(transformer, room, part, windows.seq_len(), per_batch, context));
             }
@@ -158,7 +158,7 @@ fn solve_all(
 
 /// The fastest there is for a device.
 fn solver(device: Device, task: Task<'_>) -> Result<Box<dyn Solver + Send>> {
-    let scales = task.refinements.scales;
+    let scales = task.accuracy.scales;
     Ok(match (device, task.on_failure) {
         (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new().with_scales(scales)),
         (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new().with_scales(scales))),

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{Evaluation, ReaderReport};
 use crate::{
-    accuracy::Refinements,
+    accuracy::AccuracyOptions,
     calibration::Provenance,
     error::{Error, Result},
     folder::{self, TEXT_LIMIT},
@@ -37,7 +37,8 @@ pub struct Report {
     pub plan: Plan,
     /// What the plan's quality turned on beyond plain GPTQ.
     #[serde(default)]
-    pub refinements: Refinements,
+    #[serde(alias = "refinements")]
+    pub accuracy: AccuracyOptions,
     /// The source model.
     pub model: ModelReport,
     /// The calibration text.

@@ -1,4 +1,4 @@
-//! Kernels on this machine: a text of `src/cuda` compiled by the C++ compiler with the machine of this folder, and its
+//! Kernels on this machine: a `.cu` file of `src` compiled by the C++ compiler with the machine of this folder, and its
 //! kernels called as a device would be. See `docs/kernels.md`.
 
 use std::{
@@ -96,7 +96,7 @@ struct RawLaunch {
 }
 
 impl Library {
-    /// A text of `src/cuda`, `gptq_block` or `int4_matmul`, compiled with these macros once.
+    /// A `.cu` file, `gptq_block` or `int4_matmul`, compiled with these macros once.
     pub(crate) fn of(text: &str, macros: &[(&str, i64)]) -> Arc<Self> {
         type Libraries = HashMap<(String, Vec<(String, i64)>), Arc<OnceLock<Arc<Library>>>>;
         static BUILT: OnceLock<Mutex<Libraries>> = OnceLock::new();
@@ -271,10 +271,16 @@ fn machine() -> &'static Path {
     })
 }
 
+/// That of the machine, and those of the kernels.
+fn folders() -> [PathBuf; 3] {
+    let source = |path: &str| folder().join("../../src").join(path);
+    [folder(), source("gptq/solver/cuda"), source("kernels/cuda")]
+}
+
 fn compile(work: &Path, arguments: &[&OsStr]) {
     let mut command = Command::new(compiler());
     command.current_dir(work).args(FLAGS);
-    for include in [folder(), folder().join("../../src/cuda")] {
+    for include in folders() {
         command.arg("-I").arg(include);
     }
     let output = command.args(arguments).output().unwrap_or_else(|error| {
@@ -311,7 +317,7 @@ fn scratch() -> PathBuf {
 /// Of everything that a library is made from.
 fn digest(settings: &[String]) -> String {
     let mut digest = Sha256::new();
-    for folder in [folder(), folder().join("../../src/cuda")] {
+    for folder in folders() {
         let files = fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
         let mut files: Vec<PathBuf> = files.map(|entry| entry.expect("a file").path()).collect();
         files

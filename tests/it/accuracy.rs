@@ -27,16 +27,16 @@ fn presets_say_what_they_turn_on_and_files_hold_it() {
     let said = "quality standard: equalized norms, signed scales, scale search by block, group-aware order, \
                 asymmetric calibration at 1, damping by shrinkage";
     assert!(output.stderr.contains(said), "{}", output.stderr);
-    let refinements = json!({
+    let accuracy = json!({
         "signed_scales": true, "scale_search": "block", "act_group_aware": true, "asymmetric": 1.0,
         "output_hessian": 0.0, "rotate": false, "equalize": true, "shrinkage": true,
     });
     let report = read_json(&lab.out().join("run.json"));
-    assert_eq!((&report["plan"]["quality"], &report["refinements"]), (&"standard".into(), &refinements));
+    assert_eq!((&report["plan"]["quality"], &report["accuracy"]), (&"standard".into(), &accuracy));
     let config = &read_json(&lab.branch().join("config.json"))["quantization_config"];
     assert_eq!((&config["desc_act"], &config["act_group_aware"]), (&false.into(), &true.into()));
     assert_eq!(config["meta"]["quality"], "standard");
-    for (key, value) in refinements.as_object().unwrap() {
+    for (key, value) in accuracy.as_object().unwrap() {
         assert_eq!(config["meta"][key], *value, "{key}");
     }
 

@@ -305,8 +305,8 @@ fn configs_that_make_no_model() {
     );
     refused(
         &configured("rope_scaling", serde_json::json!({"type": "magic", "factor": 2.0})),
-        "error: `[LAB]/model/config.json`: key `rope_scaling.type`: expected `default`, `linear`, `dynamic` or `llama3`, \
-         found `magic`",
+        "error: `[LAB]/model/config.json`: key `rope_scaling.type`: expected `default`, `linear`, `dynamic`, \
+         `llama3`, `yarn` or `longrope`, found `magic`",
     );
     let lab = Lab::new();
     fs::write(lab.model().join("config.json"), "{").unwrap();
@@ -342,10 +342,10 @@ fn folders_that_are_not_checkpoints() {
     let lab = Lab::new();
     fs::remove_file(lab.model().join("model.safetensors")).unwrap();
     refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `model.safetensors` not found in it");
-    fs::write(lab.model().join("pytorch_model.bin"), "PK").unwrap();
+    fs::write(lab.model().join("tf_model.h5"), "PK").unwrap();
     refused(
         &lab,
-        "error: `[LAB]/model` has only `pytorch_model.bin`; safetensors weights are needed\n\
+        "error: `[LAB]/model` has only `tf_model.h5`; safetensors weights are needed\n\
          hint: convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
          M.from_pretrained('[LAB]/model').save_pretrained('[LAB]/model-safetensors')\"",
     );

@@ -157,6 +157,37 @@ fn every_family_describes_all_tensors_of_its_golden_model() {
     assert_eq!(without, ["InternLM3ForCausalLM"], "families without a golden model");
 }
 
+/// `tests/golden/pytorch/pytorch_model.bin` was saved with `torch.save` from the weights of `llama2-mha`.
+#[test]
+fn weights_in_pytorch_format_are_the_same() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let (dir, file) = (golden.join("models/llama2-mha"), golden.join("pytorch/pytorch_model.bin"));
+    let copy = tempfile::tempdir().unwrap();
+    fs::copy(dir.join(CONFIG_FILE), copy.path().join(CONFIG_FILE)).unwrap();
+    fs::copy(&file, copy.path().join("pytorch_model.bin")).unwrap();
+    let (expected, found) = (Checkpoint::open(&dir).unwrap(), Checkpoint::open(copy.path()).unwrap());
+    found.check().unwrap();
+    for name in expected.names() {
+        let [expected, found] = [&expected, &found].map(|checkpoint| checkpoint.view(name).unwrap());
+        assert_eq!((found.dtype, found.shape), (expected.dtype, expected.shape), "{name}");
+        assert!(found.bytes == expected.bytes, "{name}");
+    }
+    assert!(difference(copy.path(), &dir) < TOLERANCE);
+
+    // In shards, and cut short.
+    fs::rename(copy.path().join("pytorch_model.bin"), copy.path().join("pytorch_model-00001-of-00001.bin"))
+        .unwrap();
+    let map: serde_json::Map<String, Value> =
+        found.names().map(|name| (name.to_owned(), json!("pytorch_model-00001-of-00001.bin"))).collect();
+    fs::write(copy.path().join("pytorch_model.bin.index.json"), json!({"weight_map": map}).to_string())
+        .unwrap();
+    Checkpoint::open(copy.path()).unwrap().check().unwrap();
+    let bytes = fs::read(&file).unwrap();
+    fs::write(copy.path().join("pytorch_model-00001-of-00001.bin"), &bytes[..bytes.len() / 2]).unwrap();
+    let error = Checkpoint::open(copy.path()).unwrap_err();
+    assert!(error.to_string().contains("cannot be read as a PyTorch checkpoint"), "{error}");
+}
+
 #[test]
 fn a_rotated_model_computes_the_same() {
     for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models")).unwrap() {

@@ -65,12 +65,12 @@ fn folders_without_weights() {
         "NotACheckpoint",
         "`DIR` is not a checkpoint folder: `model.safetensors` not found in it",
     );
-    let dir = folder(&small_config(), &[("pytorch_model.bin", b"x"), ("training_args.bin", b"x")]);
+    let dir = folder(&small_config(), &[("tf_model.h5", b"x"), ("training_args.bin", b"x")]);
     assert_error(
         Checkpoint::open(dir.path()),
         dir.path(),
         "WeightsFormat",
-        "`DIR` has only `pytorch_model.bin`; safetensors weights are needed",
+        "`DIR` has only `tf_model.h5`; safetensors weights are needed",
     );
 }
 

@@ -93,7 +93,7 @@ fn markdown_has_the_reasons_and_a_table() {
 
 #[test]
 fn what_rounds_to_nothing_has_one_sign() {
-    use crate::gate::ledger::percent;
+    use crate::gate::checklist::percent;
     assert_eq!([-0.0004, 0.0004, -0.0006, 0.012].map(percent), ["+0.0%", "+0.0%", "-0.1%", "+1.2%"]);
 }
 

@@ -105,7 +105,7 @@ pub fn solve_by_rows(
     for start in (0..longest).step_by(ROWS as usize) {
         go_on()?;
         let going: Vec<usize> = (0..strands.len()).filter(|&s| start < strands[s].output.len()).collect();
-        let aimed = going.iter().map(|&s| strands[s].aimed(start)).collect::<Result<Vec<_>, _>>();
+        let aimed = going.iter().map(|&s| strands[s].target(start)).collect::<Result<Vec<_>, _>>();
         let aimed = aimed.torch("aim rows of a weight")?;
         let rows: Vec<Weight<'_>> = going
             .iter()
@@ -152,7 +152,7 @@ impl<'a> Strand<'a> {
     }
 
     /// Rows from `start` on that make good for the errors of all before.
-    fn aimed(&self, start: i64) -> Result<Tensor, TchError> {
+    fn target(&self, start: i64) -> Result<Tensor, TchError> {
         let count = ROWS.min(self.output.len() - start);
         let values = self.values.f_narrow(0, start, count)?;
         if start == 0 {
@@ -199,7 +199,7 @@ fn joined(strands: Vec<Strand<'_>>, hessian: &Hessian) -> Result<Solution> {
 mod tests {
     use super::*;
     use crate::{
-        accuracy::Refinements,
+        accuracy::AccuracyOptions,
         gptq::solver::{
             CpuSolver, Solver,
             tests::problem::{Problem, solve, weight},
@@ -215,7 +215,7 @@ mod tests {
     }
 
     fn by_rows(problem: &Problem, output: &Tensor, variant: &Variant) -> Solution {
-        let sorting = Refinements::NONE.sorting(variant);
+        let sorting = AccuracyOptions::NONE.sorting(variant);
         let factor = CpuSolver::new().factorize(&problem.hessian, sorting, 0.01, "test").unwrap();
         let outputs = OutputFactor::all(&[output.shallow_clone()], 0.01, Device::Cpu, "test").unwrap();
         let weights = [weight(&problem.weight)];
@@ -237,7 +237,7 @@ mod tests {
         let variant: Variant = "4bit-32g-act".parse().unwrap();
         let output = Tensor::eye(70, (Kind::Float, Device::Cpu)) * 3.0;
         let factor = CpuSolver::new()
-            .factorize(&problem.hessian, Refinements::NONE.sorting(&variant), 0.01, "test")
+            .factorize(&problem.hessian, AccuracyOptions::NONE.sorting(&variant), 0.01, "test")
             .unwrap();
         let alone = solve(&*factor, &[&problem.weight], &variant).remove(0);
         let solution = by_rows(&problem, &output, &variant);
@@ -252,7 +252,7 @@ mod tests {
         for variant in ["4bit-32g-act", "3bit-32g", "4bit-48g-static-asym"] {
             let variant: Variant = variant.parse().unwrap();
             let factor = CpuSolver::new()
-                .factorize(&problem.hessian, Refinements::NONE.sorting(&variant), 0.01, "test")
+                .factorize(&problem.hessian, AccuracyOptions::NONE.sorting(&variant), 0.01, "test")
                 .unwrap();
             let alone = solve(&*factor, &[&problem.weight], &variant).remove(0);
             let alone = cost(&problem, &output, &Solved::Host(alone.linear));

@@ -63,10 +63,10 @@ impl Factorized for FactorOrRounded {
     }
 
     /// What cannot be aimed elsewhere is solved as it is.
-    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
         let factor = self.solving.as_ref().unwrap_or(&self.rounding);
-        match factor.aimed(weight, b) {
-            Err(Error::Numerical(_)) => self.rounding.aimed(weight, b),
+        match factor.target(weight, b) {
+            Err(Error::Numerical(_)) => self.rounding.target(weight, b),
             other => other,
         }
     }

@@ -7,20 +7,15 @@
 //! `w_g − (Ũ_ggᵀ)⁻¹ r_g` with `r_g = Σ_{j<g} Ũ_jg d_j`, wherever the group starts.
 
 mod by_rows;
-mod cholesky;
 mod cpu;
 mod cuda;
 mod fallback;
-mod instructions;
-mod kernel;
-mod lane_scales;
 pub mod reference;
 mod rtn;
 mod solved;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
 mod torch;
-mod torch_scales;
 
 use std::borrow::Borrow;
 
@@ -35,7 +30,9 @@ pub use rtn::RtnSolver;
 pub use solved::{Solution, Solved};
 pub use torch::TorchSolver;
 
-use super::{ColumnOrder, Hessian, QuantizedLinear, Step, dead_columns, drift::divided, mean_alive};
+use super::{
+    ColumnOrder, Hessian, QuantizedLinear, Step, cross_covariance::divided, dead_columns, mean_alive,
+};
 use crate::{
     error::{Error, NumericalError, Result, TorchContext},
     variant::{Sorting, Variant},
@@ -73,11 +70,11 @@ pub trait Factorized {
     /// When a weight is NaN or infinite, a scale does not fit fp16, the arithmetic leaves the numbers, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
 
-    /// `W + B (H + λI)⁻¹` fp32, of a weight and `B` `[N, K]`: a weight that aims elsewhere, see [`Drift`](super::Drift).
+    /// `W + B (H + λI)⁻¹` fp32, of a weight and `B` `[N, K]`: a weight that aims elsewhere, see [`CrossCovariance`](super::CrossCovariance).
     ///
     /// # Errors
     /// When the arithmetic leaves the numbers, or libtorch fails.
-    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor>;
+    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor>;
 }
 
 /// A weight to be solved.
@@ -155,7 +152,7 @@ fn damped<F: Borrow<Tensor>>(
 }
 
 /// [`Factorized::aimed`] with a triangular `factor` of `H + λI` in the order of `columns`.
-fn aimed(
+fn target_of(
     weight: &Weight<'_>,
     b: &Tensor,
     factor: &Tensor,

@@ -3,7 +3,7 @@
 use half::f16;
 
 use crate::{
-    accuracy::Refinements,
+    accuracy::AccuracyOptions,
     gptq::{
         ColumnOrder, Grid, QuantizedLinear, Step, dead_columns,
         scale_search::{Group, best_step},
@@ -27,9 +27,9 @@ pub fn solve_or_round(
     k: usize,
     damp: f64,
     variant: &Variant,
-    refinements: &Refinements,
+    accuracy: &AccuracyOptions,
 ) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, refinements, true)
+    rows(weight, hessian, k, damp, variant, accuracy, true)
 }
 
 /// Quantizes `weight` `[N, K]` for `hessian` `[K, K]`, both row-major; `damp` is a fraction of the mean diagonal.
@@ -40,9 +40,9 @@ pub fn solve(
     k: usize,
     damp: f64,
     variant: &Variant,
-    refinements: &Refinements,
+    accuracy: &AccuracyOptions,
 ) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, refinements, false)
+    rows(weight, hessian, k, damp, variant, accuracy, false)
 }
 
 fn rows(
@@ -51,13 +51,13 @@ fn rows(
     k: usize,
     damp: f64,
     variant: &Variant,
-    refinements: &Refinements,
+    accuracy: &AccuracyOptions,
     or_round: bool,
 ) -> Option<ReferenceSolution> {
     let n = weight.len() / k;
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
     let dead = dead_columns(&diagonal);
-    let order = ColumnOrder::new(refinements.sorting(variant), &diagonal);
+    let order = ColumnOrder::new(accuracy.sorting(variant), &diagonal);
     let columns = order.columns();
 
     let u = {
@@ -99,7 +99,7 @@ fn rows(
                 let of = |values: &[f64]| of_group.iter().map(|&i| values[i]).collect::<Vec<_>>();
                 let (weights, pivots) = (of(&w), of(&pivots));
                 let group_of = Group { weights: &weights, pivots: &pivots, block: None };
-                steps[group * n + row] = best_step(grid, refinements.scales, &group_of);
+                steps[group * n + row] = best_step(grid, accuracy.scales, &group_of);
             }
         }
         for i in 0..k {
@@ -111,7 +111,7 @@ fn rows(
                     (i..end).flat_map(|j| u[j * k + i..j * k + end].iter().copied()).collect();
                 let block = (!variant.scales_known_beforehand()).then_some(&block[..]);
                 let group_of = Group { weights: &weights, pivots: &pivots[i..end], block };
-                steps[group * n + row] = best_step(grid, refinements.scales, &group_of);
+                steps[group * n + row] = best_step(grid, accuracy.scales, &group_of);
             }
             let step = steps[group * n + row];
             let residual: f64 = (0..i).map(|j| u[j * k + i] * d[j]).sum();

@@ -62,7 +62,7 @@ impl Factorized for Rounding {
     }
 
     /// Aims at nothing else: what is rounded makes good for nothing.
-    fn aimed(&self, weight: &Weight<'_>, _b: &Tensor) -> Result<Tensor> {
+    fn target(&self, weight: &Weight<'_>, _b: &Tensor) -> Result<Tensor> {
         weight.values.f_to_kind(Kind::Float).torch("convert a weight")
     }
 }

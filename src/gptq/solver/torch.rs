@@ -5,9 +5,9 @@ use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight, aimed, damped, panel_width,
-    solution,
-    torch_scales::{Group, best_steps},
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight,
+    cuda::scale_search::{Group, best_steps},
+    damped, panel_width, solution, target_of,
 };
 use crate::{
     accuracy::Scales,
@@ -101,8 +101,8 @@ impl Factorized for TorchFactor {
         solutions.collect()
     }
 
-    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
-        aimed(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
+    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        target_of(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 

@@ -1,7 +1,7 @@
 //! The product with packed weights: `int4_matmul_few_*`, `int4_matmul_many_*`, `int4_gather`.
 
 use gptq::{
-    kernels::cuda_plan::{Limits, Product},
+    kernels::cuda::plan::{Limits, Product},
     variant::Bits,
 };
 

@@ -1,7 +1,7 @@
 //! Weights and a Hessian, and the f64 definition of what a solver has to find for them.
 
 use gptq::{
-    accuracy::Refinements,
+    accuracy::AccuracyOptions,
     gptq::{ColumnOrder, Grid, QuantizedLinear, Step},
     variant::{Order, Variant},
 };
@@ -177,7 +177,7 @@ impl Problem {
             self.k,
             DAMP,
             variant,
-            &Refinements::NONE,
+            &AccuracyOptions::NONE,
         )
         .unwrap();
         let (ours, theirs) = (&solved.linear, &definition.linear);

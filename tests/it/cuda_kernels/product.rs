@@ -2,7 +2,7 @@
 
 use gptq::kernels::{
     Features, Repacked,
-    cuda_plan::{Build, Launch as Planned, Limits, Product},
+    cuda::plan::{Build, Launch as Planned, Limits, Product},
 };
 
 use super::{arguments, linear::Linear};

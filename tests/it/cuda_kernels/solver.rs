@@ -2,7 +2,7 @@
 //! what they are, together.
 
 use gptq::{
-    accuracy::Refinements,
+    accuracy::AccuracyOptions,
     cuda::{Argument, Grid},
     error::{Error, Result},
     gptq::{
@@ -110,7 +110,7 @@ fn the_cuda_solver_agrees_with_the_definition() {
         let solutions = factor.solve(&stage, &variant).unwrap_or_else(|error| panic!("{variant}: {error}"));
         for (solution, weight) in solutions.iter().zip(&weights) {
             let definition =
-                reference::solve(&values(weight), &h, k as usize, DAMP, &variant, &Refinements::NONE)
+                reference::solve(&values(weight), &h, k as usize, DAMP, &variant, &AccuracyOptions::NONE)
                     .unwrap();
             let Solved::Device(device) = &solution.linear else { panic!("{variant}: not on the device") };
             let linear = device.to_host().unwrap();

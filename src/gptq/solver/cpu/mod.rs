@@ -1,18 +1,19 @@
 //! The fast solver: matrix products for the cubic work (factorization, compensation between panels), the kernel for the
 //! columns.
 
+mod cholesky;
 mod compare;
+mod instructions;
+mod kernel;
 mod panel;
+mod scale_search;
 mod stack;
 
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, aimed, cholesky, damped,
-    kernel::{LANES, Lane},
-    lane_scales::Search,
-    panel_width,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, damped, panel_width, target_of,
 };
 use crate::{
     accuracy::Scales,
@@ -24,6 +25,8 @@ use crate::{
     },
     variant::{Sorting, Variant},
 };
+use kernel::{LANES, Lane};
+use scale_search::Search;
 use stack::Stack;
 
 /// Columns solved between two matrix products, unless a group is wider.
@@ -163,8 +166,8 @@ impl Factorized for CpuFactor {
         Ok(solutions)
     }
 
-    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
-        aimed(weight, b, &self.lower, false, self.order.columns().iter().rev().copied())
+    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        target_of(weight, b, &self.lower, false, self.order.columns().iter().rev().copied())
     }
 }
 

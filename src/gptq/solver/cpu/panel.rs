@@ -9,7 +9,7 @@ use crate::{
     amx::{self, Line, Operand, Parts, SIDE, Side, Square},
     gptq::{
         raw::{Matrix, SharedSlice},
-        solver::kernel::{self, COLUMNS, Columns, Panel, Tile},
+        solver::cpu::kernel::{self, COLUMNS, Columns, Panel, Tile},
     },
     variant::Variant,
 };

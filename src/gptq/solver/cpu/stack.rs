@@ -11,7 +11,7 @@ use crate::{
     gptq::{
         Step,
         raw::{Floats, floats},
-        solver::{Sums, Weight, lane_scales::best_by_diagonal, solution},
+        solver::{Sums, Weight, cpu::scale_search::best_by_diagonal, solution},
     },
     variant::Variant,
 };

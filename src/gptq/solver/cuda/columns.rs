@@ -16,7 +16,7 @@ use crate::{
         Grid,
         solver::{
             Weight,
-            torch_scales::{Group, best_steps},
+            cuda::scale_search::{Group, best_steps},
         },
     },
     variant::Variant,

@@ -7,8 +7,9 @@ use std::{
 
 use tch::Device;
 
+use super::GPTQ_BLOCK;
 use crate::{
-    cuda::{Argument, GPTQ_BLOCK, Gpu, Grid, Kernel},
+    cuda::{Argument, Gpu, Grid, Kernel},
     error::{Error, Result},
 };
 

@@ -1,15 +1,16 @@
 //! The solver on a CUDA device: factorization and products between panels by libtorch, columns and packing by our own
-//! kernels (`src/cuda/gptq_block.cu`). Nothing leaves the device but sums and, when they are asked for, packed words. It
+//! kernels (`gptq_block.cu`). Nothing leaves the device but sums and, when they are asked for, packed words. It
 //! is waited for after a factorization, for whether it succeeded, and after a solve, for its sums; orders and groups are
 //! copied to it in between, when it has nothing else to do.
 
 mod columns;
+#[cfg(test)]
+mod host_emulation;
 mod kernels;
 mod launch;
 mod linear;
 mod panels;
-#[cfg(test)]
-mod stand_in;
+pub(super) mod scale_search;
 #[cfg(test)]
 mod tests;
 
@@ -21,17 +22,21 @@ pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, aimed, check_scales,
-    check_sums, damped,
+    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
+    check_sums, damped, target_of,
 };
 use crate::{
     accuracy::Scales,
+    cuda::Source,
     error::{Error, Result, TorchContext},
     gptq::Hessian,
     variant::{Sorting, Variant},
 };
 use columns::Columns;
 use launch::Launcher;
+
+/// The column loop and what stands around it.
+pub(super) const GPTQ_BLOCK: Source = Source { name: "gptq_block.cu", text: include_str!("gptq_block.cu") };
 
 /// Solves in fp32 on a CUDA device.
 #[derive(Debug)]
@@ -81,8 +86,8 @@ impl CudaSolver {
 
     /// With plain code on the CPU in place of kernels, on a device whose blocks have this much shared memory.
     #[cfg(test)]
-    pub(super) fn stand_in(shared_memory: usize) -> Self {
-        Self::with_kernels(Box::new(stand_in::PlainKernels { shared_memory })).unwrap()
+    pub(super) fn host_emulation(shared_memory: usize) -> Self {
+        Self::with_kernels(Box::new(host_emulation::PlainKernels { shared_memory })).unwrap()
     }
 }
 
@@ -196,8 +201,8 @@ impl Factorized for CudaFactor {
         self.split(&columns, weights, variant)
     }
 
-    fn aimed(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
-        aimed(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
+    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
+        target_of(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 

@@ -5,9 +5,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     CudaSolver, DeviceLinear, factor_of,
+    host_emulation::PlainKernels,
     launch::{Compensation, Launcher, Stacked},
     panels::Mode,
-    stand_in::PlainKernels,
 };
 use crate::{
     gptq::{
@@ -325,7 +325,7 @@ fn words(linear: &QuantizedLinear) -> Vec<i32> {
 
 #[test]
 fn linears_give_away_what_the_host_would() {
-    gives_away_what_the_host_would(&CudaSolver::stand_in(HOPPER), Device::Cpu);
+    gives_away_what_the_host_would(&CudaSolver::host_emulation(HOPPER), Device::Cpu);
 }
 
 #[test]
@@ -355,9 +355,19 @@ fn a_factor_is_upper_triangular_row_major_and_the_matrix_again() {
 #[test]
 fn a_device_with_little_shared_memory_is_refused() {
     let problem = Problem::new(8, 64, 200, 13);
-    let factor =
-        CudaSolver::stand_in(16 << 10).factorize(&problem.hessian, Sorting::Stored, 0.01, "test").unwrap();
+    let factor = CudaSolver::host_emulation(16 << 10)
+        .factorize(&problem.hessian, Sorting::Stored, 0.01, "test")
+        .unwrap();
     let error = factor.solve(&[weight(&problem.weight)], &"4bit-32g".parse().unwrap()).unwrap_err();
     let text = "CUDA could not solve a panel of columns: blocks have only 16384 bytes of shared memory";
     assert_eq!(error.to_string(), text);
+}
+
+#[test]
+fn the_solver_compiles_for_every_generation_with_nvrtc() {
+    for found in crate::cuda::entries_by_generation(&super::GPTQ_BLOCK) {
+        for kernel in ["gptq_solve_fitted", "gptq_solve_given", "gptq_compensate", "gptq_pack"] {
+            assert!(found.iter().any(|name| name == kernel), "{kernel} is not among {found:?}");
+        }
+    }
 }

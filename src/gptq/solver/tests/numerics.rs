@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::problem::{Problem, to_vec, weight};
 use crate::{
-    accuracy::Refinements,
+    accuracy::AccuracyOptions,
     error::{Error, NumericalError, Result},
     gptq::{
         Hessian, QuantizedLinear,
@@ -184,7 +184,7 @@ fn rows_that_compensation_would_harm_are_rounded_and_counted() {
     let variant: Variant = "2bit-32g-act-asym".parse().unwrap();
     let rounded =
         solved(&RtnSolver, &problem.hessian, &problem.weight, &variant, 0.01).linear.into_host().unwrap();
-    let slow = problem.reference_or_rounded(&variant, 0.01, &Refinements::NONE);
+    let slow = problem.reference_or_rounded(&variant, 0.01, &AccuracyOptions::NONE);
     for solver in on_cpu() {
         let solution = solved(&solver, &problem.hessian, &problem.weight, &variant, 0.01);
         assert_eq!(solution.uncompensated, 4, "{}", solver.name());

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    accuracy::Refinements,
+    accuracy::AccuracyOptions,
     device,
     gptq::{
         Hessian, QuantizedLinear,
@@ -66,16 +66,16 @@ impl Problem {
     }
 
     pub(in crate::gptq) fn reference(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        self.reference_with(variant, damp, &Refinements::NONE)
+        self.reference_with(variant, damp, &AccuracyOptions::NONE)
     }
 
     pub(in crate::gptq) fn reference_with(
         &self,
         variant: &Variant,
         damp: f64,
-        refinements: &Refinements,
+        accuracy: &AccuracyOptions,
     ) -> ReferenceSolution {
-        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, refinements).unwrap()
+        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, accuracy).unwrap()
     }
 
     /// With rows rounded to nearest where that is better, as the CPU solver does it.
@@ -83,14 +83,13 @@ impl Problem {
         &self,
         variant: &Variant,
         damp: f64,
-        refinements: &Refinements,
+        accuracy: &AccuracyOptions,
     ) -> ReferenceSolution {
-        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, refinements)
-            .unwrap()
+        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, accuracy).unwrap()
     }
 
     pub(in crate::gptq) fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
-        self.fast_with(&CpuSolver::new(), variant, damp, &Refinements::NONE)
+        self.fast_with(&CpuSolver::new(), variant, damp, &AccuracyOptions::NONE)
     }
 
     pub(in crate::gptq) fn fast_with(
@@ -98,9 +97,9 @@ impl Problem {
         solver: &dyn Solver,
         variant: &Variant,
         damp: f64,
-        refinements: &Refinements,
+        accuracy: &AccuracyOptions,
     ) -> ReferenceSolution {
-        let sorting = refinements.sorting(variant);
+        let sorting = accuracy.sorting(variant);
         let factor = solver.factorize(&self.hessian, sorting, damp, "test").unwrap();
         solve(&*factor, &[&self.weight], variant).remove(0)
     }

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda, solve, variants, weight};
 use crate::{
-    accuracy::{Refinements, ScaleSearch, Scales},
+    accuracy::{AccuracyOptions, ScaleSearch, Scales},
     error::Error,
     gptq::solver::{CpuSolver, CudaSolver, Solver, TorchSolver, Weight},
     variant::{Sorting, Variant},
@@ -17,8 +17,8 @@ fn on_cpu(scales: Scales) -> [Box<dyn Solver>; 5] {
         Box::new(CpuSolver::with_amx(false).with_scales(scales)),
         Box::new(CpuSolver::with_amx(true).with_scales(scales)),
         Box::new(TorchSolver::new(scales)),
-        Box::new(CudaSolver::stand_in(227 << 10).with_scales(scales)),
-        Box::new(CudaSolver::stand_in(99 << 10).with_scales(scales)),
+        Box::new(CudaSolver::host_emulation(227 << 10).with_scales(scales)),
+        Box::new(CudaSolver::host_emulation(99 << 10).with_scales(scales)),
     ]
 }
 
@@ -83,7 +83,7 @@ fn agree_with_the_definition<const N: usize>(
     let solvers = &solvers(Scales::PLAIN);
     // 600 columns: several panels, partial last groups; 70 rows: a partial tile.
     let problem = Problem::new(70, 600, 2000, 1).on(device);
-    agree(&problem, &variants(), solvers, &Refinements::NONE);
+    agree(&problem, &variants(), solvers, &AccuracyOptions::NONE);
 }
 
 /// The same where scales are searched for. Scales that cost next to the same may be chosen the other way round.
@@ -99,21 +99,21 @@ fn agree_on_searched_scales<const N: usize>(
         (true, ScaleSearch::Block),
     ] {
         let scales = Scales { signed, search };
-        let refinements = Refinements { scales, group_aware: true, ..Refinements::NONE };
+        let accuracy = AccuracyOptions { scales, group_aware: true, ..AccuracyOptions::NONE };
         let texts = ["4bit-128g-act", "4bit-32g", "2bit-64g-asym", "4bit-48g-static", "3bit--1g"];
         let variants = texts.map(|text| text.parse().unwrap());
-        agree(&problem, &variants, &solvers(scales), &refinements);
+        agree(&problem, &variants, &solvers(scales), &accuracy);
     }
 }
 
-fn agree(problem: &Problem, variants: &[Variant], solvers: &[Box<dyn Solver>], refinements: &Refinements) {
+fn agree(problem: &Problem, variants: &[Variant], solvers: &[Box<dyn Solver>], accuracy: &AccuracyOptions) {
     for (variant, solver) in variants.iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
         let slow = match solver.name().starts_with("cpu") {
-            true => problem.reference_or_rounded(variant, 0.01, refinements),
-            false => problem.reference_with(variant, 0.01, refinements),
+            true => problem.reference_or_rounded(variant, 0.01, accuracy),
+            false => problem.reference_with(variant, 0.01, accuracy),
         };
-        let fast = problem.fast_with(&**solver, variant, 0.01, refinements);
-        let variant = format!("{variant}, {}, {refinements}", solver.name());
+        let fast = problem.fast_with(&**solver, variant, 0.01, accuracy);
+        let variant = format!("{variant}, {}, {accuracy}", solver.name());
         assert_eq!(slow.linear.g_idx(), fast.linear.g_idx(), "{variant}");
         let pairs = slow.linear.codes().iter().zip(fast.linear.codes());
         let different = pairs.filter(|(a, b)| a != b).count() as f64 / slow.linear.codes().len() as f64;
@@ -151,7 +151,8 @@ fn solve_twice_the_same<const N: usize>(solvers: impl Fn(Scales) -> [Box<dyn Sol
     let solvers = &solvers(Scales::PLAIN);
     let problem = Problem::new(96, 320, 900, 3).on(device);
     for (variant, solver) in variants().into_iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
-        let [one, other] = [(); 2].map(|()| problem.fast_with(&**solver, &variant, 0.01, &Refinements::NONE));
+        let [one, other] =
+            [(); 2].map(|()| problem.fast_with(&**solver, &variant, 0.01, &AccuracyOptions::NONE));
         assert_eq!(one.linear, other.linear, "{variant}, {}", solver.name());
         assert_eq!(
             one.squared_error.to_bits(),
@@ -234,8 +235,8 @@ fn cuda_device_solver_agrees_with_libtorchs() {
     let problem = Problem::new(1000, 1536, 6000, 8).on(cuda());
     let [ours, libtorchs] = on_cuda(Scales::PLAIN);
     for variant in variants() {
-        let fast = problem.fast_with(&*ours, &variant, 0.01, &Refinements::NONE);
-        let plain = problem.fast_with(&*libtorchs, &variant, 0.01, &Refinements::NONE);
+        let fast = problem.fast_with(&*ours, &variant, 0.01, &AccuracyOptions::NONE);
+        let plain = problem.fast_with(&*libtorchs, &variant, 0.01, &AccuracyOptions::NONE);
         assert_eq!(fast.linear.g_idx(), plain.linear.g_idx(), "{variant}");
         let pairs = fast.linear.codes().iter().zip(plain.linear.codes());
         let different = pairs.filter(|(a, b)| a != b).count() as f64 / fast.linear.codes().len() as f64;

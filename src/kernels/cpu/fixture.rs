@@ -6,7 +6,7 @@ use crate::{checkpoint::CheckpointFormat, pack::PackedView, variant::Bits};
 
 /// The order of the groups of a fixture.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Order {
+pub(in crate::kernels) enum Order {
     /// `g_idx[k] = k / group_size`.
     Sequential,
     /// The same, shuffled over K.
@@ -15,36 +15,36 @@ pub(super) enum Order {
 
 /// A packed linear with what was packed into it.
 #[derive(Clone)]
-pub(super) struct Fixture {
-    pub(super) bits: usize,
-    pub(super) in_features: usize,
-    pub(super) out_features: usize,
-    pub(super) zero_offset: u32,
+pub(in crate::kernels) struct Fixture {
+    pub(in crate::kernels) bits: usize,
+    pub(in crate::kernels) in_features: usize,
+    pub(in crate::kernels) out_features: usize,
+    pub(in crate::kernels) zero_offset: u32,
     /// `[K, N]`
-    pub(super) codes: Vec<u32>,
+    pub(in crate::kernels) codes: Vec<u32>,
     /// `[G, N]`, as stored.
-    pub(super) zeros: Vec<u32>,
+    pub(in crate::kernels) zeros: Vec<u32>,
     /// `[G, N]`
-    pub(super) scales: Vec<f16>,
-    pub(super) g_idx: Vec<i32>,
+    pub(in crate::kernels) scales: Vec<f16>,
+    pub(in crate::kernels) g_idx: Vec<i32>,
     qweight: Vec<i32>,
     qzeros: Vec<i32>,
 }
 
 /// The shape and kind of a fixture.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Spec {
-    pub(super) bits: usize,
-    pub(super) in_features: usize,
-    pub(super) out_features: usize,
-    pub(super) group_size: usize,
-    pub(super) order: Order,
-    pub(super) zero_offset: u32,
+pub(in crate::kernels) struct Spec {
+    pub(in crate::kernels) bits: usize,
+    pub(in crate::kernels) in_features: usize,
+    pub(in crate::kernels) out_features: usize,
+    pub(in crate::kernels) group_size: usize,
+    pub(in crate::kernels) order: Order,
+    pub(in crate::kernels) zero_offset: u32,
 }
 
 impl Fixture {
     /// Random codes, zero points (all stored values, the largest too) and scales of both signs.
-    pub(super) fn random(spec: Spec, random: &mut Random) -> Self {
+    pub(in crate::kernels) fn random(spec: Spec, random: &mut Random) -> Self {
         let Spec { bits, in_features, out_features, group_size, order, zero_offset } = spec;
         let groups = in_features.div_ceil(group_size);
         let levels = 1 << bits;
@@ -73,7 +73,7 @@ impl Fixture {
     }
 
     /// Packs codes and zeros again after a change.
-    pub(super) fn pack(&mut self) {
+    pub(in crate::kernels) fn pack(&mut self) {
         let (k, n, bits) = (self.in_features, self.out_features, self.bits);
         self.qweight = vec![0; k * bits / 32 * n];
         for (at, code) in self.codes.iter().enumerate() {
@@ -91,7 +91,7 @@ impl Fixture {
         }
     }
 
-    pub(super) fn view(&self) -> PackedView<'_> {
+    pub(in crate::kernels) fn view(&self) -> PackedView<'_> {
         let format = if self.zero_offset == 1 { CheckpointFormat::Gptq } else { CheckpointFormat::GptqV2 };
         let bits = Bits::new(self.bits as u32).expect("a width of the format");
         let (qweight, qzeros) = (&self.qweight, &self.qzeros);
@@ -100,7 +100,7 @@ impl Fixture {
     }
 
     /// The dense weights `[K, N]`.
-    pub(super) fn dense(&self) -> Vec<f64> {
+    pub(in crate::kernels) fn dense(&self) -> Vec<f64> {
         let n = self.out_features;
         let weight = |(at, code): (usize, &u32)| {
             let group = self.g_idx[at / n] as usize * n + at % n;
@@ -110,7 +110,7 @@ impl Fixture {
     }
 
     /// x `[M, K]` times the dense weights: each element with the sum of its terms' magnitudes, `[M, N]`.
-    pub(super) fn multiply(&self, x: &[f32]) -> Vec<(f64, f64)> {
+    pub(in crate::kernels) fn multiply(&self, x: &[f32]) -> Vec<(f64, f64)> {
         let (k, n, dense) = (self.in_features, self.out_features, self.dense());
         let mut y = vec![(0.0, 0.0); x.len() / k * n];
         for (x, y) in x.chunks_exact(k).zip(y.chunks_exact_mut(n)) {
@@ -126,7 +126,7 @@ impl Fixture {
 }
 
 /// A small seeded generator (SplitMix64).
-pub(super) struct Random(pub(super) u64);
+pub(in crate::kernels) struct Random(pub(in crate::kernels) u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -137,17 +137,17 @@ impl Random {
     }
 
     /// An integer in `0..limit`.
-    pub(super) fn below(&mut self, limit: usize) -> usize {
+    pub(in crate::kernels) fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
 
     /// A number in 0.5..1 or its negative, so that no change of what it is multiplied with can hide.
-    pub(super) fn away_from_zero(&mut self) -> f32 {
+    pub(in crate::kernels) fn away_from_zero(&mut self) -> f32 {
         let magnitude = 0.5 + self.below(1 << 20) as f32 / (1 << 21) as f32;
         if self.below(2) == 0 { magnitude } else { -magnitude }
     }
 
-    pub(super) fn vector(&mut self, length: usize) -> Vec<f32> {
+    pub(in crate::kernels) fn vector(&mut self, length: usize) -> Vec<f32> {
         (0..length).map(|_| self.away_from_zero()).collect()
     }
 }

@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::cpu_simd::{BIAS, LANES, Simd};
+use super::simd::{BIAS, LANES, Simd};
 
 /// The proof that this CPU has avx512f, avx2 and fma.
 #[derive(Clone, Copy, Debug)]

@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::cpu_simd::{Isa, Kernel, LANES, Lanes, Simd};
-use super::cpu_unpack::{
+use super::simd::{Isa, Kernel, LANES, Lanes, Simd};
+use super::unpack::{
     BLOCKS, GroupLanes, GroupRow, GroupTable, MIXED, TILE, UnitRows, UnitWords, for_each_code, unit_codes,
     unit_groups, with_width,
 };

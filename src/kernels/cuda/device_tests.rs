@@ -4,11 +4,8 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    CudaMatmul, Workspace,
-    cpu_fixture::{Fixture, Order, Random, Spec},
-    repack,
-};
+use super::{CudaMatmul, Workspace, repack};
+use crate::kernels::cpu::fixture::{Fixture, Order, Random, Spec};
 
 /// Of sums in fp32, relative to Σ|w·x|: far more than their additions' roundings.
 const SUMS: f64 = 1e-6;

@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::cpu_simd::{Isa, Kernel, LANES, Lanes, Simd};
-use super::cpu_unpack::{
+use super::simd::{Isa, Kernel, LANES, Lanes, Simd};
+use super::unpack::{
     BLOCKS, GroupTable, MIXED, TILE, UnitRows, UnitWords, for_each_code, unit_codes, unit_groups, with_width,
 };
 use crate::pack::PackedView;
@@ -160,7 +160,7 @@ impl<const BITS: usize, const WORDS: usize> Kernel for Chunk<'_, BITS, WORDS> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu_fixture::{Fixture, Order, Random, Spec};
+    use crate::kernels::cpu::fixture::{Fixture, Order, Random, Spec};
 
     /// Linears of every width in both orders and versions: tiny, with a partial last block, group and panel, and wider than a tile.
     fn fixtures() -> Vec<(Spec, Fixture)> {

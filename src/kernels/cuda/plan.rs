@@ -1,7 +1,7 @@
 //! How `int4_matmul.cu` is compiled and launched for a linear, a number of tokens and a device: plain arithmetic.
 
-use super::cuda_layout::{CHUNK, LANES, PADDED_FEATURES, STRIP, TILES, WARPS, chunk_bytes, param_bytes};
-use super::cuda_repack::Repacked;
+use super::layout::{CHUNK, LANES, PADDED_FEATURES, STRIP, TILES, WARPS, chunk_bytes, param_bytes};
+use super::repack::Repacked;
 use crate::cuda::Macro;
 
 /// Output features of a block of `int4_matmul_many_*`.
@@ -193,10 +193,7 @@ impl Build {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        cuda::{INT4_MATMUL, compile},
-        kernels::Features,
-    };
+    use crate::{cuda::compile, kernels::Features};
 
     const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10 };
     const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10 };
@@ -257,7 +254,7 @@ mod tests {
                 [(4, false, false, 4), (4, true, true, 1), (8, false, true, 2), (8, true, false, 4)]
             {
                 let build = Build::new(&linear(bits, zeros, group_tiles), bf16, limits).unwrap();
-                let ptx = compile(&INT4_MATMUL, architecture, &build.macros()).unwrap();
+                let ptx = compile(&super::super::INT4_MATMUL, architecture, &build.macros()).unwrap();
                 // Registers that do not suffice would show as local memory.
                 assert!(!ptx.contains(".local"), "{build:?} for {architecture}");
                 for name in Product::ALL.map(Product::name).into_iter().chain(["int4_gather"]) {

@@ -6,23 +6,23 @@ use tch::{Kind, TchError, Tensor};
 use crate::{accuracy::Scales, gptq::Grid};
 
 /// A group whose scales are looked for, all rows together.
-pub(super) struct Group<'a> {
+pub(in crate::gptq) struct Group<'a> {
     /// `[g, N]` fp32, as compensated for every column before the group.
-    pub(super) weights: &'a Tensor,
+    pub(in crate::gptq) weights: &'a Tensor,
     /// `[g]` fp32: `Ũ_ii` of the group's columns.
-    pub(super) pivots: &'a Tensor,
+    pub(in crate::gptq) pivots: &'a Tensor,
     /// `[g, g]` fp32: `Ũ_gg`, upper triangular; none where the group's columns are not solved one after another.
-    pub(super) block: Option<&'a Tensor>,
+    pub(in crate::gptq) block: Option<&'a Tensor>,
 }
 
 /// Scales, rounded to fp16, and zero points: fp32, `[N]`, or `[F, N]` of several.
-pub(super) struct Steps {
-    pub(super) scales: Tensor,
-    pub(super) zeros: Tensor,
+pub(in crate::gptq) struct Steps {
+    pub(in crate::gptq) scales: Tensor,
+    pub(in crate::gptq) zeros: Tensor,
 }
 
 /// The best step of each row.
-pub(super) fn best_steps(grid: Grid, scales: Scales, group: &Group<'_>) -> Result<Steps, TchError> {
+pub(in crate::gptq) fn best_steps(grid: Grid, scales: Scales, group: &Group<'_>) -> Result<Steps, TchError> {
     let (min, max) = (group.weights.f_amin([0], false)?, group.weights.f_amax([0], false)?);
     let (mut costs, mut all_scales, mut all_zeros) = (Vec::new(), Vec::new(), Vec::new());
     let weighted = group.pivots.f_unsqueeze(1)?;

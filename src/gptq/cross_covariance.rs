@@ -1,4 +1,4 @@
-//! How far a quantized model's activations have drifted from the unquantized one's.
+//! Cross-covariance of the quantized model's activations with their difference to the reference model's.
 
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -9,20 +9,20 @@ use crate::error::{Error, Result, TorchContext};
 /// `x̂` what it gets in the unquantized model. With it a linear can aim at `W x̂` (GPTAQ, arXiv 2504.02692): the weight whose
 /// outputs come nearest to that is `W + W D H⁻¹`.
 #[derive(Debug)]
-pub struct Drift {
+pub struct CrossCovariance {
     /// `[K, K]` fp32; before the first batch it means nothing.
     matrix: Tensor,
     tokens: u64,
 }
 
-impl Drift {
+impl CrossCovariance {
     /// Nothing yet, for `in_features` inputs.
     ///
     /// # Errors
     /// When libtorch cannot allocate it.
     pub fn new(in_features: usize, device: Device) -> Result<Self> {
         let k = in_features as i64;
-        let matrix = Tensor::f_empty([k, k], (Kind::Float, device)).torch("allocate a drift")?;
+        let matrix = Tensor::f_empty([k, k], (Kind::Float, device)).torch("allocate a cross-covariance")?;
         Ok(Self { matrix, tokens: 0 })
     }
 
@@ -31,7 +31,7 @@ impl Drift {
     /// # Errors
     /// When libtorch cannot compute it.
     pub fn add(&mut self, inputs: &Tensor, dense: &Tensor) -> Result<()> {
-        self.accumulate(inputs, dense).torch("accumulate a drift")
+        self.accumulate(inputs, dense).torch("accumulate a cross-covariance")
     }
 
     fn accumulate(&mut self, inputs: &Tensor, dense: &Tensor) -> Result<(), TchError> {
@@ -68,19 +68,19 @@ impl Drift {
             }
         };
         if other.tokens > 0 {
-            add().torch("add two drifts")?;
+            add().torch("add two cross-covariances")?;
         }
         self.tokens += other.tokens;
         Ok(())
     }
 
-    /// Divides the sums by at least so many tokens: where fewer were seen, the others drifted by nothing.
+    /// Divides the sums by at least so many tokens: where fewer were seen, the others differ by nothing.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
     pub fn spread_over(&mut self, least: u64) -> Result<()> {
         if self.tokens == 0 {
-            drop(self.matrix.f_zero_().torch("reset a drift")?);
+            drop(self.matrix.f_zero_().torch("reset a cross-covariance")?);
         }
         self.tokens = self.tokens.max(least);
         Ok(())
@@ -100,9 +100,10 @@ impl Drift {
             let weight = weight.f_to_kind(Kind::Float)?.f_to_device(self.matrix.device())?;
             weight.f_mm(&self.matrix)?.f_mul_scalar(alpha / self.tokens.max(1) as f64)
         };
-        let product = product().torch("multiply a weight with a drift")?;
+        let product = product().torch("multiply a weight with a cross-covariance")?;
         let finite = || i64::try_from(self.matrix.f_isfinite()?.f_sum(Kind::Int64)?);
-        let (finite, total) = (finite().torch("look at a drift")? as u64, self.matrix.numel() as u64);
+        let (finite, total) =
+            (finite().torch("look at a cross-covariance")? as u64, self.matrix.numel() as u64);
         if finite < total {
             let place = format!("inputs of {stage}, in the unquantized model or behind quantized layers");
             return Err(Error::NonFinite { place, count: total - finite, total, computed: true });
@@ -129,18 +130,18 @@ mod tests {
         let dense = &x + Tensor::randn([300, 12], options) * 0.2 + x.roll([1], [1]) * 0.3;
         let weight = Tensor::randn([5, 12], options);
         let h = x.tr().mm(&x) / 300.0;
-        let mut drift = Drift::new(12, Device::Cpu).unwrap();
+        let mut cross = CrossCovariance::new(12, Device::Cpu).unwrap();
         for first in [0, 100] {
             let part =
                 |t: &Tensor| t.narrow(0, first, if first == 0 { 100 } else { 200 }).to_kind(Kind::Float);
-            drift.add(&part(&x), &part(&dense)).unwrap();
+            cross.add(&part(&x), &part(&dense)).unwrap();
         }
         let error = |w: &Tensor| {
             let off = x.mm(&w.tr()) - dense.mm(&weight.tr());
             f64::try_from(off.square().sum(Kind::Double)).unwrap()
         };
         let lower = h.linalg_cholesky(false);
-        let pull = drift.of(&weight, 1.0, "test").unwrap().to_kind(Kind::Double);
+        let pull = cross.of(&weight, 1.0, "test").unwrap().to_kind(Kind::Double);
         let aimed = &weight + divided(&pull, &lower, false).unwrap();
         let upper = h.flip([0, 1]).linalg_cholesky(false).flip([0, 1]);
         let other = &weight + divided(&pull, &upper, true).unwrap();

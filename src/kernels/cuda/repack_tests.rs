@@ -4,7 +4,7 @@ use half::f16;
 
 use super::*;
 use crate::kernels::{
-    cpu_fixture::{Fixture, Order, Random, Spec},
+    cpu::fixture::{Fixture, Order, Random, Spec},
     dequantize_into,
 };
 

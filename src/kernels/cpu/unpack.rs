@@ -10,7 +10,7 @@ use half::f16;
 
 use crate::pack::PackedView;
 
-use super::cpu_simd::{BIAS, LANES, Lanes, Simd, prefetch};
+use super::simd::{BIAS, LANES, Lanes, Simd, prefetch};
 
 /// Blocks of a tile.
 pub(super) const BLOCKS: usize = 16;
@@ -231,7 +231,7 @@ fn f16_to_f32(value: f16) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu_fixture::{Fixture, Order, Random, Spec};
+    use crate::kernels::cpu::fixture::{Fixture, Order, Random, Spec};
 
     #[test]
     fn every_f16_converts_exactly() {

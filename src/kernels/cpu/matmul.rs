@@ -1,15 +1,15 @@
 //! `y = x · Wᵀ` on the CPU with packed GPTQ weights, which are never dequantized as a whole.
 //!
-//! Up to four rows go to [`super::cpu_few_rows`]. For more, each task takes a tile of 256 output features: it dequantizes 256 input features of it at a time into a panel that stays in its core's cache, and multiplies all rows with the panel.
+//! Up to four rows go to [`super::few_rows`]. For more, each task takes a tile of 256 output features: it dequantizes 256 input features of it at a time into a panel that stays in its core's cache, and multiplies all rows with the panel.
 //!
 //! Every element of y is summed in an order that depends on K and on the instruction set alone, so the number of threads and the way the work is cut do not change a bit of it. Up to four rows are summed in another order than more rows are.
 
 use rayon::prelude::*;
 
-use super::cpu_dequantize::{PANEL_FEATURES, Panel};
-use super::cpu_few_rows::{MAX_ROWS, matmul_few_rows};
-use super::cpu_simd::{Isa, Kernel, LANES, Lanes, Simd, prefetch};
-use super::cpu_unpack::{TILE, unit_codes, unit_groups, with_width};
+use super::dequantize::{PANEL_FEATURES, Panel};
+use super::few_rows::{MAX_ROWS, matmul_few_rows};
+use super::simd::{Isa, Kernel, LANES, Lanes, Simd, prefetch};
+use super::unpack::{TILE, unit_codes, unit_groups, with_width};
 use crate::pack::PackedView;
 
 /// The most rows of x that are multiplied with a panel: bounds the copy of x, and keeps x, panel and y in the L2 cache.
@@ -197,7 +197,7 @@ fn add<S: Simd, const VECTORS: usize>(simd: S, sums: &[S::Floats; VECTORS], firs
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu_fixture::{Fixture, Order, Random, Spec};
+    use crate::kernels::cpu::fixture::{Fixture, Order, Random, Spec};
 
     /// Half a unit in the last place of f32.
     const UNIT_ROUNDOFF: f64 = 1.0 / 16_777_216.0;

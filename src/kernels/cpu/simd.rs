@@ -5,7 +5,7 @@
 use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use super::cpu_simd_x86::{Avx2, Avx512};
+pub(super) use super::simd_x86::{Avx2, Avx512};
 
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
@@ -211,7 +211,7 @@ impl Simd for Portable {
 pub(super) fn prefetch<T>(data: &[T], index: usize) {
     #[cfg(target_arch = "x86_64")]
     if let Some(element) = data.get(index) {
-        super::cpu_simd_x86::prefetch(element);
+        super::simd_x86::prefetch(element);
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (data, index);

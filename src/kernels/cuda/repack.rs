@@ -3,7 +3,7 @@
 
 use rayon::prelude::*;
 
-use super::cuda_layout::{
+use super::layout::{
     CHUNK, LANES, PADDED_FEATURES, ROW_MULTIPLE, STRIP, TILE, TILES, chunk_bytes, code_bit, group_tiles,
     operand_column, operand_row, param_bytes, param_index, param_offset, weight_offset, word_offset,
 };
@@ -246,5 +246,5 @@ fn params(view: &PackedView<'_>, zeros: &[u16], to: &Repacked) -> Vec<u16> {
 }
 
 #[cfg(test)]
-#[path = "cuda_repack_tests.rs"]
+#[path = "repack_tests.rs"]
 mod tests;

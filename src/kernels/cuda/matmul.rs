@@ -8,12 +8,13 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    cuda_layout::{ROW_MULTIPLE, THREADS},
-    cuda_plan::{Build, Launch, Limits, Product},
-    cuda_repack::{Features, Repacked},
+    INT4_MATMUL,
+    layout::{ROW_MULTIPLE, THREADS},
+    plan::{Build, Launch, Limits, Product},
+    repack::{Features, Repacked},
 };
 use crate::{
-    cuda::{Argument, Gpu, Grid, INT4_MATMUL, Kernel},
+    cuda::{Argument, Gpu, Grid, Kernel},
     error::{Error, Result, TorchContext},
 };
 

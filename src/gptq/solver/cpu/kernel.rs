@@ -8,7 +8,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::instructions::{Avx2, Avx512};
 use super::instructions::{Instructions, Plain};
-use super::lane_scales::{self, Search};
+use super::scale_search::{self, Search};
 use crate::gptq::Grid;
 
 /// Rows of the weight handled together.
@@ -143,7 +143,7 @@ fn solve<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
         let end = block_end(panel, start);
         if fit {
             compensate::<I>(panel, tile, start, end);
-            lane_scales::fit_scales::<I>(panel, tile, start, end);
+            scale_search::fit_scales::<I>(panel, tile, start, end);
         }
         quantize_block::<I>(panel, tile, start, end);
         push_residuals::<I>(panel, tile, start, end);

@@ -4,12 +4,12 @@ use super::judgement::{Check, Judgement};
 use crate::units::bytes;
 
 /// Takes the checks of one branch, or of the run.
-pub(super) struct Ledger<'a> {
+pub(super) struct Checklist<'a> {
     judgement: &'a mut Judgement,
     branch: Option<String>,
 }
 
-impl<'a> Ledger<'a> {
+impl<'a> Checklist<'a> {
     pub(super) fn of_run(judgement: &'a mut Judgement) -> Self {
         Self { judgement, branch: None }
     }

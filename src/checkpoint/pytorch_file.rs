@@ -1,0 +1,65 @@
+//! Weights in PyTorch's own format, `pytorch_model.bin`: a zip of uncompressed storages, and a pickle that says which tensor lies
+//! where. candle reads the pickle into plain descriptions; nothing in it is run.
+
+use std::{fs::File, io::BufReader, ops::Range, path::Path};
+
+use candle_core::{DType, pickle::read_pth_tensor_info};
+use safetensors::Dtype;
+use zip::{CompressionMethod, ZipArchive};
+
+use crate::error::{Error, Result};
+
+/// A tensor in such a file.
+pub(super) struct StoredTensor {
+    pub(super) name: String,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    /// Bytes in the file; inside it.
+    pub(super) range: Range<usize>,
+}
+
+/// The tensors of the file at `path`, which has so many bytes.
+///
+/// # Errors
+/// When it is not such a file, or a tensor does not lie in it row by row.
+pub(super) fn parse(path: &Path, bytes: usize) -> Result<Vec<StoredTensor>> {
+    let fail = |problem: String| Error::PytorchFile { path: path.into(), problem };
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    let mut zip = ZipArchive::new(BufReader::new(file))
+        .map_err(|error| fail(format!("it is not the zip file that PyTorch writes since 1.6: {error}")))?;
+    let infos = read_pth_tensor_info(path, false, None).map_err(|error| fail(error.to_string()))?;
+    let mut tensors = Vec::with_capacity(infos.len());
+    for info in infos {
+        let of_tensor = |problem: String| fail(format!("tensor `{}`: {problem}", info.name));
+        let dtype = match info.dtype {
+            DType::F16 => Dtype::F16,
+            DType::BF16 => Dtype::BF16,
+            DType::F32 => Dtype::F32,
+            // Buffers beside the weights.
+            _ => continue,
+        };
+        if !info.layout.is_contiguous() {
+            return Err(of_tensor("it is a view that does not lie row by row".into()));
+        }
+        let entry = zip.by_name(&info.path).map_err(|error| of_tensor(error.to_string()))?;
+        let start = match (entry.compression(), entry.data_start()) {
+            (CompressionMethod::Stored, Some(start)) => start as usize,
+            _ => return Err(of_tensor("its storage is compressed".into())),
+        };
+        let shape = info.layout.dims().to_vec();
+        let offset = info.layout.start_offset();
+        let size = shape.iter().try_fold(info.dtype.size_in_bytes(), |size, &n| size.checked_mul(n));
+        let end = size.and_then(|size| offset.checked_add(size));
+        match end {
+            Some(end) if end as u64 <= entry.size() && start + end <= bytes => {
+                let (name, range) = (info.name.clone(), start + offset..start + end);
+                tensors.push(StoredTensor { name, dtype, shape, range });
+            }
+            _ => {
+                let size = entry.size();
+                return Err(of_tensor(format!("shape {shape:?} does not fit its storage of {size} bytes")));
+            }
+        }
+    }
+    Ok(tensors)
+}

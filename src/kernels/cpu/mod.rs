@@ -1,0 +1,14 @@
+//! Products with packed weights on the CPU.
+
+mod dequantize;
+mod few_rows;
+#[cfg(test)]
+pub(super) mod fixture;
+mod matmul;
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod simd_x86;
+mod unpack;
+
+pub use dequantize::dequantize_into;
+pub use matmul::matmul;
