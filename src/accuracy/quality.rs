@@ -110,7 +110,6 @@ impl Quality {
                 rotate: true,
                 equalize: true,
                 shrinkage: true,
-                ..AccuracyOptions::NONE
             },
         }
     }

@@ -6,8 +6,15 @@ use super::{
 };
 use crate::error::Result;
 
-pub(super) const FAMILY: Family =
-    Family { classes: &[("LlamaForCausalLM", "llama"), ("InternLM3ForCausalLM", "internlm3")], read };
+pub(super) const FAMILY: Family = Family {
+    classes: &[
+        ("LlamaForCausalLM", "llama"),
+        // As the first conversions of 2023 spell it.
+        ("LLaMAForCausalLM", "llama"),
+        ("InternLM3ForCausalLM", "internlm3"),
+    ],
+    read,
+};
 
 const INTERNLM3: Defaults = Defaults {
     kv_heads: Some(2),

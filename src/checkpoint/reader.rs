@@ -257,7 +257,32 @@ impl Checkpoint {
                 values::kind_of(&self.view_shaped(&id.bias(), &linear.shape[..1])?)?;
             }
         }
+        self.check_undeclared()?;
         self.check_tied()
+    }
+
+    /// Checks that no decoder layer has a tensor that the config does not ask for and that is not zero: without it the model would compute
+    /// something else. Scales of a key-value cache and buffers of old files do not count.
+    ///
+    /// # Errors
+    /// When there is one.
+    pub fn check_undeclared(&self) -> Result<()> {
+        const HARMLESS: [&str; 6] =
+            ["inv_freq", "k_scale", "v_scale", "kv_scale", "masked_bias", "attn.bias"];
+        let layers = format!("{}layers.", self.config.prefix);
+        // Layers behind the last one, for predicting further tokens, are left out by every reader.
+        let layer = |name: &str| name.strip_prefix(&layers)?.split('.').next()?.parse::<usize>().ok();
+        let own = |name: &&str| layer(name).is_some_and(|layer| layer < self.config.num_layers());
+        for name in self.extra().into_iter().filter(own) {
+            if HARMLESS.iter().any(|end| name.ends_with(end)) {
+                continue;
+            }
+            // Minus zero is zero, too.
+            if self.view(name)?.bytes.iter().any(|byte| byte & 0x7f != 0) {
+                return Err(Error::UndeclaredTensor { name: name.into(), path: self.dir.clone() });
+            }
+        }
+        Ok(())
     }
 
     /// Checks that an output layer that is tied, and stored all the same, is the embedding. If it is not,

@@ -8,6 +8,13 @@ impl Error {
         Some(match self {
             Self::Hub(error) => return error.hint(),
             Self::UnknownKey { nearest: Some(key), .. } => format!("did you mean `{key}`?"),
+            Self::UndeclaredTensor { name, path } => match name.ends_with(".bias") {
+                true => format!(
+                    "if the model has biases, say so in `{}`: `attention_bias` or `mlp_bias` (or the key of its family)",
+                    path.join("config.json").display()
+                ),
+                false => "is the config that of another model? It must describe every tensor of a layer".into(),
+            },
             Self::PytorchFile { path, .. } => format!(
                 "convert the model: python -c \"from transformers import AutoModelForCausalLM as M; \
                  M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",

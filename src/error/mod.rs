@@ -123,6 +123,14 @@ pub enum Error {
         /// What is wrong there.
         problem: &'static str,
     },
+    /// A tensor of a decoder layer that the config does not ask for, and that would change what the model computes.
+    #[error("tensor `{name}` of `{}` is not zero, and the config has no such tensor: the model would compute something else", path.display())]
+    UndeclaredTensor {
+        /// The tensor.
+        name: String,
+        /// The folder.
+        path: PathBuf,
+    },
     /// A file of PyTorch's own format that cannot be read.
     #[error("`{}` cannot be read as a PyTorch checkpoint: {problem}", path.display())]
     PytorchFile {

@@ -60,6 +60,7 @@ impl<'a> Runner<'a> {
         compute: Compute,
         quantization: Option<(QuantizationConfig, PackedLinears)>,
     ) -> Result<Self> {
+        checkpoint.check_undeclared()?;
         let transformer = Transformer::new(checkpoint, seq_len, compute.kind, compute.device)?;
         let (norm, head) = transformer.head()?;
         Ok(Self { checkpoint, transformer, quantization, norm, head })

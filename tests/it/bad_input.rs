@@ -285,6 +285,26 @@ fn tensors_that_the_config_does_not_expect() {
     );
 }
 
+/// They were left out with a warning once, and the branches were of another model.
+#[test]
+fn biases_that_the_config_does_not_announce() {
+    let with = |value: f32| {
+        changed(&Model::default(), |tensors| {
+            let mut bias = tensors["model.norm.weight"].clone();
+            bias.fill(0..64, value);
+            tensors.insert("model.layers.1.self_attn.o_proj.bias".into(), bias);
+        })
+    };
+    refused(
+        &with(0.5),
+        "error: tensor `model.layers.1.self_attn.o_proj.bias` of `[LAB]/model` is not zero, and the config has no such tensor: \
+         the model would compute something else\n\
+         hint: if the model has biases, say so in `[LAB]/model/config.json`: `attention_bias` or `mlp_bias` (or the key of its \
+         family)",
+    );
+    with(0.0).quantize(&["--variant", "4bit-32g", "--quiet"]).succeeds();
+}
+
 #[test]
 fn configs_that_make_no_model() {
     refused(
