@@ -151,7 +151,7 @@ fn damped<F: Borrow<Tensor>>(
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
 }
 
-/// [`Factorized::aimed`] with a triangular `factor` of `H + λI` in the order of `columns`.
+/// [`Factorized::target`] with a triangular `factor` of `H + λI` in the order of `columns`.
 fn target_of(
     weight: &Weight<'_>,
     b: &Tensor,
