@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     checkpoint::Checkpoint,
-    error::{Error, Result, TorchContext},
+    error::{Result, TorchContext},
 };
 
 /// How far a channel's norm and weights lie from their medians, in opposite directions, before it is touched.
@@ -35,11 +35,7 @@ impl Equalization {
         let mut found = Self::default();
         let config = checkpoint.config();
         if let Some(reason) = config.equalization_refusal() {
-            return Err(Error::Value {
-                what: "equalize".into(),
-                expected: format!("off for {}: {reason}", config.class),
-                found: "on".into(),
-            });
+            return Err(config.refused("equalize", &reason));
         }
         for (layer, parts) in config.layers.iter().enumerate() {
             step()?;

@@ -234,18 +234,14 @@ impl Plan {
     /// # Errors
     /// When it was asked for all the same.
     pub fn check_for(&self, config: &ModelConfig) -> Result<()> {
-        let refuse = |what: &str, reason: String| {
-            let expected = format!("off for {}: {reason}", config.class);
-            Err(Error::Value { what: what.into(), expected, found: "on".into() })
-        };
         if let (Some(true), Some(reason)) = (self.rotate, config.rotation_refusal()) {
-            return refuse("rotate", reason);
+            return Err(config.refused("rotate", &reason));
         }
         if let (Some(true), Some(reason)) = (self.equalize, config.equalization_refusal()) {
-            return refuse("equalize", reason);
+            return Err(config.refused("equalize", &reason));
         }
         if config.has_experts() && self.output_hessian.is_some_and(|share| share > 0.0) {
-            return refuse("output-hessian", "too few tokens go through each expert".into());
+            return Err(config.refused("output-hessian", EXPERTS_TOO_FEW));
         }
         Ok(())
     }
@@ -267,11 +263,14 @@ impl Plan {
             left_out.extend(config.equalization_refusal().map(|reason| format!("no equalization: {reason}")));
         }
         if preset.output_hessian > 0.0 && self.output_hessian.is_none() && config.has_experts() {
-            left_out.push("no output Hessians: too few tokens go through each expert".into());
+            left_out.push(format!("no output Hessians: {EXPERTS_TOO_FEW}"));
         }
         left_out
     }
 }
+
+/// Why models with experts have no output Hessians.
+const EXPERTS_TOO_FEW: &str = "too few tokens go through each expert";
 
 /// A text to calibrate on, and its share of the windows. Written as `wikitext2` or `wikitext2:64`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -65,6 +65,11 @@ impl AccuracyOptions {
         shrinkage: false,
     };
 
+    /// Whether the reference model is run beside the quantized ones.
+    pub fn runs_reference(&self) -> bool {
+        self.asymmetric > 0.0
+    }
+
     /// The order that a variant's features are quantized in.
     pub fn sorting(&self, variant: &Variant) -> Sorting {
         variant.sorting(self.group_aware)

@@ -191,6 +191,12 @@ impl<'a> Sizes<'a> {
         }
     }
 
+    /// A gated block with the rows of gate and up in one linear.
+    pub(super) fn fused_gated(&self) -> FeedForwardConfig {
+        let both = LinearConfig::new("mlp.gate_up_proj", [2 * self.intermediate, self.hidden], false);
+        FeedForwardConfig { inputs: vec![both], ..self.gated(false) }
+    }
+
     /// A block without a gate.
     pub(super) fn plain(&self, [up, down]: [&str; 2], bias: bool) -> FeedForwardConfig {
         FeedForwardConfig {

@@ -1,7 +1,7 @@
 //! GLM-4-0414: norms before and behind both blocks, neighbouring features rotated together, gate and up in one linear.
 
 use super::{
-    ConfigFields, Family, FeedForwardConfig, LayerParts, LinearConfig, ModelConfig, NormKind, NormPositions,
+    ConfigFields, Family, LayerParts, ModelConfig, NormKind, NormPositions,
     common::{Defaults, LLAMA, Sizes},
 };
 use crate::error::Result;
@@ -21,18 +21,14 @@ const DEFAULTS: Defaults = Defaults {
 fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let sizes = Sizes::read(config, DEFAULTS)?;
     let attention = sizes.attention(Some(sizes.rope()?), [sizes.flag("attention_bias", true)?, false]);
-    let fused = LinearConfig::new("mlp.gate_up_proj", [2 * sizes.intermediate, sizes.hidden], false);
-    let feed_forward = FeedForwardConfig { inputs: vec![fused], ..sizes.gated(false) };
     let norms = NormPositions {
         attention_output: Some(sizes.norm("post_self_attn_layernorm", NormKind::Rms, false)),
         feed_forward_output: Some(sizes.norm("post_mlp_layernorm", NormKind::Rms, false)),
         ..sizes.pre_norms(NormKind::Rms, false)
     };
     sizes.model(|_| LayerParts {
-        attention: attention.clone(),
-        feed_forward: feed_forward.clone().into(),
+        feed_forward: sizes.fused_gated().into(),
         norms: norms.clone(),
-        parallel: false,
-        residual_multiplier: 1.0,
+        ..sizes.llama_layer(attention.clone(), false)
     })
 }

@@ -199,6 +199,8 @@ pub struct GroupConfig {
     pub linears: Range<usize>,
     /// Input features.
     pub width: usize,
+    /// Which expert they are, if they are one's.
+    pub expert: Option<usize>,
 }
 
 /// Where in a layer a stage stands.
@@ -219,8 +221,9 @@ pub enum StageKind {
 }
 
 impl StageKind {
-    /// Whether the stage's inputs are kept from the stage before. Others are computed from the residual stream.
-    pub fn is_stored(self) -> bool {
+    /// Whether the stage's linears write to the residual stream. Their inputs are kept from the stage before; those of others are
+    /// computed from the stream.
+    pub fn writes(self) -> bool {
         matches!(self, Self::AttentionOutput | Self::FeedForwardOutput | Self::ParallelOutput)
     }
 }
@@ -248,38 +251,37 @@ impl LayerConfig {
     pub fn new(parts: LayerParts) -> Self {
         let (attention, blocks) = (&parts.attention, &parts.feed_forward.blocks);
         let (mut linears, mut stages) = (Vec::new(), Vec::new());
-        let mut group = |own: &[LinearConfig], name: String| {
+        let mut group = |own: &[LinearConfig]| {
             let start = linears.len();
             linears.extend_from_slice(own);
             let width = own.first().map_or(0, |linear| linear.shape[1]);
-            GroupConfig { name, linears: start..linears.len(), width }
+            GroupConfig { name: short_names(own), linears: start..linears.len(), width, expert: None }
+        };
+        let of_block = |position: usize, group: GroupConfig| match &parts.feed_forward.routing {
+            Some(routing) if position < routing.experts => {
+                let name = format!("expert {position} {}", group.name);
+                GroupConfig { name, expert: Some(position), ..group }
+            }
+            Some(_) => GroupConfig { name: format!("shared {}", group.name), ..group },
+            None => group,
         };
         let output = std::slice::from_ref(&attention.output);
-        let of_block = |position: usize, own: &[LinearConfig]| match &parts.feed_forward.routing {
-            Some(routing) if position < routing.experts => format!("expert {position} {}", short_names(own)),
-            Some(_) => format!("shared {}", short_names(own)),
-            None => short_names(own),
-        };
         if parts.parallel {
             assert_eq!(blocks.len(), 1, "experts stand behind attention");
             let all: Vec<LinearConfig> =
                 attention.projections.iter().chain(&blocks[0].inputs).cloned().collect();
-            let groups = vec![group(&all, short_names(&all))];
-            stages.push(StageConfig { kind: StageKind::ParallelInput, groups });
-            let down = std::slice::from_ref(&blocks[0].down);
-            let groups = vec![group(output, short_names(output)), group(down, short_names(down))];
+            stages.push(StageConfig { kind: StageKind::ParallelInput, groups: vec![group(&all)] });
+            let groups = vec![group(output), group(std::slice::from_ref(&blocks[0].down))];
             stages.push(StageConfig { kind: StageKind::ParallelOutput, groups });
         } else {
-            let projections = &attention.projections[..];
-            let groups = vec![group(projections, short_names(projections))];
+            let groups = vec![group(&attention.projections)];
             stages.push(StageConfig { kind: StageKind::AttentionInput, groups });
-            let groups = vec![group(output, short_names(output))];
-            stages.push(StageConfig { kind: StageKind::AttentionOutput, groups });
+            stages.push(StageConfig { kind: StageKind::AttentionOutput, groups: vec![group(output)] });
             let inputs = blocks.iter().enumerate();
-            let groups = inputs.map(|(i, block)| group(&block.inputs, of_block(i, &block.inputs))).collect();
+            let groups = inputs.map(|(i, block)| of_block(i, group(&block.inputs))).collect();
             stages.push(StageConfig { kind: StageKind::FeedForwardInput, groups });
-            let outputs = blocks.iter().map(|block| std::slice::from_ref(&block.down)).enumerate();
-            let groups = outputs.map(|(i, down)| group(down, of_block(i, down))).collect();
+            let downs = blocks.iter().map(|block| std::slice::from_ref(&block.down)).enumerate();
+            let groups = downs.map(|(i, down)| of_block(i, group(down))).collect();
             stages.push(StageConfig { kind: StageKind::FeedForwardOutput, groups });
         }
         Self { parts, linears, stages }
@@ -292,24 +294,7 @@ impl LayerConfig {
 
     /// Position of the attention's output projection.
     pub fn attention_output(&self) -> usize {
-        let stage = &self.stages[1];
-        stage.groups[0].linears.start
-    }
-
-    /// Positions of the linears that read a feed-forward block's input.
-    pub fn block_inputs(&self, block: usize) -> Range<usize> {
-        match self.parallel {
-            true => self.projections().end..self.attention_output(),
-            false => self.stages[2].groups[block].linears.clone(),
-        }
-    }
-
-    /// Position of a feed-forward block's last linear.
-    pub fn block_output(&self, block: usize) -> usize {
-        match self.parallel {
-            true => self.stages[1].groups[1].linears.start,
-            false => self.stages[3].groups[block].linears.start,
-        }
+        self.stages[1].linears().start
     }
 
     /// Features of each of the inputs of a stage that are kept from the stage before.
@@ -356,13 +341,7 @@ impl LayerConfig {
 
     /// Whether a linear writes to the residual stream.
     pub fn writes_to_stream(&self, position: usize) -> bool {
-        self.stages.iter().any(|stage| {
-            let writes = matches!(
-                stage.kind,
-                StageKind::AttentionOutput | StageKind::FeedForwardOutput | StageKind::ParallelOutput
-            );
-            writes && stage.linears().contains(&position)
-        })
+        self.stages.iter().any(|stage| stage.kind.writes() && stage.linears().contains(&position))
     }
 }
 

@@ -25,7 +25,7 @@ mod smollm3;
 mod stablelm;
 mod starcoder2;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     fmt,
@@ -321,6 +321,12 @@ impl ModelConfig {
         Sha256::digest(described).iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
+    /// That `what` was asked for, which a model of this family cannot have.
+    pub fn refused(&self, what: &str, reason: &str) -> Error {
+        let expected = format!("off for {}: {reason}", self.class);
+        Error::Value { what: what.into(), expected, found: "on".into() }
+    }
+
     /// Why rotations cannot be folded into this model's weights; `None` where they can.
     pub fn rotation_refusal(&self) -> Option<String> {
         let norms = self.layers.iter().flat_map(|layer| layer.norms.all());
@@ -336,8 +342,8 @@ impl ModelConfig {
 
     /// Why channels cannot be evened out between norms and linears; `None` where they can.
     pub fn equalization_refusal(&self) -> Option<String> {
-        let norms = self.layers.iter().flat_map(|layer| layer.norm_readers()).map(|(norm, ..)| norm);
-        let other = norms.into_iter().find(|norm| norm.kind != NormKind::Rms || norm.bias)?;
+        let mut norms = self.layers.iter().flat_map(|layer| layer.norm_readers()).map(|(norm, ..)| norm);
+        let other = norms.find(|norm| norm.kind != NormKind::Rms || norm.bias)?;
         Some(format!("`{}` is not an RMSNorm that multiplies with its weight", other.path))
     }
 

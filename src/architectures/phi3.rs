@@ -1,8 +1,7 @@
 //! Phi-3, Phi-3.5 and Phi-4: Llama with fused projections, and a rotary embedding of a part of each head.
 
 use super::{
-    AttentionConfig, ConfigFields, Family, FeedForwardConfig, LayerParts, LinearConfig, ModelConfig,
-    NormKind, RopeConfig,
+    AttentionConfig, ConfigFields, Family, LayerParts, LinearConfig, ModelConfig, RopeConfig,
     common::{Defaults, LLAMA, Sizes},
     rope::RopeDefaults,
 };
@@ -23,13 +22,8 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
         window: config.decoder.size("sliding_window")?,
         ..separate
     };
-    let fused = LinearConfig::new("mlp.gate_up_proj", [2 * sizes.intermediate, sizes.hidden], false);
-    let feed_forward = FeedForwardConfig { inputs: vec![fused], ..sizes.gated(false) };
     sizes.model(|_| LayerParts {
-        attention: attention.clone(),
-        feed_forward: feed_forward.clone().into(),
-        norms: sizes.pre_norms(NormKind::Rms, false),
-        parallel: false,
-        residual_multiplier: 1.0,
+        feed_forward: sizes.fused_gated().into(),
+        ..sizes.llama_layer(attention.clone(), false)
     })
 }

@@ -25,11 +25,9 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
         ..sizes.attention(Some(sizes.rope()?), [bias; 2])
     };
     let layer = |_| LayerParts {
-        attention: attention.clone(),
         feed_forward: sizes.plain(["mlp.c_fc", "mlp.c_proj"], bias).into(),
         norms: sizes.pre_norms(NormKind::Layer, true),
-        parallel: false,
-        residual_multiplier: 1.0,
+        ..sizes.llama_layer(attention.clone(), bias)
     };
     Ok(ModelConfig { final_norm: sizes.norm("norm", NormKind::Layer, true), ..sizes.model(layer)? })
 }

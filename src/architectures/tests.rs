@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 
 use super::*;
 
-/// One layer, grouped-query attention.
-fn small_config() -> Value {
+/// One layer, grouped-query attention, sizes that 3-bit packing takes.
+pub(crate) fn small_config() -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
         "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -13,7 +13,7 @@ fn small_config() -> Value {
     })
 }
 
-fn parse(value: &Value) -> Result<ModelConfig> {
+pub(crate) fn parse(value: &Value) -> Result<ModelConfig> {
     ModelConfig::from_json("config.json", value)
 }
 

@@ -38,8 +38,10 @@ fn activation(activation: Activation, x: &Tensor) -> Result<Tensor, TchError> {
 pub(super) struct Routing {
     /// `[T, k]`, the chosen experts.
     experts: Tensor,
-    /// `[T, k]` fp32, what their outputs are multiplied by.
-    weights: Tensor,
+    /// `[T·k]` fp32, what their outputs are multiplied by.
+    pub(super) weights: Tensor,
+    /// Where each expert was chosen: positions in the flattened `[T·k]`.
+    pub(super) chosen: Vec<Tensor>,
 }
 
 impl Routing {
@@ -52,22 +54,16 @@ impl Routing {
             if config.renormalized {
                 weights = weights.f_div(&weights.f_sum_dim_intlist(-1, true, Kind::Float)?)?;
             }
-            Ok(Self { experts, weights })
+            let flat = experts.f_flatten(0, 1)?;
+            let chosen = |expert: usize| flat.f_eq(expert as i64)?.f_nonzero()?.f_flatten(0, 1);
+            let chosen = (0..config.experts).map(chosen).collect::<Result<_, TchError>>()?;
+            Ok(Self { experts, weights: weights.f_flatten(0, 1)?, chosen })
         };
         route().torch("route tokens to experts")
     }
 
-    /// Where an expert was chosen: positions in the flattened `[T·k]`.
-    pub(super) fn chosen(&self, expert: usize) -> Result<Tensor> {
-        let here = self
-            .experts
-            .f_eq(expert as i64)
-            .and_then(|here| here.f_flatten(0, 1)?.f_nonzero()?.f_flatten(0, 1));
-        here.torch("find an expert's tokens")
-    }
-
-    /// The same experts as `of`, for each of its choices the position of this routing's choice of the same expert for the same
-    /// token, flattened, and −1 where there is none. `[T·k]`.
+    /// For each choice of `of`, the position in the flattened `[T·k]` of this routing's choice of the same expert for the same token;
+    /// −1 where there is none. `[T·k]`.
     pub(super) fn matching(&self, of: &Self) -> Result<Tensor> {
         let find = || -> Result<Tensor, TchError> {
             let size = self.experts.size();
@@ -85,10 +81,5 @@ impl Routing {
     /// Chosen experts of each token.
     pub(super) fn per_token(&self) -> i64 {
         self.experts.size()[1]
-    }
-
-    /// The weights of all choices, `[T·k]`.
-    pub(super) fn flat_weights(&self) -> Result<Tensor> {
-        self.weights.f_flatten(0, 1).torch("read the weights of experts")
     }
 }

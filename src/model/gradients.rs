@@ -137,14 +137,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-
-    fn config() -> ModelConfig {
-        let json = serde_json::json!({
-            "architectures": ["LlamaForCausalLM"], "hidden_size": 2, "intermediate_size": 2,
-            "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 3,
-        });
-        ModelConfig::from_json("config.json", &json).unwrap()
-    }
+    use crate::architectures::tests::{parse, small_config};
 
     #[test]
     fn tokens_are_drawn_as_they_are_predicted() {
@@ -153,9 +146,13 @@ mod tests {
         let weight = Tensor::from_slice(&[0.2f32, 0.5, 0.3]).log().reshape([3, 1]);
         let head = Dense::new(weight.shallow_clone(), None);
         let uniform = (Tensor::arange(1000, options) + 0.5) / 1000.0;
-        let gradients =
-            sampled(&config(), &Tensor::ones([1, 1000, 1], options), &head, &uniform.reshape([1, 1000]))
-                .unwrap();
+        let gradients = sampled(
+            &parse(&small_config()).unwrap(),
+            &Tensor::ones([1, 1000, 1], options),
+            &head,
+            &uniform.reshape([1, 1000]),
+        )
+        .unwrap();
         // Of −log p(y): the mean of the inputs' weights less that of y's.
         let mean = f64::try_from(gradients.mean(Kind::Float)).unwrap();
         assert!(mean.abs() < 1e-3, "the expected gradient of a true sample is zero: {mean}");

@@ -40,6 +40,7 @@ impl<'a> Runner<'a> {
     /// When it is not one, or not whole, or its kernels do not run on this device in this kind.
     pub fn quantized(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         let quantization = QuantizationConfig::read(checkpoint)?;
+        checkpoint.check_undeclared()?;
         Self::new(checkpoint, seq_len, compute, Some((quantization, PackedLinears::new(compute)?)))
     }
 
@@ -60,7 +61,6 @@ impl<'a> Runner<'a> {
         compute: Compute,
         quantization: Option<(QuantizationConfig, PackedLinears)>,
     ) -> Result<Self> {
-        checkpoint.check_undeclared()?;
         let transformer = Transformer::new(checkpoint, seq_len, compute.kind, compute.device)?;
         let (norm, head) = transformer.head()?;
         Ok(Self { checkpoint, transformer, quantization, norm, head })

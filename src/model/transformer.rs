@@ -190,30 +190,23 @@ impl<'a> Transformer<'a> {
             return Ok((own, self.inputs(index, parts, stage, reference)?));
         };
         let config = &self.config().layers[index];
-        let stored = config.stages[stage].kind == StageKind::FeedForwardOutput;
-        let mut others = if stored {
-            let x = self.feed_forward_input(config, parts, &reference.hidden)?;
+        let x = self.feed_forward_input(config, parts, &reference.hidden)?;
+        let (mut others, for_all) = if config.stages[stage].kind == StageKind::FeedForwardOutput {
             let theirs = self.routing(config, parts, &x)?.expect("a layer with experts");
             let matching = theirs.matching(&routing)?;
-            let (own, other) =
-                (rows(&at.stored[0], routing.per_token())?, rows(&reference.stored[0], routing.per_token())?);
+            let k = routing.per_token();
+            let (own, other) = (rows(&at.stored[0], k)?, rows(&reference.stored[0], k)?);
             let merged = || -> Result<Tensor, TchError> {
                 let missing = matching.f_lt(0)?.f_unsqueeze(1)?;
                 let found = other.f_index_select(0, &matching.f_clamp_min(0)?)?;
                 own.f_where_self(&missing, &found)
             };
             let merged = merged().torch("match the experts of two models")?;
-            self.chosen_rows(config, &routing, &merged, 1)?
+            (chosen_rows(&routing, &merged, 1)?, reference.stored.get(1).map(Tensor::shallow_clone))
         } else {
-            let x = self.feed_forward_input(config, parts, &reference.hidden)?;
-            self.chosen_rows(config, &routing, &rows(&x, 1)?, routing.per_token())?
+            (chosen_rows(&routing, &rows(&x, 1)?, routing.per_token())?, Some(x))
         };
-        if config.feed_forward.blocks.len() > others.len() {
-            others.push(match stored {
-                true => reference.stored[1].shallow_clone(),
-                false => self.feed_forward_input(config, parts, &reference.hidden)?,
-            });
-        }
+        others.extend(for_all.filter(|_| own.len() > routing.chosen.len()));
         Ok((own, others))
     }
 
@@ -234,7 +227,7 @@ impl<'a> Transformer<'a> {
             StageKind::FeedForwardInput => {
                 let x = self.feed_forward_input(config, parts, &at.hidden)?;
                 let Some(routing) = self.routing(config, parts, &x)? else { return Ok((vec![x], None)) };
-                let mut inputs = self.chosen_rows(config, &routing, &rows(&x, 1)?, routing.per_token())?;
+                let mut inputs = chosen_rows(&routing, &rows(&x, 1)?, routing.per_token())?;
                 if config.feed_forward.blocks.len() > inputs.len() {
                     inputs.push(x);
                 }
@@ -247,7 +240,7 @@ impl<'a> Transformer<'a> {
                 let x = self.feed_forward_input(config, parts, &at.hidden)?;
                 let routing = self.routing(config, parts, &x)?.expect("a layer with experts");
                 let choices = rows(&at.stored[0], routing.per_token())?;
-                let mut inputs = self.chosen_rows(config, &routing, &choices, 1)?;
+                let mut inputs = chosen_rows(&routing, &choices, 1)?;
                 inputs.extend(at.stored.get(1).map(Tensor::shallow_clone));
                 (inputs, Some(routing))
             }
@@ -269,23 +262,6 @@ impl<'a> Transformer<'a> {
             return Ok(None);
         };
         Routing::new(routing, router, &rows(x, 1)?).map(Some)
-    }
-
-    /// The rows of each expert: of `x` `[T·k, …]`, or of `[T, …]` where `per_row` choices share a row.
-    fn chosen_rows(
-        &self,
-        config: &LayerConfig,
-        routing: &Routing,
-        x: &Tensor,
-        per_row: i64,
-    ) -> Result<Vec<Tensor>> {
-        let experts = config.feed_forward.routing.as_ref().map_or(0, |routing| routing.experts);
-        let of = |expert: usize| {
-            let chosen = routing.chosen(expert)?;
-            let rows = chosen.f_div_scalar_mode(per_row, "floor").and_then(|row| x.f_index_select(0, &row));
-            rows.torch("gather an expert's tokens")
-        };
-        (0..experts).map(of).collect()
     }
 
     /// Runs a stage's linears, in the order of [`LayerConfig::linears`], and goes over to the next.
@@ -336,8 +312,8 @@ impl<'a> Transformer<'a> {
         Ok(match stage.kind {
             StageKind::AttentionInput => Between { hidden: at.hidden, stored: vec![attend(&outputs)?] },
             StageKind::AttentionOutput => {
-                let output = self.block_output(config, parts.attention_output.as_ref(), &outputs[0])?;
-                Between::entering(add(&at.hidden, &output)?)
+                let norm = parts.attention_output.as_ref();
+                Between::entering(self.add_output(config, norm, &at.hidden, &outputs[0])?)
             }
             StageKind::FeedForwardInput => {
                 let groups = stage.groups.iter().zip(blocks);
@@ -356,8 +332,8 @@ impl<'a> Transformer<'a> {
                     Some(routing) => self.mixed(config, parts, &routing, &outputs, &at.hidden)?,
                     None => outputs.swap_remove(0),
                 };
-                let output = self.block_output(config, parts.feed_forward_output.as_ref(), &output)?;
-                Between::entering(add(&at.hidden, &output)?)
+                let norm = parts.feed_forward_output.as_ref();
+                Between::entering(self.add_output(config, norm, &at.hidden, &output)?)
             }
             StageKind::ParallelInput => {
                 let after = config.projections().end;
@@ -367,7 +343,7 @@ impl<'a> Transformer<'a> {
             StageKind::ParallelOutput => {
                 let mut hidden = at.hidden;
                 for output in &outputs {
-                    hidden = add(&hidden, &self.block_output(config, None, output)?)?;
+                    hidden = self.add_output(config, None, &hidden, output)?;
                 }
                 Between::entering(hidden)
             }
@@ -379,40 +355,40 @@ impl<'a> Transformer<'a> {
         Tensor::f_zeros([0, features as i64], (self.kind, self.device)).torch("allocate an output")
     }
 
-    /// What comes out of a block, as it is added to the residual stream.
-    fn block_output(&self, config: &LayerConfig, norm: Option<&Norm>, output: &Tensor) -> Result<Tensor> {
-        let output = match norm {
-            Some(norm) => norm.apply(output, self.kind)?,
-            None => output.shallow_clone(),
+    /// Adds a block's output to the residual stream, behind its norm where there is one.
+    fn add_output(
+        &self,
+        config: &LayerConfig,
+        norm: Option<&Norm>,
+        hidden: &Tensor,
+        output: &Tensor,
+    ) -> Result<Tensor> {
+        let output = self.normalized(norm, output)?;
+        let added = match config.residual_multiplier {
+            1.0 => hidden.f_add(&output),
+            by => output.f_mul_scalar(by).and_then(|output| hidden.f_add(&output)),
         };
-        match config.residual_multiplier {
-            1.0 => Ok(output),
-            by => output.f_mul_scalar(by).torch("multiply a block's output"),
-        }
+        added.torch("add to the residual stream")
     }
 
     /// Rows of experts `[T_e, width]`, put where each was chosen, `[B, S, k·width]`; and those of the block that all tokens go
     /// through.
-    fn by_choice(&self, routing: &Routing, activated: Vec<Tensor>, hidden: &Tensor) -> Result<Vec<Tensor>> {
+    fn by_choice(
+        &self,
+        routing: &Routing,
+        mut activated: Vec<Tensor>,
+        hidden: &Tensor,
+    ) -> Result<Vec<Tensor>> {
         let (size, k) = (hidden.size(), routing.per_token());
-        let tokens = size[0] * size[1];
-        let mut activated = activated;
-        let experts = activated.len();
-        // The last one has all tokens where there is a block for all.
-        let shared = match activated.last() {
-            Some(last) if last.dim() == 3 => activated.pop(),
-            _ => None,
-        };
+        let shared = activated.split_off(routing.chosen.len());
         let width = activated[0].size()[1];
         let put = || -> Result<Tensor, TchError> {
-            let mut all = Tensor::f_zeros([tokens * k, width], (self.kind, self.device))?;
-            for (expert, rows) in activated.iter().enumerate() {
-                let chosen = routing.chosen(expert).map_err(|error| TchError::Torch(error.to_string()))?;
-                all = all.f_index_copy(0, &chosen, rows)?;
+            let mut all = Tensor::f_zeros([size[0] * size[1] * k, width], (self.kind, self.device))?;
+            for (chosen, rows) in routing.chosen.iter().zip(&activated) {
+                all = all.f_index_copy(0, chosen, rows)?;
             }
             all.f_view([size[0], size[1], k * width])
         };
-        debug_assert!(experts > 0);
         Ok(std::iter::once(put().torch("collect the experts' rows")?).chain(shared).collect())
     }
 
@@ -426,21 +402,18 @@ impl<'a> Transformer<'a> {
         hidden: &Tensor,
     ) -> Result<Tensor> {
         let (size, k) = (hidden.size(), routing.per_token());
-        let tokens = size[0] * size[1];
-        let experts = config.feed_forward.routing.as_ref().map_or(0, |routing| routing.experts);
-        let weights = routing.flat_weights()?;
-        let mut sum = Tensor::f_zeros([tokens, size[2]], (Kind::Float, self.device)).torch("add experts")?;
-        for (expert, rows) in outputs.iter().take(experts).enumerate() {
-            let chosen = routing.chosen(expert)?;
-            let added = || -> Result<Tensor, TchError> {
-                let weights = weights.f_index_select(0, &chosen)?.f_unsqueeze(1)?;
+        let add = || -> Result<Tensor, TchError> {
+            let mut sum = Tensor::f_zeros([size[0] * size[1], size[2]], (Kind::Float, self.device))?;
+            for (chosen, rows) in routing.chosen.iter().zip(outputs) {
+                let weights = routing.weights.f_index_select(0, chosen)?.f_unsqueeze(1)?;
                 let token = chosen.f_div_scalar_mode(k, "floor")?;
-                sum.f_index_add(0, &token, &rows.f_to_kind(Kind::Float)?.f_mul(&weights)?)
-            };
-            sum = added().torch("add experts")?;
-        }
-        let sum = sum.f_view(&size[..]).and_then(|sum| sum.f_to_kind(self.kind)).torch("add experts")?;
-        let (Some(gate), Some(shared)) = (&parts.shared_gate, outputs.get(experts)) else { return Ok(sum) };
+                sum = sum.f_index_add(0, &token, &rows.f_to_kind(Kind::Float)?.f_mul(&weights)?)?;
+            }
+            sum.f_view(&size[..])?.f_to_kind(self.kind)
+        };
+        let sum = add().torch("add experts")?;
+        let shared = outputs.get(routing.chosen.len());
+        let (Some(gate), Some(shared)) = (&parts.shared_gate, shared) else { return Ok(sum) };
         let x = self.feed_forward_input(config, parts, hidden)?;
         let gated = || {
             let gate = x.f_linear(&gate.f_to_kind(self.kind)?, None::<&Tensor>)?.f_sigmoid()?;
@@ -512,6 +485,15 @@ impl<'a> Transformer<'a> {
     }
 }
 
+/// The rows of each expert: of `x` `[T·k, …]`, or of `[T, …]` where `per_row` choices share a row.
+fn chosen_rows(routing: &Routing, x: &Tensor, per_row: i64) -> Result<Vec<Tensor>> {
+    let of = |chosen: &Tensor| {
+        let rows = chosen.f_div_scalar_mode(per_row, "floor").and_then(|row| x.f_index_select(0, &row));
+        rows.torch("gather an expert's tokens")
+    };
+    routing.chosen.iter().map(of).collect()
+}
+
 /// `[B, S, k·width]` → `[B·S·k, width]`.
 fn rows(x: &Tensor, k: i64) -> Result<Tensor> {
     let width = x.size().last().copied().unwrap_or_default() / k;
@@ -546,9 +528,4 @@ fn tensor_kind(view: &TensorView<'_>) -> Result<Kind> {
             found: format!("{other:?}"),
         }),
     }
-}
-
-/// Adds a block's output to the residual stream.
-fn add(hidden: &Tensor, output: &Tensor) -> Result<Tensor> {
-    hidden.f_add(output).torch("add to the residual stream")
 }

@@ -227,14 +227,13 @@ impl Shape<'_> {
     fn operations_of(&self, layer: &LayerConfig) -> f64 {
         let all_tokens = self.windows as f64 * self.seq_len as f64;
         let (mut forward, mut hessians, mut factors, mut solves) = (0.0, 0.0, 0.0, 0.0);
-        let experts = layer.feed_forward.routing.as_ref();
         for stage in &layer.stages {
-            for (position, group) in stage.groups.iter().enumerate() {
+            for group in &stage.groups {
                 let linears = &layer.linears[group.linears.clone()];
                 let n = linears.iter().map(|linear| linear.shape[0] as f64).sum::<f64>();
                 let k = group.width as f64;
-                let part = match experts {
-                    Some(routing) if stage.groups.len() >= routing.experts && position < routing.experts => {
+                let part = match &layer.feed_forward.routing {
+                    Some(routing) if group.expert.is_some() => {
                         routing.per_token as f64 / routing.experts as f64
                     }
                     _ => 1.0,

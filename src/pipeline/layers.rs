@@ -83,7 +83,6 @@ pub(super) fn solve(
         variants: &plan.variants,
         damp: plan.damp,
         accuracy,
-        reference: accuracy.asymmetric > 0.0,
         output_hessians: output_hessians.as_ref(),
         shared_hessian: plan.shared_hessian,
         on_failure: plan.on_failure,

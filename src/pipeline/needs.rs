@@ -72,7 +72,7 @@ impl Needs {
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: plan.shared_hessian,
-            reference: accuracy.asymmetric > 0.0,
+            reference: accuracy.runs_reference(),
             gradient_windows: accuracy.gradient_windows(plan.samples),
             rotates,
         };

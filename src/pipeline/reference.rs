@@ -38,7 +38,7 @@ impl Worker<'_> {
             let widths = config.stored_widths(stage).into_iter();
             widths.map(|width| self.stream_like(reference, width)).collect()
         });
-        let changes = config.stages[..stages - 1].iter().any(|stage| stage.kind.is_stored());
+        let changes = config.stages[..stages - 1].iter().any(|stage| stage.kind.writes());
         self.reference = Some(ReferenceLayer {
             stored: stored.collect(),
             middle: changes.then(|| self.stream_like(reference, hidden)),
@@ -46,7 +46,7 @@ impl Worker<'_> {
         });
         for stage in 0..if last { stages - 1 } else { stages } {
             self.set_dense(stage)?;
-            let changes = config.stages[stage].kind.is_stored();
+            let changes = config.stages[stage].kind.writes();
             self.each_batch(
                 reference,
                 |worker, i| {
@@ -93,8 +93,8 @@ impl Worker<'_> {
         whole: bool,
     ) -> Result<Between> {
         let config = self.layer();
-        let changed = config.stages[..stage].iter().any(|stage| stage.kind.is_stored());
-        let reads_hidden = !config.stages[stage].kind.is_stored() || config.feed_forward.routing.is_some();
+        let changed = config.stages[..stage].iter().any(|stage| stage.kind.writes());
+        let reads_hidden = !config.stages[stage].kind.writes() || config.feed_forward.routing.is_some();
         let hidden = match (&mut self.reference, reads_hidden || whole) {
             (_, false) => tch::Tensor::new(),
             (Some(ReferenceLayer { middle: Some(middle), .. }), true) if changed => {

@@ -46,7 +46,7 @@ impl WorkerGroup<'_> {
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
         let groups = &self.layer().stages[stage].groups;
-        let tokens = self.blend_experts(groups, &mut statistics)?;
+        let tokens = blend_experts(groups, &mut statistics)?;
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
         for ((group, statistics), tokens) in groups.iter().zip(statistics).zip(tokens) {
             return_free_memory();
@@ -57,33 +57,6 @@ impl WorkerGroup<'_> {
             }
         }
         Ok(solved)
-    }
-
-    /// Experts that fewer tokens went through than they have input features are solved with the Hessian of all experts blended in, up to so
-    /// many tokens. Returns how many tokens each expert had; `None` for what is no expert.
-    fn blend_experts(
-        &self,
-        groups: &[GroupConfig],
-        statistics: &mut [CalibrationStatistics],
-    ) -> Result<Vec<Option<u64>>> {
-        let experts = match &self.layer().feed_forward.routing {
-            Some(routing) if groups.len() >= routing.experts => routing.experts,
-            _ => 0,
-        };
-        let (experts, others) = statistics.split_at_mut(experts);
-        let tokens: Vec<u64> = experts.iter().map(|statistics| statistics.hessian.tokens()).collect();
-        let few = experts.iter().any(|s| s.hessian.tokens() < s.hessian.in_features() as u64);
-        if few {
-            let pooled = Hessian::sum_of(experts.iter().map(|statistics| &statistics.hessian))?;
-            for statistics in experts.iter_mut() {
-                let least = statistics.hessian.in_features() as u64;
-                if let Some(cross_covariance) = &mut statistics.cross_covariance {
-                    cross_covariance.spread_over(least)?;
-                }
-                statistics.hessian.fill_up(&pooled, least)?;
-            }
-        }
-        Ok(tokens.into_iter().map(Some).chain(others.iter().map(|_| None)).collect())
     }
 
     /// Solves the linears of a group, which share a Hessian.
@@ -231,4 +204,27 @@ impl WorkerGroup<'_> {
             self.context.progress.event(&Event::Warning(&text));
         }
     }
+}
+
+/// Experts that fewer tokens went through than they have input features are solved with the Hessian of all experts blended in, up to so
+/// many tokens. Returns how many tokens each expert had; `None` for what is no expert.
+fn blend_experts(
+    groups: &[GroupConfig],
+    statistics: &mut [CalibrationStatistics],
+) -> Result<Vec<Option<u64>>> {
+    let (experts, others) =
+        statistics.split_at_mut(groups.iter().filter(|group| group.expert.is_some()).count());
+    let tokens: Vec<u64> = experts.iter().map(|statistics| statistics.hessian.tokens()).collect();
+    let few = experts.iter().any(|s| s.hessian.tokens() < s.hessian.in_features() as u64);
+    if few {
+        let pooled = Hessian::sum_of(experts.iter().map(|statistics| &statistics.hessian))?;
+        for statistics in experts.iter_mut() {
+            let least = statistics.hessian.in_features() as u64;
+            if let Some(cross_covariance) = &mut statistics.cross_covariance {
+                cross_covariance.spread_over(least)?;
+            }
+            statistics.hessian.fill_up(&pooled, least)?;
+        }
+    }
+    Ok(tokens.into_iter().map(Some).chain(others.iter().map(|_| None)).collect())
 }

@@ -79,7 +79,6 @@ fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
         variants: &variants,
         damp: 0.01,
         accuracy,
-        reference: accuracy.asymmetric > 0.0,
         output_hessians: None,
         shared_hessian: false,
         on_failure: OnFailure::Error,

@@ -188,7 +188,7 @@ impl<'a> Worker<'a> {
         let mut statistics = statistics.collect::<Result<Vec<_>>>()?;
         let widths = config.stored_widths(stage).into_iter();
         self.next_stored = widths.map(|width| self.stream_like(stream, width)).collect();
-        let changes = stage > 0 && config.stages[stage - 1].kind.is_stored();
+        let changes = stage > 0 && config.stages[stage - 1].kind.writes();
         self.each_batch(
             stream,
             |worker, i| {

@@ -52,8 +52,6 @@ pub(super) struct Task<'a> {
     pub(super) variants: &'a [Variant],
     pub(super) damp: f64,
     pub(super) accuracy: AccuracyOptions,
-    /// Whether the reference model's hidden states are advanced beside the variants'.
-    pub(super) reference: bool,
     /// What errors in outputs cost, where that is used.
     pub(super) output_hessians: Option<&'a OutputHessians>,
     pub(super) shared_hessian: bool,
@@ -65,7 +63,11 @@ pub(super) struct Task<'a> {
 impl Task<'_> {
     /// Number of activation streams: one per variant, plus one for the reference model if it is run; or only the reference model's.
     pub(super) fn streams(&self) -> usize {
-        if self.shared_hessian { 1 } else { self.variants.len() + usize::from(self.reference) }
+        if self.shared_hessian {
+            1
+        } else {
+            self.variants.len() + usize::from(self.accuracy.runs_reference())
+        }
     }
 }
 
@@ -100,7 +102,7 @@ impl<'a> WorkerGroup<'a> {
 
     /// All streams of hidden states, with the reference model's.
     pub(super) fn all_streams(&self) -> usize {
-        self.streams() + usize::from(self.task.reference)
+        self.streams() + usize::from(self.task.accuracy.runs_reference())
     }
 
     /// Progress steps of a layer: each batch to every stage and, but in the last layer, out of the layer; and every solve.
@@ -115,7 +117,7 @@ impl<'a> WorkerGroup<'a> {
             // One capture for all.
             steps -= batches * (self.variants.len() - 1);
         }
-        if self.task.reference {
+        if self.task.accuracy.runs_reference() {
             // The first stage's inputs are not captured.
             steps += (passes - 1) * batches;
         }
@@ -169,7 +171,7 @@ impl<'a> WorkerGroup<'a> {
         next: Option<&SharedStates<'_>>,
     ) -> Result<()> {
         let all = self.variants.clone();
-        let reference = self.task.reference.then_some(all.len());
+        let reference = self.task.accuracy.runs_reference().then_some(all.len());
         if let Some(reference) = reference {
             self.run_reference(layer, reference, next)?;
         }

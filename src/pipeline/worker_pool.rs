@@ -78,7 +78,7 @@ impl<'a> WorkerPool<'a> {
             let own: Vec<_> = match kept {
                 Some(kept) if task.shared_hessian => kept.files.clone(),
                 Some(kept) => {
-                    let reference = task.reference.then_some(task.variants.len());
+                    let reference = task.accuracy.runs_reference().then_some(task.variants.len());
                     let own = group.variants().iter().copied().chain(reference);
                     own.map(|v| Arc::clone(&kept.files[v])).collect()
                 }

@@ -116,11 +116,7 @@ impl<'a> Rotation<'a> {
     pub fn new(checkpoint: &'a Checkpoint) -> Result<Self> {
         let config = checkpoint.config();
         if let Some(reason) = config.rotation_refusal() {
-            return Err(Error::Value {
-                what: "rotate".into(),
-                expected: format!("off for {}: {reason}", config.class),
-                found: "on".into(),
-            });
+            return Err(config.refused("rotate", &reason));
         }
         let matrix = |n: usize, seed| Orthogonal::new(n, seed).torch("make a rotation");
         Ok(Self {

@@ -7,7 +7,7 @@ use half::f16;
 
 use super::*;
 use crate::{
-    architectures::{LinearId, ModelConfig},
+    architectures::tests::{parse, small_config},
     checkpoint::CheckpointFormat,
     pack::{pack_columns, pack_rows},
     variant::Bits,
@@ -66,21 +66,13 @@ fn linear(bits: Bits, k: usize, n: usize, group: usize, act: bool) -> PackedTens
     }
 }
 
-fn linear_id() -> LinearId {
-    let json = serde_json::json!({
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 8,
-    });
-    ModelConfig::from_json("config.json", &json).unwrap().linear_id(0, 0)
-}
-
 fn error(right: &PackedTensors<'_>, seen: &PackedTensors<'_>, kind: Kind) -> KernelError {
     let compute = Compute { device: Device::Cuda(0), kind };
     tch::manual_seed(1);
     let x = Tensor::randn([2048, right.in_features as i64], (Kind::Float, Device::Cpu)).to_kind(kind);
     let exact = Exact::new(&PackedView::from(right), None, Device::Cpu).unwrap();
     let outputs = exact.outputs(&x).unwrap();
-    let id = linear_id();
+    let id = parse(&small_config()).unwrap().linear_id(0, 0);
     measure(&id, &Rounded { seen, kind }, &exact, &x, &outputs, compute).unwrap()
 }
 

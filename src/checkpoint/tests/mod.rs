@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use super::Dtype;
 use crate::{
-    architectures::ModelConfig,
+    architectures::tests::{parse, small_config},
     error::{Error, Result},
 };
 
@@ -29,19 +29,6 @@ struct Given {
 
 fn given(name: impl Into<String>, dtype: Dtype, shape: &[usize], bytes: Vec<u8>) -> Given {
     Given { name: name.into(), dtype, shape: shape.into(), bytes }
-}
-
-/// One layer, grouped-query attention, sizes that 3-bit packing takes.
-fn small_config() -> Value {
-    json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
-        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "vocab_size": 8, "max_position_embeddings": 16, "rms_norm_eps": 1e-5, "torch_dtype": "float16",
-    })
-}
-
-fn parse(value: &Value) -> Result<ModelConfig> {
-    ModelConfig::from_json("config.json", value)
 }
 
 /// `count` fp16 numbers, small multiples of 1/8.
