@@ -312,7 +312,12 @@ impl ModelConfig {
 
     /// Whether layers have experts.
     pub fn has_experts(&self) -> bool {
-        self.layers.iter().any(|layer| layer.feed_forward.routing.is_some())
+        self.expert_layers() > 0
+    }
+
+    /// How many layers have experts.
+    pub fn expert_layers(&self) -> usize {
+        self.layers.iter().filter(|layer| layer.feed_forward.routing.is_some()).count()
     }
 
     /// A digest of everything that the forward pass depends on beside the weights.

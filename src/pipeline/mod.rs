@@ -334,14 +334,6 @@ fn warnings(
             .push(format!("tensors that are not part of the model are left out ({}): {named}", extra.len()));
     }
     let config = checkpoint.config();
-    if config.has_experts() {
-        // docs/families.md: optimum replaces linears alone, and transformers keeps the experts of a layer in one tensor.
-        warnings.push(
-            "transformers 5 does not load the experts of a GPTQ branch: it fills them with random numbers after a warning, \
-             whatever the list of readers says; GPTQModel loads those of Qwen2-MoE and Qwen3-MoE"
-                .into(),
-        );
-    }
     let stages = config.layers.iter().flat_map(|layer| &layer.stages);
     let widest = stages.flat_map(|stage| &stage.groups).map(|group| group.width).max().unwrap_or(0);
     let tokens = windows.count() * windows.seq_len();

@@ -38,7 +38,28 @@ struct Reader {
     note: Option<String>,
     never: Option<String>,
     #[serde(default)]
+    refuses: Vec<RefusedModels>,
+    #[serde(default)]
     path: Vec<Conditions>,
+}
+
+/// Models that a reader does not take in any format.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RefusedModels {
+    classes: Option<Vec<String>>,
+    layers: Option<Layers>,
+    why: String,
+}
+
+/// Which layers of a model have experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Layers {
+    /// At least one.
+    Experts,
+    /// Some, but not all.
+    Mixed,
 }
 
 /// What one path through a reader takes; `readers.toml` says what each key means.
@@ -105,6 +126,10 @@ struct Format {
     written_by_gptqmodel: bool,
     /// `[N, K]` of the quantized linears.
     shapes: Vec<[usize; 2]>,
+    /// The class in `architectures`.
+    class: &'static str,
+    /// Layers with experts, and all layers.
+    expert_layers: (usize, usize),
 }
 
 /// All readers, in the order of the table.
@@ -131,6 +156,8 @@ pub fn readers(
         has_g_idx: checkpoint.contains(&first.g_idx()),
         written_by_gptqmodel: quantizer.is_some_and(|q| q.to_string().contains("gptqmodel")),
         shapes,
+        class: config.class,
+        expert_layers: (config.expert_layers(), config.num_layers()),
     };
     TABLE.iter().map(|reader| reader.report(&format)).collect()
 }
@@ -145,7 +172,8 @@ pub fn readers_of(checkpoint: &Checkpoint) -> Result<Vec<ReaderReport>> {
 
 impl Reader {
     fn report(&self, format: &Format) -> ReaderReport {
-        let refused = self.never.clone().or_else(|| {
+        let model = || self.refuses.iter().find(|models| models.hold(format)).map(|models| models.why.clone());
+        let refused = self.never.clone().or_else(model).or_else(|| {
             let refusals: Option<Vec<String>> = self.path.iter().map(|path| path.refusal(format)).collect();
             let refusals = refusals?;
             // The path that is made for this width says most.
@@ -153,6 +181,29 @@ impl Reader {
             refusals.into_iter().nth(nearest)
         });
         ReaderReport { name: self.name.clone(), living: self.living, refused }
+    }
+}
+
+impl RefusedModels {
+    fn hold(&self, format: &Format) -> bool {
+        let (with_experts, layers) = format.expert_layers;
+        self.classes.as_ref().is_none_or(|classes| classes.iter().any(|class| class == format.class))
+            && match self.layers {
+                None => true,
+                Some(Layers::Experts) => with_experts > 0,
+                Some(Layers::Mixed) => with_experts > 0 && with_experts < layers,
+            }
+    }
+
+    /// For the documentation.
+    fn in_words(&self) -> String {
+        let layers = self.layers.map(|layers| match layers {
+            Layers::Experts => "models with experts",
+            Layers::Mixed => "models with experts in some layers only",
+        });
+        let classes = self.classes.as_ref().map(|classes| list(classes, "and"));
+        let models = classes.into_iter().chain(layers.map(String::from)).collect::<Vec<_>>().join(", ");
+        format!("Not {models}: {}", self.why)
     }
 }
 
@@ -258,7 +309,8 @@ pub fn readers_markdown() -> String {
         for reader in TABLE.iter().filter(|reader| reader.living == living) {
             let paths = reader.path.iter().map(Conditions::in_words).collect::<Vec<_>>().join("; or ");
             let takes = reader.never.clone().unwrap_or(paths);
-            let note = reader.note.as_ref().map_or_else(String::new, |note| format!(". {note}"));
+            let notes = reader.note.clone().into_iter().chain(reader.refuses.iter().map(RefusedModels::in_words));
+            let note: String = notes.map(|note| format!(". {}", note.trim_end_matches('.'))).collect();
             let sources =
                 reader.sources.iter().map(|source| format!("`{source}`")).collect::<Vec<_>>().join(", ");
             let Reader { name, versions, read, .. } = reader;
@@ -271,6 +323,7 @@ pub fn readers_markdown() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::architectures::supported_classes;
 
     fn format() -> Format {
         Format {
@@ -283,6 +336,8 @@ mod tests {
             has_g_idx: true,
             written_by_gptqmodel: false,
             shapes: vec![[4096, 4096], [11008, 4096], [4096, 11008]],
+            class: "LlamaForCausalLM",
+            expert_layers: (0, 32),
         }
     }
 
@@ -304,7 +359,23 @@ mod tests {
             assert!(reader.read.contains("2026-"), "{}: the day on which it was read", reader.name);
             assert!(!reader.sources.is_empty() && !reader.versions.is_empty(), "{}", reader.name);
             assert_eq!(reader.never.is_some(), reader.path.is_empty(), "{}", reader.name);
+            for class in reader.refuses.iter().filter_map(|models| models.classes.as_ref()).flatten() {
+                assert!(supported_classes().any(|known| known == class), "{}: {class}", reader.name);
+            }
         }
+    }
+
+    #[test]
+    fn models_are_refused_by_class_and_by_experts() {
+        let mixtral = Format { class: "MixtralForCausalLM", expert_layers: (32, 32), ..format() };
+        assert_eq!(refusing(&mixtral), ["transformers 5", "GPTQModel 7"]);
+        assert_eq!(why(&mixtral, "GPTQModel 7"), "looks for the linears under other names");
+        let qwen = |layers| Format { class: "Qwen2MoeForCausalLM", expert_layers: (layers, 32), ..format() };
+        assert_eq!(refusing(&qwen(32)), ["transformers 5"]);
+        assert_eq!(refusing(&qwen(16)), ["transformers 5", "GPTQModel 7"]);
+        assert_eq!(refusing(&qwen(0)), [""; 0]);
+        let fused = Format { class: "Phi3ForCausalLM", ..format() };
+        assert_eq!(refusing(&fused), ["GPTQModel 7"]);
     }
 
     #[test]
