@@ -1,4 +1,5 @@
-//! Matrix products of bf16 values with fp32 sums on the processor's matrix unit (Intel AMX).
+//! Matrix products of bf16 values with fp32 sums: on the processor's matrix unit (Intel AMX), or with the bf16 dot products of AVX-512
+//! (AMD from Zen 4 on, Intel Cooper Lake).
 //!
 //! libtorch's own bf16 product rounds its result to bf16, which a Hessian cannot bear; with fp32 operands it is eight
 //! times slower. Here operands are laid out once ([`Operand`]) and multiplied block by block with fp32 sums
@@ -14,9 +15,9 @@ mod operand;
 mod tests;
 mod tiles;
 
-pub use forms::{gram, quadratic_form};
+pub use forms::{cross_gram, gram};
 pub use operand::{Line, Operand, Parts, Side, Square, fill_from_f32, nearest_bf16};
-pub use tiles::{available, multiply_add};
+pub use tiles::{available, has_bf16_products, multiply_add};
 
 /// Columns of an operand's strip, rows of its chunk, and side of the square of `C` that is computed at once.
 pub const SIDE: usize = 32;

@@ -143,9 +143,9 @@ pub fn nearest_bf16(x: f32) -> u32 {
     bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) & 0xFFFF_0000
 }
 
-/// Lays out up to [`SIDE`] rows of up to [`SIDE`] bf16 values as a chunk in one part, on both sides.
-pub(super) fn fill_both_from_bf16(left: &mut [Line], right: &mut [Line], rows: &[&[u16]]) {
-    assert!(left.len() == CHUNK && right.len() == CHUNK && rows.len() <= SIDE);
+/// Lays out up to [`SIDE`] rows of up to [`SIDE`] bf16 values as a chunk in one part.
+pub(super) fn fill_from_bf16(chunk: &mut [Line], side: Side, rows: &[&[u16]]) {
+    assert!(chunk.len() == CHUNK && rows.len() <= SIDE);
     let mut pairs = [[0u32; SIDE]; TILE];
     for (d, row) in rows.iter().enumerate() {
         let shift = d % 2 * 16;
@@ -155,44 +155,7 @@ pub(super) fn fill_both_from_bf16(left: &mut [Line], right: &mut [Line], rows: &
     }
     for half in 0..2 {
         let tile = pairs.map(|row| std::array::from_fn(|c| row[16 * half + c]));
-        store(&mut left[half * TILE..][..TILE], Side::Left, &tile);
-        store(&mut right[half * TILE..][..TILE], Side::Right, &tile);
-    }
-}
-
-/// Lays out the transpose of up to [`SIDE`] rows of up to [`SIDE`] fp32 values, rounded to bf16, as a chunk of a right
-/// operand in one part.
-pub(super) fn fill_right_from_transposed(chunk: &mut [Line], rows: &[&[f32]]) {
-    assert!(chunk.len() == CHUNK && rows.len() <= SIDE);
-    for (c, row) in rows.iter().enumerate() {
-        let tile = &mut chunk[c / TILE * TILE..];
-        let (pairs, rest) = row.as_chunks::<2>();
-        for (line, [a, b]) in tile.iter_mut().zip(pairs) {
-            line.0[c % 16] = nearest_bf16(*a) >> 16 | nearest_bf16(*b);
-        }
-        if let [last] = rest {
-            tile[pairs.len()].0[c % 16] = nearest_bf16(*last) >> 16;
-        }
-    }
-}
-
-/// The 16 values of row `d` of a chunk of a right operand in one part, columns `16·half` and on.
-pub(super) fn right_values(chunk: &[Line], d: usize, half: usize) -> [f32; 16] {
-    let shift = if d.is_multiple_of(2) { 16 } else { 0 };
-    chunk[half * TILE + d / 2].0.map(|pair| f32::from_bits((pair << shift) & 0xFFFF_0000))
-}
-
-/// Lays out up to [`SIDE`] rows of up to [`SIDE`] fp32 values, rounded to bf16, as a chunk of a left operand in one part.
-pub(super) fn fill_left_rounded(chunk: &mut [Line], rows: &[&[f32]]) {
-    assert!(chunk.len() == CHUNK && rows.len() <= SIDE);
-    let mut tiles = [[[0u32; 16]; TILE]; 2];
-    for (d, row) in rows.iter().enumerate() {
-        for (c, &value) in row.iter().enumerate() {
-            tiles[c / 16][d / 2][c % 16] |= nearest_bf16(value) >> (16 - d % 2 * 16);
-        }
-    }
-    for (half, tile) in tiles.iter().enumerate() {
-        store(&mut chunk[half * TILE..][..TILE], Side::Left, tile);
+        store(&mut chunk[half * TILE..][..TILE], side, &tile);
     }
 }
 

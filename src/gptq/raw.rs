@@ -26,11 +26,6 @@ impl<'a> Matrix<'a> {
     pub(super) fn row(&self, row: usize) -> &'a [f32] {
         &self.data[row * self.columns..][..self.columns]
     }
-
-    /// The whole matrix, row-major.
-    pub(super) fn all(&self) -> &'a [f32] {
-        self.data
-    }
 }
 
 /// A slice that several threads write to, each in a part of its own.

@@ -14,7 +14,7 @@ use crate::{
     error::Result,
     gptq::{
         CrossCovariance, Hessian,
-        solver::{Factorization, Factorized, Solved, Weight, solve_by_rows},
+        solver::{Factorization, Factorized, Solved, Weight, solve_by_rows, targets},
     },
     machine::return_free_memory,
     progress::Event,
@@ -189,9 +189,7 @@ impl WorkerGroup<'_> {
         stage: &str,
     ) -> Result<Option<Vec<Tensor>>> {
         let Some(known) = cross_covariance.filter(|known| known.tokens() > 0) else { return Ok(None) };
-        let alpha = self.task.accuracy.asymmetric;
-        let targets = dense.iter().map(|w| factor.target(w, &known.of(w.values, alpha, stage)?));
-        targets.collect::<Result<_>>().map(Some)
+        targets(factor, known, dense, self.task.accuracy.asymmetric, stage).map(Some)
     }
 
     /// Says that damping which began at `damp` had to be raised.

@@ -172,7 +172,8 @@ pub fn readers_of(checkpoint: &Checkpoint) -> Result<Vec<ReaderReport>> {
 
 impl Reader {
     fn report(&self, format: &Format) -> ReaderReport {
-        let model = || self.refuses.iter().find(|models| models.hold(format)).map(|models| models.why.clone());
+        let model =
+            || self.refuses.iter().find(|models| models.hold(format)).map(|models| models.why.clone());
         let refused = self.never.clone().or_else(model).or_else(|| {
             let refusals: Option<Vec<String>> = self.path.iter().map(|path| path.refusal(format)).collect();
             let refusals = refusals?;
@@ -309,7 +310,8 @@ pub fn readers_markdown() -> String {
         for reader in TABLE.iter().filter(|reader| reader.living == living) {
             let paths = reader.path.iter().map(Conditions::in_words).collect::<Vec<_>>().join("; or ");
             let takes = reader.never.clone().unwrap_or(paths);
-            let notes = reader.note.clone().into_iter().chain(reader.refuses.iter().map(RefusedModels::in_words));
+            let notes =
+                reader.note.clone().into_iter().chain(reader.refuses.iter().map(RefusedModels::in_words));
             let note: String = notes.map(|note| format!(". {}", note.trim_end_matches('.'))).collect();
             let sources =
                 reader.sources.iter().map(|source| format!("`{source}`")).collect::<Vec<_>>().join(", ");

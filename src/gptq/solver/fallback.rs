@@ -62,13 +62,12 @@ impl Factorized for FactorOrRounded {
         }
     }
 
-    /// What cannot be aimed elsewhere is solved as it is.
-    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
-        let factor = self.solving.as_ref().unwrap_or(&self.rounding);
-        match factor.target(weight, b) {
-            Err(Error::Numerical(_)) => self.rounding.target(weight, b),
-            other => other,
-        }
+    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
+        self.solving.as_ref().unwrap_or(&self.rounding).divide(b)
+    }
+
+    fn rounds_failures(&self) -> bool {
+        true
     }
 }
 

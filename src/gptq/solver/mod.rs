@@ -30,9 +30,7 @@ pub use rtn::RtnSolver;
 pub use solved::{Solution, Solved};
 pub use torch::TorchSolver;
 
-use super::{
-    ColumnOrder, Hessian, QuantizedLinear, Step, cross_covariance::divided, dead_columns, mean_alive,
-};
+use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive};
 use crate::{
     error::{Error, NumericalError, Result, TorchContext},
     variant::{Sorting, Variant},
@@ -70,11 +68,16 @@ pub trait Factorized {
     /// When a weight is NaN or infinite, a scale does not fit fp16, the arithmetic leaves the numbers, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
 
-    /// `W + B (H + λI)⁻¹` fp32, of a weight and `B` `[N, K]`: a weight that aims elsewhere, see [`CrossCovariance`](super::CrossCovariance).
+    /// `B (H + λI)⁻¹` fp32 of `B` `[N, K]` fp32; `None` where there is no factor, as weights are rounded.
     ///
     /// # Errors
-    /// When the arithmetic leaves the numbers, or libtorch fails.
-    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor>;
+    /// When libtorch fails.
+    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>>;
+
+    /// Whether a linear that cannot be solved is rounded.
+    fn rounds_failures(&self) -> bool {
+        false
+    }
 }
 
 /// A weight to be solved.
@@ -151,30 +154,61 @@ fn damped<F: Borrow<Tensor>>(
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
 }
 
-/// [`Factorized::target`] with a triangular `factor` of `H + λI` in the order of `columns`.
-fn target_of(
-    weight: &Weight<'_>,
+/// The targets of weights that share inputs: `W + α W D (H + λI)⁻¹` `[N, K]` fp32, with the cross-covariance `D` of these inputs.
+/// `stage` names the inputs in errors.
+///
+/// # Errors
+/// When an input or a target is NaN or infinite, or libtorch fails. A target that is not finite is the weight itself where `factor`
+/// rounds failures.
+pub fn targets(
+    factor: &dyn Factorized,
+    cross_covariance: &CrossCovariance,
+    weights: &[Weight<'_>],
+    alpha: f64,
+    stage: &str,
+) -> Result<Vec<Tensor>> {
+    let d = cross_covariance.finish(alpha, stage)?;
+    let rows: i64 = weights.iter().map(|weight| weight.values.size()[0]).sum();
+    // `D (H + λI)⁻¹` is divided once for all weights; for few rows it is cheaper to divide each `W D`.
+    let shared = if rows > d.size()[0] { factor.divide(&d)? } else { None };
+    let target = |weight: &Weight<'_>| {
+        let values = weight.values.f_to_device(d.device()).and_then(|w| w.f_to_kind(Kind::Float));
+        let values = values.torch("convert a weight")?;
+        let product = values.f_mm(shared.as_ref().unwrap_or(&d)).torch("compute a target")?;
+        let shift = if shared.is_some() { Some(product) } else { factor.divide(&product)? };
+        let Some(shift) = shift else { return Ok(values) };
+        let target = values.f_add(&shift).torch("compute a target")?;
+        let finite = || bool::try_from(target.f_isfinite()?.f_all()?);
+        if finite().torch("look at a target")? {
+            return Ok(target);
+        }
+        check_finite(weight)?;
+        if factor.rounds_failures() {
+            return Ok(values);
+        }
+        let problem = "its target is NaN or infinite".to_owned();
+        Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
+    };
+    weights.iter().map(target).collect()
+}
+
+/// [`Factorized::divide`] with a triangular `factor` of `H + λI`, `upper` or lower, in the order of `columns`.
+fn divide_by(
     b: &Tensor,
     factor: &Tensor,
     upper: bool,
     columns: impl Iterator<Item = u32>,
-) -> Result<Tensor> {
+) -> Result<Option<Tensor>> {
     let columns: Vec<i64> = columns.map(i64::from).collect();
-    let aim = || {
+    let divide = || {
         let columns = Tensor::f_from_slice(&columns)?.f_to_device(factor.device())?;
         let b = b.f_index_select(1, &columns)?;
-        let by = divided(&b, factor, upper)?.f_index_select(1, &columns.f_argsort(0, false)?)?;
-        let weight = weight.values.f_to_device(factor.device())?.f_to_kind(Kind::Float)?;
-        weight.f_add(&by)
+        let half = factor.f_tr()?.f_linalg_solve_triangular(&b, !upper, false, false)?;
+        drop(b);
+        let divided = factor.f_linalg_solve_triangular(&half, upper, false, false)?;
+        divided.f_index_select(1, &columns.f_argsort(0, false)?)
     };
-    let aimed = aim().torch("aim a weight")?;
-    check_finite(weight)?;
-    let finite = || bool::try_from(aimed.f_isfinite()?.f_all()?);
-    if finite().torch("look at a weight")? {
-        return Ok(aimed);
-    }
-    let problem = "what it is to aim at came out as NaN or infinite".to_owned();
-    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
+    divide().torch("divide by a factor").map(Some)
 }
 
 /// Largest over median of what is not zero; 0 when all is.

@@ -61,9 +61,8 @@ impl Factorized for Rounding {
         weights.iter().map(|weight| self.round(weight, variant, &g_idx)).collect()
     }
 
-    /// Aims at nothing else: what is rounded makes good for nothing.
-    fn target(&self, weight: &Weight<'_>, _b: &Tensor) -> Result<Tensor> {
-        weight.values.f_to_kind(Kind::Float).torch("convert a weight")
+    fn divide(&self, _b: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
     }
 }
 
@@ -92,9 +91,7 @@ impl Rounding {
         let scales: Vec<f16> = steps.iter().map(|step| step.scale).collect();
         check_scales(weight, &scales, n)?;
         let zeros = steps.iter().map(|step| step.zero).collect();
-        let differences = differences.f_to_device(self.hessian.matrix().device());
-        let energy = differences.and_then(|d| self.hessian.output_energy_in(Kind::Float, &d));
-        let squared_error = energy.torch("measure a linear's error")?.max(0.0);
+        let squared_error = self.hessian.output_energy(&differences)?.max(0.0);
         let linear = QuantizedLinear::new(variant.bits, codes, scales, zeros, g_idx.to_vec());
         Ok(Solution { linear: Solved::Host(linear), squared_error, uncompensated: 0, fallback: None })
     }

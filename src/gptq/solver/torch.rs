@@ -7,7 +7,7 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{
     Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight,
     cuda::scale_search::{Group, best_steps},
-    damped, panel_width, solution, target_of,
+    damped, divide_by, panel_width, solution,
 };
 use crate::{
     accuracy::Scales,
@@ -101,8 +101,8 @@ impl Factorized for TorchFactor {
         solutions.collect()
     }
 
-    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
-        target_of(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
+    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
+        divide_by(b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 

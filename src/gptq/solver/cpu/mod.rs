@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, damped, panel_width, target_of,
+    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, damped, divide_by, panel_width,
 };
 use crate::{
     accuracy::Scales,
@@ -166,8 +166,8 @@ impl Factorized for CpuFactor {
         Ok(solutions)
     }
 
-    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
-        target_of(weight, b, &self.lower, false, self.order.columns().iter().rev().copied())
+    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
+        divide_by(b, &self.lower, false, self.order.columns().iter().rev().copied())
     }
 }
 

@@ -23,7 +23,7 @@ pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
     Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
-    check_sums, damped, target_of,
+    check_sums, damped, divide_by,
 };
 use crate::{
     accuracy::Scales,
@@ -201,8 +201,8 @@ impl Factorized for CudaFactor {
         self.split(&columns, weights, variant)
     }
 
-    fn target(&self, weight: &Weight<'_>, b: &Tensor) -> Result<Tensor> {
-        target_of(weight, b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
+    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
+        divide_by(b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
     }
 }
 
