@@ -1,5 +1,5 @@
-//! Where to compute. Nothing links CUDA: libtorch's CUDA part is opened when it is asked for, so that one program runs on
-//! machines with and without a GPU.
+//! Compute devices. CUDA is not linked: libtorch's CUDA part is opened when a CUDA device is requested, so that one program
+//! runs on machines with and without a GPU.
 
 use std::sync::OnceLock;
 
@@ -7,21 +7,21 @@ use tch::{Cuda, Device};
 
 use crate::error::{Error, Result};
 
-/// A device, and how it came to be chosen.
+/// A chosen device.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
-    /// For libtorch.
+    /// The device in libtorch.
     pub device: Device,
     /// `cpu`, `cuda:0`.
     pub name: String,
-    /// What `auto` found, for the user.
+    /// The choice of `auto`, as a message.
     pub note: Option<String>,
 }
 
 /// The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for.
 ///
 /// # Errors
-/// When it is not to be had; `auto` then is the CPU.
+/// If the device cannot be used; `auto` is the CPU then.
 pub fn resolve(name: &str) -> Result<Choice> {
     let cpu = |note| Choice { device: Device::Cpu, name: "cpu".into(), note };
     let unusable = |problem: String| Error::Device { device: name.into(), problem };
@@ -52,10 +52,10 @@ pub fn resolve(name: &str) -> Result<Choice> {
     }
 }
 
-/// The devices that a list such as `cuda:0,cuda:1` stands for. One that is named twice works as two.
+/// The devices that a list such as `cuda:0,cuda:1` stands for. A device that is named twice counts as two.
 ///
 /// # Errors
-/// As [`resolve`], and when the list mixes the CPU with others.
+/// As [`resolve`], and if the list mixes the CPU with others.
 pub fn resolve_all(names: &str) -> Result<Vec<Choice>> {
     let choices = names.split(',').map(|name| resolve(name.trim())).collect::<Result<Vec<_>>>()?;
     if choices.iter().any(|c| (c.device == Device::Cpu) != (choices[0].device == Device::Cpu)) {
@@ -65,7 +65,7 @@ pub fn resolve_all(names: &str) -> Result<Vec<Choice>> {
     Ok(choices)
 }
 
-/// How many CUDA devices there are, at least one; else why there is none.
+/// The number of CUDA devices, at least one; else the reason why there is none.
 fn cuda_devices() -> std::result::Result<usize, String> {
     static FOUND: OnceLock<std::result::Result<usize, String>> = OnceLock::new();
     FOUND
@@ -79,8 +79,7 @@ fn cuda_devices() -> std::result::Result<usize, String> {
         .clone()
 }
 
-/// Opens libtorch's CUDA part, which makes itself known to the rest when it is loaded, for the life of the program.
-#[cfg(unix)]
+/// Opens libtorch's CUDA part for the life of the program; its constructors register it with the rest of libtorch.
 fn open_libtorch_cuda() -> std::result::Result<(), String> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
     // SAFETY: the library's constructors register kernels and nothing else; it fits the libtorch that is linked, since
@@ -88,12 +87,12 @@ fn open_libtorch_cuda() -> std::result::Result<(), String> {
     let opened = unsafe { Library::open(Some("libtorch_cuda.so"), RTLD_NOW | RTLD_GLOBAL) };
     match opened {
         Ok(library) => {
-            // Registered kernels point into it.
+            // Registered kernels point into the library.
             std::mem::forget(library);
             Ok(())
         }
         Err(error) => {
-            // The library's message keeps what the loader said to itself.
+            // The loader's message is in the source of the library's error.
             let said =
                 std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
             Err(if said.contains("libtorch_cuda.so: cannot open shared object file") {
@@ -103,11 +102,6 @@ fn open_libtorch_cuda() -> std::result::Result<(), String> {
             })
         }
     }
-}
-
-#[cfg(not(unix))]
-fn open_libtorch_cuda() -> std::result::Result<(), String> {
-    Err("CUDA is supported on Linux only".into())
 }
 
 #[cfg(test)]

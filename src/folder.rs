@@ -1,9 +1,9 @@
-//! Files of a folder that was made elsewhere: one is read only if it is in that folder, and only up to a size.
+//! Files of a folder that was made elsewhere: a file is read only if it is in that folder, and only up to a size.
 //!
 //! A name inside a file (an index's shard, a checksum's file) and a symbolic link in a folder can both point anywhere on
-//! this machine; what they point to would be read, and may end in a published branch. A link that stays in the folder is
-//! followed. So are those of a Hugging Face cache, whose snapshots are links into the `blobs` beside them. All others are
-//! refused: whoever means them can copy the folder with what its links lead to.
+//! this machine; the target would be read, and may end in a published branch. A link that stays in the folder is followed.
+//! So are links from a snapshot of the Hugging Face cache into the `blobs` of the same repository. All others are refused;
+//! a user who wants them can copy the folder with the targets of its links.
 
 use std::{
     fs::{self, File},
@@ -13,7 +13,7 @@ use std::{
 
 use crate::error::{Error, Result};
 
-/// Bytes of the largest text file that is read whole: configs, indices, tokenizers, plans.
+/// Largest text file that is read, in bytes: configs, indices, tokenizers, plans.
 pub const TEXT_LIMIT: u64 = 256 << 20;
 
 /// Whether a path with `/` leads from a folder down: no `.` or `..`, no root, nothing empty.
@@ -31,10 +31,10 @@ pub fn is_file_name(name: &str) -> bool {
     is_below(name) && !name.contains('/')
 }
 
-/// The file `name` in `folder`, which may be missing.
+/// The path of the file `name` in `folder`; the file may be missing.
 ///
 /// # Errors
-/// When it is a link that leads out of the folder, or is neither a file nor a folder.
+/// If it is a link that leads out of the folder, or is neither a file nor a folder.
 pub fn file_in(folder: &Path, name: &str) -> Result<PathBuf> {
     let path = folder.join(name);
     let real = match path.canonicalize() {
@@ -65,7 +65,7 @@ fn is_blob_of(folder: &Path, file: &Path) -> bool {
 /// The content of a file of at most `limit` bytes.
 ///
 /// # Errors
-/// When it cannot be read, or is larger.
+/// If it cannot be read, or is larger.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::io("read", path))?;
@@ -80,7 +80,7 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
 /// The content of a text file of at most [`TEXT_LIMIT`] bytes.
 ///
 /// # Errors
-/// When it cannot be read, is larger, or is not UTF-8.
+/// If it cannot be read, is larger, or is not UTF-8.
 pub fn read_text(path: &Path) -> Result<String> {
     String::from_utf8(read(path, TEXT_LIMIT)?).map_err(|error| {
         let problem = format!("byte {} is not UTF-8", error.utf8_error().valid_up_to() + 1);

@@ -1,4 +1,4 @@
-//! What the machine has, and what this process has of it.
+//! Memory, disk space and speed of the machine, and the memory of this process.
 
 use std::{fs, path::Path, time::Instant};
 
@@ -9,16 +9,16 @@ use crate::{
     units::bytes,
 };
 
-/// Bytes that can still be written to the disk of `folder`; none where the system does not say.
+/// Free bytes on the disk of `folder`; `None` if the system does not state them.
 pub fn available_space(folder: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(folder).ok()?;
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Requires that the disk of `folder` has room for so many bytes, where the system says what it has.
+/// Requires so many free bytes on the disk of `folder`, if the system states its free space.
 ///
 /// # Errors
-/// When there is too little.
+/// If there are fewer.
 pub fn require_space(folder: &Path, needed: u64) -> Result<()> {
     match available_space(folder) {
         Some(available) if available < needed => Err(ResourceError::DiskSpace {
@@ -31,7 +31,7 @@ pub fn require_space(folder: &Path, needed: u64) -> Result<()> {
     }
 }
 
-/// Whether the processor multiplies bf16 much faster than fp32.
+/// Whether the processor has bf16 instructions, which multiply much faster than fp32.
 pub fn fast_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]
     return is_x86_feature_detected!("avx512bf16");
@@ -39,18 +39,18 @@ pub fn fast_bf16() -> bool {
     false
 }
 
-/// Resident memory of this process now, bytes; none where the system does not say.
+/// Resident memory of this process now, bytes; `None` if the system does not state it.
 pub fn resident_memory() -> Option<u64> {
     kilobytes("/proc/self/status", "VmRSS:")
 }
 
-/// Largest resident memory of this process so far, bytes; none where the system does not say.
+/// Largest resident memory of this process so far, bytes; `None` if the system does not state it.
 pub fn peak_memory() -> Option<u64> {
     kilobytes("/proc/self/status", "VmHWM:")
 }
 
-/// Bytes that this process can still take before the system, or the limit of its container, is out of memory; none where
-/// the system does not say.
+/// Bytes that this process can still allocate before the system or its container is out of memory; `None` if the system does
+/// not state them.
 pub fn available_memory() -> Option<u64> {
     let system = kilobytes("/proc/meminfo", "MemAvailable:");
     match (system, container_memory()) {
@@ -59,11 +59,11 @@ pub fn available_memory() -> Option<u64> {
     }
 }
 
-/// Floating-point operations a second of matrix products in `kind` on the CPU, as a layer has them: the better of two tries,
-/// which take a fraction of a second.
+/// Floating-point operations per second of matrix products in `kind` on the CPU: the better of two measurements, which take a
+/// fraction of a second.
 ///
 /// # Errors
-/// When libtorch cannot compute them.
+/// If libtorch cannot compute them.
 pub fn product_speed(kind: Kind) -> Result<f64> {
     const SIZE: i64 = 1024;
     let products = || {
@@ -79,11 +79,11 @@ pub fn product_speed(kind: Kind) -> Result<f64> {
     products().torch("measure a matrix product")
 }
 
-/// Gives memory that is free, but kept for later, back to the system: buffers of a few megabytes, which a forward pass takes
-/// and frees in numbers, otherwise add up in the heaps of its threads.
+/// Returns free memory of the allocator to the system. A forward pass allocates and frees many buffers of a few megabytes,
+/// which otherwise pile up in the heaps of its threads.
 pub fn return_free_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: it only looks at what is free, and locks what it looks at.
+    // SAFETY: it touches free memory alone, under the allocator's locks.
     unsafe {
         libc::malloc_trim(0);
     }
@@ -95,8 +95,8 @@ fn kilobytes(path: &str, key: &str) -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
-/// What the control groups of this process leave it: of version 2, or of version 1's memory controller; the tightest from
-/// its own up to the root.
+/// Bytes that the control groups of this process leave it: the least from its own group up to the root, of version 2 or of
+/// version 1's memory controller.
 fn container_memory() -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     let of_line = |line: &str| {
@@ -117,10 +117,10 @@ fn container_memory() -> Option<u64> {
             let folder = Path::new(root).join(group);
             let number = |name: &str| fs::read_to_string(folder.join(name)).ok()?.trim().parse::<u64>().ok();
             let statistics = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
-            // Pages of files that the system takes back when it needs them.
+            // Cached pages of files, which the system reclaims when it needs memory.
             let cache =
                 statistics.lines().find_map(|line| line.strip_prefix(cache)?.trim().parse::<u64>().ok());
-            // `max` is no number, and no limit.
+            // `max` means no limit.
             Some(number(limit)?.saturating_sub(number(usage)?.saturating_sub(cache.unwrap_or(0))))
         });
         left.min()

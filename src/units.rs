@@ -1,6 +1,6 @@
-//! Sizes and times as people say them.
+//! Texts of sizes and durations.
 
-/// Seconds: `42 s`, `12 min`, `3.5 h`.
+/// A duration in seconds: `42 s`, `12 min`, `3.5 h`.
 pub fn duration(seconds: f64) -> String {
     match seconds {
         s if s < 90.0 => format!("{s:.0} s"),
@@ -9,7 +9,7 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
-/// `3.90 GB`, in powers of ten as on the Hub.
+/// A size in bytes: `3.90 GB`, in powers of ten as on the Hub.
 pub fn bytes(count: u64) -> String {
     let count = count as f64;
     match count {

@@ -16,7 +16,7 @@ mod writer;
 
 pub use packed::{PackedTensors, packed};
 pub use quantization::{CheckpointFormat, QUANTIZE_CONFIG_FILE, QuantizationConfig};
-pub use reader::{Checkpoint, INDEX_FILE, TensorView, WEIGHTS_FILE};
+pub use reader::{Checkpoint, INDEX_FILE, PYTORCH_FILES, TensorView, WEIGHTS_FILE};
 pub use safetensors::Dtype;
 pub use values::to_bytes;
 pub use writer::{

@@ -29,7 +29,7 @@ pub const WEIGHTS_FILE: &str = "model.safetensors";
 /// Which shard each tensor is in.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// All weights in PyTorch's own format, or the index of its shards.
-const PYTORCH_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+pub const PYTORCH_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// A checkpoint folder. Its files must not be changed while this lives.
 #[derive(Debug)]

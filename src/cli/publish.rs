@@ -7,7 +7,7 @@ use clap::Args;
 use gptq::{
     card::{Address, SourceCard, cards},
     hub::{CARD_FILE, Hub, Reference},
-    publish::{self, GitOptions, HubOptions, Outcome},
+    publish::{self, Outcome, PublishOptions},
     report::{REPORT_FILE, Report},
     units::bytes,
     verify,
@@ -100,15 +100,12 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
             );
         }
     }
+    let options = PublishOptions { private: args.private, force: args.force, dry_run: args.dry_run };
     let outcomes = match &args.to {
         Place::Hub(reference) => {
-            let options = HubOptions { private: args.private, dry_run: args.dry_run };
             publish::to_hub(&Hub::new(settings)?, reference, &branches, &options, &terminal)?
         }
-        Place::Git(remote) => {
-            let options = GitOptions { force: args.force, dry_run: args.dry_run };
-            publish::to_git(remote, &args.run, &branches, &options, &settings, &terminal)?
-        }
+        Place::Git(remote) => publish::to_git(remote, &args.run, &branches, &options, &settings, &terminal)?,
     };
     drop(terminal);
     if output.json.is_some() {

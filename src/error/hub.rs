@@ -1,20 +1,20 @@
-//! What can go wrong with the Hub, or with a git remote.
+//! Errors of the Hub and of git remotes.
 
 use std::path::PathBuf;
 
-/// A repository, a file of it, or the way to it.
+/// An error of a repository, of its files, or of the connection to it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HubError {
-    /// A name that cannot be a repository's.
+    /// A name that no repository can have.
     #[error("`{found}` is not the name of a repository: expected {expected}")]
     Reference {
         /// As given.
         found: String,
-        /// What a name looks like.
+        /// The form of a name.
         expected: &'static str,
     },
-    /// There is no such repository, or not for this user.
+    /// There is no such repository, or this user cannot see it.
     #[error("{kind} `{repository}` is not on {endpoint}, or is private")]
     NotFound {
         /// `model` or `dataset`.
@@ -36,22 +36,22 @@ pub enum HubError {
         /// Branches and tags that exist.
         known: String,
     },
-    /// The repository's files are given only to those who accepted its conditions.
+    /// Only users who accepted the repository's conditions get its files.
     #[error("`{repository}` is gated, and {}", if *token { "this token's user has no access" } else { "no token was given" })]
     Gated {
         /// `owner/name`.
         repository: String,
-        /// Where access is asked for.
+        /// The page on which a user requests access.
         page: String,
         /// Whether a token was sent.
         token: bool,
     },
-    /// The token is not accepted, or may not do this.
+    /// The token is invalid, or lacks the right to do this.
     #[error("the Hub refused to {action}: {message}")]
     Unauthorized {
-        /// What was tried: `read owner/name`.
+        /// The attempted action: `read owner/name`.
         action: String,
-        /// The Hub's words.
+        /// The Hub's message.
         message: String,
         /// Whether a token was sent.
         token: bool,
@@ -61,36 +61,36 @@ pub enum HubError {
     File {
         /// `owner/name`.
         repository: String,
-        /// The revision looked at.
+        /// The revision.
         revision: String,
         /// The file.
         file: String,
     },
-    /// Only weights in a format that is not read.
+    /// The repository has weights only in formats that are not read.
     #[error("`{repository}` has only `{found}`; safetensors weights are needed")]
     WeightsFormat {
         /// `owner/name`.
         repository: String,
-        /// A weights file that is there.
+        /// One of its weights files.
         found: String,
     },
-    /// Neither the network nor the cache has it.
+    /// Files are neither in the cache nor reachable on the network.
     #[error(
         "{why}, and `{repository}` at revision `{revision}` is not whole in the cache: {missing} is missing"
     )]
     NotCached {
-        /// Why the Hub was not asked, or did not answer.
+        /// Why the Hub was not asked, or its error.
         why: String,
         /// `owner/name`.
         repository: String,
         /// The revision.
         revision: String,
-        /// What is missing.
+        /// The missing file.
         missing: String,
         /// Whether HF_HUB_OFFLINE forbids the network.
         offline: bool,
     },
-    /// No answer.
+    /// No response.
     #[error("no answer from {endpoint}: {problem}")]
     Unreachable {
         /// The Hub's address.
@@ -98,23 +98,23 @@ pub enum HubError {
         /// The reason.
         problem: String,
     },
-    /// Too many requests, also after waiting.
+    /// Too many requests, even after the requested pauses.
     #[error("{endpoint} refuses further requests for now (429){}", after.map_or_else(String::new, |s| format!(": it asks to wait {s} s")))]
     RateLimited {
         /// The Hub's address.
         endpoint: String,
-        /// Seconds it asks to wait.
+        /// Requested pause, seconds.
         after: Option<u64>,
     },
-    /// Any other answer that is not a success.
+    /// Any other response that is not a success, or cannot be used.
     #[error("the Hub could not {action}: {message}")]
     Answer {
-        /// What was tried.
+        /// The attempted action.
         action: String,
-        /// Status and the Hub's words.
+        /// Status and the Hub's message.
         message: String,
     },
-    /// Large files cannot be sent to this server through its interface.
+    /// The server has no Xet, so large files can only be sent with git-lfs.
     #[error(
         "{endpoint} offers `{found}` for large files, not Xet, which is how they are sent to `{repository}`"
     )]
@@ -123,50 +123,50 @@ pub enum HubError {
         endpoint: String,
         /// `owner/name`.
         repository: String,
-        /// What it offers.
+        /// The transfer that it offers.
         found: String,
     },
-    /// A run that holds nothing under this name.
+    /// The run has no such branch.
     #[error("the run has no branch `{branch}` (it has {known})")]
     Branch {
         /// As asked for.
         branch: String,
-        /// The ones there are.
+        /// The branches of the run.
         known: String,
     },
-    /// The source's conditions have not been accepted.
+    /// The source is gated, and its licence was not accepted.
     #[error("`{model}` is gated under the licence `{licence}`, which holds for what is made from it")]
     Licence {
         /// The source model.
         model: String,
-        /// The name to accept it by.
+        /// The licence's name for `--accept-license`.
         licence: String,
     },
-    /// What the other side says it has is not what was sent.
+    /// The remote does not have what was sent.
     #[error("branch `{branch}` was published, but {place} says `{file}` is {found}, not {expected}")]
     NotProven {
         /// The branch.
         branch: String,
-        /// Who says so.
+        /// The remote.
         place: String,
         /// The file, or the branch itself.
         file: String,
         /// What was sent.
         expected: String,
-        /// What is there.
+        /// What the remote has.
         found: String,
     },
-    /// git or git-lfs did not do something.
+    /// git or git-lfs failed.
     #[error("git could not {action}: {problem}")]
     Git {
-        /// What was tried.
+        /// The attempted action.
         action: String,
-        /// Its words.
+        /// Its message.
         problem: String,
-        /// What can be done, where that is known.
+        /// What helps, if known.
         hint: Option<&'static str>,
     },
-    /// A card's template cannot be used.
+    /// The template of a card cannot be used.
     #[error("`{}` cannot be made into a card: {problem}", path.display())]
     Template {
         /// The template.
@@ -174,21 +174,21 @@ pub enum HubError {
         /// Line and reason.
         problem: String,
     },
-    /// A transfer that was cut, again and again.
+    /// A transfer that was cut too many times in a row.
     #[error("`{file}` of `{repository}` came only to {got} of {size} bytes: {problem}")]
     Cut {
         /// `owner/name`.
         repository: String,
         /// The file.
         file: String,
-        /// Bytes that came.
+        /// Received bytes.
         got: u64,
-        /// Bytes there should be.
+        /// Expected bytes.
         size: u64,
         /// The last reason.
         problem: String,
     },
-    /// What came is not what the Hub said it would be.
+    /// A received file differs from the Hub's listing.
     #[error("`{file}` of `{repository}` is not what the Hub says it is: expected {expected}, found {found}")]
     Content {
         /// `owner/name`.
@@ -203,7 +203,7 @@ pub enum HubError {
 }
 
 impl HubError {
-    /// Whether the same may succeed a little later.
+    /// Whether the same request may succeed later.
     pub(crate) fn is_passing(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::RateLimited { .. } => true,
@@ -214,7 +214,7 @@ impl HubError {
         }
     }
 
-    /// What the user can do about it, where there is something.
+    /// What the user can do about it, if anything.
     pub(super) fn hint(&self) -> Option<String> {
         const LOG_IN: &str = "set HF_TOKEN, or log in: hf auth login";
         Some(match self {

@@ -1,69 +1,53 @@
-//! Answers that are not a success, and answers that do not come.
+//! Failures of requests: responses that are not a success, and responses that do not come.
 
 use std::time::Duration;
 
 use hf_hub::HFError;
-use reqwest::{Response, header::RETRY_AFTER};
+use reqwest::{Response, StatusCode, header::RETRY_AFTER};
 use serde_json::Value;
 
-/// Why a request brought nothing.
+/// Why a request failed.
 #[derive(Debug)]
-pub(super) enum Problem {
-    /// The Hub said no.
-    Refused(Refusal),
-    /// There was no answer.
-    Silence(String),
-    /// The answer was cut, or is none.
-    Cut(String),
-    /// Anything else.
-    Other(String),
-}
-
-/// An answer that is not a success.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub(super) status: u16,
-    /// By which the Hub tells refusals of one status apart; empty where it does not.
+pub(super) struct Problem {
+    /// The status of the response; `None` if no complete response came.
+    pub(super) status: Option<u16>,
+    /// Error code of the Hub, which tells apart responses of one status; may be empty.
     pub(super) code: String,
     /// `404 Not Found: no such thing`.
-    pub(super) said: String,
-    /// How long it asks to wait.
+    pub(super) text: String,
+    /// How long the Hub asks to wait.
     pub(super) wait: Option<Duration>,
+    /// Whether the same request may succeed later.
+    pub(super) transient: bool,
+    /// Whether it is transient, and `hf-hub` has not repeated the request.
+    pub(super) repeatable: bool,
 }
 
 impl Problem {
-    /// Whether the same request may succeed a little later.
-    pub(super) fn is_transient(&self) -> bool {
-        match self {
-            Self::Refused(refusal) => matches!(refusal.status, 408 | 429 | 500..),
-            Self::Silence(_) | Self::Cut(_) => true,
-            Self::Other(_) => false,
-        }
+    fn refused(status: StatusCode, code: String, message: Option<String>, wait: Option<Duration>) -> Self {
+        let text = match message.filter(|message| !message.is_empty()) {
+            Some(message) => format!("{status}: {message}"),
+            None => status.to_string(),
+        };
+        let transient = matches!(status.as_u16(), 408 | 429 | 500..);
+        Self { status: Some(status.as_u16()), code, text, wait, transient, repeatable: false }
     }
 
-    /// What is known of it.
-    pub(super) fn text(&self) -> &str {
-        match self {
-            Self::Refused(refusal) => &refusal.said,
-            Self::Silence(text) | Self::Cut(text) | Self::Other(text) => text,
-        }
+    fn without_response(text: String, transient: bool, repeatable: bool) -> Self {
+        Self { status: None, code: String::new(), text, wait: None, transient, repeatable }
     }
 
-    /// Of an answer that is not a success.
-    pub(super) async fn of_answer(answer: Response) -> Self {
-        let header = |name: &str| answer.headers().get(name)?.to_str().ok().map(str::to_owned);
+    /// The problem of a response that is not a success, to a request that `hf-hub` did not send.
+    pub(super) async fn of_response(response: Response) -> Self {
+        let header = |name: &str| response.headers().get(name)?.to_str().ok().map(str::to_owned);
         let (code, message) = (header("X-Error-Code").unwrap_or_default(), header("X-Error-Message"));
         let wait =
             header(RETRY_AFTER.as_str()).and_then(|text| Some(Duration::from_secs(text.parse().ok()?)));
-        let status = answer.status();
-        let body: Value = answer.json().await.unwrap_or_default();
+        let status = response.status();
+        let body: Value = response.json().await.unwrap_or_default();
         let message = message.or_else(|| body["error"].as_str().map(str::to_owned));
-        Self::Refused(Refusal {
-            status: status.as_u16(),
-            code,
-            said: said(status.to_string(), message),
-            wait,
-        })
+        let problem = Self::refused(status, code, message, wait);
+        Self { repeatable: problem.transient, ..problem }
     }
 }
 
@@ -78,39 +62,25 @@ impl From<HFError> for Problem {
             HFError::RepoNotFound { context, .. } => (context.as_ref(), "RepoNotFound", None),
             HFError::RevisionNotFound { context, .. } => (context.as_ref(), "RevisionNotFound", None),
             HFError::Request { source, .. } => return source.into(),
-            HFError::Xet { .. } => return Self::Silence(chain(&error)),
+            HFError::Xet { .. } => return Self::without_response(chain(&error), true, false),
             _ => (None, "", None),
         };
-        let Some(context) = context else { return Self::Other(chain(&error)) };
-        // What the Hub says goes before what the client makes of the status.
+        let Some(context) = context else { return Self::without_response(chain(&error), false, false) };
+        // The Hub's own code goes before the one that `hf-hub` derives from the status.
         let own = context.error_code.as_deref().filter(|code| !code.is_empty());
-        Self::Refused(Refusal {
-            status: context.status.as_u16(),
-            code: own.unwrap_or(code).to_owned(),
-            said: said(context.status.to_string(), context.server_message.clone()),
-            wait,
-        })
+        let code = own.unwrap_or(code).to_owned();
+        Self::refused(context.status, code, context.server_message.clone(), wait)
     }
 }
 
 impl From<&reqwest::Error> for Problem {
     fn from(error: &reqwest::Error) -> Self {
-        if error.is_body() || error.is_decode() {
-            Self::Cut(chain(error))
-        } else {
-            Self::Silence(chain(error))
-        }
+        // A response that was cut is not requested again by `hf-hub`.
+        Self::without_response(chain(error), true, error.is_body() || error.is_decode())
     }
 }
 
-fn said(status: String, message: Option<String>) -> String {
-    match message.filter(|message| !message.is_empty()) {
-        Some(message) => format!("{status}: {message}"),
-        None => status,
-    }
-}
-
-/// An error with its causes; the client's own texts name only the last one.
+/// An error with its causes; the texts of `hf-hub` name the last one alone.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

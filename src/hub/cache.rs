@@ -1,5 +1,5 @@
-//! The Hugging Face cache: contents by digest in `blobs`, revisions as folders of links in `snapshots`, and in `refs`
-//! the commit that each branch was at.
+//! The Hugging Face cache: contents by digest in `blobs`, revisions as folders of links in `snapshots`, and the last known
+//! commit of each branch in `refs`. (`hf-hub` has the same layout, but no public functions for it.)
 
 use std::{
     fs::{self, File, TryLockError},
@@ -8,7 +8,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{client::Kind, digest::ContentId, reference::Reference, transfer::Listed};
+use hf_hub::repository::{RepoType, RepoTypeAny};
+
+use super::{digest::ContentId, reference::Reference, transfer::Listed};
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
@@ -23,8 +25,8 @@ pub(super) struct RepositoryCache {
 }
 
 impl RepositoryCache {
-    pub(super) fn new(cache: &Path, kind: Kind, reference: &Reference) -> Self {
-        let name = format!("{}s--{}", kind.name(), reference.repository().replace('/', "--"));
+    pub(super) fn new(cache: &Path, kind: RepoTypeAny, reference: &Reference) -> Self {
+        let name = format!("{}--{}", kind.plural(), reference.repository().replace('/', "--"));
         Self { folder: cache.join(&name), locks: cache.join(".locks").join(name) }
     }
 
@@ -36,12 +38,12 @@ impl RepositoryCache {
         self.folder.join("blobs").join(id.hex())
     }
 
-    /// Whether this content is there, whole.
+    /// Whether the file's content is there and complete.
     pub(super) fn has(&self, file: &Listed) -> bool {
         fs::metadata(self.blob(&file.id)).is_ok_and(|found| found.len() == file.size)
     }
 
-    /// Where a content is until it is whole.
+    /// The path of a content until it is complete.
     pub(super) fn incomplete(&self, id: &ContentId) -> PathBuf {
         self.folder.join("blobs").join(format!("{}.incomplete", id.hex()))
     }
@@ -50,7 +52,7 @@ impl RepositoryCache {
         self.folder.join("snapshots").join(commit)
     }
 
-    /// The commit that a revision was at when it was last asked for.
+    /// The commit of a revision when it was last fetched.
     pub(super) fn commit(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.to_owned());
@@ -68,12 +70,12 @@ impl RepositoryCache {
         write_file_atomically(&path, commit.as_bytes())
     }
 
-    /// Whether the file of this commit is there, whole.
+    /// Whether the file of this commit is there and complete.
     pub(super) fn holds(&self, commit: &str, path: &str, size: u64) -> bool {
         fs::metadata(self.snapshot(commit).join(path)).is_ok_and(|found| found.len() == size)
     }
 
-    /// Makes the file of this commit a link to its content.
+    /// Links the file of this commit to its content.
     pub(super) fn link(&self, commit: &str, path: &str, id: &ContentId) -> Result<()> {
         let pointer = self.snapshot(commit).join(path);
         create_parent(&pointer)?;
@@ -86,13 +88,13 @@ impl RepositoryCache {
             _ => {}
         }
         match symlink(target, &pointer) {
-            // Another process was faster, with the same link.
+            // Another process has made the same link.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             other => other.map_err(Error::io("link", &pointer)),
         }
     }
 
-    /// Waits until no other process fetches this content; as long as the file lives, none will.
+    /// Locks a content against fetches by other processes while the returned file lives; waits for those that fetch it.
     pub(super) fn lock(&self, id: &ContentId, path: &str, progress: &dyn Progress) -> Result<File> {
         let lock = self.locks.join(format!("{}.lock", id.hex()));
         create_parent(&lock)?;
@@ -126,7 +128,7 @@ mod tests {
     fn links_lead_to_contents() {
         let root = tempfile::tempdir().unwrap();
         let reference: Reference = "a/b".parse().unwrap();
-        let cache = RepositoryCache::new(root.path(), Kind::Dataset, &reference);
+        let cache = RepositoryCache::new(root.path(), RepoTypeAny::Dataset, &reference);
         assert_eq!(cache.folder(), root.path().join("datasets--a--b"));
         let (id, commit) = (ContentId::GitBlob("0".repeat(40)), "c".repeat(40));
         create_parent(&cache.blob(&id)).unwrap();

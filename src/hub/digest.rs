@@ -1,4 +1,4 @@
-//! The two digests that the Hub names files by.
+//! The two kinds of digests by which the Hub names files.
 
 use std::{
     fs::File,
@@ -9,7 +9,7 @@ use std::{
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-/// What a file's content is known by.
+/// The digest of a file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ContentId {
     /// SHA-256 of a large file's content.
@@ -19,18 +19,18 @@ pub enum ContentId {
 }
 
 impl ContentId {
-    /// The digest, hexadecimal: the name of the file's blob in the cache.
+    /// The digest in hexadecimal: the name of the file's blob in the cache.
     pub fn hex(&self) -> &str {
         match self {
             Self::Sha256(hex) | Self::GitBlob(hex) => hex,
         }
     }
 
-    /// Takes a digest of this kind of a content of `size` bytes.
+    /// Computes a digest of this kind of a content of `size` bytes.
     pub(super) fn hasher(&self, size: u64) -> Hasher {
         match self {
             Self::Sha256(_) => Hasher::Sha256(Sha256::new()),
-            Self::GitBlob(_) => Hasher::git_blob(size),
+            Self::GitBlob(_) => Hasher::GitBlob(Sha1::new_with_prefix(format!("blob {size}\0"))),
         }
     }
 
@@ -42,7 +42,7 @@ impl ContentId {
         }
     }
 
-    /// Whether it has the form of a digest, and so is a plain file name.
+    /// Whether it has the form of a digest, and is thus a plain file name.
     pub fn is_well_formed(&self) -> bool {
         let (hex, length) = match self {
             Self::Sha256(hex) => (hex, 64),
@@ -52,7 +52,7 @@ impl ContentId {
     }
 }
 
-/// A digest that is being taken.
+/// A digest that is being computed.
 #[derive(Debug, Clone)]
 pub(super) enum Hasher {
     /// Of a large file.
@@ -62,14 +62,7 @@ pub(super) enum Hasher {
 }
 
 impl Hasher {
-    /// Of a git blob of `size` bytes.
-    fn git_blob(size: u64) -> Self {
-        let mut sha1 = Sha1::new();
-        sha1.update(format!("blob {size}\0"));
-        Self::GitBlob(sha1)
-    }
-
-    /// More of the content.
+    /// Adds bytes of the content.
     pub(super) fn update(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(sha256) => sha256.update(bytes),
@@ -77,7 +70,7 @@ impl Hasher {
         }
     }
 
-    /// The next `length` bytes of a file, or as many as there are.
+    /// Adds the next `length` bytes of a file, or all that are left.
     pub(super) fn read(&mut self, file: &File, length: u64) -> io::Result<()> {
         let mut buffer = vec![0; 1 << 20];
         let mut file = file.take(length);

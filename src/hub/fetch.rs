@@ -1,19 +1,25 @@
-//! Models and datasets from the Hub, or from the cache.
+//! Fetching models and datasets from the Hub into the cache, or finding them there.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    slice,
+};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
-use hf_hub::{HFRepository, repository::RepoType};
+use hf_hub::{
+    HFError, HFRepository,
+    repository::{RepoType, RepoTypeAny},
+};
+use serde_json::Value;
 
 use super::{
     cache::{RepositoryCache, is_commit},
-    client::{About, Hub, Kind, is_absence},
+    client::{About, Hub},
     files::{self, Lack},
     reference::Reference,
     transfer::{Listed, STEP, Transfer},
 };
 use crate::{
-    checkpoint::INDEX_FILE,
     error::{Error, HubError, Result, quoted},
     machine::require_space,
     progress::{Event, Progress},
@@ -27,28 +33,39 @@ pub struct Snapshot {
     pub folder: PathBuf,
     /// The commit.
     pub commit: String,
-    /// Whether its files are given only to those who accepted conditions; none when the Hub was not asked.
+    /// Whether the repository is gated: only users who accepted its conditions get its files. `None` without a response
+    /// of the Hub.
     pub gated: Option<bool>,
 }
 
-/// What is wanted of a repository.
+/// The wanted files of a repository.
 enum Wish<'a> {
+    /// What a model needs.
     Model,
+    /// These.
     Files(&'a [String]),
 }
 
+/// The commit of a revision, and whether the repository is gated, as the Hub states them.
+type Head = (Option<String>, Option<Value>);
+
 impl Hub {
-    /// Brings a model into the cache: configuration, tokenizer, safetensors weights, licence and card, nothing else.
+    /// Fetches a model into the cache: configuration, tokenizer, weights, licence and card. The weights are safetensors, else
+    /// `pytorch_model.bin` or its shards.
     ///
     /// # Errors
-    /// When the Hub refuses, the repository holds no such model, or something on the way fails for good.
+    /// If the Hub refuses, the repository holds no such model, or the transfer fails for good.
     pub fn fetch_model(&self, reference: &Reference, progress: &dyn Progress) -> Result<Snapshot> {
         let repository = self.client.model(reference.owner(), reference.name());
-        let about = About { kind: Kind::Model, reference, action: "read" };
-        self.fetch(&repository, &about, &Wish::Model, progress)
+        let about = About { kind: RepoTypeAny::Model, reference, action: "read" };
+        let head = async || {
+            let info = repository.info().revision(reference.revision()).send().await?;
+            Ok((info.sha, info.gated))
+        };
+        self.fetch(&repository, &about, &Wish::Model, head, progress)
     }
 
-    /// Brings files of a dataset into the cache.
+    /// Fetches files of a dataset into the cache.
     ///
     /// # Errors
     /// As [`Hub::fetch_model`].
@@ -59,8 +76,12 @@ impl Hub {
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
         let repository = self.client.dataset(reference.owner(), reference.name());
-        let about = About { kind: Kind::Dataset, reference, action: "read" };
-        self.fetch(&repository, &about, &Wish::Files(files), progress)
+        let about = About { kind: RepoTypeAny::Dataset, reference, action: "read" };
+        let head = async || {
+            let info = repository.info().revision(reference.revision()).send().await?;
+            Ok((info.sha, info.gated))
+        };
+        self.fetch(&repository, &about, &Wish::Files(files), head, progress)
     }
 
     fn fetch<T: RepoType>(
@@ -68,6 +89,7 @@ impl Hub {
         repository: &HFRepository<T>,
         about: &About<'_>,
         wish: &Wish<'_>,
+        head: impl AsyncFn() -> Result<Head, HFError>,
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
         let reference = about.reference;
@@ -76,8 +98,8 @@ impl Hub {
             let why = "HF_HUB_OFFLINE is set".to_owned();
             return self.cached(&cache, reference, wish, why);
         }
-        match self.block_on(self.fetch_online(repository, about, &cache, wish, progress)) {
-            Err(error) if is_absence(&error) => {
+        match self.block_on(self.fetch_online(repository, about, &cache, wish, head, progress)) {
+            Err(error) if matches!(&error, Error::Hub(error) if error.is_passing()) => {
                 let snapshot = match self.cached(&cache, reference, wish, error.to_string()) {
                     Err(Error::Hub(HubError::NotCached { .. }))
                         if cache.commit(reference.revision()).is_none() =>
@@ -102,9 +124,10 @@ impl Hub {
         about: &About<'_>,
         cache: &RepositoryCache,
         wish: &Wish<'_>,
+        head: impl AsyncFn() -> Result<Head, HFError>,
         progress: &dyn Progress,
     ) -> Result<Snapshot> {
-        let (commit, gated) = self.head(about).await?;
+        let (commit, gated) = self.head(repository, about, head).await?;
         let listed = self.list(about, &commit).await?;
         let transfer = Transfer { hub: self, repository, about, commit: &commit, cache, progress };
         let pick = |names: &[String]| -> Result<Vec<Listed>> {
@@ -118,10 +141,9 @@ impl Hub {
                 let names: Vec<&str> = listed.iter().map(|file| file.path.as_str()).collect();
                 let wanted = files::of_model(&names).map_err(|lack| lacks(about.reference, lack))?;
                 let mut files = pick(&wanted.files)?;
-                if wanted.sharded {
-                    // What its shards are is known only from the index.
-                    self.all(&transfer, &pick(&[INDEX_FILE.to_owned()])?).await?;
-                    let shards = files::shards(&cache.snapshot(&commit).join(INDEX_FILE))?;
+                if let Some(index) = wanted.index {
+                    self.all(&transfer, &pick(slice::from_ref(&index))?).await?;
+                    let shards = files::shards(&cache.snapshot(&commit).join(index))?;
                     files.extend(pick(&shards.into_iter().collect::<Vec<_>>())?);
                 }
                 self.all(&transfer, &files).await?;
@@ -131,27 +153,20 @@ impl Hub {
         Ok(Snapshot { folder: cache.snapshot(&commit), commit, gated: Some(gated) })
     }
 
-    /// The commit that a revision is at, and whether the repository is gated.
-    async fn head(&self, about: &About<'_>) -> Result<(String, bool)> {
-        let reference = about.reference;
-        let (owner, name) = (reference.owner(), reference.name());
-        let revision = reference.revision();
-        let found = match about.kind {
-            Kind::Model => {
-                let model = self.client.model(owner, name);
-                let info = || async { model.info().revision(revision).send().await };
-                self.ask(about, info).await.map(|info| (info.sha, info.gated))
-            }
-            Kind::Dataset => {
-                let dataset = self.client.dataset(owner, name);
-                let info = || async { dataset.info().revision(revision).send().await };
-                self.ask(about, info).await.map(|info| (info.sha, info.gated))
-            }
-        };
-        let (sha, gated) = match found {
-            Err(Error::Hub(HubError::Revision { repository, revision, .. })) => {
-                let known = self.revisions(about).await;
-                return Err(HubError::Revision { repository, revision, known }.into());
+    /// The commit of a revision, and whether the repository is gated.
+    async fn head<T: RepoType>(
+        &self,
+        repository: &HFRepository<T>,
+        about: &About<'_>,
+        head: impl AsyncFn() -> Result<Head, HFError>,
+    ) -> Result<(String, bool)> {
+        let (sha, gated) = match self.ask(about, || head()).await {
+            Err(Error::Hub(HubError::Revision { repository: name, revision, .. })) => {
+                let known = match repository.list_refs().send().await {
+                    Ok(refs) => quoted(refs.branches.iter().chain(&refs.tags).map(|found| &found.name)),
+                    Err(_) => "others".into(),
+                };
+                return Err(HubError::Revision { repository: name, revision, known }.into());
             }
             other => other?,
         };
@@ -159,26 +174,13 @@ impl Hub {
         match sha.filter(|sha| is_commit(sha)) {
             Some(sha) => Ok((sha, gated)),
             None => {
-                let action = format!("say what commit {reference} is at");
+                let action = format!("say what commit {} is at", about.reference);
                 Err(HubError::Answer { action, message: "its answer has none".into() }.into())
             }
         }
     }
 
-    /// The branches and tags of a repository, for a message.
-    async fn revisions(&self, about: &About<'_>) -> String {
-        let (owner, name) = (about.reference.owner(), about.reference.name());
-        let refs = match about.kind {
-            Kind::Model => self.client.model(owner, name).list_refs().send().await,
-            Kind::Dataset => self.client.dataset(owner, name).list_refs().send().await,
-        };
-        match refs {
-            Ok(refs) => quoted(refs.branches.iter().chain(&refs.tags).map(|found| &found.name)),
-            Err(_) => "others".into(),
-        }
-    }
-
-    /// Brings files into the cache, several at a time.
+    /// Fetches files into the cache, several at a time.
     async fn all<T: RepoType>(&self, transfer: &Transfer<'_, T>, files: &[Listed]) -> Result<()> {
         let Transfer { about, commit, cache, progress, .. } = transfer;
         let missing: Vec<&Listed> =
@@ -186,7 +188,7 @@ impl Hub {
         if missing.is_empty() {
             return Ok(());
         }
-        // Once each, and nothing of those that another revision brought.
+        // Each content once, and none that is in the cache for another revision.
         let mut contents: Vec<&Listed> = missing.iter().copied().filter(|file| !cache.has(file)).collect();
         contents.sort_by_key(|file| file.id.hex());
         contents.dedup_by_key(|file| file.id.hex());
@@ -213,13 +215,13 @@ impl Hub {
         progress.event(&Event::Note(&format!(
             "fetched {count}, {}, of {} {reference} at commit {}",
             bytes(total),
-            about.kind.name(),
+            about.kind,
             &commit[..12]
         )));
         Ok(())
     }
 
-    /// What the cache holds of a revision, if that is all that is wanted.
+    /// The snapshot of a revision in the cache, if it has all wanted files.
     fn cached(
         &self,
         cache: &RepositoryCache,
@@ -246,8 +248,8 @@ impl Hub {
                 let wanted = files::of_model(&names).map_err(|lack| match lack {
                     Lack::Missing(file) | Lack::OtherFormat(file) => not_cached(file),
                 })?;
-                if wanted.sharded {
-                    files::shards(&folder.join(INDEX_FILE))?.iter().try_for_each(|shard| require(shard))?;
+                if let Some(index) = wanted.index {
+                    files::shards(&folder.join(index))?.iter().try_for_each(|shard| require(shard))?;
                 }
             }
         }
@@ -265,7 +267,7 @@ fn lacks(reference: &Reference, lack: Lack) -> Error {
     }
 }
 
-/// The files of a folder, by name; links that lead nowhere are none.
+/// The names of the files in a folder, without links to missing files.
 fn file_names(folder: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let files = entries.filter_map(Result::ok).filter(|entry| entry.path().is_file());

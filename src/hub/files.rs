@@ -1,4 +1,4 @@
-//! Which files of a model's repository are needed.
+//! The files of a model repository that are fetched.
 
 use std::{collections::BTreeSet, path::Path};
 
@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::{
     architectures::CONFIG_FILE,
-    checkpoint::{INDEX_FILE, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
+    checkpoint::{INDEX_FILE, PYTORCH_FILES, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
     emit::{CHECKSUMS_FILE, COPIED_FILES, is_licence},
     error::{Error, Result},
 };
@@ -14,34 +14,34 @@ use crate::{
 /// The card of a repository.
 pub const CARD_FILE: &str = "README.md";
 
-/// Ends of names of weights in formats that are not read.
+/// Name endings of weights in formats that are not read.
 const OTHER_WEIGHTS: [&str; 8] = [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"];
 
-/// The files of a model that are needed.
+/// The needed files of a model.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Wanted {
-    /// By name.
+    /// Their names.
     pub(super) files: Vec<String>,
-    /// Whether the weights are the shards that the index names, which is one of the files.
-    pub(super) sharded: bool,
+    /// The one of them that names the shards of the weights, which are needed too; `None` if the weights are one file.
+    pub(super) index: Option<String>,
 }
 
-/// Why a repository is not a model that can be read.
+/// Why a model cannot be read from a repository.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Lack {
     /// This is missing.
     Missing(String),
-    /// The weights are in another format; one file of it.
+    /// The weights are in another format; the name of one such file.
     OtherFormat(String),
 }
 
-/// What is needed of a repository with these files; what is in folders is not.
+/// The needed files of a repository with files of these names; none is in a subfolder.
 pub(super) fn of_model(names: &[&str]) -> Result<Wanted, Lack> {
     let named = |name: &str| names.contains(&name);
     if !named(CONFIG_FILE) {
         return Err(Lack::Missing(format!("`{CONFIG_FILE}`")));
     }
-    let (weights, sharded) = weights(names)?;
+    let weights = weights(names)?;
     let beside = |name: &&str| {
         [CONFIG_FILE, QUANTIZE_CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE].contains(name)
             || COPIED_FILES.contains(name)
@@ -49,31 +49,32 @@ pub(super) fn of_model(names: &[&str]) -> Result<Wanted, Lack> {
     };
     let mut files: Vec<String> = names.iter().copied().filter(beside).map(str::to_owned).collect();
     files.push(weights.to_owned());
-    Ok(Wanted { files, sharded })
+    let index = weights.ends_with(".json").then(|| weights.to_owned());
+    Ok(Wanted { files, index })
 }
 
-/// The one weights file, or the index of several, in the order in which a checkpoint is opened.
-fn weights<'a>(names: &[&'a str]) -> Result<(&'a str, bool), Lack> {
+/// The one weights file or the index of several, chosen as [`Checkpoint::open`](crate::checkpoint::Checkpoint::open) does.
+fn weights<'a>(names: &[&'a str]) -> Result<&'a str, Lack> {
     let find = |wanted: &str| names.iter().copied().find(|name| *name == wanted);
-    if let Some(whole) = find(WEIGHTS_FILE) {
-        return Ok((whole, false));
-    }
-    if let Some(index) = find(INDEX_FILE) {
-        return Ok((index, true));
+    if let Some(weights) = find(WEIGHTS_FILE).or_else(|| find(INDEX_FILE)) {
+        return Ok(weights);
     }
     let top = || names.iter().copied().filter(|name| !name.contains('/'));
     let mut single = top().filter(|name| name.ends_with(".safetensors"));
     match (single.next(), single.next()) {
-        (Some(only), None) => Ok((only, false)),
-        (Some(_), Some(_)) => Err(Lack::Missing(format!("`{INDEX_FILE}`, which says what is in its shards"))),
-        (None, _) => {
-            let other = top().find(|name| OTHER_WEIGHTS.iter().any(|end| name.ends_with(end)));
-            Err(match other {
-                Some(other) => Lack::OtherFormat(other.to_owned()),
-                None => Lack::Missing(format!("`{WEIGHTS_FILE}` and no `{INDEX_FILE}`")),
-            })
+        (Some(only), None) => return Ok(only),
+        (Some(_), Some(_)) => {
+            return Err(Lack::Missing(format!("`{INDEX_FILE}`, which says what is in its shards")));
         }
+        (None, _) => {}
     }
+    if let Some(pytorch) = PYTORCH_FILES.into_iter().find_map(find) {
+        return Ok(pytorch);
+    }
+    Err(match top().find(|name| OTHER_WEIGHTS.iter().any(|end| name.ends_with(end))) {
+        Some(other) => Lack::OtherFormat(other.to_owned()),
+        None => Lack::Missing(format!("`{WEIGHTS_FILE}` and no `{INDEX_FILE}`")),
+    })
 }
 
 #[derive(Deserialize)]
@@ -123,7 +124,9 @@ mod tests {
             "model.safetensors.index.json",
         ];
         assert_eq!(needed(&names).unwrap(), expected);
-        assert!(of_model(&["config.json", "model.safetensors.index.json"]).unwrap().sharded);
+        let index = |name: &str| of_model(&["config.json", name]).unwrap().index;
+        assert_eq!(index("model.safetensors.index.json").unwrap(), "model.safetensors.index.json");
+        assert_eq!(index("model.safetensors"), None);
         let whole = ["model.safetensors", "model.safetensors.index.json", "b.safetensors"];
         assert_eq!(needed(&whole).unwrap(), ["config.json", "model.safetensors"]);
         let named_freely = ["gptq_model-4bit-128g.safetensors", "quantize_config.json", "model.bin"];
@@ -134,9 +137,22 @@ mod tests {
     }
 
     #[test]
+    fn weights_in_pytorch_format_come_last() {
+        let index = "pytorch_model.bin.index.json";
+        let names = [index, "pytorch_model-00001-of-00001.bin", "training_args.bin"];
+        assert_eq!(needed(&names).unwrap(), ["config.json", index]);
+        assert_eq!(of_model(&["config.json", index]).unwrap().index.unwrap(), index);
+        assert_eq!(
+            needed(&[index, "pytorch_model.bin", "old/a.safetensors"]).unwrap()[1..],
+            ["pytorch_model.bin"]
+        );
+        assert_eq!(needed(&["pytorch_model.bin", "a.safetensors"]).unwrap()[1..], ["a.safetensors"]);
+    }
+
+    #[test]
     fn what_lacks_is_named() {
         assert_eq!(of_model(&["model.safetensors"]), Err(Lack::Missing("`config.json`".into())));
-        assert_eq!(needed(&["pytorch_model.bin"]), Err(Lack::OtherFormat("pytorch_model.bin".into())));
+        assert_eq!(needed(&["tf_model.h5"]), Err(Lack::OtherFormat("tf_model.h5".into())));
         assert_eq!(needed(&["m.Q4.gguf", "original/x.bin"]), Err(Lack::OtherFormat("m.Q4.gguf".into())));
         assert!(matches!(needed(&["a.safetensors", "b.safetensors"]), Err(Lack::Missing(_))));
         assert!(matches!(needed(&["deep/model.safetensors"]), Err(Lack::Missing(_))));

@@ -1,8 +1,8 @@
-//! The Hugging Face Hub: models and datasets from it, into the cache that all of Hugging Face's tools share.
+//! The Hugging Face Hub: models and datasets from it, into the cache that all of Hugging Face's tools share; and commits to
+//! its repositories.
 //!
-//! The `hf-hub` crate speaks to the server. What it brings is taken into the cache only when its size and digest are
-//! those that the Hub lists; a transfer that was cut goes on where it stopped. Nothing here reads the environment:
-//! [`Settings`] hold what it says.
+//! The `hf-hub` crate sends the requests. A file enters the cache only with the size and the digest that the Hub lists; an
+//! interrupted transfer resumes where it stopped. The environment is not read here: the caller gives [`Settings`].
 
 mod answer;
 mod cache;

@@ -1,10 +1,10 @@
-//! How repositories are named on the command line.
+//! Names of repositories on the command line.
 
 use std::{fmt, str::FromStr};
 
 use crate::error::{Error, HubError, Result};
 
-/// The branch that is meant when none is named.
+/// The default branch.
 pub const DEFAULT_REVISION: &str = "main";
 
 /// A repository of the Hub at a revision: `owner/name`, `owner/name@revision` or `owner/name:revision`.
@@ -15,7 +15,10 @@ pub struct Reference {
 }
 
 impl Reference {
-    /// Of these parts; a revision of `None` is the main branch.
+    /// A reference of these parts; a revision of `None` is the main branch.
+    ///
+    /// # Errors
+    /// If a part is not a valid name.
     pub fn new(repository: &str, revision: Option<&str>) -> Result<Self> {
         let bad = |found: &str, expected| Error::from(HubError::Reference { found: found.into(), expected });
         let parts: Vec<&str> = repository.split('/').collect();
@@ -51,7 +54,7 @@ impl Reference {
         self.revision.as_deref().unwrap_or(DEFAULT_REVISION)
     }
 
-    /// What to call it in tables: the repository's name, and the revision if one was asked for.
+    /// Its name in tables: the repository's name, and the revision if one was given.
     pub fn label(&self) -> String {
         match &self.revision {
             Some(revision) => format!("{}:{revision}", self.name()),
@@ -77,14 +80,14 @@ impl fmt::Display for Reference {
     }
 }
 
-/// Whether this is a name that the Hub allows an owner or a repository.
+/// Whether the Hub allows this as the name of an owner or a repository.
 fn is_name(text: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let ends = text.starts_with(['-', '.']) || text.ends_with(['-', '.']);
     !text.is_empty() && text.len() <= 96 && text.chars().all(allowed) && !ends && !text.contains("..")
 }
 
-/// Whether git allows this as a branch; in particular it stays below the folder `refs`.
+/// Whether git allows this as a branch; in particular it cannot leave the folder `refs`.
 fn is_revision(text: &str) -> bool {
     let part = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.ends_with(".lock");
     let forbidden = |c: char| c.is_ascii_control() || " ~^:?*[\\".contains(c);

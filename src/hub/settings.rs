@@ -1,33 +1,33 @@
-//! How the Hub is reached. Whoever calls reads it from the environment; nothing here does.
+//! Settings of the connection to the Hub and of the cache. The caller reads them from the environment.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
-/// The Hub's address where none is set.
+/// The Hub's default address.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
-/// How the Hub is reached, and where what comes from it is kept.
+/// Settings of the connection to the Hub and of the cache.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// `https://huggingface.co`, without a slash at the end.
     pub endpoint: String,
     /// The `hub` folder of the Hugging Face cache.
     pub cache: PathBuf,
-    /// Who asks.
+    /// The user's token.
     pub token: Option<Token>,
     /// Whether only the cache may be used.
     pub offline: bool,
-    /// How long a connection may stay silent.
+    /// Timeout of a connection without data.
     pub silence: Duration,
-    /// How often a request or a transfer that fails is tried again.
+    /// Number of repetitions after a failed request or transfer.
     pub retries: usize,
-    /// The first pause before that; it doubles.
+    /// First pause before a repetition; it doubles.
     pub pause: Duration,
     /// Files fetched at the same time.
     pub parallel: usize,
 }
 
 impl Settings {
-    /// The usual ones, with a cache here.
+    /// The defaults, with a cache at this path.
     pub fn new(cache: PathBuf) -> Self {
         Self {
             endpoint: DEFAULT_ENDPOINT.to_owned(),
@@ -41,24 +41,24 @@ impl Settings {
         }
     }
 
-    /// How long to wait after so many failures.
+    /// The pause after so many failures.
     pub(crate) fn pause_after(&self, failures: usize) -> Duration {
         self.pause * (1 << failures.min(8))
     }
 }
 
-/// A secret: it is sent, and never shown.
+/// A secret, which is sent to the Hub and never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
 impl Token {
-    /// Of what stands in HF_TOKEN or in the token file; none when that is empty.
+    /// The token in the text of `HF_TOKEN` or of the token file; `None` if that is empty.
     pub fn new(text: &str) -> Option<Self> {
         let text = text.trim();
         (!text.is_empty()).then(|| Self(text.to_owned()))
     }
 
-    /// For the one who sends it.
+    /// The token itself, for sending it.
     pub fn secret(&self) -> &str {
         &self.0
     }
@@ -70,8 +70,8 @@ impl fmt::Debug for Token {
     }
 }
 
-/// Text of another's making, without the token and without what follows a `?` in addresses: signed addresses are
-/// secrets too.
+/// A message of the Hub or of git without the token, and without the queries of addresses: signed addresses are secrets
+/// too.
 pub(crate) fn redacted(text: &str, token: Option<&Token>) -> String {
     let text = token.map_or_else(|| text.to_owned(), |token| text.replace(token.secret(), "…"));
     let mut clean = String::with_capacity(text.len());

@@ -1,5 +1,5 @@
-//! One file from the Hub into the cache: on where an earlier transfer stopped, and believed only when size and digest
-//! are what the Hub said.
+//! Transfer of one file from the Hub into the cache: resumed where an earlier transfer stopped, and accepted only with the
+//! size and the digest that the Hub lists. (`hf-hub` neither resumes nor checks.)
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use futures_util::{Stream, StreamExt};
+use futures_util::StreamExt;
 use hf_hub::{HFError, HFRepository, repository::RepoType};
 
 use super::{
@@ -31,14 +31,14 @@ pub struct Listed {
     pub path: String,
     /// Bytes.
     pub size: u64,
-    /// The digest that the Hub gives.
+    /// Its digest.
     pub id: ContentId,
 }
 
-/// Bytes a step of the progress.
+/// Bytes of one progress step.
 pub(super) const STEP: u64 = 1_000_000;
 
-/// Where files come from and where they go.
+/// Source and destination of files.
 pub(super) struct Transfer<'a, T: RepoType> {
     pub(super) hub: &'a Hub,
     pub(super) repository: &'a HFRepository<T>,
@@ -49,7 +49,7 @@ pub(super) struct Transfer<'a, T: RepoType> {
 }
 
 impl<T: RepoType> Transfer<'_, T> {
-    /// Brings a file into the cache, unless it is there.
+    /// Puts a file into the cache, unless it is there.
     pub(super) async fn fetch(&self, file: &Listed) -> Result<()> {
         if !self.cache.has(file) {
             let _lock = self.cache.lock(&file.id, &file.path, self.progress)?;
@@ -64,88 +64,67 @@ impl<T: RepoType> Transfer<'_, T> {
         create_parent(blob)?;
         let mut part = Part::open(self.cache.incomplete(&file.id), file, self.progress)?;
         let settings = &self.hub.settings;
-        let (mut failures, mut from_scratch) = (0, false);
+        let repository = || self.about.reference.repository().to_owned();
+        let (mut failures, mut restarted) = (0, false);
         loop {
             let before = part.length;
-            let problem = match self.go_on(file, &mut part).await {
-                Ok(()) if part.length < file.size => "the connection was closed".to_owned(),
-                Ok(()) => match part.check(file) {
-                    Ok(()) => return part.finish(blob),
-                    // What an earlier, cut transfer left may be to blame: once again from the start.
-                    Err(_) if !from_scratch => {
-                        from_scratch = true;
-                        part.clear()?;
-                        continue;
-                    }
-                    Err(found) => {
-                        part.clear()?;
-                        return Err(self.wrong(file, found).into());
-                    }
-                },
-                Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Passing(problem)) => problem,
+            let Some(problem) = self.resume(&mut part).await? else {
+                let Some((expected, found)) = part.mismatch() else { return part.finish(blob) };
+                part.clear()?;
+                if restarted {
+                    let (repository, file) = (repository(), file.path.clone());
+                    return Err(HubError::Content { repository, file, expected, found }.into());
+                }
+                // Bytes of an earlier transfer may be wrong: once more from the start.
+                restarted = true;
+                continue;
             };
             failures = if part.length > before { 0 } else { failures + 1 };
             if failures > settings.retries {
-                return Err(HubError::Cut {
-                    repository: self.about.reference.repository().to_owned(),
-                    file: file.path.clone(),
-                    got: part.length,
-                    size: file.size,
-                    problem,
-                }
-                .into());
+                let (repository, name) = (repository(), file.path.clone());
+                let (got, size) = (part.length, file.size);
+                return Err(HubError::Cut { repository, file: name, got, size, problem }.into());
             }
             tokio::time::sleep(settings.pause_after(failures)).await;
         }
     }
 
-    /// Receives what is missing, as far as it comes.
-    async fn go_on(&self, file: &Listed, part: &mut Part<'_>) -> Result<(), Failure> {
-        if part.length == file.size {
-            return Ok(());
+    /// Receives what is missing. Returns the reason if the transfer stopped early and may be resumed.
+    async fn resume(&self, part: &mut Part<'_>) -> Result<Option<String>> {
+        let size = part.listed.size;
+        if part.length == size {
+            return Ok(None);
         }
-        let missing = file.size - part.length;
-        let answer = match part.length {
-            0 => self.request(file, None).await,
-            start => self.request(file, Some(start..file.size)).await,
+        let missing = size - part.length;
+        let request = self.repository.download_file_stream().filename(&part.listed.path);
+        let request =
+            request.revision(self.commit).maybe_range((part.length > 0).then_some(part.length..size));
+        let (length, mut stream) = match request.send().await {
+            Ok(response) => response,
+            Err(error) => return self.stopped(error),
         };
-        let (length, mut stream) = answer.map_err(|error| self.failure(error))?;
         if part.length > 0 && length != Some(missing) {
-            // The whole file instead of the rest: a server that knows no ranges.
-            part.clear().map_err(Failure::Final)?;
+            // The server ignores ranges, and sends the whole file instead of the rest.
+            part.clear()?;
         }
         while let Some(piece) = stream.next().await {
-            let piece = piece.map_err(|error| self.failure(error))?;
-            part.append(&piece).map_err(|error| Failure::Final(self.disk(error, part)))?;
-            if part.length > file.size {
-                // Too much: wrong, whatever else comes.
-                return Ok(());
+            match piece {
+                Ok(piece) => part.append(&piece).map_err(|error| self.disk(error, part))?,
+                Err(error) => return self.stopped(error),
+            }
+            if part.length > size {
+                return Ok(None);
             }
         }
-        Ok(())
+        Ok((part.length < size).then(|| "the connection was closed".to_owned()))
     }
 
-    async fn request(
-        &self,
-        file: &Listed,
-        range: Option<std::ops::Range<u64>>,
-    ) -> Result<(Option<u64>, impl Stream<Item = Result<bytes::Bytes, HFError>> + Unpin), HFError> {
-        self.repository
-            .download_file_stream()
-            .filename(&file.path)
-            .revision(self.commit)
-            .maybe_range(range)
-            .send()
-            .await
-    }
-
-    fn failure(&self, error: HFError) -> Failure {
+    /// The reason of a transient problem; an error for all others.
+    fn stopped(&self, error: HFError) -> Result<Option<String>> {
         let problem = Problem::from(error);
-        if problem.is_transient() {
-            Failure::Passing(redacted(problem.text(), self.hub.settings.token.as_ref()))
-        } else {
-            Failure::Final(self.hub.failure(problem, self.about).into())
+        match problem.transient {
+            true => Ok(Some(redacted(&problem.text, self.hub.settings.token.as_ref()))),
+            false => Err(self.hub.failure(problem, self.about).into()),
         }
     }
 
@@ -153,58 +132,39 @@ impl<T: RepoType> Transfer<'_, T> {
         if error.kind() != io::ErrorKind::StorageFull {
             return Error::io("write", &part.path)(error);
         }
-        let needed = bytes(part.size - part.length.min(part.size));
+        let needed = bytes(part.listed.size.saturating_sub(part.length));
         let folder = self.cache.folder().to_owned();
         let available = bytes(available_space(&folder).unwrap_or(0));
         ResourceError::DiskSpace { path: folder, available, needed }.into()
     }
-
-    fn wrong(&self, file: &Listed, (expected, found): (String, String)) -> HubError {
-        HubError::Content {
-            repository: self.about.reference.repository().to_owned(),
-            file: file.path.clone(),
-            expected,
-            found,
-        }
-    }
 }
 
-/// Why a transfer stopped.
-enum Failure {
-    /// It may go on.
-    Passing(String),
-    /// It may not.
-    Final(Error),
-}
-
-/// What has come of a file, on disk, and its digest so far.
+/// The received bytes of a file, on disk, and their digest.
 struct Part<'a> {
+    listed: &'a Listed,
     path: PathBuf,
     file: File,
     length: u64,
-    size: u64,
     hasher: Hasher,
-    fresh: Hasher,
-    /// Steps of progress told.
-    told: u64,
+    /// Reported steps of progress.
+    steps: u64,
     progress: &'a dyn Progress,
 }
 
 impl<'a> Part<'a> {
-    /// Goes on with what is there.
-    fn open(path: PathBuf, listed: &Listed, progress: &'a dyn Progress) -> Result<Self> {
+    /// Opens the bytes of an earlier transfer, or none.
+    fn open(path: PathBuf, listed: &'a Listed, progress: &'a dyn Progress) -> Result<Self> {
         let mut options = OpenOptions::new();
         let file = options.read(true).append(true).create(true).open(&path);
         let file = file.map_err(Error::io("create", &path))?;
         let length = file.metadata().map_err(Error::io("read", &path))?.len();
-        let fresh = listed.id.hasher(listed.size);
-        let hasher = fresh.clone();
-        let mut part = Self { path, file, length, size: listed.size, hasher, fresh, told: 0, progress };
-        if part.length > part.size {
+        let hasher = listed.id.hasher(listed.size);
+        let mut part = Self { listed, path, file, length, hasher, steps: 0, progress };
+        if part.length > listed.size {
             part.clear()?;
         }
         part.hasher.read(&part.file, part.length).map_err(Error::io("read", &part.path))?;
-        part.tell();
+        part.report();
         Ok(part)
     }
 
@@ -212,36 +172,33 @@ impl<'a> Part<'a> {
         self.file.write_all(piece)?;
         self.hasher.update(piece);
         self.length += piece.len() as u64;
-        self.tell();
+        self.report();
         Ok(())
     }
 
-    /// What has come twice is told once.
-    fn tell(&mut self) {
+    /// Reports progress; bytes that are received again are not reported again.
+    fn report(&mut self) {
         let steps = self.length / STEP;
-        if steps > self.told {
-            self.progress.advance(steps - self.told);
-            self.told = steps;
+        if steps > self.steps {
+            self.progress.advance(steps - self.steps);
+            self.steps = steps;
         }
     }
 
     fn clear(&mut self) -> Result<()> {
         self.file.set_len(0).map_err(Error::io("empty", &self.path))?;
         self.length = 0;
-        self.hasher = self.fresh.clone();
+        self.hasher = self.listed.id.hasher(self.listed.size);
         Ok(())
     }
 
-    /// What was expected and what was found, where they differ.
-    fn check(&self, listed: &Listed) -> Result<(), (String, String)> {
-        if self.length != listed.size {
-            return Err((format!("{} bytes", listed.size), "more".into()));
+    /// What the Hub lists and what came instead; `None` if they are the same.
+    fn mismatch(&self) -> Option<(String, String)> {
+        if self.length != self.listed.size {
+            return Some((format!("{} bytes", self.listed.size), "more".into()));
         }
         let found = self.hasher.clone().finish();
-        if found != listed.id {
-            return Err((listed.id.describe(), found.describe()));
-        }
-        Ok(())
+        (found != self.listed.id).then(|| (self.listed.id.describe(), found.describe()))
     }
 
     fn finish(self, blob: &Path) -> Result<()> {

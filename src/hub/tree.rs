@@ -1,9 +1,10 @@
-//! The Hub's listings: the files of a commit with their digests, and the commits of a branch.
+//! The files of a commit with their digests.
 //!
-//! Asked for here and not through the client, which leaves out the digests of large files.
+//! `hf-hub` lists files too, but drops the digests of large ones.
 
+use hf_hub::repository::RepoType;
 use reqwest::{Url, header::LINK};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 
 use super::{
     answer::Problem,
@@ -27,22 +28,23 @@ struct Entry {
     lfs: Option<Large>,
 }
 
-/// What the Hub says of a file that git holds only a pointer to.
+/// A file of which git holds only a pointer: SHA-256 and size of its content.
 #[derive(Deserialize)]
 struct Large {
     oid: String,
     size: u64,
 }
 
-#[derive(Deserialize)]
-struct CommitEntry {
-    id: String,
-}
-
 impl Hub {
     /// All files of a revision.
     pub(super) async fn list(&self, about: &About<'_>, revision: &str) -> Result<Vec<Listed>> {
-        let entries: Vec<Entry> = self.pages(about, "tree", revision).await?;
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut next = Some(self.listing_address(about, revision)?);
+        while let Some(address) = next {
+            let (page, following) = self.ask(about, || self.page(&address)).await?;
+            entries.extend(page);
+            next = following;
+        }
         let mut files = Vec::new();
         for entry in entries.into_iter().filter(|entry| entry.kind == "file") {
             let (size, id) = match entry.lfs {
@@ -64,56 +66,35 @@ impl Hub {
         Ok(files)
     }
 
-    /// The first commit of a revision; none when there are no commits.
-    pub(super) async fn first_commit(&self, about: &About<'_>, revision: &str) -> Result<Option<String>> {
-        // The newest comes first.
-        let commits: Vec<CommitEntry> = self.pages(about, "commits", revision).await?;
-        Ok(commits.into_iter().next_back().map(|commit| commit.id))
-    }
-
-    /// Everything that a listing has, page by page.
-    async fn pages<T: DeserializeOwned>(
-        &self,
-        about: &About<'_>,
-        listing: &str,
-        revision: &str,
-    ) -> Result<Vec<T>> {
-        let mut all = Vec::new();
-        let mut page = Some(self.listing_address(about, listing, revision)?);
-        while let Some(address) = page {
-            let (entries, next) = self.ask(about, || self.page(&address)).await?;
-            all.extend::<Vec<T>>(entries);
-            page = next;
-        }
-        Ok(all)
-    }
-
-    fn listing_address(&self, about: &About<'_>, listing: &str, revision: &str) -> Result<Url> {
+    /// The address of a listing's first page.
+    fn listing_address(&self, about: &About<'_>, revision: &str) -> Result<Url> {
         let endpoint = &self.settings.endpoint;
         let unusable =
             |problem: &str| HubError::Unreachable { endpoint: endpoint.clone(), problem: problem.into() };
-        let mut address = Url::parse(endpoint).map_err(|error| unusable(&error.to_string()))?;
-        let (owner, name) = (about.reference.owner(), about.reference.name());
-        let mut path = address.path_segments_mut().map_err(|()| unusable("it is no address"))?;
-        path.pop_if_empty().extend(["api", about.kind.plural(), owner, name, listing, revision]);
-        drop(path);
-        if listing == "tree" {
-            address.set_query(Some("recursive=true"));
-        }
+        let (kind, repository) = (about.kind.plural(), about.reference.repository());
+        let address = Url::parse(&format!("{endpoint}/api/{kind}/{repository}/tree"));
+        let mut address = address.map_err(|error| unusable(&error.to_string()))?;
+        // The revision may have a `/`, and is one segment all the same.
+        address.path_segments_mut().map_err(|()| unusable("it is no address"))?.push(revision);
+        address.set_query(Some("recursive=true"));
         Ok(address)
     }
 
-    /// One page, and where the next one is.
-    async fn page<T: DeserializeOwned>(&self, address: &Url) -> Result<(Vec<T>, Option<Url>), Problem> {
-        let answer = self.get(address).await?;
-        let links = answer.headers().get_all(LINK).iter().filter_map(|links| links.to_str().ok());
+    /// The entries of one page, and the address of the next one.
+    async fn page(&self, address: &Url) -> Result<(Vec<Entry>, Option<Url>), Problem> {
+        let response = self.signed(self.http.get(address.clone())).send().await;
+        let response = response.map_err(|error| Problem { repeatable: true, ..Problem::from(&error) })?;
+        if !response.status().is_success() {
+            return Err(Problem::of_response(response).await);
+        }
+        let links = response.headers().get_all(LINK).iter().filter_map(|links| links.to_str().ok());
         let next = links.flat_map(|links| links.split(',')).find(|link| link.contains("rel=\"next\""));
         let next = next.and_then(|link| {
             let link = link.split_once('<')?.1.split_once('>')?.0;
-            // The token goes along, and so nowhere else.
+            // The request carries the token, which must reach no other server.
             address.join(link).ok().filter(|next| next.origin() == address.origin())
         });
-        let entries = answer.json().await.map_err(|error| Problem::from(&error))?;
+        let entries = response.json().await.map_err(|error| Problem::from(&error))?;
         Ok((entries, next))
     }
 }

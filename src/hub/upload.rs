@@ -10,15 +10,16 @@ use std::{
     time::Duration,
 };
 
+use futures_util::TryStreamExt;
 use hf_hub::{
     HFError,
     progress::{ProgressEvent, ProgressHandler, UploadEvent},
-    repository::{CommitOperation, RepoTypeModel},
+    repository::{CommitOperation, GitCommitInfo, RepoTypeAny, RepoTypeModel},
 };
 use serde_json::{Value, json};
 
 use super::{
-    client::{About, Hub, Kind},
+    client::{About, Hub},
     reference::{DEFAULT_REVISION, Reference},
     transfer::{Listed, STEP},
 };
@@ -27,32 +28,32 @@ use crate::{
     progress::Progress,
 };
 
-/// Larger files go through Xet, or not at all: the Hub takes no larger ones inside a commit.
+/// Largest file in the text of a commit. Larger ones go through Xet.
 const INLINE_LIMIT: u64 = 10_000_000;
 
-/// How often progress is told.
+/// Interval of progress reports.
 const TICK: Duration = Duration::from_millis(200);
 
-/// What one commit changes.
+/// The changes of one commit.
 #[derive(Debug, Default)]
 pub struct Commit {
     /// Files added or replaced, and deleted.
     pub operations: Vec<CommitOperation>,
-    /// Bytes of the files added.
+    /// Bytes of the added files.
     pub bytes: u64,
-    /// The largest file, its size and SHA-256.
+    /// Size and SHA-256 of the largest added file.
     pub largest: Option<(u64, String)>,
-    /// Its message.
+    /// The commit message.
     pub message: String,
 }
 
 impl Hub {
-    /// The branches of a model's repository with their commits; none when there is no such repository.
+    /// The commits of a model repository by branch; `None` if there is no such repository.
     ///
     /// # Errors
-    /// When the Hub refuses or does not answer.
+    /// If the Hub refuses or does not answer.
     pub fn branches(&self, reference: &Reference) -> Result<Option<BTreeMap<String, String>>> {
-        let about = About { kind: Kind::Model, reference, action: "read" };
+        let about = About { kind: RepoTypeAny::Model, reference, action: "read" };
         let repository = self.client.model(reference.owner(), reference.name());
         let refs = self.block_on(self.ask(&about, || async { repository.list_refs().send().await }));
         match refs {
@@ -62,12 +63,12 @@ impl Hub {
         }
     }
 
-    /// Makes a repository, unless it is there.
+    /// Creates a repository, unless it exists.
     ///
     /// # Errors
     /// As [`Hub::branches`].
     pub fn create_repository(&self, reference: &Reference, private: bool) -> Result<()> {
-        let about = About { kind: Kind::Model, reference, action: "create" };
+        let about = About { kind: RepoTypeAny::Model, reference, action: "create" };
         let request = || async {
             let create = self.client.create_repository().repo_id(reference.repository());
             create.repo_type(RepoTypeModel).private(private).exist_ok(true).send().await
@@ -75,20 +76,22 @@ impl Hub {
         self.block_on(self.ask(&about, request)).map(|_| ())
     }
 
-    /// Makes a branch, from the main branch's first commit: where nothing is committed to it after that, it does not
-    /// hold the weights of another.
+    /// Creates a branch from the first commit of the main branch, so that it never holds the weights of another branch.
     ///
     /// # Errors
     /// As [`Hub::branches`].
     pub fn create_branch(&self, reference: &Reference) -> Result<()> {
-        let about = About { kind: Kind::Model, reference, action: "make a branch of" };
+        let about = About { kind: RepoTypeAny::Model, reference, action: "make a branch of" };
         let repository = self.client.model(reference.owner(), reference.name());
         self.block_on(async {
-            let start = self.first_commit(&about, DEFAULT_REVISION).await?;
-            let start = start.as_deref().unwrap_or(DEFAULT_REVISION);
+            let list =
+                || async { repository.list_commits().send()?.try_collect::<Vec<GitCommitInfo>>().await };
+            let commits = self.ask(&about, list).await?;
+            // The newest comes first.
+            let start = commits.last().map_or(DEFAULT_REVISION, |commit| &commit.id);
             let request = || async {
                 match repository.create_branch().branch(reference.revision()).revision(start).send().await {
-                    // A request before this one had arrived.
+                    // An earlier attempt of this request succeeded, and its response was lost.
                     Err(HFError::Conflict { .. }) => Ok(()),
                     made => made,
                 }
@@ -102,14 +105,14 @@ impl Hub {
     /// # Errors
     /// As [`Hub::branches`].
     pub fn files(&self, reference: &Reference) -> Result<Vec<Listed>> {
-        let about = About { kind: Kind::Model, reference, action: "read" };
+        let about = About { kind: RepoTypeAny::Model, reference, action: "read" };
         self.block_on(self.list(&about, reference.revision()))
     }
 
-    /// Commits to a branch that is at `parent`.
+    /// Commits to a branch whose newest commit is `parent`.
     ///
     /// # Errors
-    /// When the Hub refuses, takes no large files, or the way to it fails.
+    /// If the Hub refuses, takes no large files, or cannot be reached.
     pub fn commit(
         &self,
         reference: &Reference,
@@ -131,23 +134,23 @@ impl Hub {
                 .send();
             let mut request = pin!(request);
             progress.begin(&format!("sending {reference}, MB"), commit.bytes.div_ceil(STEP));
-            let mut told = 0;
+            let mut reported = 0;
             let result = loop {
                 let result = tokio::time::timeout(TICK, &mut request).await;
-                let steps = sent.bytes.load(Ordering::Relaxed) / STEP;
-                progress.advance(steps.saturating_sub(told));
-                told = told.max(steps);
+                let steps = sent.0.load(Ordering::Relaxed) / STEP;
+                progress.advance(steps.saturating_sub(reported));
+                reported = reported.max(steps);
                 if let Ok(result) = result {
                     break result;
                 }
             };
-            let about = About { kind: Kind::Model, reference, action: "commit to" };
+            let about = About { kind: RepoTypeAny::Model, reference, action: "commit to" };
             result.map_err(|error| self.failure(error, &about))?;
             Ok(())
         })
     }
 
-    /// Refuses what would go into a commit's text although it is too large for that.
+    /// Refuses a commit with large files if the server offers no Xet: `hf-hub` would put them into the commit's text.
     async fn require_xet(&self, reference: &Reference, commit: &Commit) -> Result<()> {
         let Some((size, sha256)) = commit.largest.as_ref().filter(|(size, _)| *size > INLINE_LIMIT) else {
             return Ok(());
@@ -162,12 +165,12 @@ impl Hub {
             "ref": { "name": reference.revision() },
         });
         let request = self.signed(self.http.post(address)).header("Accept", "application/vnd.git-lfs+json");
-        // Whatever else is wrong, the commit itself will say better.
-        let Ok(answer) = request.json(&body).send().await else { return Ok(()) };
-        if !answer.status().is_success() {
+        // The commit itself gives the better error for any other problem.
+        let Ok(response) = request.json(&body).send().await else { return Ok(()) };
+        if !response.status().is_success() {
             return Ok(());
         }
-        let answer: Value = answer.json().await.unwrap_or_default();
+        let answer: Value = response.json().await.unwrap_or_default();
         match answer["transfer"].as_str() {
             Some("xet") => Ok(()),
             other => Err(HubError::NoXet {
@@ -182,14 +185,12 @@ impl Hub {
 
 /// Bytes sent so far.
 #[derive(Debug, Default)]
-struct Sent {
-    bytes: AtomicU64,
-}
+struct Sent(AtomicU64);
 
 impl ProgressHandler for Sent {
     fn on_progress(&self, event: &ProgressEvent) {
         if let ProgressEvent::Upload(UploadEvent::Progress { bytes_completed, .. }) = event {
-            self.bytes.fetch_max(*bytes_completed, Ordering::Relaxed);
+            self.0.fetch_max(*bytes_completed, Ordering::Relaxed);
         }
     }
 }

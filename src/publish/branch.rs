@@ -1,4 +1,4 @@
-//! A branch as it is to be published.
+//! Branches of a run with the files to publish.
 
 use std::{
     fs,
@@ -17,16 +17,16 @@ use crate::{
 pub struct Branch {
     /// `main`, `gptq-4bit-32g-actorder_True`.
     pub name: String,
-    /// By path.
+    /// Its files, sorted by path.
     pub files: Vec<LocalFile>,
 }
 
-/// A file that is to be published.
+/// A file to publish.
 #[derive(Debug)]
 pub struct LocalFile {
     /// Its name in the repository.
     pub path: String,
-    /// What is in it.
+    /// Its content.
     pub content: Content,
     /// Bytes.
     pub size: u64,
@@ -34,20 +34,20 @@ pub struct LocalFile {
     pub sha256: String,
 }
 
-/// Where a file's content is.
+/// The content of a file.
 #[derive(Debug)]
 pub enum Content {
-    /// On disk.
+    /// In a file on disk.
     File(PathBuf),
-    /// Here.
+    /// In memory.
     Bytes(Vec<u8>),
 }
 
-/// The branches of a run, or those of them that are `wanted`, each with its card: the one in its folder, else the one
-/// of `cards`, which are in the report's order. `main` comes first: it is what people see.
+/// The `wanted` branches of a run, or all if none is named, each with its card: the one in its folder, else the one of
+/// `cards`, which are in the report's order. `main` comes first, since the Hub shows it by default.
 ///
 /// # Errors
-/// When there is no such branch, or a folder cannot be read.
+/// If there is no such branch, or a folder cannot be read.
 pub fn branches(report: &Report, run: &Path, wanted: &[String], cards: &[String]) -> Result<Vec<Branch>> {
     for name in wanted {
         if !report.branches.iter().any(|branch| branch.branch == *name) {
@@ -72,7 +72,7 @@ impl Branch {
         for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
             let path = entry.map_err(Error::io("read", folder))?.path();
             let name = path.file_name().and_then(|name| name.to_str());
-            // What is hidden is of some tool's own; branches have no folders.
+            // Hidden files belong to tools; branches have no folders.
             if let Some(name) = name.filter(|name| !name.starts_with('.') && path.is_file()) {
                 let (size, sha256) = of_file(&path, &like).map_err(Error::io("read", &path))?;
                 let (path, content) = (name.to_owned(), Content::File(path.clone()));
@@ -91,8 +91,8 @@ impl Branch {
         Ok(Self { name: name.to_owned(), files })
     }
 
-    /// Whether a file of the other side is one of weights that this branch does not have. They would be taken for its
-    /// own; anything else that is there stays.
+    /// Whether a file of the remote holds weights that this branch does not have. A reader would load them, so they are
+    /// deleted; other files stay.
     pub(super) fn makes_stale(&self, path: &str) -> bool {
         let weights = path.ends_with(".safetensors") || path == INDEX_FILE || path.ends_with(".bin");
         weights && !path.contains('/') && !self.files.iter().any(|file| file.path == path)
@@ -100,12 +100,12 @@ impl Branch {
 }
 
 impl LocalFile {
-    /// Whether the other side has the same content.
+    /// Whether the remote's file has the same content.
     pub(super) fn is(&self, listed: &Listed) -> Result<bool> {
         Ok(self.size == listed.size && self.id_like(&listed.id)? == listed.id)
     }
 
-    /// The digest of the kind that the other side gives.
+    /// The digest of the same kind as `like`.
     pub(super) fn id_like(&self, like: &ContentId) -> Result<ContentId> {
         match (like, &self.content) {
             (ContentId::Sha256(_), _) => Ok(ContentId::Sha256(self.sha256.clone())),

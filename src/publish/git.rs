@@ -1,4 +1,4 @@
-//! The programs `git` and `git-lfs`, in a repository of our own.
+//! The programs `git` and `git-lfs`, run in a temporary repository.
 
 use std::{
     ffi::OsStr,
@@ -14,7 +14,7 @@ use crate::{
     hub::Token,
 };
 
-/// The variable in which git's helper finds the token: a variable is not in the list of processes.
+/// The variable from which git's credential helper reads the token: other users see command lines, but not variables.
 const TOKEN_VARIABLE: &str = "GPTQ_GIT_TOKEN";
 
 /// A repository without files, with one remote.
@@ -24,10 +24,11 @@ pub(super) struct Git {
 }
 
 impl Git {
-    /// Beside the branches if that can be, so that large files need not be copied. `token` is for `endpoint` alone.
+    /// A repository in the folder `beside` if possible, so that large files there can be linked. `token` is used for
+    /// `endpoint` alone.
     ///
     /// # Errors
-    /// When git or git-lfs is not there.
+    /// If git or git-lfs is not installed.
     pub(super) fn new(beside: &Path, remote: &str, endpoint: &str, token: Option<Token>) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix(".gptq-git-").tempdir_in(beside);
         let folder = folder.or_else(|_| TempDir::with_prefix("gptq-git-"));
@@ -49,12 +50,12 @@ impl Git {
         Ok(git)
     }
 
-    /// What git printed.
+    /// Runs git; returns its output.
     pub(super) fn run<S: AsRef<OsStr>>(&self, action: &str, arguments: &[S]) -> Result<String> {
         self.run_with(action, arguments, b"")
     }
 
-    /// Puts a content into the repository as it is; returns its blob.
+    /// Stores a content in the repository without filters; returns its blob.
     pub(super) fn store(&self, action: &str, content: &[u8]) -> Result<String> {
         self.run_with(action, &["hash-object", "-w", "--stdin", "--no-filters"], content)
     }
@@ -64,7 +65,7 @@ impl Git {
         let failed = |problem: String, hint| HubError::Git { action: action.to_owned(), problem, hint };
         let mut command = Command::new("git");
         command.args(arguments).current_dir(self.folder.path());
-        // Nobody is there to answer questions; messages are to be the same everywhere.
+        // No questions, and the same messages in every locale.
         command.envs([("GIT_TERMINAL_PROMPT", "0"), ("LC_ALL", "C"), ("GIT_LFS_SKIP_SMUDGE", "1")]);
         for variable in ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_TRACE", "GIT_CURL_VERBOSE"] {
             command.env_remove(variable);
@@ -95,7 +96,7 @@ impl Git {
         self.folder.path().join(below)
     }
 
-    /// The lines that say what went wrong.
+    /// The error messages in git's output.
     fn problem(&self, output: &Output) -> String {
         let text = String::from_utf8_lossy(&output.stderr);
         let text = crate::hub::redacted(&text, self.token.as_ref());

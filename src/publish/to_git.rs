@@ -1,6 +1,6 @@
-//! To a git remote, large files through git-lfs.
+//! Publishing on a git remote, with large files through git-lfs.
 //!
-//! Commits are put together from blobs alone: no branch is checked out, and large files are linked, not copied.
+//! Commits are made from blobs: no branch is checked out, and large files are linked, not copied.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,7 @@ use std::{
     path::{Path, absolute},
 };
 
-use super::{Branch, Content, LocalFile, Outcome, git::Git, to_hub::message};
+use super::{Branch, Content, LocalFile, Outcome, PublishOptions, git::Git, message};
 use crate::{
     error::{Error, HubError, Result},
     hub::Settings,
@@ -17,30 +17,21 @@ use crate::{
     units::bytes,
 };
 
-/// Files from this size on are large, whatever they are called.
+/// Least size of large files, whatever their names.
 const LARGE: u64 = 10_000_000;
 
-/// The file that says which files git-lfs keeps.
+/// The file that names the files in git-lfs.
 const ATTRIBUTES: &str = ".gitattributes";
-
-/// How to publish to a git remote.
-#[derive(Debug, Clone, Default)]
-pub struct GitOptions {
-    /// Branches begin anew, without the remote's history, which is thrown away.
-    pub force: bool,
-    /// Nothing is sent.
-    pub dry_run: bool,
-}
 
 /// Publishes branches to a git remote: an address, or the path of a repository.
 ///
 /// # Errors
-/// When git refuses, or the remote does not have afterwards what was sent.
+/// If git refuses, or the remote does not have afterwards what was sent.
 pub fn to_git(
     remote: &str,
     run: &Path,
     branches: &[Branch],
-    options: &GitOptions,
+    options: &PublishOptions,
     settings: &Settings,
     progress: &dyn Progress,
 ) -> Result<Vec<Outcome>> {
@@ -48,7 +39,7 @@ pub fn to_git(
         .split_once("://")
         .is_some_and(|(scheme, rest)| scheme.starts_with("http") && user_of(rest).is_some())
     {
-        // git hands addresses on to other programs, where everybody on this machine sees them.
+        // git passes addresses to other programs, whose command lines all users of this machine see.
         return Err(Error::Value {
             what: "--to git:".into(),
             expected: "an address without name or password in it (use a credential helper, or HF_TOKEN)"
@@ -66,12 +57,12 @@ pub fn to_git(
     branches.iter().map(one).collect()
 }
 
-/// What stands before the `@` of an address's host.
+/// The part before the `@` of an address's host.
 fn user_of(rest: &str) -> Option<&str> {
     rest.split('/').next()?.split_once('@').map(|(user, _)| user)
 }
 
-/// The commits that the remote's branches are at.
+/// The newest commits of the remote's branches.
 fn heads(git: &Git) -> Result<BTreeMap<String, String>> {
     let lines = git.run("read the remote's branches", &["ls-remote", "--heads", "origin"])?;
     let head = |line: &str| {
@@ -86,13 +77,13 @@ fn publish(
     remote: &str,
     branch: &Branch,
     head: Option<&String>,
-    options: &GitOptions,
+    options: &PublishOptions,
     progress: &dyn Progress,
 ) -> Result<Outcome> {
     git.run("empty its index", &["read-tree", "--empty"])?;
     let mut parent = None;
     if head.is_some() && !options.force {
-        // The newest commit alone: what was there before it is not needed to go on from it.
+        // A commit on top of the newest one needs no older ones.
         let branch = format!("refs/heads/{}", branch.name);
         git.run("fetch the branch", &["fetch", "--quiet", "--depth", "1", "origin", &branch])?;
         let newest = git.run("read the branch", &["rev-parse", "FETCH_HEAD"])?;
@@ -101,31 +92,22 @@ fn publish(
     }
     let before = index(git)?;
     let large: Vec<&LocalFile> = branch.files.iter().filter(|file| is_large(file)).collect();
-    let mut outcome = Outcome {
-        branch: branch.name.clone(),
-        commit: parent.clone(),
-        sent: Vec::new(),
-        bytes: 0,
-        deleted: before.keys().filter(|path| branch.makes_stale(path)).cloned().collect(),
-        unchanged: 0,
-    };
+    let mut outcome = Outcome { commit: parent.clone(), ..Outcome::new(branch, before.keys()) };
     for path in &outcome.deleted {
         git.run("delete a file", &["update-index", "--force-remove", path])?;
     }
     for file in &branch.files {
         let blob = if is_large(file) { pointer(git, file)? } else { blob(git, file)? };
-        if before.get(&file.path) == Some(&blob) {
-            outcome.unchanged += 1;
-            continue;
+        let same = before.get(&file.path) == Some(&blob);
+        outcome.count(file, same);
+        if !same {
+            add(git, &file.path, &blob)?;
         }
-        outcome.sent.push(file.path.clone());
-        outcome.bytes += file.size;
-        add(git, &file.path, &blob)?;
     }
     let attributes = attributes(git, before.get(ATTRIBUTES), &large)?;
     if before.get(ATTRIBUTES) != Some(&attributes) {
         add(git, ATTRIBUTES, &attributes)?;
-    } else if outcome.sent.is_empty() && outcome.deleted.is_empty() {
+    } else if outcome.is_empty() {
         return Ok(outcome);
     }
     if options.dry_run {
@@ -149,7 +131,7 @@ fn is_large(file: &LocalFile) -> bool {
     file.path.ends_with(".safetensors") || file.size >= LARGE
 }
 
-/// The blobs of the index by path.
+/// The index's blobs by path.
 fn index(git: &Git) -> Result<BTreeMap<String, String>> {
     let lines = git.run("list the branch's files", &["-c", "core.quotePath=false", "ls-files", "--stage"])?;
     let entry = |line: &str| {
@@ -164,7 +146,7 @@ fn add(git: &Git, path: &str, blob: &str) -> Result<()> {
     git.run("add a file", &["update-index", "--add", "--cacheinfo", &entry]).map(|_| ())
 }
 
-/// Puts a small file's content into the repository.
+/// Stores a small file's content in the repository; returns its blob.
 fn blob(git: &Git, file: &LocalFile) -> Result<String> {
     let bytes = match &file.content {
         Content::Bytes(bytes) => bytes.clone(),
@@ -173,7 +155,7 @@ fn blob(git: &Git, file: &LocalFile) -> Result<String> {
     git.store("take a file in", &bytes)
 }
 
-/// Lets git-lfs find a large file's content, and puts a pointer to it into the repository.
+/// Links a large file into git-lfs's store and stores a pointer to it in the repository; returns the pointer's blob.
 fn pointer(git: &Git, file: &LocalFile) -> Result<String> {
     let sha256 = &file.sha256;
     let object = git.path(&format!(".git/lfs/objects/{}/{}/{sha256}", &sha256[..2], &sha256[2..4]));
@@ -196,7 +178,7 @@ fn pointer(git: &Git, file: &LocalFile) -> Result<String> {
     git.store("take a file in", text.as_bytes())
 }
 
-/// The blob of the attributes: what is there, and that the large files are git-lfs's.
+/// The blob of the attributes: those that are there, and those that put the large files into git-lfs.
 fn attributes(git: &Git, before: Option<&String>, large: &[&LocalFile]) -> Result<String> {
     let mut text = match before {
         Some(blob) => git.run("read its attributes", &["cat-file", "blob", blob])?,
@@ -234,21 +216,21 @@ fn commit(git: &Git, branch: &Branch, parent: Option<&String>) -> Result<String>
 
 fn push(git: &Git, branch: &Branch, commit: &str, head: Option<&String>, force: bool) -> Result<()> {
     let to = format!("refs/heads/{}", branch.name);
-    // First the contents: a branch must not name what is not there.
+    // Contents first: a branch must not refer to missing contents.
     let large = branch.files.iter().filter(|file| is_large(file)).map(|file| file.sha256.clone());
     let mut arguments = ["lfs", "push", "--object-id", "origin"].map(str::to_owned).to_vec();
     arguments.extend(large);
     git.run("send large files", &arguments)?;
     let mut arguments = vec!["push".to_owned(), "--quiet".to_owned(), "--no-verify".to_owned()];
     if force {
-        // Only what was seen is thrown away.
+        // Refused if the remote has commits that were not seen above.
         arguments.push(format!("--force-with-lease={to}:{}", head.map_or("", String::as_str)));
     }
     arguments.extend(["origin".to_owned(), format!("{commit}:{to}")]);
     git.run(&format!("send branch {}", branch.name), &arguments).map(|_| ())
 }
 
-/// Asks the remote where the branch is; that it has the large files git-lfs made sure of before.
+/// Requires that the remote's branch is at the commit; git-lfs has made sure before that the remote has the large files.
 fn prove(git: &Git, remote: &str, branch: &Branch, commit: &str) -> Result<()> {
     let found = heads(git)?.remove(&branch.name).unwrap_or_else(|| "missing".into());
     if found == commit {

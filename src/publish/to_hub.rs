@@ -1,8 +1,8 @@
-//! To the Hub, through its interface.
+//! Publishing on the Hub.
 
 use hf_hub::repository::CommitOperation;
 
-use super::{Branch, Content, Outcome};
+use super::{Branch, Content, LocalFile, Outcome, PublishOptions, message};
 use crate::{
     error::{Error, HubError, Result, quoted},
     hub::{Commit, DEFAULT_REVISION, Hub, Listed, Reference},
@@ -10,24 +10,15 @@ use crate::{
     units::bytes,
 };
 
-/// How to publish to the Hub.
-#[derive(Debug, Clone, Default)]
-pub struct HubOptions {
-    /// A repository that is made is private.
-    pub private: bool,
-    /// Nothing is written.
-    pub dry_run: bool,
-}
-
 /// Publishes branches to the repository of `reference`, one commit each.
 ///
 /// # Errors
-/// When the Hub refuses, the way to it fails for good, or it does not have afterwards what was sent.
+/// If the Hub refuses, cannot be reached, or does not have afterwards what was sent.
 pub fn to_hub(
     hub: &Hub,
     reference: &Reference,
     branches: &[Branch],
-    options: &HubOptions,
+    options: &PublishOptions,
     progress: &dyn Progress,
 ) -> Result<Vec<Outcome>> {
     let settings = hub.settings();
@@ -38,7 +29,7 @@ pub fn to_hub(
     }
     let known = match hub.branches(reference)? {
         Some(known) => known,
-        None if options.dry_run => return Ok(branches.iter().map(all_new).collect()),
+        None if options.dry_run => return branches.iter().map(|branch| changes(branch, &[])).collect(),
         None => {
             hub.create_repository(reference, options.private)?;
             progress.event(&Event::Note(&format!("made {}/{reference}", settings.endpoint)));
@@ -49,43 +40,42 @@ pub fn to_hub(
         let place = Reference::new(reference.repository(), Some(&branch.name))?;
         if !known.contains_key(&branch.name) {
             if options.dry_run {
-                return Ok(all_new(branch));
+                return changes(branch, &[]);
             }
             if branch.name != DEFAULT_REVISION {
                 hub.create_branch(&place)?;
             }
         }
         if options.dry_run {
-            let changes = Changes::between(branch, &hub.files(&place)?)?;
-            return Ok(changes.outcome(branch, known.get(&branch.name).cloned()));
+            let changes = changes(branch, &hub.files(&place)?)?;
+            return Ok(Outcome { commit: known.get(&branch.name).cloned(), ..changes });
         }
         send(hub, &place, branch, progress)
     };
     branches.iter().map(one).collect()
 }
 
-/// Brings a branch to what it should be, again where the way fails, and proves it.
+/// Sends what differs, repeatedly if the connection fails, and proves the publication.
 fn send(hub: &Hub, place: &Reference, branch: &Branch, progress: &dyn Progress) -> Result<Outcome> {
     let mut failures = 0;
     let mut first: Option<Outcome> = None;
     loop {
         let head = head(hub, place)?;
-        let changes = Changes::between(branch, &hub.files(place)?)?;
-        let outcome = first.get_or_insert_with(|| changes.outcome(branch, None));
+        let changes = changes(branch, &hub.files(place)?)?;
+        let outcome = first.get_or_insert_with(|| changes.clone());
         if changes.is_empty() {
             outcome.commit = Some(head);
             break;
         }
-        let commit = changes.commit(branch);
         let text = format!("sending {} files, {}, to {place}", outcome.sent.len(), bytes(outcome.bytes));
         progress.event(&Event::Note(&text));
-        match hub.commit(place, &commit, &head, progress) {
+        match hub.commit(place, &commit(branch, &changes), &head, progress) {
             Ok(()) => {
                 prove(hub, place, branch)?;
                 outcome.commit = Some(self::head(hub, place)?);
                 break;
             }
-            // It may have arrived all the same: what is missing is asked for again.
+            // The commit may have arrived all the same: the next round compares again.
             Err(Error::Hub(error)) if error.is_passing() && failures < hub.settings().retries => {
                 failures += 1;
                 progress.event(&Event::Warning(&format!("{error}; going on")));
@@ -97,7 +87,7 @@ fn send(hub: &Hub, place: &Reference, branch: &Branch, progress: &dyn Progress) 
     Ok(first.expect("set in the first round"))
 }
 
-/// The commit that a branch is at.
+/// The newest commit of a branch.
 fn head(hub: &Hub, place: &Reference) -> Result<String> {
     let heads = hub.branches(place)?.unwrap_or_default();
     heads.get(place.revision()).cloned().ok_or_else(|| {
@@ -106,7 +96,7 @@ fn head(hub: &Hub, place: &Reference) -> Result<String> {
     })
 }
 
-/// Asks the Hub what it has, and requires that it is what was sent.
+/// Requires that the Hub has what was sent.
 fn prove(hub: &Hub, place: &Reference, branch: &Branch) -> Result<()> {
     let listed = hub.files(place)?;
     let wrong = |file: &str, expected: String, found: String| {
@@ -129,68 +119,28 @@ fn prove(hub: &Hub, place: &Reference, branch: &Branch) -> Result<()> {
     }
 }
 
-/// What is to be done to a branch.
-struct Changes {
-    /// Positions of the branch's files that are sent.
-    send: Vec<usize>,
-    delete: Vec<String>,
+/// The changes that make the files that are `there` those of the branch.
+fn changes(branch: &Branch, there: &[Listed]) -> Result<Outcome> {
+    let mut outcome = Outcome::new(branch, there.iter().map(|there| &there.path));
+    for file in &branch.files {
+        let same = there.iter().find(|there| there.path == file.path).map(|there| file.is(there));
+        outcome.count(file, same.transpose()?.unwrap_or(false));
+    }
+    Ok(outcome)
 }
 
-impl Changes {
-    fn between(branch: &Branch, there: &[Listed]) -> Result<Self> {
-        let mut send = Vec::new();
-        for (at, file) in branch.files.iter().enumerate() {
-            let same = match there.iter().find(|there| there.path == file.path) {
-                Some(there) => file.is(there)?,
-                None => false,
-            };
-            if !same {
-                send.push(at);
-            }
-        }
-        let stale = there.iter().filter(|there| branch.makes_stale(&there.path));
-        Ok(Self { send, delete: stale.map(|there| there.path.clone()).collect() })
+/// The commit with these changes.
+fn commit(branch: &Branch, changes: &Outcome) -> Commit {
+    let files = || branch.files.iter().filter(|file| changes.sent.contains(&file.path));
+    let add = |file: &LocalFile| match &file.content {
+        Content::File(path) => CommitOperation::add_file(&file.path, path),
+        Content::Bytes(bytes) => CommitOperation::add_bytes(&file.path, bytes.clone()),
+    };
+    let delete = changes.deleted.iter().map(CommitOperation::delete);
+    Commit {
+        operations: files().map(add).chain(delete).collect(),
+        bytes: changes.bytes,
+        largest: files().max_by_key(|file| file.size).map(|file| (file.size, file.sha256.clone())),
+        message: message(branch),
     }
-
-    fn is_empty(&self) -> bool {
-        self.send.is_empty() && self.delete.is_empty()
-    }
-
-    fn outcome(&self, branch: &Branch, commit: Option<String>) -> Outcome {
-        let sent: Vec<_> = self.send.iter().map(|&at| &branch.files[at]).collect();
-        Outcome {
-            branch: branch.name.clone(),
-            commit,
-            bytes: sent.iter().map(|file| file.size).sum(),
-            sent: sent.iter().map(|file| file.path.clone()).collect(),
-            deleted: self.delete.clone(),
-            unchanged: branch.files.len() - self.send.len(),
-        }
-    }
-
-    fn commit(&self, branch: &Branch) -> Commit {
-        let mut commit = Commit { message: message(branch), ..Commit::default() };
-        for file in self.send.iter().map(|&at| &branch.files[at]) {
-            commit.bytes += file.size;
-            if commit.largest.as_ref().is_none_or(|(size, _)| *size < file.size) {
-                commit.largest = Some((file.size, file.sha256.clone()));
-            }
-            commit.operations.push(match &file.content {
-                Content::File(path) => CommitOperation::add_file(&file.path, path),
-                Content::Bytes(bytes) => CommitOperation::add_bytes(&file.path, bytes.clone()),
-            });
-        }
-        commit.operations.extend(self.delete.iter().map(CommitOperation::delete));
-        commit
-    }
-}
-
-/// The message of a branch's commit.
-pub(super) fn message(branch: &Branch) -> String {
-    format!("{} of {}", branch.name, crate::report::GENERATED_BY)
-}
-
-/// A branch of which nothing is there.
-fn all_new(branch: &Branch) -> Outcome {
-    Changes { send: (0..branch.files.len()).collect(), delete: Vec::new() }.outcome(branch, None)
 }

@@ -1,17 +1,19 @@
-//! Models and datasets from a Hub: what is fetched, what of every fault is survived, and what is an error.
+//! Models and datasets from a Hub: which files are fetched, which faults are survived, and which are errors.
 
 use std::{fs, path::PathBuf, sync::Mutex, time::Duration};
 
 use gptq::{
     Error,
+    checkpoint::Checkpoint,
     error::HubError,
     hub::{Hub, Reference, Settings, Snapshot, Token},
     progress::{Event, Progress},
 };
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    helpers::{Lab, entries, files_below},
+    helpers::{Lab, entries, files_below, repository},
     hub_server::{Fault, HubServer, Repository, TOKEN},
 };
 
@@ -308,16 +310,57 @@ fn refusals_say_what_helps() {
     assert!(busy.starts_with("[HUB] refuses further requests for now (429) | wait a while"), "{busy}");
 }
 
+/// `tests/golden/pytorch/pytorch_model.bin` has the weights of `llama2-mha`.
+#[test]
+fn weights_in_pytorch_format_are_fetched_if_there_are_no_others() {
+    let place = Place::new();
+    let golden = repository().join("tests/golden");
+    let model = golden.join("models/llama2-mha");
+    let weights = fs::read(golden.join("pytorch/pytorch_model.bin")).unwrap();
+    let expected = Checkpoint::open(&model).unwrap();
+    let publish = |name: &str, weights: &[(&str, &[u8])]| {
+        let config = fs::read(model.join("config.json")).unwrap();
+        let others = [("config.json", &config[..]), ("training_args.bin", &b"not needed"[..])];
+        let files = others.iter().chain(weights).map(|(name, bytes)| ((*name).to_owned(), bytes.to_vec()));
+        place.server.store().insert(format!("models/{name}"), Repository::of(files));
+    };
+    let fetched = |name: &str| {
+        let folder = place.fetch(name).unwrap().folder;
+        let found = Checkpoint::open(&folder).unwrap();
+        for name in expected.names() {
+            let [expected, found] = [&expected, &found].map(|checkpoint| checkpoint.view(name).unwrap());
+            assert!(found.bytes == expected.bytes, "{name}");
+        }
+        let offline = Settings { offline: true, ..place.settings() };
+        assert_eq!(place.fetch_with(offline, name, &Notes::default()).unwrap().folder, folder);
+        entries(&folder)
+    };
+
+    publish("old/whole", &[("pytorch_model.bin", &weights)]);
+    assert_eq!(fetched("old/whole"), ["config.json", "pytorch_model.bin"]);
+
+    let shard = "pytorch_model-00001-of-00001.bin";
+    let map: Map<String, Value> = expected.names().map(|name| (name.to_owned(), shard.into())).collect();
+    let (index, text) = ("pytorch_model.bin.index.json", json!({ "weight_map": map }).to_string());
+    let other = ("pytorch_model-00001-of-00002.bin", &weights[..1]);
+    publish("old/shards", &[(shard, &weights), other, (index, text.as_bytes())]);
+    assert_eq!(fetched("old/shards"), ["config.json", shard, index]);
+
+    let safetensors = fs::read(model.join("model.safetensors")).unwrap();
+    publish("new/both", &[("pytorch_model.bin", &weights), ("model.safetensors", &safetensors)]);
+    assert_eq!(fetched("new/both"), ["config.json", "model.safetensors"]);
+}
+
 #[test]
 fn weights_that_are_not_read_name_the_conversion() {
     let place = Place::new();
-    let files = [("config.json", "{}"), ("pytorch_model.bin", "x")];
+    let files = [("config.json", "{}"), ("tf_model.h5", "x")];
     let files = files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec()));
     place.server.store().insert("models/old/llama".into(), Repository::of(files));
     let refused = place.refused(place.settings(), "old/llama");
     assert!(
         refused.starts_with(
-            "`old/llama` has only `pytorch_model.bin`; safetensors weights are needed | convert it: python -c"
+            "`old/llama` has only `tf_model.h5`; safetensors weights are needed | convert it: python -c"
         ),
         "{refused}"
     );

@@ -5,14 +5,13 @@ mod identity;
 mod state;
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
     time::Instant,
 };
 
-use rustix::fs::FlockOperation;
 use tch::Kind;
 
 pub(super) use identity::Identity;
@@ -341,11 +340,9 @@ fn lock(folder: &Path, out: &Path) -> Result<File> {
     let path = folder.join(LOCK_FILE);
     let file = File::options().write(true).create(true).truncate(false).open(&path);
     let file = file.map_err(Error::io("create", &path))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(JournalError::Busy { path: out.into() }.into()),
-        other => {
-            other.map_err(|errno| Error::io("lock", &path)(errno.into()))?;
-            Ok(file)
-        }
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(JournalError::Busy { path: out.into() }.into()),
+        Err(TryLockError::Error(error)) => Err(Error::io("lock", &path)(error)),
     }
 }

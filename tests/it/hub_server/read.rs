@@ -82,7 +82,9 @@ fn refs(repository: &Repository) -> Answer {
 /// Of a branch that did not begin from another.
 fn commits(repository: &Repository, branch: &str) -> Answer {
     let of_branch = repository.log.iter().rev().filter(|(_, made_on)| made_on == branch);
-    let commits: Vec<Value> = of_branch.map(|(commit, _)| json!({ "id": commit, "authors": [] })).collect();
+    let commits: Vec<Value> = of_branch
+        .map(|(commit, _)| json!({ "id": commit, "authors": [], "title": "", "message": "" }))
+        .collect();
     Answer::json(&commits.into())
 }
 

@@ -39,7 +39,7 @@ impl Blob {
 
 /// Whether a file is kept as a large one.
 pub(crate) fn is_large(path: &str) -> bool {
-    path.ends_with(".safetensors") || path.ends_with(".parquet")
+    [".safetensors", ".parquet", ".bin"].iter().any(|end| path.ends_with(end))
 }
 
 impl Repository {
