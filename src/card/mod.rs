@@ -124,7 +124,7 @@ fn evaluations(report: &Report, run: &Path) -> Result<Vec<Evaluation>> {
 fn template_error(path: &Path, error: &minijinja::Error) -> Error {
     let line = error.line().map_or_else(String::new, |line| format!("line {line}: "));
     let what = match error.kind() {
-        ErrorKind::UndefinedError => "it uses something that the card does not know".to_owned(),
+        ErrorKind::UndefinedError => "it uses an undefined value".to_owned(),
         kind => kind.to_string(),
     };
     let detail = error.detail().map_or_else(String::new, |detail| format!(" ({detail})"));

@@ -201,15 +201,14 @@ impl Figures {
 }
 
 impl EvaluationFigures {
-    /// Whether both are of the same model on the same tokens, computed in the same way.
+    /// Whether both are of the same model on the same windows of the same tokens, computed in the same way.
     pub fn same_protocol(&self, other: &Self) -> bool {
-        self.same_text(other) && self.model_digest == other.model_digest && self.compute == other.compute
-    }
-
-    /// Whether both are over the same windows of the same tokens.
-    pub fn same_text(&self, other: &Self) -> bool {
-        let of = |e: &Self| (e.windows, e.seq_len, e.stride);
-        self.sha256 == other.sha256 && of(self) == of(other) && self.window_tokens == other.window_tokens
+        let windows = |e: &Self| (e.windows, e.seq_len, e.stride);
+        self.model_digest == other.model_digest
+            && self.compute == other.compute
+            && self.sha256 == other.sha256
+            && windows(self) == windows(other)
+            && self.window_tokens == other.window_tokens
     }
 }
 

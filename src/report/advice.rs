@@ -47,7 +47,7 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     if !choice.as_close.is_empty() {
         let names: Vec<&str> = choice.as_close.iter().map(|&i| entry(i).name.as_str()).collect();
         because = format!(
-            "Smallest of those that are closest to fp16 ({} cannot be told from it)",
+            "Smallest of those that are closest to fp16 (no significant difference to {})",
             names.join(", ")
         );
     }
@@ -92,7 +92,7 @@ pub(super) fn unserved(comparison: &Comparison) -> Option<String> {
     let choice = comparison.recommendation.as_ref()?;
     let none = choice.for_readers.iter().filter(|choice| choice.entry.is_none());
     let names: Vec<&str> = none.flat_map(|choice| &choice.readers).map(String::as_str).collect();
-    (!names.is_empty()).then(|| format!("For {}: none of these; they load none of them.", names.join(", ")))
+    (!names.is_empty()).then(|| format!("For {}: none of these models can be loaded.", names.join(", ")))
 }
 
 /// The rule of the recommendation.
@@ -101,9 +101,10 @@ pub(super) fn rule(comparison: &Comparison) -> String {
         return "Nothing was measured, so nothing is recommended: run gptq eval first.".into();
     };
     format!(
-        "Rule: of at most {USUAL_BITS} bits, the smallest mean KL divergence from fp16 on {} ({} windows of {} tokens), and of \
-         those whose 95% interval of the difference includes none, the smallest file; then the smallest file with at most {FACTOR} times that \
-         divergence; then, for each maintained program that refuses the first, the closest one that it loads.",
+        "Rule: first, of the models with at most {USUAL_BITS} bits, the one with the smallest mean KL divergence from fp16 on \
+         {} ({} windows of {} tokens); where others do not differ from it by more than the 95% interval, the smallest file of \
+         these. Second, the smallest file with at most {FACTOR} times that divergence. Third, for each maintained program that \
+         does not load the first, the closest model that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )
 }

@@ -114,9 +114,9 @@ impl Entry {
         not_loaded_by(&self.checkpoint.readers)
     }
 
-    /// Readers that load it, and those that do not.
-    pub fn readers(&self) -> (Vec<&ReaderReport>, Vec<&ReaderReport>) {
-        self.checkpoint.readers.iter().partition(|reader| reader.refused.is_none())
+    /// Whether a reader loads it.
+    pub fn is_loaded_by(&self, name: &str) -> bool {
+        self.checkpoint.readers.iter().any(|reader| reader.name == name && reader.refused.is_none())
     }
 }
 

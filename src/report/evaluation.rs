@@ -224,15 +224,13 @@ pub fn check_weights_beside(path: &Path, digest: &str) -> Result<()> {
 }
 
 impl Evaluation {
-    /// Whether the figures of two evaluations can be compared: same model, same tokens, same computation.
+    /// Whether the figures of two evaluations can be compared: same model, same windows of the same tokens, same computation.
     pub fn same_protocol(&self, other: &Self) -> bool {
-        self.same_text(other) && (&self.model_digest, &self.compute) == (&other.model_digest, &other.compute)
-    }
-
-    /// Whether both are over the same windows of the same tokens.
-    pub fn same_text(&self, other: &Self) -> bool {
-        let of = |e: &Self| (e.windows, e.seq_len, e.stride);
-        self.sha256 == other.sha256 && of(self) == of(other)
+        let windows = |e: &Self| (e.windows, e.seq_len, e.stride);
+        self.model_digest == other.model_digest
+            && self.compute == other.compute
+            && self.sha256 == other.sha256
+            && windows(self) == windows(other)
     }
 
     /// The figures of one model.

@@ -162,7 +162,7 @@ fn why(entry: &Entry, linear: &LinearReport) -> String {
         reasons.push(format!("outlier inputs: {outliers:.1} times the usual ratio"));
     }
     if condition >= STANDS_OUT {
-        reasons.push(format!("inputs alike: {condition:.1} times the usual condition number"));
+        reasons.push(format!("correlated inputs: {condition:.1} times the usual condition number"));
     }
     if reasons.is_empty() {
         reasons.push(format!(

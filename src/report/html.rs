@@ -17,12 +17,11 @@ use super::{
 struct Page<'a> {
     headline: String,
     source: String,
-    generated_by: &'a str,
+    comparison: &'a Comparison,
     advice: Vec<Advice<'a>>,
     /// Readers that load none of the entries.
     unserved: Option<String>,
     rule: String,
-    reference: String,
     pareto: Option<Picture>,
     lines: Vec<Picture>,
     heat: Vec<Heat>,
@@ -65,10 +64,7 @@ struct Text {
 }
 
 /// A reader, and for each entry why it does not load it, if so.
-struct Reader {
-    name: String,
-    takes: Vec<Option<String>>,
-}
+type Reader = (String, Vec<Option<String>>);
 
 /// The comparison as an HTML page.
 pub fn html(comparison: &Comparison) -> String {
@@ -87,17 +83,10 @@ pub fn html(comparison: &Comparison) -> String {
             source.parameters.map(parameters).unwrap_or_default(),
             source.bytes.map(size).unwrap_or_default()
         ),
-        generated_by: comparison.generated_by,
+        comparison,
         advice: advice(comparison),
         unserved: unserved(comparison),
         rule: rule(comparison),
-        reference: comparison.protocols.first().map_or_else(String::new, |p| {
-            let value = p.reference_perplexity;
-            format!(
-                "fp16 has perplexity {value:.4} on {} ({} windows of {} tokens).",
-                p.dataset, p.windows, p.seq_len
-            )
-        }),
         pareto: charts::size_against_kl(comparison),
         lines: [charts::error_by_layer(&solved), charts::error_by_linear(&solved)]
             .into_iter()
@@ -182,14 +171,14 @@ fn readers(comparison: &Comparison) -> Vec<Reader> {
     let mut readers: Vec<Reader> = Vec::new();
     let entries = &comparison.entries;
     for reader in entries.iter().flat_map(|e| &e.checkpoint.readers) {
-        if readers.iter().any(|known| known.name == reader.name) {
+        if readers.iter().any(|known| known.0 == reader.name) {
             continue;
         }
         let takes = entries.iter().map(|e| {
             let found = e.checkpoint.readers.iter().find(|r| r.name == reader.name);
             found.map_or_else(|| Some("not known".into()), |r| r.refused.clone())
         });
-        readers.push(Reader { name: reader.name.clone(), takes: takes.collect() });
+        readers.push((reader.name.clone(), takes.collect()));
     }
     readers
 }

@@ -51,7 +51,7 @@ fn first_part(comparison: &Comparison, shown: &[Column]) -> String {
     if let Some(first) = comparison.protocols.first() {
         let _ = writeln!(
             out,
-            "\nfp16: perplexity {:.4}. ★ nothing here is both smaller and closer to fp16. {}",
+            "\nfp16: perplexity {:.4}. ★: no other model here is both smaller and closer to fp16. {}",
             first.reference_perplexity,
             text(&rule(comparison))
         );

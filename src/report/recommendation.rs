@@ -65,7 +65,7 @@ impl Recommendation {
 
         let mut for_readers: Vec<ForReaders> = Vec::new();
         for reader in entries[closest].not_loaded_by() {
-            let takes = |i: &usize| entries[*i].readers().0.iter().any(|other| other.name == reader);
+            let takes = |i: &usize| entries[*i].is_loaded_by(reader);
             let closest_of =
                 |all: &[usize]| all.iter().copied().filter(takes).min_by(|a, b| kl(a).total_cmp(&kl(b)));
             let entry = closest_of(candidates).or_else(|| closest_of(&measured));
