@@ -1,8 +1,7 @@
-//! All that a template can use.
+//! The values that a template can use.
 
 use std::{fs, path::Path};
 
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Address, CardOptions, metadata, prompt, source::SourceCard};
@@ -14,33 +13,11 @@ use crate::{
     variant::{GroupSize, Order},
 };
 
-/// The reader of the column `ExLlama`.
+/// Reader of the column `ExLlama`.
 const EXLLAMA: &str = "ExLlamaV2";
 
-/// The reader that the section on vLLM is for.
+/// Reader of the section on vLLM.
 const VLLM: &str = "vLLM 0.30 and newer";
-
-/// A row of the table of branches.
-#[derive(Serialize)]
-struct Row {
-    branch: String,
-    variant: String,
-    bits: u32,
-    group_size: String,
-    act_order: &'static str,
-    symmetric: bool,
-    damp: String,
-    dataset: String,
-    seq_len: usize,
-    size: String,
-    exllama: &'static str,
-    /// Maintained programs that refuse it.
-    not_loaded_by: String,
-    /// As measured on the first text, if at all.
-    perplexity: Option<String>,
-    kl_divergence: Option<String>,
-    description: String,
-}
 
 /// The values for the card of the branch at `at`.
 pub(super) fn facts(
@@ -87,39 +64,40 @@ pub(super) fn facts(
     }))
 }
 
-fn row(report: &Report, branch: &BranchReport) -> Row {
+/// A row of the table of branches, with the figures of the first evaluation.
+fn row(report: &Report, branch: &BranchReport) -> Value {
     let variant = branch.variant;
     let measured = report.evaluations.first().and_then(|evaluation| evaluation.model_named(&branch.branch));
-    Row {
-        branch: branch.branch.clone(),
-        variant: variant.to_string(),
-        bits: variant.bits.get(),
-        group_size: match variant.group_size {
-            GroupSize::PerChannel => "None".into(),
-            GroupSize::Features(size) => size.to_string(),
-        },
-        act_order: match variant.order {
-            Order::Sequential => "No",
-            Order::Act => "Yes",
-            Order::ActStatic => "Yes, static groups",
-        },
-        symmetric: variant.symmetric,
-        damp: report.plan.damp.to_string(),
-        dataset: report.calibration.names(),
-        seq_len: report.calibration.seq_len,
-        size: bytes(branch.bytes),
-        exllama: if takes(branch, EXLLAMA) == Some(true) { "Yes" } else { "No" },
-        not_loaded_by: match not_loaded_by(&branch.readers) {
-            names if names.is_empty() => "–".into(),
-            names => names.join(", "),
-        },
-        perplexity: measured.map(|model| shown(&model.perplexity, 4)),
-        kl_divergence: measured.map(|model| shown(&model.kl_divergence, 6)),
-        description: description(report, branch),
-    }
+    let group_size = match variant.group_size {
+        GroupSize::PerChannel => "None".to_owned(),
+        GroupSize::Features(size) => size.to_string(),
+    };
+    let act_order = match variant.order {
+        Order::Sequential => "No",
+        Order::Act => "Yes",
+        Order::ActStatic => "Yes, static groups",
+    };
+    let refusing = not_loaded_by(&branch.readers);
+    json!({
+        "branch": branch.branch,
+        "variant": variant.to_string(),
+        "bits": variant.bits.get(),
+        "group_size": group_size,
+        "act_order": act_order,
+        "symmetric": variant.symmetric,
+        "damp": report.plan.damp.to_string(),
+        "dataset": report.calibration.names(),
+        "seq_len": report.calibration.seq_len,
+        "size": bytes(branch.bytes),
+        "exllama": if takes(branch, EXLLAMA) == Some(true) { "Yes" } else { "No" },
+        "not_loaded_by": if refusing.is_empty() { "–".to_owned() } else { refusing.join(", ") },
+        "perplexity": measured.map(|model| shown(model.perplexity, 4)),
+        "kl_divergence": measured.map(|model| shown(model.kl_divergence, 6)),
+        "description": description(report, branch),
+    })
 }
 
-/// What sets a branch apart from the others: facts of its format, and what was measured.
+/// Differences of a branch from the others: its format, and its size and divergence where they are the smallest.
 fn description(report: &Report, branch: &BranchReport) -> String {
     let mut parts = vec![match branch.variant.order {
         Order::Sequential => "Groups of neighbouring features: `g_idx` is sequential.".to_owned(),
@@ -152,8 +130,8 @@ fn description(report: &Report, branch: &BranchReport) -> String {
     parts.join(" ")
 }
 
-/// What to take for each maintained reader: of the branches that it loads, the smallest and the closest as measured. Readers that
-/// load the same ones stand together.
+/// For each maintained reader, the smallest of the branches that it loads, and the one with the smallest divergence. Readers that
+/// load the same branches share an item.
 fn recommendations(report: &Report) -> Vec<Value> {
     let mut choices: Vec<(Vec<&str>, Vec<&BranchReport>)> = Vec::new();
     let readers = report.branches.first().map_or(&[][..], |first| &first.readers);
@@ -170,7 +148,7 @@ fn recommendations(report: &Report) -> Vec<Value> {
         Some(measured.kl_divergence.value).filter(|kl| kl.is_finite())
     };
     let one = |(readers, loaded): &(Vec<&str>, Vec<&BranchReport>)| {
-        // Of branches that were not measured it is not known how close they are.
+        // The closest one is known only where all were measured.
         let measured: Option<Vec<_>> =
             loaded.iter().map(|branch| Some((branch, divergence(branch)?))).collect();
         let closest = measured.and_then(|all| all.into_iter().min_by(|a, b| a.1.total_cmp(&b.1)));
@@ -182,7 +160,7 @@ fn recommendations(report: &Report) -> Vec<Value> {
     choices.iter().map(one).collect()
 }
 
-/// Whether a reader takes a branch; none when there is no such reader.
+/// Whether a reader loads a branch; none when there is no such reader.
 fn takes(branch: &BranchReport, reader: &str) -> Option<bool> {
     let found = branch.readers.iter().find(|known| known.name == reader)?;
     Some(found.refused.is_none())
@@ -192,11 +170,11 @@ fn evaluation(evaluation: &Evaluation) -> Value {
     let model = |model: &EvaluatedModel| {
         json!({
             "branch": model.name,
-            "perplexity": shown(&model.perplexity, 4),
-            "perplexity_change": shown(&model.perplexity_change, 4),
-            "kl_divergence": shown(&model.kl_divergence, 6),
+            "perplexity": shown(model.perplexity, 4),
+            "perplexity_change": shown(model.perplexity_change, 4),
+            "kl_divergence": shown(model.kl_divergence, 6),
             "kl_p99": format!("{:.5}", model.kl_p99),
-            "top1": shown_percent(&model.top1_agreement),
+            "top1": format!("{} %", shown(model.top1_agreement.percent(), 2)),
         })
     };
     json!({
@@ -207,12 +185,12 @@ fn evaluation(evaluation: &Evaluation) -> Value {
         "windows": evaluation.windows,
         "seq_len": evaluation.seq_len,
         "stride": evaluation.stride,
-        "reference_perplexity": shown(&evaluation.reference_perplexity, 4),
+        "reference_perplexity": shown(evaluation.reference_perplexity, 4),
         "models": evaluation.models.iter().map(model).collect::<Vec<_>>(),
     })
 }
 
-/// Readers, each with what it says of every branch.
+/// Readers, each with its verdict on every branch.
 fn readers(report: &Report) -> Vec<Value> {
     let Some(first) = report.branches.first() else { return Vec::new() };
     let verdict = |branch: &BranchReport, name: &str| {
@@ -238,13 +216,6 @@ fn licence_files(folder: &Path) -> Vec<String> {
     names
 }
 
-fn shown(interval: &Interval, digits: usize) -> String {
-    let margin = interval.margin.map_or_else(String::new, |margin| format!(" ± {margin:.digits$}"));
-    format!("{:.digits$}{margin}", interval.value)
-}
-
-fn shown_percent(interval: &Interval) -> String {
-    let percent =
-        Interval { value: interval.value * 100.0, margin: interval.margin.map(|margin| margin * 100.0) };
-    format!("{} %", shown(&percent, 2))
+fn shown(interval: Interval, digits: usize) -> String {
+    format!("{interval:.digits$}").replace('±', "± ")
 }

@@ -32,7 +32,7 @@ pub(super) fn block(report: &Report, source: &SourceCard, options: &CardOptions)
     lines.0
 }
 
-/// The source's own, and what it is now.
+/// The source model's tags, and those of a quantized model.
 fn tags(report: &Report, source: &SourceCard) -> Vec<String> {
     let mut tags = source.list_of("tags");
     let bits = report.branches.iter().map(|branch| format!("{}-bit", branch.variant.bits.get()));
@@ -62,7 +62,7 @@ impl Lines {
     }
 }
 
-/// As it is where YAML takes it for nothing but that text, else as JSON, which is YAML too.
+/// A plain scalar where YAML reads the same text from it, else a JSON string, which is YAML too.
 fn scalar(text: &str) -> String {
     let plain = text.starts_with(|c: char| c.is_ascii_alphabetic())
         && text.chars().all(|c| c.is_ascii_alphanumeric() || " ._/-".contains(c))

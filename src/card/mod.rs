@@ -1,10 +1,9 @@
 //! The card of a run: the `README.md` of its branches, from its report and a template.
 //!
-//! Whatever is said about quality was measured, and the card says on what; a figure that is neither in the report nor
-//! beside the weights it is of does not appear.
+//! All figures of quality come from the report or from the evaluations beside the branches, with the text they were measured
+//! on.
 
 mod facts;
-mod measured;
 mod metadata;
 mod prompt;
 mod source;
@@ -17,14 +16,14 @@ use crate::{
     chat::syntax,
     error::{Error, HubError, Result},
     hub::Reference,
-    report::{Report, markdown_text},
+    report::{Comparison, EvaluatedModel, Evaluation, ModelEvaluations, Report, RunInput, markdown_text},
 };
 pub use source::{SOURCE_CARD_FILE, SourceCard, keep_source_card};
 
-/// The template where the user gives none.
+/// The template that is used where none is given.
 pub const TEMPLATE: &str = include_str!("card.md.jinja");
 
-/// Where branches are.
+/// Place of the published branches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// A repository on the Hub.
@@ -34,7 +33,7 @@ pub enum Address {
 }
 
 impl Address {
-    /// What looks like a repository on the Hub is one there.
+    /// Text of the form `OWNER/NAME` is a repository on the Hub, all other text a git address.
     pub fn new(text: &str) -> Self {
         match text.parse::<Reference>() {
             Ok(reference) if reference.repository() == text => Self::Hub(reference),
@@ -50,18 +49,18 @@ impl Address {
     }
 }
 
-/// What the report does not know.
+/// Options of a card, for what the report does not hold.
 #[derive(Debug, Clone, Default)]
 pub struct CardOptions {
-    /// Where the branches are published to.
+    /// Repository that the branches are published to.
     pub repository: Option<Address>,
-    /// Who quantized, where that is not the repository's owner.
+    /// Name of who quantized, where that is not the repository's owner.
     pub quantized_by: Option<String>,
-    /// The source's repository, where the report does not know it.
+    /// The source model's repository, where the report does not hold it.
     pub base_model: Option<String>,
-    /// How to speak to the model, with `{prompt}` in it.
+    /// Prompt template of the model, with `{prompt}` in it.
     pub prompt_template: Option<String>,
-    /// Another template: its file, for messages, and its text.
+    /// Another card template: its file, for messages, and its text.
     pub template: Option<(PathBuf, String)>,
 }
 
@@ -75,7 +74,7 @@ impl CardOptions {
         self.quantized_by.as_deref().or_else(owner)
     }
 
-    /// The source's repository.
+    /// The source model's repository.
     fn base_model<'a>(&'a self, report: &'a Report) -> Option<&'a str> {
         let fetched = || report.model.source.as_ref().map(|source| source.repository.as_str());
         self.base_model.as_deref().or_else(fetched)
@@ -85,9 +84,9 @@ impl CardOptions {
 /// The card of each branch of the run in `run`, in the report's order.
 ///
 /// # Errors
-/// When the source's card cannot be read, or the template is wrong.
+/// When the source model's card cannot be read, figures are of other weights, or the template has an error.
 pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<String>> {
-    let report = &Report { evaluations: measured::evaluations(report, run)?, ..report.clone() };
+    let report = &Report { evaluations: evaluations(report, run)?, ..report.clone() };
     let source = SourceCard::read(run)?;
     let (path, text) = match &options.template {
         Some((path, text)) => (path.clone(), text.as_str()),
@@ -106,10 +105,26 @@ pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<S
     (0..report.branches.len()).map(one).collect()
 }
 
+/// All evaluations of the run's branches, those in its report and those in the branches' folders. The first one decides
+/// recommendations.
+fn evaluations(report: &Report, run: &Path) -> Result<Vec<Evaluation>> {
+    let measured = ModelEvaluations::of_branches(report, run)?;
+    let input = RunInput { name: report.model.name.clone(), report: report.clone(), measured };
+    let Comparison { protocols, entries, .. } = Comparison::new(vec![input], Vec::new(), None)?;
+    let with_models = |(at, protocol): (usize, Evaluation)| {
+        let models = entries.iter().filter_map(|entry| {
+            let model = entry.measured[at].clone()?;
+            Some(EvaluatedModel { name: entry.name.clone(), ..model })
+        });
+        Evaluation { models: models.collect(), ..protocol }
+    };
+    Ok(protocols.into_iter().enumerate().map(with_models).collect())
+}
+
 fn template_error(path: &Path, error: &minijinja::Error) -> Error {
     let line = error.line().map_or_else(String::new, |line| format!("line {line}: "));
     let what = match error.kind() {
-        ErrorKind::UndefinedError => "it uses something that the card does not know".to_owned(),
+        ErrorKind::UndefinedError => "it uses an undefined value".to_owned(),
         kind => kind.to_string(),
     };
     let detail = error.detail().map_or_else(String::new, |detail| format!(" ({detail})"));

@@ -1,4 +1,4 @@
-//! The form in which a model expects to be spoken to.
+//! The prompt template of a model.
 
 use std::path::Path;
 
@@ -9,16 +9,16 @@ use crate::{
     error::Result,
 };
 
-/// What a card says about prompts.
+/// Prompt template of a card.
 #[derive(Debug, Serialize)]
 pub(super) struct Prompt {
-    /// A prompt with `{prompt}` in the user's place, or the template that could not be filled in.
+    /// A prompt with `{prompt}` in place of the user's text, or the source of a chat template that could not be rendered.
     pub(super) text: String,
-    /// Where it comes from: `given`, `chat template`, `raw chat template`, or `none` when the model continues text.
+    /// Origin: `given`, `chat template`, `raw chat template`, or `none` when the model has no chat template.
     pub(super) origin: &'static str,
 }
 
-/// As given, else from the chat template in a branch's folder, else just the text.
+/// The prompt template as given, else from the chat template in a branch's folder, else `{prompt}` alone.
 ///
 /// # Errors
 /// When the folder's tokenizer files cannot be read.

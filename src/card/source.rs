@@ -1,4 +1,4 @@
-//! The source model's card, kept beside the branches, and what its metadata say.
+//! The source model's card, a copy of which is kept beside the branches, and its metadata.
 
 use std::{fs, path::Path};
 
@@ -10,18 +10,18 @@ use crate::{
     hub::CARD_FILE,
 };
 
-/// The source's card in the folder of a run.
+/// File of the source model's card in the folder of a run.
 pub const SOURCE_CARD_FILE: &str = "source-card.md";
 
 /// A card: its metadata block and its text.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct SourceCard {
     metadata: Map<String, Value>,
-    /// What follows the metadata.
+    /// The text behind the metadata.
     pub text: String,
 }
 
-/// Keeps the card of the model in `source`, if it has one, in the folder of the run.
+/// Copies the card of the model in `source`, if it has one, to the folder of the run.
 ///
 /// # Errors
 /// When it cannot be read or written.
@@ -35,7 +35,7 @@ pub fn keep_source_card(source: &Path, run: &Path) -> Result<()> {
 }
 
 impl SourceCard {
-    /// Of a run; empty where the source had none.
+    /// Reads the card of a run's source model; empty where there is none.
     ///
     /// # Errors
     /// When it is there and cannot be read.
@@ -48,7 +48,7 @@ impl SourceCard {
         }
     }
 
-    /// Metadata that are not YAML, or not a mapping, count as none: they are another's.
+    /// Parses a card. Metadata that are not YAML, or not a mapping, are ignored: the card is not this project's.
     pub fn parse(card: &str) -> Self {
         let card = card.replace("\r\n", "\n");
         let block = card.strip_prefix("---\n").and_then(|rest| {
@@ -63,12 +63,12 @@ impl SourceCard {
         Self { metadata, text: text.trim().to_owned() }
     }
 
-    /// A text of the metadata.
+    /// A text value of the metadata.
     pub fn text_of(&self, key: &str) -> Option<&str> {
         self.metadata.get(key)?.as_str().filter(|text| !text.is_empty())
     }
 
-    /// A list of texts of the metadata; a single text is a list of one.
+    /// A list of texts in the metadata; a single text is a list of one.
     pub fn list_of(&self, key: &str) -> Vec<String> {
         match self.metadata.get(key) {
             Some(Value::String(text)) => vec![text.clone()],
@@ -79,12 +79,12 @@ impl SourceCard {
         }
     }
 
-    /// The licence by which it must be accepted: its own name where it is none of the usual ones.
+    /// The licence's name: `license_name` where it is none of the usual licences, else `license`.
     pub fn licence(&self) -> Option<&str> {
         self.text_of("license_name").or_else(|| self.text_of("license"))
     }
 
-    /// Whether its metadata ask something of those who want its files.
+    /// Whether the metadata set conditions for access to the files.
     pub fn is_gated(&self) -> bool {
         self.metadata.keys().any(|key| key.starts_with("extra_gated_"))
     }

@@ -8,7 +8,7 @@ use gptq::{
     eval::{describe, folder_name},
     report::{
         Comparison, EVALUATION_FILE, EVALUATION_SCHEMA, GENERATED_BY, ModelEvaluations, REPORT_FILE, Report,
-        RunInput, Source, check_weights_beside, comparison_table, html, markdown,
+        RunInput, Source, comparison_table, html, markdown,
     },
 };
 
@@ -54,13 +54,7 @@ fn read_run(run: &Path) -> gptq::Result<RunInput> {
     let path = inside(run, REPORT_FILE);
     let report = Report::read(&path)?;
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut measured = Vec::new();
-    for branch in &report.branches {
-        let path = dir.join(&branch.branch).join(EVALUATION_FILE);
-        if path.exists() {
-            measured.push(read_figures(&path)?);
-        }
-    }
+    let measured = ModelEvaluations::of_branches(&report, dir)?;
     Ok(RunInput { name: folder_name(dir), report, measured })
 }
 
@@ -68,7 +62,7 @@ fn read_run(run: &Path) -> gptq::Result<RunInput> {
 fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluations> {
     let figures = inside(path, EVALUATION_FILE);
     if figures.exists() || !path.is_dir() {
-        return read_figures(&figures);
+        return ModelEvaluations::read_checked(&figures);
     }
     let described = describe(&Checkpoint::open(path)?)?;
     let dir = path.display();
@@ -83,13 +77,6 @@ fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluat
         checkpoint: described,
         evaluations: Vec::new(),
     })
-}
-
-/// Figures; they must be of the weights beside them, where there are any.
-fn read_figures(path: &Path) -> gptq::Result<ModelEvaluations> {
-    let figures = ModelEvaluations::read(path)?;
-    check_weights_beside(path, &figures.checkpoint.digest)?;
-    Ok(figures)
 }
 
 /// The file itself, or the file of that name in the folder.

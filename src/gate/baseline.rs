@@ -1,26 +1,26 @@
-//! The baseline: the figures of a run that was found good, in a file that is kept with the project.
+//! The baseline: figures of a run that passed, in a file that is kept with a project.
 
 use std::path::Path;
 
 use serde_json::Value;
 
-use super::figures::{BranchFigures, EvaluatedFigures, Figures, LinearFigures, Numbers};
+use super::figures::Figures;
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, ReportError, Result},
     report::read_schema,
 };
 
-/// Goes up when a reader of older baselines could misread a newer one.
+/// Version of the file; it rises when a reader of older baselines could misread a newer one.
 pub const BASELINE_SCHEMA: &str = "gptq-baseline/1";
 
-/// Digits that are kept: more than any figure is sure of, and few enough for a small file.
+/// Significant digits that are kept: more than any figure is exact to, and few enough for a small file.
 const DIGITS: usize = 6;
 
 /// Reads a baseline.
 ///
 /// # Errors
-/// When it cannot be read, is no JSON, or of another schema.
+/// When there is none, it cannot be read, is not JSON, or has another schema.
 pub fn read_baseline(path: &Path) -> Result<Figures> {
     if !path.exists() {
         return Err(ReportError::NoBaseline { path: path.into() }.into());
@@ -41,28 +41,19 @@ pub fn write_baseline(path: &Path, run: &Figures) -> Result<()> {
     write_file_atomically(path, text.as_bytes())
 }
 
-/// What a baseline holds of a run.
+/// A run's figures as a baseline holds them: floats rounded.
 fn baseline(run: &Figures) -> Figures {
-    let numbers = |numbers: &Numbers| numbers.iter().map(|n| n.map(rounded)).collect();
-    let linear = |l: &LinearFigures| LinearFigures {
-        name: l.name.clone(),
-        relative_error: l.relative_error.map(rounded),
-        ..LinearFigures::default()
-    };
-    let branch =
-        |b: &BranchFigures| BranchFigures { linears: b.linears.iter().map(linear).collect(), ..b.clone() };
-    let model = |m: &EvaluatedFigures| EvaluatedFigures {
-        name: m.name.clone(),
-        window_nll: numbers(&m.window_nll),
-        window_kl: numbers(&m.window_kl),
-        window_top1: numbers(&m.window_top1),
-    };
     let mut figures = Figures { schema: BASELINE_SCHEMA.into(), ..run.clone() };
     figures.seconds = run.seconds.map(rounded);
-    figures.branches = run.branches.iter().map(branch).collect();
+    for linear in figures.branches.iter_mut().flat_map(|branch| &mut branch.linears) {
+        linear.relative_error = linear.relative_error.map(rounded);
+    }
     for evaluation in &mut figures.evaluations {
-        evaluation.window_nll = numbers(&evaluation.window_nll);
-        evaluation.models = evaluation.models.iter().map(model).collect();
+        let models = evaluation.models.iter_mut();
+        let of_models = models.flat_map(|m| [&mut m.window_nll, &mut m.window_kl, &mut m.window_top1]);
+        for number in [&mut evaluation.window_nll].into_iter().chain(of_models).flatten().flatten() {
+            *number = rounded(*number);
+        }
     }
     figures
 }
@@ -72,7 +63,8 @@ fn rounded(number: f64) -> f64 {
     format!("{number:.*e}", DIGITS - 1).parse().expect("a number that was printed")
 }
 
-/// A line for each element, but lists and objects of plain values in one: a few hundred lines that can be compared.
+/// Writes JSON with one line for each element, and with lists and objects of plain values on one line, so that two baselines
+/// can be compared line by line.
 fn write_value(text: &mut String, value: &Value, depth: usize) {
     let nested = |value: &Value| value.is_array() || value.is_object();
     let elements: Vec<(Option<&String>, &Value)> = match value {

@@ -3,22 +3,16 @@
 use std::collections::BTreeMap;
 
 use super::{
-    checklist::{Checklist, finite, percent, signed, size},
+    checklist::{Checklist, Comparison, finite, percent, signed, size},
     figures::{BranchFigures, LinearFigures},
-    judgement::{Comparison, Growth},
-    thresholds::BranchLimits,
     windows::Measured,
 };
+
 /// Linears of a decoder layer.
 const LINEARS: usize = 7;
 
-/// What needs no baseline, and no text.
-pub(super) fn by_itself(
-    checklist: &mut Checklist<'_>,
-    branch: &BranchFigures,
-    layers: usize,
-    limits: &BranchLimits,
-) {
+/// Checks that need neither a baseline nor an evaluation.
+pub(super) fn by_itself(checklist: &mut Checklist<'_>, branch: &BranchFigures, layers: usize) {
     let linears = &branch.linears;
     let expected = layers * LINEARS;
     let finding = format!("{} of {expected} linears were quantized", linears.len());
@@ -31,80 +25,45 @@ pub(super) fn by_itself(
         || "error of linears".to_owned(),
         |(_, l)| format!("error of {}, the worst linear,", l.name),
     );
-    checklist.at_most(
-        "max-linear-error",
-        &what,
-        worst.map(|(e, _)| e).filter(|_| all_known),
-        limits.max_linear_error,
-        error,
-    );
+    checklist.bounded("max-linear-error", &what, worst.map(|(e, _)| e).filter(|_| all_known), error);
 
     let sum = |of: fn(&LinearFigures) -> Option<u32>| {
         linears.iter().map(|l| of(l).map(f64::from)).sum::<Option<f64>>()
     };
-    let count = |n: f64| n.to_string();
     let raised = sum(|l| l.damp_raised.map(|times| times.min(1)));
-    checklist.at_most(
-        "max-damp-raised",
-        "linears with raised damping:",
-        raised,
-        limits.max_damp_raised,
-        count,
-    );
-    let dead = sum(|l| l.dead_columns);
-    checklist.at_most("max-dead-columns", "dead input features:", dead, limits.max_dead_columns, count);
     let fallbacks = sum(|l| Some(l.fallback.is_some().into()));
-    checklist.at_most(
-        "max-fallbacks",
-        "linears rounded instead of solved:",
-        fallbacks,
-        limits.max_fallbacks,
-        count,
-    );
-    checklist.at_least(
-        "min-scale-bits",
-        "significant bits that scales use, of fp16's 11:",
-        branch.scale_bits,
-        limits.min_scale_bits,
-        count,
-    );
-    checklist.at_most("max-size", "size", branch.bytes, limits.max_size, size);
+    checklist.bounded("max-damp-raised", "linears with raised damping:", raised, count);
+    checklist.bounded("max-dead-columns", "dead input features:", sum(|l| l.dead_columns), count);
+    checklist.bounded("max-fallbacks", "linears rounded instead of solved:", fallbacks, count);
+    let what = "significant bits that scales use, of fp16's 11:";
+    checklist.bounded("min-scale-bits", what, branch.scale_bits, count);
+    checklist.bounded("max-size", "size", branch.bytes, size);
 }
 
-/// What needs a text and no baseline.
-pub(super) fn against_fp16(checklist: &mut Checklist<'_>, measured: &Measured, limits: &BranchLimits) {
+/// Checks of an evaluation that need no baseline.
+pub(super) fn against_fp16(checklist: &mut Checklist<'_>, measured: &Measured) {
     let text = &measured.text;
     let (ppl, fp16) = (measured.perplexity(), measured.reference_perplexity());
     let what = format!("perplexity {ppl:.4} on {text}, fp16's is {fp16:.4}:");
-    let change = |change: f64| format!("{change:+.4}");
-    checklist.at_most("max-perplexity-change", &what, Some(ppl - fp16), limits.max_perplexity_change, change);
-    let increase = Some(ppl / fp16 - 1.0);
-    checklist.at_most("max-perplexity-increase", &what, increase, limits.max_perplexity_increase, percent);
+    checklist.bounded("max-perplexity-change", &what, Some(ppl - fp16), |change| format!("{change:+.4}"));
+    checklist.bounded("max-perplexity-increase", &what, Some(ppl / fp16 - 1.0), percent);
     let what = format!("KL divergence on {text}");
-    checklist.at_most("max-kl", &what, Some(measured.kl_divergence()), limits.max_kl, kl);
+    checklist.bounded("max-kl", &what, Some(measured.kl_divergence()), kl);
     let what = format!("top-1 agreement on {text}");
-    checklist.at_least("min-top1", &what, Some(measured.top1_agreement()), limits.min_top1, share);
+    checklist.bounded("min-top1", &what, Some(measured.top1_agreement()), share);
 }
 
-/// What needs the baseline's branch and no text.
+/// Checks against the baseline's branch that need no evaluation.
 pub(super) fn against_baseline(
     checklist: &mut Checklist<'_>,
     branch: &BranchFigures,
     baseline: &BranchFigures,
-    limits: &BranchLimits,
 ) {
     if branch.variant != baseline.variant {
         let finding = format!("variant {}, the baseline's is {}", branch.variant, baseline.variant);
         checklist.breach("variant", finding);
     }
-    checklist.grows_at_most(
-        "max-size-growth",
-        "size",
-        branch.bytes,
-        baseline.bytes,
-        limits.max_size_growth,
-        size,
-    );
+    checklist.grows_at_most("max-size-growth", "size", branch.bytes, baseline.bytes, size);
 
     let before: BTreeMap<&str, Option<f64>> =
         baseline.linears.iter().map(|l| (l.name.as_str(), finite(l.relative_error))).collect();
@@ -119,58 +78,30 @@ pub(super) fn against_baseline(
     };
     let growth = |pair: &(&str, f64, f64)| pair.1 / pair.2;
     if let Some(&(name, now, before)) = pairs.iter().max_by(|a, b| growth(a).total_cmp(&growth(b))) {
-        let (check, what) = ("max-linear-error-growth", format!("error of {name}"));
-        checklist.grows_at_most(check, &what, Some(now), Some(before), limits.max_linear_error_growth, error);
+        let what = format!("error of {name}");
+        checklist.grows_at_most("max-linear-error-growth", &what, Some(now), Some(before), error);
     }
     let mean =
         |of: fn(&(&str, f64, f64)) -> f64| Some(pairs.iter().map(of).sum::<f64>() / pairs.len() as f64);
-    let (check, what, limit) =
-        ("max-mean-error-growth", "mean error of linears", limits.max_mean_error_growth);
-    checklist.grows_at_most(check, what, mean(|p| p.1), mean(|p| p.2), limit, error);
+    let (now, before) = (mean(|p| p.1), mean(|p| p.2));
+    checklist.grows_at_most("max-mean-error-growth", "mean error of linears", now, before, error);
 }
 
-/// What needs the baseline's branch on the same text, window by window. A change that the windows' scatter could explain
-/// is none.
-pub(super) fn paired(
-    checklist: &mut Checklist<'_>,
-    measured: &Measured,
-    baseline: &Measured,
-    limits: &BranchLimits,
-) {
+/// Checks against the baseline's evaluation of the branch on the same text, window by window.
+pub(super) fn paired(checklist: &mut Checklist<'_>, measured: &Measured, baseline: &Measured) {
     let text = &measured.text;
-    let mut check = |check: &str, what: &str, growth: Growth, limit: f64, show: &dyn Fn(f64) -> String| {
-        if limit.is_infinite() {
-            return;
-        }
-        let finding = format!(
-            "{what}: {} (95% over paired windows {} to {}); at most {} allowed",
-            show(growth.value),
-            show(growth.low),
-            show(growth.high),
-            show(limit)
-        );
-        let within = growth.value <= limit || growth.low <= 0.0;
-        checklist.check(check, !within || growth.value.is_nan(), finding);
-    };
-    let (now, before) = (measured.kl_divergence(), baseline.kl_divergence());
-    let what = format!("KL divergence {} on {text}, the baseline's is {}", kl(now), kl(before));
-    check("max-kl-growth", &what, measured.kl_growth(baseline), limits.max_kl_growth, &percent);
+    let (now, before) = (kl(measured.kl_divergence()), kl(baseline.kl_divergence()));
+    let what = format!("KL divergence {now} on {text}, the baseline's is {before}");
+    checklist.paired("max-kl-growth", &what, measured.kl_growth(baseline), percent);
     let (now, before) = (measured.perplexity(), baseline.perplexity());
     let what = format!("perplexity {now:.4} on {text}, the baseline's is {before:.4}");
-    check(
-        "max-perplexity-growth",
-        &what,
-        measured.perplexity_growth(baseline),
-        limits.max_perplexity_growth,
-        &percent,
-    );
-    let (now, before) = (measured.top1_agreement(), baseline.top1_agreement());
-    let what =
-        format!("drop of top-1 agreement to {} on {text}, from the baseline's {}", share(now), share(before));
-    check("max-top1-drop", &what, measured.top1_drop(baseline), limits.max_top1_drop, &points);
+    checklist.paired("max-perplexity-growth", &what, measured.perplexity_growth(baseline), percent);
+    let (now, before) = (share(measured.top1_agreement()), share(baseline.top1_agreement()));
+    let what = format!("drop of top-1 agreement to {now} on {text}, from the baseline's {before}");
+    checklist.paired("max-top1-drop", &what, measured.top1_drop(baseline), |share| signed(share, 2));
 }
 
-/// A branch beside the baseline's, for people.
+/// A branch beside the baseline's, for tables.
 pub(super) fn comparison(branch: &str, measured: &Measured, baseline: Option<&Measured>) -> Comparison {
     Comparison {
         branch: branch.to_owned(),
@@ -183,6 +114,10 @@ pub(super) fn comparison(branch: &str, measured: &Measured, baseline: Option<&Me
     }
 }
 
+fn count(number: f64) -> String {
+    number.to_string()
+}
+
 fn kl(nats: f64) -> String {
     format!("{nats:.6}")
 }
@@ -193,8 +128,4 @@ fn error(relative: f64) -> String {
 
 fn share(share: f64) -> String {
     format!("{:.2}%", share * 100.0)
-}
-
-fn points(share: f64) -> String {
-    signed(share, 2)
 }

@@ -1,4 +1,4 @@
-//! The figures of a run that the gate looks at; also what a baseline holds.
+//! The figures of a run that the gate checks and a baseline holds.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -12,8 +12,8 @@ use crate::{
     },
 };
 
-/// What the gate looks at. Read from JSON leniently: a figure that is missing, or was NaN and is `null` now, is `None`,
-/// and it is the gate that says so.
+/// The figures of a run. They are read leniently: a figure that is missing, or `null` because it was NaN, is `None`, and
+/// the gate's checks report it.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Figures {
@@ -23,19 +23,19 @@ pub struct Figures {
     pub generated_by: String,
     /// The source model.
     pub model: ModelFigures,
-    /// What was asked for: `damp`, `samples`, …
+    /// The plan's settings: `damp`, `samples`, …
     pub plan: BTreeMap<String, Value>,
     /// The calibration text.
     pub calibration: CalibrationFigures,
     /// How it was computed.
     pub compute: ComputeFigures,
-    /// What was made.
+    /// The branches.
     pub branches: Vec<BranchFigures>,
     /// The whole run, without evaluation.
     pub seconds: Option<f64>,
     /// Largest resident memory, bytes.
     pub peak_memory_bytes: Option<f64>,
-    /// What the branches cost, on each text.
+    /// Quality of the branches on each text.
     pub evaluations: Vec<EvaluationFigures>,
 }
 
@@ -98,17 +98,17 @@ pub struct LinearFigures {
     /// `‖(W−Ŵ)X‖/‖WX‖` on the calibration tokens.
     pub relative_error: Option<f64>,
     /// How often damping had to be raised.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing)]
     pub damp_raised: Option<u32>,
-    /// Input features that carried nothing.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Input features that are zero for all calibration tokens.
+    #[serde(skip_serializing)]
     pub dead_columns: Option<u32>,
-    /// What it was rounded by when it could not be solved.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// Why it was rounded to nearest instead of solved, if it was.
+    #[serde(skip_serializing)]
     pub fallback: Option<String>,
 }
 
-/// What the branches cost on one text.
+/// Quality of the branches on one text.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EvaluationFigures {
@@ -118,13 +118,13 @@ pub struct EvaluationFigures {
     pub sha256: String,
     /// Digest of the unquantized model's tensors.
     pub model_digest: String,
-    /// What it was computed in, and where.
+    /// Data type and device of the computation.
     pub compute: String,
     /// Windows.
     pub windows: usize,
     /// Tokens a window.
     pub seq_len: usize,
-    /// Tokens from one window's begin to the next one's.
+    /// Tokens from the start of one window to the start of the next.
     pub stride: usize,
     /// Tokens scored in each window.
     pub window_tokens: Vec<usize>,
@@ -152,11 +152,11 @@ pub struct EvaluatedFigures {
 pub type Numbers = Vec<Option<f64>>;
 
 impl Figures {
-    /// Reads a run: its folder, where evaluations that lie beside the branches go before older ones of the same
-    /// protocol in `run.json`; or that file by itself.
+    /// Reads a run from its folder or from its `run.json` alone. In a folder, the evaluations beside the branches replace those of
+    /// the same protocol in `run.json`.
     ///
     /// # Errors
-    /// When a file cannot be read, is no JSON, or of another schema.
+    /// When a file cannot be read, is not JSON, or has another schema.
     pub fn read(run: &Path) -> Result<Self> {
         if !run.is_dir() {
             return read_schema(run, REPORT_SCHEMA);
@@ -167,21 +167,16 @@ impl Figures {
             if path.exists() {
                 let beside: Beside = read_schema(&path, EVALUATION_SCHEMA)?;
                 check_weights_beside(&path, &beside.checkpoint.digest)?;
-                figures.take(&branch, beside);
+                for known in figures.branches.iter_mut().filter(|known| known.branch == branch) {
+                    known.scale_bits = beside.checkpoint.scale_bits;
+                }
+                beside.evaluations.into_iter().for_each(|evaluation| figures.add(&branch, evaluation));
             }
         }
         Ok(figures)
     }
 
-    /// Takes what was measured of a branch after the run.
-    fn take(&mut self, name: &str, beside: Beside) {
-        for branch in self.branches.iter_mut().filter(|branch| branch.branch == name) {
-            branch.scale_bits = beside.checkpoint.scale_bits;
-        }
-        beside.evaluations.into_iter().for_each(|evaluation| self.add(name, evaluation));
-    }
-
-    /// Takes the figures of one branch from an evaluation.
+    /// Adds the figures of one branch from an evaluation.
     fn add(&mut self, branch: &str, mut evaluation: EvaluationFigures) {
         evaluation.models.retain(|model| model.name == branch);
         match self.evaluations.iter_mut().find(|old| old.same_protocol(&evaluation)) {
@@ -193,7 +188,7 @@ impl Figures {
         }
     }
 
-    /// An evaluation's text for messages; with the windows' length where that is what tells it from another.
+    /// An evaluation's text for messages; with the length of the windows where another evaluation of it has another.
     pub(super) fn text_of(&self, evaluation: &EvaluationFigures) -> String {
         let lengths = |e: &EvaluationFigures| (e.seq_len, e.stride);
         let alike =
@@ -206,19 +201,18 @@ impl Figures {
 }
 
 impl EvaluationFigures {
-    /// Whether both measured the same model on the same tokens in the same way.
+    /// Whether both are of the same model on the same windows of the same tokens, computed in the same way.
     pub fn same_protocol(&self, other: &Self) -> bool {
-        self.same_text(other) && self.model_digest == other.model_digest && self.compute == other.compute
-    }
-
-    /// Whether both are over the same windows of the same tokens.
-    pub fn same_text(&self, other: &Self) -> bool {
-        let of = |e: &Self| (e.windows, e.seq_len, e.stride);
-        self.sha256 == other.sha256 && of(self) == of(other) && self.window_tokens == other.window_tokens
+        let windows = |e: &Self| (e.windows, e.seq_len, e.stride);
+        self.model_digest == other.model_digest
+            && self.compute == other.compute
+            && self.sha256 == other.sha256
+            && windows(self) == windows(other)
+            && self.window_tokens == other.window_tokens
     }
 }
 
-/// What is read of the evaluations beside a branch.
+/// The parts of an evaluation file beside a branch that the gate uses.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Beside {

@@ -2,13 +2,10 @@
 
 use std::fmt::Write;
 
-use super::{
-    checklist::percent,
-    judgement::{Check, Growth, Judgement, Verdict},
-};
+use super::checklist::{Check, Growth, Judgement, Verdict, percent};
 use crate::report::markdown_text;
 
-/// For a terminal: a line for each reason to fail, then notes, then the verdict; all checks with `verbose`.
+/// Text for a terminal: a line for each reason to fail, then notes, then the verdict; with `verbose`, a line for every check.
 pub fn text(judgement: &Judgement, verbose: bool) -> String {
     let mut text = String::new();
     for check in judgement.checks.iter().filter(|check| verbose || check.breached) {
@@ -52,7 +49,7 @@ pub fn github(judgement: &Judgement) -> String {
     text
 }
 
-/// JUnit's XML: a test suite for each branch, and one for the run as a whole.
+/// JUnit's XML: one test suite for each branch, and one for the run as a whole.
 pub fn junit(judgement: &Judgement) -> String {
     let mut suites: Vec<(&str, Vec<&Check>)> = Vec::new();
     for check in &judgement.checks {
@@ -62,27 +59,24 @@ pub fn junit(judgement: &Judgement) -> String {
             None => suites.push((name, vec![check])),
         }
     }
-    let failures = |checks: &[&Check]| checks.iter().filter(|check| check.breached).count();
+    let counts = |checks: &[&Check]| {
+        let failures = checks.iter().filter(|check| check.breached).count();
+        format!("tests=\"{}\" failures=\"{failures}\"", checks.len())
+    };
     let all: Vec<&Check> = judgement.checks.iter().collect();
     let mut text = String::from("<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n");
-    let _ = writeln!(
-        text,
-        "<testsuites name=\"gptq gate\" tests=\"{}\" failures=\"{}\">",
-        all.len(),
-        failures(&all)
-    );
+    let _ = writeln!(text, "<testsuites name=\"gptq gate\" {}>", counts(&all));
     for (suite, checks) in suites {
         let suite = xml(suite);
-        let (tests, failed) = (checks.len(), failures(&checks));
-        let _ = writeln!(text, "  <testsuite name=\"{suite}\" tests=\"{tests}\" failures=\"{failed}\">");
+        let _ = writeln!(text, "  <testsuite name=\"{suite}\" {}>", counts(&checks));
         for check in checks {
             let (name, finding) = (xml(&check.check), xml(&check.finding));
-            let _ = write!(text, "    <testcase classname=\"{suite}\" name=\"{name}\">");
-            let _ = match check.breached {
-                true => write!(text, "<failure message=\"{finding}\"/>"),
-                false => write!(text, "<system-out>{finding}</system-out>"),
+            let outcome = match check.breached {
+                true => format!("<failure message=\"{finding}\"/>"),
+                false => format!("<system-out>{finding}</system-out>"),
             };
-            text.push_str("</testcase>\n");
+            let _ =
+                writeln!(text, "    <testcase classname=\"{suite}\" name=\"{name}\">{outcome}</testcase>");
         }
         text.push_str("  </testsuite>\n");
     }
@@ -90,7 +84,7 @@ pub fn junit(judgement: &Judgement) -> String {
     text
 }
 
-/// For a page: the verdict, the reasons to fail, the branches beside the baseline's, the notes.
+/// Markdown: the verdict, the reasons to fail, the branches beside the baseline's, the notes.
 pub fn markdown(judgement: &Judgement) -> String {
     let mut text = format!("### gptq gate: {}\n", summary(judgement));
     let list = |text: &mut String, lines: &mut dyn Iterator<Item = String>| {
@@ -138,7 +132,7 @@ fn interval(growth: &Growth) -> String {
     format!("{value} ({low} to {high})")
 }
 
-/// Names come from outside: neither line ends nor control characters reach the terminal.
+/// Names are not trusted: line ends and control characters are replaced, so that none reaches the terminal.
 fn one_line(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{FFFD}' } else { c }).collect()
 }
@@ -155,20 +149,10 @@ fn property(text: &str) -> String {
 
 /// XML's escapes, for text and attributes; characters that XML cannot hold become `�`.
 fn xml(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&apos;"),
-            '\t' | '\n' | '\r' => {
-                let _ = write!(escaped, "&#{};", u32::from(c));
-            }
-            c if c < ' ' || ('\u{FFFE}'..='\u{FFFF}').contains(&c) => escaped.push('\u{FFFD}'),
-            c => escaped.push(c),
-        }
-    }
-    escaped
+    let escaped = |c: char| match c {
+        '&' | '<' | '>' | '"' | '\'' | '\t' | '\n' | '\r' => format!("&#{};", u32::from(c)),
+        ..' ' | '\u{FFFE}' | '\u{FFFF}' => '\u{FFFD}'.to_string(),
+        c => c.to_string(),
+    };
+    text.chars().map(escaped).collect()
 }

@@ -7,15 +7,15 @@ use serde_json::Value;
 use super::{
     checklist::{Checklist, size},
     figures::{EvaluationFigures, Figures, ModelFigures},
-    thresholds::{RunLimits, Thresholds},
+    thresholds::Thresholds,
 };
 use crate::variant::Variant;
 
-/// Settings of a plan that change what the branches hold. Where it ran and how large its files may be are not among them.
+/// Settings of a plan that change what the branches hold; the device and the size of files do not.
 const PLAN: [&str; 8] =
     ["dataset", "split", "text-column", "samples", "seq-len", "seed", "damp", "shared-hessian"];
 
-/// Branches: at least one, and none twice.
+/// There must be branches, and none twice.
 pub(super) fn branches(checklist: &mut Checklist<'_>, run: &Figures) {
     let mut names = BTreeSet::new();
     let twice: Vec<&str> =
@@ -27,18 +27,13 @@ pub(super) fn branches(checklist: &mut Checklist<'_>, run: &Figures) {
     }
 }
 
-/// The branches of the plan and of the baseline.
-pub(super) fn missing_branches(
-    checklist: &mut Checklist<'_>,
-    run: &Figures,
-    baseline: Option<&Figures>,
-    limits: &RunLimits,
-) {
+/// The branches of the plan and of the baseline must be there.
+pub(super) fn missing_branches(checklist: &mut Checklist<'_>, run: &Figures, baseline: Option<&Figures>) {
     let variants = run.plan.get("variants").and_then(Value::as_array);
     let branch = |variant: &Value| Some(variant.as_str()?.parse::<Variant>().ok()?.branch());
     let planned = variants.and_then(|variants| variants.iter().map(branch).collect::<Option<Vec<_>>>());
     let Some(planned) = planned.filter(|planned| !planned.is_empty()) else {
-        let finding = "the report does not say which branches were planned, or not so that it can be read";
+        let finding = "the report has no planned branches, or they cannot be read";
         return checklist.breach("max-missing-branches", finding.into());
     };
     let known = baseline.into_iter().flat_map(|baseline| &baseline.branches).map(|b| b.branch.clone());
@@ -52,12 +47,12 @@ pub(super) fn missing_branches(
             format!("{count} of {} branches of {whose} are missing: {}", expected.len(), missing.join(", "))
         }
     };
-    let limit = limits.max_missing_branches;
+    let limit = checklist.limits["max-missing-branches"];
     let finding = format!("{finding}; at most {limit} may be missing");
     checklist.check("max-missing-branches", missing.len() as f64 > limit, finding);
 }
 
-/// Branches that thresholds are meant for and nobody has: a typing error would else loosen or tighten nothing.
+/// Thresholds must not name unknown branches: after a typing error they would have no effect.
 pub(super) fn thresholds(
     checklist: &mut Checklist<'_>,
     run: &Figures,
@@ -67,14 +62,12 @@ pub(super) fn thresholds(
     let all = [Some(run), baseline].into_iter().flatten().flat_map(|figures| &figures.branches);
     let known: Vec<&str> = all.map(|b| b.branch.as_str()).collect();
     for name in thresholds.branches.keys().filter(|name| !known.contains(&name.as_str())) {
-        checklist.breach(
-            "thresholds",
-            format!("thresholds name branch {name}, which neither the run nor the baseline has"),
-        );
+        let finding = format!("thresholds name branch {name}, which neither the run nor the baseline has");
+        checklist.breach("thresholds", finding);
     }
 }
 
-/// Whether both runs are of the same model.
+/// Both runs must be of the same model.
 pub(super) fn model(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Figures) {
     let digests = |f: &Figures| f.evaluations.iter().map(|e| e.model_digest.clone()).collect::<BTreeSet<_>>();
     let shape = |f: &Figures| (f.model.layers, f.model.hidden_size, f.model.parameters);
@@ -84,9 +77,11 @@ pub(super) fn model(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Fig
         let digests = digests.join(" and ");
         format!("{name} ({layers} layers, hidden {hidden_size}, {parameters} parameters, digest {digests})")
     };
-    let (digest, shapes) = (digests(run), (shape(run), shape(baseline)));
-    let same =
-        shapes.0 == shapes.1 && run.model.layers > 0 && digest == digests(baseline) && digest.len() == 1;
+    let digest = digests(run);
+    let same = shape(run) == shape(baseline)
+        && run.model.layers > 0
+        && digest == digests(baseline)
+        && digest.len() == 1;
     let finding = match same {
         true => format!("the model is the baseline's: {}", text(run)),
         false => format!("the model is {}, and the baseline is for {}", text(run), text(baseline)),
@@ -94,17 +89,16 @@ pub(super) fn model(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Fig
     checklist.check("model", !same, finding);
 }
 
-/// Whether the run was evaluated at all, and says on what.
+/// There must be evaluations, each of a known model and text, and none twice.
 pub(super) fn evaluated(checklist: &mut Checklist<'_>, figures: &Figures, whose: &str) {
     let evaluations = &figures.evaluations;
     if evaluations.is_empty() {
         return checklist.breach("evaluation", format!("{whose} has no evaluation"));
     }
     for (i, evaluation) in evaluations.iter().enumerate() {
-        let said = [&evaluation.sha256, &evaluation.model_digest, &evaluation.compute];
-        if said.iter().any(|text| text.is_empty()) {
-            let finding =
-                format!("{whose} does not say of what model and tokens its evaluation {} is", i + 1);
+        let needed = [&evaluation.sha256, &evaluation.model_digest, &evaluation.compute];
+        if needed.iter().any(|text| text.is_empty()) {
+            let finding = format!("{whose} has no model, tokens or data type for its evaluation {}", i + 1);
             checklist.breach("evaluation", finding);
         }
         if evaluations[..i].iter().any(|other| other.same_protocol(evaluation)) {
@@ -113,7 +107,7 @@ pub(super) fn evaluated(checklist: &mut Checklist<'_>, figures: &Figures, whose:
     }
 }
 
-/// Whether every text that the baseline was evaluated on is among the run's, evaluated in the same way.
+/// Every text of the baseline must have been evaluated in the run, in the same way.
 pub(super) fn protocol(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Figures) {
     for expected in &baseline.evaluations {
         let wanted = text(expected);
@@ -137,30 +131,25 @@ fn short(digest: &str) -> String {
     digest.chars().take(12).collect()
 }
 
-/// Seconds and memory, if asked for.
-pub(super) fn costs(checklist: &mut Checklist<'_>, run: &Figures, limits: &RunLimits) {
-    checklist.at_most("max-seconds", "time of the run", run.seconds, limits.max_seconds, seconds);
-    checklist.at_most("max-memory", "peak memory", run.peak_memory_bytes, limits.max_memory, size);
+/// Time and memory.
+pub(super) fn costs(checklist: &mut Checklist<'_>, run: &Figures) {
+    checklist.bounded("max-seconds", "time of the run", run.seconds, seconds);
+    checklist.bounded("max-memory", "peak memory", run.peak_memory_bytes, size);
 }
 
-/// Seconds and memory against the baseline's, if asked for.
-pub(super) fn growing_costs(
-    checklist: &mut Checklist<'_>,
-    run: &Figures,
-    baseline: &Figures,
-    limits: &RunLimits,
-) {
-    let (now, before, limit) = (run.seconds, baseline.seconds, limits.max_seconds_growth);
-    checklist.grows_at_most("max-seconds-growth", "time of the run", now, before, limit, seconds);
-    let (now, before, limit) = (run.peak_memory_bytes, baseline.peak_memory_bytes, limits.max_memory_growth);
-    checklist.grows_at_most("max-memory-growth", "peak memory", now, before, limit, size);
+/// Time and memory beside the baseline's.
+pub(super) fn growing_costs(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Figures) {
+    let (now, before) = (run.seconds, baseline.seconds);
+    checklist.grows_at_most("max-seconds-growth", "time of the run", now, before, seconds);
+    let (now, before) = (run.peak_memory_bytes, baseline.peak_memory_bytes);
+    checklist.grows_at_most("max-memory-growth", "peak memory", now, before, size);
 }
 
 fn seconds(seconds: f64) -> String {
     format!("{seconds:.1} s")
 }
 
-/// What was done otherwise than for the baseline: `damp 1, the baseline's is 0.01`.
+/// Settings and tokens that differ from the baseline's: `damp 1, the baseline's is 0.01`.
 pub(super) fn differences(run: &Figures, baseline: &Figures) -> Vec<String> {
     let shown = |value: Option<&Value>| value.map_or_else(|| "not set".to_owned(), Value::to_string);
     let mut differences: Vec<String> = PLAN

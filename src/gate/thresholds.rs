@@ -1,8 +1,6 @@
-//! What the gate lets pass: a TOML file, every key with a default.
+//! Limits of the gate: a TOML file, every key with a default. `docs/ci.md` says what each key bounds.
 
 use std::{collections::BTreeMap, path::Path};
-
-use serde::{Deserialize, Serialize};
 
 use crate::{
     error::{Error, Result, toml_error},
@@ -13,195 +11,129 @@ use crate::{
 /// The table with limits of single branches.
 const BRANCHES: &str = "branch";
 
-/// What the gate lets pass.
-#[derive(Debug, Clone, PartialEq, Default)]
+/// Whether the plan and the calibration tokens must be the baseline's.
+const SAME_PLAN: &str = "same-plan";
+
+/// Limits of a run as a whole: key and default.
+const OF_RUN: [(&str, f64); 5] = [
+    ("max-missing-branches", 0.0),
+    ("max-seconds", f64::INFINITY),
+    ("max-seconds-growth", f64::INFINITY),
+    ("max-memory", f64::INFINITY),
+    ("max-memory-growth", f64::INFINITY),
+];
+
+/// Limits of each branch: key and default. The defaults of those that end in `growth` and `drop` lie between the effect of
+/// another seed and the effect of known mistakes: see `docs/ci.md`.
+const OF_BRANCH: [(&str, f64); 16] = [
+    ("max-perplexity-change", f64::INFINITY),
+    ("max-perplexity-increase", 0.05),
+    ("max-kl", 0.05),
+    ("min-top1", 0.9),
+    ("max-linear-error", 0.5),
+    ("max-damp-raised", 0.0),
+    ("max-dead-columns", 0.0),
+    ("max-fallbacks", 0.0),
+    ("min-scale-bits", 10.0),
+    ("max-size", f64::INFINITY),
+    ("max-perplexity-growth", 0.01),
+    ("max-kl-growth", 0.1),
+    ("max-top1-drop", 0.005),
+    ("max-linear-error-growth", 0.25),
+    ("max-mean-error-growth", 0.05),
+    ("max-size-growth", 0.01),
+];
+
+/// Each key with its limit: shares and growths are fractions, sizes bytes, times seconds, divergences nats.
+pub type Limits = BTreeMap<String, f64>;
+
+/// Limits of a run and of its branches.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Thresholds {
-    /// Of the run as a whole.
-    pub run: RunLimits,
-    /// Of each branch.
-    pub each: BranchLimits,
-    /// Of single branches, instead of those of each.
-    pub branches: BTreeMap<String, BranchLimits>,
-}
-
-/// Limits of a run as a whole.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, rename_all = "kebab-case")]
-pub struct RunLimits {
-    /// Branches that the baseline or the plan has, and the run has not.
-    pub max_missing_branches: f64,
-    /// Whether the plan and the calibration text must be the baseline's.
+    /// Whether another plan or other calibration tokens than the baseline's are a reason to fail.
     pub same_plan: bool,
-    /// Seconds of the run.
-    pub max_seconds: f64,
-    /// Seconds above the baseline's, as a fraction of them.
-    pub max_seconds_growth: f64,
-    /// Peak memory, bytes.
-    pub max_memory: f64,
-    /// Peak memory above the baseline's, as a fraction of it.
-    pub max_memory_growth: f64,
+    /// Limits of the run and of each branch.
+    pub limits: Limits,
+    /// All limits of the branches that have some of their own.
+    pub branches: BTreeMap<String, Limits>,
 }
 
-/// Limits of one branch.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, rename_all = "kebab-case")]
-pub struct BranchLimits {
-    /// Perplexity above fp16's.
-    pub max_perplexity_change: f64,
-    /// Perplexity above fp16's, as a fraction of it.
-    pub max_perplexity_increase: f64,
-    /// Mean KL divergence from fp16, nats.
-    pub max_kl: f64,
-    /// Share of positions with the same most likely token.
-    pub min_top1: f64,
-    /// Relative error of the worst linear.
-    pub max_linear_error: f64,
-    /// Linears whose damping was raised.
-    pub max_damp_raised: f64,
-    /// Input features that carried nothing, over all linears.
-    pub max_dead_columns: f64,
-    /// Linears that were rounded because they could not be solved.
-    pub max_fallbacks: f64,
-    /// Significant bits that the scales of each linear must use, of fp16's 11.
-    pub min_scale_bits: f64,
-    /// Bytes of all files.
-    pub max_size: f64,
-    /// Perplexity above the baseline's, as a fraction of it, outside the paired interval.
-    pub max_perplexity_growth: f64,
-    /// Mean KL divergence above the baseline's, as a fraction of it, outside the paired interval.
-    pub max_kl_growth: f64,
-    /// Top-1 agreement below the baseline's, outside the paired interval.
-    pub max_top1_drop: f64,
-    /// Relative error of any linear above the baseline's, as a fraction of it.
-    pub max_linear_error_growth: f64,
-    /// Mean relative error over all linears above the baseline's, as a fraction of it.
-    pub max_mean_error_growth: f64,
-    /// Bytes above the baseline's, as a fraction of them.
-    pub max_size_growth: f64,
-}
-
-impl Default for RunLimits {
+impl Default for Thresholds {
     fn default() -> Self {
-        Self {
-            max_missing_branches: 0.0,
-            same_plan: false,
-            max_seconds: f64::INFINITY,
-            max_seconds_growth: f64::INFINITY,
-            max_memory: f64::INFINITY,
-            max_memory_growth: f64::INFINITY,
-        }
-    }
-}
-
-impl Default for BranchLimits {
-    /// The relative ones stand between what a change of seed does and what known mistakes do: see `docs/ci.md`.
-    fn default() -> Self {
-        Self {
-            max_perplexity_change: f64::INFINITY,
-            max_perplexity_increase: 0.05,
-            max_kl: 0.05,
-            min_top1: 0.9,
-            max_linear_error: 0.5,
-            max_damp_raised: 0.0,
-            max_dead_columns: 0.0,
-            max_fallbacks: 0.0,
-            min_scale_bits: 10.0,
-            max_size: f64::INFINITY,
-            max_perplexity_growth: 0.01,
-            max_kl_growth: 0.1,
-            max_top1_drop: 0.005,
-            max_linear_error_growth: 0.25,
-            max_mean_error_growth: 0.05,
-            max_size_growth: 0.01,
-        }
+        let limits = OF_RUN.iter().chain(&OF_BRANCH).map(|&(key, limit)| (key.to_owned(), limit)).collect();
+        Self { same_plan: false, limits, branches: BTreeMap::new() }
     }
 }
 
 impl Thresholds {
-    /// Reads a thresholds file; keys that are missing keep their defaults. A table `[branch.NAME]` has keys that are
-    /// meant for that branch alone.
+    /// Reads a thresholds file; missing keys keep their defaults. A table `[branch.NAME]` holds limits of that branch alone.
     ///
     /// # Errors
-    /// When the file cannot be read or holds an unknown key, or a value that makes no sense.
+    /// When the file cannot be read, or has an unknown key or a value out of range.
     pub fn read(path: &Path) -> Result<Self> {
         let text = folder::read_text(path)?;
-        let fail = |e: toml::de::Error| toml_error(path, &text, &e);
-        let mut table: toml::Table = toml::from_str(&text).map_err(fail)?;
-        let (of_run, of_branch) = (keys(&RunLimits::default()), keys(&BranchLimits::default()));
-        let all = [&of_run[..], &of_branch[..], &[BRANCHES.to_owned()]].concat();
-        refuse_unknown(path, "", &table, &all)?;
-        let own = match table.remove(BRANCHES) {
+        let mut table: toml::Table = toml::from_str(&text).map_err(|e| toml_error(path, &text, &e))?;
+        let mut thresholds = Self::default();
+        let own_keys = [SAME_PLAN, BRANCHES].map(str::to_owned);
+        let known: Vec<String> = thresholds.limits.keys().cloned().chain(own_keys).collect();
+        refuse_unknown(path, "", &table, &known)?;
+        let of_branches = match table.remove(BRANCHES) {
             None => toml::Table::new(),
-            Some(toml::Value::Table(own)) => own,
-            Some(other) => return Err(value(BRANCHES, "tables such as [branch.main]", &other.to_string())),
+            Some(toml::Value::Table(of_branches)) => of_branches,
+            Some(other) => return Err(value(BRANCHES, "tables such as [branch.main]", &other)),
         };
-        check_values(&table)?;
-        let convert = |table: &toml::Table| toml::Value::Table(table.clone()).try_into().map_err(fail);
-        let (run, each) = (toml::Value::Table(table.clone()).try_into().map_err(fail)?, convert(&table)?);
-        let mut branches = BTreeMap::new();
-        for (name, limits) in own {
-            let toml::Value::Table(limits) = limits else {
-                return Err(value(&format!("{BRANCHES}.{name}"), "a table of limits", &limits.to_string()));
-            };
-            refuse_unknown(path, &format!("{BRANCHES}.{name}."), &limits, &of_branch)?;
-            check_values(&limits)?;
-            let mut merged = table.clone();
-            merged.extend(limits);
-            branches.insert(name, convert(&merged)?);
+        if let Some(found) = table.remove(SAME_PLAN) {
+            let same = found.as_bool();
+            thresholds.same_plan = same.ok_or_else(|| value(SAME_PLAN, "true or false", &found))?;
         }
-        Ok(Self { run, each, branches })
+        set(&mut thresholds.limits, &table)?;
+        let known = OF_BRANCH.map(|(key, _)| key.to_owned());
+        for (name, found) in of_branches {
+            let toml::Value::Table(table) = found else {
+                return Err(value(&format!("{BRANCHES}.{name}"), "a table of limits", &found));
+            };
+            refuse_unknown(path, &format!("{BRANCHES}.{name}."), &table, &known)?;
+            let mut limits = thresholds.limits.clone();
+            set(&mut limits, &table)?;
+            thresholds.branches.insert(name, limits);
+        }
+        Ok(thresholds)
     }
 
     /// The limits of a branch.
-    pub fn of(&self, branch: &str) -> &BranchLimits {
-        self.branches.get(branch).unwrap_or(&self.each)
+    pub fn of(&self, branch: &str) -> &Limits {
+        self.branches.get(branch).unwrap_or(&self.limits)
     }
 
     /// Every key with its default, as the file would have it.
     pub fn defaults() -> Vec<(String, String)> {
-        let tables = [table_of(&RunLimits::default()), table_of(&BranchLimits::default())];
-        tables.into_iter().flatten().map(|(key, value)| (key, value.to_string())).collect()
+        let limits =
+            OF_RUN.iter().chain(&OF_BRANCH).map(|(key, limit)| ((*key).to_owned(), format!("{limit:?}")));
+        limits.chain([(SAME_PLAN.to_owned(), "false".to_owned())]).collect()
     }
 }
 
-fn table_of(limits: &impl Serialize) -> toml::Table {
-    toml::Table::try_from(limits).expect("limits are a table of plain values")
-}
-
-fn keys(limits: &impl Serialize) -> Vec<String> {
-    table_of(limits).keys().cloned().collect()
-}
-
-/// Limits are numbers from 0 up; `inf` asks for nothing.
-fn check_values(table: &toml::Table) -> Result<()> {
+/// Takes the limits of a table: numbers from 0 up; `inf` is no limit.
+fn set(limits: &mut Limits, table: &toml::Table) -> Result<()> {
     for (key, found) in table {
-        let number = match found {
-            toml::Value::Float(number) => *number,
-            toml::Value::Integer(number) => *number as f64,
-            toml::Value::Boolean(_) if key == "same-plan" => continue,
-            _ if key == "same-plan" => return Err(value(key, "true or false", &found.to_string())),
-            _ => return Err(value(key, "a number", &found.to_string())),
-        };
+        let number = found.as_float().or_else(|| found.as_integer().map(|number| number as f64));
+        let number = number.ok_or_else(|| value(key, "a number", found))?;
         if number.is_nan() || number < 0.0 {
-            return Err(value(key, "a number from 0 up, or inf for no limit", &found.to_string()));
+            return Err(value(key, "a number from 0 up, or inf for no limit", found));
         }
         match key.as_str() {
-            "min-top1" if number > 1.0 => return Err(value(key, "a share from 0 to 1", &found.to_string())),
+            "min-top1" if number > 1.0 => return Err(value(key, "a share from 0 to 1", found)),
             "min-scale-bits" if number > 11.0 => {
-                return Err(value(
-                    key,
-                    "a number from 0 to 11, which is all that fp16 has",
-                    &found.to_string(),
-                ));
+                return Err(value(key, "a number from 0 to 11, the significant bits of fp16", found));
             }
-            _ => {}
-        }
+            _ => limits.insert(key.clone(), number),
+        };
     }
     Ok(())
 }
 
-fn value(what: &str, expected: &str, found: &str) -> Error {
-    Error::Value { what: what.into(), expected: expected.into(), found: found.into() }
+fn value(what: &str, expected: &str, found: &toml::Value) -> Error {
+    Error::Value { what: what.into(), expected: expected.into(), found: found.to_string() }
 }
 
 #[cfg(test)]
@@ -214,13 +146,22 @@ mod tests {
         Thresholds::read(file.path())
     }
 
+    /// The default limits with some changed.
+    fn limits(changed: &[(&str, f64)]) -> Limits {
+        let mut limits = Thresholds::default().limits;
+        for &(key, limit) in changed {
+            *limits.get_mut(key).unwrap() = limit;
+        }
+        limits
+    }
+
     #[test]
-    fn what_is_not_said_keeps_its_default() {
+    fn missing_keys_keep_their_defaults() {
         assert_eq!(read("").unwrap(), Thresholds::default());
         let found = read("max-kl = 0.1\nsame-plan = true\nmax-damp-raised = 3\nmax-seconds = inf").unwrap();
         let expected = Thresholds {
-            run: RunLimits { same_plan: true, ..RunLimits::default() },
-            each: BranchLimits { max_kl: 0.1, max_damp_raised: 3.0, ..BranchLimits::default() },
+            same_plan: true,
+            limits: limits(&[("max-kl", 0.1), ("max-damp-raised", 3.0)]),
             branches: BTreeMap::new(),
         };
         assert_eq!(found, expected);
@@ -230,10 +171,9 @@ mod tests {
     fn a_branch_can_have_limits_of_its_own() {
         let found =
             read("max-kl = 0.1\n[branch.main]\nmin-top1 = 0.5\n[branch.\"2bit\"]\nmax-kl = 1").unwrap();
-        let each = BranchLimits { max_kl: 0.1, ..BranchLimits::default() };
-        assert_eq!(*found.of("other"), each);
-        assert_eq!(*found.of("main"), BranchLimits { min_top1: 0.5, ..each });
-        assert_eq!(*found.of("2bit"), BranchLimits { max_kl: 1.0, ..each });
+        assert_eq!(*found.of("other"), limits(&[("max-kl", 0.1)]));
+        assert_eq!(*found.of("main"), limits(&[("max-kl", 0.1), ("min-top1", 0.5)]));
+        assert_eq!(*found.of("2bit"), limits(&[("max-kl", 1.0)]));
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! Figures over windows, and two runs' figures window by window.
+//! Figures over windows, and the changes between two runs over paired windows.
 
 use super::{
+    checklist::Growth,
     figures::{EvaluatedFigures, EvaluationFigures, Figures},
-    judgement::Growth,
 };
 use crate::report::{
     Interval,
@@ -23,7 +23,7 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    /// The figures of `branch` in one of a run's evaluations, or the first thing that is wrong with them.
+    /// The figures of `branch` in one of a run's evaluations, or the first problem with them.
     pub(super) fn of(run: &Figures, evaluation: &EvaluationFigures, branch: &str) -> Result<Self, String> {
         let text = run.text_of(evaluation);
         let on = format!("on {text}");
@@ -41,7 +41,7 @@ impl Measured {
                 return Err(format!("has {what} of {} windows {on}, expected {count}", values.len()));
             }
             let finite = values.iter().map(|v| v.filter(|v| v.is_finite())).collect::<Option<Vec<f64>>>();
-            finite.ok_or_else(|| format!("{what} {on} is missing or no number in some windows"))
+            finite.ok_or_else(|| format!("{what} {on} is missing or not a number in some windows"))
         };
         let tokens = &evaluation.window_tokens;
         if tokens.len() != count || tokens.iter().sum::<usize>() == 0 {
@@ -55,7 +55,7 @@ impl Measured {
             kl: complete("KL divergence", &model.window_kl)?,
             top1: complete("top-1 agreement", &model.window_top1)?,
         };
-        // Two models that differ in anything have a divergence above 0: this one was compared with itself, or not at all.
+        // Models that differ have a divergence above 0: this one was compared with itself, or not at all.
         if measured.kl_divergence() <= 0.0 {
             return Err(format!(
                 "KL divergence {on} is {}, as of a model that is not quantized",
@@ -102,7 +102,7 @@ impl Measured {
 }
 
 impl Growth {
-    /// A change as a fraction of `whole`. Without a margin nothing is known.
+    /// A change as a fraction of `whole`. Without a margin, the interval is infinite.
     fn of(change: Interval, whole: f64) -> Self {
         let margin = change.margin.unwrap_or(f64::INFINITY);
         Self {

@@ -5,14 +5,14 @@ use super::{
     recommendation::{FACTOR, ForReaders, USUAL_BITS},
 };
 
-/// One recommended model.
+/// A recommended model.
 pub(super) struct Advice<'a> {
-    /// When to take it.
+    /// The case that it is recommended for.
     pub(super) when: String,
     pub(super) entry: &'a Entry,
     /// `4 bits, groups of 32, act order`.
     pub(super) what: String,
-    /// What it has for it.
+    /// The reason.
     pub(super) because: String,
     /// The figures that matter most: value and meaning.
     pub(super) figures: Vec<(String, String)>,
@@ -27,7 +27,7 @@ impl Advice<'_> {
     }
 }
 
-/// What to take, the first first; empty where nothing was measured.
+/// The recommended models, the best first; empty where nothing was measured.
 pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     let Some(choice) = &comparison.recommendation else { return Vec::new() };
     let entry = |i: usize| &comparison.entries[i];
@@ -47,7 +47,7 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     if !choice.as_close.is_empty() {
         let names: Vec<&str> = choice.as_close.iter().map(|&i| entry(i).name.as_str()).collect();
         because = format!(
-            "Smallest of those that are closest to fp16 ({} cannot be told from it)",
+            "Smallest of those that are closest to fp16 (no significant difference to {})",
             names.join(", ")
         );
     }
@@ -79,7 +79,7 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     all
 }
 
-/// Which maintained readers refuse an entry, as the end of a sentence.
+/// The maintained readers that do not load an entry, as the end of a sentence.
 fn not_for(entry: &Entry) -> String {
     match entry.not_loaded_by() {
         names if names.is_empty() => String::new(),
@@ -87,23 +87,24 @@ fn not_for(entry: &Entry) -> String {
     }
 }
 
-/// The readers that load nothing of what was measured.
+/// A sentence on the readers that load none of the measured entries.
 pub(super) fn unserved(comparison: &Comparison) -> Option<String> {
     let choice = comparison.recommendation.as_ref()?;
     let none = choice.for_readers.iter().filter(|choice| choice.entry.is_none());
     let names: Vec<&str> = none.flat_map(|choice| &choice.readers).map(String::as_str).collect();
-    (!names.is_empty()).then(|| format!("For {}: none of these; they load none of them.", names.join(", ")))
+    (!names.is_empty()).then(|| format!("For {}: none of these models can be loaded.", names.join(", ")))
 }
 
-/// How the recommendation follows from the figures.
+/// The rule of the recommendation.
 pub(super) fn rule(comparison: &Comparison) -> String {
     let Some(protocol) = comparison.protocols.first() else {
         return "Nothing was measured, so nothing is recommended: run gptq eval first.".into();
     };
     format!(
-        "Rule: of at most {USUAL_BITS} bits, the smallest mean KL divergence from fp16 on {} ({} windows of {} tokens), and of \
-         those whose 95% interval of the difference includes none, the smallest file; then the smallest file with at most {FACTOR} times that \
-         divergence; then, for each maintained program that refuses the first, the closest one that it loads.",
+        "Rule: first, of the models with at most {USUAL_BITS} bits, the one with the smallest mean KL divergence from fp16 on \
+         {} ({} windows of {} tokens); where others do not differ from it by more than the 95% interval, the smallest file of \
+         these. Second, the smallest file with at most {FACTOR} times that divergence. Third, for each maintained program that \
+         does not load the first, the closest model that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )
 }
@@ -132,7 +133,7 @@ fn figures(comparison: &Comparison, entry: &Entry) -> Vec<(String, String)> {
     figures
 }
 
-/// `+0.12%`; what rounds to nothing has no sign.
+/// `+0.12%`; a share that rounds to zero has no sign.
 fn percent(share: f64) -> String {
     let text = format!("{:+.2}%", share * 100.0);
     if text[1..].starts_with("0.00") { "±0.00%".into() } else { text }

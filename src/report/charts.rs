@@ -1,7 +1,4 @@
-//! Pictures as SVG. Colors are names: the page's style sheet replaces each by one that fits a light or a dark background
-//! (`[fill="#0072B2"]`), so that a picture follows the reader's settings.
-
-use std::fmt::Display;
+//! Charts as SVG. The page's style sheet replaces each color (`[fill="#0072B2"]`) by one for a light or a dark background.
 
 use plotters::{
     coord::{Shift, types::RangedCoordf64},
@@ -14,7 +11,7 @@ use super::{Comparison, Entry};
 const INK: RGBColor = RGBColor(0x11, 0x11, 0x11);
 const FAINT: RGBColor = RGBColor(0xDD, 0xDD, 0xDD);
 const HEAT: RGBColor = RGBColor(0xC4, 0x4E, 0x00);
-/// Of variants, told apart also by the color-blind.
+/// Colors of entries, which color-blind people can distinguish.
 pub(super) const SERIES: [RGBColor; 8] = [
     RGBColor(0x00, 0x72, 0xB2),
     RGBColor(0xD5, 0x5E, 0x00),
@@ -26,7 +23,7 @@ pub(super) const SERIES: [RGBColor; 8] = [
     RGBColor(0x77, 0x77, 0x77),
 ];
 
-/// Narrow, so that letters can still be read when a phone shrinks it.
+/// Width in pixels, small enough that letters stay legible on a phone.
 const WIDTH: u32 = 460;
 const LETTERS: u32 = 12;
 
@@ -34,24 +31,24 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'b, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
-/// The seven linears of a layer, as rows of a heat map and by the end of their names.
+/// The linears of a layer by the end of their names, which are the rows of a heat map.
 pub(super) const LINEARS: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
-/// A picture with its title and, for those who do not see it, what is on it.
+/// A chart, which has a title and a description for screen readers, and its title.
 pub(super) struct Picture {
     pub(super) svg: String,
     pub(super) title: String,
 }
 
-/// Where one linear's error stands: layer and row of [`LINEARS`].
+/// Layer and row of [`LINEARS`] of a linear.
 pub(super) fn place(name: &str) -> Option<(usize, usize)> {
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
     let row = LINEARS.iter().position(|linear| rest.ends_with(linear))?;
     Some((layer.parse().ok()?, row))
 }
 
-/// Size against KL divergence, with the line of those that nothing beats in both.
+/// Size against KL divergence, with a line through the entries that no other beats in both.
 pub(super) fn size_against_kl(comparison: &Comparison) -> Option<Picture> {
     let points: Vec<(usize, &Entry, f64, f64)> = comparison
         .entries
@@ -85,12 +82,11 @@ pub(super) fn size_against_kl(comparison: &Comparison) -> Option<Picture> {
         let mut taken: Vec<(f64, f64)> = Vec::new();
         for (i, entry, x, y) in &points {
             let style = series(*i).filled();
-            // Ours are round, those of other tools square.
+            // Branches of runs are round, checkpoints of other tools square.
             if entry.run.is_some() {
                 chart.draw_series([Circle::new((*x, *y), 6, style)])?;
             } else {
-                let edge = |(dx, dy): (i32, i32)| (dx, dy);
-                let square = Rectangle::new([edge((-5, -5)), edge((5, 5))], style);
+                let square = Rectangle::new([(-5, -5), (5, 5)], style);
                 chart.draw_series([EmptyElement::at((*x, *y)) + square])?;
             }
             let place = free_place((*x - x0) / (x1 - x0), *y / y1, &mut taken);
@@ -101,20 +97,20 @@ pub(super) fn size_against_kl(comparison: &Comparison) -> Option<Picture> {
     })
 }
 
-/// Mean relative error of each layer, a line a variant.
+/// Mean relative error of each layer, one line for each entry.
 pub(super) fn error_by_layer(entries: &[(usize, &Entry)]) -> Option<Picture> {
     let layers = entries.iter().filter_map(|(_, e)| by(e, |place| place.0).len().checked_sub(1)).max()?;
     let names: Vec<String> = (0..=layers).map(|layer| layer.to_string()).collect();
     error_lines("Relative error by layer", "layer", &names, entries, |place| place.0)
 }
 
-/// Mean relative error of each of [`LINEARS`], a line a variant.
+/// Mean relative error of each of [`LINEARS`], one line for each entry.
 pub(super) fn error_by_linear(entries: &[(usize, &Entry)]) -> Option<Picture> {
     let names = LINEARS.map(|name| name.trim_end_matches("_proj").to_owned());
     error_lines("Relative error by linear", "linear", &names, entries, |place| place.1)
 }
 
-/// A line a variant over what `position` makes of a linear's place; `names` are those positions'.
+/// One line for each entry over positions on the x axis: `position` maps a linear's place to one, `names` are their labels.
 fn error_lines(
     title: &str,
     x_name: &str,
@@ -135,7 +131,7 @@ fn error_lines(
     let description = lines.iter().map(describe).collect::<Vec<_>>().join(". ");
     draw(title, &description, 300, |root| {
         let right = (names.len().max(2) - 1) as f64;
-        // More labels than there is room for are left out by whole steps.
+        // At most 12 labels fit.
         let count = names.len().clamp(2, 12);
         let label = |x: &f64| match names.get(x.round() as usize) {
             Some(name) if (x - x.round()).abs() < 1e-6 => name.clone(),
@@ -154,7 +150,7 @@ fn error_lines(
     })
 }
 
-/// Relative error of every linear of one entry; `largest` has the full color.
+/// Relative error of every linear of one entry; an error of `largest` has the full color.
 pub(super) fn heat_map(entry: &Entry, largest: f64) -> Option<Picture> {
     let cells: Vec<(usize, usize, f64)> = entry
         .linears
@@ -186,7 +182,7 @@ pub(super) fn heat_map(entry: &Entry, largest: f64) -> Option<Picture> {
         for &(layer, row, error) in &cells {
             let top = ROW * row as i32;
             let corners = [(x(layer), top), (x(layer + 1) - 1, top + ROW - 1)];
-            // The bare background would look like no value.
+            // The background color would look like a missing value.
             let strength = 0.08 + 0.82 * (error / largest).clamp(0.0, 1.0);
             root.draw(&Rectangle::new(corners, HEAT.mix(strength).filled()))?;
             if layers <= 10 {
@@ -214,7 +210,7 @@ fn by(entry: &Entry, position: fn((usize, usize)) -> usize) -> Vec<f64> {
     let mut sums: Vec<(f64, usize)> = Vec::new();
     for linear in &entry.linears {
         let Some(position) = place(&linear.name).map(position) else { continue };
-        // No more than there are linears, whatever a file says.
+        // Layer numbers come from a file: larger ones would need much memory.
         if position >= entry.linears.len() || !linear.relative_error.is_finite() {
             continue;
         }
@@ -227,7 +223,7 @@ fn by(entry: &Entry, position: fn((usize, usize)) -> usize) -> Vec<f64> {
     sums.into_iter().map(|(sum, count)| sum / count.max(1) as f64).collect()
 }
 
-/// Where a number stands beside its point, pixels, so that it is not on another; `x` and `y` from 0 to 1.
+/// Offset of a number from its point, pixels, at which it covers no other; `x` and `y` from 0 to 1.
 fn free_place(x: f64, y: f64, taken: &mut Vec<(f64, f64)>) -> (i32, i32) {
     let (x, y) = (x * f64::from(WIDTH), -y * 300.0);
     let candidates = [(13, -9), (13, 11), (-13, -9), (-13, 11), (0, -16), (0, 18), (26, 0), (-26, 0)];
@@ -240,7 +236,7 @@ fn free_place(x: f64, y: f64, taken: &mut Vec<(f64, f64)>) -> (i32, i32) {
     place
 }
 
-/// Smallest and largest with some room on both sides; none of nothing.
+/// Smallest and largest value with some room on both sides; none where there are no values.
 fn range(values: impl Iterator<Item = f64>, room: f64) -> Option<(f64, f64)> {
     let (min, max) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), v| (a.min(v), b.max(v)));
     let width = if max > min { max - min } else { max.abs().max(1e-9) };
@@ -284,7 +280,7 @@ fn letters(horizontal: HPos, vertical: VPos, size: u32) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(&INK).pos(Pos::new(horizontal, vertical))
 }
 
-/// Draws, and gives the picture its title and description. None where the drawing fails, which text cannot make it do.
+/// Draws a chart with a title and a description. None where drawing fails, which no text can cause.
 fn draw(
     title: &str,
     description: &str,
@@ -303,7 +299,7 @@ fn draw(
     Some(Picture { svg: format!("{tag}\n{name}{rest}"), title: title.to_owned() })
 }
 
-/// For text between tags.
-fn escaped(text: impl Display) -> String {
-    text.to_string().replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
+/// Escapes text between tags.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }

@@ -1,4 +1,4 @@
-//! Several runs, and checkpoints of other tools, side by side.
+//! Runs and checkpoints of other tools side by side.
 
 use std::path::PathBuf;
 
@@ -13,10 +13,10 @@ use crate::{
     variant::Order,
 };
 
-/// Goes up when a reader of older comparisons could misread a newer one.
+/// Version of the JSON; it rises when a reader of older comparisons could misread a newer one.
 pub const COMPARISON_SCHEMA: &str = "gptq-comparison/1";
 
-/// The length at which perplexities are often compared.
+/// Length of the windows, tokens, over which perplexities are often published.
 const SHORT: usize = 512;
 
 /// A run to be compared.
@@ -26,16 +26,16 @@ pub struct RunInput {
     pub name: String,
     /// Its report.
     pub report: Report,
-    /// What else was measured of its branches.
+    /// Evaluations of its branches that are not in the report.
     pub measured: Vec<ModelEvaluations>,
 }
 
-/// The unquantized model, as far as it is known.
+/// The unquantized model.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Source {
     /// Its folder's name.
     pub name: String,
-    /// Digest of its tensors, if anything was measured against it.
+    /// Digest of its tensors; none where nothing was measured against it.
     pub digest: Option<String>,
     /// Parameters in all tensors.
     pub parameters: Option<u64>,
@@ -43,24 +43,24 @@ pub struct Source {
     pub bytes: Option<u64>,
 }
 
-/// Everything a report shows.
+/// All data of a comparison; every form of it is made from these.
 #[derive(Debug, Clone, Serialize)]
 pub struct Comparison {
     /// [`COMPARISON_SCHEMA`].
     pub schema: &'static str,
     /// `gptq 0.1.0`.
     pub generated_by: &'static str,
-    /// What all were made from.
+    /// The unquantized model that all entries were made from.
     pub source: Source,
-    /// What was measured, without its models: the one that decides first.
+    /// Evaluations without their models; the first one decides the recommendation.
     pub protocols: Vec<Evaluation>,
-    /// The position in `protocols` of the same text in short windows, where there is one.
+    /// Position in `protocols` of the first text in windows of 512 tokens, where there is one.
     pub short: Option<usize>,
-    /// What is compared: the runs' branches in their order, then the other checkpoints.
+    /// The runs' branches in their order, then the other checkpoints.
     pub entries: Vec<Entry>,
-    /// Which to take.
+    /// Which entries to take.
     pub recommendation: Option<Recommendation>,
-    /// How the runs were done, without their branches and evaluations.
+    /// The runs without their branches and evaluations.
     pub runs: Vec<RunSummary>,
 }
 
@@ -69,37 +69,37 @@ pub struct Comparison {
 pub struct RunSummary {
     /// Its folder's name.
     pub name: String,
-    /// Everything else.
+    /// The report without them.
     pub report: Report,
     /// Seconds of all its evaluations.
     pub evaluation_seconds: f64,
-    /// What each branch took: name and seconds.
+    /// Seconds of each branch, with its name.
     pub branch_seconds: Vec<(String, f64)>,
 }
 
 /// One quantized model.
 #[derive(Debug, Clone, Serialize)]
 pub struct Entry {
-    /// Its name, alone among all.
+    /// Its name, unique among all entries.
     pub name: String,
-    /// What it is, in short: `4bit-32g-act`.
+    /// Its variant: `4bit-32g-act`.
     pub variant: String,
     /// The tool that made it.
     pub tool: String,
     /// The run it comes from, by position; none for a checkpoint that was given by itself.
     pub run: Option<usize>,
-    /// What is known of the checkpoint.
+    /// Metadata of the checkpoint.
     pub checkpoint: CheckpointReport,
     /// Its figures for each of the protocols.
     pub measured: Vec<Option<EvaluatedModel>>,
-    /// Whether nothing else is both smaller and closer to the unquantized model.
+    /// Whether no other entry is both smaller and closer to the unquantized model.
     pub pareto: bool,
-    /// Every linear, where it is known.
+    /// Statistics of every linear; empty for a checkpoint that was given by itself.
     pub linears: Vec<LinearReport>,
 }
 
 impl Entry {
-    /// What decides: the figures of the first protocol.
+    /// The figures of the first protocol, which decide the recommendation.
     pub fn main(&self) -> Option<&EvaluatedModel> {
         self.measured.first()?.as_ref()
     }
@@ -109,25 +109,34 @@ impl Entry {
         self.main().map(|m| m.kl_divergence.value)
     }
 
-    /// The maintained readers that do not take it.
+    /// The maintained readers that do not load it.
     pub fn not_loaded_by(&self) -> Vec<&str> {
         not_loaded_by(&self.checkpoint.readers)
     }
 
-    /// Readers that take it, and those that do not.
-    pub fn readers(&self) -> (Vec<&ReaderReport>, Vec<&ReaderReport>) {
-        self.checkpoint.readers.iter().partition(|reader| reader.refused.is_none())
+    /// Whether a reader loads it.
+    pub fn is_loaded_by(&self, name: &str) -> bool {
+        self.checkpoint.readers.iter().any(|reader| reader.name == name && reader.refused.is_none())
     }
 }
 
-/// Of some readers, the names of the maintained ones that refuse.
+/// Names of the maintained readers that do not load a checkpoint.
 pub(crate) fn not_loaded_by(readers: &[ReaderReport]) -> Vec<&str> {
     let refuse = readers.iter().filter(|reader| reader.living && reader.refused.is_some());
     refuse.map(|reader| reader.name.as_str()).collect()
 }
 
+/// Act order as reports name it.
+pub(super) fn act_order(order: Order) -> &'static str {
+    match order {
+        Order::Sequential => "no",
+        Order::Act => "yes",
+        Order::ActStatic => "static",
+    }
+}
+
 impl Comparison {
-    /// Compares runs and other checkpoints. `source` is what is known of the unquantized model beside what the runs say.
+    /// Compares runs and other checkpoints. `source` describes the unquantized model; without it, the runs do.
     ///
     /// # Errors
     /// When there is nothing to compare, or not all are of the same model.
@@ -154,7 +163,7 @@ impl Comparison {
         entries.extend(others.iter().map(|other| of_checkpoint(other, &protocols)));
         name_apart(&mut entries, &runs);
 
-        // First what most have been measured by, then what has more context.
+        // First the protocol that most entries were measured by, then the one with longer windows.
         let of = |entries: &[Entry], p: usize| entries.iter().filter(|e| e.measured[p].is_some()).count();
         let mut order: Vec<usize> = (0..protocols.len()).collect();
         order.sort_by_key(|&p| std::cmp::Reverse((of(&entries, p), protocols[p].seq_len)));
@@ -180,7 +189,7 @@ impl Comparison {
         })
     }
 
-    /// The short-window figures of an entry.
+    /// Perplexity of an entry in short windows.
     pub fn short_perplexity(&self, entry: &Entry) -> Option<Interval> {
         Some(entry.measured.get(self.short?)?.as_ref()?.perplexity)
     }
@@ -195,7 +204,7 @@ fn summary(run: RunInput) -> RunSummary {
     RunSummary { name, report, evaluation_seconds, branch_seconds }
 }
 
-/// Refuses models that were measured against different ones.
+/// The unquantized model; returns an error where entries were measured against different ones.
 fn same_source(runs: &[RunInput], evaluations: &[&Evaluation], given: Option<Source>) -> Result<Source> {
     let mut source = match (given, runs.first(), evaluations.first()) {
         (Some(given), ..) => given,
@@ -243,7 +252,7 @@ fn same_source(runs: &[RunInput], evaluations: &[&Evaluation], given: Option<Sou
 
 fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[Evaluation]) -> Entry {
     let own = run.measured.iter().filter(|m| m.name == branch.branch).flat_map(|m| &m.evaluations);
-    // What was measured later goes before.
+    // Evaluations outside the report are newer and come first.
     let evaluations: Vec<&Evaluation> = own.chain(&run.report.evaluations).collect();
     let (variant, report) = (&branch.variant, &run.report);
     let checkpoint = CheckpointReport {
@@ -251,12 +260,7 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
         bits: variant.bits.get(),
         group_size: variant.group_size.as_config(),
         digest: String::new(),
-        act_order: match variant.order {
-            Order::Sequential => "no",
-            Order::Act => "yes",
-            Order::ActStatic => "static",
-        }
-        .into(),
+        act_order: act_order(variant.order).into(),
         symmetric: variant.symmetric,
         damp: Some(report.plan.damp),
         dataset: Some(report.calibration.names()),
@@ -305,13 +309,13 @@ fn measured(
     protocols: &[Evaluation],
 ) -> Vec<Option<EvaluatedModel>> {
     let find = |protocol: &Evaluation| {
-        let same = evaluations.iter().filter(|e| e.same_protocol(protocol));
-        same.filter_map(|e| e.model_named(name)).next().cloned()
+        let mut same = evaluations.iter().filter(|e| e.same_protocol(protocol));
+        same.find_map(|e| e.model_named(name)).cloned()
     };
     protocols.iter().map(find).collect()
 }
 
-/// Puts the run before names that several have, and a number behind those that are still alike.
+/// Makes names unique: puts the run's name before equal ones, and a number behind those that are still equal.
 fn name_apart(entries: &mut [Entry], runs: &[RunInput]) {
     let count = |entries: &[Entry], name: &str| entries.iter().filter(|e| e.name == name).count();
     let before: Vec<Entry> = entries.to_vec();

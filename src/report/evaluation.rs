@@ -1,23 +1,23 @@
-//! What was measured of models: data of `eval.json`, and of `run.json`.
+//! Quality of quantized models: data of `eval.json` and `run.json`.
 
-use std::path::Path;
+use std::{fmt, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::json::read_schema;
+use super::{Report, json::read_schema};
 use crate::{
     architectures::CONFIG_FILE,
     checkpoint::Checkpoint,
     error::{ReportError, Result},
 };
 
-/// The evaluations' file in the folder of a quantized model. It is not part of the checkpoint and has no checksum there.
+/// File of the evaluations in the folder of a quantized model. The checkpoint's checksums do not cover it.
 pub const EVALUATION_FILE: &str = "eval.json";
 
-/// Goes up when a reader of older evaluations could misread a newer one.
+/// Version of the file; it rises when a reader of older evaluations could misread a newer one.
 pub const EVALUATION_SCHEMA: &str = "gptq-eval/1";
 
-/// All that is known of one quantized model's quality: the content of [`EVALUATION_FILE`].
+/// Quality of one quantized model: the content of [`EVALUATION_FILE`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelEvaluations {
     /// [`EVALUATION_SCHEMA`].
@@ -26,23 +26,23 @@ pub struct ModelEvaluations {
     pub generated_by: String,
     /// The model's folder's name.
     pub name: String,
-    /// What the checkpoint says of itself.
+    /// Metadata of the checkpoint.
     pub checkpoint: CheckpointReport,
-    /// One for each text and protocol, each with this model alone in it.
+    /// One evaluation for each text and protocol, each of this model alone.
     pub evaluations: Vec<Evaluation>,
 }
 
-/// What a quantized checkpoint says of itself, whatever tool wrote it.
+/// Metadata of a quantized checkpoint of any tool.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointReport {
-    /// The tool that says it wrote it, e.g. `gptqmodel:7.7.0`.
+    /// The tool named in the checkpoint, e.g. `gptqmodel:7.7.0`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantizer: Option<String>,
     /// Bits a code.
     pub bits: u32,
     /// Input features a group; -1 is one group a row.
     pub group_size: i64,
-    /// `no`, `yes`, or `static` (the order of act order, groups as without).
+    /// `no`, `yes`, or `static` (act order with groups of neighbouring features).
     pub act_order: String,
     /// Whether zero points are in the middle of the grid.
     pub symmetric: bool,
@@ -58,7 +58,7 @@ pub struct CheckpointReport {
     /// Calibration windows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
-    /// Digest of all tensors, so that figures are not taken for those of other weights.
+    /// Digest of all tensors: figures of other weights are refused by it.
     pub digest: String,
     /// Bytes of all tensors.
     pub bytes: u64,
@@ -67,19 +67,19 @@ pub struct CheckpointReport {
     /// Significant bits that the scales of each linear use, of the linear that uses the fewest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale_bits: Option<u32>,
-    /// Which software takes it.
+    /// Which software loads it.
     pub readers: Vec<ReaderReport>,
 }
 
-/// One reader and why it does not take a checkpoint, if so.
+/// One reader, and why it does not load a checkpoint, if so.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReaderReport {
     /// The software and its versions.
     pub name: String,
-    /// Whether it is maintained in these versions, and reads GPTQ.
+    /// Whether these versions are maintained and read GPTQ.
     #[serde(default = "yes")]
     pub living: bool,
-    /// None when it loads and computes what was meant.
+    /// Why it does not load the checkpoint, or computes something else; none when it does.
     pub refused: Option<String>,
 }
 
@@ -94,34 +94,34 @@ pub struct Evaluation {
     pub dataset: String,
     /// SHA-256 of the windows' token ids.
     pub sha256: String,
-    /// How the figures are computed, in words.
+    /// The protocol in words.
     pub protocol: String,
     /// Folder's name of the unquantized model.
     pub model: String,
     /// Digest of its tensors: the same for the same model in another folder.
     pub model_digest: String,
-    /// What it was computed in, and where: `fp32`, `fp16 on cuda:0`.
+    /// Data type and device: `fp32`, `fp16 on cuda:0`.
     pub compute: String,
     /// Windows.
     pub windows: usize,
     /// Tokens a window.
     pub seq_len: usize,
-    /// Tokens from one window's begin to the next one's; smaller than `seq_len`, windows overlap.
+    /// Tokens from the start of one window to the start of the next; if it is less than `seq_len`, windows overlap.
     pub stride: usize,
-    /// Tokens scored in each window: all but the first; of windows that overlap the one before, the new ones. Means over
-    /// tokens are means over windows with these as weights.
+    /// Tokens scored in each window: all but the first, or those that the window before does not have. They are the weights of
+    /// the windows in means over tokens.
     pub window_tokens: Vec<usize>,
     /// Perplexity of the unquantized model.
     pub reference_perplexity: Interval,
     /// Its mean negative log-likelihood in each window, nats.
     pub window_nll: Vec<f64>,
-    /// The quantized ones.
+    /// The quantized models.
     pub models: Vec<EvaluatedModel>,
-    /// The whole evaluation.
+    /// Seconds of the whole evaluation.
     pub seconds: f64,
 }
 
-/// One evaluated model. What begins with `window_` has a value for each window, the mean over its scored tokens.
+/// One evaluated model. Fields `window_…` have one value for each window, the mean over its scored tokens.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvaluatedModel {
     /// Branch or folder name.
@@ -130,13 +130,13 @@ pub struct EvaluatedModel {
     pub weight_bytes: u64,
     /// Perplexity.
     pub perplexity: Interval,
-    /// Perplexity less the unquantized model's; the interval is over paired windows.
+    /// Perplexity minus the unquantized model's; the interval is over paired windows.
     pub perplexity_change: Interval,
     /// Mean over positions of `KL(fp16 ‖ quantized)`, nats.
     pub kl_divergence: Interval,
-    /// The smallest value that 99% of all positions do not exceed.
+    /// The 99th percentile of the divergence over positions: the smallest value that 99% of them do not exceed.
     pub kl_p99: f64,
-    /// The largest of any position.
+    /// The largest divergence of any position.
     pub kl_max: f64,
     /// Share of positions at which both models' most likely token is the same.
     pub top1_agreement: Interval,
@@ -157,16 +157,51 @@ pub struct Interval {
     pub margin: Option<f64>,
 }
 
+impl Interval {
+    /// The interval of a share, in percent.
+    pub(crate) fn percent(self) -> Self {
+        Self { value: self.value * 100.0, margin: self.margin.map(|margin| margin * 100.0) }
+    }
+}
+
+/// `0.52 ±0.03`, with the precision and sign of the format.
+impl fmt::Display for Interval {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.value, f)?;
+        let digits = f.precision().unwrap_or(6);
+        self.margin.map_or(Ok(()), |margin| write!(f, " ±{margin:.digits$}"))
+    }
+}
+
 impl ModelEvaluations {
     /// Reads an [`EVALUATION_FILE`].
     ///
     /// # Errors
-    /// When it is not there, not JSON, or of another schema.
+    /// When it is missing, not JSON, or has another schema.
     pub fn read(path: &Path) -> Result<Self> {
         read_schema(path, EVALUATION_SCHEMA)
     }
 
-    /// Adds an evaluation, in place of an older one of the same protocol.
+    /// Reads an [`EVALUATION_FILE`], and refuses it when its figures are not of the weights beside it, where there are any.
+    ///
+    /// # Errors
+    /// As [`Self::read`] and [`check_weights_beside`].
+    pub fn read_checked(path: &Path) -> Result<Self> {
+        let figures = Self::read(path)?;
+        check_weights_beside(path, &figures.checkpoint.digest)?;
+        Ok(figures)
+    }
+
+    /// Reads the evaluations of a run's branches, whose folders are in `dir`, where they have any.
+    ///
+    /// # Errors
+    /// As [`Self::read_checked`].
+    pub fn of_branches(report: &Report, dir: &Path) -> Result<Vec<Self>> {
+        let paths = report.branches.iter().map(|branch| dir.join(&branch.branch).join(EVALUATION_FILE));
+        paths.filter(|path| path.exists()).map(|path| Self::read_checked(&path)).collect()
+    }
+
+    /// Adds an evaluation; it replaces an older one of the same protocol.
     pub fn add(&mut self, evaluation: Evaluation) {
         match self.evaluations.iter_mut().find(|old| old.same_protocol(&evaluation)) {
             Some(old) => *old = evaluation,
@@ -175,11 +210,11 @@ impl ModelEvaluations {
     }
 }
 
-/// Refuses the figures in `path` when they are not of the weights beside it, where there are any. `digest` is that of the
-/// weights they were measured of.
+/// Refuses the figures in `path` when they are not of the weights beside it, where there are any. `digest` is the digest of
+/// the weights that were measured.
 ///
 /// # Errors
-/// When there are other weights, or they cannot be read.
+/// When the weights are other ones, or cannot be read.
 pub fn check_weights_beside(path: &Path, digest: &str) -> Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     if dir.join(CONFIG_FILE).exists() && Checkpoint::open(dir)?.digest()? != digest {
@@ -189,15 +224,13 @@ pub fn check_weights_beside(path: &Path, digest: &str) -> Result<()> {
 }
 
 impl Evaluation {
-    /// Whether two evaluations measured the same: their figures can be compared.
+    /// Whether the figures of two evaluations can be compared: same model, same windows of the same tokens, same computation.
     pub fn same_protocol(&self, other: &Self) -> bool {
-        self.same_text(other) && (&self.model_digest, &self.compute) == (&other.model_digest, &other.compute)
-    }
-
-    /// Whether two evaluations are over the same windows of the same tokens.
-    pub fn same_text(&self, other: &Self) -> bool {
-        let of = |e: &Self| (e.windows, e.seq_len, e.stride);
-        self.sha256 == other.sha256 && of(self) == of(other)
+        let windows = |e: &Self| (e.windows, e.seq_len, e.stride);
+        self.model_digest == other.model_digest
+            && self.compute == other.compute
+            && self.sha256 == other.sha256
+            && windows(self) == windows(other)
     }
 
     /// The figures of one model.
@@ -209,6 +242,13 @@ impl Evaluation {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn margins_have_the_precision_of_their_value() {
+        let interval = Interval { value: 0.01234, margin: Some(0.002) };
+        assert_eq!(format!("{:.2}", interval.percent()), "1.23 ±0.20");
+        assert_eq!(format!("{:+.3}", Interval { value: 0.5, margin: None }), "+0.500");
+    }
 
     #[test]
     fn an_interval_survives_json() {

@@ -1,101 +1,96 @@
-//! Figures as people read them, for tables on a page and in a comment.
+//! Figures as text, for the tables of all forms of the report.
 
-use super::{Comparison, Entry, EvaluatedModel, Interval, LinearReport, bytes, charts::place};
+use super::{Comparison, Entry, EvaluatedModel, Interval, LinearReport, RunSummary, bytes, charts::place};
 
-/// A cell: what is shown, and what it is sorted by.
+/// A cell: its text, and the value that a column is sorted by.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Cell {
     pub(super) text: String,
     pub(super) sort: String,
 }
 
-/// What stands in the branch table for one entry, after its name; headers are those of [`headers`].
-pub(super) fn cells(comparison: &Comparison, entry: &Entry) -> Vec<Cell> {
-    let checkpoint = &entry.checkpoint;
-    let text = |text: String| Cell { sort: text.clone(), text };
-    let number = |text: String, value: f64| Cell { text, sort: value.to_string() };
-    let plain = |value: Option<f64>| value.map_or_else(none, |v| number(v.to_string(), v));
-    let mut cells = vec![
-        number(bytes(checkpoint.bytes), checkpoint.bytes as f64),
-        number(format!("{:.2}", checkpoint.bits_per_weight), checkpoint.bits_per_weight),
-        of(entry, |m| interval(m.kl_divergence, 6, false)),
-        of(entry, |m| number(format!("{:.5}", m.kl_p99), m.kl_p99)),
-        of(entry, |m| number(format!("{:.3}", m.kl_max), m.kl_max)),
-        of(entry, |m| number(format!("{:.4}", m.perplexity.value), m.perplexity.value)),
-        of(entry, |m| interval(m.perplexity_change, 4, true)),
-    ];
-    if comparison.short.is_some_and(|short| short > 0) {
-        let short = comparison.short_perplexity(entry);
-        cells.push(short.map_or_else(none, |p| number(format!("{:.4}", p.value), p.value)));
-    }
-    cells.push(of(entry, |m| {
-        let share = m.top1_agreement;
-        let percent = Interval { value: share.value * 100.0, margin: share.margin.map(|m| m * 100.0) };
-        let Cell { text, sort } = interval(percent, 2, false);
-        Cell { text: format!("{text}%"), sort }
-    }));
-    cells.extend([
-        number(checkpoint.bits.to_string(), f64::from(checkpoint.bits)),
-        number(checkpoint.group_size.to_string(), checkpoint.group_size as f64),
-        text(checkpoint.act_order.clone()),
-        plain(checkpoint.damp),
-        checkpoint.dataset.clone().map_or_else(none, text),
-        plain(checkpoint.seq_len.map(|n| n as f64)),
-        text(entry.tool.clone()),
-        readers(entry),
-    ]);
-    cells
+/// A column of the table of branches.
+pub(super) struct Column {
+    pub(super) name: String,
+    /// Explanation of the name; empty where it needs none.
+    pub(super) meaning: &'static str,
+    /// One cell for each entry.
+    pub(super) cells: Vec<Cell>,
 }
 
-/// The headers of [`cells`], each with what it means where that is not plain.
-pub(super) fn headers(comparison: &Comparison) -> Vec<(String, &'static str)> {
-    let length =
-        |p: usize| comparison.protocols.get(p).map_or_else(String::new, |p| format!(" at {}", p.seq_len));
-    let mut headers = vec![
-        ("size".to_owned(), "bytes of all tensors"),
-        ("bits/weight".into(), "codes, scales, zeros and group indices over the quantized weights"),
-        ("mean KL".into(), "Kullback-Leibler divergence from fp16, nats, smaller is better"),
-        ("p99 KL".into(), "99 of 100 tokens are not above"),
-        ("max KL".into(), "of the worst token"),
-        (format!("perplexity{}", length(0)), "smaller is better"),
-        ("Δ to fp16".into(), "change of the perplexity, with its 95% interval over paired windows"),
-    ];
+/// The columns of the table of branches after the branch itself.
+pub(super) fn columns(comparison: &Comparison) -> Vec<Column> {
+    let mut columns = Vec::new();
+    let mut add = |name: &str, meaning: &'static str, cell: &dyn Fn(&Entry) -> Cell| {
+        let cells = comparison.entries.iter().map(cell).collect();
+        columns.push(Column { name: name.to_owned(), meaning, cells });
+    };
+    let text = |text: &str| Cell { text: text.to_owned(), sort: text.to_owned() };
+    let plain = |value: Option<f64>| value.map_or_else(none, |v| text(&v.to_string()));
+    let main = |entry: &Entry, cell: fn(&EvaluatedModel) -> Cell| entry.main().map_or_else(none, cell);
+    let perplexity = |p: usize| match comparison.protocols.get(p) {
+        Some(protocol) => format!("perplexity at {}", protocol.seq_len),
+        None => "perplexity".to_owned(),
+    };
+    add("size", "bytes of all tensors", &|e| size(e.checkpoint.bytes));
+    let meaning = "codes, scales, zeros and group indices over the quantized weights";
+    add("bits/weight", meaning, &|e| number(2, e.checkpoint.bits_per_weight));
+    let meaning = "Kullback-Leibler divergence from fp16, nats, smaller is better";
+    add("mean KL", meaning, &|e| main(e, |m| interval(6, m.kl_divergence)));
+    add("p99 KL", "99% of the tokens are at or below it", &|e| main(e, |m| number(5, m.kl_p99)));
+    add("max KL", "of the worst token", &|e| main(e, |m| number(3, m.kl_max)));
+    add(&perplexity(0), "smaller is better", &|e| main(e, |m| number(4, m.perplexity.value)));
+    let meaning = "change of the perplexity, with its 95% interval over paired windows";
+    add("Δ to fp16", meaning, &|e| main(e, |m| change(m.perplexity_change)));
     if let Some(short) = comparison.short.filter(|&short| short > 0) {
-        headers.push((format!("perplexity{}", length(short)), "in short windows"));
+        let of = |e: &Entry| comparison.short_perplexity(e).map_or_else(none, |p| number(4, p.value));
+        add(&perplexity(short), "in short windows", &of);
     }
-    headers.extend([
-        ("same top-1".into(), "tokens at which fp16 and this model find the same token most likely"),
-        ("bits".into(), ""),
-        ("group".into(), "input features that share a scale; -1 is a whole row"),
-        ("act order".into(), ""),
-        ("damp".into(), "of the mean Hessian diagonal"),
-        ("calibrated on".into(), ""),
-        ("seq. length".into(), "tokens of a calibration window"),
-        ("made by".into(), ""),
-        ("readers".into(), "maintained programs that load it"),
-    ]);
-    headers
+    let meaning = "share of tokens for which fp16 and this model have the same most likely token";
+    add("same top-1", meaning, &|e| main(e, |m| percent(m.top1_agreement)));
+    add("bits", "", &|e| text(&e.checkpoint.bits.to_string()));
+    let meaning = "input features that share a scale; -1 is a whole row";
+    add("group", meaning, &|e| text(&e.checkpoint.group_size.to_string()));
+    add("act order", "", &|e| text(&e.checkpoint.act_order));
+    add("damp", "of the mean Hessian diagonal", &|e| plain(e.checkpoint.damp));
+    add("calibrated on", "", &|e| e.checkpoint.dataset.as_deref().map_or_else(none, text));
+    let meaning = "tokens of a calibration window";
+    add("seq. length", meaning, &|e| plain(e.checkpoint.seq_len.map(|n| n as f64)));
+    add("made by", "", &|e| text(&e.tool));
+    add("readers", "maintained programs that load it", &readers);
+    columns
 }
 
-/// What is not known.
+/// An unknown figure.
 pub(super) fn none() -> Cell {
     Cell { text: "–".into(), sort: String::new() }
 }
 
-fn of(entry: &Entry, cell: impl FnOnce(&EvaluatedModel) -> Cell) -> Cell {
-    entry.main().map_or_else(none, cell)
+/// A number with this many decimals.
+pub(super) fn number(digits: usize, value: f64) -> Cell {
+    Cell { text: format!("{value:.digits$}"), sort: value.to_string() }
 }
 
-pub(super) fn interval(interval: Interval, digits: usize, signed: bool) -> Cell {
-    let Interval { value, margin } = interval;
-    let mut text = if signed { format!("{value:+.digits$}") } else { format!("{value:.digits$}") };
-    if let Some(margin) = margin {
-        text += &format!(" ±{margin:.digits$}");
-    }
-    Cell { text, sort: value.to_string() }
+/// An interval with this many decimals.
+pub(super) fn interval(digits: usize, interval: Interval) -> Cell {
+    Cell { text: format!("{interval:.digits$}"), sort: interval.value.to_string() }
 }
 
-/// Of the maintained readers: `5 of 7, not vLLM, mistral.rs`.
+/// A change of the perplexity, with its sign.
+pub(super) fn change(change: Interval) -> Cell {
+    Cell { text: format!("{change:+.4}"), sort: change.value.to_string() }
+}
+
+fn percent(share: Interval) -> Cell {
+    let percent = share.percent();
+    Cell { text: format!("{percent:.2}%"), sort: percent.value.to_string() }
+}
+
+fn size(count: u64) -> Cell {
+    Cell { text: bytes(count), sort: count.to_string() }
+}
+
+/// How many of the maintained readers load it: `5 of 7, not vLLM, mistral.rs`.
 fn readers(entry: &Entry) -> Cell {
     let all = entry.checkpoint.readers.iter().filter(|reader| reader.living).count();
     if all == 0 {
@@ -117,7 +112,7 @@ pub(super) struct Worst<'a> {
     pub(super) linear: &'a LinearReport,
     /// `3.mlp.down_proj`.
     pub(super) short_name: String,
-    /// What sets it apart from the others of its branch, in words.
+    /// Its figures that differ most from those of the branch, in words.
     pub(super) why: String,
 }
 
@@ -132,14 +127,17 @@ pub(super) fn worst(comparison: &Comparison, count: usize) -> Vec<Worst<'_>> {
             break;
         }
         if found.iter().all(|w| w.linear.name != linear.name) {
-            let short_name = short_name(&linear.name);
+            let is_usual = place(&linear.name).is_some();
+            let short_name =
+                if is_usual { linear.name.trim_start_matches("model.layers.") } else { &linear.name };
+            let short_name = short_name.to_owned();
             found.push(Worst { entry, linear, short_name, why: why(entry, linear) });
         }
     }
     found
 }
 
-/// A figure that is this many times the branch's median, which is the usual, is named as a reason.
+/// A figure of at least this many times the branch's median is named as a reason.
 const STANDS_OUT: f64 = 3.0;
 
 fn why(entry: &Entry, linear: &LinearReport) -> String {
@@ -164,7 +162,7 @@ fn why(entry: &Entry, linear: &LinearReport) -> String {
         reasons.push(format!("outlier inputs: {outliers:.1} times the usual ratio"));
     }
     if condition >= STANDS_OUT {
-        reasons.push(format!("inputs alike: {condition:.1} times the usual condition number"));
+        reasons.push(format!("correlated inputs: {condition:.1} times the usual condition number"));
     }
     if reasons.is_empty() {
         reasons.push(format!(
@@ -175,9 +173,36 @@ fn why(entry: &Entry, linear: &LinearReport) -> String {
     reasons.join("; ")
 }
 
-fn short_name(name: &str) -> String {
-    match place(name) {
-        Some(_) => name.trim_start_matches("model.layers.").to_owned(),
-        None => name.to_owned(),
-    }
+/// Time and memory of one run.
+pub(super) struct Costs {
+    pub(super) name: String,
+    /// A stage, its time, and the largest memory during it.
+    pub(super) stages: Vec<(&'static str, Cell, Cell)>,
+    pub(super) facts: Vec<(&'static str, String)>,
+}
+
+/// Time and memory of one run.
+pub(super) fn costs(run: &RunSummary) -> Costs {
+    let report = &run.report;
+    let (seconds, memory) = (&report.stage_seconds, &report.stage_memory_bytes);
+    let took = |s: f64| Cell { text: format!("{s:.1} s"), sort: s.to_string() };
+    let size = |b: Option<u64>| b.map_or_else(none, size);
+    let stages = vec![
+        ("reading weights, forward passes, Hessians", took(seconds.calibrating), size(memory.calibrating)),
+        ("factorizing and solving", took(seconds.solving), size(memory.solving)),
+        ("packing and writing linears", took(seconds.packing), size(memory.packing)),
+        ("writing the rest, syncing, checking", took(seconds.finishing), size(memory.finishing)),
+        ("whole run", took(report.seconds), size(report.peak_memory_bytes)),
+        ("evaluating", took(run.evaluation_seconds), none()),
+    ];
+    let layers = &report.layer_seconds;
+    let slowest = layers.iter().copied().reduce(f64::max).map(|slowest| {
+        let mean = layers.iter().sum::<f64>() / layers.len() as f64;
+        ("a layer", format!("{mean:.1} s on average, {slowest:.1} s at most"))
+    });
+    let branches: Vec<String> =
+        run.branch_seconds.iter().map(|(name, s)| format!("{name} {s:.1} s")).collect();
+    let journal = ("of the whole run, the journal", format!("{:.1} s", report.journal_seconds));
+    let facts = slowest.into_iter().chain([journal, ("solving and packing by branch", branches.join(", "))]);
+    Costs { name: run.name.clone(), stages, facts: facts.collect() }
 }

@@ -1,4 +1,4 @@
-//! A comparison as one HTML file that needs nothing else.
+//! A comparison as one HTML file without references to other files.
 
 use askama::Template;
 
@@ -7,8 +7,7 @@ use super::{
     advice::{Advice, advice, headline, rule, unserved},
     bytes,
     charts::{self, LINEARS, Picture, SERIES, place},
-    costs::{Costs, costs},
-    figures::{Cell, Worst, cells, headers, interval, none, worst},
+    figures::{Cell, Column, Costs, Worst, change, columns, costs, interval, none, number, worst},
     provenance::{self, Facts},
 };
 
@@ -18,18 +17,17 @@ use super::{
 struct Page<'a> {
     headline: String,
     source: String,
-    generated_by: &'a str,
+    comparison: &'a Comparison,
     advice: Vec<Advice<'a>>,
-    /// Readers that load none of them.
+    /// Readers that load none of the entries.
     unserved: Option<String>,
     rule: String,
-    reference: String,
     pareto: Option<Picture>,
     lines: Vec<Picture>,
     heat: Vec<Heat>,
     largest: String,
-    headers: Vec<(String, &'static str)>,
-    rows: Vec<Row>,
+    columns: Vec<Column>,
+    rows: Vec<Row<'a>>,
     texts: Vec<Text>,
     worst: Vec<Worst<'a>>,
     runs: Vec<Costs>,
@@ -39,17 +37,16 @@ struct Page<'a> {
 }
 
 /// A row of the branch table.
-struct Row {
+struct Row<'a> {
+    entry: &'a Entry,
     number: usize,
     color: usize,
+    /// Whether it is a checkpoint of another tool.
     square: bool,
-    name: String,
-    variant: String,
-    /// Maintained programs that refuse it.
+    /// Maintained readers that do not load it.
     not_loaded_by: String,
+    /// Whether it is recommended.
     best: bool,
-    pareto: bool,
-    cells: Vec<Cell>,
 }
 
 /// A heat map and its figures.
@@ -59,18 +56,15 @@ struct Heat {
     layers: Vec<(usize, Vec<Cell>)>,
 }
 
-/// What was measured on one text.
+/// Figures of all entries on one text.
 struct Text {
     title: String,
     reference: String,
     rows: Vec<(String, Vec<Cell>)>,
 }
 
-/// A reader, and for each entry whether it takes it, or why not.
-struct Reader {
-    name: String,
-    takes: Vec<Option<String>>,
-}
+/// A reader, and for each entry why it does not load it, if so.
+type Reader = (String, Vec<Option<String>>);
 
 /// The comparison as an HTML page.
 pub fn html(comparison: &Comparison) -> String {
@@ -89,17 +83,10 @@ pub fn html(comparison: &Comparison) -> String {
             source.parameters.map(parameters).unwrap_or_default(),
             source.bytes.map(size).unwrap_or_default()
         ),
-        generated_by: comparison.generated_by,
+        comparison,
         advice: advice(comparison),
         unserved: unserved(comparison),
         rule: rule(comparison),
-        reference: comparison.protocols.first().map_or_else(String::new, |p| {
-            let value = interval(p.reference_perplexity, 4, false).text;
-            format!(
-                "fp16 has perplexity {value} on {} ({} windows of {} tokens).",
-                p.dataset, p.windows, p.seq_len
-            )
-        }),
         pareto: charts::size_against_kl(comparison),
         lines: [charts::error_by_layer(&solved), charts::error_by_linear(&solved)]
             .into_iter()
@@ -107,7 +94,7 @@ pub fn html(comparison: &Comparison) -> String {
             .collect(),
         heat: solved.iter().filter_map(|(_, e)| heat(e, largest)).collect(),
         largest: format!("{largest:.4}"),
-        headers: headers(comparison),
+        columns: columns(comparison),
         rows: comparison.entries.iter().enumerate().map(|(i, e)| row(comparison, i, e)).collect(),
         texts: (0..comparison.protocols.len()).map(|p| text(comparison, p)).collect(),
         worst: worst(comparison, 10),
@@ -119,17 +106,14 @@ pub fn html(comparison: &Comparison) -> String {
     page.render().expect("writing to memory does not fail")
 }
 
-fn row(comparison: &Comparison, index: usize, entry: &Entry) -> Row {
+fn row<'a>(comparison: &Comparison, index: usize, entry: &'a Entry) -> Row<'a> {
     Row {
+        entry,
         number: index + 1,
         color: index % SERIES.len(),
         square: entry.run.is_none(),
-        name: entry.name.clone(),
-        variant: entry.variant.clone(),
         not_loaded_by: entry.not_loaded_by().join(", "),
         best: comparison.recommendation.as_ref().is_some_and(|r| r.closest == index),
-        pareto: entry.pareto,
-        cells: cells(comparison, entry),
     }
 }
 
@@ -142,8 +126,7 @@ fn heat(entry: &Entry, largest: f64) -> Option<Heat> {
             layers.push((layer, LINEARS.iter().map(|_| none()).collect()));
         }
         if let Some((_, cells)) = layers.last_mut() {
-            let error = linear.relative_error;
-            cells[row] = Cell { text: format!("{error:.4}"), sort: error.to_string() };
+            cells[row] = number(4, linear.relative_error);
         }
     }
     Some(Heat { picture, layers })
@@ -151,15 +134,17 @@ fn heat(entry: &Entry, largest: f64) -> Option<Heat> {
 
 fn text(comparison: &Comparison, position: usize) -> Text {
     let protocol = &comparison.protocols[position];
-    let number = |text: String, value: f64| Cell { text, sort: value.to_string() };
     let cells = |m: &EvaluatedModel| {
         vec![
-            number(format!("{:.4}", m.perplexity.value), m.perplexity.value),
-            interval(m.perplexity_change, 4, true),
-            interval(m.kl_divergence, 6, false),
-            number(format!("{:.5}", m.kl_p99), m.kl_p99),
-            number(format!("{:.3}", m.kl_max), m.kl_max),
-            number(format!("{:.2}%", m.top1_agreement.value * 100.0), m.top1_agreement.value),
+            number(4, m.perplexity.value),
+            change(m.perplexity_change),
+            interval(6, m.kl_divergence),
+            number(5, m.kl_p99),
+            number(3, m.kl_max),
+            Cell {
+                text: format!("{:.2}%", m.top1_agreement.value * 100.0),
+                sort: m.top1_agreement.value.to_string(),
+            },
         ]
     };
     let rows = comparison
@@ -177,7 +162,7 @@ fn text(comparison: &Comparison, position: usize) -> Text {
             "{}, {} windows of {} tokens{overlap}",
             protocol.dataset, protocol.windows, protocol.seq_len
         ),
-        reference: interval(protocol.reference_perplexity, 4, false).text,
+        reference: format!("{:.4}", protocol.reference_perplexity),
         rows,
     }
 }
@@ -186,14 +171,14 @@ fn readers(comparison: &Comparison) -> Vec<Reader> {
     let mut readers: Vec<Reader> = Vec::new();
     let entries = &comparison.entries;
     for reader in entries.iter().flat_map(|e| &e.checkpoint.readers) {
-        if readers.iter().any(|known| known.name == reader.name) {
+        if readers.iter().any(|known| known.0 == reader.name) {
             continue;
         }
         let takes = entries.iter().map(|e| {
             let found = e.checkpoint.readers.iter().find(|r| r.name == reader.name);
             found.map_or_else(|| Some("not known".into()), |r| r.refused.clone())
         });
-        readers.push(Reader { name: reader.name.clone(), takes: takes.collect() });
+        readers.push((reader.name.clone(), takes.collect()));
     }
     readers
 }

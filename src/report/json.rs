@@ -1,4 +1,4 @@
-//! The report's data.
+//! The report of a run: the data of `run.json`.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use crate::{
 /// The report's file in the output folder.
 pub const REPORT_FILE: &str = "run.json";
 
-/// Goes up when a reader of older reports could misread a newer one.
+/// Version of the file; it rises when a reader of older reports could misread a newer one.
 pub const REPORT_SCHEMA: &str = "gptq-run/2";
 
 /// `gptq 0.1.0`.
@@ -33,9 +33,9 @@ pub struct Report {
     pub generated_by: String,
     /// The command, word by word; of paths only the last name. Empty when the library was used without the program.
     pub command: Vec<String>,
-    /// What was asked for.
+    /// The plan.
     pub plan: Plan,
-    /// What the plan's quality turned on beyond plain GPTQ.
+    /// The accuracy options that the plan turned on.
     #[serde(default)]
     #[serde(alias = "refinements")]
     pub accuracy: AccuracyOptions,
@@ -43,30 +43,29 @@ pub struct Report {
     pub model: ModelReport,
     /// The calibration text.
     pub calibration: CalibrationReport,
-    /// How it was computed, at last if the run was interrupted.
+    /// Device and data type; of an interrupted run, those of its last part.
     pub compute: ComputeReport,
-    /// How which layers were computed, if the run was interrupted and gone on with.
+    /// The parts of a run that was interrupted and resumed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub resumed: Vec<LayersComputed>,
-    /// What was made, in the plan's order.
+    /// The branches, in the plan's order.
     pub branches: Vec<BranchReport>,
-    /// Whatever went otherwise than planned.
+    /// Deviations from the plan.
     pub warnings: Vec<String>,
     /// The whole run, without evaluation.
     pub seconds: f64,
-    /// Of these, what it took to be able to go on after an interruption; flushing to the disk beside the computation is not
-    /// counted.
+    /// Seconds of these that the journal took; flushing to the disk beside the computation is not counted.
     pub journal_seconds: f64,
-    /// Each layer, all variants.
+    /// Seconds of each layer, all variants.
     pub layer_seconds: Vec<f64>,
-    /// Where the time went.
+    /// Time of each stage.
     pub stage_seconds: StageSeconds,
-    /// And the memory.
+    /// Memory of each stage.
     #[serde(default)]
     pub stage_memory_bytes: StageMemory,
-    /// Largest resident memory during the run, bytes; none where the system does not say.
+    /// Largest resident memory during the run, bytes; none where the system does not report it.
     pub peak_memory_bytes: Option<u64>,
-    /// What the branches cost, if it was measured: one for each text and protocol.
+    /// Quality of the branches, if it was measured: one for each text and protocol.
     pub evaluations: Vec<Evaluation>,
 }
 
@@ -80,7 +79,7 @@ impl Report {
     }
 }
 
-/// Reads a JSON file that says which schema it has; another one is refused before anything else is looked at.
+/// Reads a JSON file with a key `schema`; another schema is refused before anything else is parsed.
 pub(crate) fn read_schema<T: DeserializeOwned>(path: &Path, schema: &str) -> Result<T> {
     let text = folder::read(path, TEXT_LIMIT)?;
     let json = |source| Error::Json { path: path.into(), source };
@@ -96,33 +95,25 @@ pub(crate) fn read_schema<T: DeserializeOwned>(path: &Path, schema: &str) -> Res
     }
 }
 
-/// Where a run's time went, seconds. Sums over devices that work at the same time, so that several together can exceed the
-/// run's own time.
+/// A value for each stage of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct StageSeconds {
-    /// Reading weights, forward passes and Hessians: the layers' time less the next two.
-    pub calibrating: f64,
+pub struct Stages<T> {
+    /// Reading weights, forward passes and Hessians.
+    pub calibrating: T,
     /// Factorizing Hessians and solving linears.
-    pub solving: f64,
+    pub solving: T,
     /// Packing and writing linears.
-    pub packing: f64,
-    /// Writing everything else, syncing, reopening and checking.
-    pub finishing: f64,
+    pub packing: T,
+    /// Writing all other files, syncing, reopening and checking.
+    pub finishing: T,
 }
 
-/// Largest resident memory while a stage was at work, bytes, looked at fifty times a second; none where the system does not
-/// say. Of devices that work at the same time, the stage that began last counts.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-pub struct StageMemory {
-    /// Reading weights, forward passes and Hessians.
-    pub calibrating: Option<u64>,
-    /// Factorizing Hessians and solving linears.
-    pub solving: Option<u64>,
-    /// Packing and writing linears.
-    pub packing: Option<u64>,
-    /// Writing everything else, syncing, reopening and checking.
-    pub finishing: Option<u64>,
-}
+/// Time of each stage, seconds, summed over devices that work at the same time: the sum can exceed the run's own time.
+pub type StageSeconds = Stages<f64>;
+
+/// Largest resident memory during each stage, bytes, sampled fifty times a second; none where the system does not report it.
+/// Where devices work at the same time, a sample counts for the stage that began last.
+pub type StageMemory = Stages<Option<u64>>;
 
 /// The source model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -173,7 +164,7 @@ pub struct SourceReport {
     /// Where the text comes from: recipe or file name, repository, revision, files and their digests.
     #[serde(flatten)]
     pub provenance: Provenance,
-    /// Windows that it gave; none in reports of versions that took one text.
+    /// Windows drawn from it; none in reports of versions that took one text.
     #[serde(default)]
     pub samples: Option<usize>,
     /// Tokens of the whole text; none when its rows were tokenized as they were drawn.
@@ -189,7 +180,7 @@ impl CalibrationReport {
     }
 }
 
-/// Versions that took one text wrote it without a list.
+/// Reads a list, or the single text that older versions wrote without a list.
 fn one_or_many<'de, D: serde::Deserializer<'de>>(
     from: D,
 ) -> std::result::Result<Vec<SourceReport>, D::Error> {
@@ -205,27 +196,27 @@ fn one_or_many<'de, D: serde::Deserializer<'de>>(
     })
 }
 
-/// How it was computed.
+/// Device and data type of a computation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ComputeReport {
     /// `cpu`.
     pub device: String,
-    /// `cpu`: which solver.
+    /// The solver: `cpu`.
     pub solver: String,
     /// `fp32` or `bf16`, of the forward passes.
     pub dtype: String,
-    /// Threads.
+    /// Number of threads.
     pub threads: usize,
 }
 
-/// Layers that were computed without a break.
+/// Consecutive layers that were computed without an interruption.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayersComputed {
-    /// The first of them, from 0.
+    /// Index of the first, from 0.
     pub first: usize,
-    /// How many.
+    /// Number of layers.
     pub count: usize,
-    /// How.
+    /// Device and data type.
     pub compute: ComputeReport,
 }
 
@@ -234,7 +225,7 @@ pub struct LayersComputed {
 pub struct BranchReport {
     /// Its folder and git branch.
     pub branch: String,
-    /// What it is.
+    /// Its variant.
     pub variant: Variant,
     /// Bytes of all files.
     pub bytes: u64,
@@ -245,9 +236,9 @@ pub struct BranchReport {
     /// Significant bits that the scales of each linear use, of the linear that uses the fewest; read from what was written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scale_bits: Option<u32>,
-    /// Factorizing, solving and packing; a factorization that several variants use is shared out among them.
+    /// Seconds of factorizing, solving and packing; the time of a factorization that several variants use is divided among them.
     pub seconds: f64,
-    /// Which software takes it.
+    /// Which software loads it.
     pub readers: Vec<ReaderReport>,
     /// Every linear, in the order in which they were solved.
     pub linears: Vec<LinearReport>,
@@ -262,25 +253,24 @@ pub struct LinearReport {
     pub relative_error: f64,
     /// Damping used, as a fraction of the mean Hessian diagonal.
     pub damp: f64,
-    /// How often damping had to be raised.
+    /// Number of times that damping was raised.
     pub damp_raised: u32,
-    /// Input features that carried nothing.
+    /// Input features that are zero for all calibration tokens.
     pub dead_columns: usize,
-    /// Largest over median diagonal element of the Hessian, dead features left out: how far the input features with the
-    /// largest values stand out; 0 when all are dead.
+    /// Largest over median diagonal element of the Hessian, without dead features; 0 when all are dead.
     pub outlier_ratio: f64,
-    /// An estimate, from below, of the condition number of the damped Hessian: the square of the largest over the smallest
-    /// diagonal element of its Cholesky factor; 0 when there is none.
+    /// A lower bound of the condition number of the damped Hessian: the square of the largest over the smallest diagonal
+    /// element of its Cholesky factor; 0 when there is none.
     pub condition_estimate: f64,
-    /// Factorizing and solving.
+    /// Seconds of factorizing and solving.
     pub seconds: f64,
-    /// Output features that are rounded to nearest, as compensation would have made their error larger.
+    /// Output features that are rounded to nearest, because compensation would have made their error larger.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub uncompensated_features: usize,
-    /// Why it was rounded to nearest instead of solved, if it was; only where `--on-failure rtn` was asked for.
+    /// Why it was rounded to nearest instead of solved, if it was; only with `--on-failure rtn`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<String>,
-    /// Of an expert, the calibration tokens that went through it.
+    /// Calibration tokens that the router sent to it, of an expert's linears.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens: Option<u64>,
 }

@@ -1,9 +1,8 @@
-//! What a run made and how good it is: plain data, written as `run.json`; everything shown is made from it.
+//! Reports: plain data of runs and evaluations, which is written as JSON, and the tables, charts and pages made from it.
 
 mod advice;
 mod charts;
 mod comparison;
-mod costs;
 mod evaluation;
 mod figures;
 mod html;
@@ -24,7 +23,7 @@ pub use html::html;
 pub(crate) use json::read_schema;
 pub use json::{
     BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
-    ModelSource, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport, StageMemory, StageSeconds,
+    ModelSource, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport, StageMemory, StageSeconds, Stages,
 };
 pub use markdown::markdown;
 pub(crate) use markdown::text as markdown_text;

@@ -1,42 +1,42 @@
-//! Which of several quantized models to take.
+//! The choice among several quantized models.
 
 use serde::Serialize;
 
 use super::{Entry, Interval, statistics::difference_of_means};
 
-/// The smaller file may be this many times as far from the unquantized model as the closest one.
+/// A smaller file is recommended up to this many times the smallest KL divergence.
 pub const FACTOR: f64 = 2.0;
 
-/// The width that is recommended where there is one: a quarter of fp16, and what every server runs.
+/// Models of more bits are not recommended first: all servers run 4 bits, at a quarter of fp16's size.
 pub const USUAL_BITS: u32 = 4;
 
-/// Which to take, by position among the entries.
+/// The recommended entries, by position.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recommendation {
-    /// Smallest mean KL divergence of those with at most [`USUAL_BITS`] bits, or of all where there are none; of those that cannot
-    /// be told from that by paired windows, the smallest file.
+    /// The entry with the smallest mean KL divergence among those with at most [`USUAL_BITS`] bits, or among all where there are
+    /// none. Of several whose difference over paired windows is not significant, the smallest file.
     pub closest: usize,
-    /// Those that cannot be told from the smallest mean KL divergence, `closest` left out.
+    /// The other entries whose divergence does not differ significantly from the smallest.
     pub as_close: Vec<usize>,
-    /// The one with the smallest mean KL divergence of all, where it has more bits than `closest`.
+    /// The entry with the smallest mean KL divergence of all, where it has more bits than `closest`.
     pub closer: Option<usize>,
-    /// The smallest file with at most [`FACTOR`] times that divergence, where it is smaller than the closest.
+    /// The smallest file with at most [`FACTOR`] times the smallest divergence, where it is smaller than `closest`.
     pub smaller: Option<usize>,
-    /// For the maintained readers that refuse `closest`: the closest one that they take.
+    /// For the maintained readers that do not load `closest`: the closest entry that they load.
     pub for_readers: Vec<ForReaders>,
 }
 
-/// What to take for readers that refuse the closest model.
+/// The recommended entry for readers that do not load the closest one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ForReaders {
-    /// Their names.
+    /// Names of the readers.
     pub readers: Vec<String>,
-    /// The closest one that they take; none where they take none that was measured.
+    /// The closest entry that they load; none where they load no measured entry.
     pub entry: Option<usize>,
 }
 
 impl Recommendation {
-    /// None where nothing was measured. `window_tokens` are the weights of the first protocol's windows.
+    /// The recommendation; none where nothing was measured. `window_tokens` are the weights of the first protocol's windows.
     pub fn new(entries: &[Entry], window_tokens: &[usize]) -> Option<Self> {
         let kl = |i: &usize| entries[*i].kl().unwrap_or(f64::INFINITY);
         let measured: Vec<usize> =
@@ -65,7 +65,7 @@ impl Recommendation {
 
         let mut for_readers: Vec<ForReaders> = Vec::new();
         for reader in entries[closest].not_loaded_by() {
-            let takes = |i: &usize| entries[*i].readers().0.iter().any(|other| other.name == reader);
+            let takes = |i: &usize| entries[*i].is_loaded_by(reader);
             let closest_of =
                 |all: &[usize]| all.iter().copied().filter(takes).min_by(|a, b| kl(a).total_cmp(&kl(b)));
             let entry = closest_of(candidates).or_else(|| closest_of(&measured));

@@ -1,8 +1,8 @@
-//! Means over windows, which are weighted by their tokens, and their 95% intervals.
+//! Means over windows, weighted by their tokens, with their 95% intervals.
 
 use super::Interval;
 
-/// The mean.
+/// The weighted mean.
 pub fn mean(values: &[f64], weights: &[usize]) -> Interval {
     let centre = average(values, weights);
     interval(centre, values.iter().map(|v| v - centre), weights)
@@ -42,8 +42,8 @@ fn average(values: &[f64], weights: &[usize]) -> f64 {
     values.iter().zip(weights).map(|(v, &w)| v * w as f64).sum::<f64>() / total as f64
 }
 
-/// `value`, and half the 95% interval of a weighted mean from how far each window moves it (`influences`, with weighted sum
-/// zero): the standard error of a ratio of sums over windows. None for a single window.
+/// `value` with half its 95% interval: the standard error of a ratio of sums over windows, from the influence of each window
+/// on it (`influences`, whose weighted sum is zero). No margin for a single window.
 fn interval(value: f64, influences: impl Iterator<Item = f64>, weights: &[usize]) -> Interval {
     let n = weights.len();
     if n < 2 {

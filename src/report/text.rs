@@ -1,17 +1,16 @@
 //! The report as plain text for a terminal.
 
-use std::fmt::Write;
+use std::{fmt::Write, iter};
 
 use super::{
-    Comparison, Evaluation, Interval, Report,
+    Comparison, Evaluation, Report,
     advice::{advice, headline, rule, unserved},
     bytes,
-    comparison::not_loaded_by,
-    figures::{cells, headers},
+    comparison::{act_order, not_loaded_by},
+    figures::columns,
 };
-use crate::variant::Order;
 
-/// The branches of a run: what each is, how large, how far its linears are off; and which linears are not what was asked for.
+/// The branches of a run with their formats, sizes and errors, and the linears that were rounded instead of solved.
 pub fn run_table(report: &Report) -> String {
     let header = [
         "branch",
@@ -32,12 +31,7 @@ pub fn run_table(report: &Report) -> String {
             branch.branch.clone(),
             branch.variant.bits.get().to_string(),
             branch.variant.group_size.as_config().to_string(),
-            match branch.variant.order {
-                Order::Sequential => "no",
-                Order::Act => "yes",
-                Order::ActStatic => "static",
-            }
-            .to_owned(),
+            act_order(branch.variant.order).to_owned(),
             bytes(branch.bytes),
             format!("{:.3}", branch.bits_per_weight),
             format!("{mean:.4}"),
@@ -54,18 +48,14 @@ pub fn run_table(report: &Report) -> String {
     text
 }
 
-/// Several runs and checkpoints: what to take, and the figures that decide.
+/// The recommendation, and the columns of the table of branches that decide it.
 pub fn comparison_table(comparison: &Comparison) -> String {
     const SHOWN: [&str; 5] = ["size", "mean KL", "Δ to fp16", "same top-1", "readers"];
-    let headers = headers(comparison);
-    let kept: Vec<usize> = (0..headers.len())
-        .filter(|&c| SHOWN.contains(&headers[c].0.as_str()) || headers[c].0.starts_with("perplexity"))
-        .collect();
-    let names: Vec<&str> =
-        std::iter::once("branch").chain(kept.iter().map(|&c| headers[c].0.as_str())).collect();
-    let rows = comparison.entries.iter().map(|entry| {
-        let cells = cells(comparison, entry);
-        std::iter::once(entry.name.clone()).chain(kept.iter().map(|&c| cells[c].text.clone())).collect()
+    let mut columns = columns(comparison);
+    columns.retain(|c| SHOWN.contains(&c.name.as_str()) || c.name.starts_with("perplexity"));
+    let names: Vec<&str> = iter::once("branch").chain(columns.iter().map(|c| c.name.as_str())).collect();
+    let rows = comparison.entries.iter().enumerate().map(|(i, entry)| {
+        iter::once(entry.name.clone()).chain(columns.iter().map(|c| c.cells[i].text.clone())).collect()
     });
     let mut text = format!("{}\n\n", headline(comparison));
     for advice in advice(comparison) {
@@ -78,37 +68,22 @@ pub fn comparison_table(comparison: &Comparison) -> String {
     text
 }
 
-/// What each model cost against fp16.
+/// The quality of each model beside fp16.
 pub fn evaluation_table(evaluation: &Evaluation) -> String {
     let header = ["model", "weights", "perplexity", "change", "KL divergence", "same top-1"];
-    let mut rows = vec![vec![
-        "fp16".to_owned(),
-        String::new(),
-        format!("{:.4}", evaluation.reference_perplexity.value),
-        String::new(),
-        String::new(),
-        String::new(),
-    ]];
+    let fp16 = format!("{:.4}", evaluation.reference_perplexity.value);
+    let mut rows = vec![["fp16", "", &fp16, "", "", ""].map(str::to_owned).to_vec()];
     rows.extend(evaluation.models.iter().map(|model| {
         vec![
             model.name.clone(),
             bytes(model.weight_bytes),
             format!("{:.4}", model.perplexity.value),
-            with_margin(&model.perplexity_change, 4, 1.0, true),
-            with_margin(&model.kl_divergence, 6, 1.0, false),
-            format!("{}%", with_margin(&model.top1_agreement, 2, 100.0, false)),
+            format!("{:+.4}", model.perplexity_change),
+            format!("{:.6}", model.kl_divergence),
+            format!("{:.2}%", model.top1_agreement.percent()),
         ]
     }));
     format!("{}{}\n", table(&header, rows), evaluation.protocol)
-}
-
-fn with_margin(interval: &Interval, digits: usize, factor: f64, signed: bool) -> String {
-    let value = interval.value * factor;
-    let mut text = if signed { format!("{value:+.digits$}") } else { format!("{value:.digits$}") };
-    if let Some(margin) = interval.margin {
-        let _ = write!(text, " ±{:.digits$}", margin * factor);
-    }
-    text
 }
 
 /// `model.layers.3.mlp.down_proj` → `3.mlp.down_proj`.
@@ -125,7 +100,7 @@ fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let widths: Vec<usize> = (0..header.len()).map(width).collect();
     let mut text = String::new();
     let head = header.iter().map(|h| (*h).to_owned()).collect();
-    for row in std::iter::once(&head).chain(&rows) {
+    for row in iter::once(&head).chain(&rows) {
         let mut line = String::new();
         for (c, (cell, width)) in row.iter().zip(&widths).enumerate() {
             let _ = if c == 0 { write!(line, "{cell:<width$}") } else { write!(line, "  {cell:>width$}") };
@@ -152,12 +127,5 @@ mod tests {
     fn columns_line_up() {
         let rows = vec![vec!["a".to_owned(), "1".to_owned()], vec!["long name".to_owned(), "22".to_owned()]];
         assert_eq!(table(&["x", "n"], rows), "x           n\na           1\nlong name  22\n");
-    }
-
-    #[test]
-    fn margins_follow_their_value() {
-        let interval = Interval { value: 0.01234, margin: Some(0.002) };
-        assert_eq!(with_margin(&interval, 2, 100.0, false), "1.23 ±0.20");
-        assert_eq!(with_margin(&Interval { value: 0.5, margin: None }, 3, 1.0, true), "+0.500");
     }
 }

@@ -149,7 +149,7 @@ fn what_was_not_measured_is_not_claimed() {
     for part in [
         "| Size | ExLlama | Not loaded by | Desc |",
         "The quality of these branches was not measured.",
-        "No licence of the source model is known here",
+        "The licence of the source model is not known",
         "OWNER/REPOSITORY",
         r"| odd\|name |",
     ] {
@@ -181,7 +181,7 @@ fn a_template_of_ones_own_and_what_can_be_wrong_with_it() {
     let made = card(&lab, &["--card-template", &template]);
     assert_eq!(made, "model: 4bit-32g 4bit-16g-act .\n");
     for (text, problem) in [
-        ("a\n{{ perplexity_of_the_moon }}", "line 2: it uses something that the card does not know"),
+        ("a\n{{ perplexity_of_the_moon }}", "line 2: it uses an undefined value"),
         ("{% for %}", "line 1: syntax error"),
     ] {
         let template = lab.write("bad.jinja", text);

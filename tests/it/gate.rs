@@ -145,7 +145,10 @@ fn a_run_that_fails_or_is_incomplete_makes_no_baseline() {
     let damages: [(Damage, &str); 4] = [
         (|run| run["evaluations"] = Value::Array(Vec::new()), "the report has no evaluation [evaluation]"),
         (|run| run["branches"] = Value::Array(Vec::new()), "the report has no branches [branches]"),
-        (|run| run["evaluations"][0]["models"][0]["window_nll"][1] = Value::Null, "is missing or no number"),
+        (
+            |run| run["evaluations"][0]["models"][0]["window_nll"][1] = Value::Null,
+            "is missing or not a number",
+        ),
         (
             |run| run["plan"]["variants"].as_array_mut().unwrap().push("2bit-32g".into()),
             "1 of 2 branches of the plan",

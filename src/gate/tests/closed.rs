@@ -79,7 +79,7 @@ fn what_is_missing_is_named() {
     let models = "/evaluations/0/models/0";
     fails(
         &changed("/branches/0/bytes", Value::Null),
-        &format!("{MAIN}: the report has no size, or it is no number [max-size-growth]"),
+        &format!("{MAIN}: the report has no size, or it is not a number [max-size-growth]"),
     );
     fails(
         &changed("/branches/0/scale_bits", Value::Null),
@@ -95,7 +95,7 @@ fn what_is_missing_is_named() {
     );
     fails(
         &changed(&format!("{models}/window_kl/3"), Value::Null),
-        &format!("{MAIN}: KL divergence on text is missing or no number in some windows [evaluation]"),
+        &format!("{MAIN}: KL divergence on text is missing or not a number in some windows [evaluation]"),
     );
     fails(
         &changed(&format!("{models}/window_kl"), json!(vec![0.01; 5])),
@@ -115,7 +115,7 @@ fn what_is_missing_is_named() {
     );
     fails(
         &changed("/plan/variants/0", json!("4bits")),
-        "the report does not say which branches were planned",
+        "the report has no planned branches, or they cannot be read",
     );
     fails(&changed("/branches/1/branch", json!(MAIN)), &format!("the report has branches twice: {MAIN}"));
 }
