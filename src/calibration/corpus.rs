@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::fmt::Display;
 use std::ops::Range;
 use std::path::Path;
 
@@ -134,6 +135,8 @@ pub(super) struct Rows<'a> {
     rows: Vec<Range<usize>>,
     nulls: usize,
     sampling: Sampling,
+    /// Whether rows are conversations, not plain text, once one was there.
+    conversations: Option<bool>,
     chat: Option<&'a ChatTemplate>,
     refused: Option<Refused>,
     column: Option<String>,
@@ -142,8 +145,16 @@ pub(super) struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// No rows yet. `chat` is the model's template, for rows that are conversations.
     pub(super) fn new(sampling: &Sampling, chat: Option<&'a ChatTemplate>) -> Self {
-        let sampling = sampling.clone();
-        Self { text: String::new(), rows: Vec::new(), nulls: 0, sampling, chat, refused: None, column: None }
+        Self {
+            text: String::new(),
+            rows: Vec::new(),
+            nulls: 0,
+            sampling: sampling.clone(),
+            conversations: None,
+            chat,
+            refused: None,
+            column: None,
+        }
     }
 
     /// Which column the rows come from, for what is said of them.
@@ -151,7 +162,17 @@ impl<'a> Rows<'a> {
         self.column = Some(name.to_owned());
     }
 
-    pub(super) fn push(&mut self, row: &str) {
+    /// Appends a plain text; `place` says where in the file it stands: `line 3`.
+    ///
+    /// # Errors
+    /// When conversations came before.
+    pub(super) fn push_text(&mut self, path: &Path, place: impl Display, text: &str) -> Result<()> {
+        self.check_kind(false, path, place)?;
+        self.push(text);
+        Ok(())
+    }
+
+    fn push(&mut self, row: &str) {
         if let (Sampling::Stream { join }, false) = (&self.sampling, self.rows.is_empty()) {
             self.text.push_str(join);
         }
@@ -168,16 +189,16 @@ impl<'a> Rows<'a> {
     ///
     /// # Errors
     /// When the model has no template, or plain text came before.
-    pub(super) fn push_conversation(&mut self, path: &Path, messages: &[Message]) -> Result<()> {
+    pub(super) fn push_conversation(
+        &mut self,
+        path: &Path,
+        place: impl Display,
+        messages: &[Message],
+    ) -> Result<()> {
         let what = || format!("`{}`", path.display());
         let template = self.chat.ok_or_else(|| Error::NoChatTemplate { what: what() })?;
-        if self.sampling != Sampling::Conversations {
-            if !self.rows.is_empty() || self.nulls > 0 {
-                let problem = "plain text and conversations cannot be mixed in one dataset".to_owned();
-                return Err(Error::Dataset { path: path.into(), problem });
-            }
-            self.sampling = Sampling::Conversations;
-        }
+        self.check_kind(true, path, place)?;
+        self.sampling = Sampling::Conversations;
         match template.render(messages, false) {
             Ok(text) => self.push(&text),
             Err(error) => {
@@ -187,6 +208,19 @@ impl<'a> Rows<'a> {
             }
         }
         Ok(())
+    }
+
+    fn check_kind(&mut self, conversation: bool, path: &Path, place: impl Display) -> Result<()> {
+        if *self.conversations.get_or_insert(conversation) == conversation {
+            return Ok(());
+        }
+        let [this, before] = match conversation {
+            true => ["a conversation", "plain text"],
+            false => ["plain text", "conversations"],
+        };
+        let problem =
+            format!("{place} is {this}, and rows before it are {before}: one dataset cannot hold both");
+        Err(Error::Dataset { path: path.into(), problem })
     }
 
     /// Checks that there is text; `provenance` gets what is known of the rows.
@@ -244,6 +278,21 @@ mod tests {
         };
         assert_eq!(empty(Some("text")), "column `text` of mine holds no text in any of its 2 rows");
         assert_eq!(empty(None), "`mine`: it holds no text");
+    }
+
+    #[test]
+    fn plain_text_and_conversations_do_not_mix() {
+        let template = ChatTemplate::of("{{ messages[0].content }}");
+        let (path, messages) = (Path::new("a.jsonl"), [Message::new("user", "Hi")]);
+        let mut rows = Rows::new(&Sampling::joined_by_empty_line(), Some(&template));
+        // A row without a text is neither.
+        rows.push_null();
+        rows.push_conversation(path, "line 2", &messages).unwrap();
+        assert_eq!(
+            rows.push_text(path, "line 3", "plain").unwrap_err().to_string(),
+            "`a.jsonl`: line 3 is plain text, and rows before it are conversations: one dataset cannot hold both"
+        );
+        assert_eq!(rows.into_corpus(provenance(None)).unwrap().text(), "Hi");
     }
 
     #[test]

@@ -91,7 +91,7 @@ fn read_row_groups(source: impl Source, path: &Path, named: Option<&str>, rows: 
         let read = read_group(reader, |text| {
             row_number += 1;
             match text.map(str::from_utf8).transpose() {
-                Ok(Some(text)) => rows.push(text),
+                Ok(Some(text)) => rows.push_text(path, format_args!("row {row_number}"), text)?,
                 Ok(None) => rows.push_null(),
                 Err(_) => return Err(broken(format!("row {row_number} of column `{column}` is not UTF-8"))),
             }

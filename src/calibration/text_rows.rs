@@ -47,10 +47,9 @@ pub(super) fn read_text(path: &Path, packing: Packing, rows: &mut Rows<'_>) -> R
     })?;
     let text = text.strip_prefix('\u{FEFF}').unwrap_or(text);
     match text.contains('\r') {
-        true => rows.push(&text.replace("\r\n", "\n").replace('\r', "\n")),
-        false => rows.push(text),
+        true => rows.push_text(path, "it", &text.replace("\r\n", "\n").replace('\r', "\n")),
+        false => rows.push_text(path, "it", text),
     }
-    Ok(())
 }
 
 /// Appends the rows of a file of JSON objects: one a line (blank lines are skipped), or all in one array. `column` is the key that
@@ -342,11 +341,15 @@ mod tests {
             load(r#"{"messages": ["Hi"]}"#).unwrap_err(),
             "`chat.jsonl`: line 1: `messages`: message 1 is a text, not an object with role and content"
         );
-        let mixed =
-            format!("{}\n{}", r#"{"text": "plain"}"#, r#"{"text": [{"role": "user", "content": "Hi"}]}"#);
+        let plain = r#"{"text": "plain"}"#;
+        let conversation = r#"{"text": [{"role": "user", "content": "Hi"}]}"#;
         assert_eq!(
-            load(&mixed).unwrap_err(),
-            "`chat.jsonl`: plain text and conversations cannot be mixed in one dataset"
+            load(&format!("{plain}\n{conversation}")).unwrap_err(),
+            "`chat.jsonl`: line 2 is a conversation, and rows before it are plain text: one dataset cannot hold both"
+        );
+        assert_eq!(
+            load(&format!("{conversation}\n\n{plain}")).unwrap_err(),
+            "`chat.jsonl`: line 3 is plain text, and rows before it are conversations: one dataset cannot hold both"
         );
     }
 }
