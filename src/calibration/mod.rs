@@ -15,6 +15,7 @@ mod objects;
 mod parquet_pages;
 mod parquet_rows;
 mod recipe;
+mod sentencepiece;
 mod source;
 mod text_rows;
 mod tokenizer;
