@@ -36,7 +36,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// A message of `role` that says `content`.
+    /// A message of `role` with the text `content`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
@@ -136,7 +136,7 @@ pub(crate) fn special_token<'a>(config: &'a Value, key: &str) -> &'a str {
     token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default()
 }
 
-/// As transformers reads templates: lines of tags alone leave nothing behind.
+/// The syntax that transformers uses: a line with only a tag leaves no line behind.
 pub(crate) fn syntax() -> SyntaxConfig {
     let mut syntax = SyntaxConfig::builder();
     syntax.trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true);
@@ -170,7 +170,7 @@ fn on_fixed_date(format: &str) -> String {
     parts.iter().fold(format.to_owned(), |text, (code, value)| text.replace(code, value))
 }
 
-/// `{% generation %}` marks the assistant's text for training masks. It changes nothing of the text, and Jinja does not know it.
+/// `{% generation %}` marks the assistant's text for training masks. Jinja has no such tag; the text is the same without it.
 fn without_generation_marks(source: &str) -> Cow<'_, str> {
     let is_mark = |tag: &str| {
         let words = tag.trim_matches(['-', '+']).trim();

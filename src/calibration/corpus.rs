@@ -1,9 +1,10 @@
 //! The rows of a dataset, in memory, and where they come from.
 
+use super::parquet_rows;
 use super::recipe::Sampling;
-use super::{hex_digest, parquet_rows};
 use crate::chat::{ChatTemplate, Message};
 use crate::error::{Error, Result};
+use crate::units::hex;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -26,7 +27,7 @@ pub struct Provenance {
     pub dataset: String,
     /// The dataset repository on the Hub, for a recipe.
     pub repository: Option<String>,
-    /// The commit the files come from, where they lie in a Hugging Face cache and it is known.
+    /// Commit of the repository, if the files are in a Hugging Face cache that records it.
     pub revision: Option<String>,
     /// The files, in the order they were read.
     pub files: Vec<ProvenanceFile>,
@@ -51,7 +52,7 @@ pub struct Refused {
     pub count: usize,
     /// The first of them, counted from 1.
     pub first: usize,
-    /// Why that one.
+    /// The chat template's reason for refusing it.
     pub reason: String,
 }
 
@@ -65,7 +66,7 @@ pub struct ProvenanceFile {
 }
 
 impl Provenance {
-    /// Of a file or folder on this machine, or of a text that is part of the program. Files and rows are counted later.
+    /// Provenance of a file or folder on this machine, or of a bundled text, before its files and rows are read.
     pub(super) fn local(dataset: &str) -> Self {
         Self {
             dataset: dataset.to_owned(),
@@ -86,13 +87,12 @@ impl Corpus {
     /// line.
     pub fn from_parquet_bytes(name: &str, bytes: impl Into<Bytes>, column: &str) -> Result<Corpus> {
         let bytes = bytes.into();
-        let mut hasher = Sha256::new();
-        hasher.update(&bytes);
+        let sha256 = hex(&Sha256::digest(&bytes));
         let sampling = Sampling::joined_by_empty_line();
         let mut rows = Rows::new(&sampling, None);
-        parquet_rows::read(bytes, Path::new(name), Some(column), &mut rows)?;
+        parquet_rows::read([bytes.clone(), bytes], Path::new(name), Some(column), &mut rows)?;
         rows.into_corpus(Provenance {
-            files: vec![ProvenanceFile { name: name.to_owned(), sha256: hex_digest(hasher) }],
+            files: vec![ProvenanceFile { name: name.to_owned(), sha256 }],
             text_column: Some(column.to_owned()),
             ..Provenance::local(name)
         })
@@ -129,7 +129,7 @@ impl Corpus {
     }
 }
 
-/// Rows on their way into a [`Corpus`]. They are joined as they come, so that a text is in memory only once.
+/// Rows that become a [`Corpus`]. They are joined while they are read, so that the text is in memory only once.
 pub(super) struct Rows<'a> {
     text: String,
     rows: Vec<Range<usize>>,
@@ -157,7 +157,7 @@ impl<'a> Rows<'a> {
         }
     }
 
-    /// Which column the rows come from, for what is said of them.
+    /// Sets the column that the rows come from, for provenance and errors.
     pub(super) fn set_column(&mut self, name: &str) {
         self.column = Some(name.to_owned());
     }
@@ -223,7 +223,7 @@ impl<'a> Rows<'a> {
         Err(Error::Dataset { path: path.into(), problem })
     }
 
-    /// Checks that there is text; `provenance` gets what is known of the rows.
+    /// The corpus of these rows; their numbers are added to `provenance`. A corpus without text is an error.
     pub(super) fn into_corpus(self, provenance: Provenance) -> Result<Corpus> {
         let Self { text, rows, nulls, sampling, refused, column, .. } = self;
         if let (true, Some(Refused { count, first, reason })) = (rows.is_empty(), &refused) {

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-/// How a file is packed, as its name's last ending says.
+/// Compression of a file, by the last ending of its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
     None,
@@ -98,7 +98,7 @@ fn read_array(reader: impl Read, path: &Path, objects: &mut Objects<'_>, rows: &
     }
 }
 
-/// Hands each object of an array on; an error of ours ends the reading and stands in `failed`.
+/// Passes each object of an array to `objects`. An error of this crate stops the parser and is stored in `failed`.
 struct Items<'a, 'o, 'r> {
     objects: &'a mut Objects<'o>,
     rows: &'a mut Rows<'r>,
@@ -160,7 +160,7 @@ fn read_lines(
     Ok(())
 }
 
-/// The parser's reason; it counts lines within the one line it saw, so only its column is kept.
+/// The parser's reason and column. It parsed a single line, so its line number is left out.
 fn json_problem(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let reason = text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason);

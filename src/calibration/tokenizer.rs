@@ -3,12 +3,12 @@
 use super::sentencepiece;
 use crate::error::{Error, Result};
 use crate::folder;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use tokenizers::ModelWrapper;
 
 /// A model's tokenizer. Special tokens are added where its post-processor adds them: for Llama, one BOS at the very front of a
 /// text.
+#[derive(Debug)]
 pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
@@ -107,12 +107,6 @@ impl Tokenizer {
 
     fn problem(&self, problem: String) -> Error {
         Error::Tokenizer { path: self.path.clone(), problem }
-    }
-}
-
-impl fmt::Debug for Tokenizer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokenizer").field("path", &self.path).finish_non_exhaustive()
     }
 }
 
