@@ -3,7 +3,10 @@
 //! The template is Jinja, in `chat_template.jinja` or under `chat_template` in `tokenizer_config.json`. It is rendered as
 //! transformers renders it: blocks are trimmed, `raise_exception` and `strftime_now` exist, and Python's string methods work.
 
-use std::{borrow::Cow, path::Path};
+use std::{
+    borrow::Cow,
+    path::{Path, PathBuf},
+};
 
 use minijinja::{Environment, ErrorKind, syntax::SyntaxConfig, value::Serde};
 use serde::Serialize;
@@ -16,6 +19,9 @@ use crate::{
 
 const TEMPLATE_FILE: &str = "chat_template.jinja";
 const CONFIG_FILE: &str = "tokenizer_config.json";
+
+/// The template's name in its environment.
+const NAME: &str = "chat_template";
 
 /// Instructions that one rendering may take, so that a hostile template ends.
 const FUEL: u64 = 10_000_000;
@@ -30,7 +36,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// A message of `role` that says `content`.
+    /// A message of `role` with the text `content`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
@@ -44,6 +50,8 @@ pub struct ChatTemplate {
     source: String,
     bos_token: String,
     eos_token: String,
+    /// Compiles the template when it is rendered first.
+    environment: Environment<'static>,
 }
 
 impl ChatTemplate {
@@ -52,29 +60,33 @@ impl ChatTemplate {
     /// # Errors
     /// When a file cannot be read or is not JSON.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
-        let config = folder::file_in(dir, CONFIG_FILE)?;
-        let config: Value = match config.exists() {
-            true => serde_json::from_slice(&folder::read(&config, folder::TEXT_LIMIT)?)
-                .map_err(|source| Error::Json { path: config, source })?,
-            false => Value::Null,
-        };
+        let (_, config) = tokenizer_config(dir)?;
         let own = folder::file_in(dir, TEMPLATE_FILE)?;
         let (file, source) = match own.exists() {
             true => (TEMPLATE_FILE, Some(folder::read_text(&own)?)),
             false => (CONFIG_FILE, in_config(&config)),
         };
-        let token = |key: &str| {
-            let token = &config[key];
-            token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default().to_owned()
-        };
-        let (bos_token, eos_token) = (token("bos_token"), token("eos_token"));
-        Ok(source.map(|source| Self { file, source, bos_token, eos_token }))
+        let [bos_token, eos_token] = ["bos_token", "eos_token"].map(|key| special_token(&config, key));
+        Ok(source.map(|source| Self::new(file, source, bos_token, eos_token)))
     }
 
     #[cfg(test)]
     pub(crate) fn of(source: &str) -> Self {
-        let (bos_token, eos_token) = ("<s>".to_owned(), "</s>".to_owned());
-        Self { file: TEMPLATE_FILE, source: source.to_owned(), bos_token, eos_token }
+        Self::new(TEMPLATE_FILE, source.to_owned(), "<s>", "</s>")
+    }
+
+    fn new(file: &'static str, source: String, bos_token: &str, eos_token: &str) -> Self {
+        let mut environment = Environment::new();
+        environment.set_syntax(syntax());
+        environment.set_fuel(Some(FUEL));
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |format: String| on_fixed_date(&format));
+        let template = without_generation_marks(&source).into_owned();
+        environment.set_loader(move |name| Ok((name == NAME).then(|| template.clone())));
+        Self { file, source, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned(), environment }
     }
 
     /// The template itself.
@@ -87,22 +99,14 @@ impl ChatTemplate {
     /// # Errors
     /// When the template is broken or refuses the messages; the error holds its reason.
     pub fn render(&self, messages: &[Message], answer: bool) -> Result<String> {
-        let mut environment = Environment::new();
-        environment.set_syntax(syntax());
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        environment.add_function("strftime_now", |format: String| on_fixed_date(&format));
         let values = json!({
             "messages": messages,
             "add_generation_prompt": answer,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
         });
-        let source = without_generation_marks(&self.source);
-        let rendered = environment.render_str(&source, minijinja::Value::from(Serde(values)));
+        let template = self.environment.get_template(NAME);
+        let rendered = template.and_then(|template| template.render(minijinja::Value::from(Serde(values))));
         rendered.map_err(|error| {
             let line = error.line().map_or_else(String::new, |line| format!("line {line}: "));
             let reason = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
@@ -111,7 +115,28 @@ impl ChatTemplate {
     }
 }
 
-/// As transformers reads templates: lines of tags alone leave nothing behind.
+/// The path and the content of `tokenizer_config.json` in a model's folder; `null` where there is none.
+///
+/// # Errors
+/// When it cannot be read or is not JSON.
+pub(crate) fn tokenizer_config(dir: &Path) -> Result<(PathBuf, Value)> {
+    let path = folder::file_in(dir, CONFIG_FILE)?;
+    if !path.exists() {
+        return Ok((path, Value::Null));
+    }
+    match serde_json::from_slice(&folder::read(&path, folder::TEXT_LIMIT)?) {
+        Ok(config) => Ok((path, config)),
+        Err(source) => Err(Error::Json { path, source }),
+    }
+}
+
+/// The special token `key` of `tokenizer_config.json`, a text or an object with `content`; empty where there is none.
+pub(crate) fn special_token<'a>(config: &'a Value, key: &str) -> &'a str {
+    let token = &config[key];
+    token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default()
+}
+
+/// The syntax that transformers uses: a line with only a tag leaves no line behind.
 pub(crate) fn syntax() -> SyntaxConfig {
     let mut syntax = SyntaxConfig::builder();
     syntax.trim_blocks(true).lstrip_blocks(true).keep_trailing_newline(true);
@@ -145,7 +170,7 @@ fn on_fixed_date(format: &str) -> String {
     parts.iter().fold(format.to_owned(), |text, (code, value)| text.replace(code, value))
 }
 
-/// `{% generation %}` marks the assistant's text for training masks. It changes nothing of the text, and Jinja does not know it.
+/// `{% generation %}` marks the assistant's text for training masks. Jinja has no such tag; the text is the same without it.
 fn without_generation_marks(source: &str) -> Cow<'_, str> {
     let is_mark = |tag: &str| {
         let words = tag.trim_matches(['-', '+']).trim();

@@ -1,4 +1,4 @@
-//! Texts of sizes and durations.
+//! Texts of sizes, durations and digests.
 
 /// A duration in seconds: `42 s`, `12 min`, `3.5 h`.
 pub fn duration(seconds: f64) -> String {
@@ -18,4 +18,9 @@ pub fn bytes(count: u64) -> String {
         c if c >= 1e3 => format!("{:.1} kB", c / 1e3),
         c => format!("{c} B"),
     }
+}
+
+/// Bytes in lower-case hexadecimal, as digests are written.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -10,13 +10,13 @@ use crate::error::Error;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Bits {
     /// 2 bits, codes 0..=3.
-    Two,
+    Two = 2,
     /// 3 bits, codes 0..=7.
-    Three,
+    Three = 3,
     /// 4 bits, codes 0..=15.
-    Four,
+    Four = 4,
     /// 8 bits, codes 0..=255.
-    Eight,
+    Eight = 8,
 }
 
 impl Bits {
@@ -30,12 +30,7 @@ impl Bits {
 
     /// The number of bits.
     pub fn get(self) -> u32 {
-        match self {
-            Self::Two => 2,
-            Self::Three => 3,
-            Self::Four => 4,
-            Self::Eight => 8,
-        }
+        self as u32
     }
 
     /// The largest code, `2^b − 1`.
@@ -51,10 +46,8 @@ impl Bits {
     /// Both dimensions of a linear must be multiples of this for whole 32-bit words: 16, 32, 8 or 4.
     pub fn pack_factor(self) -> usize {
         match self {
-            Self::Two => 16,
             Self::Three => 32,
-            Self::Four => 8,
-            Self::Eight => 4,
+            _ => 32 / self.get() as usize,
         }
     }
 }
@@ -107,7 +100,7 @@ pub enum Order {
     ActStatic,
 }
 
-/// By what input features are sorted before they are quantized.
+/// How input features are sorted before they are quantized.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sorting {
     /// As stored.
@@ -132,7 +125,7 @@ impl Order {
 pub enum VariantSet {
     /// The four branches of the model cards of 2023: three of them with act order.
     Card,
-    /// What every living server runs at full speed: symmetric, sequential `g_idx`, 4 and 8 bits.
+    /// Variants that current servers run at full speed: symmetric, sequential `g_idx`, 4 and 8 bits.
     Serve,
     /// Both, each variant once.
     All,
@@ -182,7 +175,7 @@ impl Variant {
     }
 
     /// The branch this variant is published as: `main` for `4bit-128g`, else
-    /// `gptq-{bits}bit-{g}g-actorder_{True|False}` with what the rule cannot say appended.
+    /// `gptq-{bits}bit-{g}g-actorder_{True|False}` with `-static` and `-asym` appended where they apply.
     pub fn branch(&self) -> String {
         if *self == VariantSet::Card.variants()[0] {
             return "main".into();

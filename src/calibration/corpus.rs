@@ -1,12 +1,14 @@
 //! The rows of a dataset, in memory, and where they come from.
 
+use super::parquet_rows;
 use super::recipe::Sampling;
-use super::{hex_digest, parquet_rows};
 use crate::chat::{ChatTemplate, Message};
 use crate::error::{Error, Result};
+use crate::units::hex;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::fmt::Display;
 use std::ops::Range;
 use std::path::Path;
 
@@ -25,7 +27,7 @@ pub struct Provenance {
     pub dataset: String,
     /// The dataset repository on the Hub, for a recipe.
     pub repository: Option<String>,
-    /// The commit the files come from, where they lie in a Hugging Face cache and it is known.
+    /// Commit of the repository, if the files are in a Hugging Face cache that records it.
     pub revision: Option<String>,
     /// The files, in the order they were read.
     pub files: Vec<ProvenanceFile>,
@@ -50,7 +52,7 @@ pub struct Refused {
     pub count: usize,
     /// The first of them, counted from 1.
     pub first: usize,
-    /// Why that one.
+    /// The chat template's reason for refusing it.
     pub reason: String,
 }
 
@@ -64,7 +66,7 @@ pub struct ProvenanceFile {
 }
 
 impl Provenance {
-    /// Of a file or folder on this machine, or of a text that is part of the program. Files and rows are counted later.
+    /// Provenance of a file or folder on this machine, or of a bundled text, before its files and rows are read.
     pub(super) fn local(dataset: &str) -> Self {
         Self {
             dataset: dataset.to_owned(),
@@ -85,13 +87,12 @@ impl Corpus {
     /// line.
     pub fn from_parquet_bytes(name: &str, bytes: impl Into<Bytes>, column: &str) -> Result<Corpus> {
         let bytes = bytes.into();
-        let mut hasher = Sha256::new();
-        hasher.update(&bytes);
+        let sha256 = hex(&Sha256::digest(&bytes));
         let sampling = Sampling::joined_by_empty_line();
         let mut rows = Rows::new(&sampling, None);
-        parquet_rows::read(bytes, Path::new(name), Some(column), &mut rows)?;
+        parquet_rows::read([bytes.clone(), bytes], Path::new(name), Some(column), &mut rows)?;
         rows.into_corpus(Provenance {
-            files: vec![ProvenanceFile { name: name.to_owned(), sha256: hex_digest(hasher) }],
+            files: vec![ProvenanceFile { name: name.to_owned(), sha256 }],
             text_column: Some(column.to_owned()),
             ..Provenance::local(name)
         })
@@ -128,12 +129,14 @@ impl Corpus {
     }
 }
 
-/// Rows on their way into a [`Corpus`]. They are joined as they come, so that a text is in memory only once.
+/// Rows that become a [`Corpus`]. They are joined while they are read, so that the text is in memory only once.
 pub(super) struct Rows<'a> {
     text: String,
     rows: Vec<Range<usize>>,
     nulls: usize,
     sampling: Sampling,
+    /// Whether rows are conversations, not plain text, once one was there.
+    conversations: Option<bool>,
     chat: Option<&'a ChatTemplate>,
     refused: Option<Refused>,
     column: Option<String>,
@@ -142,16 +145,34 @@ pub(super) struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// No rows yet. `chat` is the model's template, for rows that are conversations.
     pub(super) fn new(sampling: &Sampling, chat: Option<&'a ChatTemplate>) -> Self {
-        let sampling = sampling.clone();
-        Self { text: String::new(), rows: Vec::new(), nulls: 0, sampling, chat, refused: None, column: None }
+        Self {
+            text: String::new(),
+            rows: Vec::new(),
+            nulls: 0,
+            sampling: sampling.clone(),
+            conversations: None,
+            chat,
+            refused: None,
+            column: None,
+        }
     }
 
-    /// Which column the rows come from, for what is said of them.
+    /// Sets the column that the rows come from, for provenance and errors.
     pub(super) fn set_column(&mut self, name: &str) {
         self.column = Some(name.to_owned());
     }
 
-    pub(super) fn push(&mut self, row: &str) {
+    /// Appends a plain text; `place` says where in the file it stands: `line 3`.
+    ///
+    /// # Errors
+    /// When conversations came before.
+    pub(super) fn push_text(&mut self, path: &Path, place: impl Display, text: &str) -> Result<()> {
+        self.check_kind(false, path, place)?;
+        self.push(text);
+        Ok(())
+    }
+
+    fn push(&mut self, row: &str) {
         if let (Sampling::Stream { join }, false) = (&self.sampling, self.rows.is_empty()) {
             self.text.push_str(join);
         }
@@ -168,16 +189,16 @@ impl<'a> Rows<'a> {
     ///
     /// # Errors
     /// When the model has no template, or plain text came before.
-    pub(super) fn push_conversation(&mut self, path: &Path, messages: &[Message]) -> Result<()> {
+    pub(super) fn push_conversation(
+        &mut self,
+        path: &Path,
+        place: impl Display,
+        messages: &[Message],
+    ) -> Result<()> {
         let what = || format!("`{}`", path.display());
         let template = self.chat.ok_or_else(|| Error::NoChatTemplate { what: what() })?;
-        if self.sampling != Sampling::Conversations {
-            if !self.rows.is_empty() || self.nulls > 0 {
-                let problem = "plain text and conversations cannot be mixed in one dataset".to_owned();
-                return Err(Error::Dataset { path: path.into(), problem });
-            }
-            self.sampling = Sampling::Conversations;
-        }
+        self.check_kind(true, path, place)?;
+        self.sampling = Sampling::Conversations;
         match template.render(messages, false) {
             Ok(text) => self.push(&text),
             Err(error) => {
@@ -189,7 +210,20 @@ impl<'a> Rows<'a> {
         Ok(())
     }
 
-    /// Checks that there is text; `provenance` gets what is known of the rows.
+    fn check_kind(&mut self, conversation: bool, path: &Path, place: impl Display) -> Result<()> {
+        if *self.conversations.get_or_insert(conversation) == conversation {
+            return Ok(());
+        }
+        let [this, before] = match conversation {
+            true => ["a conversation", "plain text"],
+            false => ["plain text", "conversations"],
+        };
+        let problem =
+            format!("{place} is {this}, and rows before it are {before}: one dataset cannot hold both");
+        Err(Error::Dataset { path: path.into(), problem })
+    }
+
+    /// The corpus of these rows; their numbers are added to `provenance`. A corpus without text is an error.
     pub(super) fn into_corpus(self, provenance: Provenance) -> Result<Corpus> {
         let Self { text, rows, nulls, sampling, refused, column, .. } = self;
         if let (true, Some(Refused { count, first, reason })) = (rows.is_empty(), &refused) {
@@ -244,6 +278,21 @@ mod tests {
         };
         assert_eq!(empty(Some("text")), "column `text` of mine holds no text in any of its 2 rows");
         assert_eq!(empty(None), "`mine`: it holds no text");
+    }
+
+    #[test]
+    fn plain_text_and_conversations_do_not_mix() {
+        let template = ChatTemplate::of("{{ messages[0].content }}");
+        let (path, messages) = (Path::new("a.jsonl"), [Message::new("user", "Hi")]);
+        let mut rows = Rows::new(&Sampling::joined_by_empty_line(), Some(&template));
+        // A row without a text is neither.
+        rows.push_null();
+        rows.push_conversation(path, "line 2", &messages).unwrap();
+        assert_eq!(
+            rows.push_text(path, "line 3", "plain").unwrap_err().to_string(),
+            "`a.jsonl`: line 3 is plain text, and rows before it are conversations: one dataset cannot hold both"
+        );
+        assert_eq!(rows.into_corpus(provenance(None)).unwrap().text(), "Hi");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 pub(super) struct Located {
     /// The folder that stands for the repository's root.
     pub(super) root: PathBuf,
-    /// The commit, when a Hugging Face cache tells it.
+    /// The commit, if a Hugging Face cache records it.
     pub(super) revision: Option<String>,
 }
 
@@ -144,9 +144,9 @@ fn entries(folder: &Path) -> Result<(Vec<String>, Vec<String>)> {
     let (mut files, mut folders) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let path = entry.map_err(Error::io("read", folder))?.path();
-        // A name that is not Unicode is not one the Hub gives.
+        // Names on the Hub are Unicode.
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else { continue };
-        // Files in a Hugging Face cache are links: what counts is what they lead to.
+        // Files in a Hugging Face cache are links; `is_dir` follows them.
         if path.is_dir() { folders.push(name.to_owned()) } else { files.push(name.to_owned()) }
     }
     files.sort();

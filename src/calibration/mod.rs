@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A [`CorpusSource`] finds the files of a [`Recipe`] or of a local path, a [`Corpus`] holds their rows,
-//! [`Tokens`] is the text as the model's own tokenizer cuts it, and [`Windows`] are what the pipeline runs
-//! and what perplexity is measured on. Nothing here downloads, prints or knows a model's weights.
+//! [`Tokens`] are the text's ids by the model's own tokenizer, and [`Windows`] are what the pipeline runs
+//! and what perplexity is measured on. This module does not download, print or read weights.
 
 mod corpus;
 mod hub_layout;
@@ -15,6 +15,7 @@ mod objects;
 mod parquet_pages;
 mod parquet_rows;
 mod recipe;
+mod sentencepiece;
 mod source;
 mod text_rows;
 mod tokenizer;
@@ -27,18 +28,6 @@ pub use source::{CorpusSource, SourceOptions};
 pub use tokenizer::Tokenizer;
 pub use tokens::Tokens;
 pub use windows::{MAX_OVERLAP, Windows, check_seq_len, shares};
-
-use sha2::{Digest, Sha256};
-use std::fmt::Write;
-
-/// The digest in lower-case hexadecimal.
-fn hex_digest(hasher: Sha256) -> String {
-    hasher.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
-        // Writing to a `String` cannot fail.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    })
-}
 
 #[cfg(test)]
 mod test_support {

@@ -97,10 +97,7 @@ impl<'a> Objects<'a> {
         };
         let messages = match field {
             Field::One(key) => match get(key)? {
-                Value::String(text) => {
-                    rows.push(text);
-                    return Ok(());
-                }
+                Value::String(text) => return rows.push_text(self.path, place, text),
                 Value::Null => None,
                 Value::Array(items) => {
                     messages(items).map_err(|why| broken(format!("{place}: `{key}`: {why}")))?
@@ -122,7 +119,7 @@ impl<'a> Objects<'a> {
             }
         };
         match messages {
-            Some(messages) => rows.push_conversation(self.path, &messages),
+            Some(messages) => rows.push_conversation(self.path, place, &messages),
             None => {
                 rows.push_null();
                 Ok(())

@@ -1,18 +1,18 @@
-//! Looks at the page headers of a parquet column before its pages are decoded: the decoder makes room by the numbers that
-//! stand there, gigabytes if they say so. A file that cannot hold what its headers promise is refused.
+//! Checks the page headers of a parquet column before its pages are decoded. The decoder allocates the sizes that the headers
+//! state, so headers that state more than the file can hold are refused.
 //!
-//! Headers are Thrift structs in the compact protocol; `parquet.thrift` of the Parquet format says what is in them. The types
-//! of known fields are insisted on, so that the decoder cannot understand the same bytes otherwise.
+//! Headers are Thrift structs in the compact protocol; `parquet.thrift` of the Parquet format says what is in them. Known
+//! fields must have their types, so that the decoder reads the same bytes in the same way.
 
 use std::io::{Error, ErrorKind, Read, Result, Take};
 
 use parquet::file::{metadata::ColumnChunkMetaData, reader::ChunkReader};
 
-/// A page up to this size may be compressed by any factor,
+/// Bytes of a page that may be compressed by any factor.
 const ORDINARY_PAGE: u64 = 64 << 20;
-/// a larger one up to this one.
+/// Largest compression factor of a larger page.
 const LARGEST_FACTOR: u64 = 256;
-/// Structs and lists inside one another.
+/// Nesting depth of structs and lists.
 const DEEPEST: usize = 16;
 
 /// Fails, with the reason, when the pages of a column chunk cannot be what their headers say.
@@ -125,7 +125,7 @@ impl<R: Read> Thrift<R> {
                 return Ok(());
             }
             number = match number.checked_add(step) {
-                // Numbers of their own are for gaps that no struct here has.
+                // A step of 0 announces an explicit field number, for gaps that no struct here has.
                 Some(next) if step > 0 => next,
                 _ => return broken(DAMAGED),
             };

@@ -4,61 +4,44 @@ use super::corpus::Rows;
 use super::objects::{Field, Objects, PROMPT_COLUMNS, TEXT_COLUMN};
 use super::parquet_pages;
 use crate::error::{Error, Result};
-use bytes::Bytes;
 use parquet::basic::Type as PhysicalType;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::ByteArrayType;
-use parquet::errors::ParquetError;
 use parquet::file::reader::{ChunkReader, FileReader, SerializedFileReader};
 use parquet::schema::types::{SchemaDescriptor, Type};
 use std::fmt::Display;
-use std::fs::File;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 /// Rows decoded at a time.
 const BATCH: usize = 1024;
 
-/// What parquet can be read from.
-pub(super) trait Source: ChunkReader + Sized + 'static {
-    /// The same once more.
-    fn again(&self) -> io::Result<Self>;
-}
-
-impl Source for File {
-    fn again(&self) -> io::Result<Self> {
-        self.try_clone()
-    }
-}
-
-impl Source for Bytes {
-    fn again(&self) -> io::Result<Self> {
-        Ok(self.clone())
-    }
-}
-
-/// Appends the rows of `column` to `rows`, or of the first usual column where none is named. `path` serves for messages.
-pub(super) fn read(
-    source: impl Source,
+/// Appends the rows of `column` to `rows`, or of the first usual column where none is named. `sources` are the same file twice, as
+/// its pages are checked beside the reader; `path` serves for messages.
+pub(super) fn read<S: ChunkReader + 'static>(
+    sources: [S; 2],
     path: &Path,
     column: Option<&str>,
     rows: &mut Rows<'_>,
 ) -> Result<()> {
     // The reader panics at some damaged pages where it should return an error; to the user it is one. The
     // rows are dropped after it, so nothing half-written is ever seen.
-    let read = AssertUnwindSafe(|| read_row_groups(source, path, column, rows));
+    let read = AssertUnwindSafe(|| read_row_groups(sources, path, column, rows));
     catch_unwind(read).unwrap_or_else(|_| {
         let problem = "it cannot be read as parquet: a page is damaged".to_owned();
         Err(Error::Dataset { path: path.into(), problem })
     })
 }
 
-fn read_row_groups(source: impl Source, path: &Path, named: Option<&str>, rows: &mut Rows<'_>) -> Result<()> {
+fn read_row_groups<S: ChunkReader + 'static>(
+    [source, unchecked]: [S; 2],
+    path: &Path,
+    named: Option<&str>,
+    rows: &mut Rows<'_>,
+) -> Result<()> {
     let broken = |problem: String| Error::Dataset { path: path.into(), problem };
     let unreadable = |error: &dyn Display| broken(format!("it cannot be read as parquet: {error}"));
 
-    let unchecked = source.again().map_err(Error::io("read", path))?;
     let file = SerializedFileReader::new(source).map_err(|error| unreadable(&error))?;
     let schema = file.metadata().file_metadata().schema_descr();
     let fields = schema.root_schema().get_fields();
@@ -88,18 +71,14 @@ fn read_row_groups(source: impl Source, path: &Path, named: Option<&str>, rows: 
             return Err(broken(format!("column `{column}` changes its type between row groups")));
         };
         let expected = u64::try_from(group.metadata().num_rows()).unwrap_or(0);
-        let read = read_group(reader, |text| {
+        let found = read_group(reader, unreadable, |text| {
             row_number += 1;
             match text.map(str::from_utf8).transpose() {
-                Ok(Some(text)) => rows.push(text),
+                Ok(Some(text)) => rows.push_text(path, format_args!("row {row_number}"), text)?,
                 Ok(None) => rows.push_null(),
                 Err(_) => return Err(broken(format!("row {row_number} of column `{column}` is not UTF-8"))),
             }
             Ok(())
-        });
-        let found = read.map_err(|error| match error {
-            GroupError::Parquet(error) => unreadable(&error),
-            GroupError::Row(error) => error,
         })?;
         if found != expected {
             return Err(broken(format!(
@@ -111,7 +90,7 @@ fn read_row_groups(source: impl Source, path: &Path, named: Option<&str>, rows: 
 }
 
 /// Appends the conversations in `columns`, whose cells are lists of messages, or texts where they are a prompt and its completion.
-fn read_conversations<S: Source>(
+fn read_conversations<S: ChunkReader + 'static>(
     file: &SerializedFileReader<S>,
     unchecked: &S,
     path: &Path,
@@ -149,23 +128,20 @@ fn read_conversations<S: Source>(
     Ok(())
 }
 
-enum GroupError {
-    Parquet(ParquetError),
-    Row(Error),
-}
-
 /// Calls `row` for each row of one row group's column chunk, `None` for null; returns how many there were.
 fn read_group(
     mut reader: ColumnReaderImpl<ByteArrayType>,
+    unreadable: impl Fn(&dyn Display) -> Error,
     mut row: impl FnMut(Option<&[u8]>) -> Result<()>,
-) -> Result<u64, GroupError> {
+) -> Result<u64> {
     let (mut levels, mut values) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
     let mut total = 0;
     loop {
         levels.clear();
         values.clear();
-        let (records, _, _) =
-            reader.read_records(BATCH, Some(&mut levels), None, &mut values).map_err(GroupError::Parquet)?;
+        let (records, _, _) = reader
+            .read_records(BATCH, Some(&mut levels), None, &mut values)
+            .map_err(|error| unreadable(&error))?;
         if records == 0 {
             return Ok(total);
         }
@@ -177,7 +153,7 @@ fn read_group(
                 Some(0) => None,
                 _ => values.next().map(|value| value.data()),
             };
-            row(value).map_err(GroupError::Row)?;
+            row(value)?;
         }
     }
 }
@@ -216,6 +192,7 @@ mod tests {
     use super::*;
     use crate::calibration::{Corpus, Provenance, Sampling};
     use crate::chat::ChatTemplate;
+    use bytes::Bytes;
     use parquet::basic::Compression;
     use parquet::data_type::{ByteArray, Int32Type};
     use parquet::file::properties::WriterProperties;
@@ -359,7 +336,7 @@ mod tests {
         let template = ChatTemplate::of("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}");
         let read = |bytes: Vec<u8>, chat| {
             let mut rows = Rows::new(&Sampling::joined_by_empty_line(), chat);
-            read(Bytes::from(bytes), Path::new("x.parquet"), None, &mut rows)?;
+            read([(); 2].map(|()| Bytes::from(bytes.clone())), Path::new("x.parquet"), None, &mut rows)?;
             rows.into_corpus(Provenance::local("x.parquet"))
         };
         let corpus = read(bytes.clone(), Some(&template)).unwrap();

@@ -1,7 +1,7 @@
 //! Dataset recipes: which files of which repository hold the text, and how it becomes windows.
 //!
-//! The built-in ones are the TOML files in `calibration/` at the top of the repository; a recipe of one's own
-//! has the same keys.
+//! The built-in ones are the TOML files in `calibration/` at the top of the repository; a recipe file of the user has the same
+//! keys.
 
 use crate::error::{Error, Result, toml_error};
 use crate::folder;
@@ -81,18 +81,13 @@ impl Recipe {
         Self::from_toml(path, &folder::read_text(path)?)
     }
 
-    /// All built-in recipes.
-    pub fn all() -> Vec<Recipe> {
-        BUILTIN.iter().filter_map(|(name, _)| Self::builtin(name)).collect()
-    }
-
     /// The names of the built-in recipes, for messages: `wikitext2, wikitext2-test, …`.
     pub(super) fn names() -> String {
         BUILTIN.map(|(name, _)| name).join(", ")
     }
 
-    /// Reads a recipe; its name is that of the file without `.toml`. `path` serves for the name and for
-    /// messages, nothing is read from it.
+    /// Parses a recipe; its name is that of the file without `.toml`. `path` gives the name and is named in errors; the file is
+    /// not read.
     pub fn from_toml(path: impl AsRef<Path>, text: &str) -> Result<Recipe> {
         let path = path.as_ref();
         let table: toml::Table = toml::from_str(text).map_err(|error| toml_error(path, text, &error))?;
@@ -203,7 +198,7 @@ fn is_plain(path: &str) -> bool {
 }
 
 fn nearest_key(key: &str) -> Option<String> {
-    // Below this likeness two words have little but a few letters in common.
+    // Words below this similarity are unrelated.
     const ALIKE: f64 = 0.75;
     let likeness = |known: &&str| strsim::jaro_winkler(known, key);
     let nearest = KEYS.into_iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
@@ -232,7 +227,7 @@ evaluate = "mine"
 
     #[test]
     fn built_in_recipes_are_correct_and_name_each_other() {
-        let recipes = Recipe::all();
+        let recipes = BUILTIN.map(|(name, _)| Recipe::builtin(name).unwrap());
         assert_eq!(
             recipes.iter().map(Recipe::name).collect::<Vec<_>>(),
             ["wikitext2", "wikitext2-test", "c4", "ultrachat", "smoltalk"]
@@ -241,7 +236,7 @@ evaluate = "mine"
         assert_eq!(evaluate, ["wikitext2-test"; 5]);
         assert!(Recipe::builtin("wikitext-2").is_none());
 
-        let [train, test, c4, ultrachat, smoltalk] = &recipes[..] else { unreachable!() };
+        let [train, test, c4, ultrachat, smoltalk] = &recipes;
         assert_eq!(train.paths(), ["wikitext-2-raw-v1/train-00000-of-00001.parquet"]);
         assert_eq!(test.paths(), ["wikitext-2-raw-v1/test-00000-of-00001.parquet"]);
         assert_eq!(c4.paths(), ["en/c4-train.00000-of-01024.json.gz"]);

@@ -1,18 +1,19 @@
-//! From what the user named to the files that hold its text.
+//! Finds and reads the files of a dataset.
 
 use super::corpus::{Corpus, Provenance, ProvenanceFile, Rows};
 use super::recipe::{Recipe, Sampling};
 use super::text_rows::Packing;
-use super::{hex_digest, hub_layout, parquet_rows, text_rows};
+use super::{hub_layout, parquet_rows, text_rows};
 use crate::chat::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::folder;
+use crate::units::hex;
 use sha2::{Digest, Sha256};
 use std::fs::File;
-use std::io;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-/// What else the user said about a dataset.
+/// Options of a dataset beside its name.
 #[derive(Debug, Clone, Default)]
 pub struct SourceOptions {
     /// The column (or JSON key) of the text or the messages, instead of the recipe's. For local files the default is `text`,
@@ -124,7 +125,7 @@ impl CorpusSource {
         Self { name, recipe: None, revision: None, root, single_file, files, text_column, sampling }
     }
 
-    /// The recipe's name, or the name of the file or folder without the way to it.
+    /// The recipe's name, or the name of the file or folder without its path.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -142,7 +143,7 @@ impl CorpusSource {
         let mut rows = Rows::new(&self.sampling, chat);
         let mut files = Vec::new();
         for (name, format) in &self.files {
-            // A single file is the user's own choice, wherever a link leads; those of a folder are not.
+            // A file that the user named may be a link to anywhere; files of a folder may not.
             let path = match self.single_file {
                 true => self.root.join(name),
                 false => folder::file_in(&self.root, name)?,
@@ -150,8 +151,8 @@ impl CorpusSource {
             let column = self.text_column.as_deref();
             match format {
                 Format::Parquet => {
-                    let file = File::open(&path).map_err(Error::io("read", &path))?;
-                    parquet_rows::read(file, &path, column, &mut rows)?;
+                    let open = || File::open(&path).map_err(Error::io("read", &path));
+                    parquet_rows::read([open()?, open()?], &path, column, &mut rows)?;
                 }
                 Format::Text(packing) => text_rows::read_text(&path, *packing, &mut rows)?,
                 Format::Json(packing) => text_rows::read_json(&path, *packing, column, &mut rows)?,
@@ -168,7 +169,7 @@ impl CorpusSource {
     }
 }
 
-/// What a file's name says it is.
+/// Format of a file, by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Format {
     Parquet,
@@ -203,22 +204,16 @@ fn last_name(path: &Path) -> String {
 }
 
 fn sha256_of(path: &Path) -> Result<String> {
-    let mut hasher = HashWriter(Sha256::new());
-    let mut file = File::open(path).map_err(Error::io("read", path))?;
-    io::copy(&mut file, &mut hasher).map_err(Error::io("read", path))?;
-    Ok(hex_digest(hasher.0))
-}
-
-struct HashWriter(Sha256);
-
-impl io::Write for HashWriter {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.update(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    let mut hasher = Sha256::new();
+    let mut file = BufReader::with_capacity(1 << 20, File::open(path).map_err(Error::io("read", path))?);
+    loop {
+        let bytes = file.fill_buf().map_err(Error::io("read", path))?;
+        if bytes.is_empty() {
+            return Ok(hex(&hasher.finalize()));
+        }
+        hasher.update(bytes);
+        let read = bytes.len();
+        file.consume(read);
     }
 }
 

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
-/// How a file is packed, as its name's last ending says.
+/// Compression of a file, by the last ending of its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
     None,
@@ -47,10 +47,9 @@ pub(super) fn read_text(path: &Path, packing: Packing, rows: &mut Rows<'_>) -> R
     })?;
     let text = text.strip_prefix('\u{FEFF}').unwrap_or(text);
     match text.contains('\r') {
-        true => rows.push(&text.replace("\r\n", "\n").replace('\r', "\n")),
-        false => rows.push(text),
+        true => rows.push_text(path, "it", &text.replace("\r\n", "\n").replace('\r', "\n")),
+        false => rows.push_text(path, "it", text),
     }
-    Ok(())
 }
 
 /// Appends the rows of a file of JSON objects: one a line (blank lines are skipped), or all in one array. `column` is the key that
@@ -99,7 +98,7 @@ fn read_array(reader: impl Read, path: &Path, objects: &mut Objects<'_>, rows: &
     }
 }
 
-/// Hands each object of an array on; an error of ours ends the reading and stands in `failed`.
+/// Passes each object of an array to `objects`. An error of this crate stops the parser and is stored in `failed`.
 struct Items<'a, 'o, 'r> {
     objects: &'a mut Objects<'o>,
     rows: &'a mut Rows<'r>,
@@ -161,7 +160,7 @@ fn read_lines(
     Ok(())
 }
 
-/// The parser's reason; it counts lines within the one line it saw, so only its column is kept.
+/// The parser's reason and column. It parsed a single line, so its line number is left out.
 fn json_problem(error: &serde_json::Error) -> String {
     let text = error.to_string();
     let reason = text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason);
@@ -342,11 +341,15 @@ mod tests {
             load(r#"{"messages": ["Hi"]}"#).unwrap_err(),
             "`chat.jsonl`: line 1: `messages`: message 1 is a text, not an object with role and content"
         );
-        let mixed =
-            format!("{}\n{}", r#"{"text": "plain"}"#, r#"{"text": [{"role": "user", "content": "Hi"}]}"#);
+        let plain = r#"{"text": "plain"}"#;
+        let conversation = r#"{"text": [{"role": "user", "content": "Hi"}]}"#;
         assert_eq!(
-            load(&mixed).unwrap_err(),
-            "`chat.jsonl`: plain text and conversations cannot be mixed in one dataset"
+            load(&format!("{plain}\n{conversation}")).unwrap_err(),
+            "`chat.jsonl`: line 2 is a conversation, and rows before it are plain text: one dataset cannot hold both"
+        );
+        assert_eq!(
+            load(&format!("{conversation}\n\n{plain}")).unwrap_err(),
+            "`chat.jsonl`: line 3 is plain text, and rows before it are conversations: one dataset cannot hold both"
         );
     }
 }

@@ -1,29 +1,31 @@
-//! The model's own tokenizer, as `tokenizer.json` defines it.
+//! The model's own tokenizer, as `tokenizer.json` or else `tokenizer.model` defines it.
 
+use super::sentencepiece;
 use crate::error::{Error, Result};
 use crate::folder;
-use std::fmt;
 use std::path::{Path, PathBuf};
 use tokenizers::ModelWrapper;
 
-/// A tokenizer read from `tokenizer.json`. Special tokens are added where its post-processor adds them:
-/// for Llama, one BOS at the very front of a text.
+/// A model's tokenizer. Special tokens are added where its post-processor adds them: for Llama, one BOS at the very front of a
+/// text.
+#[derive(Debug)]
 pub struct Tokenizer {
     path: PathBuf,
     inner: tokenizers::Tokenizer,
 }
 
 impl Tokenizer {
-    /// Opens `tokenizer.json` in a model's folder.
+    /// Opens `tokenizer.json` in a model's folder, or SentencePiece's `tokenizer.model` where it is missing.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = folder::file_in(dir, "tokenizer.json")?;
-        match path.exists() {
-            true => Self::parse(path.clone(), &folder::read(&path, folder::TEXT_LIMIT)?),
-            false if dir.join("tokenizer.model").exists() => {
-                Err(Error::TokenizerModelOnly { path: dir.into() })
-            }
-            false => Err(Error::NotACheckpoint { path: dir.into(), missing: "`tokenizer.json`".into() }),
+        if path.exists() {
+            return Self::parse(path.clone(), &folder::read(&path, folder::TEXT_LIMIT)?);
         }
+        let path = folder::file_in(dir, "tokenizer.model")?;
+        if path.exists() {
+            return Ok(Self { inner: sentencepiece::read(dir, &path)?, path });
+        }
+        Err(Error::NotACheckpoint { path: dir.into(), missing: "`tokenizer.json`".into() })
     }
 
     /// Reads a `tokenizer.json` that is already in memory.
@@ -105,12 +107,6 @@ impl Tokenizer {
 
     fn problem(&self, problem: String) -> Error {
         Error::Tokenizer { path: self.path.clone(), problem }
-    }
-}
-
-impl fmt::Debug for Tokenizer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tokenizer").field("path", &self.path).finish_non_exhaustive()
     }
 }
 
@@ -202,7 +198,11 @@ mod tests {
             format!("`{path}` is not a checkpoint folder: `tokenizer.json` not found in it")
         );
         std::fs::write(folder.path().join("tokenizer.model"), "").unwrap();
-        assert_eq!(open().to_string(), format!("`{path}` has `tokenizer.model` but no `tokenizer.json`"));
+        let problem = "it is not a SentencePiece model: it has no pieces";
+        assert_eq!(
+            open().to_string(),
+            format!("`{path}/tokenizer.model` cannot be used, and there is no `tokenizer.json`: {problem}")
+        );
         assert!(open().hint().is_some());
     }
 }

@@ -3,7 +3,7 @@
 use super::{Corpus, Sampling, Tokenizer};
 use crate::error::{Error, Result};
 
-/// A dataset's text as the model's tokenizer cuts it; every id is below the vocabulary's size.
+/// A dataset's token ids; every id is below the vocabulary's size.
 #[derive(Debug)]
 pub struct Tokens<'a> {
     dataset: String,
@@ -31,7 +31,7 @@ impl<'a> Tokens<'a> {
         Self { dataset, vocab_size, text }.checked()
     }
 
-    /// Ids that are already there, as one text.
+    /// The given ids as one text.
     pub fn from_ids(dataset: &str, ids: Vec<u32>, vocab_size: usize) -> Result<Tokens<'static>> {
         Tokens { dataset: dataset.to_owned(), vocab_size, text: Text::Stream(ids) }.checked()
     }
@@ -64,7 +64,7 @@ impl<'a> Tokens<'a> {
         &self.text
     }
 
-    /// Checks ids that were made just now.
+    /// Refuses an id that is not below the vocabulary's size.
     fn in_vocabulary(&self, ids: &[u32]) -> Result<()> {
         match ids.iter().position(|id| *id as usize >= self.vocab_size) {
             None => Ok(()),
@@ -134,7 +134,7 @@ mod tests {
             let mut hasher = Sha256::new();
             hasher.update(&bytes);
             assert_eq!(
-                (ids.len(), crate::calibration::hex_digest(hasher).as_str()),
+                (ids.len(), crate::units::hex(&hasher.finalize()).as_str()),
                 (count, digest),
                 "{file}"
             );

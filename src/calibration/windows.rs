@@ -1,15 +1,15 @@
 //! Token windows: what the pipeline calibrates on and what perplexity is measured on.
 
-use super::hex_digest;
 use super::recipe::Sampling;
 use super::tokens::{Text, Tokens};
 use crate::error::{Error, Result};
+use crate::units::hex;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 
-/// How often, on average, random windows may cover the same text. Windows of a text that is shorter still
-/// would be so alike that far fewer tokens than asked for would do the calibrating.
+/// Number of random windows that may cover a token, on average. In a shorter text the windows would overlap so much that
+/// calibration would use far fewer different tokens than asked for.
 pub const MAX_OVERLAP: usize = 4;
 
 /// Windows of the same length over a text: token ids, i64 as libtorch indexes with them.
@@ -18,7 +18,7 @@ pub struct Windows {
     /// `[count, seq_len]`, row-major.
     ids: Vec<i64>,
     seq_len: usize,
-    /// From one begin to the next in the text; `seq_len` where windows have nothing to do with each other.
+    /// Tokens from the start of a window to the start of the next; `seq_len` for random windows.
     stride: usize,
     digest: String,
 }
@@ -121,7 +121,7 @@ impl Windows {
         self.seq_len
     }
 
-    /// From one window's begin to the next one's.
+    /// Tokens from the start of a window to the start of the next.
     pub fn stride(&self) -> usize {
         self.stride
     }
@@ -142,8 +142,8 @@ impl Windows {
         &self.ids[index * self.seq_len..][..self.seq_len]
     }
 
-    /// SHA-256 over the ids as little-endian u32, window after window, in hexadecimal: two runs with the same
-    /// digest saw the same tokens.
+    /// SHA-256 over the ids as little-endian u32, window after window, in hexadecimal: two runs with the same digest used the
+    /// same tokens.
     pub fn digest(&self) -> &str {
         &self.digest
     }
@@ -248,7 +248,7 @@ fn enough(tokens: &Tokens, found: usize, windows: usize, seq_len: usize, needed:
     Ok(())
 }
 
-/// Windows on their way; the digest grows with them.
+/// Windows that are being collected, with their digest.
 struct Builder {
     ids: Vec<i64>,
     seq_len: usize,
@@ -275,7 +275,12 @@ impl Builder {
     }
 
     fn finish(self) -> Windows {
-        Windows { ids: self.ids, seq_len: self.seq_len, stride: self.stride, digest: hex_digest(self.hasher) }
+        Windows {
+            ids: self.ids,
+            seq_len: self.seq_len,
+            stride: self.stride,
+            digest: hex(&self.hasher.finalize()),
+        }
     }
 }
 

@@ -59,7 +59,7 @@ fn the_digest_is_that_of_the_ids() {
     let windows = Windows::sequential(&tokens, 2, None).unwrap();
     let mut hasher = Sha256::new();
     hasher.update([1, 0, 0, 0, 2, 1, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0]);
-    assert_eq!(windows.digest(), hex_digest(hasher));
+    assert_eq!(windows.digest(), hex(&hasher.finalize()));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The header of a safetensors file, parsed by the `safetensors` crate; what is wrong is then said in numbers.
+//! The header of a safetensors file, parsed by the `safetensors` crate, with errors that name the tensor and the numbers.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -41,7 +41,7 @@ pub(super) fn parse(path: &Path, file: &[u8]) -> Result<(usize, Metadata)> {
     }
 }
 
-/// What the crate's error leaves out: which tensor, and the numbers.
+/// The error's text, with the tensor and the numbers that the crate leaves out.
 fn explain(error: &SafeTensorError, header: &[u8], data: usize) -> String {
     match error {
         SafeTensorError::InvalidHeader(error) => {

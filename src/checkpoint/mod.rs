@@ -2,7 +2,6 @@
 //! by plan. The only place that knows file names.
 
 mod digest;
-mod fingerprint;
 mod header;
 mod packed;
 mod pytorch_file;
@@ -14,14 +13,12 @@ mod tests;
 mod values;
 mod writer;
 
-pub use packed::{PackedTensors, packed};
+pub use packed::{PackedTensors, check_pack_factor, packed};
 pub use quantization::{CheckpointFormat, QUANTIZE_CONFIG_FILE, QuantizationConfig};
 pub use reader::{Checkpoint, INDEX_FILE, PYTORCH_FILES, TensorView, WEIGHTS_FILE};
 pub use safetensors::Dtype;
 pub use values::to_bytes;
-pub use writer::{
-    ShardPlan, ShardWriter, TensorSpec, UNFINISHED, WriteDtype, Written, write_file_atomically,
-};
+pub use writer::{ShardPlan, ShardWriter, TensorSpec, UNFINISHED, Written, write_file_atomically};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian and are read here as they lie");

@@ -56,17 +56,7 @@ pub fn packed<'a>(
     }
     let [out_features, in_features] = linear.shape;
     let bits = quantization.bits;
-    for (dimension, size) in [("in_features", in_features), ("out_features", out_features)] {
-        if !size.is_multiple_of(bits.pack_factor()) {
-            return Err(Error::PackFactor {
-                linear: id.to_string(),
-                dimension,
-                size,
-                multiple: bits.pack_factor(),
-                bits: bits.get(),
-            });
-        }
-    }
+    check_pack_factor(id, linear, bits)?;
     // Exact and free of overflow: multiples of 32 bits, sizes below 2³¹.
     let words = |features: usize| features * bits.get() as usize / 32;
     let groups = quantization.group_size.groups(in_features);
@@ -98,6 +88,21 @@ pub fn packed<'a>(
         g_idx,
         bias,
     }))
+}
+
+/// Refuses a linear whose codes or zero points do not fill whole 32-bit words.
+///
+/// # Errors
+/// When one of its dimensions is not a multiple of the packing factor.
+pub fn check_pack_factor(id: &LinearId, linear: &LinearConfig, bits: Bits) -> Result<()> {
+    let ([out_features, in_features], multiple) = (linear.shape, bits.pack_factor());
+    for (dimension, size) in [("in_features", in_features), ("out_features", out_features)] {
+        if !size.is_multiple_of(multiple) {
+            let (linear, bits) = (id.to_string(), bits.get());
+            return Err(Error::PackFactor { linear, dimension, size, multiple, bits });
+        }
+    }
+    Ok(())
 }
 
 fn check_groups(linear: &LinearId, g_idx: &[i32], groups: usize) -> Result<()> {

@@ -1,28 +1,20 @@
 //! Weights in PyTorch's own format, `pytorch_model.bin`: a zip of uncompressed storages, and a pickle that says which tensor lies
 //! where. candle reads the pickle into plain descriptions; nothing in it is run.
 
-use std::{fs::File, io::BufReader, ops::Range, path::Path};
+use std::{fs::File, io::BufReader, path::Path};
 
 use candle_core::{DType, pickle::read_pth_tensor_info};
 use safetensors::Dtype;
 use zip::{CompressionMethod, ZipArchive};
 
+use super::reader::Entry;
 use crate::error::{Error, Result};
 
-/// A tensor in such a file.
-pub(super) struct StoredTensor {
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
-    /// Bytes in the file; inside it.
-    pub(super) range: Range<usize>,
-}
-
-/// The tensors of the file at `path`, which has so many bytes.
+/// Names and places of the tensors in the file at `path` of `bytes` bytes, which is number `shard` of the checkpoint.
 ///
 /// # Errors
 /// When it is not such a file, or a tensor does not lie in it row by row.
-pub(super) fn parse(path: &Path, bytes: usize) -> Result<Vec<StoredTensor>> {
+pub(super) fn parse(path: &Path, bytes: usize, shard: usize) -> Result<Vec<(String, Entry)>> {
     let fail = |problem: String| Error::PytorchFile { path: path.into(), problem };
     let file = File::open(path).map_err(Error::io("read", path))?;
     let mut zip = ZipArchive::new(BufReader::new(file))
@@ -52,8 +44,8 @@ pub(super) fn parse(path: &Path, bytes: usize) -> Result<Vec<StoredTensor>> {
         let end = size.and_then(|size| offset.checked_add(size));
         match end {
             Some(end) if end as u64 <= entry.size() && start + end <= bytes => {
-                let (name, range) = (info.name.clone(), start + offset..start + end);
-                tensors.push(StoredTensor { name, dtype, shape, range });
+                let range = start + offset..start + end;
+                tensors.push((info.name.clone(), Entry { shard, dtype, shape, range }));
             }
             _ => {
                 let size = entry.size();

@@ -1,4 +1,4 @@
-//! How a GPTQ checkpoint says it was quantized, whichever tool wrote it: `quantization_config` in `config.json`,
+//! Quantization settings of a GPTQ checkpoint, whichever tool wrote it: `quantization_config` in `config.json`,
 //! `quantize_config.json`, or both.
 
 use std::{fmt::Display, path::Path};
@@ -22,7 +22,7 @@ const QUANTIZATION_KEY: &str = "quantization_config";
 /// How zero points are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CheckpointFormat {
-    /// `gptq`, also when nothing is said: files hold the zero point minus 1.
+    /// `gptq`, the default: files hold the zero point minus 1.
     Gptq,
     /// `gptq_v2`: files hold the zero point.
     GptqV2,
@@ -46,19 +46,18 @@ impl CheckpointFormat {
     }
 }
 
-/// How the linears of a GPTQ checkpoint were quantized. Made only by [`QuantizationConfig::read`] and
-/// [`QuantizationConfig::from_json`], which check every value.
+/// How the linears of a GPTQ checkpoint were quantized. Made only by [`QuantizationConfig::read`], which checks every value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizationConfig {
     /// Bits a code.
     pub bits: Bits,
     /// Input features a group.
     pub group_size: GroupSize,
-    /// Whether columns were quantized by descending Hessian diagonal; false when not said.
+    /// Whether columns were quantized by descending Hessian diagonal; false if missing.
     pub desc_act: bool,
-    /// Whether the grid is symmetric; true when not said.
+    /// Whether the grid is symmetric; true if missing.
     pub sym: bool,
-    /// Whether groups stay runs of neighbouring features under act order; false when not said.
+    /// Whether groups stay runs of neighbouring features under act order; false if missing.
     pub static_groups: bool,
     /// How zero points are stored.
     pub format: CheckpointFormat,
@@ -68,7 +67,7 @@ pub struct QuantizationConfig {
     pub meta: Value,
 }
 
-/// What one file says; `None` where it is silent.
+/// Settings of one file; `None` for a missing key.
 #[derive(Debug)]
 struct Said {
     bits: Option<Bits>,
@@ -82,8 +81,7 @@ struct Said {
 }
 
 impl QuantizationConfig {
-    /// Reads what the folder of `checkpoint` says. Where both places speak they must agree; what only one says
-    /// counts.
+    /// Reads both places in the folder of `checkpoint`. A key that both have must have the same value in both.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self> {
         let dir = checkpoint.dir();
         let new_path = dir.join(CONFIG_FILE);
@@ -111,7 +109,8 @@ impl QuantizationConfig {
     }
 
     /// Reads one such object; `path` is what errors name.
-    pub fn from_json(path: &Path, value: &Value) -> Result<Self> {
+    #[cfg(test)]
+    pub(super) fn from_json(path: &Path, value: &Value) -> Result<Self> {
         Said::new(&Fields::new(path, "", value)?, false)?.finish(path)
     }
 

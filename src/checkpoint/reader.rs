@@ -1,4 +1,4 @@
-//! Reading a checkpoint folder: safetensors files under memory maps, checked before they are believed.
+//! Reading a checkpoint folder: memory-mapped safetensors files, whose headers are checked first.
 
 use std::{
     borrow::Cow,
@@ -15,10 +15,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architectures::{CONFIG_FILE, ModelConfig},
-    checkpoint::{
-        header, pytorch_file, values,
-        writer::{TensorSpec, WriteDtype},
-    },
+    checkpoint::{header, pytorch_file, values, writer::TensorSpec},
     error::{Error, Result},
     folder::{file_in, is_file_name},
     json::{Fields, read_json},
@@ -48,13 +45,14 @@ struct Shard {
     map: Mmap,
 }
 
+/// Where a tensor lies.
 #[derive(Debug)]
-struct Entry {
-    shard: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
+pub(super) struct Entry {
+    pub(super) shard: usize,
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
     /// Bytes in the shard's file; inside it.
-    range: Range<usize>,
+    pub(super) range: Range<usize>,
 }
 
 /// A tensor as it lies in its file. `bytes` holds exactly `shape` elements of `dtype`, row-major,
@@ -149,21 +147,18 @@ impl Checkpoint {
         // SAFETY: the map is only read, and `Checkpoint` asks that the files stay as they are while it lives.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
         let shard = self.shards.len();
-        let mut entries = Vec::new();
-        if path.extension().is_some_and(|extension| extension == "bin") {
-            for tensor in pytorch_file::parse(&path, map.len())? {
-                let (dtype, shape, range) = (tensor.dtype, tensor.shape, tensor.range);
-                entries.push((tensor.name, Entry { shard, dtype, shape, range }));
-            }
+        let entries = if path.extension().is_some_and(|extension| extension == "bin") {
+            pytorch_file::parse(&path, map.len(), shard)?
         } else {
             let (data_start, metadata) = header::parse(&path, &map)?;
-            for name in metadata.offset_keys() {
-                let Some(info) = metadata.info(&name) else { continue };
+            let entry = |name: String| {
+                let info = metadata.info(&name)?;
                 let (start, end) = info.data_offsets;
                 let range = data_start + start..data_start + end;
-                entries.push((name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), range }));
-            }
-        }
+                Some((name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), range }))
+            };
+            metadata.offset_keys().into_iter().filter_map(entry).collect()
+        };
         for (name, entry) in entries {
             if let Some(other) = self.tensors.get(&name) {
                 let problem =
@@ -270,7 +265,7 @@ impl Checkpoint {
         const HARMLESS: [&str; 6] =
             ["inv_freq", "k_scale", "v_scale", "kv_scale", "masked_bias", "attn.bias"];
         let layers = format!("{}layers.", self.config.prefix);
-        // Layers behind the last one, for predicting further tokens, are left out by every reader.
+        // Readers ignore layers after the last one, which predict further tokens.
         let layer = |name: &str| name.strip_prefix(&layers)?.split('.').next()?.parse::<usize>().ok();
         let own = |name: &&str| layer(name).is_some_and(|layer| layer < self.config.num_layers());
         for name in self.extra().into_iter().filter(own) {
@@ -306,7 +301,7 @@ impl Checkpoint {
         })
     }
 
-    /// What shows that the model is quantized already, if anything does.
+    /// Evidence that the model is quantized already, if there is any.
     pub fn quantization_mark(&self) -> Option<String> {
         if let Some(quantization) = self.config.raw().get("quantization_config").filter(|v| !v.is_null()) {
             let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
@@ -347,18 +342,14 @@ impl Checkpoint {
     pub fn passed_through(&self) -> Result<Vec<TensorSpec>> {
         let spec = |name: &str| {
             let view = self.view(name)?;
-            let dtype = match values::kind_of(&view)? {
-                Kind::Half => WriteDtype::F16,
-                Kind::BFloat16 => WriteDtype::Bf16,
-                _ => WriteDtype::F32,
-            };
-            Ok(TensorSpec { name: name.to_owned(), dtype, shape: view.shape.to_vec() })
+            values::kind_of(&view)?;
+            Ok(TensorSpec { name: name.to_owned(), dtype: view.dtype, shape: view.shape.to_vec() })
         };
         self.names().filter(|name| self.config.is_passed_through(name)).map(spec).collect()
     }
 
-    /// The same folder, with some tensors multiplied by a factor for each element of their last axis, by name. What is loaded and
-    /// converted is; [`Checkpoint::view`] shows what lies in the files.
+    /// The same folder, with some tensors multiplied by a factor for each element of their last axis, by name.
+    /// [`Checkpoint::load`] and [`Checkpoint::bytes_f16`] apply the factors; [`Checkpoint::view`] returns the file's bytes.
     pub fn scaled(&self, factors: BTreeMap<String, Vec<f32>>) -> Result<Self> {
         for (name, factors) in &factors {
             let shape = self.view(name)?.shape;
@@ -367,7 +358,7 @@ impl Checkpoint {
         Ok(Self { factors, ..Self::open(&self.dir)? })
     }
 
-    /// Does something with a tensor as it is with its factors.
+    /// Calls `use_it` with the tensor, multiplied by its factors if it has any.
     fn with_factors<T>(
         &self,
         view: TensorView<'_>,
@@ -403,9 +394,9 @@ impl Checkpoint {
         values::f16_bytes(&view)
     }
 
-    /// Tells the system that these tensors' pages are not needed for now, so that the resident memory of a run
-    /// does not grow with what it has read. They can be read again at any time. A hint: failure is not an error,
-    /// unknown names are passed over.
+    /// Advises the system that these tensors' pages are not needed for now, so that the resident memory of a run
+    /// does not grow with what it has read. They can be read again at any time. Failures are ignored, and unknown names are
+    /// skipped.
     pub fn release<S: AsRef<str>>(&self, names: impl IntoIterator<Item = S>) {
         for name in names {
             if let Some(entry) = self.tensors.get(name.as_ref()) {

@@ -5,8 +5,8 @@ use crate::error::Result;
 
 impl Checkpoint {
     /// Significant bits that the scales of each linear use, of the linear that uses the fewest; none without quantized
-    /// linears. Scales that were fitted in fp16 use its 11; those that went through bf16 use 8 at most, which costs too
-    /// little for a divergence to show it.
+    /// linears. Scales that were fitted in fp16 use its 11; those that were rounded to bf16 use 8 at most, a loss too small to
+    /// show in a divergence.
     ///
     /// # Errors
     /// When a tensor is malformed.
@@ -25,7 +25,7 @@ impl Checkpoint {
 
 /// The most bits that any of the values needs.
 fn most_bits(dtype: Dtype, bytes: &[u8]) -> u32 {
-    // The mantissa's width, and where zero and the implicit bit are told by the exponent.
+    // Bits of one number, from its mantissa's width; an exponent of 0 means zero or a number without the implicit bit.
     let of = |word: u32, mantissa: u32, sign: u32| {
         let (fraction, exponent) = (word & ((1 << mantissa) - 1), (word & !sign) >> mantissa);
         match (exponent, fraction) {

@@ -1,5 +1,5 @@
-//! Writing safetensors files whose every byte has its place before the first is written, so that tensors can
-//! arrive in any order and only one need be in memory.
+//! Writes safetensors files. The place of every byte is planned first, so that tensors can be written in any order, one at a
+//! time.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -10,54 +10,23 @@ use std::{
 };
 
 use rayon::prelude::*;
+use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
     checkpoint::reader::{INDEX_FILE, WEIGHTS_FILE},
     error::{Error, Result},
+    units::hex,
 };
-
-/// Element types that are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum WriteDtype {
-    /// 32-bit signed integers.
-    I32,
-    /// IEEE half precision.
-    F16,
-    /// The upper half of single precision.
-    Bf16,
-    /// IEEE single precision.
-    F32,
-}
-
-impl WriteDtype {
-    /// As the header spells it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::I32 => "I32",
-            Self::F16 => "F16",
-            Self::Bf16 => "BF16",
-            Self::F32 => "F32",
-        }
-    }
-
-    /// Bytes an element.
-    pub fn size(self) -> usize {
-        match self {
-            Self::I32 | Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
-    }
-}
 
 /// One tensor to be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
     /// Name in the file.
     pub name: String,
-    /// Element type.
-    pub dtype: WriteDtype,
+    /// Element type, of whole bytes.
+    pub dtype: Dtype,
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
 }
@@ -65,7 +34,8 @@ pub struct TensorSpec {
 impl TensorSpec {
     /// Bytes of all elements; `None` beyond 64 bits.
     fn bytes(&self) -> Option<u64> {
-        let size = self.shape.iter().try_fold(self.dtype.size(), |product, &size| product.checked_mul(size));
+        let size =
+            self.shape.iter().try_fold(self.dtype.bitsize() / 8, |product, &size| product.checked_mul(size));
         size.map(|size| size as u64)
     }
 }
@@ -139,7 +109,7 @@ impl ShardPlan {
         let mut offset = 0u64;
         for (tensor, bytes) in &group {
             let entry = json!({
-                "dtype": tensor.dtype.name(),
+                "dtype": tensor.dtype,
                 "shape": tensor.shape,
                 "data_offsets": [offset, offset + bytes],
             });
@@ -172,12 +142,14 @@ impl ShardPlan {
     }
 
     /// Bytes of all tensors: the index's `total_size`.
-    pub fn tensor_bytes(&self) -> u64 {
+    #[cfg(test)]
+    pub(super) fn tensor_bytes(&self) -> u64 {
         self.tensor_bytes
     }
 
     /// Names of the weight files, in order, the index not among them.
-    pub fn files(&self) -> impl Iterator<Item = &str> {
+    #[cfg(test)]
+    pub(super) fn files(&self) -> impl Iterator<Item = &str> {
         self.shards.iter().map(|shard| shard.file.as_str())
     }
 
@@ -206,7 +178,7 @@ pub struct Written {
 }
 
 /// Writes the tensors of a plan into a folder. A writer that is dropped unfinished leaves its files as they are;
-/// who made the folder removes it.
+/// the caller removes the folder.
 #[derive(Debug)]
 pub struct ShardWriter {
     dir: PathBuf,
@@ -234,7 +206,7 @@ impl ShardWriter {
         Ok(Self { dir: dir.into(), plan, files, sha256: BTreeMap::new() })
     }
 
-    /// Goes on with files that an earlier writer of the same `plan` left in `dir`: `sha256` are the digests of the tensors
+    /// Reopens the files that an earlier writer of the same `plan` left in `dir`: `sha256` are the digests of the tensors
     /// that it had written, all of which are read again and compared.
     ///
     /// # Errors
@@ -262,7 +234,7 @@ impl ShardWriter {
                 .ok_or_else(|| write_error(name, "it is not among the planned".into()))?;
             let path = dir.join(&plan.shards[place.shard].file);
             let bytes = read_at(&files[place.shard], &path, place.offset, place.bytes as usize)?;
-            if hexadecimal(&Sha256::digest(bytes)) == *expected {
+            if hex(&Sha256::digest(bytes)) == *expected {
                 return Ok(());
             }
             Err(broken(&path, format!("tensor `{name}` is not what was written")))
@@ -298,7 +270,7 @@ impl ShardWriter {
         }
         let path = self.dir.join(&self.plan.shards[place.shard].file);
         write_at(&mut self.files[place.shard], &path, place.offset, bytes)?;
-        self.sha256.insert(name.to_owned(), hexadecimal(&Sha256::digest(bytes)));
+        self.sha256.insert(name.to_owned(), hex(&Sha256::digest(bytes)));
         Ok(())
     }
 
@@ -364,7 +336,7 @@ fn read_at(file: &File, path: &Path, offset: u64, count: usize) -> Result<Vec<u8
     Ok(bytes)
 }
 
-/// How the names of files begin that [`write_file_atomically`] has not finished.
+/// Prefix of the names of files that [`write_file_atomically`] has not finished.
 pub const UNFINISHED: &str = ".writing-";
 
 /// Writes a whole file so that its name holds the old contents or the new, never a part: into a temporary
@@ -385,7 +357,7 @@ pub fn write_file_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     sync_dir(dir)
 }
 
-/// Makes the folder's entries durable; systems that cannot sync a folder need not.
+/// Makes the folder's entries durable, on systems that can sync a folder.
 fn sync_dir(dir: &Path) -> Result<()> {
     #[cfg(unix)]
     File::open(dir).and_then(|folder| folder.sync_all()).map_err(Error::io("sync", dir))?;
@@ -396,8 +368,4 @@ fn sync_dir(dir: &Path) -> Result<()> {
 
 fn write_error(name: &str, problem: String) -> Error {
     Error::TensorWrite { name: name.into(), problem }
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

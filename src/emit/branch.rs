@@ -14,16 +14,18 @@ use super::metadata::{Provenance, quantize_config_json, quantized_config_json};
 use crate::{
     architectures::{CONFIG_FILE, LinearId, ModelConfig},
     checkpoint::{
-        Checkpoint, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter, TensorSpec, UNFINISHED, WriteDtype,
+        Checkpoint, Dtype, QUANTIZE_CONFIG_FILE, ShardPlan, ShardWriter, TensorSpec, UNFINISHED,
+        check_pack_factor,
     },
     error::{Error, Result},
     folder,
     gptq::solver::Solved,
     pack::PackedLinear,
+    units::hex,
     variant::Variant,
 };
 
-/// Digests of everything in the folder, so that a single flipped bit can be named later.
+/// File with the digests of all tensors and other files, by which `verify` names a damaged one.
 pub const CHECKSUMS_FILE: &str = "checksums.json";
 
 /// Files that belong to the tokenizer or to generation, copied as they are.
@@ -50,8 +52,8 @@ pub struct Checksums {
     pub files: BTreeMap<String, String>,
 }
 
-/// A branch that is being written, into a hidden folder beside its final place. Dropped, it leaves nothing, unless it was
-/// published, or what it holds was committed to.
+/// A branch that is being written, into a hidden folder beside its final place. Dropping it removes the folder, unless the
+/// branch was published or committed.
 #[derive(Debug)]
 pub struct BranchWriter {
     variant: Variant,
@@ -62,7 +64,7 @@ pub struct BranchWriter {
 }
 
 impl BranchWriter {
-    /// Begins `out/<branch>` with its weights file at full size; `passed_through` are tensors that are copied as they are.
+    /// Creates `out/<branch>` with its weights files at full size; `passed_through` are tensors that are copied as they are.
     ///
     /// # Errors
     /// When the branch exists, the variant does not fit the model, or the disk is full.
@@ -84,10 +86,10 @@ impl BranchWriter {
         Ok(writer)
     }
 
-    /// Goes on with a branch that was begun in the same way and committed to when the tensors of `sha256` were written.
+    /// Reopens a branch that was created with the same arguments and committed when the tensors of `sha256` were written.
     ///
     /// # Errors
-    /// When what is there is not what was committed.
+    /// When the files are not those that were committed.
     pub fn reopen(
         out: &Path,
         variant: Variant,
@@ -103,7 +105,7 @@ impl BranchWriter {
         Ok(Self { variant, partial, shards, keep: true })
     }
 
-    /// Makes what was written so far durable; from now on it stays when this is dropped. Returns the digests of the tensors
+    /// Makes the tensors so far durable; from now on dropping keeps the folder. Returns the digests of the tensors
     /// so far, for [`BranchWriter::reopen`].
     ///
     /// # Errors
@@ -156,12 +158,14 @@ impl BranchWriter {
             let index = fs::read(&path).map_err(Error::io("read", &path))?;
             checksums.files.insert(name.clone(), hex(&Sha256::digest(index)));
         }
-        let mut add = |name: &str, bytes: &[u8]| {
+        let write = |name: &str, bytes: &[u8]| {
             let path = self.partial.join(name);
             fs::write(&path, bytes).map_err(Error::io("write", &path))?;
-            sync(&path)?;
+            sync(&path)
+        };
+        let mut add = |name: &str, bytes: &[u8]| {
             checksums.files.insert(name.into(), hex(&Sha256::digest(bytes)));
-            Ok::<_, Error>(())
+            write(name, bytes)
         };
         add(CONFIG_FILE, &pretty(&quantized_config_json(config.raw(), &self.variant, provenance)))?;
         add(QUANTIZE_CONFIG_FILE, &pretty(&quantize_config_json(&self.variant, provenance)))?;
@@ -169,11 +173,9 @@ impl BranchWriter {
             let file = folder::file_in(source, &name)?;
             add(&name, &folder::read(&file, folder::TEXT_LIMIT)?)?;
         }
-        let path = self.partial.join(CHECKSUMS_FILE);
-        let text =
-            serde_json::to_value(&checksums).map_err(|source| Error::Json { path: path.clone(), source })?;
-        fs::write(&path, pretty(&text)).map_err(Error::io("write", &path))?;
-        sync(&path)?;
+        let text = serde_json::to_value(&checksums)
+            .map_err(|source| Error::Json { path: self.partial.join(CHECKSUMS_FILE), source })?;
+        write(CHECKSUMS_FILE, &pretty(&text))?;
         sync(&self.partial)?;
         Ok(&self.partial)
     }
@@ -223,7 +225,7 @@ pub fn places(out: &Path, variant: &Variant) -> [PathBuf; 2] {
     [out.join(variant.branch()), out.join(format!(".{}.partial", variant.branch()))]
 }
 
-/// Removes from a folder the files that a killed program was just writing.
+/// Removes the unfinished files that a killed program left in a folder.
 ///
 /// # Errors
 /// When the folder cannot be read or a file not be removed.
@@ -242,7 +244,7 @@ pub fn is_partial(name: &str) -> bool {
     name.starts_with('.') && name.ends_with(".partial")
 }
 
-/// Bytes of all files of a branch, those that are made at the end with some to spare.
+/// Bytes of all files of a branch, with some to spare for configs and checksums.
 ///
 /// # Errors
 /// When the variant does not fit the model.
@@ -269,38 +271,33 @@ fn tensors(
     config: &ModelConfig,
     passed_through: &[TensorSpec],
 ) -> Result<Vec<TensorSpec>> {
-    let (bits, factor) = (variant.bits, variant.bits.pack_factor());
+    let bits = variant.bits;
     let words = |features: usize| features * bits.get() as usize / 32;
     let spec = |name: String, dtype, shape: &[usize]| TensorSpec { name, dtype, shape: shape.to_vec() };
     let mut specs = Vec::new();
     for (id, linear) in config.linears() {
         let [n, k] = linear.shape;
-        for (dimension, size) in [("in_features", k), ("out_features", n)] {
-            if !size.is_multiple_of(factor) {
-                let (linear, multiple, bits) = (id.to_string(), factor, bits.get());
-                return Err(Error::PackFactor { linear, dimension, size, multiple, bits });
-            }
-        }
+        check_pack_factor(&id, linear, bits)?;
         let size = variant.group_size.features(k);
         if size > k {
             return Err(Error::GroupSize { linear: id.to_string(), group_size: size, in_features: k });
         }
         let groups = variant.group_size.groups(k);
-        specs.push(spec(id.qweight(), WriteDtype::I32, &[words(k), n]));
-        specs.push(spec(id.qzeros(), WriteDtype::I32, &[groups, words(n)]));
-        specs.push(spec(id.g_idx(), WriteDtype::I32, &[k]));
-        specs.push(spec(id.scales(), WriteDtype::F16, &[groups, n]));
+        specs.push(spec(id.qweight(), Dtype::I32, &[words(k), n]));
+        specs.push(spec(id.qzeros(), Dtype::I32, &[groups, words(n)]));
+        specs.push(spec(id.g_idx(), Dtype::I32, &[k]));
+        specs.push(spec(id.scales(), Dtype::F16, &[groups, n]));
         if linear.bias {
-            specs.push(spec(id.bias(), WriteDtype::F16, &[n]));
+            specs.push(spec(id.bias(), Dtype::F16, &[n]));
         }
     }
     let dense = config.dense_tensors().into_iter();
-    specs.extend(dense.map(|(name, shape)| spec(name, WriteDtype::F16, &shape)));
+    specs.extend(dense.map(|(name, shape)| spec(name, Dtype::F16, &shape)));
     specs.extend_from_slice(passed_through);
     Ok(specs)
 }
 
-/// The files of the source that a branch has too, in a fixed order.
+/// Files of the source that are copied into a branch, in a fixed order.
 fn copied(source: &Path) -> Result<Vec<String>> {
     let mut names: Vec<String> = COPIED_FILES.map(str::to_owned).into();
     let mut licences = Vec::new();
@@ -318,10 +315,6 @@ fn pretty(value: &Value) -> Vec<u8> {
     let mut text = format!("{value:#}").into_bytes();
     text.push(b'\n');
     text
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn sync(path: &Path) -> Result<()> {

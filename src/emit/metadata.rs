@@ -1,7 +1,7 @@
 //! `config.json` and `quantize_config.json` of a branch.
 //!
-//! The two differ on purpose. `quantize_config.json` holds exactly the keys of the model cards' era, because
-//! AutoGPTQ up to 0.4.2 stops at any other; `quantization_config` in `config.json` is what transformers, vLLM, TGI,
+//! The two differ on purpose. `quantize_config.json` holds exactly the keys of the model cards' era, because AutoGPTQ up to
+//! 0.4.2 refuses any other; `quantization_config` in `config.json` is what transformers, vLLM, TGI,
 //! GPTQModel and llama.cpp read.
 
 use serde::{Deserialize, Serialize};
@@ -88,8 +88,9 @@ pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Pro
     config.into()
 }
 
-/// transformers 5 keeps the base and the scaling of RoPE in `rope_parameters`. Readers built on transformers 4 know `rope_theta` and
-/// `rope_scaling` alone, and would compute with a base of 10000 without a word. Parameters by layer type have no older spelling.
+/// transformers 5 keeps the base and the scaling of RoPE in `rope_parameters`. Readers built on transformers 4 read only
+/// `rope_theta` and `rope_scaling`, and would silently compute with a base of 10000. Parameters by layer type have no older
+/// keys.
 fn add_older_rope_keys(config: &mut Map<String, Value>) {
     let Some(Value::Object(parameters)) = config.get("rope_parameters") else { return };
     let Some(theta) = parameters.get("rope_theta").cloned() else { return };

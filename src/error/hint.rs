@@ -30,10 +30,10 @@ impl Error {
                  M.from_pretrained('{0}', dtype='bfloat16', quantization_config=C(dequantize=True)).save_pretrained('{0}-bf16')\"",
                 path.display()
             ),
-            Self::TokenizerModelOnly { path } => format!(
+            Self::TokenizerModel { path, .. } => format!(
                 "convert it: python -c \"from transformers import AutoTokenizer as T; \
                  T.from_pretrained('{0}').save_pretrained('{0}')\"",
-                path.display()
+                path.parent().unwrap_or(path).display()
             ),
             Self::NoChatTemplate { .. } => {
                 "use an instruct model, put its chat_template.jinja into the folder, or use plain text".into()

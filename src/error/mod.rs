@@ -226,16 +226,18 @@ pub enum Error {
     /// The tokenizer cannot be used.
     #[error("`{}`: {problem}", path.display())]
     Tokenizer {
-        /// `tokenizer.json`.
+        /// `tokenizer.json` or `tokenizer.model`.
         path: PathBuf,
         /// What is wrong.
         problem: String,
     },
-    /// Only a SentencePiece `tokenizer.model` was found.
-    #[error("`{}` has `tokenizer.model` but no `tokenizer.json`", path.display())]
-    TokenizerModelOnly {
-        /// The folder.
+    /// A SentencePiece `tokenizer.model` without `tokenizer.json` beside it, which cannot be used.
+    #[error("`{}` cannot be used, and there is no `tokenizer.json`: {problem}", path.display())]
+    TokenizerModel {
+        /// `tokenizer.model`.
         path: PathBuf,
+        /// What is wrong.
+        problem: String,
     },
     /// A chat template that is broken, or refuses a conversation.
     #[error("the chat template in `{file}` cannot be applied: {problem}")]

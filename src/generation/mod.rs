@@ -1,4 +1,4 @@
-//! Text generation with a quantized or dense model: the last step of a validation is to read its text.
+//! Text generation with a quantized or dense model.
 
 mod sampler;
 
@@ -16,20 +16,20 @@ use crate::{
     progress::{Event, Progress},
 };
 
-/// What is asked for.
+/// Prompt and settings of a generation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {
     /// The text to continue.
     pub prompt: String,
     /// Whether a chat template rendered the prompt. Its special tokens then stand in the text; otherwise the tokenizer adds its own.
     pub rendered: bool,
-    /// Tokens to make, at most.
+    /// Largest number of generated tokens.
     pub max_tokens: usize,
-    /// How they are chosen.
+    /// How tokens are chosen.
     pub sampling: Sampling,
 }
 
-/// Why it ended.
+/// Why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Stop {
@@ -41,26 +41,26 @@ pub enum Stop {
     Context,
 }
 
-/// What was made, and how fast.
+/// Generated text, with timings.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Generated {
     /// Without the prompt.
     pub text: String,
-    /// Its tokens, the end-of-sequence token not among them.
+    /// Generated tokens, without the end-of-sequence token.
     pub token_ids: Vec<u32>,
-    /// Why it ended.
+    /// Why generation ended.
     pub stop: Stop,
     /// Tokens of the prompt, BOS included.
     pub prompt_tokens: usize,
-    /// Tokens made, the end-of-sequence token not among them.
+    /// Number of generated tokens, without the end-of-sequence token.
     pub tokens: usize,
-    /// For opening the model's layers.
+    /// Seconds to open the model's layers.
     pub load_seconds: f64,
-    /// For the prompt.
+    /// Seconds for the prompt.
     pub prompt_seconds: f64,
-    /// For all tokens but the first, which comes out of the prompt.
+    /// Seconds for all tokens but the first, which is computed with the prompt.
     pub decode_seconds: f64,
-    /// Of those, a second; none for fewer than two.
+    /// Decoded tokens per second; none for fewer than two tokens.
     pub tokens_per_second: Option<f64>,
 }
 

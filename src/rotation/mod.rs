@@ -17,9 +17,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architectures::{CONFIG_FILE, LayerConfig, ModelConfig, NormConfig, NormKind},
-    checkpoint::{
-        Checkpoint, ShardPlan, ShardWriter, TensorSpec, WriteDtype, to_bytes, write_file_atomically,
-    },
+    checkpoint::{Checkpoint, Dtype, ShardPlan, ShardWriter, TensorSpec, to_bytes, write_file_atomically},
     error::{Error, Result, TorchContext},
 };
 
@@ -87,12 +85,12 @@ impl Rotated {
 /// Bytes that a model takes on disk when rotated.
 pub fn rotated_bytes(config: &ModelConfig) -> u64 {
     let numbers = |spec: TensorSpec| spec.shape.iter().map(|&size| size as u64).product::<u64>();
-    tensors(&config.untied()).into_iter().map(numbers).sum::<u64>() * WriteDtype::F32.size() as u64
+    tensors(&config.untied()).into_iter().map(numbers).sum::<u64>() * size_of::<f32>() as u64
 }
 
 /// Layer by layer, as they are read.
 fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
-    let spec = |name: String, shape: Vec<usize>| TensorSpec { name, dtype: WriteDtype::F32, shape };
+    let spec = |name: String, shape: Vec<usize>| TensorSpec { name, dtype: Dtype::F32, shape };
     let dense = config.dense_tensors().into_iter().map(|(name, shape)| spec(name, shape));
     let linears = config.linears().flat_map(|(id, linear)| {
         let bias = linear.bias.then(|| spec(id.bias(), vec![linear.shape[0]]));

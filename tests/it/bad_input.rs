@@ -371,10 +371,12 @@ fn folders_that_are_not_checkpoints() {
     );
 
     let lab = Lab::new();
-    fs::rename(lab.model().join("tokenizer.json"), lab.model().join("tokenizer.model")).unwrap();
+    fs::remove_file(lab.model().join("tokenizer.json")).unwrap();
+    fs::write(lab.model().join("tokenizer.model"), "").unwrap();
     refused(
         &lab,
-        "error: `[LAB]/model` has `tokenizer.model` but no `tokenizer.json`\n\
+        "error: `[LAB]/model/tokenizer.model` cannot be used, and there is no `tokenizer.json`: it is not a SentencePiece \
+         model: it has no pieces\n\
          hint: convert it: python -c \"from transformers import AutoTokenizer as T; \
          T.from_pretrained('[LAB]/model').save_pretrained('[LAB]/model')\"",
     );

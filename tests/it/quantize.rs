@@ -60,6 +60,18 @@ fn a_run_leaves_complete_branches_and_a_report() {
     configs_are_what_loaders_read(&out);
 }
 
+#[test]
+fn a_sentencepiece_tokenizer_alone_is_read_and_copied() {
+    let lab = Lab::new();
+    fs::remove_file(lab.model().join("tokenizer.json")).unwrap();
+    let tokenizer = repository().join("tests/golden/sentencepiece/bpe/tokenizer.model");
+    fs::copy(&tokenizer, lab.model().join("tokenizer.model")).unwrap();
+    lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    assert_eq!(fs::read(lab.branch().join("tokenizer.model")).unwrap(), fs::read(tokenizer).unwrap());
+    assert!(!lab.branch().join("tokenizer.json").exists());
+    lab.verify(&lab.branch(), &[]).succeeds();
+}
+
 fn the_report_says_what_was_done(printed: &Value, out: &Path) {
     assert_eq!(*printed, read_json(&out.join("run.json")), "what is printed is what is written");
     let report: Report = serde_json::from_value(printed.clone()).unwrap();

@@ -4,18 +4,18 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 use super::{
-    super::{ShardPlan, ShardWriter, TensorSpec, WriteDtype, write_file_atomically},
+    super::{Dtype, ShardPlan, ShardWriter, TensorSpec, write_file_atomically},
     assert_error,
 };
 use crate::error::Error;
 
-fn spec(name: &str, dtype: WriteDtype, shape: &[usize]) -> TensorSpec {
+fn spec(name: &str, dtype: Dtype, shape: &[usize]) -> TensorSpec {
     TensorSpec { name: name.into(), dtype, shape: shape.into() }
 }
 
 /// 12 bytes of F16, 8 of I32.
 fn small() -> Vec<TensorSpec> {
-    vec![spec("a", WriteDtype::F16, &[2, 3]), spec("b", WriteDtype::I32, &[2])]
+    vec![spec("a", Dtype::F16, &[2, 3]), spec("b", Dtype::I32, &[2])]
 }
 
 #[test]
@@ -57,11 +57,11 @@ fn a_small_file_byte_by_byte() {
 fn shards_and_their_index() {
     let dir = tempfile::tempdir().unwrap();
     let tensors = vec![
-        spec("a", WriteDtype::F16, &[4]),
-        spec("large", WriteDtype::F16, &[10]),
-        spec("c", WriteDtype::I32, &[1]),
-        spec("b", WriteDtype::I32, &[1]),
-        spec("d", WriteDtype::F16, &[1]),
+        spec("a", Dtype::F16, &[4]),
+        spec("large", Dtype::F16, &[10]),
+        spec("c", Dtype::I32, &[1]),
+        spec("b", Dtype::I32, &[1]),
+        spec("d", Dtype::F16, &[1]),
     ];
     let plan = ShardPlan::new(tensors, 8).unwrap();
     assert_eq!(plan.tensor_bytes(), 8 + 20 + 4 + 4 + 2);
@@ -106,8 +106,8 @@ fn shards_and_their_index() {
 
 #[test]
 fn integers_are_aligned() {
-    let odd = spec("odd", WriteDtype::F16, &[3]);
-    let tensors = vec![odd, spec("i", WriteDtype::I32, &[1]), spec("even", WriteDtype::F16, &[2])];
+    let odd = spec("odd", Dtype::F16, &[3]);
+    let tensors = vec![odd, spec("i", Dtype::I32, &[1]), spec("even", Dtype::F16, &[2])];
     let dir = tempfile::tempdir().unwrap();
     let mut writer = ShardWriter::create(dir.path(), ShardPlan::new(tensors, u64::MAX).unwrap()).unwrap();
     for (name, bytes) in [("odd", 6), ("i", 4), ("even", 4)] {
@@ -135,12 +135,12 @@ fn tensors_otherwise_than_planned() {
 
 #[test]
 fn plans_that_cannot_be() {
-    let twice = vec![spec("a", WriteDtype::F16, &[4]), spec("a", WriteDtype::F16, &[4])];
+    let twice = vec![spec("a", Dtype::F16, &[4]), spec("a", Dtype::F16, &[4])];
     for (size, files) in [(u64::MAX, "1 and 1"), (8, "1 and 2")] {
         let message = format!("cannot write tensor `a`: it is planned twice, in files {files}");
         assert_error(ShardPlan::new(twice.clone(), size), "no folder".as_ref(), "TensorWrite", &message);
     }
-    let vast = vec![spec("a", WriteDtype::F16, &[usize::MAX, 2])];
+    let vast = vec![spec("a", Dtype::F16, &[usize::MAX, 2])];
     let message = "cannot write tensor `a`: shape [18446744073709551615, 2] is beyond any file";
     assert_error(ShardPlan::new(vast, 8), "no folder".as_ref(), "TensorWrite", message);
 }
