@@ -63,8 +63,6 @@ pub(super) enum Command {
     Card(CardArgs),
     /// Publish a run's branches on the Hub or on a git remote
     Publish(PublishArgs),
-    /// Measure solver, packing and int4 matmul against this machine's limits
-    Bench(BenchArgs),
     /// Quantize the built-in demo model into all four branches, verify and evaluate them
     Demo(DemoArgs),
 }
@@ -335,37 +333,6 @@ pub(super) struct GenerateArgs {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct BenchArgs {
-    /// What to measure
-    pub(super) what: BenchKind,
-    /// Output and input features, N,K
-    #[arg(long, value_name = "N,K", default_value = "4096,11008", value_parser = shape)]
-    pub(super) shape: (usize, usize),
-    /// The variant that is solved, packed or multiplied
-    #[arg(long, default_value = "4bit-128g")]
-    pub(super) variant: Variant,
-    /// Repetitions; the fastest counts, of the matmul on CUDA the median
-    #[arg(long, default_value_t = 5)]
-    pub(super) repeat: usize,
-    /// Where to measure solver and matmul: auto, cpu, cuda, cuda:N; on CUDA for the shape and for it turned around
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub(super) device: String,
-    /// Also write the figures as JSON to this file
-    #[arg(long, value_name = "FILE")]
-    pub(super) out: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum BenchKind {
-    /// Hessian, factorization and solve
-    Solver,
-    /// Codes to 32-bit words
-    Pack,
-    /// Packed weights times activations
-    Matmul,
-}
-
-#[derive(Debug, Args)]
 pub(super) struct DemoArgs {
     /// Folder for the branches; must not exist [default: a temporary one]
     pub(super) out: Option<PathBuf>,
@@ -397,12 +364,6 @@ fn size(text: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
-fn shape(text: &str) -> Result<(usize, usize), String> {
-    let parsed =
-        text.split_once(',').and_then(|(n, k)| Some((n.trim().parse().ok()?, k.trim().parse().ok()?)));
-    parsed.filter(|&(n, k): &(usize, usize)| n > 0 && k > 0).ok_or("expected N,K such as 4096,11008".into())
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -415,12 +376,10 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_shapes() {
+    fn sizes() {
         assert_eq!(size("5GB"), Ok(5_000_000_000));
         assert_eq!(size("1.5MiB"), Ok(1_572_864));
         assert!(size("5 potatoes").is_err() && size("NaN").is_err());
         assert_eq!(size("8").unwrap_err(), "8 bytes are too few for anything here; did you mean 8GB?");
-        assert_eq!(shape("4096,11008"), Ok((4096, 11008)));
-        assert!(shape("4096").is_err() && shape("0,8").is_err());
     }
 }

@@ -2,9 +2,6 @@
 
 mod accuracy_args;
 mod args;
-mod bench;
-mod bench_cuda;
-mod bench_cuda_matmul;
 mod cache;
 mod card;
 mod command;
@@ -50,7 +47,6 @@ pub(crate) fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Card(args) => card::run(args, &cli.output),
         Command::Publish(args) => publish::run(args, &cli.output),
-        Command::Bench(args) => bench::run(args, &cli.output),
         Command::Demo(args) => demo::run(args, &cli.output),
     };
     match result {

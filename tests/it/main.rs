@@ -18,7 +18,6 @@
 //! | `golden` | our packing against bytes that other code made |
 //! | `kernel` | every linear of a branch through the matmul that runs it; every fault in one shows |
 //! | `models` | our forward pass against logits that transformers computed |
-//! | `bench` | where its result goes, and what it says without a device |
 //! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
 //! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
 //! | `gate` | its verdicts, forms and exit codes; ten ways to make a model worse, each seen; what must not fail |
@@ -41,7 +40,6 @@
 mod accuracy;
 mod bad_input;
 mod bad_settings;
-mod bench;
 mod card;
 mod chat;
 mod cuda_device;
