@@ -423,3 +423,6 @@ pub enum Error {
         source: tch::TchError,
     },
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,7 @@
 //! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
 //! | `gate` | its verdicts, forms and exit codes; ten ways to make a model worse, each seen; what must not fail |
 //! | `generate` | text from the demo model and its branches |
+//! | `help` | what `--help` says, of the program and of every command |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `card` | the model card: what is on it, and what is not claimed |
 //! | `hub_fetch` | models and datasets from a Hub on loopback, with every fault of a network and a server |
@@ -53,6 +54,7 @@ mod fuzz_findings;
 mod gate;
 mod generate;
 mod golden;
+mod help;
 mod helpers;
 mod hub_cache;
 mod hub_datasets;
