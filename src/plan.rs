@@ -1,6 +1,6 @@
 //! How a run is done: what to make, from what text, and how to compute it. Checked before any work.
 
-use std::{fmt, path::Path, str::FromStr};
+use std::{fmt, path::Path};
 
 use serde::{Deserialize, Serialize};
 
@@ -361,22 +361,6 @@ pub enum OnFailure {
     Rtn,
 }
 
-impl FromStr for OnFailure {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "error" => Ok(Self::Error),
-            "rtn" => Ok(Self::Rtn),
-            _ => Err(Error::Value {
-                what: "on-failure".into(),
-                expected: "error or rtn".into(),
-                found: text.into(),
-            }),
-        }
-    }
-}
-
 /// What forward passes are computed in. Hessians and solves are fp32 always.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -393,27 +377,7 @@ pub enum ComputeDtype {
 
 impl fmt::Display for ComputeDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Fp32 => "fp32",
-            Self::Bf16 => "bf16",
-            Self::Fp16 => "fp16",
-        })
-    }
-}
-
-impl FromStr for ComputeDtype {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        [Self::Auto, Self::Fp32, Self::Bf16, Self::Fp16]
-            .into_iter()
-            .find(|d| d.to_string() == text)
-            .ok_or_else(|| Error::Value {
-                what: "compute dtype".into(),
-                expected: "auto, fp32, bf16 or fp16".into(),
-                found: text.into(),
-            })
+        self.serialize(f)
     }
 }
 

@@ -1,8 +1,6 @@
-//! The command line: arguments, terminal, and one module a command.
+//! The command line: arguments, terminal, and one module for each command.
 
-mod accuracy_args;
 mod args;
-mod cache;
 mod card;
 mod command;
 mod compute;

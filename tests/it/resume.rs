@@ -12,7 +12,7 @@ use gptq::{
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens},
     checkpoint::Checkpoint,
     pipeline::{self, Begun, CalibrationText, Place, Run},
-    plan::Plan,
+    plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
     report::Report,
 };
@@ -108,7 +108,7 @@ fn every_configuration_goes_on_to_the_same_bytes() {
         Plan { shared_hessian: true, ..all },
         Plan { max_shard_size: 1_000_000, ..plan(&["4bit-32g-act"]) },
         Plan { device: "cpu,cpu".into(), ..plan(&["4bit-32g", "4bit-32g-act"]) },
-        Plan { compute_dtype: "bf16".parse().unwrap(), ..plan(&["4bit-32g"]) },
+        Plan { compute_dtype: ComputeDtype::Bf16, ..plan(&["4bit-32g"]) },
         Plan { quality: Quality::Best, ..plan(&["4bit-32g", "2bit-64g-act"]) },
         Plan {
             quality: Quality::Best,
