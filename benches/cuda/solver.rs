@@ -157,7 +157,11 @@ fn limits(device: Device, clock: Clock) -> gptq::Result<Limits> {
         Tensor::zeros([LARGE_COPY], (Kind::Uint8, device)),
     );
     let best = |work: &mut dyn FnMut()| -> gptq::Result<f64> {
-        let times = (0..clock.repeat.max(3)).map(|_| Ok(clock.time(|| Ok(work()))?.0));
+        let mut timed = || {
+            work();
+            Ok(())
+        };
+        let times = (0..clock.repeat.max(3)).map(|_| Ok(clock.time(&mut timed)?.0));
         Ok(fastest(&times.collect::<gptq::Result<Vec<_>>>()?))
     };
     let product = best(&mut || drop(matrix.mm(&matrix)))?;

@@ -1,12 +1,12 @@
-//! What can go wrong with the Hub, or with a git remote.
+//! Errors of the Hub, and of git remotes.
 
 use std::path::PathBuf;
 
-/// A repository, a file of it, or the way to it.
+/// An error of the Hub or of a git remote.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HubError {
-    /// A name that cannot be a repository's.
+    /// A name that no repository can have.
     #[error("`{found}` is not the name of a repository: expected {expected}")]
     Reference {
         /// As given.
@@ -36,12 +36,12 @@ pub enum HubError {
         /// Branches and tags that exist.
         known: String,
     },
-    /// The repository's files are given only to those who accepted its conditions.
+    /// The repository's conditions must be accepted first.
     #[error("`{repository}` is gated, and {}", if *token { "this token's user has no access" } else { "no token was given" })]
     Gated {
         /// `owner/name`.
         repository: String,
-        /// Where access is asked for.
+        /// The page to ask for access.
         page: String,
         /// Whether a token was sent.
         token: bool,
@@ -51,7 +51,7 @@ pub enum HubError {
     Unauthorized {
         /// What was tried: `read owner/name`.
         action: String,
-        /// The Hub's words.
+        /// The Hub's message.
         message: String,
         /// Whether a token was sent.
         token: bool,
@@ -66,7 +66,7 @@ pub enum HubError {
         /// The file.
         file: String,
     },
-    /// Only weights in a format that is not read.
+    /// The repository has weights, but none in safetensors format.
     #[error("`{repository}` has only `{found}`; safetensors weights are needed")]
     WeightsFormat {
         /// `owner/name`.
@@ -74,7 +74,7 @@ pub enum HubError {
         /// A weights file that is there.
         found: String,
     },
-    /// Neither the network nor the cache has it.
+    /// Files are not in the cache, and the Hub cannot be reached or was not asked.
     #[error(
         "{why}, and `{repository}` at revision `{revision}` is not whole in the cache: {missing} is missing"
     )]
@@ -90,7 +90,7 @@ pub enum HubError {
         /// Whether HF_HUB_OFFLINE forbids the network.
         offline: bool,
     },
-    /// No answer.
+    /// The Hub does not answer.
     #[error("no answer from {endpoint}: {problem}")]
     Unreachable {
         /// The Hub's address.
@@ -98,7 +98,7 @@ pub enum HubError {
         /// The reason.
         problem: String,
     },
-    /// Too many requests, also after waiting.
+    /// The Hub still refuses requests after waiting (429).
     #[error("{endpoint} refuses further requests for now (429){}", after.map_or_else(String::new, |s| format!(": it asks to wait {s} s")))]
     RateLimited {
         /// The Hub's address.
@@ -106,15 +106,15 @@ pub enum HubError {
         /// Seconds it asks to wait.
         after: Option<u64>,
     },
-    /// Any other answer that is not a success.
+    /// Any other error response.
     #[error("the Hub could not {action}: {message}")]
     Answer {
         /// What was tried.
         action: String,
-        /// Status and the Hub's words.
+        /// Status and the Hub's message.
         message: String,
     },
-    /// Large files cannot be sent to this server through its interface.
+    /// The server does not accept large files by Xet.
     #[error(
         "{endpoint} offers `{found}` for large files, not Xet, which is how they are sent to `{repository}`"
     )]
@@ -126,7 +126,7 @@ pub enum HubError {
         /// What it offers.
         found: String,
     },
-    /// A run that holds nothing under this name.
+    /// The run has no such branch.
     #[error("the run has no branch `{branch}` (it has {known})")]
     Branch {
         /// As asked for.
@@ -134,7 +134,7 @@ pub enum HubError {
         /// The ones there are.
         known: String,
     },
-    /// The source's conditions have not been accepted.
+    /// The licence of a gated source has not been accepted.
     #[error("`{model}` is gated under the licence `{licence}`, which holds for what is made from it")]
     Licence {
         /// The source model.
@@ -142,12 +142,12 @@ pub enum HubError {
         /// The name to accept it by.
         licence: String,
     },
-    /// What the other side says it has is not what was sent.
+    /// The published files differ from those that were sent.
     #[error("branch `{branch}` was published, but {place} says `{file}` is {found}, not {expected}")]
     NotProven {
         /// The branch.
         branch: String,
-        /// Who says so.
+        /// The place that was asked.
         place: String,
         /// The file, or the branch itself.
         file: String,
@@ -156,14 +156,14 @@ pub enum HubError {
         /// What is there.
         found: String,
     },
-    /// git or git-lfs did not do something.
+    /// A command of git or git-lfs failed.
     #[error("git could not {action}: {problem}")]
     Git {
         /// What was tried.
         action: String,
-        /// Its words.
+        /// Its message.
         problem: String,
-        /// What can be done, where that is known.
+        /// What the user can do, if known.
         hint: Option<&'static str>,
     },
     /// A card's template cannot be used.
@@ -174,7 +174,7 @@ pub enum HubError {
         /// Line and reason.
         problem: String,
     },
-    /// A transfer that was cut, again and again.
+    /// A transfer was cut several times.
     #[error("`{file}` of `{repository}` came only to {got} of {size} bytes: {problem}")]
     Cut {
         /// `owner/name`.
@@ -188,7 +188,7 @@ pub enum HubError {
         /// The last reason.
         problem: String,
     },
-    /// What came is not what the Hub said it would be.
+    /// A file differs from what the Hub lists.
     #[error("`{file}` of `{repository}` is not what the Hub says it is: expected {expected}, found {found}")]
     Content {
         /// `owner/name`.
@@ -203,7 +203,7 @@ pub enum HubError {
 }
 
 impl HubError {
-    /// Whether the same may succeed a little later.
+    /// Whether the same request may succeed later.
     pub(crate) fn is_passing(&self) -> bool {
         match self {
             Self::Unreachable { .. } | Self::RateLimited { .. } => true,
@@ -214,7 +214,6 @@ impl HubError {
         }
     }
 
-    /// What the user can do about it, where there is something.
     pub(super) fn hint(&self) -> Option<String> {
         const LOG_IN: &str = "set HF_TOKEN, or log in: hf auth login";
         Some(match self {
@@ -249,7 +248,7 @@ impl HubError {
                 "wait a while and start again: what has come is kept; a token (HF_TOKEN) allows more requests"
                     .into()
             }
-            Self::Cut { .. } => "start again: it goes on where it stopped".into(),
+            Self::Cut { .. } => "start again: it resumes where it stopped".into(),
             Self::Content { .. } => {
                 "start again; if it stays, the file on the Hub or something on the way to it is damaged"
                     .into()
