@@ -1,6 +1,6 @@
-//! How a run is done: what to make, from what text, and how to compute it. Checked before any work.
+//! The settings of a run: variants, calibration text, and how to compute. They are checked before any work.
 
-use std::{fmt, path::Path, str::FromStr};
+use std::{fmt, path::Path};
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ use crate::{
     variant::{Variant, VariantSet},
 };
 
-/// Everything that decides the content of the branches, and how they are computed.
+/// The settings that decide the content of the branches, and how they are computed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Plan {
@@ -29,53 +29,52 @@ pub struct Plan {
     pub samples: usize,
     /// Tokens a window.
     pub seq_len: usize,
-    /// Decides where the windows begin.
+    /// Seed of the windows' places in the text.
     pub seed: u64,
     /// The branches to make.
     pub variants: Vec<Variant>,
     /// Damping, as a fraction of the Hessian's mean diagonal.
     pub damp: f64,
-    /// How much is done for accuracy: a preset.
+    /// Preset of the accuracy options.
     pub quality: Quality,
-    /// Whether scales may be negative, in place of what the preset says.
+    /// Whether scales may be negative; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub signed_scales: Option<bool>,
-    /// How scales are searched for, in place of what the preset says.
+    /// How scales are searched for; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_search: Option<ScaleSearch>,
-    /// Whether groups are sorted where there is no act order, in place of what the preset says.
+    /// Whether groups are sorted in variants without act order; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub act_group_aware: Option<bool>,
-    /// The strength of asymmetric calibration, from 0 to 1, in place of what the preset says.
+    /// Strength of asymmetric calibration, from 0 to 1; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub asymmetric: Option<f64>,
-    /// The part of the calibration windows, from 0 to 1, on which gradients are taken for output Hessians, in place of what the
-    /// preset says.
+    /// Part of the calibration windows, from 0 to 1, whose gradients give the output Hessians; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output_hessian: Option<f64>,
-    /// Whether rotations are folded into the weights before they are quantized, in place of what the preset says.
+    /// Whether rotations are folded into the weights before they are quantized; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rotate: Option<bool>,
-    /// Whether channels that norms and linears scale against each other are evened out first, in place of what the preset says.
+    /// Whether norms and the linears behind them are equalized first; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub equalize: Option<bool>,
-    /// Whether damping is raised to what a Hessian's spectrum asks for, in place of what the preset says.
+    /// Whether damping is raised by the spectrum of each Hessian; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shrinkage: Option<bool>,
-    /// Whether all variants are solved for the Hessians of the unquantized model.
+    /// Whether all variants are solved with the Hessians of the unquantized model.
     pub shared_hessian: bool,
-    /// What becomes of a linear that cannot be solved for the numbers in it.
+    /// What to do with a linear that cannot be solved numerically.
     pub on_failure: OnFailure,
-    /// What forward passes are computed in.
+    /// Data type of forward passes.
     pub compute_dtype: ComputeDtype,
-    /// Where: `cpu`, `auto`, `cuda:N`, or several of the latter with commas between them.
+    /// Where to compute: `cpu`, `auto`, `cuda:N`, or several CUDA devices with commas between them.
     pub device: String,
     /// Largest weights file, bytes.
     pub max_shard_size: u64,
-    /// Memory that may be used, bytes; activations that do not fit go to disk.
+    /// Limit of host memory, bytes; activations that do not fit go to disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_memory: Option<u64>,
-    /// Memory of each CUDA device that may be used, bytes; activations that do not fit go to memory.
+    /// Limit of each CUDA device's memory, bytes; activations that do not fit go to host memory.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_device_memory: Option<u64>,
 }
@@ -113,7 +112,7 @@ impl Default for Plan {
 }
 
 impl Plan {
-    /// Reads `plan.toml`; keys that are missing keep the card's settings.
+    /// Reads a plan from a TOML file; missing keys keep the default settings.
     ///
     /// # Errors
     /// When the file cannot be read or holds an unknown key or value.
@@ -146,8 +145,9 @@ impl Plan {
         table.keys().cloned().collect()
     }
 
-    /// What is done beyond plain GPTQ: the preset's, but for what is said otherwise, and without what this model cannot have. A preset
-    /// does not rotate a model whose output layer is tied to the embedding: it would then need one of its own, and its file be larger.
+    /// The accuracy options for this model: those of the preset that the model supports, with the plan's overrides. A preset does
+    /// not rotate a model whose output layer is tied to the embedding, because it would then need an output layer of its own and
+    /// its file would be larger.
     pub fn accuracy(&self, config: &ModelConfig) -> AccuracyOptions {
         let preset = self.quality.options();
         let scales = Scales {
@@ -155,7 +155,7 @@ impl Plan {
             search: self.scale_search.unwrap_or(preset.scales.search),
         };
         let group_aware = self.act_group_aware.unwrap_or(preset.group_aware);
-        // Where Hessians are the unquantized model's, there is nothing else to aim at.
+        // With shared Hessians the inputs are those of the unquantized model already.
         let asymmetric = if self.shared_hessian { 0.0 } else { self.asymmetric.unwrap_or(preset.asymmetric) };
         let experts = config.has_experts();
         let output_hessian = self.output_hessian.unwrap_or(if experts { 0.0 } else { preset.output_hessian });
@@ -167,17 +167,17 @@ impl Plan {
             asymmetric,
             output_hessian,
             rotate,
-            // Rotations spread what is left of that anyway.
+            // Rotations make equalization superfluous.
             equalize: !rotate
                 && self.equalize.unwrap_or(preset.equalize && config.equalization_refusal().is_none()),
             shrinkage: self.shrinkage.unwrap_or(preset.shrinkage),
         }
     }
 
-    /// Checks what can be checked without the model.
+    /// Checks the values that do not depend on the model.
     ///
     /// # Errors
-    /// When a value makes no sense.
+    /// When a value is out of its range, or two values exclude each other.
     pub fn check(&self) -> Result<()> {
         let refuse = |what: &str, expected: &str, found: String| {
             Err(Error::Value { what: what.into(), expected: expected.into(), found })
@@ -229,10 +229,10 @@ impl Plan {
         Ok(())
     }
 
-    /// Checks what a model of this family cannot have.
+    /// Checks that the model supports the accuracy options that the plan asks for.
     ///
     /// # Errors
-    /// When it was asked for all the same.
+    /// When it does not support one.
     pub fn check_for(&self, config: &ModelConfig) -> Result<()> {
         if let (Some(true), Some(reason)) = (self.rotate, config.rotation_refusal()) {
             return Err(config.refused("rotate", &reason));
@@ -246,7 +246,7 @@ impl Plan {
         Ok(())
     }
 
-    /// What the preset leaves out for a model of this family, and why.
+    /// The preset's options that this model does not get, each with its reason.
     pub fn left_out(&self, config: &ModelConfig) -> Vec<String> {
         let preset = self.quality.options();
         let mut left_out = Vec::new();
@@ -269,7 +269,7 @@ impl Plan {
     }
 }
 
-/// Why models with experts have no output Hessians.
+/// The reason why models with experts have no output Hessians.
 const EXPERTS_TOO_FEW: &str = "too few tokens go through each expert";
 
 /// A text to calibrate on, and its share of the windows. Written as `wikitext2` or `wikitext2:64`.
@@ -277,19 +277,19 @@ const EXPERTS_TOO_FEW: &str = "too few tokens go through each expert";
 pub struct DatasetShare {
     /// A recipe, or the path of a file or folder.
     pub name: String,
-    /// Its share in proportion to those of the others; 1 where nothing is said.
+    /// Its share in proportion to the other datasets; 1 if none is given.
     pub weight: Option<u32>,
 }
 
 impl DatasetShare {
-    /// The weight that counts.
+    /// The weight, or 1 if none is given.
     pub fn weight(&self) -> u32 {
         self.weight.unwrap_or(1)
     }
 }
 
 impl From<&str> for DatasetShare {
-    /// A number after the last colon is the weight. A file whose name ends so can be given a weight of its own.
+    /// A number after the last colon is the weight. A file whose name ends like that needs a weight behind its name.
     fn from(text: &str) -> Self {
         let weighted = text.rsplit_once(':').and_then(|(name, weight)| Some((name, weight.parse().ok()?)));
         match weighted.filter(|&(name, weight)| weight > 0 && !name.is_empty()) {
@@ -306,7 +306,7 @@ impl fmt::Display for DatasetShare {
     }
 }
 
-/// A list that is written as a single string where it has one element.
+/// A list that is written as a single string if it has one element.
 mod one_or_many {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -335,7 +335,7 @@ mod one_or_many {
     }
 }
 
-/// The known name most like `name`, if any is like it at all.
+/// The known name that is most similar to `name`, if one is similar enough.
 pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
     known
         .map(|k| (strsim::jaro_winkler(&name.replace('_', "-"), k), k))
@@ -344,44 +344,28 @@ pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<S
         .map(|(_, k)| k.to_owned())
 }
 
-/// Refuses a key of a table in a TOML file that is none of `known`; `place` is what stands before it there.
+/// Refuses a key of a TOML table that is not in `known`; `place` is the prefix of the table's keys in the message.
 pub(crate) fn refuse_unknown(path: &Path, place: &str, table: &toml::Table, known: &[String]) -> Result<()> {
     let Some(key) = table.keys().find(|key| !known.contains(key)) else { return Ok(()) };
     let nearest = nearest(key, known.iter().map(String::as_str));
     Err(Error::UnknownKey { path: path.into(), key: format!("{place}{key}"), nearest })
 }
 
-/// What becomes of a linear that cannot be solved for the numbers in it.
+/// What to do with a linear that cannot be solved numerically.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {
-    /// The run ends.
+    /// End the run with an error.
     Error,
-    /// It is rounded to nearest, and everything that tells of the run says so.
+    /// Round it to nearest, and report that.
     Rtn,
 }
 
-impl FromStr for OnFailure {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "error" => Ok(Self::Error),
-            "rtn" => Ok(Self::Rtn),
-            _ => Err(Error::Value {
-                what: "on-failure".into(),
-                expected: "error or rtn".into(),
-                found: text.into(),
-            }),
-        }
-    }
-}
-
-/// What forward passes are computed in. Hessians and solves are fp32 always.
+/// Data type of forward passes. Hessians and solves are always fp32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ComputeDtype {
-    /// On a CPU bf16 where it multiplies that fast, else fp32; on CUDA fp16 for a model in fp16, else bf16.
+    /// On a CPU with fast bf16 products bf16, else fp32; on CUDA fp16 for a model in fp16, else bf16.
     Auto,
     /// fp32.
     Fp32,
@@ -393,27 +377,7 @@ pub enum ComputeDtype {
 
 impl fmt::Display for ComputeDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Auto => "auto",
-            Self::Fp32 => "fp32",
-            Self::Bf16 => "bf16",
-            Self::Fp16 => "fp16",
-        })
-    }
-}
-
-impl FromStr for ComputeDtype {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self, Error> {
-        [Self::Auto, Self::Fp32, Self::Bf16, Self::Fp16]
-            .into_iter()
-            .find(|d| d.to_string() == text)
-            .ok_or_else(|| Error::Value {
-                what: "compute dtype".into(),
-                expected: "auto, fp32, bf16 or fp16".into(),
-                found: text.into(),
-            })
+        self.serialize(f)
     }
 }
 

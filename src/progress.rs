@@ -1,24 +1,24 @@
-//! How the library tells what it is doing; drawing it is the caller's affair.
+//! Progress of the library's work, for the caller to show.
 
-/// Receives what happens during a long run, from several threads if the run has several devices.
+/// Receives the progress of a run, from several threads if the run has several devices.
 pub trait Progress: Sync {
     /// A phase of `total` steps begins, e.g. `layer 3/32`.
     fn begin(&self, phase: &str, total: u64);
     /// `steps` more steps of the current phase are done.
     fn advance(&self, steps: u64);
-    /// Something worth a line.
+    /// An event happened.
     fn event(&self, event: &Event<'_>);
 }
 
-/// Something worth a line of its own.
+/// An event of a run.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// A plain remark.
+    /// A remark.
     Note(&'a str),
-    /// Something went otherwise than planned, and the result says so too.
+    /// Something did not go as planned; the result holds it too.
     Warning(&'a str),
-    /// A decoder layer's stage is being worked on.
+    /// Work on a stage of a decoder layer begins.
     Stage {
         /// The variant, or `all variants`.
         variant: &'a str,

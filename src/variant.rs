@@ -121,7 +121,8 @@ impl Order {
 }
 
 /// A named list of variants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum VariantSet {
     /// The four branches of the model cards of 2023: three of them with act order.
     Card,

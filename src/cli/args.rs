@@ -1,14 +1,19 @@
-//! What can be typed.
+//! The arguments of every command.
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand,
+    builder::{PossibleValuesParser, TypedValueParser},
+};
 use gptq::{
+    accuracy::{Quality, ScaleSearch},
     plan::{ComputeDtype, DatasetShare, OnFailure},
     variant::{Variant, VariantSet},
 };
+use serde::de::{DeserializeOwned, IntoDeserializer, value::Error as WordError};
 
-use super::{accuracy_args::AccuracyArgs, card::CardArgs, publish::PublishArgs};
+use super::{card::CardArgs, gate::GateArgs, publish::PublishArgs};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -24,7 +29,7 @@ pub(super) struct Cli {
 #[derive(Debug, Args)]
 pub(super) struct OutputArgs {
     /// Print the result as JSON on standard output
-    // `report` has a flag of this name that takes a file: both must be of the same type.
+    // `report` has a flag of this name that takes a file, so both are of the same type.
     #[arg(
         long,
         global = true,
@@ -51,20 +56,18 @@ pub(super) enum Command {
     Verify(VerifyArgs),
     /// Compare quantized folders with the unquantized model: perplexity, KL divergence, top-1
     Eval(EvalArgs),
-    /// Compare runs and other checkpoints on one page: which branch to take, and why
+    /// Compare runs and other checkpoints on one page, and recommend a branch
     Report(ReportArgs),
-    /// Fail when a run is worse than fp16 allows, or than a baseline, which is kept in a file
-    Gate(super::gate::GateArgs),
+    /// Fail when a run is too far from fp16, or worse than the baseline in a file
+    Gate(GateArgs),
     /// Generate text with a quantized or dense model
     Generate(GenerateArgs),
-    /// Say what a folder holds
+    /// Show a checkpoint's architecture, format and tensors
     Inspect(InspectArgs),
     /// Write the model card of a run's branches
     Card(CardArgs),
     /// Publish a run's branches on the Hub or on a git remote
     Publish(PublishArgs),
-    /// Measure solver, packing and int4 matmul against this machine's limits
-    Bench(BenchArgs),
     /// Quantize the built-in demo model into all four branches, verify and evaluate them
     Demo(DemoArgs),
 }
@@ -74,16 +77,16 @@ pub(super) struct QuantizeArgs {
     /// Folder of the fp16, bf16 or fp32 checkpoint, or its repository on the Hub: OWNER/NAME[@REVISION]
     #[arg(long, value_name = "MODEL")]
     pub(super) model: PathBuf,
-    /// Folder for the branches; must not exist. A run that was interrupted goes on with the same command
+    /// Folder for the branches; must not exist. The same command resumes an interrupted run
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
-    /// Folder for what is needed to go on after an interruption [default: in --out, until the run is complete]
+    /// Folder for the journal, from which an interrupted run resumes [default: in --out, until the run is complete]
     #[arg(long, value_name = "DIR")]
     pub(super) journal_dir: Option<PathBuf>,
-    /// Throw away what an interrupted run left in --out, and begin anew
+    /// Discard what an interrupted run left in --out, and start again
     #[arg(long)]
     pub(super) restart: bool,
-    /// Settings from a file; flags go before them
+    /// Settings from a TOML file; flags override them
     #[arg(long, value_name = "FILE")]
     pub(super) plan: Option<PathBuf>,
     /// Calibration text: a recipe (wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of
@@ -102,27 +105,60 @@ pub(super) struct QuantizeArgs {
     /// Where the windows begin [default: 0]
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<u64>,
-    /// A list of variants: card, the four of the model cards of 2023; serve, what vLLM and all other living servers run; all
-    /// [default: card, unless --variant is given]
-    #[arg(long, value_name = "SET", value_enum)]
-    pub(super) set: Option<SetArg>,
+    /// A list of variants: card is 4bit-128g, and 32g, 64g and 128g with act order, as on the model cards of 2023; serve is
+    /// 4bit-128g, 4bit-64g, 4bit-32g and 8bit-128g, for vLLM and all other maintained servers; all is both [default: card,
+    /// unless --variant is given]
+    #[arg(long, value_name = "SET", value_parser = words::<VariantSet>(&["card", "serve", "all"]))]
+    pub(super) set: Option<VariantSet>,
     /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static; repeatable
     #[arg(long = "variant", value_name = "VARIANT")]
     pub(super) variants: Vec<Variant>,
     /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) damp: Option<f64>,
-    #[command(flatten)]
-    pub(super) accuracy: AccuracyArgs,
-    /// Take all Hessians from the unquantized model: further variants cost little, and some accuracy
+    /// Preset of the accuracy options below; fast is plain GPTQ [default: standard]
+    #[arg(long, value_name = "PRESET", value_parser = words::<Quality>(&["fast", "standard", "best"]))]
+    pub(super) quality: Option<Quality>,
+    /// Let scales be negative, so that the side of the grid with one level more can be either [default: by --quality]
+    #[arg(long, conflicts_with = "unsigned_scales")]
+    pub(super) signed_scales: bool,
+    /// Keep all scales positive
+    #[arg(long)]
+    pub(super) unsigned_scales: bool,
+    /// How scales are searched for [default: by --quality]
+    #[arg(long, value_name = "SEARCH", value_parser = words::<ScaleSearch>(&["off", "diagonal", "block"]))]
+    pub(super) scale_search: Option<ScaleSearch>,
+    /// Sort features group by group in variants without act order; readers see no difference [default: by --quality]
+    #[arg(long, value_name = "BOOL")]
+    pub(super) act_group_aware: Option<bool>,
+    /// Strength of asymmetric calibration (GPTAQ), from 0 to 1: at 1 a linear's target is its output in the unquantized
+    /// model [default: by --quality]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(super) asymmetric: Option<f64>,
+    /// Part of the calibration windows, from 0 to 1, on which gradients measure the cost of output errors (YAQA); rows then
+    /// compensate the errors of the rows before them [default: by --quality]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub(super) output_hessian: Option<f64>,
+    /// Fold rotations into the weights before they are quantized, which spreads outliers and leaves the model's function
+    /// unchanged [default: by --quality]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub(super) rotate: Option<bool>,
+    /// Scale channels of norms and of the linears behind them against each other until they are alike in size [default: by
+    /// --quality]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub(super) equalize: Option<bool>,
+    /// Raise damping by the spectrum of each Hessian and the number of tokens [default: by --quality]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub(super) shrinkage: Option<bool>,
+    /// Take all Hessians from the unquantized model: further variants cost little time, and some accuracy is lost
     #[arg(long)]
     pub(super) shared_hessian: bool,
-    /// What becomes of a linear that cannot be solved for the numbers in it: error, or rtn, which rounds it to nearest and
-    /// says so [default: error]
-    #[arg(long, value_name = "WHAT")]
+    /// What to do with a linear that cannot be solved numerically: end the run, or round the linear to nearest (rtn) and
+    /// report that [default: error]
+    #[arg(long, value_name = "WHAT", value_parser = words::<OnFailure>(&["error", "rtn"]))]
     pub(super) on_failure: Option<OnFailure>,
-    /// What forward passes are computed in: auto, fp32, bf16, fp16 [default: auto]
-    #[arg(long, value_name = "DTYPE")]
+    /// Data type of forward passes [default: auto]
+    #[arg(long, value_name = "DTYPE", value_parser = dtypes())]
     pub(super) compute_dtype: Option<ComputeDtype>,
     /// Where to compute: cpu, cuda, cuda:0,cuda:1, or auto [default: cpu]
     #[arg(long, value_name = "DEVICE")]
@@ -136,7 +172,7 @@ pub(super) struct QuantizeArgs {
     /// Largest weights file, e.g. 5GB [default: 10GB]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(super) max_shard_size: Option<u64>,
-    /// Text to evaluate the branches on: recipe, file or folder; repeatable [default: what the recipes say]
+    /// Text to evaluate the branches on: recipe, file or folder; repeatable [default: the texts that the recipes name]
     #[arg(long, value_name = "DATASET")]
     pub(super) eval: Vec<String>,
     /// Windows to evaluate on
@@ -149,66 +185,34 @@ pub(super) struct QuantizeArgs {
     pub(super) cache: CacheArgs,
 }
 
-/// [`VariantSet`] as an argument.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum SetArg {
-    /// The four branches of the model cards of 2023: 4bit-128g, and 32g, 64g and 128g with act order
-    Card,
-    /// Sequential g_idx, for vLLM and all other living servers: 4bit-128g, 4bit-64g, 4bit-32g, 8bit-128g
-    Serve,
-    /// Both
-    All,
-}
-
-impl From<SetArg> for VariantSet {
-    fn from(set: SetArg) -> Self {
-        match set {
-            SetArg::Card => Self::Card,
-            SetArg::Serve => Self::Serve,
-            SetArg::All => Self::All,
-        }
-    }
-}
-
-/// Where a model is run, and in what.
+/// The device that runs a model, and the data type there.
 #[derive(Debug, Args)]
 pub(super) struct ComputeArgs {
     /// Where to compute: auto, cpu, cuda, cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub(super) device: String,
-    /// What to compute in: auto, fp32, bf16, fp16; fp32 on the CPU, fp16 or bf16 on CUDA
-    #[arg(long, value_name = "DTYPE", default_value_t = ComputeDtype::Auto)]
+    /// Data type to compute in: fp32 on the CPU, fp16 or bf16 on CUDA
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtypes())]
     pub(super) compute_dtype: ComputeDtype,
 }
 
-/// Where the unquantized model's predictions are kept.
+/// The cache of the unquantized model's predictions.
 #[derive(Debug, Args)]
 pub(super) struct CacheArgs {
-    /// Where the unquantized model's predictions are kept, so that it is not run again for the same text [default: gptq in
+    /// Folder for the unquantized model's predictions, so that it runs once for the same text [default: gptq in
     /// $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR")]
     pub(super) cache_dir: Option<PathBuf>,
-    /// Neither keep predictions nor use kept ones
+    /// Neither write nor read that cache
     #[arg(long, conflicts_with = "cache_dir")]
     pub(super) no_cache: bool,
 }
 
-/// Where text comes from.
-#[derive(Debug, Args)]
-pub(super) struct TextArgs {
-    /// A recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of parquet
-    /// files
-    #[arg(long, value_name = "DATASET")]
-    pub(super) dataset: Option<String>,
-    #[command(flatten)]
-    pub(super) places: TextPlaces,
-}
-
-/// Where in a text's files to look, and where for these.
+/// Where the files of a text are, and which part of them is read.
 #[derive(Debug, Args)]
 pub(super) struct TextPlaces {
-    /// Where the recipes' files lie, laid out as on the Hub; repeatable. The Hugging Face cache is always looked into,
-    /// and what is nowhere is fetched
+    /// Folder with the recipes' files, laid out as on the Hub; repeatable. The Hugging Face cache is searched too, and a file
+    /// that is in neither is fetched
     #[arg(long, value_name = "DIR")]
     pub(super) dataset_dir: Vec<PathBuf>,
     /// Split of a folder of parquet files
@@ -230,11 +234,15 @@ pub(super) struct VerifyArgs {
     /// activations of a bundled text or of --dataset
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
-    /// What that matmul computes in: auto, fp32, bf16, fp16; fp32 on the CPU, fp16 or bf16 on CUDA
-    #[arg(long, value_name = "DTYPE", default_value_t = ComputeDtype::Auto, requires = "device")]
+    /// Data type of that matmul: fp32 on the CPU, fp16 or bf16 on CUDA
+    #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtypes(), requires = "device")]
     pub(super) compute_dtype: ComputeDtype,
+    /// A recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of
+    /// parquet files
+    #[arg(long, value_name = "DATASET")]
+    pub(super) dataset: Option<String>,
     #[command(flatten)]
-    pub(super) text: TextArgs,
+    pub(super) places: TextPlaces,
 }
 
 #[derive(Debug, Args)]
@@ -257,8 +265,8 @@ pub(super) struct EvalArgs {
     /// Windows, from the front of the text [default: all]
     #[arg(long, value_name = "N")]
     pub(super) windows: Option<usize>,
-    /// Tokens from one window's begin to the next one's; less than --seq-len, windows overlap and only new tokens are
-    /// scored [default: --seq-len]
+    /// Tokens from the start of one window to the start of the next; below --seq-len, windows overlap and only new tokens
+    /// are scored [default: --seq-len]
     #[arg(long, value_name = "N")]
     pub(super) stride: Option<usize>,
     /// Do not write the figures into the quantized folders (eval.json)
@@ -281,7 +289,7 @@ pub(super) struct ReportArgs {
     /// A quantized folder with figures of `gptq eval` (or its eval.json); repeatable
     #[arg(long, value_name = "DIR")]
     pub(super) quantized: Vec<PathBuf>,
-    /// The unquantized checkpoint, a folder or OWNER/NAME[@REVISION] on the Hub: make sure that all figures are against it
+    /// The unquantized checkpoint, a folder or OWNER/NAME[@REVISION] on the Hub: check that all figures are against it
     #[arg(long, value_name = "MODEL")]
     pub(super) model: Option<PathBuf>,
     /// Write the report as one HTML file
@@ -291,7 +299,7 @@ pub(super) struct ReportArgs {
     #[arg(long, value_name = "FILE")]
     pub(super) markdown: Option<PathBuf>,
     /// Write it as JSON; `-` is standard output
-    // In place of the global flag of this name, which takes no separate word.
+    // Replaces the global flag of this name, which takes no separate word.
     #[arg(id = "json", long, value_name = "FILE")]
     pub(super) _json: Option<PathBuf>,
 }
@@ -317,52 +325,21 @@ pub(super) struct GenerateArgs {
     /// Render the prompt with the model's chat template, as the message of a user
     #[arg(long)]
     pub(super) chat: bool,
-    /// Tokens to make at most
+    /// Most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(super) max_tokens: usize,
-    /// How far less likely tokens have a chance; 0 takes the most likely one always
+    /// Sampling temperature: higher makes less likely tokens more frequent; 0 always takes the most likely one
     #[arg(long, value_name = "X", default_value_t = 0.7, allow_negative_numbers = true)]
     pub(super) temperature: f64,
-    /// Draw from the most likely tokens that together have this probability
+    /// Sample from the most likely tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     pub(super) top_p: f64,
-    /// Above 1: tokens that occurred become less likely
+    /// Above 1, tokens that occurred before become less likely
     #[arg(long, value_name = "X", default_value_t = 1.1, allow_negative_numbers = true)]
     pub(super) repetition_penalty: f64,
-    /// Same seed, same text
+    /// Seed of the sampling; the same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) seed: u64,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct BenchArgs {
-    /// What to measure
-    pub(super) what: BenchKind,
-    /// Output and input features, N,K
-    #[arg(long, value_name = "N,K", default_value = "4096,11008", value_parser = shape)]
-    pub(super) shape: (usize, usize),
-    /// The variant that is solved, packed or multiplied
-    #[arg(long, default_value = "4bit-128g")]
-    pub(super) variant: Variant,
-    /// Repetitions; the fastest counts, of the matmul on CUDA the median
-    #[arg(long, default_value_t = 5)]
-    pub(super) repeat: usize,
-    /// Where to measure solver and matmul: auto, cpu, cuda, cuda:N; on CUDA for the shape and for it turned around
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    pub(super) device: String,
-    /// Also write the figures as JSON to this file
-    #[arg(long, value_name = "FILE")]
-    pub(super) out: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub(super) enum BenchKind {
-    /// Hessian, factorization and solve
-    Solver,
-    /// Codes to 32-bit words
-    Pack,
-    /// Packed weights times activations
-    Matmul,
 }
 
 #[derive(Debug, Args)]
@@ -375,7 +352,20 @@ fn standard_output(text: &str) -> Result<PathBuf, String> {
     if text == "-" { Ok(text.into()) } else { Err("only `report` writes its JSON to a file".into()) }
 }
 
-/// A size below this is a number whose unit was forgotten.
+/// A parser of `words`, which a plan spells the same.
+fn words<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(words.iter().copied())
+        .try_map(|word| T::deserialize(IntoDeserializer::<WordError>::into_deserializer(word)))
+}
+
+fn dtypes() -> impl TypedValueParser<Value = ComputeDtype> {
+    words(&["auto", "fp32", "bf16", "fp16"])
+}
+
+/// A smaller size is refused: its unit was probably forgotten.
 const SMALLEST_SIZE: f64 = 1e6;
 
 fn size(text: &str) -> Result<u64, String> {
@@ -397,12 +387,6 @@ fn size(text: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
-fn shape(text: &str) -> Result<(usize, usize), String> {
-    let parsed =
-        text.split_once(',').and_then(|(n, k)| Some((n.trim().parse().ok()?, k.trim().parse().ok()?)));
-    parsed.filter(|&(n, k): &(usize, usize)| n > 0 && k > 0).ok_or("expected N,K such as 4096,11008".into())
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -415,12 +399,10 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_shapes() {
+    fn sizes() {
         assert_eq!(size("5GB"), Ok(5_000_000_000));
         assert_eq!(size("1.5MiB"), Ok(1_572_864));
         assert!(size("5 potatoes").is_err() && size("NaN").is_err());
         assert_eq!(size("8").unwrap_err(), "8 bytes are too few for anything here; did you mean 8GB?");
-        assert_eq!(shape("4096,11008"), Ok((4096, 11008)));
-        assert!(shape("4096").is_err() && shape("0,8").is_err());
     }
 }

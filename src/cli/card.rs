@@ -18,7 +18,7 @@ use super::{args::OutputArgs, terminal};
 pub(super) struct CardArgs {
     /// The folder that `gptq quantize` made
     pub(super) run: PathBuf,
-    /// Where the branches are going to be: OWNER/NAME on the Hub, or a git address
+    /// Future place of the branches: OWNER/NAME on the Hub, or a git address
     #[arg(long, value_name = "REPOSITORY")]
     repository: Option<String>,
     #[command(flatten)]
@@ -28,16 +28,16 @@ pub(super) struct CardArgs {
     print: Option<String>,
 }
 
-/// What a card says that the run does not know.
+/// Contents of a card that are not in the run's report.
 #[derive(Debug, Args)]
 pub(super) struct CardTexts {
     /// Template of the card, in Jinja's language
     #[arg(long = "card-template", value_name = "FILE")]
     template: Option<PathBuf>,
-    /// How to speak to the model, with {prompt} in it [default: its chat template]
+    /// Format of a prompt for the model, with {prompt} in it [default: its chat template]
     #[arg(long, value_name = "TEXT")]
     prompt_template: Option<String>,
-    /// The source model on the Hub, where it was not fetched from there
+    /// The source model on the Hub, if it was not fetched from there
     #[arg(long, value_name = "OWNER/NAME")]
     base_model: Option<String>,
     /// Who quantized [default: the repository's owner]
@@ -61,11 +61,8 @@ pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
         write_file_atomically(&path, card.as_bytes())?;
         written.push(path);
     }
-    if output.json.is_some() {
-        terminal::json(&written)?;
-    } else {
-        written.iter().try_for_each(|path| terminal::result(&path.display().to_string()))?;
-    }
+    let lines = || written.iter().map(|path| format!("{}\n", path.display())).collect();
+    terminal::answer(output, &written, lines)?;
     Ok(true)
 }
 

@@ -1,10 +1,10 @@
-//! The command as it was typed, so that it can be typed again.
+//! The command as it was typed, for reports.
 
 use std::{env, path::Path};
 
 use gptq::hub::Reference;
 
-/// Every word of it; of paths only the last name, for what is published must not show the machine.
+/// Every word of the command; of paths only the last name, so that published files do not show the machine's folders.
 pub(super) fn words() -> Vec<String> {
     let mut words = vec!["gptq".to_owned()];
     words.extend(env::args_os().skip(1).map(|word| without_way(&word.to_string_lossy())));

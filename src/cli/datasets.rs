@@ -16,7 +16,7 @@ use super::{
     terminal::Terminal,
 };
 
-/// How dataset names are resolved, from the flags.
+/// Options of dataset names, from the flags.
 pub(super) fn options(args: &TextPlaces) -> SourceOptions {
     let mut roots = args.dataset_dir.clone();
     roots.push(hub::cache());
@@ -28,7 +28,7 @@ pub(super) fn load(source: &CorpusSource, model: &Path) -> gptq::Result<Corpus> 
     source.load(ChatTemplate::read(model)?.as_ref())
 }
 
-/// The files of a dataset; a recipe's that are not on this machine are fetched from the Hub.
+/// The files of a dataset. A recipe's files that are not on this machine are fetched from the Hub.
 pub(super) fn resolve(name: &str, options: &SourceOptions, output: &OutputArgs) -> Result<CorpusSource> {
     let missing = match CorpusSource::resolve(name, options) {
         Err(error @ Error::DatasetNotFound { .. }) => error,

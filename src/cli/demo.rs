@@ -1,4 +1,4 @@
-//! `gptq demo`: the whole way on a model that is part of this program, offline.
+//! `gptq demo`: quantize, verify and evaluate a model that is part of this program, offline.
 
 use std::{fs, path::Path};
 
@@ -46,7 +46,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     }
     let out = match &args.out {
         Some(out) => out.clone(),
-        // Kept: the last line says where it is.
+        // The folder is kept: the last line of output names it.
         None => tempfile::Builder::new().prefix("gptq-demo-").tempdir()?.keep().join("branches"),
     };
 

@@ -1,15 +1,15 @@
-//! What libraries below read before `main`, and only from the environment.
+//! Settings that libraries read from the environment before `main`.
 
 use std::{env, os::unix::process::CommandExt, process::Command};
 
-/// What is set, unless it is set already.
+/// The variable that is set, unless it is set already.
 ///
-/// OpenMP threads that wait spin for milliseconds; on a machine that others use too, or while our own threads work,
-/// that costs up to three quarters of the time.
+/// OpenMP threads that wait spin for milliseconds. On a machine with other load, or beside the program's own threads, that
+/// costs up to three quarters of the time.
 const SETTING: (&str, &str) = ("OMP_WAIT_POLICY", "passive");
 
-/// Starts this program again with the setting, if it is not there. Returns when it is, or when starting again
-/// fails: the program is then only slower.
+/// Starts this program again with the setting, if it is missing. Returns if it is set, or if starting again fails: the
+/// program is then only slower.
 pub(super) fn prepare() {
     if !cfg!(target_os = "linux") || env::var_os(SETTING.0).is_some() {
         return;

@@ -54,11 +54,11 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         let mut evaluation =
             eval::evaluate(&reference, &candidates, windows, dataset, compute, cache.as_deref(), &terminal)?;
         evaluation.model = model.label();
-        // The Hub's cache keeps what the Hub has and nothing else.
+        // Figures are not written into the Hub's cache.
         let own =
             quantized.iter().zip(&evaluation.models).zip(&models).filter(|(_, model)| !model.is_fetched());
         for ((checkpoint, model), _) in own.filter(|_| !args.no_save) {
-            // The figures are there also where the folder cannot be written to.
+            // A folder that cannot be written to is no error: the figures are printed.
             if let Err(error) = eval::store(checkpoint, &evaluation, model) {
                 terminal.event(&Event::Warning(&format!("the figures are not kept: {error}")));
             }
@@ -69,17 +69,13 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     if let (Some(path), [checkpoint], [(_, windows)]) = (&args.dump_logits, &quantized[..], &texts[..]) {
         dump_logits(path, checkpoint, windows, compute)?;
     }
-    if output.json.is_some() {
-        terminal::json(&Evaluations { schema: EVALUATION_SCHEMA, evaluations })?;
-    } else {
-        let tables: Vec<String> = evaluations.iter().map(evaluation_table).collect();
-        terminal::result(&tables.join("\n"))?;
-    }
+    let tables = evaluations.iter().map(evaluation_table).collect::<Vec<_>>().join("\n");
+    terminal::answer(output, &Evaluations { schema: EVALUATION_SCHEMA, evaluations }, || tables)?;
     Ok(true)
 }
 
-/// The windows of each text and length, with the text's name. `--windows` are of the greatest length; shorter ones are as
-/// many more as make the same number of tokens.
+/// The windows of each text and length, with the text's name. `--windows` counts windows of the greatest length; the number
+/// of shorter ones gives the same number of tokens.
 fn windows(args: &EvalArgs, reference: &Checkpoint, output: &OutputArgs) -> Result<Vec<(String, Windows)>> {
     let tokenizer = Tokenizer::open(reference.dir())?;
     let longest = args.seq_len.iter().copied().max().unwrap_or_default();

@@ -13,23 +13,23 @@ use gptq::gate::{self, Figures, Judgement, Thresholds, Verdict};
 
 use super::{args::OutputArgs, terminal};
 
-/// GitHub Actions names a file here whose Markdown it shows on the job's page.
+/// The variable in which GitHub Actions names a file of Markdown for the job's page.
 const STEP_SUMMARY: &str = "GITHUB_STEP_SUMMARY";
 
 #[derive(Debug, Args)]
 pub(super) struct GateArgs {
     /// Folder of a run, with run.json and the branches; or a run.json by itself
     pub(super) run: PathBuf,
-    /// The figures of a run that was good; made by --update
+    /// The figures of a good run; written by --update
     #[arg(long, value_name = "FILE")]
     pub(super) baseline: PathBuf,
-    /// What is let pass, as TOML: docs/ci.md has the keys and their defaults
+    /// Limits in TOML: docs/ci.md has the keys and their defaults
     #[arg(long, value_name = "FILE")]
     pub(super) thresholds: Option<PathBuf>,
     /// Make this run the baseline, if it passes against fp16
     #[arg(long)]
     pub(super) update: bool,
-    /// How to print what was found; --json is --format json [default: text]
+    /// Format of the result; --json is --format json [default: text]
     #[arg(long, value_name = "FORMAT", conflicts_with = "json")]
     pub(super) format: Option<GateFormat>,
 }
@@ -63,7 +63,7 @@ pub(super) fn run(args: &GateArgs, output: &OutputArgs) -> Result<bool> {
     Ok(judgement.verdict() == Verdict::Pass)
 }
 
-/// Makes the run the baseline, if it passes by itself. What it would have failed for against the old one is noted.
+/// Makes the run the baseline, if it passes by itself. Breaches against the old baseline become notes.
 fn update(run: &Figures, path: &Path, thresholds: &Thresholds) -> Result<Judgement> {
     let mut judgement = gate::judge_alone(run, thresholds);
     if judgement.verdict() != Verdict::Pass {
@@ -96,7 +96,7 @@ fn print(judgement: &Judgement, args: &GateArgs, output: &OutputArgs) -> Result<
     }
 }
 
-/// Steps before this one may have written there too.
+/// Appends, because earlier steps may have written to the file.
 fn append(path: &Path, text: &str) -> Result<()> {
     let file = OpenOptions::new().create(true).append(true).open(path);
     file.and_then(|mut file| file.write_all(text.as_bytes()))

@@ -39,7 +39,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
             seed: args.seed,
         },
     };
-    // Only once the first piece is there, so that an error stands alone.
+    // The prompt is printed with the first piece, so that an error stands alone.
     let (mut begun, mut printed) = (false, Ok(()));
     let mut piece = |piece: &str| {
         if output.json.is_none() && printed.is_ok() {

@@ -1,4 +1,4 @@
-//! Models and datasets that are named by their repository on the Hub, and what the environment says about it.
+//! Models that are named by their repository on the Hub, and the environment's settings of the Hub and of caches.
 
 use std::{
     env, fs,
@@ -13,29 +13,32 @@ use gptq::{
     report::{ModelReport, ModelSource},
 };
 
-use super::{args::OutputArgs, terminal::Terminal};
+use super::{
+    args::{CacheArgs, OutputArgs},
+    terminal::Terminal,
+};
 
-/// A model's folder, wherever it came from.
+/// A model's folder, local or fetched.
 pub(super) struct Model {
     pub(super) folder: PathBuf,
     fetched: Option<(Reference, Snapshot)>,
 }
 
 impl Model {
-    /// What to call it in tables.
+    /// Its name in tables.
     pub(super) fn label(&self) -> String {
-        if let Some((reference, _)) = &self.fetched {
-            return reference.label();
+        match &self.fetched {
+            Some((reference, _)) => reference.label(),
+            None => folder_name(&self.folder),
         }
-        folder_name(&self.folder)
     }
 
-    /// Whether its folder is the Hub's cache, where nothing else belongs.
+    /// Whether its folder is in the Hub's cache, where figures must not be written.
     pub(super) fn is_fetched(&self) -> bool {
         self.fetched.is_some()
     }
 
-    /// Adds to a report where the model comes from.
+    /// Adds the repository and the commit of a fetched model to a report.
     pub(super) fn sign(&self, report: &mut ModelReport) {
         if let Some((reference, snapshot)) = &self.fetched {
             report.name = reference.name().to_owned();
@@ -48,13 +51,13 @@ impl Model {
     }
 }
 
-/// The folder that was named, or else the repository, fetched.
+/// The given folder, or else the given repository, fetched.
 pub(super) fn model(given: &Path, output: &OutputArgs) -> Result<Model> {
     let local = || Model { folder: given.to_owned(), fetched: None };
     if given.exists() || given.starts_with(".") || given.starts_with("..") {
         return Ok(local());
     }
-    // What cannot be a repository is a folder that is missing, and its error says so.
+    // What cannot be a repository is a missing folder, and opening it gives the error.
     let Some(reference) = given.to_str().and_then(|text| text.parse::<Reference>().ok()) else {
         return Ok(local());
     };
@@ -63,7 +66,7 @@ pub(super) fn model(given: &Path, output: &OutputArgs) -> Result<Model> {
     Ok(Model { folder: snapshot.folder.clone(), fetched: Some((reference, snapshot)) })
 }
 
-/// How the Hub is reached, from the variables that all of Hugging Face's tools read.
+/// The Hub's settings, from the variables that all of Hugging Face's tools read.
 pub(super) fn settings() -> Settings {
     let mut settings = Settings::new(cache());
     if let Some(endpoint) = text("HF_ENDPOINT") {
@@ -77,7 +80,7 @@ pub(super) fn settings() -> Settings {
     settings
 }
 
-/// The `hub` folder of the Hugging Face cache, where it would be on this machine.
+/// The `hub` folder of the Hugging Face cache, whether it exists or not.
 pub(super) fn cache() -> PathBuf {
     let named = ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"].iter().find_map(env::var_os);
     named.map_or_else(|| home().join("hub"), PathBuf::from)
@@ -89,6 +92,20 @@ fn home() -> PathBuf {
         .or_else(|| below("XDG_CACHE_HOME", "huggingface"))
         .or_else(|| env::home_dir().map(|home| home.join(".cache/huggingface")))
         .unwrap_or_else(|| PathBuf::from(".cache/huggingface"))
+}
+
+impl CacheArgs {
+    /// The folder for predictions: the one given, else the usual one of this machine; none with `--no-cache`.
+    pub(super) fn dir(&self) -> Option<PathBuf> {
+        if self.no_cache {
+            return None;
+        }
+        let usual = || {
+            let named = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
+            Some(named.or_else(|| Some(env::home_dir()?.join(".cache")))?.join("gptq"))
+        };
+        self.cache_dir.clone().or_else(usual)
+    }
 }
 
 fn token() -> Option<Token> {

@@ -16,13 +16,13 @@ use super::{
     hub, terminal,
 };
 
-/// What a folder holds.
+/// A checkpoint's architecture, format and tensors.
 #[derive(Serialize)]
 struct Inspection {
     architecture: String,
     layers: usize,
     hidden_size: usize,
-    /// Of one expert, where there are experts.
+    /// That of one expert, if there are experts.
     intermediate_size: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     experts: Option<usize>,
@@ -45,7 +45,7 @@ struct Quantized {
     checkpoint_format: &'static str,
     /// Of the quantized linears, with scales, zeros and group indices.
     bits_per_weight: f64,
-    /// Who takes it, and who does not and why.
+    /// The readers, with the reason if one refuses it.
     readers: Vec<gptq::report::ReaderReport>,
 }
 
@@ -60,21 +60,14 @@ struct TensorLine {
 pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
     let inspection = inspect(&checkpoint, args.tensors)?;
-    if output.json.is_some() {
-        terminal::json(&inspection)?;
-    } else {
-        terminal::result(&text(&inspection))?;
-    }
+    terminal::answer(output, &inspection, || text(&inspection))?;
     Ok(true)
 }
 
 fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
     let config = checkpoint.config();
     let first = &config.layers[0];
-    let quantization = match checkpoint.quantization_mark() {
-        Some(_) => Some(quantized(checkpoint)?),
-        None => None,
-    };
+    let quantization = checkpoint.quantization_mark().map(|_| quantized(checkpoint)).transpose()?;
     let mut lines = Vec::new();
     if tensors {
         for name in checkpoint.names() {

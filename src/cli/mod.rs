@@ -1,11 +1,6 @@
-//! The command line: arguments, terminal, and one module a command.
+//! The command line: arguments, terminal, and one module for each command.
 
-mod accuracy_args;
 mod args;
-mod bench;
-mod bench_cuda;
-mod bench_cuda_matmul;
-mod cache;
 mod card;
 mod command;
 mod compute;
@@ -50,7 +45,6 @@ pub(crate) fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Card(args) => card::run(args, &cli.output),
         Command::Publish(args) => publish::run(args, &cli.output),
-        Command::Bench(args) => bench::run(args, &cli.output),
         Command::Demo(args) => demo::run(args, &cli.output),
     };
     match result {

@@ -31,16 +31,16 @@ pub(super) struct PublishArgs {
     /// Only this branch; repeatable [default: all]
     #[arg(long = "branch", value_name = "BRANCH")]
     branches: Vec<String>,
-    /// A repository that is made on the Hub is private
+    /// Make a new repository on the Hub private
     #[arg(long)]
     private: bool,
-    /// Say what would be sent, and send nothing
+    /// List what would be sent, and send nothing
     #[arg(long)]
     dry_run: bool,
-    /// On a git remote: begin the branches anew and throw away their history there
+    /// On a git remote: start the branches again and discard their history there
     #[arg(long)]
     force: bool,
-    /// Name of a gated source's licence that you keep to; repeatable
+    /// Name of a gated source's licence that you accept; repeatable
     #[arg(long, value_name = "LICENCE")]
     accept_license: Vec<String>,
     #[command(flatten)]
@@ -80,7 +80,7 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
     let settings = hub::settings();
     let repository = match &args.to {
         Place::Hub(reference) => Address::Hub(reference.clone()),
-        // A branch on the Hub is on the Hub, whichever way it got there.
+        // A repository on the Hub may be given by its git address.
         Place::Git(place) => match place.strip_prefix(&format!("{}/", settings.endpoint)).map(Address::new) {
             Some(on_hub @ Address::Hub(_)) => on_hub,
             _ => Address::Git(place.clone()),
@@ -91,7 +91,7 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
     let terminal = Terminal::new(output);
     for branch in &branches {
         let folder = args.run.join(&branch.name);
-        // What is damaged is not published.
+        // A damaged branch is not published.
         verify::written(&folder)?;
         if folder.join(CARD_FILE).exists() {
             terminal::note(
@@ -108,11 +108,7 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
         Place::Git(remote) => publish::to_git(remote, &args.run, &branches, &options, &settings, &terminal)?,
     };
     drop(terminal);
-    if output.json.is_some() {
-        terminal::json(&outcomes)?;
-    } else {
-        terminal::result(&table(&outcomes, args.dry_run))?;
-    }
+    terminal::answer(output, &outcomes, || table(&outcomes, args.dry_run))?;
     Ok(true)
 }
 

@@ -49,7 +49,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         Ok(CalibrationText { tokens, provenance: corpus.provenance() })
     };
     let texts = corpora.iter().map(text).collect::<gptq::Result<Vec<_>>>()?;
-    // Text that cannot be evaluated on should be known now, not after the night.
+    // A text that cannot be evaluated on is an error before the run, not after it.
     let windows = |source: &CorpusSource| {
         let corpus = load(source)?;
         let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
@@ -72,7 +72,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     model.sign(&mut finished.report.model);
     card::keep_source_card(&model.folder, &args.out)?;
     if !evaluation_texts.is_empty() {
-        // Where the run was; in what the kernels there multiply packed weights with.
+        // On the run's device, in the data type of the packed kernels there.
         let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
         let (out, cache) = (&args.out, args.cache.dir());
         let report = &mut finished.report;
@@ -92,16 +92,15 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     Ok(true)
 }
 
-/// Tells that an error did not cost what was done before.
+/// Prints how many layers an interrupted run keeps.
 fn say_what_is_kept(error: &gptq::Error, place: &Place<'_>, output: &OutputArgs) {
     use gptq::Error as E;
     let own = !matches!(error, E::Journal(_) | E::OutputExists { .. });
     if let Some(begun) = pipeline::begun(place).filter(|_| own) {
         let pipeline::Begun { layers, total_layers } = begun;
         let out = place.out.display();
-        let text = format!(
-            "{layers} of {total_layers} layers are kept in {out}: the same command goes on from there"
-        );
+        let text =
+            format!("{layers} of {total_layers} layers are kept in {out}: the same command resumes there");
         terminal::note(output, &text);
     }
 }
@@ -128,7 +127,7 @@ pub(super) fn evaluate_branches(
     eval::evaluate(reference, &candidates, windows, dataset, compute, cache, progress)
 }
 
-/// Windows of the run's own length, and as many tokens in short ones: what a model does with little to go by.
+/// Windows of the run's own length, and short ones with as many tokens, which measure the model with little context.
 pub(super) fn evaluation_windows(
     tokens: &Tokens<'_>,
     seq_len: usize,
@@ -164,7 +163,7 @@ pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<
     Ok(())
 }
 
-/// The plan file, if any, with the flags over it.
+/// The plan file, if any, with the flags applied.
 fn plan(args: &QuantizeArgs) -> Result<Plan> {
     let mut plan = match &args.plan {
         Some(path) => Plan::read(path)?,
@@ -182,18 +181,27 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.seq_len, args.seq_len);
     set(&mut plan.seed, args.seed);
     set(&mut plan.damp, args.damp);
-    args.accuracy.apply(&mut plan);
+    set(&mut plan.quality, args.quality);
+    let signed = args.signed_scales.then_some(true).or(args.unsigned_scales.then_some(false));
+    plan.signed_scales = signed.or(plan.signed_scales);
+    plan.scale_search = args.scale_search.or(plan.scale_search);
+    plan.act_group_aware = args.act_group_aware.or(plan.act_group_aware);
+    plan.asymmetric = args.asymmetric.or(plan.asymmetric);
+    plan.output_hessian = args.output_hessian.or(plan.output_hessian);
+    plan.rotate = args.rotate.or(plan.rotate);
+    plan.equalize = args.equalize.or(plan.equalize);
+    plan.shrinkage = args.shrinkage.or(plan.shrinkage);
     set(&mut plan.on_failure, args.on_failure);
     set(&mut plan.compute_dtype, args.compute_dtype);
     set(&mut plan.device, args.device.clone());
     set(&mut plan.max_shard_size, args.max_shard_size);
-    set(&mut plan.max_memory, args.max_memory.map(Some));
-    set(&mut plan.max_device_memory, args.max_device_memory.map(Some));
-    set(&mut plan.split, args.places.split.clone().map(Some));
-    set(&mut plan.text_column, args.places.text_column.clone().map(Some));
+    plan.max_memory = args.max_memory.or(plan.max_memory);
+    plan.max_device_memory = args.max_device_memory.or(plan.max_device_memory);
+    plan.split = args.places.split.clone().or(plan.split);
+    plan.text_column = args.places.text_column.clone().or(plan.text_column);
     if args.set.is_some() || !args.variants.is_empty() {
-        plan.variants = args.set.map_or_else(Vec::new, |set| VariantSet::from(set).variants());
-        // What a set holds already need not be a mistake; a variant given twice is, and the plan's check says so.
+        plan.variants = args.set.map_or_else(Vec::new, VariantSet::variants);
+        // A variant that a set holds already is skipped; one that is given twice is an error of the plan's check.
         let extra =
             args.variants.iter().filter(|variant| args.set.is_none() || !plan.variants.contains(variant));
         let extra: Vec<Variant> = extra.copied().collect();
@@ -203,19 +211,15 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     Ok(plan)
 }
 
-/// The places to look, without the split and column that the calibration text was asked for by.
-fn anywhere(options: &SourceOptions) -> SourceOptions {
-    SourceOptions { roots: options.roots.clone(), split: None, text_column: None }
-}
-
-/// What to evaluate on: what was asked for, else what the recipes name, as far as it can be had.
+/// The texts to evaluate on: those of `--eval`, else those that the recipes name and that can be found or fetched.
 fn evaluation_sources(
     args: &QuantizeArgs,
     calibration: &[CorpusSource],
     options: &SourceOptions,
     output: &OutputArgs,
 ) -> Result<Vec<CorpusSource>> {
-    let options = anywhere(options);
+    // Split and column are those of the calibration text.
+    let options = SourceOptions { roots: options.roots.clone(), split: None, text_column: None };
     if args.no_eval {
         return Ok(Vec::new());
     }

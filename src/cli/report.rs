@@ -49,7 +49,7 @@ pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
     Ok(true)
 }
 
-/// A run's folder or its report, with what was measured of its branches afterwards.
+/// A run from its folder or report, with the figures in its branches' folders.
 fn read_run(run: &Path) -> gptq::Result<RunInput> {
     let path = inside(run, REPORT_FILE);
     let report = Report::read(&path)?;
@@ -58,7 +58,7 @@ fn read_run(run: &Path) -> gptq::Result<RunInput> {
     Ok(RunInput { name: folder_name(dir), report, measured })
 }
 
-/// A quantized folder, or its figures; without figures, what the checkpoint says of itself.
+/// A quantized folder or its figures; without figures, only the description of the checkpoint.
 fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluations> {
     let figures = inside(path, EVALUATION_FILE);
     if figures.exists() || !path.is_dir() {

@@ -1,4 +1,4 @@
-//! Ctrl-C and `kill`: the first asks a run to stop where it can be gone on with, the second stops at once.
+//! Ctrl-C and `kill`: the first stops a run where it can be resumed, the second stops it at once.
 
 use std::{
     sync::{Arc, atomic::AtomicBool},

@@ -1,4 +1,4 @@
-//! The only place that prints. Results go to standard output, all else to standard error.
+//! All printing: results to standard output, everything else to standard error.
 
 #![expect(clippy::print_stderr, reason = "this is where printing is done")]
 
@@ -16,11 +16,11 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::args::OutputArgs;
 
-/// Prints an error with its chain, and what can be done about it.
+/// Prints an error with its chain, and its hint.
 pub(super) fn error(error: &anyhow::Error) {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
-        // The library's errors name their causes themselves.
+        // Messages of the library's errors contain those of their causes.
         if !text.contains(&cause) {
             text = format!("{text}: {cause}");
         }
@@ -42,7 +42,16 @@ pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     result(&serde_json::to_string_pretty(value)?)
 }
 
-/// Prints a piece of a result at once. Whoever reads it may stop reading before its end.
+/// Prints a result as JSON with `--json`, else as text.
+pub(super) fn answer(
+    output: &OutputArgs,
+    value: &impl serde::Serialize,
+    text: impl FnOnce() -> String,
+) -> anyhow::Result<()> {
+    if output.json.is_some() { json(value) } else { result(&text()) }
+}
+
+/// Prints a piece of a result at once. A reader that closes the pipe before the end is no error.
 pub(super) fn piece(text: &str) -> anyhow::Result<()> {
     let mut out = std::io::stdout();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
@@ -63,7 +72,7 @@ pub(super) fn note(output: &OutputArgs, text: &str) {
     }
 }
 
-/// Draws progress: bars on a terminal, else a line a layer.
+/// Shows progress: bars on a terminal, else one line for each layer.
 pub(super) struct Terminal {
     verbose: bool,
     quiet: bool,
@@ -73,9 +82,9 @@ pub(super) struct Terminal {
 
 #[derive(Default)]
 struct State {
-    /// All layers.
+    /// The bar of all layers.
     overall: Option<ProgressBar>,
-    /// The current phase.
+    /// The bar of the current phase.
     phase: Option<ProgressBar>,
     phase_name: String,
 }
@@ -97,11 +106,39 @@ impl Terminal {
 
     fn line(&self, text: &str) {
         match &self.bars {
-            // A bar that is being drawn must not be torn by a line.
+            // Printing through the bars keeps the line from breaking a bar.
             Some(bars) => {
                 let _ = bars.println(text);
             }
             None => eprintln!("{text}"),
+        }
+    }
+
+    fn layer(&self, done: usize, total: usize, seconds: f64, memory: u64) {
+        let Some(bars) = &self.bars else {
+            if done > 0 && !self.quiet {
+                let rest = match (total - done) as f64 * seconds {
+                    rest if rest < 60.0 => String::new(),
+                    rest => format!(", about {} more", duration(rest)),
+                };
+                self.line(&format!("layer {done}/{total}: {seconds:.1} s, {} in use{rest}", bytes(memory)));
+            }
+            return;
+        };
+        let mut state = self.state();
+        let overall = state.overall.get_or_insert_with(|| {
+            bars.insert(
+                0,
+                bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone, {eta} left, {msg}"),
+            )
+        });
+        overall.set_position(done as u64);
+        overall.set_message(format!("{} in use", bytes(memory)));
+        if done == total {
+            overall.finish_and_clear();
+            if !self.quiet {
+                let _ = bars.println(format!("{total} layers in {:.1} s", overall.elapsed().as_secs_f64()));
+            }
         }
     }
 }
@@ -139,36 +176,6 @@ impl Progress for Terminal {
             }
             Event::Layer { done, total, seconds, memory } => self.layer(*done, *total, *seconds, *memory),
             _ => {}
-        }
-    }
-}
-
-impl Terminal {
-    fn layer(&self, done: usize, total: usize, seconds: f64, memory: u64) {
-        let Some(bars) = &self.bars else {
-            if done > 0 && !self.quiet {
-                let rest = match (total - done) as f64 * seconds {
-                    rest if rest < 60.0 => String::new(),
-                    rest => format!(", about {} more", duration(rest)),
-                };
-                self.line(&format!("layer {done}/{total}: {seconds:.1} s, {} in use{rest}", bytes(memory)));
-            }
-            return;
-        };
-        let mut state = self.state();
-        let overall = state.overall.get_or_insert_with(|| {
-            bars.insert(
-                0,
-                bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone, {eta} left, {msg}"),
-            )
-        });
-        overall.set_position(done as u64);
-        overall.set_message(format!("{} in use", bytes(memory)));
-        if done == total {
-            overall.finish_and_clear();
-            if !self.quiet {
-                let _ = bars.println(format!("{total} layers in {:.1} s", overall.elapsed().as_secs_f64()));
-            }
         }
     }
 }

@@ -6,26 +6,24 @@ use anyhow::{Result, bail};
 use gptq::{
     calibration::Corpus,
     checkpoint::Checkpoint,
-    device,
     verify::{self, KernelOptions, ScaleSigns, Verification},
 };
-
 use tch::Device;
 
 use super::{
     args::{OutputArgs, VerifyArgs},
-    datasets, demo, hub,
+    compute, datasets, demo, hub,
     terminal::{self, Terminal},
 };
 
-/// Findings shown; a broken file can have thousands.
+/// Findings printed; a broken file can have thousands.
 const SHOWN: usize = 20;
 
 pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     let folder = hub::model(&args.dir, output)?.folder;
     let against = args.against.as_ref().map(|dir| hub::model(dir, output)).transpose()?;
     let against = against.map(|model| Checkpoint::open(&model.folder)).transpose()?;
-    if args.device.is_none() && args.text.dataset.is_some() {
+    if args.device.is_none() && args.dataset.is_some() {
         bail!("--dataset is the text for --device, which is not given");
     }
     let kernel = args.device.as_ref().map(|device| kernel(args, device, &folder, output)).transpose()?;
@@ -36,26 +34,21 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     let terminal = Terminal::new(output);
     let verification = verify::verify(&folder, against.as_ref(), options.as_ref(), &terminal)?;
     drop(terminal);
-    if output.json.is_some() {
-        terminal::json(&verification)?;
-    } else {
-        terminal::result(&text(&verification, output.verbose))?;
-    }
+    terminal::answer(output, &verification, || text(&verification, output.verbose))?;
     Ok(verification.passed())
 }
 
 /// What to run the linears on: device and text.
 fn kernel(args: &VerifyArgs, device: &str, model: &Path, output: &OutputArgs) -> Result<(Device, Corpus)> {
-    let choice = device::resolve(device)?;
-    choice.note.iter().for_each(|note| terminal::note(output, note));
-    let corpus = match &args.text.dataset {
+    let device = compute::device(device, output)?;
+    let corpus = match &args.dataset {
         Some(name) => {
-            let source = datasets::resolve(name, &datasets::options(&args.text.places), output)?;
+            let source = datasets::resolve(name, &datasets::options(&args.places), output)?;
             datasets::load(&source, model)?
         }
         None => demo::calibration_text()?,
     };
-    Ok((choice.device, corpus))
+    Ok((device, corpus))
 }
 
 fn text(verification: &Verification, verbose: bool) -> String {

@@ -1,9 +1,11 @@
 //! What the user can do about an error.
 
+use std::path::Path;
+
 use super::Error;
 
 impl Error {
-    /// What the user can do about it, where there is something.
+    /// What the user can do about it, if anything.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Hub(error) => return error.hint(),
@@ -15,16 +17,10 @@ impl Error {
                 ),
                 false => "is the config that of another model? It must describe every tensor of a layer".into(),
             },
-            Self::PytorchFile { path, .. } => format!(
-                "convert the model: python -c \"from transformers import AutoModelForCausalLM as M; \
-                 M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
-                path.parent().unwrap_or(path).display()
-            ),
-            Self::WeightsFormat { path, .. } => format!(
-                "convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
-                 M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
-                path.display()
-            ),
+            Self::PytorchFile { path, .. } => {
+                format!("convert the model: {}", to_safetensors(path.parent().unwrap_or(path)))
+            }
+            Self::WeightsFormat { path, .. } => format!("convert it: {}", to_safetensors(path)),
             Self::CheckpointKind { path, found, .. } if found.contains("`fp8`") => format!(
                 "make it bf16 first: python -c \"from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; \
                  M.from_pretrained('{0}', dtype='bfloat16', quantization_config=C(dequantize=True)).save_pretrained('{0}-bf16')\"",
@@ -67,10 +63,8 @@ impl Error {
             _ => return None,
         })
     }
-}
 
-impl Error {
-    /// Whether a device has too little memory for an operation, which smaller operations might still fit.
+    /// Whether a device has too little memory for an operation; smaller operations may still fit.
     pub fn is_out_of_device_memory(&self) -> bool {
         match self {
             Self::Torch { source, .. } => source.to_string().contains("CUDA out of memory"),
@@ -78,6 +72,15 @@ impl Error {
             _ => false,
         }
     }
+}
+
+/// The command that converts the weights of a folder.
+fn to_safetensors(folder: &Path) -> String {
+    format!(
+        "python -c \"from transformers import AutoModelForCausalLM as M; \
+         M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
+        folder.display()
+    )
 }
 
 fn is_out_of_memory(error: &tch::TchError) -> bool {

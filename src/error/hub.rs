@@ -249,7 +249,7 @@ impl HubError {
                 "wait a while and start again: what has come is kept; a token (HF_TOKEN) allows more requests"
                     .into()
             }
-            Self::Cut { .. } => "start again: it goes on where it stopped".into(),
+            Self::Cut { .. } => "start again: it resumes where it stopped".into(),
             Self::Content { .. } => {
                 "start again; if it stays, the file on the Hub or something on the way to it is damaged"
                     .into()

@@ -1,33 +1,28 @@
-//! The library's one error type: every variant names the thing, what was expected and what was found.
+//! The library's error type: every variant names the thing, what was expected and what was found.
 
 mod hint;
 mod hub;
-mod journal;
-mod make;
-mod numerical;
-mod report;
-mod resource;
-mod torch;
+mod run;
 
-use std::path::PathBuf;
+use std::{
+    fmt::Display,
+    path::{Path, PathBuf},
+};
 
 pub use hub::HubError;
-pub use journal::JournalError;
-pub use make::Result;
-pub(crate) use make::{quoted, toml_error};
-pub use numerical::NumericalError;
-pub use report::ReportError;
-pub use resource::ResourceError;
-pub use torch::TorchContext;
+pub use run::{JournalError, NumericalError, ReportError, ResourceError};
 
-/// Everything that can go wrong in the library.
+/// The library's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of the library.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The Hub or a git remote.
     #[error(transparent)]
     Hub(#[from] HubError),
-    /// A file or folder could not be used.
+    /// An operation on a file or folder failed.
     #[error("cannot {action} `{}`: {source}", path.display())]
     Io {
         /// What was tried: `read`, `create`, `write`, …
@@ -53,7 +48,7 @@ pub enum Error {
         /// Line, column and reason.
         message: String,
     },
-    /// A plan or recipe holds a key nobody reads.
+    /// A plan or recipe holds an unknown key.
     #[error("unknown key `{key}` in `{}`", path.display())]
     UnknownKey {
         /// The file.
@@ -80,7 +75,7 @@ pub enum Error {
         path: PathBuf,
         /// The architecture it names.
         found: String,
-        /// The ones that can be read.
+        /// The supported architectures.
         supported: String,
     },
     /// A key of `config.json` is missing or cannot be used.
@@ -103,7 +98,7 @@ pub enum Error {
         /// The file that was looked for.
         missing: String,
     },
-    /// Only weights in a format that is not read were found.
+    /// The folder has weights, but none in safetensors format.
     #[error("`{}` has only `{found}`; safetensors weights are needed", path.display())]
     WeightsFormat {
         /// The folder.
@@ -123,7 +118,7 @@ pub enum Error {
         /// What is wrong there.
         problem: &'static str,
     },
-    /// A tensor of a decoder layer that the config does not ask for, and that would change what the model computes.
+    /// A decoder layer has a tensor that is not in the config and would change what the model computes.
     #[error("tensor `{name}` of `{}` is not zero, and the config has no such tensor: the model would compute something else", path.display())]
     UndeclaredTensor {
         /// The tensor.
@@ -131,7 +126,7 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
-    /// A file of PyTorch's own format that cannot be read.
+    /// A PyTorch checkpoint cannot be read.
     #[error("`{}` cannot be read as a PyTorch checkpoint: {problem}", path.display())]
     PytorchFile {
         /// The file.
@@ -139,7 +134,7 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// A safetensors file is not whole or contradicts itself.
+    /// A safetensors file is cut short or contradicts itself.
     #[error("`{}` is not a whole safetensors file: {problem}", path.display())]
     Safetensors {
         /// The file.
@@ -147,12 +142,12 @@ pub enum Error {
         /// What is wrong, with numbers.
         problem: String,
     },
-    /// A link, or a name in a file, that points elsewhere on this machine.
+    /// A link, or a file name in an index, leads out of the model's folder.
     #[error("`{}` leads out of its folder, to `{}`", path.display(), target.display())]
     OutOfFolder {
         /// The file as it is named.
         path: PathBuf,
-        /// What it is.
+        /// The path it leads to.
         target: PathBuf,
     },
     /// A tensor the model needs is not in the checkpoint.
@@ -195,7 +190,7 @@ pub enum Error {
         /// What it was.
         found: String,
     },
-    /// A tensor was handed to the writer otherwise than planned.
+    /// A tensor given to the writer differs from the planned one.
     #[error("cannot write tensor `{name}`: {problem}")]
     TensorWrite {
         /// The tensor.
@@ -212,7 +207,7 @@ pub enum Error {
         count: u64,
         /// Of how many.
         total: u64,
-        /// Whether the model computed them, instead of a file holding them.
+        /// Whether the model computed them; otherwise a file holds them.
         computed: bool,
     },
     /// A weight that fp16 cannot hold.
@@ -239,7 +234,7 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// A chat template that is broken, or refuses a conversation.
+    /// A chat template is broken, or refuses a conversation.
     #[error("the chat template in `{file}` cannot be applied: {problem}")]
     ChatTemplate {
         /// The file that holds it.
@@ -247,7 +242,7 @@ pub enum Error {
         /// Its line, and the reason.
         problem: String,
     },
-    /// Conversations, and a model without a chat template.
+    /// Conversations need a chat template, and the model has none.
     #[error("{what} needs a chat template, and the model has none")]
     NoChatTemplate {
         /// The dataset or option that needs it.
@@ -291,7 +286,7 @@ pub enum Error {
         /// The columns that exist.
         found: String,
     },
-    /// The text column exists and holds nothing.
+    /// The text column is empty.
     #[error("column `{column}` of {dataset} holds no text in any of its {rows} rows")]
     EmptyColumn {
         /// The dataset.
@@ -335,7 +330,7 @@ pub enum Error {
         /// Rows of the embedding.
         vocab: usize,
     },
-    /// A linear that the format cannot hold.
+    /// A linear whose shape the format cannot hold.
     #[error("`{linear}`: {dimension} {size} is not a multiple of {multiple}, which {bits}-bit packing needs")]
     PackFactor {
         /// The linear.
@@ -359,7 +354,7 @@ pub enum Error {
         /// Input features.
         in_features: usize,
     },
-    /// Numbers that the method cannot deal with.
+    /// A stage or a linear cannot be solved numerically.
     #[error(transparent)]
     Numerical(#[from] NumericalError),
     /// The output exists already.
@@ -368,10 +363,10 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
     },
-    /// A run that was begun cannot be gone on with.
+    /// A begun run cannot be resumed.
     #[error(transparent)]
     Journal(#[from] JournalError),
-    /// The machine has too little of something.
+    /// The machine has too little disk space or memory.
     #[error(transparent)]
     Resource(#[from] ResourceError),
     /// Figures cannot be reported or compared.
@@ -400,7 +395,7 @@ pub enum Error {
     /// The user asked to stop.
     #[error("stopped as asked")]
     Interrupted,
-    /// A device that is not there.
+    /// A device cannot be used.
     #[error("device `{device}` cannot be used: {problem}")]
     Device {
         /// As given.
@@ -408,7 +403,7 @@ pub enum Error {
         /// Why.
         problem: String,
     },
-    /// The CUDA driver or its compiler refused something.
+    /// An operation of the CUDA driver or compiler failed.
     #[error("CUDA could not {action}: {problem}")]
     Cuda {
         /// What was tried.
@@ -416,8 +411,8 @@ pub enum Error {
         /// Its reason.
         problem: String,
     },
-    /// libtorch refused an operation.
-    #[error("libtorch could not {action}: {}", torch::without_backtrace(source))]
+    /// An operation of libtorch failed.
+    #[error("libtorch could not {action}: {}", without_backtrace(source))]
     Torch {
         /// What was tried.
         action: String,
@@ -425,3 +420,44 @@ pub enum Error {
         source: tch::TchError,
     },
 }
+
+impl Error {
+    /// An [`Error::Io`] for `path`, for `map_err`.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+/// `` `a`, `b` ``: names, for messages.
+pub(crate) fn quoted(names: impl IntoIterator<Item: Display>) -> String {
+    names.into_iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}
+
+/// An [`Error::Toml`] with the line and the parser's message, without its excerpt; `text` is what was parsed.
+pub(crate) fn toml_error(path: &Path, text: &str, error: &toml::de::Error) -> Error {
+    let line = error.span().map(|span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    let place = line.map_or_else(String::new, |line| format!("line {line}: "));
+    Error::Toml { path: path.into(), message: format!("{place}{}", error.message()) }
+}
+
+/// Adds what was tried to a libtorch error.
+pub trait TorchContext<T> {
+    /// `action` completes the sentence "libtorch could not …".
+    fn torch(self, action: &str) -> Result<T>;
+}
+
+impl<T> TorchContext<T> for std::result::Result<T, tch::TchError> {
+    fn torch(self, action: &str) -> Result<T> {
+        self.map_err(|source| Error::Torch { action: action.to_owned(), source })
+    }
+}
+
+/// The message without the C++ stack that libtorch appends.
+fn without_backtrace(error: &tch::TchError) -> String {
+    let text = error.to_string();
+    text.split("\nException raised from").next().unwrap_or_default().trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests;

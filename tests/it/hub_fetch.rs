@@ -260,7 +260,7 @@ fn a_transfer_goes_on_where_the_last_run_stopped() {
     place.server.fault(&large, Fault::CutAfter(0), 9);
     let error = place.fetch("some/llama").unwrap_err();
     assert!(matches!(error, Error::Hub(HubError::Cut { got: 2000, .. })), "{error}");
-    assert_eq!(error.hint().unwrap(), "start again: it goes on where it stopped");
+    assert_eq!(error.hint().unwrap(), "start again: it resumes where it stopped");
     place.server.clear_faults();
     place.server.take_seen();
     place.is_right(&place.fetch("some/llama").unwrap());

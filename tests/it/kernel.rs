@@ -121,11 +121,10 @@ fn a_device_that_is_not_there_is_named_by_every_command() {
     let lab = Lab::with_branch("4bit-32g");
     let (branch, model) = (text_of(&lab.branch()), text_of(&lab.model()));
     let text = text_of(&demo("evaluation.parquet"));
-    let commands: [&[&str]; 4] = [
+    let commands: [&[&str]; 3] = [
         &["verify", &branch],
         &["generate", &branch, "--prompt", "The"],
         &["eval", "--model", &model, "--quantized", &branch, "--dataset", &text, "--seq-len", "64"],
-        &["bench", "matmul"],
     ];
     for command in commands {
         let output = lab.run(&[command, &["--device", "cuda"]].concat());

@@ -116,7 +116,7 @@ fn a_signal_leaves_a_state_to_go_on_from_and_a_second_one_too() {
             assert_eq!(code, Some(2), "{said}");
             assert!(said.contains("error: stopped as asked"), "{said}");
             assert!(said.contains(" of 4 layers are kept in "), "{said}");
-            assert!(said.contains("the same command goes on from there"), "{said}");
+            assert!(said.contains("the same command resumes there"), "{said}");
         }
         let output = lab.run(&card(&lab, name, &[])).succeeds();
         assert!(output.stderr.contains("going on: "), "{}", output.stderr);

@@ -18,11 +18,11 @@
 //! | `golden` | our packing against bytes that other code made |
 //! | `kernel` | every linear of a branch through the matmul that runs it; every fault in one shows |
 //! | `models` | our forward pass against logits that transformers computed |
-//! | `bench` | where its result goes, and what it says without a device |
 //! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
 //! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
 //! | `gate` | its verdicts, forms and exit codes; ten ways to make a model worse, each seen; what must not fail |
 //! | `generate` | text from the demo model and its branches |
+//! | `help` | what `--help` says, of the program and of every command |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
 //! | `card` | the model card: what is on it, and what is not claimed |
 //! | `hub_fetch` | models and datasets from a Hub on loopback, with every fault of a network and a server |
@@ -41,7 +41,6 @@
 mod accuracy;
 mod bad_input;
 mod bad_settings;
-mod bench;
 mod card;
 mod chat;
 mod cuda_device;
@@ -55,6 +54,7 @@ mod fuzz_findings;
 mod gate;
 mod generate;
 mod golden;
+mod help;
 mod helpers;
 mod hub_cache;
 mod hub_datasets;

@@ -283,9 +283,9 @@ fn what_a_run_without_a_journal_left_needs_a_word() {
     fs::create_dir_all(&partial).unwrap();
     fs::write(partial.join("model.safetensors"), "half of it").unwrap();
     lab.quantize(&["--variant", "4bit-32g"]).fails_with(
-        "error: `[LAB]/out` cannot be gone on with: it holds a run that was begun, whose journal is not in \
-         `[LAB]/out/.journal.partial`\nhint: --restart throws what was begun away; if its journal lies elsewhere, name \
-         it with --journal-dir",
+        "error: `[LAB]/out` cannot be resumed: it holds a run that was begun, whose journal is not in \
+         `[LAB]/out/.journal.partial`\nhint: --restart discards what was begun; if its journal is in another folder, \
+         name that with --journal-dir",
     );
     lab.quantize(&["--variant", "4bit-32g", "--restart"]).succeeds();
     assert_eq!(entries(&lab.out()), ["gptq-4bit-32g-actorder_False", "run.json"]);

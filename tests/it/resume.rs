@@ -12,7 +12,7 @@ use gptq::{
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens},
     checkpoint::Checkpoint,
     pipeline::{self, Begun, CalibrationText, Place, Run},
-    plan::Plan,
+    plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
     report::Report,
 };
@@ -108,7 +108,7 @@ fn every_configuration_goes_on_to_the_same_bytes() {
         Plan { shared_hessian: true, ..all },
         Plan { max_shard_size: 1_000_000, ..plan(&["4bit-32g-act"]) },
         Plan { device: "cpu,cpu".into(), ..plan(&["4bit-32g", "4bit-32g-act"]) },
-        Plan { compute_dtype: "bf16".parse().unwrap(), ..plan(&["4bit-32g"]) },
+        Plan { compute_dtype: ComputeDtype::Bf16, ..plan(&["4bit-32g"]) },
         Plan { quality: Quality::Best, ..plan(&["4bit-32g", "2bit-64g-act"]) },
         Plan {
             quality: Quality::Best,
@@ -219,7 +219,7 @@ fn a_damaged_journal_is_named_and_never_used() {
 
     let error = corrupted(&lab, &from, "flipped", |out| flip_last_bit(&state(out))).to_string();
     assert!(
-        error.contains("state.json` cannot be gone on with: it is not what was written (checksum)"),
+        error.contains("state.json` cannot be resumed: it is not what was written (checksum)"),
         "{error}"
     );
     let error = corrupted(&lab, &from, "cut", |out| {
@@ -231,10 +231,7 @@ fn a_damaged_journal_is_named_and_never_used() {
     let error = corrupted(&lab, &from, "empty", |out| fs::write(state(out), "").unwrap()).to_string();
     assert!(error.contains("it is cut off"), "{error}");
     let error = corrupted(&lab, &from, "hidden", |out| flip_last_bit(&hidden(out))).to_string();
-    assert!(
-        error.contains("hidden-1-1` cannot be gone on with: window 5 is not what was written"),
-        "{error}"
-    );
+    assert!(error.contains("hidden-1-1` cannot be resumed: window 5 is not what was written"), "{error}");
     let error = corrupted(&lab, &from, "short", |out| {
         let bytes = fs::read(hidden(out)).unwrap();
         fs::write(hidden(out), &bytes[1..]).unwrap();
@@ -250,7 +247,7 @@ fn a_damaged_journal_is_named_and_never_used() {
     let error = corrupted(&lab, &from, "half", |out| {
         fs::copy(hidden(&other), hidden(out)).unwrap();
     });
-    assert!(error.to_string().contains("hidden-1-1` cannot be gone on with: window 0"), "{error}");
+    assert!(error.to_string().contains("hidden-1-1` cannot be resumed: window 0"), "{error}");
 
     // The branches are part of what is gone on with.
     let branch = ".gptq-3bit-64g-actorder_True.partial";

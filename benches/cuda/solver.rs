@@ -1,13 +1,10 @@
-//! `gptq bench solver --device cuda`: our solver against the same loop in libtorch's own operations, and its parts against
-//! what the device reaches at most.
+//! The solver against the same loop in libtorch's operations, and its parts against the device's limits.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, fmt, time::Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail};
 use gptq::{
-    checkpoint::write_file_atomically,
     cuda::Gpu,
-    device::Choice,
     gptq::{
         Hessian,
         solver::{CudaSolver, Factorized, Solved, Solver, TorchSolver, Weight},
@@ -18,23 +15,21 @@ use gptq::{
 use serde::Serialize;
 use tch::{Cuda, Device, Kind, Tensor};
 
-use super::{
-    args::{BenchArgs, BenchKind, OutputArgs},
-    terminal,
-};
+use super::Args;
 
 /// Batches of the Hessian's inputs, and tokens in each.
 const BATCHES: (i64, i64) = (4, 4096);
 const DAMP: f64 = 0.01;
 /// Columns of a panel where shared memory suffices.
 const PANEL: f64 = 256.0;
-/// Side of the fp32 product that is taken for the device's limit.
+/// Side of the fp32 product whose rate is the device's limit.
 const LARGE_PRODUCT: i64 = 8192;
-/// Bytes of the copy that is.
+/// Bytes of the copy whose rate is the device's limit.
 const LARGE_COPY: i64 = 1 << 30;
 
+/// Everything measured.
 #[derive(Serialize)]
-struct Report {
+pub(crate) struct Report {
     generated_by: &'static str,
     device: String,
     multiprocessors: u32,
@@ -44,7 +39,7 @@ struct Report {
     blocks: Vec<Block>,
 }
 
-/// What the device reaches, measured here.
+/// The device's limits, measured.
 #[derive(Serialize)]
 struct Limits {
     /// libtorch's fp32 product, FLOP/s.
@@ -60,7 +55,7 @@ struct Block {
     in_features: usize,
     cuda: Times,
     libtorch: Times,
-    /// How many times as long libtorch's loop takes, by the fastest solves.
+    /// Time of libtorch's loop over ours, by the fastest solves.
     ratio: f64,
     parts: Vec<Part>,
 }
@@ -72,26 +67,26 @@ struct Times {
     solve: Vec<f64>,
 }
 
-/// A part of our solver; waited for before and after, so that parts take a little more than the whole.
+/// A part of our solver, synchronized before and after, so that parts take a little more than the whole.
 #[derive(Serialize)]
 struct Part {
     part: &'static str,
     seconds: f64,
-    /// What it takes at the device's limits.
+    /// Time at the device's limits.
     floor_seconds: Option<f64>,
     /// The limit: operations or bytes.
     floor: String,
 }
 
-pub(super) fn run(args: &BenchArgs, output: &OutputArgs, choice: &Choice) -> Result<bool> {
-    ensure!(matches!(args.what, BenchKind::Solver), "`bench {:?}` measures the CPU only", args.what);
-    let Device::Cuda(index) = choice.device else { unreachable!("called for CUDA devices") };
-    let gpu = Gpu::of(choice.device)?;
+/// Measures the shape and its transpose.
+pub(crate) fn measure(args: &Args, device: Device) -> Result<Report> {
+    let Device::Cuda(index) = device else { bail!("expected a CUDA device, found {device:?}") };
+    let gpu = Gpu::of(device)?;
     let clock = Clock { index: index as i64, repeat: args.repeat.max(1) };
     let (n, k) = args.shape;
-    let limits = limits(choice.device, clock);
-    let blocks = [(n, k), (k, n)].map(|shape| block(shape, &args.variant, choice.device, clock, &limits));
-    let report = Report {
+    let limits = limits(device, clock)?;
+    let blocks = [(n, k), (k, n)].map(|shape| block(shape, &args.variant, device, clock, &limits));
+    Ok(Report {
         generated_by: GENERATED_BY,
         device: gpu.name.clone(),
         multiprocessors: gpu.multiprocessors,
@@ -99,48 +94,39 @@ pub(super) fn run(args: &BenchArgs, output: &OutputArgs, choice: &Choice) -> Res
         repeat: clock.repeat,
         limits,
         blocks: blocks.into_iter().collect::<Result<_>>()?,
-    };
-    if let Some(path) = &args.out {
-        write_file_atomically(path, format!("{}\n", serde_json::to_string_pretty(&report)?).as_bytes())?;
-    }
-    if output.json.is_some() {
-        terminal::json(&report)?;
-    } else {
-        print(&report)?;
-    }
-    Ok(true)
+    })
 }
 
-fn print(report: &Report) -> Result<()> {
-    let Limits { fp32, copy } = report.limits;
-    terminal::result(&format!(
-        "{}: fp32 products {:.1} TFLOP/s, copies {:.0} GB/s; {}, fastest of {}",
-        report.device,
-        fp32 / 1e12,
-        copy / 1e9,
-        report.variant,
-        report.repeat
-    ))?;
-    for block in &report.blocks {
-        terminal::result(&format!("[{}, {}]", block.out_features, block.in_features))?;
-        for (name, times) in [("cuda", &block.cuda), ("libtorch", &block.libtorch)] {
-            let [factorize, solve] = [&times.factorize, &times.solve].map(|t| fastest(t) * 1e3);
-            terminal::result(&format!("  {name:<20} factorize {factorize:>9.2} ms  solve {solve:>9.2} ms"))?;
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Limits { fp32, copy } = self.limits;
+        writeln!(
+            f,
+            "{}: fp32 products {:.1} TFLOP/s, copies {:.0} GB/s; {}, fastest of {}",
+            self.device,
+            fp32 / 1e12,
+            copy / 1e9,
+            self.variant,
+            self.repeat
+        )?;
+        for block in &self.blocks {
+            writeln!(f, "[{}, {}]", block.out_features, block.in_features)?;
+            for (name, times) in [("cuda", &block.cuda), ("libtorch", &block.libtorch)] {
+                let [factorize, solve] = [&times.factorize, &times.solve].map(|t| fastest(t) * 1e3);
+                writeln!(f, "  {name:<20} factorize {factorize:>9.2} ms  solve {solve:>9.2} ms")?;
+            }
+            writeln!(f, "  libtorch's loop takes {:.1} times as long", block.ratio)?;
+            for part in &block.parts {
+                write!(f, "  {:<20} {:>9.2} ms", part.part, part.seconds * 1e3)?;
+                if let Some(floor) = part.floor_seconds {
+                    let share = 100.0 * floor / part.seconds;
+                    write!(f, "  floor {:>8.2} ms ({share:.0}%)  {}", floor * 1e3, part.floor)?;
+                }
+                writeln!(f)?;
+            }
         }
-        terminal::result(&format!("  libtorch's loop takes {:.1} times as long", block.ratio))?;
-        for part in &block.parts {
-            let floor = part.floor_seconds.map_or(String::new(), |floor| {
-                format!(
-                    "  floor {:>8.2} ms ({:.0}%)  {}",
-                    floor * 1e3,
-                    100.0 * floor / part.seconds,
-                    part.floor
-                )
-            });
-            terminal::result(&format!("  {:<20} {:>9.2} ms{floor}", part.part, part.seconds * 1e3))?;
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 #[derive(Clone, Copy)]
@@ -150,7 +136,7 @@ struct Clock {
 }
 
 impl Clock {
-    /// Seconds until the device has done it.
+    /// Seconds of `work`, with the device synchronized before and after.
     fn time<T>(self, work: impl FnOnce() -> gptq::Result<T>) -> gptq::Result<(f64, T)> {
         Cuda::synchronize(self.index);
         let begun = Instant::now();
@@ -164,27 +150,23 @@ fn fastest(seconds: &[f64]) -> f64 {
     seconds.iter().copied().fold(f64::INFINITY, f64::min)
 }
 
-fn limits(device: Device, clock: Clock) -> Limits {
+fn limits(device: Device, clock: Clock) -> gptq::Result<Limits> {
     let matrix = Tensor::randn([LARGE_PRODUCT, LARGE_PRODUCT], (Kind::Float, device));
     let (source, mut target) = (
         Tensor::zeros([LARGE_COPY], (Kind::Uint8, device)),
         Tensor::zeros([LARGE_COPY], (Kind::Uint8, device)),
     );
-    let best = |work: &mut dyn FnMut()| {
-        let seconds: Vec<f64> = (0..clock.repeat.max(3))
-            .map(|_| {
-                Cuda::synchronize(clock.index);
-                let begun = Instant::now();
-                work();
-                Cuda::synchronize(clock.index);
-                begun.elapsed().as_secs_f64()
-            })
-            .collect();
-        fastest(&seconds)
+    let best = |work: &mut dyn FnMut()| -> gptq::Result<f64> {
+        let mut timed = || {
+            work();
+            Ok(())
+        };
+        let times = (0..clock.repeat.max(3)).map(|_| Ok(clock.time(&mut timed)?.0));
+        Ok(fastest(&times.collect::<gptq::Result<Vec<_>>>()?))
     };
-    let product = best(&mut || drop(matrix.mm(&matrix)));
-    let copy = best(&mut || target.copy_(&source));
-    Limits { fp32: 2.0 * (LARGE_PRODUCT as f64).powi(3) / product, copy: 2.0 * LARGE_COPY as f64 / copy }
+    let product = best(&mut || drop(matrix.mm(&matrix)))?;
+    let copy = best(&mut || target.copy_(&source))?;
+    Ok(Limits { fp32: 2.0 * (LARGE_PRODUCT as f64).powi(3) / product, copy: 2.0 * LARGE_COPY as f64 / copy })
 }
 
 fn block(
@@ -246,16 +228,16 @@ fn block(
     })
 }
 
-/// The least that a part can take, and why.
+/// The time of a part at the device's limits, and the work that takes it.
 fn floor(part: &str, (n, k): (f64, f64), variant: &Variant, limits: &Limits) -> (Option<f64>, String) {
     let products = |flop: f64| (Some(flop / limits.fp32), format!("{:.1} GFLOP", flop / 1e9));
     let bytes = |bytes: f64| (Some(bytes / limits.copy), format!("{:.0} MB", bytes / 1e6));
     let larger = |a: (Option<f64>, String), b: (Option<f64>, String)| if a.0 > b.0 { a } else { b };
     match part {
         "reorder and factor" => products(k * k * k / 3.0),
-        // Each column's differences times what is left of its row of Ũ.
+        // Each column's differences times the rest of its row of Ũ.
         "products" => products(n * k * k),
-        // Weights and residuals in, differences and codes out; each column's effect on those behind it in its panel.
+        // Weights and residuals in, differences and codes out; each column changes the later ones of its panel.
         "panels" => larger(bytes((3.0 * 4.0 + 1.0) * n * k), products(PANEL * n * k)),
         // fp16 in, fp32 out.
         "stack" => bytes((2.0 + 4.0) * n * k),

@@ -1,14 +1,14 @@
-//! `gptq bench matmul --device cuda`: the packed product against libtorch's dense one and against plain copies.
+//! The packed product against libtorch's dense one and against plain copies.
 //!
-//! Weights go round so that none is still in the second-level cache when its turn comes. Contenders take turns, each
-//! with a batch of launches between two synchronizations; the median batch counts. The time to enqueue a launch is
-//! kept too: where it is that of the launch itself, the host was measured.
+//! Launches cycle through several copies of the weights, so that no copy is still in the second-level cache. Contenders
+//! take turns, each with a batch of launches between two synchronizations; the median batch counts. The time to enqueue a
+//! launch is kept too: where it equals the time of the launch, the host was measured.
 
-use std::{path::Path, time::Instant};
+use std::{fmt, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use gptq::{
-    checkpoint::write_file_atomically,
+    error::TorchContext,
     kernels::{CudaMatmul, Workspace, repack},
     pack::PackedLinear,
     variant::{Order, Variant},
@@ -16,22 +16,18 @@ use gptq::{
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    args::{BenchArgs, OutputArgs},
-    bench::random_linear,
-    terminal,
-};
+use super::{Args, random};
 
 const TOKENS: [usize; 5] = [1, 16, 64, 256, 2048];
-/// What goes round is this many times the second-level cache.
+/// Size of all copies of the weights, in second-level caches.
 const CACHES: usize = 4;
-/// Of one batch, so that the synchronization at its end does not count.
+/// Time of one batch: long enough to make the synchronization at its end negligible.
 const BATCH_SECONDS: f64 = 0.01;
 const BATCH_LAUNCHES: std::ops::RangeInclusive<usize> = 10..=4000;
 
 /// Everything measured.
 #[derive(Serialize)]
-struct Measured {
+pub(crate) struct Measured {
     device: String,
     capability: (i32, i32),
     multiprocessors: u32,
@@ -47,9 +43,9 @@ struct Line {
     out_features: usize,
     in_features: usize,
     tokens: usize,
-    /// As the variant says, without act order.
+    /// The variant without act order.
     int4: Timing,
-    /// With act order.
+    /// The variant with act order.
     int4_act: Timing,
     /// libtorch's product of the same shape with fp16 weights.
     fp16: Timing,
@@ -57,30 +53,31 @@ struct Line {
     copy: Timing,
     /// Bytes that `int4` reads and writes: codes, parameters, x and y.
     bytes: usize,
-    /// Its bytes a second over the copy's.
+    /// Bytes a second of `int4` over those of the copy.
     share_of_copy: f64,
-    /// The dense product's time over its own.
+    /// Time of `fp16` over that of `int4`.
     against_fp16: f64,
-    /// What act order costs, as a part.
+    /// Relative extra time of act order.
     act_cost: f64,
 }
 
 /// Seconds of a launch.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Serialize)]
 struct Timing {
     median: f64,
     least: f64,
     most: f64,
-    /// Of the host, to enqueue one.
+    /// Time of the host to enqueue one launch.
     enqueue: f64,
-    /// Launches of a batch.
+    /// Launches in a batch.
     launches: usize,
 }
 
-/// Something to be timed; gets the number of the launch.
+/// A launch to be timed; its argument is the number of the launch.
 type Contender<'a> = Box<dyn Fn(usize) -> gptq::Result<()> + 'a>;
 
-pub(super) fn run(args: &BenchArgs, device: Device, output: &OutputArgs) -> Result<bool> {
+/// Measures the shape and its transpose.
+pub(crate) fn measure(args: &Args, device: Device) -> Result<Measured> {
     let workspace = Workspace::new(device)?;
     let gpu = workspace.gpu();
     let (n, k) = args.shape;
@@ -91,7 +88,7 @@ pub(super) fn run(args: &BenchArgs, device: Device, output: &OutputArgs) -> Resu
             lines.push(bench.line(tokens, args.repeat.max(3))?);
         }
     }
-    let measured = Measured {
+    Ok(Measured {
         device: gpu.name.clone(),
         capability: gpu.capability,
         multiprocessors: gpu.multiprocessors,
@@ -99,19 +96,10 @@ pub(super) fn run(args: &BenchArgs, device: Device, output: &OutputArgs) -> Resu
         variant: args.variant.to_string(),
         kind: "fp16",
         lines,
-    };
-    if let Some(path) = &args.out {
-        write(path, &measured)?;
-    }
-    if output.json.is_some() {
-        terminal::json(&measured)?;
-    } else {
-        terminal::result(&table(&measured))?;
-    }
-    Ok(true)
+    })
 }
 
-/// The weights of one shape, as often as they are needed.
+/// The copies of the weights of one shape.
 struct Bench<'a> {
     workspace: &'a Workspace,
     shape: (usize, usize),
@@ -129,7 +117,7 @@ impl<'a> Bench<'a> {
     ) -> Result<Self> {
         let copies = |bytes: usize| (CACHES * workspace.gpu().l2_cache).div_ceil(bytes) + 1;
         let packed = |order: Order| -> Result<Vec<CudaMatmul>> {
-            let packed = PackedLinear::new(&random_linear(shape, &Variant { order, ..*variant }));
+            let packed = PackedLinear::new(&random::linear(shape, &Variant { order, ..*variant }));
             let repacked = repack(&packed.view()).context("this variant has no CUDA kernel")?;
             let made =
                 (0..copies(repacked.bytes())).map(|_| CudaMatmul::new(&repacked, Kind::Half, workspace));
@@ -203,7 +191,7 @@ impl<'a> Bench<'a> {
         }))
     }
 
-    /// Seconds of so many launches, and of enqueuing them.
+    /// Seconds of a batch, and seconds to enqueue it.
     fn batch(&self, contender: &Contender<'_>, launches: usize) -> Result<(f64, f64)> {
         self.workspace.gpu().synchronize()?;
         let begun = Instant::now();
@@ -215,87 +203,38 @@ impl<'a> Bench<'a> {
 }
 
 fn dense(x: &Tensor, weight: &Tensor) -> gptq::Result<()> {
-    let multiplied = x.f_linear::<&Tensor>(weight, None);
-    multiplied.map(drop).map_err(|source| gptq::Error::Torch { action: "multiply".into(), source })
+    x.f_linear::<&Tensor>(weight, None).map(drop).torch("multiply")
 }
 
 fn copy(from: &Tensor, to: &Tensor) -> gptq::Result<()> {
-    let copied = to.shallow_clone().f_copy_(from);
-    copied.map_err(|source| gptq::Error::Torch { action: "copy".into(), source })
+    to.shallow_clone().f_copy_(from).torch("copy")
 }
 
-fn write(path: &Path, measured: &Measured) -> Result<()> {
-    let mut text = serde_json::to_vec_pretty(measured)?;
-    text.push(b'\n');
-    Ok(write_file_atomically(path, &text)?)
-}
-
-fn table(measured: &Measured) -> String {
-    let mut text = format!(
-        "{} on {}, weights not in the cache, medians\n{:>13} {:>6} {:>9} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8}\n",
-        measured.variant,
-        measured.device,
-        "N x K",
-        "tokens",
-        "int4 us",
-        "GB/s",
-        "of copy",
-        "TFLOP/s",
-        "fp16 us",
-        "x fp16",
-        "act"
-    );
-    for line in &measured.lines {
-        let flops = 2.0 * (line.tokens * line.out_features * line.in_features) as f64;
-        text += &format!(
-            "{:>13} {:>6} {:>9.1} {:>9.0} {:>7.0}% {:>9.1} {:>8.1} {:>8.2} {:>+7.1}%{}\n",
-            format!("{} x {}", line.out_features, line.in_features),
-            line.tokens,
-            line.int4.median * 1e6,
-            line.bytes as f64 / line.int4.median / 1e9,
-            100.0 * line.share_of_copy,
-            flops / line.int4.median / 1e12,
-            line.fp16.median * 1e6,
-            line.against_fp16,
-            100.0 * line.act_cost,
-            if line.int4.enqueue > 0.9 * line.int4.median { " (the host's time)" } else { "" }
-        );
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_table_says_what_was_measured() {
-        let timing =
-            |median: f64| Timing { median, least: median, most: median, enqueue: 1e-6, launches: 10 };
-        let line = Line {
-            out_features: 4096,
-            in_features: 11008,
-            tokens: 1,
-            int4: timing(1e-5),
-            int4_act: timing(1.05e-5),
-            fp16: timing(4e-5),
-            copy: timing(8e-6),
-            bytes: 24_000_000,
-            share_of_copy: 0.8,
-            against_fp16: 4.0,
-            act_cost: 0.05,
-        };
-        let measured = Measured {
-            device: "a GPU".into(),
-            capability: (9, 0),
-            multiprocessors: 132,
-            l2_cache_bytes: 1,
-            variant: "4bit-128g".into(),
-            kind: "fp16",
-            lines: vec![line],
-        };
-        let last = table(&measured).lines().last().map(str::to_owned);
-        let row = " 4096 x 11008      1      10.0      2400      80%       9.0     40.0     4.00    +5.0%";
-        assert_eq!(last.as_deref(), Some(row));
+impl fmt::Display for Measured {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} on {}, weights not in the cache, medians", self.variant, self.device)?;
+        writeln!(
+            f,
+            "{:>13} {:>6} {:>9} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8}",
+            "N x K", "tokens", "int4 us", "GB/s", "of copy", "TFLOP/s", "fp16 us", "x fp16", "act"
+        )?;
+        for line in &self.lines {
+            let flops = 2.0 * (line.tokens * line.out_features * line.in_features) as f64;
+            writeln!(
+                f,
+                "{:>13} {:>6} {:>9.1} {:>9.0} {:>7.0}% {:>9.1} {:>8.1} {:>8.2} {:>+7.1}%{}",
+                format!("{} x {}", line.out_features, line.in_features),
+                line.tokens,
+                line.int4.median * 1e6,
+                line.bytes as f64 / line.int4.median / 1e9,
+                100.0 * line.share_of_copy,
+                flops / line.int4.median / 1e12,
+                line.fp16.median * 1e6,
+                line.against_fp16,
+                100.0 * line.act_cost,
+                if line.int4.enqueue > 0.9 * line.int4.median { " (the host's time)" } else { "" }
+            )?;
+        }
+        Ok(())
     }
 }
