@@ -148,9 +148,6 @@ pub(super) struct Writer {
 
 impl Writer {
     /// Begins a file.
-    ///
-    /// # Errors
-    /// When the folder cannot be made or written to.
     pub(super) fn create(dir: &Path, key: &Key) -> Result<Self> {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let file = tempfile::Builder::new().prefix(".predictions-").tempfile_in(dir);
@@ -163,9 +160,6 @@ impl Writer {
     }
 
     /// Adds a window.
-    ///
-    /// # Errors
-    /// When the disk is full.
     pub(super) fn window(&mut self, predictions: &[Prediction]) -> Result<()> {
         self.content.clear();
         predictions.iter().for_each(|p| p.write(self.vocab, &mut self.content));
@@ -173,9 +167,6 @@ impl Writer {
     }
 
     /// Puts the file in its place; returns that and its size.
-    ///
-    /// # Errors
-    /// When it cannot be written.
     pub(super) fn finish(self) -> Result<(PathBuf, u64)> {
         let Self { file, path, .. } = self;
         let write = || -> std::io::Result<u64> {

@@ -1,5 +1,5 @@
-//! What the unquantized model predicts at one position, kept in little room, and what a quantized model's prediction is
-//! away from it.
+//! The unquantized model's prediction at one position in a compact form, and the divergence of a quantized model's prediction from
+//! it.
 //!
 //! Kept are the most likely tokens that together have all but [`TAIL`] of the probability, at most, each with its
 //! log-probability in steps of [`STEP`] nats; of the others only how many of 1 they have together. Over these (the tail counts
@@ -43,7 +43,7 @@ impl Prediction {
     pub(super) fn new(log_p: &[f32], target: usize) -> Self {
         let top = most_likely(log_p);
         let top_log_p = log_p[top];
-        // What is not a number lands in the first class and is found out by the mean.
+        // A NaN lands in the first class; the check of the mean finds it.
         let step = |l: f32| ((top_log_p - l) / STEP).round() as u16;
         let mut masses = [0.0; (u16::MAX as usize + 1) / CLASS];
         for &l in log_p {

@@ -1,8 +1,8 @@
 //! Every packed linear of a checkpoint through the matmul that runs it, against dequantize-and-multiply in fp64, on the
 //! model's own activations.
 //!
-//! The activations are those of the model's forward pass over a text, with the fp64 outputs going on from linear to
-//! linear, so that a fault in one is not carried into the others.
+//! The activations are those of the model's forward pass over a text. The fp64 outputs are the inputs of the next linear, so
+//! that a fault in one linear does not reach the others.
 
 use std::cell::RefCell;
 
@@ -74,8 +74,8 @@ impl KernelReport {
     }
 }
 
-/// Checks every packed linear. `seen` may change what the matmul gets, so that tests can show that a fault is seen; fp64
-/// keeps to what is on disk.
+/// Checks every packed linear. `seen` may change the tensors of the matmul, so that tests can show that a fault is found; fp64
+/// uses those on disk.
 ///
 /// # Errors
 /// When the text is too short, or the model cannot be run.
@@ -148,7 +148,7 @@ pub(super) fn findings(report: &KernelReport) -> impl Iterator<Item = Finding> {
     })
 }
 
-/// A linear whose outputs are compared with fp64, which then go on.
+/// A linear whose outputs are compared with fp64; it returns the fp64 outputs.
 struct Checked<'a> {
     id: LinearId,
     linear: Box<dyn Linear + 'a>,

@@ -1,4 +1,4 @@
-//! Reopens what is on disk and says what is wrong with it, how far it is from the source, and who can load it.
+//! Reopens what is on disk and reports what is wrong with it, how far it is from the source, and which software loads it.
 
 mod kernel;
 mod numeric;
@@ -43,11 +43,11 @@ pub struct Verification {
     pub checksums: bool,
     /// Whether scales are negative.
     pub scales: ScaleSigns,
-    /// Which software takes it.
+    /// Which software loads it.
     pub readers: Vec<ReaderReport>,
     /// Distance of every linear from the source, if that was given.
     pub distances: Vec<LinearDistance>,
-    /// How exact the matmul with packed weights is, if that was asked for and nothing else is wrong.
+    /// How exact the matmul with packed weights is, if that is checked and nothing else is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelReport>,
 }
