@@ -8,12 +8,12 @@ use std::{
 use tch::{Device, Kind};
 
 use super::{
+    memory::Limits,
     output_hessians::{GradientWindows, OutputHessians},
     stage_memory::MemoryWatch,
-    stage_solver::LinearStatistics,
     worker::RunContext,
     worker_group::{Sink, Task},
-    worker_pool::{Limits, WorkerPool},
+    worker_pool::WorkerPool,
 };
 use crate::{
     architectures::LinearId,
@@ -23,7 +23,7 @@ use crate::{
     gptq::solver::Solved,
     plan::{OnFailure, Plan},
     progress::Silent,
-    report::StageMemory,
+    report::{LinearReport, StageMemory},
     variant::Variant,
 };
 
@@ -50,14 +50,8 @@ type Taken = (LinearId, Vec<u8>);
 struct Kept(Vec<Taken>);
 
 impl Sink for Kept {
-    fn take(
-        &mut self,
-        _variant: usize,
-        id: LinearId,
-        linear: &Solved,
-        _statistics: LinearStatistics,
-    ) -> Result<()> {
-        self.0.push((id, linear.on_host()?.codes().to_vec()));
+    fn take(&mut self, _variant: usize, id: &LinearId, linear: &Solved, _report: LinearReport) -> Result<()> {
+        self.0.push((id.clone(), linear.on_host()?.codes().to_vec()));
         Ok(())
     }
 

@@ -46,9 +46,6 @@ impl Weights {
     }
 
     /// On a device. Copies from page-locked memory are not waited for.
-    ///
-    /// # Errors
-    /// When the device's memory ends.
     pub(super) fn on(&self, device: Device) -> Result<Self> {
         let on = |tensor: &Tensor| match device {
             Device::Cpu => Ok(tensor.shallow_clone()),

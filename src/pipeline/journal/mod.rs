@@ -1,5 +1,5 @@
-//! What lets a run that ended early go on: which layers are finished, what their branches hold, and the hidden states behind
-//! them. Committed to after every layer, in an order in which nothing that is referred to is ever missing.
+//! What an interrupted run resumes from: which layers are finished, what their branches hold, and the hidden states behind
+//! them. Committed after every layer, in an order in which no file that is referred to is ever missing.
 
 mod identity;
 mod state;
@@ -40,7 +40,7 @@ pub(super) struct Journal {
     lock: Option<File>,
     state: State,
     /// Whether this program has finished a layer of the run already.
-    going_on: bool,
+    has_committed: bool,
     /// When this program began with the run, and what the run had taken before.
     begun: (Instant, f64),
 }
@@ -54,7 +54,7 @@ pub struct Begun {
     pub total_layers: usize,
 }
 
-/// What a layer took, and all stages until now.
+/// Time and memory of a layer, and of all phases so far.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LayerCosts {
     /// This layer.
@@ -99,15 +99,15 @@ impl Journal {
                 }
                 state
             }
-            // Nothing that could be lost. At no moment is there no state: beside branches that were begun it would be missed.
+            // No finished layer is lost. The state file is replaced, never removed: without it, unfinished branches are refused.
             _ => {
-                let state = State::new(identity, total_layers);
+                let state = State { identity, total_layers, ..State::default() };
                 state.write(&folder)?;
                 state
             }
         };
         let begun = (Instant::now(), state.seconds);
-        let journal = Self { folder, lock: Some(lock), state, going_on: false, begun };
+        let journal = Self { folder, lock: Some(lock), state, has_committed: false, begun };
         journal.remove_others()?;
         Ok(journal)
     }
@@ -145,7 +145,7 @@ impl Journal {
         Ok(Some(Kept { files: files.iter().map(open).collect::<Result<_>>()?, kind }))
     }
 
-    /// What the run has taken so far.
+    /// Seconds that the run has taken so far.
     fn seconds(&self) -> f64 {
         let (begun, before) = self.begun;
         before + begun.elapsed().as_secs_f64()
@@ -155,17 +155,20 @@ impl Journal {
         Error::journal(&self.folder, format!("it holds {what}"))
     }
 
-    /// New files for the hidden states behind the next layer: of so many `windows` for each stream.
-    ///
-    /// # Errors
-    /// When they cannot be made.
-    pub(super) fn next(&self, windows: &[usize], window_bytes: usize, kind: Kind) -> Result<NextStates> {
+    /// New files for the hidden states behind the next layer: one for each of so many `streams`, each of so many `windows`.
+    pub(super) fn next(
+        &self,
+        streams: usize,
+        windows: usize,
+        window_bytes: usize,
+        kind: Kind,
+    ) -> Result<NextStates> {
         let layers = self.state.layers + 1;
-        let create = |(stream, &windows): (usize, &usize)| {
+        let create = |stream: usize| {
             let path = self.folder.join(format!("hidden-{layers}-{stream}"));
             WindowFile::create(path, windows, window_bytes).map(Arc::new)
         };
-        let files = windows.iter().enumerate().map(create).collect::<Result<_>>()?;
+        let files = (0..streams).map(create).collect::<Result<_>>()?;
         Ok(NextStates { files, kind, syncing: Vec::new(), committed: false })
     }
 
@@ -194,7 +197,7 @@ impl Journal {
         state.journal_seconds += writing + begun.elapsed().as_secs_f64();
         state.peak_memory_bytes = peak_memory().max(state.peak_memory_bytes);
         match state.parts.last_mut() {
-            Some(part) if self.going_on => part.count += 1,
+            Some(part) if self.has_committed => part.count += 1,
             _ => state.parts.push(LayersComputed {
                 first: self.state.layers,
                 count: 1,
@@ -206,14 +209,11 @@ impl Journal {
             next.committed = true;
         }
         self.state = state;
-        self.going_on = true;
+        self.has_committed = true;
         self.remove_others()
     }
 
     /// All branches are written and checked.
-    ///
-    /// # Errors
-    /// When that cannot be written down.
     pub(super) fn seal(&mut self, stage_seconds: StageSeconds, stage_memory: StageMemory) -> Result<()> {
         self.state.sealed = true;
         self.state.stage_seconds = stage_seconds;
@@ -223,9 +223,6 @@ impl Journal {
     }
 
     /// The run is complete: nothing of the journal is left.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
     pub(super) fn remove(mut self) -> Result<()> {
         self.discard().map_err(Error::io("remove", &self.folder))
     }
@@ -266,7 +263,7 @@ impl Drop for Journal {
     }
 }
 
-/// Hidden states that are being written. Dropped before they are committed to, they go.
+/// Hidden states that are being written. Their files are removed if this is dropped before the commit.
 pub(super) struct NextStates {
     files: Vec<Arc<WindowFile>>,
     kind: Kind,
@@ -281,14 +278,14 @@ impl NextStates {
         &self.files[stream]
     }
 
-    /// A stream is complete: it goes to the disk while others are worked on.
+    /// Syncs a complete stream to the disk while the other streams are computed.
     pub(super) fn sync(&mut self, stream: usize) {
         let file = Arc::clone(&self.files[stream]);
         self.syncing.push(thread::spawn(move || file.sync()));
     }
 
     fn finish(&mut self) -> Result<HiddenFiles> {
-        // The system reports a failure once: whoever was told must tell.
+        // The system reports a failed write once, so that no result may be dropped.
         for thread in self.syncing.drain(..) {
             thread.join().expect("syncing does not panic")?;
         }
@@ -321,7 +318,7 @@ impl Drop for NextStates {
     }
 }
 
-/// How far the run in `place` is that can be gone on with; none where there is none.
+/// How far the interrupted run in `place` is; `None` if there is no run to resume.
 pub fn begun(place: &Place<'_>) -> Option<Begun> {
     let state = State::read(&place.journal().ok()?).ok()??;
     (state.layers > 0).then_some(Begun { layers: state.layers, total_layers: state.total_layers })
@@ -336,7 +333,7 @@ fn holds_branches(out: &Path) -> bool {
     })
 }
 
-/// Keeps others from the journal in `folder` as long as the result lives.
+/// Locks the journal in `folder` as long as the result lives.
 fn lock(folder: &Path, out: &Path) -> Result<File> {
     let path = folder.join(LOCK_FILE);
     let file = File::options().write(true).create(true).truncate(false).open(&path);
