@@ -1,4 +1,4 @@
-//! All branches of a run while they grow.
+//! All branches of a run while they are written.
 
 use std::{path::Path, time::Instant};
 
@@ -20,7 +20,7 @@ use crate::{
     verify,
 };
 
-/// All branches while they grow.
+/// All branches of a run while they are written.
 pub(super) struct Branches {
     writers: Vec<BranchWriter>,
     reports: Vec<BranchReport>,
@@ -126,13 +126,13 @@ pub(super) fn warnings(reports: &[BranchReport], as_they_came: &[String]) -> Vec
     as_they_came.iter().cloned().chain(raised).chain(rounded).collect()
 }
 
-/// Checks branches that an earlier part of the run completed and that are not in their places yet.
+/// Checks branches that an earlier part of the run completed but did not move to their places.
 pub(super) fn check_sealed(out: &Path, variants: &[Variant]) -> Result<()> {
     let partial = variants.iter().map(|variant| emit::places(out, variant)[1].clone());
     partial.filter(|folder| folder.exists()).try_for_each(|folder| verify::written(&folder))
 }
 
-/// Moves sealed branches to their places, those that are not there already. Returns their reports, complete.
+/// Moves sealed branches to their places, if they are not there already. Returns their complete reports.
 pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<BranchReport>> {
     for report in &mut reports {
         report.bytes = emit::publish(out, &report.variant)?;

@@ -21,7 +21,7 @@ use crate::{
 
 /// Operations of a layer below which its time is not estimated.
 const WORTH_ESTIMATING: f64 = 1e12;
-/// What takes time beside matrix products, as a factor: measured on layers of Llama 2 7B's shape.
+/// Time of a layer over the time of its matrix products, measured on layers of Llama 2 7B's shape.
 const BESIDE_PRODUCTS: f64 = 1.3;
 
 /// What a run needs.
@@ -110,7 +110,7 @@ impl Needs {
 }
 
 /// Refuses a run that takes more than the memory that is `available`, where that is known. `needed` are bytes beyond `base`,
-/// what the program holds already.
+/// which the program takes already.
 fn fits_machine(
     available: Option<u64>,
     needed: u64,
@@ -120,7 +120,7 @@ fn fits_machine(
     plan: &Plan,
 ) -> Result<()> {
     let Some(available) = available.filter(|&available| available < needed) else { return Ok(()) };
-    // Whole percents that leave some for others.
+    // Whole percents, with some left for other programs.
     let limit = (base + available) / 100 * 95;
     let fits = plan.max_memory.is_none() && shape.limits(device, None, Some(limit), base).is_ok();
     let error = ResourceError::Memory {
@@ -152,7 +152,7 @@ impl fmt::Display for Needs {
     }
 }
 
-/// Bytes of disk that a run takes beyond what it has taken already.
+/// Bytes of disk that a run still has to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct DiskNeed {
     /// The branches.

@@ -13,7 +13,7 @@ use crate::{
     error::{Error, Result},
 };
 
-/// The journal's folder in the output folder; its name is that of something unfinished.
+/// The journal's folder in the output folder. By its name it counts as unfinished.
 pub(super) const JOURNAL_FOLDER: &str = ".journal.partial";
 
 /// Where a run writes its branches, and the journal that it resumes from.
@@ -21,7 +21,7 @@ pub(super) const JOURNAL_FOLDER: &str = ".journal.partial";
 pub struct Place<'a> {
     /// The folder for the branches.
     pub out: &'a Path,
-    /// A folder for journals, on another disk perhaps; none is inside `out`.
+    /// A folder for journals, for example on another disk; `None` puts the journal inside `out`.
     pub journal_dir: Option<&'a Path>,
     /// Whether an interrupted run here is discarded.
     pub restart: bool,
@@ -53,12 +53,12 @@ impl<'a> Place<'a> {
     }
 }
 
-/// Whose the output folder is.
+/// What this run may do with the output folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FolderState {
-    /// Not, or not yet, this run's: nothing in it may be touched.
+    /// It is not, or not yet, this run's: its content stays as it is.
     Foreign,
-    /// It was there, holding nothing but leftovers; it may be a link, and stays.
+    /// It was there with nothing but unfinished files; it may be a link, and stays.
     Emptied,
     /// This run made it.
     Created,
@@ -66,7 +66,7 @@ enum FolderState {
     Held,
 }
 
-/// The output folder, removed again unless held.
+/// The output folder. It is removed when this is dropped, unless it is held.
 pub(super) struct OutputFolder<'a> {
     path: &'a Path,
     state: FolderState,
@@ -106,7 +106,7 @@ impl<'a> OutputFolder<'a> {
         Ok(())
     }
 
-    /// From now on it stays as it is when this is dropped.
+    /// Keeps its content when this is dropped.
     pub(super) fn hold(&mut self) {
         self.state = FolderState::Held;
     }

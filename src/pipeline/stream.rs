@@ -81,7 +81,7 @@ impl Stream {
         &self.batches
     }
 
-    /// Batch `i` on the device that computes. The next one is copied there meanwhile, if it has to be.
+    /// Batch `i` on the device that computes. Starts the copy of the next one to that device, if it is in page-locked memory.
     pub(super) fn get(&mut self, i: usize) -> Result<Tensor> {
         let batch = match self.upload.take() {
             Some((index, copy)) if index == i => copy.on_device()?,
@@ -93,7 +93,7 @@ impl Stream {
         Ok(batch)
     }
 
-    /// Some windows on the device that computes, whatever batches they are in.
+    /// Some windows on the device that computes, joined from their batches.
     pub(super) fn of_windows(&mut self, windows: &Range<usize>) -> Result<Tensor> {
         if let Some(i) = self.batches.iter().position(|batch| batch == windows) {
             return self.get(i);
@@ -122,7 +122,7 @@ impl Stream {
         }
     }
 
-    /// Batch `i` out of a file, from window `first` of it on, where activations are of `kind`.
+    /// Batch `i` from a file of activations of `kind`, where it begins at window `first`.
     fn read(&self, i: usize, file: &WindowFile, first: usize, kind: Kind) -> Result<Tensor> {
         let windows = self.batches[i].len();
         let bytes = file.read(first, windows)?;
@@ -132,7 +132,7 @@ impl Stream {
         tensor.and_then(|t| t.f_to_kind(self.store.kind)).torch("read activations back")
     }
 
-    /// Batch `i` is not needed any more.
+    /// Drops batch `i`.
     pub(super) fn discard(&mut self, i: usize) {
         if let Slot::Pinned(tensor, reserved) = std::mem::replace(&mut self.slots[i], Slot::Empty) {
             self.free.push((tensor, reserved));
@@ -264,7 +264,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if let Some(copies) = &self.store.copies {
-            // Page-locked memory is used again as soon as it is dropped. A failure shows at the next operation too.
+            // Dropped page-locked memory may be used again at once, so copies must end first. An error shows at the next operation too.
             let _ = copies.synchronize();
         }
     }

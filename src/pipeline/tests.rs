@@ -1,4 +1,4 @@
-//! What must not depend on how windows are spread over batches, devices and parts of a run.
+//! Results must not depend on how windows are spread over batches, devices and parts of a run.
 
 use std::{
     path::Path,
@@ -90,7 +90,7 @@ fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
     kept.0
 }
 
-/// Sums in another order round otherwise, so that a code here and there may be another one.
+/// Sums in another order round differently, so that a few codes may differ.
 #[test]
 fn batches_and_devices_solve_the_same() {
     for name in ["llama3-gqa-rope", "phi3", "gemma3", "cohere", "mixtral", "qwen2-moe", "qwen3-moe"] {

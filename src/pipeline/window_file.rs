@@ -25,7 +25,7 @@ struct Inner {
     file: File,
     /// Of each window; `None` until it is written.
     checksums: Vec<Option<u128>>,
-    /// Spent on checksums and writing.
+    /// Seconds of checksums and writing.
     seconds: f64,
 }
 
@@ -36,7 +36,7 @@ impl WindowFile {
         Ok(Self::of(folder.join("(activations)"), file, vec![None; windows], window_bytes))
     }
 
-    /// A new file with a name, in place of any that there was.
+    /// A new file with a name; replaces an older one.
     pub(super) fn create(path: PathBuf, windows: usize, window_bytes: usize) -> Result<Self> {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
         let file = file.map_err(Error::io("create", &path))?;
@@ -74,7 +74,7 @@ impl WindowFile {
         self.lock().checksums.len()
     }
 
-    /// Where it is.
+    /// Its path.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -123,7 +123,7 @@ impl WindowFile {
         self.lock().seconds
     }
 
-    /// Makes what was written durable.
+    /// Syncs the file to the disk.
     pub(super) fn sync(&self) -> Result<()> {
         // Not under the lock, so that other threads can read meanwhile.
         let file = self.lock().file.try_clone();

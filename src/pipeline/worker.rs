@@ -1,4 +1,4 @@
-//! One device's part of a layer: its windows, through the stages of the layer.
+//! One device and its windows: forward passes through the stages of a layer.
 
 use std::{
     ops::Range,
@@ -111,7 +111,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Begins hidden states where an interrupted run left them: a file for each stream, of `kind`.
+    /// Begins hidden states with those of an interrupted run: a file for each stream, of `kind`.
     pub(super) fn resume_from(&mut self, files: &[Arc<WindowFile>], kind: Kind) -> Result<()> {
         for file in files {
             let mut hidden = self.stream();
@@ -361,7 +361,7 @@ impl<'a> Worker<'a> {
         if !self.hidden[stream].halve(i)? {
             return Ok(false);
         }
-        // What has the same batches.
+        // These streams have the same batches.
         for stored in self.stored.iter_mut().chain(&mut self.next_stored) {
             stored.halve(i)?;
         }

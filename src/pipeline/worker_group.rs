@@ -141,7 +141,7 @@ impl<'a> WorkerGroup<'a> {
         sink: &SharedSink<'s>,
         next: Option<&SharedStates<'s>>,
     ) -> Result<()> {
-        // Tensors may go to other threads, but not be looked at by two.
+        // A tensor may move to another thread, but two threads may not share it.
         self.workers.iter_mut().try_for_each(|worker| worker.enter_layer(weights))?;
         self.solver.enter_layer(weights.layer)?;
         let (variants, task, context) = (&self.variants[..], self.task, self.context);

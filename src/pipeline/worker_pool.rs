@@ -18,7 +18,7 @@ pub(super) struct WorkerPool<'a> {
     checkpoint: &'a Checkpoint,
     groups: Vec<WorkerGroup<'a>>,
     layers: usize,
-    /// The next layer's weights, read while this one is solved; only worth it beside a device that is not the CPU.
+    /// The next layer's weights, read while this one is solved. Only beside a device that is not the CPU, where it saves time.
     next: Option<Weights>,
     pinned_for: Option<Device>,
 }
@@ -92,7 +92,7 @@ impl<'a> WorkerPool<'a> {
     }
 }
 
-/// All groups at the same time.
+/// Solves a layer in all groups at the same time.
 fn solve_all<'s>(
     groups: &mut [WorkerGroup<'_>],
     weights: Weights,
@@ -102,7 +102,7 @@ fn solve_all<'s>(
     if let [only] = groups {
         return only.solve_layer(&weights, sink, next);
     }
-    // Tensors may go to other threads, but not be looked at by two.
+    // A tensor may move to another thread, but two threads may not share it.
     let copies = (0..groups.len()).map(|_| weights.on(Device::Cpu)).collect::<Result<Vec<_>>>()?;
     thread::scope(|scope| {
         let start = |(group, weights): (&mut WorkerGroup<'_>, Weights)| {
@@ -115,8 +115,8 @@ fn solve_all<'s>(
     })
 }
 
-/// Which devices work on which of `streams` variants: each on some variants; where there are more devices than variants,
-/// several on one.
+/// Spreads `streams` variants over devices: each device has some variants, or several devices share one variant where there
+/// are more devices than variants.
 fn spread(devices: &[Device], streams: usize) -> Vec<(Vec<Device>, Range<usize>)> {
     let groups = devices.len().min(streams);
     let own = split(streams, groups);
@@ -124,7 +124,7 @@ fn spread(devices: &[Device], streams: usize) -> Vec<(Vec<Device>, Range<usize>)
     devices.zip(own).collect()
 }
 
-/// `count` things in `parts` runs, as even as can be, the first ones longer.
+/// Splits `count` things into `parts` ranges of nearly equal length, the longer ones first.
 fn split(count: usize, parts: usize) -> Vec<Range<usize>> {
     let start = |part: usize| part * (count / parts) + part.min(count % parts);
     (0..parts).map(|part| start(part)..start(part + 1)).collect()

@@ -27,11 +27,11 @@ use crate::{
 /// Tokens that go through a linear together: kernels differ by their number.
 pub const KERNEL_TOKENS: [usize; 5] = [1, 7, 16, 64, 2048];
 
-/// What to run the linears on.
+/// Device, kind and text of the check.
 pub struct KernelOptions<'a> {
-    /// Where.
+    /// The device.
     pub device: Device,
-    /// In what.
+    /// The kind of the activations.
     pub dtype: ComputeDtype,
     /// The text; 2048 tokens of it are used.
     pub corpus: &'a Corpus,
@@ -63,7 +63,7 @@ pub struct KernelError {
     pub rounding: f64,
     /// The number of tokens at which that was.
     pub tokens: usize,
-    /// And the output feature.
+    /// The output feature at which that was.
     pub feature: usize,
 }
 
@@ -172,7 +172,7 @@ impl Linear for Checked<'_> {
     }
 }
 
-/// Gives the linear rows of `x` `[T, K]`, spread over all of them, as many as each of [`KERNEL_TOKENS`] says.
+/// Runs the linear on rows of `x` `[T, K]`, evenly spread, as many as each of [`KERNEL_TOKENS`].
 fn measure(
     id: &LinearId,
     linear: &dyn Linear,

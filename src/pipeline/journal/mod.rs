@@ -31,10 +31,10 @@ use crate::{
     report::{ComputeReport, LayersComputed, StageMemory, StageSeconds},
 };
 
-/// Keeps two runs from one output folder.
+/// Locked by a run, so that no second run uses the same output folder.
 const LOCK_FILE: &str = "lock";
 
-/// The journal of a run. Dropped before the first layer is finished, it leaves nothing.
+/// The journal of a run. Its folder is removed if this is dropped before the first layer is finished.
 pub(super) struct Journal {
     folder: PathBuf,
     lock: Option<File>,
@@ -45,12 +45,12 @@ pub(super) struct Journal {
     begun: (Instant, f64),
 }
 
-/// How far a run is that was begun.
+/// How far an interrupted run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Begun {
     /// Layers finished.
     pub layers: usize,
-    /// Of how many.
+    /// Layers of the model.
     pub total_layers: usize,
 }
 
@@ -67,7 +67,7 @@ pub(super) struct LayerCosts {
 pub(super) struct Kept {
     /// One a stream, of all windows.
     pub(super) files: Vec<Arc<WindowFile>>,
-    /// As they were computed.
+    /// The kind that they were computed in.
     pub(super) kind: Kind,
 }
 
@@ -75,7 +75,7 @@ impl Journal {
     /// The journal of the run that `place` holds, or a new one.
     ///
     /// # Errors
-    /// When another program has it, when it was begun with other settings, or is not whole.
+    /// When another program has locked it, when it was begun with other settings, or when it is damaged.
     pub(super) fn open(place: &Place<'_>, identity: Identity, total_layers: usize) -> Result<Self> {
         let folder = place.journal()?;
         if !place.restart && !folder.join(state::STATE_FILE).exists() && holds_branches(place.out) {
@@ -117,7 +117,7 @@ impl Journal {
         self.state.layers
     }
 
-    /// What was done before.
+    /// The state after the last finished layer.
     pub(super) fn state(&self) -> &State {
         &self.state
     }
@@ -172,7 +172,7 @@ impl Journal {
         Ok(NextStates { files, kind, syncing: Vec::new(), committed: false })
     }
 
-    /// One more layer is finished. `branches` must be durable already; `next` is none after the last layer.
+    /// Commits one more layer. `branches` must be on the disk already; `next` is `None` after the last layer.
     ///
     /// # Errors
     /// When the disk is full or fails. The journal then is as it was before.
@@ -213,7 +213,7 @@ impl Journal {
         self.remove_others()
     }
 
-    /// All branches are written and checked.
+    /// Writes down that all branches are written and checked.
     pub(super) fn seal(&mut self, stage_seconds: StageSeconds, stage_memory: StageMemory) -> Result<()> {
         self.state.sealed = true;
         self.state.stage_seconds = stage_seconds;
@@ -222,13 +222,13 @@ impl Journal {
         self.state.write(&self.folder)
     }
 
-    /// The run is complete: nothing of the journal is left.
+    /// Removes the journal of a complete run.
     pub(super) fn remove(mut self) -> Result<()> {
         self.discard().map_err(Error::io("remove", &self.folder))
     }
 
     fn discard(&mut self) -> std::io::Result<()> {
-        // First what refers to the rest.
+        // First the file that refers to the others.
         let state = self.folder.join(state::STATE_FILE);
         if state.exists() {
             fs::remove_file(state)?;
@@ -237,7 +237,7 @@ impl Journal {
         fs::remove_dir_all(&self.folder)
     }
 
-    /// Removes what the state does not refer to: older hidden states, and what a run that was killed had begun.
+    /// Removes files that the state does not refer to: older hidden states, and the unfinished files of a killed run.
     fn remove_others(&self) -> Result<()> {
         let files = self.state.hidden.iter().flat_map(|hidden| &hidden.files);
         let known: Vec<&str> =
@@ -267,7 +267,7 @@ impl Drop for Journal {
 pub(super) struct NextStates {
     files: Vec<Arc<WindowFile>>,
     kind: Kind,
-    /// Streams that are complete, on their way to the disk.
+    /// Syncs of complete streams that are under way.
     syncing: Vec<JoinHandle<Result<()>>>,
     committed: bool,
 }
