@@ -69,7 +69,7 @@ fn texts_of_errors() {
         NonFinite { place: "tensor `model.norm.weight`".into(), count: 1, total: 64, computed: false }
         Fp16Overflow { place: "tensor `lm_head.weight`, element 3".into(), value: 70_000.0 }
         Tokenizer { path: "model/tokenizer.json".into(), problem: "it has no model".into() }
-        TokenizerModel { path: "model".into() }
+        TokenizerModel { path: "model/tokenizer.model".into(), problem: "its model type is WORD".into() }
         ChatTemplate { file: "chat_template.jinja", problem: "line 2: unknown filter".into() }
         NoChatTemplate { what: "--chat".into() }
         UnknownDataset { name: "wikitext".into(), known: "wikitext2, c4".into() }

@@ -24,14 +24,14 @@ const MAGIC: &[u8; 8] = b"gptqprd2";
 pub(super) struct Key {
     /// Digest of the tensors.
     pub(super) model: String,
-    /// The config, which decides what is computed of them.
+    /// Digest of the config, which determines the computation.
     pub(super) config: String,
     /// Digest of the token ids.
     pub(super) tokens: String,
     pub(super) windows: usize,
     pub(super) seq_len: usize,
     pub(super) stride: usize,
-    /// What it is computed in and where.
+    /// Kind and device of the computation.
     pub(super) compute: String,
     pub(super) vocab: usize,
 }
@@ -55,11 +55,11 @@ pub(super) struct Reader {
     key: Key,
 }
 
-/// What was found on disk.
+/// Result of a look-up on disk.
 #[derive(Debug)]
 pub(super) enum Found {
     Nothing,
-    /// And what is wrong with it.
+    /// The file cannot be used, for this reason.
     Damaged(String),
     Whole(Reader),
 }
@@ -80,10 +80,10 @@ impl Reader {
         }
     }
 
-    /// The next window's.
+    /// The next window's predictions.
     ///
     /// # Errors
-    /// When the file is not any more what it was when it was opened.
+    /// When the file has changed since it was opened.
     pub(super) fn window(&mut self, positions: usize) -> Result<Vec<Prediction>> {
         let damaged = |problem: String| Error::Dataset { path: self.path.clone(), problem };
         let block = block(&mut self.file).map_err(damaged)?;
@@ -96,7 +96,7 @@ impl Reader {
         }
     }
 
-    /// Reads everything once, up to the first window.
+    /// Reads and checks the whole file, then seeks to the first window.
     fn check(&mut self) -> Result<(), String> {
         let mut magic = [0; MAGIC.len()];
         self.file.read_exact(&mut magic).map_err(|e| e.to_string())?;
@@ -124,7 +124,7 @@ fn block(file: &mut BufReader<File>) -> Result<Vec<u8>, String> {
     let mut head = [[0; 8]; 2];
     head.iter_mut().try_for_each(|word| file.read_exact(word)).map_err(short)?;
     let [length, sum] = head.map(u64::from_le_bytes);
-    // No more memory than the file has bytes, whatever it says.
+    // Takes no more memory than the file has bytes, even if `length` is larger.
     let mut content = Vec::new();
     file.take(length).read_to_end(&mut content).map_err(|e| e.to_string())?;
     if content.len() as u64 != length {
@@ -148,9 +148,6 @@ pub(super) struct Writer {
 
 impl Writer {
     /// Begins a file.
-    ///
-    /// # Errors
-    /// When the folder cannot be made or written to.
     pub(super) fn create(dir: &Path, key: &Key) -> Result<Self> {
         fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let file = tempfile::Builder::new().prefix(".predictions-").tempfile_in(dir);
@@ -163,9 +160,6 @@ impl Writer {
     }
 
     /// Adds a window.
-    ///
-    /// # Errors
-    /// When the disk is full.
     pub(super) fn window(&mut self, predictions: &[Prediction]) -> Result<()> {
         self.content.clear();
         predictions.iter().for_each(|p| p.write(self.vocab, &mut self.content));
@@ -173,9 +167,6 @@ impl Writer {
     }
 
     /// Puts the file in its place; returns that and its size.
-    ///
-    /// # Errors
-    /// When it cannot be written.
     pub(super) fn finish(self) -> Result<(PathBuf, u64)> {
         let Self { file, path, .. } = self;
         let write = || -> std::io::Result<u64> {

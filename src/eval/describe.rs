@@ -1,4 +1,4 @@
-//! What a quantized checkpoint says of itself.
+//! Describes a quantized checkpoint from its config and files.
 
 use serde_json::Value;
 

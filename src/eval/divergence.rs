@@ -19,7 +19,7 @@ pub(super) struct WindowScores {
     pub(super) nll: f64,
     /// Mean `KL(reference ‖ candidate)`, nats.
     pub(super) kl_divergence: f64,
-    /// Share of tokens at which both find the same one most likely.
+    /// Share of tokens at which both models have the same most likely token.
     pub(super) top1_agreement: f64,
     /// `KL(reference ‖ candidate)` at each.
     pub(super) token_kl: Vec<f32>,
@@ -46,7 +46,7 @@ pub(super) fn mean_nll(predictions: &[Prediction]) -> f64 {
     predictions.iter().map(|p| -f64::from(p.target)).sum::<f64>() / predictions.len() as f64
 }
 
-/// A candidate's figures from its `hidden` `[S, hidden]`, against the reference's predictions.
+/// A candidate's figures from its hidden states `[S, hidden]`, against the reference's predictions.
 pub(super) fn score(
     predictions: &[Prediction],
     runner: &Runner<'_>,
@@ -74,7 +74,7 @@ pub(super) fn score(
     })
 }
 
-/// Log-probabilities `[n, vocab]` and the tokens they are of, `[n]`, piece by piece.
+/// Calls `use_piece` with log-probabilities `[n, vocab]`, the vocabulary size and the tokens that came, `[n]`, piece by piece.
 fn each_piece(
     runner: &Runner<'_>,
     hidden: &Tensor,
@@ -84,7 +84,7 @@ fn each_piece(
 ) -> Result<()> {
     let mut start = first_scored;
     for targets in ids[first_scored..].chunks(POSITIONS) {
-        // What predicts a token stands at the one before.
+        // A token is predicted at the position before it.
         let rows = hidden.f_narrow(0, start as i64 - 1, targets.len() as i64).torch("select positions")?;
         let logits = runner.logits(&rows)?;
         let log_p = logits

@@ -1,4 +1,4 @@
-//! What quantization cost: perplexity, KL divergence and top-1 agreement against the unquantized model.
+//! Perplexity, KL divergence and top-1 agreement of quantized models against the unquantized model.
 
 mod cache;
 mod describe;
@@ -40,10 +40,10 @@ pub struct Candidate<'a> {
     pub checkpoint: &'a Checkpoint,
 }
 
-/// Evaluates quantized models against the dense `reference` on the same tokens; all of them computed in the same way.
+/// Evaluates quantized models against the dense `reference` on the same tokens, all in the same kind on the same device.
 ///
-/// `cache` is a folder in which the reference's predictions are kept, and taken from; the figures are the same, to the
-/// last digit, with it and without.
+/// `cache` is a folder that the reference's predictions are stored in and read from. The figures are exactly the same with it
+/// and without.
 ///
 /// # Errors
 /// When a model cannot be run, or is not comparable with the reference.
@@ -134,7 +134,7 @@ pub fn evaluate(
     })
 }
 
-/// The last name of a path, which stays when the folder is moved.
+/// The last name of a folder's path.
 pub fn folder_name(dir: &Path) -> String {
     let full = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     full.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
@@ -160,7 +160,7 @@ fn chunk_tokens(compute: Compute, config: &ModelConfig, models: usize) -> Result
         return Ok(CHUNK_TOKENS);
     }
     let free = Gpu::of(compute.device)?.memory()?.free;
-    // A model's states exist twice while they are joined.
+    // Hidden states of one model exist twice while its batches are joined.
     let a_token = (models + 1) * config.hidden_size * compute.kind.elt_size_in_bytes();
     Ok((free / 4 / a_token).max(CHUNK_TOKENS))
 }

@@ -1,5 +1,5 @@
-//! What the unquantized model predicts at one position, kept in little room, and what a quantized model's prediction is
-//! away from it.
+//! The unquantized model's prediction at one position in a compact form, and the divergence of a quantized model's prediction from
+//! it.
 //!
 //! Kept are the most likely tokens that together have all but [`TAIL`] of the probability, at most, each with its
 //! log-probability in steps of [`STEP`] nats; of the others only how many of 1 they have together. Over these (the tail counts
@@ -18,7 +18,7 @@ pub(super) const TAIL: f64 = 1.0 / 128.0;
 /// Nats; 65535 of them are 32 nats below the most likely token.
 const STEP: f32 = 1.0 / 2048.0;
 
-/// Steps a class when the tail is looked for.
+/// Steps of a class, by which the tail is found.
 const CLASS: usize = 16;
 
 /// A prediction over a vocabulary.
@@ -34,16 +34,16 @@ pub(super) struct Prediction {
     tail: f32,
     /// Kept tokens, ascending.
     ids: Vec<u32>,
-    /// How far each is below the most likely one.
+    /// Distance of each below the most likely one, in steps.
     steps: Vec<u16>,
 }
 
 impl Prediction {
-    /// Of log-probabilities over the vocabulary; `target` is the token that came.
+    /// From log-probabilities over the vocabulary; `target` is the token that came.
     pub(super) fn new(log_p: &[f32], target: usize) -> Self {
         let top = most_likely(log_p);
         let top_log_p = log_p[top];
-        // What is not a number lands in the first class and is found out by the mean.
+        // A NaN lands in the first class; the check of the mean finds it.
         let step = |l: f32| ((top_log_p - l) / STEP).round() as u16;
         let mut masses = [0.0; (u16::MAX as usize + 1) / CLASS];
         for &l in log_p {
@@ -101,7 +101,7 @@ impl Prediction {
         bytes.extend_from_slice(cast_slice(&self.steps));
     }
 
-    /// Takes it from the front of a file's bytes; none when they are not those of a prediction over `vocab` tokens.
+    /// Reads it from the front of a file's bytes; `None` when they are no prediction over `vocab` tokens.
     pub(super) fn read(vocab: usize, bytes: &mut &[u8]) -> Option<Self> {
         fn word(bytes: &mut &[u8]) -> Option<[u8; 4]> {
             let (word, rest) = bytes.split_first_chunk()?;

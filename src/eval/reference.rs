@@ -1,4 +1,4 @@
-//! The unquantized model in an evaluation: run, or what it predicted when it was run before.
+//! The unquantized model in an evaluation: run, or its stored predictions.
 
 use std::path::Path;
 
@@ -30,10 +30,7 @@ enum Source<'a> {
 }
 
 impl<'a> Reference<'a> {
-    /// Takes what is kept in `cache`; what is not there is computed, and kept there.
-    ///
-    /// # Errors
-    /// When the model cannot be run.
+    /// Reads predictions from `cache`; those that are missing there are computed and written to it.
     pub(super) fn new(
         checkpoint: &'a Checkpoint,
         digest: &str,
@@ -79,9 +76,6 @@ impl<'a> Reference<'a> {
     }
 
     /// Hidden states `[W, S, hidden]` of some windows, if it is run.
-    ///
-    /// # Errors
-    /// When memory ends.
     pub(super) fn hidden_states(&self, ids: &[i64], seq_len: usize) -> Result<Option<Tensor>> {
         let Source::Run { runner, .. } = &self.source else { return Ok(None) };
         Ok(Some(flatten(runner.hidden_states(ids, seq_len, || self.progress.advance(1))?)?))
@@ -97,9 +91,9 @@ impl<'a> Reference<'a> {
         ids: &[i64],
         first_scored: usize,
     ) -> Result<Vec<Prediction>> {
-        let (runner, writer) = match (&mut self.source, &hidden) {
-            (Source::Kept(reader), _) => return reader.window(ids.len() - first_scored),
-            (Source::Run { runner, writer }, _) => (runner, writer),
+        let (runner, writer) = match &mut self.source {
+            Source::Kept(reader) => return reader.window(ids.len() - first_scored),
+            Source::Run { runner, writer } => (runner, writer),
         };
         let hidden = hidden.as_ref().expect("it is run");
         let predictions = divergence::predictions(runner, hidden, ids, first_scored)?;
@@ -110,7 +104,7 @@ impl<'a> Reference<'a> {
         Ok(predictions)
     }
 
-    /// Keeps what was computed.
+    /// Completes the file of predictions.
     pub(super) fn finish(self) {
         let Source::Run { writer: Some(writer), .. } = self.source else { return };
         let text = match writer.finish() {

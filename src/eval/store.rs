@@ -1,4 +1,4 @@
-//! Evaluations beside the model they are of.
+//! Stores evaluations in the folder of the evaluated model.
 
 use std::path::PathBuf;
 
@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// Adds the figures of `model`, which `evaluation` has, to what is known of `checkpoint`, in its folder. Figures of other
-/// weights that lay there before are thrown away. Returns the file.
+/// Adds the figures of `model`, which is one of `evaluation`'s, to the evaluations in the folder of `checkpoint`. Figures
+/// of other weights that the file holds are discarded. Returns the file.
 ///
 /// # Errors
 /// When the checkpoint is not a quantized one, or the file cannot be read or written.

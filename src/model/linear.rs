@@ -4,7 +4,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     error::{Error, Result, TorchContext},
-    gptq::solver::Solved,
     kernels::{self, CudaMatmul},
     pack::PackedView,
 };
@@ -30,21 +29,6 @@ impl Dense {
     /// `weight` `[N, K]`, `bias` `[N]`, of one kind.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
         Self { weight, bias }
-    }
-
-    /// The dense form of a solved linear, for going on with the calibration: its values rounded to `kind`, which is fp32,
-    /// fp16 or bf16. What is on a device is dequantized there.
-    ///
-    /// # Errors
-    /// When memory ends.
-    pub fn from_solved(linear: &Solved, bias: Option<&Tensor>, kind: Kind, device: Device) -> Result<Self> {
-        let weight = linear
-            .dequantize(kind)?
-            .f_to_device(device)
-            .and_then(|w| w.f_tr())
-            .torch("dequantize a linear")?;
-        let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
-        Ok(Self { weight, bias })
     }
 
     /// The dense form of a packed linear, in `kind` on `device`. `bias` `[N]` likewise.

@@ -1,10 +1,9 @@
-//! All branches of a run while they grow.
+//! All branches of a run while they are written.
 
 use std::{path::Path, time::Instant};
 
 use super::{
     journal::{BranchState, State},
-    stage_solver::LinearStatistics,
     worker_group::Sink,
 };
 use crate::{
@@ -12,6 +11,7 @@ use crate::{
     checkpoint::Checkpoint,
     emit::{self, BranchWriter, Provenance},
     error::Result,
+    eval::bits_per_weight,
     gptq::solver::Solved,
     plan::Plan,
     progress::Progress,
@@ -20,68 +20,62 @@ use crate::{
     verify,
 };
 
-/// All branches while they grow.
+/// All branches of a run while they are written.
 pub(super) struct Branches {
     writers: Vec<BranchWriter>,
     reports: Vec<BranchReport>,
     warnings: Vec<String>,
-    /// The parts that happen here: solving, as told, packing and finishing.
+    /// Seconds of solving, as reported with each linear, of packing and of finishing.
     seconds: StageSeconds,
 }
 
 impl Branches {
-    /// Begins branches of the `checkpoint` that is quantized, which was made of the `original`.
-    pub(super) fn create(
-        plan: &Plan,
-        checkpoint: &Checkpoint,
-        original: &Checkpoint,
-        out: &Path,
-    ) -> Result<Self> {
-        let (config, passed_through) = (checkpoint.config(), original.passed_through()?);
-        let create =
-            |v: &Variant| BranchWriter::create(out, *v, config, &passed_through, plan.max_shard_size);
-        let report = |v: &Variant| BranchReport {
-            branch: v.branch(),
-            variant: *v,
-            bytes: 0,
-            weight_bytes: 0,
-            bits_per_weight: bits_per_weight(v, checkpoint),
-            scale_bits: None,
-            seconds: 0.0,
-            readers: Vec::new(),
-            linears: Vec::new(),
-        };
-        Ok(Self {
-            writers: plan.variants.iter().map(create).collect::<Result<_>>()?,
-            reports: plan.variants.iter().map(report).collect(),
-            warnings: Vec::new(),
-            seconds: StageSeconds::default(),
-        })
-    }
-
-    /// Goes on with branches that were committed to.
-    pub(super) fn reopen(
+    /// Begins branches of the `checkpoint` that is quantized, or reopens those that `state` has; `original` is the checkpoint
+    /// that it was made of.
+    pub(super) fn open(
         plan: &Plan,
         checkpoint: &Checkpoint,
         original: &Checkpoint,
         out: &Path,
         state: &State,
     ) -> Result<Self> {
-        let (branches, config, passed_through) =
-            (state.branches(), checkpoint.config(), original.passed_through()?);
-        let reopen = |(variant, branch): (&Variant, &BranchState)| {
-            let tensors = branch.tensors.clone();
-            BranchWriter::reopen(out, *variant, config, &passed_through, plan.max_shard_size, tensors)
-        };
-        Ok(Self {
-            writers: plan.variants.iter().zip(branches).map(reopen).collect::<Result<_>>()?,
-            reports: branches.iter().map(|branch| branch.report.clone()).collect(),
-            warnings: state.warnings().to_vec(),
+        let (config, passed_through) = (checkpoint.config(), original.passed_through()?);
+        let mut branches = Self {
+            writers: Vec::new(),
+            reports: Vec::new(),
+            warnings: state.warnings.clone(),
             seconds: state.stage_seconds(),
-        })
+        };
+        for (i, &variant) in plan.variants.iter().enumerate() {
+            let shard_size = plan.max_shard_size;
+            let (writer, report) = match state.branches.get(i).cloned() {
+                Some(BranchState { report, tensors }) => {
+                    let writer =
+                        BranchWriter::reopen(out, variant, config, &passed_through, shard_size, tensors)?;
+                    (writer, report)
+                }
+                None => {
+                    let report = BranchReport {
+                        branch: variant.branch(),
+                        variant,
+                        bytes: 0,
+                        weight_bytes: 0,
+                        bits_per_weight: 0.0,
+                        scale_bits: None,
+                        seconds: 0.0,
+                        readers: Vec::new(),
+                        linears: Vec::new(),
+                    };
+                    (BranchWriter::create(out, variant, config, &passed_through, shard_size)?, report)
+                }
+            };
+            branches.writers.push(writer);
+            branches.reports.push(report);
+        }
+        Ok(branches)
     }
 
-    /// Makes what there is durable, to be gone on with.
+    /// Syncs the branches to the disk, so that a run can resume from them.
     pub(super) fn commit(&mut self) -> Result<Vec<BranchState>> {
         let commit = |(writer, report): (&mut BranchWriter, &BranchReport)| {
             Ok(BranchState { report: report.clone(), tensors: writer.commit()? })
@@ -89,12 +83,12 @@ impl Branches {
         self.writers.iter_mut().zip(&self.reports).map(commit).collect()
     }
 
-    /// What went otherwise than planned, as it came.
+    /// Warnings in the order they came.
     pub(super) fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// Where the time went, as far as it went here.
+    /// Seconds of solving, packing and finishing.
     pub(super) fn seconds(&self) -> StageSeconds {
         self.seconds
     }
@@ -119,7 +113,7 @@ impl Branches {
     }
 }
 
-/// What went otherwise than planned: as it came, and in sum.
+/// Warnings in the order they came, then one a branch for damping that was raised and for linears that were rounded.
 pub(super) fn warnings(reports: &[BranchReport], as_they_came: &[String]) -> Vec<String> {
     let raised = reports.iter().map(|r| (r, r.linears.iter().filter(|l| l.damp_raised > 0).count()));
     let raised = raised
@@ -132,18 +126,19 @@ pub(super) fn warnings(reports: &[BranchReport], as_they_came: &[String]) -> Vec
     as_they_came.iter().cloned().chain(raised).chain(rounded).collect()
 }
 
-/// Checks branches that an earlier part of the run completed and that are not in their places yet.
+/// Checks branches that an earlier part of the run completed but did not move to their places.
 pub(super) fn check_sealed(out: &Path, variants: &[Variant]) -> Result<()> {
     let partial = variants.iter().map(|variant| emit::places(out, variant)[1].clone());
     partial.filter(|folder| folder.exists()).try_for_each(|folder| verify::written(&folder))
 }
 
-/// Moves sealed branches to their places, those that are not there already. Returns their reports, complete.
+/// Moves sealed branches to their places, if they are not there already. Returns their complete reports.
 pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<BranchReport>> {
     for report in &mut reports {
         report.bytes = emit::publish(out, &report.variant)?;
         let written = Checkpoint::open(&out.join(&report.branch))?;
         report.weight_bytes = written.bytes_total();
+        report.bits_per_weight = bits_per_weight(&written)?;
         report.scale_bits = written.scale_bits()?;
         report.readers = verify::readers_of(&written)?;
     }
@@ -155,46 +150,15 @@ impl Sink for Branches {
         self.warnings.push(text);
     }
 
-    fn take(
-        &mut self,
-        variant: usize,
-        id: LinearId,
-        linear: &Solved,
-        record: LinearStatistics,
-    ) -> Result<()> {
+    fn take(&mut self, variant: usize, id: &LinearId, linear: &Solved, report: LinearReport) -> Result<()> {
         let begun = Instant::now();
-        self.writers[variant].write_linear(&id, linear)?;
-        let report = &mut self.reports[variant];
+        self.writers[variant].write_linear(id, linear)?;
         let packing = begun.elapsed().as_secs_f64();
-        report.seconds += record.seconds + packing;
-        self.seconds.solving += record.seconds;
+        self.seconds.solving += report.seconds;
         self.seconds.packing += packing;
-        report.linears.push(LinearReport {
-            name: id.to_string(),
-            relative_error: record.relative_error,
-            damp: record.facts.damp,
-            damp_raised: record.facts.damp_raised,
-            dead_columns: record.facts.dead_columns,
-            outlier_ratio: record.facts.outlier_ratio,
-            condition_estimate: record.facts.condition_estimate,
-            seconds: record.seconds,
-            uncompensated_features: record.uncompensated,
-            fallback: record.fallback,
-            tokens: record.tokens,
-        });
+        let branch = &mut self.reports[variant];
+        branch.seconds += report.seconds + packing;
+        branch.linears.push(report);
         Ok(())
     }
-}
-
-/// Bits of codes, scales, zeros and group indices over the quantized weights.
-fn bits_per_weight(variant: &Variant, checkpoint: &Checkpoint) -> f64 {
-    let (mut bits, mut weights) = (0.0, 0.0);
-    for (_, linear) in checkpoint.config().linears() {
-        let [n, k] = linear.shape.map(|size| size as f64);
-        let groups = variant.group_size.groups(k as usize) as f64;
-        let code = f64::from(variant.bits.get());
-        bits += n * k * code + groups * n * (16.0 + code) + 32.0 * k;
-        weights += n * k;
-    }
-    bits / weights
 }

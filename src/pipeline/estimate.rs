@@ -7,8 +7,8 @@
 use tch::{Device, Kind};
 
 use super::{
+    memory::Limits,
     output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, largest_layer_bytes},
-    worker_pool::Limits,
 };
 use crate::{
     architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
@@ -22,7 +22,7 @@ const FP32: u64 = 4;
 const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
-/// What the heaps of a program with threads keep beside what is counted.
+/// What the heaps of a program with threads take beside what is counted.
 const HEAPS: u64 = 48 << 20;
 /// What CUDA itself takes: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
@@ -31,7 +31,7 @@ const CPU_BATCH_TOKENS: usize = 1024;
 /// The same on CUDA, unless memory is short.
 const CUDA_BATCH_TOKENS: usize = 8192;
 
-/// What is to be done, as far as memory is concerned.
+/// The sizes of a run that its memory depends on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape<'a> {
     pub(super) config: &'a ModelConfig,
@@ -65,44 +65,22 @@ impl Shape<'_> {
         self.kind.elt_size_in_bytes() as u64
     }
 
-    fn layer_weights(&self) -> u64 {
-        let layers = self.config.layers.iter();
-        let numbers =
-            layers.map(|layer| layer.linears.iter().map(LinearConfig::weights).sum::<usize>()).max();
-        numbers.unwrap_or(0) as u64 * self.source_bytes
-    }
-
-    /// Width of attention's output, the most of all layers.
-    fn attention_width(&self) -> u64 {
-        self.config.layers.iter().map(|layer| layer.attention.width()).max().unwrap_or(0) as u64
-    }
-
-    /// Width inside the feed-forward block, of all that a token goes through; the most of all layers.
-    fn wide(&self) -> u64 {
-        let width = |layer: &LayerConfig| layer.feed_forward.stored_widths().iter().sum::<usize>();
-        self.config.layers.iter().map(width).max().unwrap_or(0) as u64
-    }
-
-    /// What is kept from one stage for the next, the most of all stages.
-    fn stored(&self) -> u64 {
-        let of = |layer: &LayerConfig| {
-            (0..layer.stages.len()).map(|stage| layer.stored_widths(stage).iter().sum::<usize>()).max()
-        };
-        self.config.layers.iter().filter_map(of).max().unwrap_or(0) as u64
-    }
-
-    /// What is kept of a layer in the reference model beside the residual streams, the most of all layers.
-    fn stored_by_reference(&self) -> u64 {
-        let of = |layer: &LayerConfig| {
-            (0..layer.stages.len()).flat_map(|stage| layer.stored_widths(stage)).sum::<usize>()
-        };
+    /// The largest of a number of each layer.
+    fn largest(&self, of: impl Fn(&LayerConfig) -> usize) -> u64 {
         self.config.layers.iter().map(of).max().unwrap_or(0) as u64
+    }
+
+    /// Bytes of a layer's linears as stored.
+    fn layer_weights(&self) -> u64 {
+        self.largest(|layer| layer.linears.iter().map(LinearConfig::weights).sum()) * self.source_bytes
     }
 
     /// Activations of one batch while it goes through a layer.
     fn batch(&self, tokens: usize) -> u64 {
-        let (hidden, wide) = (self.config.hidden_size as u64, self.wide());
-        let (attention, e) = (self.attention_width(), self.element());
+        let (hidden, e) = (self.config.hidden_size as u64, self.element());
+        let attention = self.largest(|layer| layer.attention.width());
+        // Inside the feed-forward block, of all that a token goes through.
+        let wide = self.largest(|layer| layer.feed_forward.stored_widths().iter().sum());
         // The residual stream and its norm's steps in fp32; gate, up and what is made of them; or q, k, v, turned and
         // repeated.
         let norm = 3 * FP32 * hidden + 2 * e * hidden;
@@ -119,12 +97,14 @@ impl Shape<'_> {
 
     /// Hidden states of all streams, and one stage's inputs, which are kept until its linears are solved.
     fn activations(&self) -> u64 {
-        let hidden = self.config.hidden_size as u64;
+        let of_stage = |layer: &LayerConfig, stage: usize| layer.stored_widths(stage).iter().sum::<usize>();
+        let stages = |layer: &LayerConfig| 0..layer.stages.len();
+        let stored =
+            self.largest(|layer| stages(layer).map(|stage| of_stage(layer, stage)).max().unwrap_or(0));
         // In the reference model the inputs of all of a layer's stages, and its outputs.
-        let reference = if self.reference { self.stored_by_reference() + 2 * hidden } else { 0 };
-        self.hidden_states()
-            .saturating_add(self.of_tokens(self.stored()))
-            .saturating_add(self.of_tokens(reference))
+        let all = self.largest(|layer| stages(layer).map(|stage| of_stage(layer, stage)).sum());
+        let reference = if self.reference { all + 2 * self.config.hidden_size as u64 } else { 0 };
+        self.hidden_states().saturating_add(self.of_tokens(stored)).saturating_add(self.of_tokens(reference))
     }
 
     /// Bytes of so many values of every token. The number of tokens is the user's, and may be anything.
@@ -133,8 +113,8 @@ impl Shape<'_> {
         tokens.saturating_mul(values * self.element())
     }
 
-    /// The largest of what the steps of a stage take beside the layer's weights: for the group of its linears that takes the most, with
-    /// the Hessians of its other groups.
+    /// The largest of what the steps of a stage take beside the layer's weights: for the group of linears that takes the most, with
+    /// the Hessians of the stage's other groups.
     fn solving(&self, layer: &LayerConfig, stage: usize, cuda: bool) -> u64 {
         let groups = &layer.stages[stage].groups;
         let hessian = |width: usize| (width * width) as u64 * FP32;
@@ -159,7 +139,7 @@ impl Shape<'_> {
             let factoring = if cuda { 4 * matrix } else { 2 * matrix + CHOLESKY_ROWS * k * FP32 };
             let energy = matrix + if cuda { n * k * (2 + FP32) } else { 0 };
             let solving = kept + matrix + n * k * FP32 + codes + PANEL_ROWS * n * FP32;
-            // Codes, packed words, and the weights that the calibration goes on with.
+            // Codes, packed words, and the dense weights that the windows leave the stage through.
             let leaving = kept + codes + n * k * self.element() + n * k / 2;
             // The next stage's statistics are accumulated with these weights.
             let capturing = n * k * self.element() + copies * next.max(matrix);
@@ -171,8 +151,8 @@ impl Shape<'_> {
         groups.iter().map(of).max().unwrap_or(0)
     }
 
-    /// What feedback between rows takes beside a stage's own: the layer's output Hessians, factors of a stage's, the targets and
-    /// their errors, and the Hessian, which is kept.
+    /// What feedback between rows takes more: the output Hessians of the layer, the factors of a stage's, targets and their errors,
+    /// and the Hessian, which is kept.
     fn feedback(&self, n: u64, k: u64) -> u64 {
         if self.gradient_windows == 0 {
             return 0;
@@ -180,22 +160,22 @@ impl Shape<'_> {
         2 * largest_layer_bytes(self.config) + (2 * n * k + k * k) * FP32
     }
 
-    /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the way
-    /// back, and its output Hessians.
+    /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the backward
+    /// pass, and its output Hessians.
     fn taking_gradients(&self) -> u64 {
         if self.gradient_windows == 0 {
             return 0;
         }
         let tokens = self.seq_len.max(GRADIENT_BATCH_TOKENS);
-        // What a layer's operations keep of some tokens for the way back, in fp32.
+        // What a layer's operations keep of some tokens for the backward pass, in fp32.
         let kept = 3 * self.batch(tokens) / self.element() * FP32;
         self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes)
             + 2 * largest_layer_bytes(self.config)
             + kept
     }
 
-    /// What rotating takes before anything else: the embedding or the output layer in fp32, times the norm, rotated, and as bytes; and
-    /// rows of it on the way in fp64.
+    /// What rotating takes before anything else: the embedding or the output layer in fp32, times the norm, rotated, and as bytes;
+    /// and the rows in fp64 that are rotated together.
     fn rotating(&self) -> u64 {
         if !self.rotates {
             return 0;
@@ -204,8 +184,8 @@ impl Shape<'_> {
         4 * numbers * FP32 + 3 * 2 * FP32 * numbers.min(TURNED_TOGETHER as u64)
     }
 
-    /// Of the windows that gradients are taken on, as many as the activations later have room for: what goes into every layer and
-    /// out of the last, and the gradients, are kept of them at the same time.
+    /// Number of windows that gradients are taken on at a time, so that they take no more than the activations later: the inputs
+    /// of every layer, the outputs of the last, and the gradients are kept together.
     pub(super) fn gradients_at_once(&self) -> usize {
         let values = (self.config.num_layers() as u64 + 2) * self.config.hidden_size as u64;
         let window = (self.seq_len as u64).saturating_mul(values * FP32).max(1);
@@ -254,7 +234,7 @@ impl Shape<'_> {
             true => forward + variants * 2.0 * hessians + variants * 2.0 * solves,
         };
         let streams = if self.shared_hessian { 1.0 } else { variants };
-        // Through a layer, again for the way back, and back; and sums over blocks of outputs.
+        // Through a layer, again for the backward pass, and back; and sums over blocks of outputs.
         let gradients = match self.gradient_windows {
             0 => 0.0,
             windows => {
@@ -288,7 +268,7 @@ impl Shape<'_> {
         (2 * self.layer_weights()).max(self.rotating())
     }
 
-    /// What may be held where. `device_memory` and `memory` are limits in bytes, `base` what the program holds by itself.
+    /// Memory for activations. `device_memory` and `memory` are limits in bytes, `base` is what the program takes by itself.
     ///
     /// # Errors
     /// When even the least does not fit.
@@ -330,10 +310,15 @@ impl Shape<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn config(hidden: usize, intermediate: usize, heads: usize, kv_heads: usize) -> ModelConfig {
+    pub(in crate::pipeline) fn config(
+        hidden: usize,
+        intermediate: usize,
+        heads: usize,
+        kv_heads: usize,
+    ) -> ModelConfig {
         let json = serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": intermediate,
             "num_hidden_layers": 80, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
@@ -342,7 +327,7 @@ mod tests {
         ModelConfig::from_json("config.json", &json).unwrap()
     }
 
-    fn shape(config: &ModelConfig) -> Shape<'_> {
+    pub(in crate::pipeline) fn shape(config: &ModelConfig) -> Shape<'_> {
         Shape {
             config,
             source_bytes: 2,

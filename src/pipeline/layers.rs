@@ -20,8 +20,8 @@ use crate::{
     model::kind_name, progress::Event, report::ComputeReport, units::duration,
 };
 
-/// Solves the layers of `source`, the run's model or it rotated, that are not finished; each is in the journal, and the
-/// branches are durable, before the next begins.
+/// Solves the unfinished layers of `source`, which is the run's model, or that model equalized or rotated. After each layer the
+/// branches are synced and the layer is committed to the journal.
 pub(super) fn solve(
     run: &Run<'_>,
     source: &Checkpoint,
@@ -37,10 +37,7 @@ pub(super) fn solve(
         let text = format!("going on: {} of {total} layers are finished", journal.layers());
         progress.event(&Event::Note(&text));
     }
-    let mut branches = match journal.layers() {
-        0 => Branches::create(plan, source, checkpoint, place.out)?,
-        _ => Branches::reopen(plan, source, checkpoint, place.out, journal.state())?,
-    };
+    let mut branches = Branches::open(plan, source, checkpoint, place.out, journal.state())?;
     let report_layer = |done: usize, seconds: f64| {
         let memory = resident_memory().unwrap_or(0);
         progress.event(&Event::Layer { done, total, seconds, memory });
@@ -54,7 +51,7 @@ pub(super) fn solve(
     choices.iter().filter_map(|c| c.note.as_ref()).for_each(|text| progress.event(&Event::Note(text)));
     let _guard = tch::no_grad_guard();
     let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
-    let needs = Needs::of_layers(plan, checkpoint, place)?;
+    let needs = Needs::of(plan, checkpoint, place, false)?;
     let time = needs
         .layer_seconds()?
         .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
@@ -100,12 +97,13 @@ pub(super) fn solve(
         threads: rayon::current_num_threads(),
     };
     let window_bytes = checkpoint.config().hidden_size * windows.seq_len() * kind.elt_size_in_bytes();
+    let streams = task.streams(plan.variants.len());
     for layer in journal.layers()..total {
         let layer_begun = Instant::now();
         progress.begin(&format!("layer {}/{total}", layer + 1), pool.steps(layer));
-        // Nobody goes on from the last.
+        // The last layer has no next layer, so its outputs are dropped.
         let mut next = match layer + 1 < total {
-            true => Some(journal.next(&vec![windows.count(); task.streams()], window_bytes, kind)?),
+            true => Some(journal.next(streams, windows.count(), window_bytes, kind)?),
             false => None,
         };
         let states = next.as_mut().map(Mutex::new);

@@ -1,4 +1,4 @@
-//! How much may be held, and where it goes otherwise.
+//! Where activations lie: memory budgets and the activation store of a device.
 
 use std::{
     path::{Path, PathBuf},
@@ -12,14 +12,25 @@ use tch::{Device, Kind};
 
 use crate::{cuda::Copies, error::Result};
 
-/// Bytes that may be held somewhere.
+/// Memory that a run may take, bytes; `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// Activations on each device that is not the CPU.
+    pub(super) on_device: Option<u64>,
+    /// Activations in memory, of all devices together.
+    pub(super) in_memory: Option<u64>,
+    /// Tokens that go through the model together.
+    pub(super) batch_tokens: usize,
+}
+
+/// Bytes of one kind of memory that may still be reserved.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {
     free: AtomicU64,
     closed: AtomicBool,
 }
 
-/// Bytes that are held; given back when dropped.
+/// Reserved bytes; returned to their budget when dropped.
 #[derive(Debug)]
 pub(super) struct Reserved {
     budget: Arc<MemoryBudget>,
@@ -32,9 +43,9 @@ impl MemoryBudget {
         Arc::new(Self { free: AtomicU64::new(bytes.unwrap_or(u64::MAX / 2)), closed: AtomicBool::new(false) })
     }
 
-    /// `bytes` of what is free, if there are so many.
+    /// Reserves `bytes`, if so many are free.
     pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Option<Reserved> {
-        if !self.is_open() {
+        if self.closed.load(Ordering::Acquire) {
             return None;
         }
         let take = |free: u64| free.checked_sub(bytes);
@@ -42,14 +53,9 @@ impl MemoryBudget {
         Some(Reserved { budget: Arc::clone(self), bytes })
     }
 
-    /// Whether anything more may be held.
-    pub(super) fn is_open(&self) -> bool {
-        !self.closed.load(Ordering::Acquire)
-    }
-
-    /// From now on nothing more may be held.
-    pub(super) fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+    /// Refuses all further reservations. False when it did so already.
+    pub(super) fn close(&self) -> bool {
+        !self.closed.swap(true, Ordering::AcqRel)
     }
 }
 
@@ -59,38 +65,49 @@ impl Drop for Reserved {
     }
 }
 
-/// Where a device's activations are kept: beside what computes on them as long as there is room, else in memory, else in
-/// a file.
+/// Where the activations of a device lie: on the device while its budget lasts, else in page-locked memory, else in a file.
 pub(super) struct ActivationStore {
     pub(super) device: Device,
     pub(super) kind: Kind,
     /// On the device; for the CPU this is memory.
-    pub(super) near: Arc<MemoryBudget>,
+    on_device: Arc<MemoryBudget>,
     /// In page-locked memory, for devices that are not the CPU.
-    pub(super) memory: Arc<MemoryBudget>,
+    in_memory: Arc<MemoryBudget>,
     /// Folder for what fits neither.
-    spill: PathBuf,
+    pub(super) spill: PathBuf,
     pub(super) copies: Option<Copies>,
 }
 
 impl ActivationStore {
-    /// `near` and `memory` are limits in bytes; `memory` is shared by all devices of a run.
+    /// `on_device` is the device's limit in bytes, unless that is the CPU; `in_memory` is shared by all devices of a run.
     pub(super) fn new(
         device: Device,
         kind: Kind,
-        near: Arc<MemoryBudget>,
-        memory: Arc<MemoryBudget>,
+        on_device: Option<u64>,
+        in_memory: &Arc<MemoryBudget>,
         spill: &Path,
-    ) -> Result<Self> {
-        let copies = match device {
-            Device::Cpu => None,
-            _ => Some(Copies::new(device)?),
+    ) -> Result<Arc<Self>> {
+        let in_memory = Arc::clone(in_memory);
+        let (on_device, copies) = match device {
+            Device::Cpu => (Arc::clone(&in_memory), None),
+            _ => (MemoryBudget::new(on_device), Some(Copies::new(device)?)),
         };
-        Ok(Self { device, kind, near, memory, spill: spill.into(), copies })
+        Ok(Arc::new(Self { device, kind, on_device, in_memory, spill: spill.into(), copies }))
     }
 
-    pub(super) fn spill(&self) -> &Path {
-        &self.spill
+    /// Reserves bytes on the device.
+    pub(super) fn reserve_on_device(&self, bytes: u64) -> Option<Reserved> {
+        self.on_device.reserve(bytes)
+    }
+
+    /// Reserves bytes of page-locked memory.
+    pub(super) fn reserve_in_memory(&self, bytes: u64) -> Option<Reserved> {
+        self.in_memory.reserve(bytes)
+    }
+
+    /// Keeps no further activations on the device. False when it did so already.
+    pub(super) fn close_device(&self) -> bool {
+        self.on_device.close()
     }
 }
 
@@ -108,7 +125,7 @@ mod tests {
         assert!(budget.reserve(7).is_none());
         drop(second);
         assert!(budget.reserve(10).is_some());
-        budget.close();
+        assert!(budget.close() && !budget.close());
         assert!(budget.reserve(1).is_none());
         assert!(MemoryBudget::new(None).reserve(1 << 50).is_some());
     }

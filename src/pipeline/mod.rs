@@ -1,6 +1,7 @@
 //! The order of the steps, from checkpoint and text to branches and report.
 
 mod branches;
+mod collective;
 mod estimate;
 mod journal;
 mod layers;
@@ -8,7 +9,6 @@ mod memory;
 mod needs;
 mod output_folder;
 mod output_hessians;
-mod preflight;
 mod reference;
 mod stage_memory;
 mod stage_solver;
@@ -52,7 +52,7 @@ pub use output_folder::Place;
 use stage_memory::{At, MemoryWatch};
 use worker::RunContext;
 
-/// What a run needs beside the plan.
+/// A run: the plan and what it needs beside it.
 pub struct Run<'a> {
     /// What to make.
     pub plan: &'a Plan,
@@ -60,11 +60,11 @@ pub struct Run<'a> {
     pub checkpoint: &'a Checkpoint,
     /// The calibration texts, as many as the plan has datasets and in their order.
     pub texts: &'a [CalibrationText<'a>],
-    /// Where the branches go; what the same run left there unfinished is gone on with.
+    /// Where the branches go; an interrupted run there resumes.
     pub place: Place<'a>,
     /// The command, for the report: without paths of this machine.
     pub command: &'a [String],
-    /// Set by whoever wants the run to stop; it then ends at the next batch or linear.
+    /// Set to stop the run; it then ends at the next batch or linear.
     pub stop: &'a AtomicBool,
 }
 
@@ -76,7 +76,7 @@ pub struct CalibrationText<'a> {
     pub provenance: &'a calibration::Provenance,
 }
 
-/// A run whose branches are in their places. Until it is completed, the same run can be gone on with from here.
+/// A run whose branches are in their places. Until it is completed, the same run resumes from here.
 pub struct Finished {
     /// What was made.
     pub report: Report,
@@ -85,7 +85,7 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// Writes the report as it is now, and removes what the run needed to go on.
+    /// Writes the report as it is now, and removes the journal.
     ///
     /// # Errors
     /// When the disk is full or fails.
@@ -97,12 +97,12 @@ impl Finished {
     }
 }
 
-/// Quantizes a model into all of the plan's variants, or goes on with it. All branches are complete afterwards, or none is
-/// there: after an error or a break the output folder holds what the same run needs to go on, or nothing if no layer
-/// was finished.
+/// Quantizes a model into all of the plan's variants, or resumes an interrupted run. Afterwards all branches are complete,
+/// or none is there: after an error the output folder holds what the same run resumes from, or nothing if no layer was
+/// finished.
 ///
 /// # Errors
-/// When anything at all does not fit, before the work where it can be known before.
+/// When the model, the plan, memory or the disk do not fit, before the work where possible; when the work fails.
 pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     let Run { plan, checkpoint, texts, place, command, .. } = run;
     check(plan, checkpoint, place)?;
@@ -139,10 +139,10 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         quality: plan.quality,
         accuracy,
     };
-    if journal.state().sealed() {
+    if journal.state().sealed {
         branches::check_sealed(place.out, &plan.variants)?;
     } else {
-        let memory = MemoryWatch::begin(journal.state().stage_memory());
+        let memory = MemoryWatch::begin(journal.state().stage_memory);
         let context = RunContext { progress, stop: run.stop, memory: &memory };
         let rotated = match accuracy.rotate {
             true => Some(rotate(checkpoint, journal.folder(), context)?),
@@ -161,7 +161,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     }
     let state = journal.state();
     let branches = branches::publish(place.out, state.reports())?;
-    warnings.extend(branches::warnings(&branches, state.warnings()));
+    warnings.extend(branches::warnings(&branches, &state.warnings));
     let report = Report {
         schema: REPORT_SCHEMA.into(),
         generated_by: GENERATED_BY.into(),
@@ -179,12 +179,12 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         resumed: state.interrupted().to_vec(),
         branches,
         warnings,
-        seconds: state.seconds(),
-        journal_seconds: state.journal_seconds(),
-        layer_seconds: state.layer_seconds().to_vec(),
+        seconds: state.seconds,
+        journal_seconds: state.journal_seconds,
+        layer_seconds: state.layer_seconds.clone(),
         stage_seconds: state.stage_seconds(),
-        stage_memory_bytes: state.stage_memory(),
-        peak_memory_bytes: peak_memory().max(state.peak_memory_bytes()),
+        stage_memory_bytes: state.stage_memory,
+        peak_memory_bytes: peak_memory().max(state.peak_memory_bytes),
         evaluations: Vec::new(),
     };
     write_report(place.out, &report)?;
@@ -206,10 +206,10 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
     if !place.is_free() {
         return Err(Error::OutputExists { path: place.out.into() });
     }
-    Needs::of(plan, checkpoint, place).map(drop)
+    Needs::of(plan, checkpoint, place, plan.accuracy(config).rotate).map(drop)
 }
 
-/// The model as it is when rotated, in a folder below `place`.
+/// Writes the rotated model to a folder below `place`.
 fn rotate(checkpoint: &Checkpoint, place: &Path, context: RunContext<'_>) -> Result<Rotated> {
     context.progress.begin("rotating", checkpoint.config().num_layers() as u64);
     let mut step = || {
@@ -232,7 +232,7 @@ fn equalize(checkpoint: &Checkpoint, context: RunContext<'_>) -> Result<Option<C
     Ok(Some(equalized))
 }
 
-/// Refuses numbers that fp16 cannot hold in the tensors that are copied, which would else be met at the very end.
+/// Refuses numbers that fp16 cannot hold in the tensors that are copied; without this the run would fail at its end.
 fn check_dense(checkpoint: &Checkpoint) -> Result<()> {
     let config = checkpoint.config();
     for name in config.dense_tensors().into_iter().map(|(name, _)| name).chain(config.linear_biases()) {

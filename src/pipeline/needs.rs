@@ -1,25 +1,27 @@
-//! What a run needs of memory and disk, told to the user and refused before any work.
+//! Memory, disk and time that a run needs: shown to the user, and refused before any work where they do not fit.
 
-use std::fmt;
+use std::{fmt, fs, path::Path};
 
 use tch::{Device, Kind};
 
-use super::{compute_kind, estimate::Shape, output_folder::Place, preflight::DiskNeed, worker_pool::Limits};
+use super::{compute_kind, estimate::Shape, journal, memory::Limits, output_folder::Place};
 use crate::{
+    architectures::ModelConfig,
     checkpoint::Checkpoint,
     cuda::Gpu,
     device,
+    emit::planned_bytes,
     error::{ResourceError, Result},
-    machine::{available_memory, product_speed, resident_memory},
+    machine::{available_memory, product_speed, require_space, resident_memory},
     model::source_kind,
     plan::Plan,
     rotation::rotated_bytes,
     units::bytes,
 };
 
-/// Operations of a layer below which nobody waits for it.
+/// Operations of a layer below which its time is not estimated.
 const WORTH_ESTIMATING: f64 = 1e12;
-/// What takes time beside matrix products, as a factor: measured on layers of Llama 2 7B's shape.
+/// Time of a layer over the time of its matrix products, measured on layers of Llama 2 7B's shape.
 const BESIDE_PRODUCTS: f64 = 1.3;
 
 /// What a run needs.
@@ -27,14 +29,14 @@ const BESIDE_PRODUCTS: f64 = 1.3;
 pub(super) struct Needs {
     /// Of forward passes.
     pub(super) kind: Kind,
-    /// What may be held where.
+    /// Memory for activations.
     pub(super) limits: Limits,
-    /// Windows whose states of all layers are kept at the same time, where gradients are taken.
+    /// Windows that gradients are taken on at a time.
     pub(super) gradients_at_once: usize,
     device: Device,
     /// At most, in the memory of the device, or of the machine where that is the CPU.
     memory: u64,
-    /// Activations that are held elsewhere.
+    /// Activations that do not fit it.
     elsewhere: u64,
     disk: DiskNeed,
     /// Floating-point operations of a layer.
@@ -42,31 +44,19 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// Of a whole run, with the rotated model if there will be one.
+    /// `rotates` is whether the run still has to rotate the model; behind that the rotated model is on the disk.
     ///
     /// # Errors
     /// When it does not fit.
-    pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
-        let rotates = plan.accuracy(checkpoint.config()).rotate;
-        Self::and_rotated(plan, checkpoint, place, rotates)
-    }
-
-    /// Of what a run does with its layers; a rotated model is on the disk already.
-    ///
-    /// # Errors
-    /// When it does not fit.
-    pub(super) fn of_layers(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<Self> {
-        Self::and_rotated(plan, checkpoint, place, false)
-    }
-
-    fn and_rotated(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
+    pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
-        let kind = compute_kind(plan.compute_dtype, device, source_kind(checkpoint)?);
-        let accuracy = plan.accuracy(checkpoint.config());
+        let (source, config) = (source_kind(checkpoint)?, checkpoint.config());
+        let kind = compute_kind(plan.compute_dtype, device, source);
+        let accuracy = plan.accuracy(config);
+        let source = if accuracy.rotate { Kind::Float } else { source };
         let shape = Shape {
-            config: checkpoint.config(),
-            source_bytes: if accuracy.rotate { Kind::Float } else { source_kind(checkpoint)? }
-                .elt_size_in_bytes() as u64,
+            config,
+            source_bytes: source.elt_size_in_bytes() as u64,
             kind,
             windows: plan.samples,
             seq_len: plan.seq_len,
@@ -79,27 +69,27 @@ impl Needs {
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
             (_, Some(limit)) => Some(limit),
-            // Others may want some too, and a heap has holes.
+            // Other programs may take some too, and a heap has holes.
             (_, None) => Some(Gpu::of(device)?.memory()?.free as u64 / 10 * 9),
         };
         let base = resident_memory().unwrap_or(0);
         let limits = shape.limits(device, device_memory, plan.max_memory, base)?;
         let need = shape.need(device, limits.batch_tokens);
-        let own = if device == Device::Cpu { base } else { 0 };
-        let allowed = if device == Device::Cpu { limits.in_memory } else { limits.on_device };
-        let held = need.activations.min(allowed.unwrap_or(u64::MAX));
+        // What leaves a CUDA device goes to memory first.
+        let (own, first, second) = match device {
+            Device::Cpu => (base, limits.in_memory, Some(0)),
+            _ => (0, limits.on_device, limits.in_memory),
+        };
+        let held = need.activations.min(first.unwrap_or(u64::MAX));
         let elsewhere = need.activations - held;
-        let in_memory = if device == Device::Cpu { Some(0) } else { limits.in_memory };
-        let spilled = elsewhere.saturating_sub(in_memory.unwrap_or(u64::MAX));
-        let needs_host = match device {
+        let spilled = elsewhere.saturating_sub(second.unwrap_or(u64::MAX));
+        let on_host = match device {
             Device::Cpu => need.working.saturating_add(held),
-            // What leaves the device goes to memory first.
             _ => shape.host_beside_cuda().saturating_add(elsewhere - spilled),
         };
-        fits_machine(available_memory(), needs_host, &shape, device, base, plan)?;
-        let spilled = spilled.saturating_add(shape.output_hessians());
-        let config = checkpoint.config();
-        let spilled = spilled.saturating_add(if rotates { rotated_bytes(config) } else { 0 });
+        fits_machine(available_memory(), on_host, &shape, device, base, plan)?;
+        let rotated = if rotates { rotated_bytes(config) } else { 0 };
+        let spilled = spilled.saturating_add(shape.output_hessians()).saturating_add(rotated);
         let config = if accuracy.rotate { config.untied() } else { config.clone() };
         let disk = DiskNeed::new(plan, checkpoint, &config, place, shape.hidden_states(), spilled)?;
         disk.check(place)?;
@@ -111,9 +101,6 @@ impl Needs {
 
     /// Seconds that a layer will take, roughly: its products at the speed that one product has here. None where it is too
     /// little to be worth measuring, and on devices other than the CPU.
-    ///
-    /// # Errors
-    /// When libtorch cannot compute.
     pub(super) fn layer_seconds(&self) -> Result<Option<f64>> {
         if self.device != Device::Cpu || self.operations < WORTH_ESTIMATING {
             return Ok(None);
@@ -123,7 +110,7 @@ impl Needs {
 }
 
 /// Refuses a run that takes more than the memory that is `available`, where that is known. `needed` are bytes beyond `base`,
-/// what the program holds already.
+/// which the program takes already.
 fn fits_machine(
     available: Option<u64>,
     needed: u64,
@@ -133,7 +120,7 @@ fn fits_machine(
     plan: &Plan,
 ) -> Result<()> {
     let Some(available) = available.filter(|&available| available < needed) else { return Ok(()) };
-    // Whole percents that leave some for others.
+    // Whole percents, with some left for other programs.
     let limit = (base + available) / 100 * 95;
     let fits = plan.max_memory.is_none() && shape.limits(device, None, Some(limit), base).is_ok();
     let error = ResourceError::Memory {
@@ -165,39 +152,85 @@ impl fmt::Display for Needs {
     }
 }
 
+/// Bytes of disk that a run still has to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct DiskNeed {
+    /// The branches.
+    branches: u64,
+    /// Hidden states that an interrupted run resumes from, and activations that do not fit memory, until the run is complete.
+    journal: u64,
+}
+
+impl DiskNeed {
+    /// `config` is that of the branches; `states` are the bytes of all hidden states, `spilled` those of activations that do not fit
+    /// memory, and of whatever else lies beside the journal.
+    fn new(
+        plan: &Plan,
+        checkpoint: &Checkpoint,
+        config: &ModelConfig,
+        place: &Place<'_>,
+        states: u64,
+        spilled: u64,
+    ) -> Result<Self> {
+        let begun = if place.restart { None } else { journal::begun(place) };
+        let mut branches = 0;
+        // Branches that were begun have their space on the disk already.
+        for variant in plan.variants.iter().filter(|_| begun.is_none()) {
+            branches += planned_bytes(variant, config, checkpoint, plan.max_shard_size)?;
+        }
+        // One set of states beside the one that is being written; behind the last layer there are none.
+        let sets = match (checkpoint.config().num_layers(), begun) {
+            (1, _) => 0,
+            (2, None) | (_, Some(_)) => 1,
+            (_, None) => 2,
+        };
+        Ok(Self { branches, journal: states.saturating_mul(sets).saturating_add(spilled) })
+    }
+
+    /// Refuses a run that the disks have no space for.
+    fn check(&self, place: &Place<'_>) -> Result<()> {
+        let out = nearest_folder(place.out);
+        let needs = match place.journal_dir.map(nearest_folder) {
+            Some(dir) if !same_disk(dir, out) => vec![(out, self.branches), (dir, self.journal)],
+            _ => vec![(out, self.branches.saturating_add(self.journal))],
+        };
+        needs.into_iter().try_for_each(|(folder, needed)| require_space(folder, needed))
+    }
+}
+
+/// Whether two folders are on one file system; true where that cannot be read.
+fn same_disk(left: &Path, right: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (fs::metadata(left), fs::metadata(right)) {
+        (Ok(left), Ok(right)) => left.dev() == right.dev(),
+        _ => true,
+    }
+}
+
+/// The deepest existing folder on the way to `path`.
+fn nearest_folder(path: &Path) -> &Path {
+    let existing = path.ancestors().find(|a| a.is_dir());
+    existing.unwrap_or(Path::new("."))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::architectures::ModelConfig;
+    use crate::pipeline::estimate::tests::{config, shape};
 
     #[test]
     fn a_run_that_does_not_fit_is_refused_with_the_flag_that_fits() {
-        let json = serde_json::json!({
-            "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-            "rms_norm_eps": 1e-5, "max_position_embeddings": 4096,
-        });
-        let config = ModelConfig::from_json("config.json", &json).unwrap();
+        let config = config(4096, 11008, 32, 32);
         let plan = Plan::default();
-        let shape = Shape {
-            config: &config,
-            source_bytes: 2,
-            kind: Kind::Float,
-            windows: plan.samples,
-            seq_len: plan.seq_len,
-            variants: plan.variants.len(),
-            shared_hessian: false,
-            reference: false,
-            gradient_windows: 0,
-            rotates: false,
-        };
+        let (windows, seq_len, variants) = (plan.samples, plan.seq_len, plan.variants.len());
+        let shape = Shape { kind: Kind::Float, windows, seq_len, variants, ..shape(&config) };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
         let fits = |available: u64| fits_machine(Some(available), all, &shape, Device::Cpu, base, &plan);
         fits(all).unwrap();
         fits_machine(None, all, &shape, Device::Cpu, base, &plan).unwrap();
 
-        // ActivationStore for what is needed in any case, and for some activations.
+        // Enough for what is needed in any case, and for some activations.
         let error = fits(need.working + need.activations / 2).unwrap_err();
         let hint = error.hint().unwrap();
         let flag = hint.strip_prefix("it fits with --max-memory ").and_then(|rest| rest.split("MB").next());
@@ -206,7 +239,7 @@ mod tests {
         let limits = shape.limits(Device::Cpu, None, Some(limit), base).unwrap();
         assert!(limits.in_memory.unwrap() > need.activations / 4);
 
-        // None for that.
+        // Not enough for what is needed in any case.
         let error = fits(need.working / 2).unwrap_err();
         assert!(!error.hint().unwrap().contains("it fits with"), "{error}");
         assert!(error.to_string().starts_with("memory: "), "{error}");
@@ -214,25 +247,10 @@ mod tests {
 
     #[test]
     fn numbers_beyond_any_machine_do_not_overflow() {
-        let json = serde_json::json!({
-            "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
-            "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 4096,
-        });
-        let config = ModelConfig::from_json("config.json", &json).unwrap();
+        let config = config(128, 256, 2, 2);
         let windows = usize::MAX / 4096;
-        let shape = Shape {
-            config: &config,
-            source_bytes: 2,
-            kind: Kind::Float,
-            windows,
-            seq_len: 4096,
-            variants: 4,
-            shared_hessian: false,
-            reference: true,
-            gradient_windows: windows,
-            rotates: false,
-        };
+        let (kind, seq_len, reference, gradient_windows) = (Kind::Float, 4096, true, windows);
+        let shape = Shape { kind, windows, seq_len, reference, gradient_windows, ..shape(&config) };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);
     }

@@ -7,25 +7,28 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use super::{journal, preflight};
-use crate::error::{Error, Result};
+use super::journal;
+use crate::{
+    emit::is_partial,
+    error::{Error, Result},
+};
 
-/// The journal's folder in the output folder; its name is that of something unfinished.
+/// The journal's folder in the output folder. By its name it counts as unfinished.
 pub(super) const JOURNAL_FOLDER: &str = ".journal.partial";
 
-/// Where a run puts what it makes, and what it needs to go on.
+/// Where a run writes its branches, and the journal that it resumes from.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
     /// The folder for the branches.
     pub out: &'a Path,
-    /// A folder for journals, on another disk perhaps; none is inside `out`.
+    /// A folder for journals, for example on another disk; `None` puts the journal inside `out`.
     pub journal_dir: Option<&'a Path>,
-    /// Whether a run that was begun here is thrown away.
+    /// Whether an interrupted run here is discarded.
     pub restart: bool,
 }
 
 impl<'a> Place<'a> {
-    /// With the journal inside, going on with what is there.
+    /// With the journal inside; an interrupted run there resumes.
     pub fn new(out: &'a Path) -> Self {
         Self { out, journal_dir: None, restart: false }
     }
@@ -44,26 +47,26 @@ impl<'a> Place<'a> {
         Ok(dir.join(format!("{name}-{mark}.journal")))
     }
 
-    /// Whether a run may begin or go on here.
+    /// Whether a run may begin or resume here.
     pub(super) fn is_free(&self) -> bool {
-        !self.out.exists() || preflight::only_partial(self.out) || journal::begun(self).is_some()
+        !self.out.exists() || only_partial(self.out) || journal::begun(self).is_some()
     }
 }
 
-/// Whose the output folder is.
+/// What this run may do with the output folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FolderState {
-    /// Not, or not yet, this run's: nothing in it may be touched.
+    /// It is not, or not yet, this run's: its content stays as it is.
     Foreign,
-    /// It was there, holding nothing but leftovers; it may be a link, and stays.
+    /// It was there with nothing but unfinished files; it may be a link, and stays.
     Emptied,
     /// This run made it.
     Created,
-    /// What is in it stays: it is complete, or can be gone on with.
+    /// Its content stays: it is complete, or a run can resume from it.
     Held,
 }
 
-/// The output folder, removed again unless held.
+/// The output folder. It is removed when this is dropped, unless it is held.
 pub(super) struct OutputFolder<'a> {
     path: &'a Path,
     state: FolderState,
@@ -97,13 +100,13 @@ impl<'a> OutputFolder<'a> {
     /// Removes what is in it, but for the journal: a new run begins.
     pub(super) fn empty(&mut self) -> Result<()> {
         if self.state == FolderState::Foreign {
-            preflight::clear(self.path, Some(JOURNAL_FOLDER)).map_err(Error::io("clear", self.path))?;
+            clear(self.path, Some(JOURNAL_FOLDER)).map_err(Error::io("clear", self.path))?;
             self.state = FolderState::Emptied;
         }
         Ok(())
     }
 
-    /// From now on it stays as it is when this is dropped.
+    /// Keeps its content when this is dropped.
     pub(super) fn hold(&mut self) {
         self.state = FolderState::Held;
     }
@@ -115,7 +118,7 @@ impl Drop for OutputFolder<'_> {
         let _ = match self.state {
             FolderState::Held => return,
             FolderState::Foreign => Ok(()),
-            FolderState::Emptied => preflight::clear(self.path, None),
+            FolderState::Emptied => clear(self.path, None),
             FolderState::Created => fs::remove_dir_all(self.path),
         };
         for parent in &self.parents {
@@ -123,6 +126,28 @@ impl Drop for OutputFolder<'_> {
             let _ = fs::remove_dir(parent);
         }
     }
+}
+
+/// Whether a folder holds nothing but the unfinished files of a killed run.
+fn only_partial(out: &Path) -> bool {
+    let Ok(mut entries) = fs::read_dir(out) else { return false };
+    entries.all(|entry| entry.is_ok_and(|e| is_partial(&e.file_name().to_string_lossy())))
+}
+
+/// Removes everything in a folder but what is called `keep`.
+fn clear(folder: &Path, keep: Option<&str>) -> std::io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if keep.is_some_and(|name| entry.file_name() == name) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

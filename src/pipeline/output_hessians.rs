@@ -1,16 +1,14 @@
-//! What errors in the outputs of each linear cost at the end of the model: gradients of the unquantized model, before any
-//! layer is quantized.
+//! Output Hessians of all linears, from gradients of the unquantized model, before any layer is quantized.
 
 use std::{ops::Range, path::Path, sync::Arc};
 
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    memory::{ActivationStore, MemoryBudget},
+    memory::{ActivationStore, Limits, MemoryBudget},
     stream::Stream,
     window_file::WindowFile,
     worker::RunContext,
-    worker_pool::Limits,
 };
 use crate::{
     architectures::{LayerConfig, ModelConfig},
@@ -39,11 +37,11 @@ pub(super) struct GradientWindows<'a> {
     pub(super) windows: &'a Windows,
     /// How many of them, from the first on.
     pub(super) count: usize,
-    /// About how many go through all layers and back before others do. The results do not depend on it: sums are gone on with.
+    /// About how many go through all layers and back together. The results do not depend on it: sums are continued.
     pub(super) at_once: usize,
 }
 
-/// Those of one layer, factorized.
+/// Output Hessians of one layer, factorized.
 pub(super) struct LayerFactors {
     /// The blocks of each linear of the layer.
     blocks: Vec<Vec<OutputFactor>>,
@@ -55,16 +53,13 @@ pub(super) fn layer_bytes(layer: &LayerConfig) -> u64 {
     blocks.map(|n| n * n).sum::<usize>() as u64 * 4
 }
 
-/// The same of the layer that has the most.
+/// Bytes of the output Hessians of the layer that has the most.
 pub(super) fn largest_layer_bytes(config: &ModelConfig) -> u64 {
     config.layers.iter().map(layer_bytes).max().unwrap_or(0)
 }
 
 impl OutputHessians {
     /// Takes gradients on some `windows`, for the layers from `first` on. `seed` draws the tokens that are predicted.
-    ///
-    /// # Errors
-    /// When memory or the disk ends, or the user asked to stop.
     pub(super) fn measure(
         checkpoint: &Checkpoint,
         device: Device,
@@ -79,15 +74,11 @@ impl OutputHessians {
         let GradientWindows { windows, count, at_once } = windows;
         let (seq_len, layers) = (windows.seq_len(), config.num_layers());
         let memory = MemoryBudget::new(limits.in_memory);
-        let near = match device {
-            Device::Cpu => Arc::clone(&memory),
-            _ => MemoryBudget::new(limits.on_device),
-        };
-        let room = Arc::new(ActivationStore::new(device, Kind::Float, near, memory, folder)?);
+        let store = ActivationStore::new(device, Kind::Float, limits.on_device, &memory, folder)?;
         let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
         let per_batch = (BATCH_TOKENS / seq_len).max(1);
         let file = WindowFile::scratch(folder, layers, largest_layer_bytes(config) as usize)?;
-        let task = Gradients { checkpoint, runner, windows, per_batch, first, seed, room, file, context };
+        let task = Gradients { checkpoint, runner, windows, per_batch, first, seed, store, file, context };
         let steps = count.div_ceil(per_batch) * (1 + layers + (layers - first));
         context.progress.begin("gradients", steps as u64);
         let part = (at_once.min(count) / per_batch).max(1) * per_batch;
@@ -102,18 +93,12 @@ impl OutputHessians {
         Ok(Self { file: task.file })
     }
 
-    /// Those of one layer's linears, on the CPU.
-    ///
-    /// # Errors
-    /// When they cannot be read back.
+    /// The output Hessians of a layer's linears, on the CPU.
     pub(super) fn blocks(&self, config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
         read_blocks(&self.file, config, layer)
     }
 
-    /// Those of one layer, factorized on `device` once for all variants.
-    ///
-    /// # Errors
-    /// When they cannot be read back, or one cannot be factorized.
+    /// The output Hessians of a layer, factorized on `device` once for all variants.
     pub(super) fn factors(&self, config: &ModelConfig, layer: usize, device: Device) -> Result<LayerFactors> {
         let blocks = self.blocks(config, layer)?.into_iter().enumerate();
         let of = |(position, blocks): (usize, Vec<Tensor>)| {
@@ -129,17 +114,17 @@ struct Gradients<'a> {
     runner: Runner<'a>,
     windows: &'a Windows,
     per_batch: usize,
-    /// The first layer whose linears' gradients are asked for.
+    /// The first layer whose linears' gradients are taken.
     first: usize,
     seed: u64,
-    room: Arc<ActivationStore>,
+    store: Arc<ActivationStore>,
     /// Sums over the windows that are done, layer by layer; in the end means.
     file: WindowFile,
     context: RunContext<'a>,
 }
 
 impl Gradients<'_> {
-    /// What goes into each layer, and out of the last; nothing is kept in front of the first that is asked for.
+    /// The inputs of each layer, and the outputs of the last; inputs of layers before `first` are dropped.
     fn forward(&self, part: &Range<usize>) -> Result<Vec<Stream>> {
         let (seq_len, transformer) = (self.windows.seq_len(), self.runner.transformer());
         let mut embedded = self.stream(part);
@@ -165,7 +150,7 @@ impl Gradients<'_> {
         Ok(states)
     }
 
-    /// Gradients of `−log p(y)` with respect to what the last layer puts out, `y` drawn from `p`.
+    /// Gradients of `−log p(y)` with respect to the outputs of the last layer, `y` drawn from `p`.
     fn at_the_end(&self, mut last: Stream) -> Result<Stream> {
         let seq_len = self.windows.seq_len();
         let mut gradients = last.empty_like([seq_len, self.checkpoint.config().hidden_size]);
@@ -173,7 +158,7 @@ impl Gradients<'_> {
             let uniform = uniform(self.seed, batch.start * seq_len..batch.end * seq_len);
             let shape = [batch.len() as i64, seq_len as i64];
             let uniform =
-                Tensor::f_from_slice(&uniform).and_then(|u| u.f_view(shape)?.f_to_device(self.room.device));
+                Tensor::f_from_slice(&uniform).and_then(|u| u.f_view(shape)?.f_to_device(self.store.device));
             let uniform = uniform.torch("draw tokens")?;
             gradients.put(i, self.runner.sampled_gradient(&last.get(i)?, &uniform)?)?;
             self.step()?;
@@ -181,7 +166,7 @@ impl Gradients<'_> {
         Ok(gradients)
     }
 
-    /// Takes gradients back through the layers and adds their outer products to the sums; behind the `last` part they become means.
+    /// Takes gradients back through the layers and adds their outer products to the sums; after the `last` part these become means.
     fn back(
         &self,
         part: &Range<usize>,
@@ -224,7 +209,7 @@ impl Gradients<'_> {
 
     /// Sums over the `done` windows in front, of the outputs of each linear.
     fn sums(&self, layer: usize, done: usize) -> Result<Vec<OutputHessian>> {
-        let (config, device) = (self.checkpoint.config(), self.room.device);
+        let (config, device) = (self.checkpoint.config(), self.store.device);
         if done == 0 {
             let linears = config.layers[layer].linears.iter();
             return linears.map(|linear| OutputHessian::new(linear.shape[0], device)).collect();
@@ -236,14 +221,14 @@ impl Gradients<'_> {
 
     fn stream(&self, part: &Range<usize>) -> Stream {
         let window = [self.windows.seq_len(), self.checkpoint.config().hidden_size];
-        Stream::new(&self.room, part.clone(), self.per_batch, window)
+        Stream::new(&self.store, part.clone(), self.per_batch, window)
     }
 
     fn layers(&self) -> usize {
         self.checkpoint.config().num_layers()
     }
 
-    /// A batch went through a layer.
+    /// Counts a batch that went through a layer.
     fn step(&self) -> Result<()> {
         self.context.progress.advance(1);
         self.context.check_cancelled()
@@ -264,7 +249,7 @@ fn read_blocks(file: &WindowFile, config: &ModelConfig, layer: usize) -> Result<
 }
 
 impl LayerFactors {
-    /// Those of a linear.
+    /// The factors of a linear.
     pub(super) fn of(&self, position: usize) -> &[OutputFactor] {
         &self.blocks[position]
     }

@@ -1,4 +1,4 @@
-//! How much memory each stage of a run takes: looked at while it works.
+//! Peak memory of each phase of a run, sampled while it works.
 
 use std::{
     sync::{
@@ -12,10 +12,10 @@ use std::{
 
 use crate::{machine::resident_memory, report::StageMemory};
 
-/// Between two looks; one takes some 30 µs.
+/// Time between two samples; a sample takes some 30 µs.
 const EVERY: Duration = Duration::from_millis(20);
 
-/// What a run is at.
+/// A phase of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum At {
     Calibrating,
@@ -24,7 +24,7 @@ pub(super) enum At {
     Finishing,
 }
 
-/// Looks at the memory of this process until it is dropped.
+/// Samples the memory of this process until it is dropped.
 pub(super) struct MemoryWatch {
     seen: Arc<Seen>,
     thread: Option<(Sender<()>, JoinHandle<()>)>,
@@ -32,12 +32,12 @@ pub(super) struct MemoryWatch {
 
 struct Seen {
     at: AtomicUsize,
-    /// Bytes, by [`At`]; 0 is nothing seen.
+    /// Bytes, by [`At`]; 0 before the first sample.
     peaks: [AtomicU64; 4],
 }
 
 impl MemoryWatch {
-    /// Begins with what was seen of the run before.
+    /// Begins with the peaks of earlier parts of the run.
     pub(super) fn begin(before: StageMemory) -> Self {
         let StageMemory { calibrating, solving, packing, finishing } = before;
         let peaks = [calibrating, solving, packing, finishing].map(|peak| AtomicU64::new(peak.unwrap_or(0)));
@@ -52,14 +52,14 @@ impl MemoryWatch {
         Self { seen, thread: Some((stop, thread)) }
     }
 
-    /// The run goes over to another stage; of devices that work at the same time, the last to do so counts.
+    /// Begins another phase. Of devices that work at the same time, the last call counts.
     pub(super) fn enter(&self, at: At) {
-        // What the one before has left is its own.
+        // What is resident now belongs to the phase before.
         self.seen.look();
         self.seen.at.store(at as usize, Ordering::Relaxed);
     }
 
-    /// What was seen so far.
+    /// The peaks so far.
     pub(super) fn peaks(&self) -> StageMemory {
         self.seen.look();
         let peak =

@@ -2,59 +2,91 @@
 
 use std::time::Instant;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{
+    output_hessians::LayerFactors,
     stage_memory::At,
-    statistics::CalibrationStatistics,
-    worker_group::{SharedSink, WorkerGroup, lock},
+    statistics::{CalibrationStatistics, blend_experts},
+    weights::Weights,
+    worker::RunContext,
+    worker_group::{SharedSink, Task, lock},
 };
 use crate::{
-    architectures::{GroupConfig, LinearId},
+    architectures::{GroupConfig, LinearId, ModelConfig},
     error::Result,
     gptq::{
         CrossCovariance, Hessian,
-        solver::{Factorization, Factorized, Solved, Weight, solve_by_rows, targets},
+        solver::{
+            CpuSolver, CudaSolver, Factorization, Factorized, OrRounded, Solved, Solver, Weight,
+            solve_by_rows, targets,
+        },
     },
     machine::return_free_memory,
+    plan::OnFailure,
     progress::Event,
+    report::LinearReport,
     variant::Sorting,
 };
 
-/// Statistics of one solved linear.
-#[derive(Debug, Clone)]
-pub(super) struct LinearStatistics {
-    pub(super) relative_error: f64,
-    pub(super) facts: Factorization,
-    /// The linear's share of its stage's time, by size.
-    pub(super) seconds: f64,
-    /// Output features that were rounded to nearest, as that is better.
-    pub(super) uncompensated: usize,
-    /// Why all of it was, if it was.
-    pub(super) fallback: Option<String>,
-    /// Of an expert, the calibration tokens that went through it.
-    pub(super) tokens: Option<u64>,
+/// Solves the stages of a layer on one device.
+pub(super) struct StageSolver<'a> {
+    config: &'a ModelConfig,
+    device: Device,
+    solver: Box<dyn Solver + Send>,
+    task: Task<'a>,
+    context: RunContext<'a>,
+    /// Factorized output Hessians of the current layer, where they are used.
+    outputs: Option<LayerFactors>,
 }
 
-impl WorkerGroup<'_> {
-    /// Solves a stage for some variants; returns the quantized linears of each, after the sink took them.
+impl<'a> StageSolver<'a> {
+    /// With the fastest solver for the device.
+    pub(super) fn new(
+        config: &'a ModelConfig,
+        device: Device,
+        task: Task<'a>,
+        context: RunContext<'a>,
+    ) -> Result<Self> {
+        let scales = task.accuracy.scales;
+        let solver: Box<dyn Solver + Send> = match (device, task.on_failure) {
+            (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new().with_scales(scales)),
+            (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new().with_scales(scales))),
+            (_, OnFailure::Error) => Box::new(CudaSolver::new(device)?.with_scales(scales)),
+            (_, OnFailure::Rtn) => Box::new(OrRounded(CudaSolver::new(device)?.with_scales(scales))),
+        };
+        Ok(Self { config, device, solver, task, context, outputs: None })
+    }
+
+    /// The solver's name, for reports.
+    pub(super) fn name(&self) -> &'static str {
+        self.solver.name()
+    }
+
+    /// Factorizes the output Hessians of a layer, where they are used.
+    pub(super) fn enter_layer(&mut self, layer: usize) -> Result<()> {
+        let all = self.task.output_hessians;
+        self.outputs = all.map(|all| all.factors(self.config, layer, self.device)).transpose()?;
+        Ok(())
+    }
+
+    /// Solves a stage for some of the run's variants, given by index. Returns the quantized linears of each variant, after the sink
+    /// took them.
     pub(super) fn solve_stage(
         &self,
+        weights: &Weights,
         stage: usize,
         mut statistics: Vec<CalibrationStatistics>,
         variants: &[usize],
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
-        let groups = &self.layer().stages[stage].groups;
+        let groups = &self.config.layers[weights.layer].stages[stage].groups;
         let tokens = blend_experts(groups, &mut statistics)?;
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
         for ((group, statistics), tokens) in groups.iter().zip(statistics).zip(tokens) {
             return_free_memory();
-            for (all, own) in
-                solved.iter_mut().zip(self.solve_group(group, statistics, tokens, variants, sink)?)
-            {
-                all.extend(own);
-            }
+            let of_group = self.solve_group(weights, group, statistics, tokens, variants, sink)?;
+            solved.iter_mut().zip(of_group).for_each(|(all, own)| all.extend(own));
         }
         Ok(solved)
     }
@@ -62,6 +94,7 @@ impl WorkerGroup<'_> {
     /// Solves the linears of a group, which share a Hessian.
     fn solve_group(
         &self,
+        weights: &Weights,
         group: &GroupConfig,
         statistics: CalibrationStatistics,
         tokens: Option<u64>,
@@ -69,13 +102,10 @@ impl WorkerGroup<'_> {
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
         let progress = self.context.progress;
-        let weights = self.workers[0].weights();
-        let layer = weights.layer;
-        let config = self.workers[0].config();
         let ids: Vec<LinearId> =
-            group.linears.clone().map(|position| config.linear_id(layer, position)).collect();
-        let name = format!("layer {layer}, {}", group.name);
-        let CalibrationStatistics { hessian, cross_covariance } = statistics;
+            group.linears.clone().map(|position| self.config.linear_id(weights.layer, position)).collect();
+        let name = format!("layer {}, {}", weights.layer, group.name);
+        let (hessian, cross_covariance) = statistics.into_parts();
         if let Some(text) = hessian.warning() {
             progress.event(&Event::Warning(text));
             lock(sink).warn(text.to_owned());
@@ -83,7 +113,6 @@ impl WorkerGroup<'_> {
         self.context.memory.enter(At::Solving);
         let hessian = hessian.finish(&name)?;
         let damp = self.damp(&hessian)?;
-        let mut hessian = Some(hessian);
         let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
         let dense: Vec<Weight<'_>> = group
             .linears
@@ -91,8 +120,8 @@ impl WorkerGroup<'_> {
             .zip(&names)
             .map(|(position, name)| Weight { name, values: &weights.of(position).0 })
             .collect();
-        let energies = dense.iter().map(|w| hessian.as_ref().map_or(Ok(0.0), |h| h.output_energy(w.values)));
-        let energies = energies.collect::<Result<Vec<_>>>()?;
+        let energies = dense.iter().map(|w| hessian.output_energy(w.values)).collect::<Result<Vec<_>>>()?;
+        let mut hessian = Some(hessian);
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
 
         let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
@@ -143,27 +172,29 @@ impl WorkerGroup<'_> {
                 for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
                     let relative_error =
                         if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
-                    let share = size(&solution.linear) as f64 / total as f64;
+                    let (name, share) = (id.to_string(), size(&solution.linear) as f64 / total as f64);
                     if let Some(reason) = &solution.fallback {
-                        progress.event(&Event::Warning(&format!(
-                            "{id}, {variant}: rounded to nearest: {reason}"
-                        )));
+                        let text = format!("{name}, {variant}: rounded to nearest: {reason}");
+                        progress.event(&Event::Warning(&text));
                     }
-                    let statistics = LinearStatistics {
+                    let text = variant.to_string();
+                    progress.event(&Event::Linear { name: &name, variant: &text, relative_error });
+                    let facts = factor.facts();
+                    let report = LinearReport {
+                        name,
                         relative_error,
-                        facts: factor.facts().clone(),
+                        damp: facts.damp,
+                        damp_raised: facts.damp_raised,
+                        dead_columns: facts.dead_columns,
+                        outlier_ratio: facts.outlier_ratio,
+                        condition_estimate: facts.condition_estimate,
                         seconds: seconds * share,
-                        uncompensated: solution.uncompensated,
+                        uncompensated_features: solution.uncompensated,
                         fallback: solution.fallback,
                         tokens,
                     };
-                    progress.event(&Event::Linear {
-                        name: &id.to_string(),
-                        variant: &variant.to_string(),
-                        relative_error,
-                    });
                     self.context.memory.enter(At::Packing);
-                    lock(sink).take(variants[position], id.clone(), &solution.linear, statistics)?;
+                    lock(sink).take(variants[position], id, &solution.linear, report)?;
                     self.context.memory.enter(At::Solving);
                     solved[position].push(solution.linear);
                 }
@@ -174,13 +205,13 @@ impl WorkerGroup<'_> {
         Ok(solved)
     }
 
-    /// The damping that is tried first: the plan's, or what the spectrum asks for where that is more.
+    /// The damping that is tried first: the plan's, or the shrinkage where that is larger.
     fn damp(&self, hessian: &Hessian) -> Result<f64> {
         let least = self.task.damp;
         if self.task.accuracy.shrinkage { Ok(hessian.shrinkage()?.max(least)) } else { Ok(least) }
     }
 
-    /// The weights whose outputs come nearest to the reference model's, where that is run.
+    /// The targets of asymmetric calibration, where the reference model is run.
     fn targets(
         &self,
         factor: &dyn Factorized,
@@ -192,7 +223,7 @@ impl WorkerGroup<'_> {
         targets(factor, known, dense, self.task.accuracy.asymmetric, stage).map(Some)
     }
 
-    /// Says that damping which began at `damp` had to be raised.
+    /// Warns where damping had to be raised above `damp`.
     fn warn(&self, stage: &str, damp: f64, facts: &Factorization) {
         if facts.damp_raised > 0 {
             let text = format!(
@@ -202,27 +233,4 @@ impl WorkerGroup<'_> {
             self.context.progress.event(&Event::Warning(&text));
         }
     }
-}
-
-/// Experts that fewer tokens went through than they have input features are solved with the Hessian of all experts blended in, up to so
-/// many tokens. Returns how many tokens each expert had; `None` for what is no expert.
-fn blend_experts(
-    groups: &[GroupConfig],
-    statistics: &mut [CalibrationStatistics],
-) -> Result<Vec<Option<u64>>> {
-    let (experts, others) =
-        statistics.split_at_mut(groups.iter().filter(|group| group.expert.is_some()).count());
-    let tokens: Vec<u64> = experts.iter().map(|statistics| statistics.hessian.tokens()).collect();
-    let few = experts.iter().any(|s| s.hessian.tokens() < s.hessian.in_features() as u64);
-    if few {
-        let pooled = Hessian::sum_of(experts.iter().map(|statistics| &statistics.hessian))?;
-        for statistics in experts.iter_mut() {
-            let least = statistics.hessian.in_features() as u64;
-            if let Some(cross_covariance) = &mut statistics.cross_covariance {
-                cross_covariance.spread_over(least)?;
-            }
-            statistics.hessian.fill_up(&pooled, least)?;
-        }
-    }
-    Ok(tokens.into_iter().map(Some).chain(others.iter().map(|_| None)).collect())
 }

@@ -3,15 +3,16 @@
 use tch::{Device, Tensor};
 
 use crate::{
+    architectures::GroupConfig,
     error::Result,
     gptq::{CrossCovariance, Hessian},
 };
 
 /// Sums over the calibration tokens that reach a group of linears.
 pub(super) struct CalibrationStatistics {
-    pub(super) hessian: Hessian,
+    hessian: Hessian,
     /// With the reference model's inputs, where that is run.
-    pub(super) cross_covariance: Option<CrossCovariance>,
+    cross_covariance: Option<CrossCovariance>,
 }
 
 impl CalibrationStatistics {
@@ -30,7 +31,7 @@ impl CalibrationStatistics {
         }
     }
 
-    /// Adds a batch of inputs `[…, K]`, and what the reference model has in their place.
+    /// Adds a batch of inputs `[…, K]`, and the reference model's inputs of the same tokens.
     pub(super) fn add(&mut self, inputs: &Tensor, reference: Option<&Tensor>) -> Result<()> {
         if inputs.numel() == 0 {
             return Ok(()); // no token of the batch goes through this expert
@@ -41,4 +42,32 @@ impl CalibrationStatistics {
             _ => Ok(()),
         }
     }
+
+    /// The Hessian, not yet finished, and the cross-covariance.
+    pub(super) fn into_parts(self) -> (Hessian, Option<CrossCovariance>) {
+        (self.hessian, self.cross_covariance)
+    }
+}
+
+/// Fills up the Hessians of experts with fewer tokens than input features to that number of tokens, with the mean Hessian of all
+/// experts. Returns each expert's own number of tokens, and `None` for other groups.
+pub(super) fn blend_experts(
+    groups: &[GroupConfig],
+    statistics: &mut [CalibrationStatistics],
+) -> Result<Vec<Option<u64>>> {
+    let (experts, others) =
+        statistics.split_at_mut(groups.iter().filter(|group| group.expert.is_some()).count());
+    let tokens: Vec<u64> = experts.iter().map(|statistics| statistics.hessian.tokens()).collect();
+    let few = experts.iter().any(|s| s.hessian.tokens() < s.hessian.in_features() as u64);
+    if few {
+        let pooled = Hessian::sum_of(experts.iter().map(|statistics| &statistics.hessian))?;
+        for statistics in experts.iter_mut() {
+            let least = statistics.hessian.in_features() as u64;
+            if let Some(cross_covariance) = &mut statistics.cross_covariance {
+                cross_covariance.spread_over(least)?;
+            }
+            statistics.hessian.fill_up(&pooled, least)?;
+        }
+    }
+    Ok(tokens.into_iter().map(Some).chain(others.iter().map(|_| None)).collect())
 }

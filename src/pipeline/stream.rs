@@ -1,4 +1,4 @@
-//! Activations of many windows, batch by batch: held where there is room, else in memory, else in a file.
+//! Activations of many windows, batch by batch, each where the activation store has space for it.
 
 use std::{ops::Range, sync::Arc};
 
@@ -16,63 +16,58 @@ use crate::{
 
 /// Activations `[B, S, width]` of a range of windows, in batches of whole windows.
 pub(super) struct Stream {
-    room: Arc<ActivationStore>,
+    store: Arc<ActivationStore>,
     /// Windows of each batch, counted from the run's first.
     batches: Vec<Range<usize>>,
     slots: Vec<Slot>,
     /// `[S, width]`.
     window: [i64; 2],
-    /// Page-locked memory to be used again.
-    pool: Vec<(Tensor, Reserved)>,
-    /// The batch that is being copied to the device ahead of its use.
-    coming: Option<(usize, Copy)>,
+    /// Page-locked memory of discarded batches, for later ones.
+    free: Vec<(Tensor, Reserved)>,
+    /// The batch that is being copied to the device before it is used.
+    upload: Option<(usize, Copy)>,
     /// Copies from the device under way: their sources must live.
-    leaving: Vec<Copy>,
+    downloads: Vec<Copy>,
     scratch: Option<Arc<WindowFile>>,
 }
 
 enum Slot {
     Empty,
     /// On the device that computes.
-    Near(Tensor, #[expect(dead_code, reason = "held, and given back when dropped")] Reserved),
+    Device(Tensor, #[expect(dead_code, reason = "returned to the budget when dropped")] Reserved),
     /// In page-locked memory.
     Pinned(Tensor, Reserved),
-    /// From this window of the file on.
-    Filed(Arc<WindowFile>, usize),
+    /// In a file, from this window on.
+    File(Arc<WindowFile>, usize),
 }
 
 impl Stream {
     /// An empty one; `window` is `[S, width]`.
     pub(super) fn new(
-        room: &Arc<ActivationStore>,
+        store: &Arc<ActivationStore>,
         windows: Range<usize>,
         per_batch: usize,
         window: [usize; 2],
     ) -> Self {
         let starts = windows.clone().step_by(per_batch);
-        let batches: Vec<_> = starts.map(|start| start..(start + per_batch).min(windows.end)).collect();
-        Self {
-            room: Arc::clone(room),
-            slots: batches.iter().map(|_| Slot::Empty).collect(),
-            batches,
-            window: window.map(|size| size as i64),
-            pool: Vec::new(),
-            coming: None,
-            leaving: Vec::new(),
-            scratch: None,
-        }
+        let batches = starts.map(|start| start..(start + per_batch).min(windows.end)).collect();
+        Self::of(store, batches, window)
     }
 
     /// An empty one with the same windows in the same batches.
     pub(super) fn empty_like(&self, window: [usize; 2]) -> Self {
+        Self::of(&self.store, self.batches.clone(), window)
+    }
+
+    fn of(store: &Arc<ActivationStore>, batches: Vec<Range<usize>>, window: [usize; 2]) -> Self {
         Self {
-            room: Arc::clone(&self.room),
-            batches: self.batches.clone(),
-            slots: self.batches.iter().map(|_| Slot::Empty).collect(),
+            store: Arc::clone(store),
+            slots: batches.iter().map(|_| Slot::Empty).collect(),
+            batches,
             window: window.map(|size| size as i64),
-            pool: Vec::new(),
-            coming: None,
-            leaving: Vec::new(),
+            free: Vec::new(),
+            upload: None,
+            downloads: Vec::new(),
             scratch: None,
         }
     }
@@ -86,19 +81,19 @@ impl Stream {
         &self.batches
     }
 
-    /// Batch `i` on the device that computes. The next one is copied there meanwhile, if it has to be.
+    /// Batch `i` on the device that computes. Starts the copy of the next one to that device, if it is in page-locked memory.
     pub(super) fn get(&mut self, i: usize) -> Result<Tensor> {
-        let batch = match self.coming.take() {
+        let batch = match self.upload.take() {
             Some((index, copy)) if index == i => copy.on_device()?,
             _ => self.fetch(i)?,
         };
-        if let (Some(Slot::Pinned(tensor, _)), Some(copies)) = (self.slots.get(i + 1), &self.room.copies) {
-            self.coming = Some((i + 1, copies.upload(tensor)?));
+        if let (Some(Slot::Pinned(tensor, _)), Some(copies)) = (self.slots.get(i + 1), &self.store.copies) {
+            self.upload = Some((i + 1, copies.upload(tensor)?));
         }
         Ok(batch)
     }
 
-    /// Some windows on the device that computes, whatever batches they are in.
+    /// Some windows on the device that computes, joined from their batches.
     pub(super) fn of_windows(&mut self, windows: &Range<usize>) -> Result<Tensor> {
         if let Some(i) = self.batches.iter().position(|batch| batch == windows) {
             return self.get(i);
@@ -118,60 +113,63 @@ impl Stream {
     fn fetch(&self, i: usize) -> Result<Tensor> {
         match &self.slots[i] {
             Slot::Empty => unreachable!("batches are put before they are got"),
-            Slot::Near(tensor, _) => Ok(tensor.shallow_clone()),
-            Slot::Pinned(tensor, _) => match &self.room.copies {
+            Slot::Device(tensor, _) => Ok(tensor.shallow_clone()),
+            Slot::Pinned(tensor, _) => match &self.store.copies {
                 Some(copies) => copies.upload(tensor)?.on_device(),
                 None => unreachable!("only devices other than the CPU have pinned batches"),
             },
-            Slot::Filed(file, first) => self.read(i, file, *first, self.room.kind),
+            Slot::File(file, first) => self.read(i, file, *first, self.store.kind),
         }
     }
 
-    /// Batch `i` out of a file, from window `first` of it on, where activations are of `kind`.
+    /// Batch `i` from a file of activations of `kind`, where it begins at window `first`.
     fn read(&self, i: usize, file: &WindowFile, first: usize, kind: Kind) -> Result<Tensor> {
         let windows = self.batches[i].len();
         let bytes = file.read(first, windows)?;
         let size = [windows as i64, self.window[0], self.window[1]];
         let tensor =
-            Tensor::f_from_data_size(&bytes, &size, kind).and_then(|t| t.f_to_device(self.room.device));
-        tensor.and_then(|t| t.f_to_kind(self.room.kind)).torch("read activations back")
+            Tensor::f_from_data_size(&bytes, &size, kind).and_then(|t| t.f_to_device(self.store.device));
+        tensor.and_then(|t| t.f_to_kind(self.store.kind)).torch("read activations back")
     }
 
-    /// Batch `i` is not needed any more.
+    /// Drops batch `i`.
     pub(super) fn discard(&mut self, i: usize) {
         if let Slot::Pinned(tensor, reserved) = std::mem::replace(&mut self.slots[i], Slot::Empty) {
-            self.pool.push((tensor, reserved));
+            self.free.push((tensor, reserved));
         }
     }
 
     /// Keeps batch `i`, which is on the device that computes.
     pub(super) fn put(&mut self, i: usize, batch: Tensor) -> Result<()> {
-        self.slots[i] = match self.held(i, batch)? {
+        self.slots[i] = match self.keep_in_memory(i, batch)? {
             Ok(slot) => slot,
             Err(batch) => {
                 let file = self.file(i, &batch)?;
-                Slot::Filed(file, self.batches[i].start - self.batches[0].start)
+                Slot::File(file, self.batches[i].start - self.batches[0].start)
             }
         };
         Ok(())
     }
 
-    /// Keeps batch `i`, which is on the device that computes, and writes it to a `file` of all windows; where there is no
-    /// room, it is kept there alone.
+    /// Keeps batch `i`, which is on the device that computes, and writes it to a `file` of all windows. Where the budgets have no
+    /// space for it, the file has the only copy.
     pub(super) fn put_in_journal(&mut self, i: usize, batch: Tensor, file: &Arc<WindowFile>) -> Result<()> {
         let first = self.batches[i].start;
         file.write(first, &to_bytes(&batch)?)?;
-        self.slots[i] = self.held(i, batch)?.unwrap_or_else(|_| Slot::Filed(Arc::clone(file), first));
+        self.slots[i] =
+            self.keep_in_memory(i, batch)?.unwrap_or_else(|_| Slot::File(Arc::clone(file), first));
         Ok(())
     }
 
-    /// Takes all batches from a `file` of all windows, with activations of `kind`; where there is no room they stay there.
+    /// Takes all batches from a `file` of all windows, with activations of `kind`. Batches that the budgets have no space for stay
+    /// there.
     pub(super) fn take_from_journal(&mut self, file: &Arc<WindowFile>, kind: Kind) -> Result<()> {
         for i in 0..self.len() {
             let first = self.batches[i].start;
             let batch = self.read(i, file, first, kind)?;
-            if kind == self.room.kind {
-                self.slots[i] = self.held(i, batch)?.unwrap_or_else(|_| Slot::Filed(Arc::clone(file), first));
+            if kind == self.store.kind {
+                self.slots[i] =
+                    self.keep_in_memory(i, batch)?.unwrap_or_else(|_| Slot::File(Arc::clone(file), first));
             } else {
                 self.put(i, batch)?;
             }
@@ -179,34 +177,27 @@ impl Stream {
         Ok(())
     }
 
-    /// Where there is room for it, a slot with batch `i`; else the batch.
-    fn held(&mut self, i: usize, batch: Tensor) -> Result<std::result::Result<Slot, Tensor>> {
+    /// A slot on the device or in memory with batch `i`; the batch itself where the budgets have no space for it.
+    fn keep_in_memory(&mut self, i: usize, batch: Tensor) -> Result<std::result::Result<Slot, Tensor>> {
         let bytes = (batch.numel() * batch.kind().elt_size_in_bytes()) as u64;
-        let room = Arc::clone(&self.room);
         self.discard(i);
-        Ok(if let Some(reserved) = room.near.reserve(bytes) {
-            Ok(Slot::Near(batch, reserved))
-        } else if let Some((pinned, reserved)) = self.pinned(&batch, bytes)? {
-            let copies = room.copies.as_ref().expect("pinned memory is for copies");
-            self.leaving.retain(|copy| !copy.ended());
-            let batch = batch.f_contiguous().torch("lay out activations")?;
-            self.leaving.push(copies.download(batch, &pinned)?);
-            Ok(Slot::Pinned(pinned, reserved))
-        } else {
-            Err(batch)
-        })
-    }
-
-    /// Page-locked memory for a batch, if there is room for it.
-    fn pinned(&mut self, batch: &Tensor, bytes: u64) -> Result<Option<(Tensor, Reserved)>> {
-        let Some(copies) = &self.room.copies else { return Ok(None) };
-        if let Some(at) = self.pool.iter().position(|(tensor, _)| tensor.size() == batch.size()) {
-            return Ok(Some(self.pool.swap_remove(at)));
+        if let Some(reserved) = self.store.reserve_on_device(bytes) {
+            return Ok(Ok(Slot::Device(batch, reserved)));
         }
-        match self.room.memory.reserve(bytes) {
-            Some(reserved) => Ok(Some((copies.pinned_like(batch)?, reserved))),
-            None => Ok(None),
-        }
+        let store = Arc::clone(&self.store);
+        let Some(copies) = &store.copies else { return Ok(Err(batch)) };
+        let (pinned, reserved) = match self.free.iter().position(|(tensor, _)| tensor.size() == batch.size())
+        {
+            Some(at) => self.free.swap_remove(at),
+            None => match store.reserve_in_memory(bytes) {
+                Some(reserved) => (copies.pinned_like(&batch)?, reserved),
+                None => return Ok(Err(batch)),
+            },
+        };
+        self.downloads.retain(|copy| !copy.ended());
+        let batch = batch.f_contiguous().torch("lay out activations")?;
+        self.downloads.push(copies.download(batch, &pinned)?);
+        Ok(Ok(Slot::Pinned(pinned, reserved)))
     }
 
     fn file(&mut self, i: usize, batch: &Tensor) -> Result<Arc<WindowFile>> {
@@ -216,7 +207,7 @@ impl Stream {
                 let windows = self.batches.iter().map(Range::len).sum();
                 let window_bytes =
                     batch.kind().elt_size_in_bytes() * (self.window[0] * self.window[1]) as usize;
-                let file = Arc::new(WindowFile::scratch(self.room.spill(), windows, window_bytes)?);
+                let file = Arc::new(WindowFile::scratch(&self.store.spill, windows, window_bytes)?);
                 self.scratch = Some(Arc::clone(&file));
                 file
             }
@@ -225,19 +216,19 @@ impl Stream {
         Ok(file)
     }
 
-    /// Moves what is held on the device to where there is room otherwise.
+    /// Moves batches from the device to memory or a file.
     pub(super) fn leave_device(&mut self) -> Result<()> {
-        self.coming = None;
+        self.upload = None;
         for i in 0..self.slots.len() {
-            if matches!(self.slots[i], Slot::Near(..)) {
-                let Slot::Near(tensor, _) = std::mem::replace(&mut self.slots[i], Slot::Empty) else {
+            if matches!(self.slots[i], Slot::Device(..)) {
+                let Slot::Device(tensor, _) = std::mem::replace(&mut self.slots[i], Slot::Empty) else {
                     continue;
                 };
                 self.put(i, tensor)?;
             }
         }
         // Only then is their memory free.
-        for copy in self.leaving.drain(..) {
+        for copy in self.downloads.drain(..) {
             drop(copy.finish()?);
         }
         Ok(())
@@ -249,7 +240,7 @@ impl Stream {
         if windows.len() < 2 {
             return Ok(false);
         }
-        self.coming = None;
+        self.upload = None;
         let batch = match &self.slots[i] {
             Slot::Empty => None,
             _ => Some(self.fetch(i)?),
@@ -272,8 +263,8 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Some(copies) = &self.room.copies {
-            // Page-locked memory is used again as soon as it is dropped. A failure shows at the next operation too.
+        if let Some(copies) = &self.store.copies {
+            // Dropped page-locked memory may be used again at once, so copies must end first. An error shows at the next operation too.
             let _ = copies.synchronize();
         }
     }
@@ -290,17 +281,17 @@ mod tests {
         (Tensor::arange(windows * 6, (Kind::Float, Device::Cpu)) + from).reshape([windows, 2, 3])
     }
 
-    fn stream(near: u64, folder: &std::path::Path) -> Stream {
-        let (near, memory) = (MemoryBudget::new(Some(near)), MemoryBudget::new(Some(0)));
-        let room = Arc::new(ActivationStore::new(Device::Cpu, Kind::Float, near, memory, folder).unwrap());
-        Stream::new(&room, 3..10, 2, [2, 3])
+    fn stream(memory: u64, folder: &std::path::Path) -> Stream {
+        let memory = MemoryBudget::new(Some(memory));
+        let store = ActivationStore::new(Device::Cpu, Kind::Float, None, &memory, folder).unwrap();
+        Stream::new(&store, 3..10, 2, [2, 3])
     }
 
     #[test]
     fn batches_come_back_from_memory_and_from_files() {
         let folder = tempfile::tempdir().unwrap();
-        for near in [0, 100, 10_000] {
-            let mut stream = stream(near, folder.path());
+        for memory in [0, 100, 10_000] {
+            let mut stream = stream(memory, folder.path());
             assert_eq!(stream.batches(), [3..5, 5..7, 7..9, 9..10]);
             let sizes = [2, 2, 2, 1];
             for round in 0..3 {
@@ -321,8 +312,8 @@ mod tests {
     #[test]
     fn windows_are_found_in_whatever_batches_they_are() {
         let folder = tempfile::tempdir().unwrap();
-        for near in [0, 10_000] {
-            let mut stream = stream(near, folder.path());
+        for memory in [0, 10_000] {
+            let mut stream = stream(memory, folder.path());
             let all = Tensor::arange(7 * 6, (Kind::Float, Device::Cpu)).reshape([7, 2, 3]);
             for (i, batch) in stream.batches().to_vec().into_iter().enumerate() {
                 let part = all.narrow(0, batch.start as i64 - 3, batch.len() as i64);
@@ -338,17 +329,17 @@ mod tests {
     #[test]
     fn a_journal_holds_all_batches_and_gives_them_back() {
         let folder = tempfile::tempdir().unwrap();
-        for near in [0, 100, 10_000] {
+        for memory in [0, 100, 10_000] {
             // 10 windows, of which this stream has the last 7.
             let file = Arc::new(WindowFile::create(folder.path().join("states"), 10, 24).unwrap());
             file.write(0, &[0; 3 * 24]).unwrap();
-            let mut first = stream(near, folder.path());
+            let mut first = stream(memory, folder.path());
             for (i, windows) in [2, 2, 2, 1].into_iter().enumerate() {
                 first.put_in_journal(i, batch(100.0 * i as f64, windows), &file).unwrap();
             }
             let sums = file.checksums().unwrap();
             let again = Arc::new(WindowFile::open(file.path().into(), &sums, 24).unwrap());
-            let mut second = stream(near, folder.path());
+            let mut second = stream(memory, folder.path());
             second.take_from_journal(&again, Kind::Float).unwrap();
             for (i, windows) in [2, 2, 2, 1].into_iter().enumerate() {
                 assert_eq!(first.get(i).unwrap(), batch(100.0 * i as f64, windows));
@@ -360,8 +351,8 @@ mod tests {
     #[test]
     fn a_batch_can_be_halved() {
         let folder = tempfile::tempdir().unwrap();
-        for near in [0, 10_000] {
-            let mut stream = stream(near, folder.path());
+        for memory in [0, 10_000] {
+            let mut stream = stream(memory, folder.path());
             for i in 0..3 {
                 stream.put(i, batch(100.0 * i as f64, 2)).unwrap();
             }

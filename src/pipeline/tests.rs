@@ -1,4 +1,4 @@
-//! What must not depend on how windows are spread over batches, devices and parts of a run.
+//! Results must not depend on how windows are spread over batches, devices and parts of a run.
 
 use std::{
     path::Path,
@@ -8,12 +8,12 @@ use std::{
 use tch::{Device, Kind};
 
 use super::{
+    memory::Limits,
     output_hessians::{GradientWindows, OutputHessians},
     stage_memory::MemoryWatch,
-    stage_solver::LinearStatistics,
     worker::RunContext,
     worker_group::{Sink, Task},
-    worker_pool::{Limits, WorkerPool},
+    worker_pool::WorkerPool,
 };
 use crate::{
     architectures::LinearId,
@@ -23,7 +23,7 @@ use crate::{
     gptq::solver::Solved,
     plan::{OnFailure, Plan},
     progress::Silent,
-    report::StageMemory,
+    report::{LinearReport, StageMemory},
     variant::Variant,
 };
 
@@ -50,14 +50,8 @@ type Taken = (LinearId, Vec<u8>);
 struct Kept(Vec<Taken>);
 
 impl Sink for Kept {
-    fn take(
-        &mut self,
-        _variant: usize,
-        id: LinearId,
-        linear: &Solved,
-        _statistics: LinearStatistics,
-    ) -> Result<()> {
-        self.0.push((id, linear.on_host()?.codes().to_vec()));
+    fn take(&mut self, _variant: usize, id: &LinearId, linear: &Solved, _report: LinearReport) -> Result<()> {
+        self.0.push((id.clone(), linear.on_host()?.codes().to_vec()));
         Ok(())
     }
 
@@ -96,7 +90,7 @@ fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
     kept.0
 }
 
-/// Sums in another order round otherwise, so that a code here and there may be another one.
+/// Sums in another order round differently, so that a few codes may differ.
 #[test]
 fn batches_and_devices_solve_the_same() {
     for name in ["llama3-gqa-rope", "phi3", "gemma3", "cohere", "mixtral", "qwen2-moe", "qwen3-moe"] {

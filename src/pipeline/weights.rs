@@ -18,7 +18,7 @@ pub(super) struct Weights {
 }
 
 impl Weights {
-    /// Reads a layer into memory, page-locked for copies to `pinned_for`, and lets go of its part of the memory map.
+    /// Reads a layer into memory, page-locked for copies to `pinned_for`, and releases its part of the memory map.
     ///
     /// # Errors
     /// When a tensor is missing, malformed, not finite, or beyond fp16.
@@ -45,10 +45,7 @@ impl Weights {
         Ok(weights)
     }
 
-    /// On a device. Copies from page-locked memory are not waited for.
-    ///
-    /// # Errors
-    /// When the device's memory ends.
+    /// A copy on a device. Copies from page-locked memory are asynchronous.
     pub(super) fn on(&self, device: Device) -> Result<Self> {
         let on = |tensor: &Tensor| match device {
             Device::Cpu => Ok(tensor.shallow_clone()),
@@ -62,7 +59,7 @@ impl Weights {
         Ok(Self { layer: self.layer, parts: self.parts.try_map(&on)?, linears })
     }
 
-    /// Of the linear at a position in the layer.
+    /// Weight and bias of the linear at a position in the layer.
     pub(super) fn of(&self, position: usize) -> &(Tensor, Option<Tensor>) {
         &self.linears[position]
     }

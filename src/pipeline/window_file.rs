@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -25,18 +25,18 @@ struct Inner {
     file: File,
     /// Of each window; `None` until it is written.
     checksums: Vec<Option<u128>>,
-    /// Spent on checksums and writing.
+    /// Seconds of checksums and writing.
     seconds: f64,
 }
 
 impl WindowFile {
-    /// A file without a name in `folder`, gone with the program however it ends.
+    /// A file without a name in `folder`; the system removes it when the program ends.
     pub(super) fn scratch(folder: &Path, windows: usize, window_bytes: usize) -> Result<Self> {
         let file = tempfile::tempfile_in(folder).map_err(Error::io("create a file in", folder))?;
         Ok(Self::of(folder.join("(activations)"), file, vec![None; windows], window_bytes))
     }
 
-    /// A new file with a name, in place of any that there was.
+    /// A new file with a name; replaces an older one.
     pub(super) fn create(path: PathBuf, windows: usize, window_bytes: usize) -> Result<Self> {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path);
         let file = file.map_err(Error::io("create", &path))?;
@@ -66,11 +66,15 @@ impl WindowFile {
         Self { path, window_bytes, inner: Mutex::new(Inner { file, checksums, seconds: 0.0 }) }
     }
 
-    fn windows(&self) -> usize {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).checksums.len()
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where it is.
+    fn windows(&self) -> usize {
+        self.lock().checksums.len()
+    }
+
+    /// Its path.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -84,7 +88,7 @@ impl WindowFile {
     pub(super) fn write(&self, first: usize, bytes: &[u8]) -> Result<()> {
         let begun = Instant::now();
         let sums: Vec<_> = bytes.chunks(self.window_bytes).map(|window| Some(xxh3_128(window))).collect();
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.lock();
         let offset = SeekFrom::Start((first * self.window_bytes) as u64);
         let written = inner.file.seek(offset).and_then(|_| inner.file.write_all(bytes));
         written.map_err(Error::io("write", &self.path))?;
@@ -99,7 +103,7 @@ impl WindowFile {
     /// Also when they are not what was written.
     pub(super) fn read(&self, first: usize, count: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; count * self.window_bytes];
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.lock();
         let offset = SeekFrom::Start((first * self.window_bytes) as u64);
         let read = inner.file.seek(offset).and_then(|_| inner.file.read_exact(&mut bytes));
         read.map_err(Error::io("read", &self.path))?;
@@ -116,13 +120,13 @@ impl WindowFile {
 
     /// Seconds spent on writing so far.
     pub(super) fn seconds(&self) -> f64 {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).seconds
+        self.lock().seconds
     }
 
-    /// Makes what was written durable.
+    /// Syncs the file to the disk.
     pub(super) fn sync(&self) -> Result<()> {
-        // Not under the lock: others may go on reading.
-        let file = self.inner.lock().unwrap_or_else(PoisonError::into_inner).file.try_clone();
+        // Not under the lock, so that other threads can read meanwhile.
+        let file = self.lock().file.try_clone();
         file.and_then(|file| file.sync_data()).map_err(Error::io("sync", &self.path))
     }
 
@@ -131,7 +135,7 @@ impl WindowFile {
     /// # Errors
     /// When one was not written.
     pub(super) fn checksums(&self) -> Result<Vec<u128>> {
-        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let inner = self.lock();
         let missing = |window: usize| {
             let source =
                 io::Error::new(io::ErrorKind::InvalidData, format!("window {window} was not written"));

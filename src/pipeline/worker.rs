@@ -1,4 +1,4 @@
-//! One device's part of a layer: its windows, through the stages of the layer.
+//! One device and its windows: forward passes through the stages of a layer.
 
 use std::{
     ops::Range,
@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     memory::ActivationStore, reference::ReferenceLayer, stage_memory::MemoryWatch,
@@ -17,8 +17,7 @@ use super::{
 use crate::{
     architectures::{LayerConfig, ModelConfig},
     calibration::Windows,
-    error::{Error, Result},
-    gptq::solver::Solved,
+    error::{Error, Result, TorchContext},
     model::{Between, Dense, Linear, Transformer},
     progress::{Event, Progress},
 };
@@ -40,32 +39,34 @@ impl RunContext<'_> {
     }
 }
 
+const REFERENCE_RUNS_FIRST: &str = "the reference model runs through a layer first";
+
 /// A device and the windows that are run on it.
 pub(super) struct Worker<'a> {
     transformer: Transformer<'a>,
-    room: Arc<ActivationStore>,
+    store: Arc<ActivationStore>,
     windows: Range<usize>,
     seq_len: usize,
     per_batch: usize,
     context: RunContext<'a>,
     weights: Option<Weights>,
-    /// The quantized (or, for Hessians of the reference model, the dense) linears of the stage that the windows leave next.
+    /// The linears that the windows leave the captured stage through: quantized, or dense with shared Hessians.
     linears: Vec<Dense>,
     /// Hidden states, of each variant that has its own; then the reference model's, where it is run.
-    pub(super) hidden: Vec<Stream>,
-    /// What the stage before has left for the one that is captured.
+    hidden: Vec<Stream>,
+    /// Activations in front of the captured stage, beside the hidden states.
     stored: Vec<Stream>,
-    /// What this one leaves for the next.
+    /// The same in front of the next stage.
     next_stored: Vec<Stream>,
     /// The reference model's activations in this layer, where it is run.
-    pub(super) reference: Option<ReferenceLayer>,
+    reference: Option<ReferenceLayer<'a>>,
 }
 
 impl<'a> Worker<'a> {
     /// `per_batch` of these windows go through the model together.
     pub(super) fn new(
         transformer: Transformer<'a>,
-        room: ActivationStore,
+        store: Arc<ActivationStore>,
         windows: Range<usize>,
         seq_len: usize,
         per_batch: usize,
@@ -73,7 +74,7 @@ impl<'a> Worker<'a> {
     ) -> Self {
         Self {
             transformer,
-            room: Arc::new(room),
+            store,
             windows,
             seq_len,
             per_batch,
@@ -94,7 +95,7 @@ impl<'a> Worker<'a> {
     /// Empty hidden states.
     fn stream(&self) -> Stream {
         let window = [self.seq_len, self.config().hidden_size];
-        Stream::new(&self.room, self.windows.clone(), self.per_batch, window)
+        Stream::new(&self.store, self.windows.clone(), self.per_batch, window)
     }
 
     /// Begins `streams` of hidden states with the embeddings.
@@ -110,7 +111,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Begins hidden states where an interrupted run left them: a file for each stream, of `kind`.
+    /// Begins hidden states with those of an interrupted run: a file for each stream, of `kind`.
     pub(super) fn resume_from(&mut self, files: &[Arc<WindowFile>], kind: Kind) -> Result<()> {
         for file in files {
             let mut hidden = self.stream();
@@ -125,13 +126,13 @@ impl<'a> Worker<'a> {
         self.hidden.first().map_or(0, Stream::len)
     }
 
-    /// Takes a layer's weights.
+    /// Copies a layer's weights to the device.
     pub(super) fn enter_layer(&mut self, weights: &Weights) -> Result<()> {
         self.weights = Some(weights.on(self.device())?);
         Ok(())
     }
 
-    /// Lets them go: two layers at a time need not fit.
+    /// Drops the layer's weights, so that only one layer has to fit.
     pub(super) fn forget_layer(&mut self) {
         self.weights = None;
     }
@@ -145,35 +146,83 @@ impl<'a> Worker<'a> {
         &self.config().layers[self.weights().layer]
     }
 
-    /// Windows leave a stage with its linears as they were solved.
-    pub(super) fn set_solved(&mut self, stage: usize, solved: &[Solved]) -> Result<()> {
-        let weights = self.weights();
-        let linears = self.layer().stages[stage].linears().zip(solved).map(|(position, linear)| {
-            let (_, bias) = weights.of(position);
-            Dense::from_solved(linear, bias.as_ref(), self.transformer.kind(), self.device())
+    /// The kind of weights and activations in forward passes.
+    pub(super) fn kind(&self) -> Kind {
+        self.transformer.kind()
+    }
+
+    /// Sets the linears that windows leave a stage through: dequantized `weights` `[K, N]`, on any device.
+    pub(super) fn set_solved(&mut self, stage: usize, weights: &[Tensor]) -> Result<()> {
+        let linears = self.layer().stages[stage].linears().zip(weights).map(|(position, weight)| {
+            let (_, bias) = self.weights().of(position);
+            let weight = weight.f_to_device(self.device()).and_then(|w| w.f_tr());
+            Dense::converted(&weight.torch("dequantize a linear")?, bias.as_ref(), self.kind())
         });
         self.linears = linears.collect::<Result<_>>()?;
         Ok(())
     }
 
-    /// Windows leave a stage with its linears as they are in the checkpoint.
+    /// Sets the linears that windows leave a stage through: those of the checkpoint.
     pub(super) fn set_dense(&mut self, stage: usize) -> Result<()> {
-        let weights = self.weights();
         let linears = self.layer().stages[stage].linears().map(|position| {
-            let (weight, bias) = weights.of(position);
-            Dense::converted(weight, bias.as_ref(), self.transformer.kind())
+            let (weight, bias) = self.weights().of(position);
+            Dense::converted(weight, bias.as_ref(), self.kind())
         });
         self.linears = linears.collect::<Result<_>>()?;
         Ok(())
     }
 
-    /// Lets the linears go that windows left a stage with.
-    pub(super) fn forget_linears(&mut self) {
+    /// Runs a layer as it is on the reference model's hidden states, which are stream `reference`, and keeps the inputs of its stages.
+    /// The outputs are also written to the journal's `file`; the `last` layer has none.
+    pub(super) fn run_reference(
+        &mut self,
+        reference: usize,
+        file: Option<&Arc<WindowFile>>,
+        last: bool,
+    ) -> Result<()> {
+        let config = self.layer();
+        let window = [self.seq_len, self.config().hidden_size];
+        self.reference = Some(ReferenceLayer::new(config, &self.hidden[reference], window));
+        for stage in 0..config.stages.len() - usize::from(last) {
+            self.set_dense(stage)?;
+            self.each_batch(
+                reference,
+                |worker, i| {
+                    let windows = worker.hidden[reference].batches()[i].clone();
+                    let at = worker.reference_at(stage, reference, &windows, true)?;
+                    worker.advance(stage, at)
+                },
+                |worker, i, after| {
+                    let layer = worker.reference.as_mut().expect(REFERENCE_RUNS_FIRST);
+                    layer.put(stage, i, after, file)
+                },
+            )?;
+        }
         self.linears.clear();
+        Ok(())
     }
 
-    /// Brings windows to a stage, through the linears of the stage before, and takes the statistics of its inputs, one for each group
-    /// of its linears; beside the reference model, stream `reference`, where that is run.
+    /// Ends the layer for the reference model: its hidden states, stream `reference`, are now those behind the layer.
+    pub(super) fn leave_reference(&mut self, reference: usize) {
+        if let Some(layer) = self.reference.take() {
+            self.hidden[reference] = layer.into_next();
+        }
+    }
+
+    /// The reference model's activations in front of a stage.
+    fn reference_at(
+        &mut self,
+        stage: usize,
+        reference: usize,
+        windows: &Range<usize>,
+        whole: bool,
+    ) -> Result<Between> {
+        let layer = self.reference.as_mut().expect(REFERENCE_RUNS_FIRST);
+        layer.at(stage, &mut self.hidden[reference], windows, whole)
+    }
+
+    /// Advances windows to a stage, through the linears of the stage before. Returns the statistics of its inputs, one for each group
+    /// of its linears; with the cross-covariance where the reference model is run, as stream `reference`.
     pub(super) fn capture(
         &mut self,
         stage: usize,
@@ -260,20 +309,20 @@ impl<'a> Worker<'a> {
     }
 
     /// A batch behind a stage, through the linears that were set for it.
-    pub(super) fn advance(&self, stage: usize, at: Between) -> Result<Between> {
+    fn advance(&self, stage: usize, at: Between) -> Result<Between> {
         let linears: Vec<&dyn Linear> = self.linears.iter().map(|linear| linear as &dyn Linear).collect();
         let weights = self.weights();
         self.transformer.advance(weights.layer, &weights.parts, stage, at, &linears)
     }
 
     /// A stream with batches as another's are.
-    pub(super) fn stream_like(&self, stream: usize, width: usize) -> Stream {
+    fn stream_like(&self, stream: usize, width: usize) -> Stream {
         self.hidden[stream].empty_like([self.seq_len, width])
     }
 
-    /// Computes something of each batch, then uses it. Where the device's memory ends while computing, room is made and the
-    /// batch tried again; using a value changes things, and is done once.
-    pub(super) fn each_batch<T>(
+    /// Computes a value of each batch, then uses it. Where the device's memory ends while computing, memory is freed and the batch
+    /// is computed again; `use_it` changes the worker and is called once for each batch.
+    fn each_batch<T>(
         &mut self,
         stream: usize,
         compute: impl Fn(&mut Self, usize) -> Result<T>,
@@ -283,7 +332,9 @@ impl<'a> Worker<'a> {
         while i < self.hidden[stream].len() {
             self.context.check_cancelled()?;
             let value = match compute(self, i) {
-                Err(error) if error.is_out_of_device_memory() && self.make_room(stream, i)? => continue,
+                Err(error) if error.is_out_of_device_memory() && self.free_device_memory(stream, i)? => {
+                    continue;
+                }
                 value => value?,
             };
             use_it(self, i, value)?;
@@ -293,11 +344,9 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Frees memory of the device: activations leave it, then batches become smaller. False when there is nothing more to
-    /// be done.
-    fn make_room(&mut self, stream: usize, i: usize) -> Result<bool> {
-        if self.room.near.is_open() {
-            self.room.near.close();
+    /// Frees memory of the device: activations leave it, then batches are halved. False when neither is possible any more.
+    fn free_device_memory(&mut self, stream: usize, i: usize) -> Result<bool> {
+        if self.store.close_device() {
             let reference = self.reference.iter_mut().flat_map(ReferenceLayer::streams_mut);
             let others = self.stored.iter_mut().chain(&mut self.next_stored).chain(reference);
             for stream in self.hidden.iter_mut().chain(others) {
@@ -312,7 +361,7 @@ impl<'a> Worker<'a> {
         if !self.hidden[stream].halve(i)? {
             return Ok(false);
         }
-        // What has the same batches.
+        // These streams have the same batches.
         for stored in self.stored.iter_mut().chain(&mut self.next_stored) {
             stored.halve(i)?;
         }

@@ -1,39 +1,38 @@
-//! Some variants of one layer on one device or several: take a stage's statistics, solve it, advance through the quantized weights.
+//! Some variants of one layer on one device or several: capture a stage's statistics, solve it, advance through the quantized
+//! weights.
 
 use std::{
+    slice,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
 
 use super::{
-    journal::NextStates,
-    output_hessians::{LayerFactors, OutputHessians},
+    collective::{Collective, connect_threads},
+    journal::{Kept, NextStates},
+    output_hessians::OutputHessians,
     stage_memory::At,
-    stage_solver::LinearStatistics,
+    stage_solver::StageSolver,
     statistics::CalibrationStatistics,
     weights::Weights,
     worker::{RunContext, Worker},
 };
 use crate::{
     accuracy::AccuracyOptions,
-    architectures::{LayerConfig, LinearId},
-    error::Result,
-    gptq::solver::{Solved, Solver},
+    architectures::LinearId,
+    calibration::Windows,
+    error::{Error, Result},
+    gptq::solver::Solved,
     plan::OnFailure,
     progress::Event,
+    report::LinearReport,
     variant::Variant,
 };
 
 /// Takes solved linears, variant by variant.
 pub(super) trait Sink {
-    /// `variant` is an index into the run's variants.
-    fn take(
-        &mut self,
-        variant: usize,
-        id: LinearId,
-        linear: &Solved,
-        statistics: LinearStatistics,
-    ) -> Result<()>;
+    /// Takes a solved linear of one of the run's variants, given by index, and its figures for the report.
+    fn take(&mut self, variant: usize, id: &LinearId, linear: &Solved, report: LinearReport) -> Result<()>;
 
     /// Takes a warning, for the report.
     fn warn(&mut self, text: String);
@@ -42,17 +41,17 @@ pub(super) trait Sink {
 /// A sink for several worker groups.
 pub(super) type SharedSink<'s> = Mutex<&'s mut (dyn Sink + Send)>;
 
-/// The file that the hidden states behind a layer go to, for several worker groups.
+/// The files of the hidden states behind a layer, for several worker groups.
 pub(super) type SharedStates<'s> = Mutex<&'s mut NextStates>;
 
-/// What does not change during a run.
+/// Settings that do not change during a run.
 #[derive(Clone, Copy)]
 pub(super) struct Task<'a> {
     /// All of the run's.
     pub(super) variants: &'a [Variant],
     pub(super) damp: f64,
     pub(super) accuracy: AccuracyOptions,
-    /// What errors in outputs cost, where that is used.
+    /// Where they are used.
     pub(super) output_hessians: Option<&'a OutputHessians>,
     pub(super) shared_hessian: bool,
     pub(super) on_failure: OnFailure,
@@ -61,48 +60,54 @@ pub(super) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// Number of activation streams: one per variant, plus one for the reference model if it is run; or only the reference model's.
-    pub(super) fn streams(&self) -> usize {
-        if self.shared_hessian {
-            1
-        } else {
-            self.variants.len() + usize::from(self.accuracy.runs_reference())
-        }
+    /// Number of streams that are solved with, for so many variants: one each, or one for all with shared Hessians.
+    pub(super) fn solved_streams(&self, variants: usize) -> usize {
+        if self.shared_hessian { 1 } else { variants }
+    }
+
+    /// Number of activation streams for so many variants, with the reference model's if it is run beside them.
+    pub(super) fn streams(&self, variants: usize) -> usize {
+        self.solved_streams(variants) + usize::from(self.accuracy.runs_reference())
     }
 }
 
 /// Devices that work on the same variants, each with a part of the windows; the first solves.
 pub(super) struct WorkerGroup<'a> {
-    pub(super) workers: Vec<Worker<'a>>,
-    pub(super) solver: Box<dyn Solver + Send>,
+    /// The first is the root of their collective.
+    workers: Vec<Worker<'a>>,
+    solver: StageSolver<'a>,
     /// Indices of its variants.
     variants: Vec<usize>,
-    pub(super) task: Task<'a>,
-    pub(super) context: RunContext<'a>,
-    /// Of the layer that is worked on.
-    pub(super) outputs: Option<LayerFactors>,
+    task: Task<'a>,
+    context: RunContext<'a>,
 }
 
 impl<'a> WorkerGroup<'a> {
     pub(super) fn new(
         workers: Vec<Worker<'a>>,
-        solver: Box<dyn Solver + Send>,
         variants: Vec<usize>,
         task: Task<'a>,
         context: RunContext<'a>,
-    ) -> Self {
-        assert!(!workers.is_empty() && !variants.is_empty(), "a group has work and someone to do it");
-        Self { workers, solver, variants, task, context, outputs: None }
+    ) -> Result<Self> {
+        assert!(!workers.is_empty() && !variants.is_empty(), "a group has devices and variants");
+        let solver = StageSolver::new(workers[0].config(), workers[0].device(), task, context)?;
+        Ok(Self { workers, solver, variants, task, context })
     }
 
-    /// Streams of variants' hidden states, or the reference model's one where only these are advanced.
-    fn streams(&self) -> usize {
-        if self.task.shared_hessian { 1 } else { self.variants.len() }
-    }
-
-    /// All streams of hidden states, with the reference model's.
-    pub(super) fn all_streams(&self) -> usize {
-        self.streams() + usize::from(self.task.accuracy.runs_reference())
+    /// Fills the streams of hidden states: with those that were `kept`, or with the embeddings of the windows.
+    pub(super) fn begin(&mut self, windows: &Windows, kept: Option<&Kept>) -> Result<()> {
+        let streams = self.task.streams(self.variants.len());
+        let Some(kept) = kept else {
+            return self.workers.iter_mut().try_for_each(|worker| worker.embed(windows, streams));
+        };
+        let reference = self.task.accuracy.runs_reference().then_some(self.task.variants.len());
+        let files: Vec<_> = match self.task.shared_hessian {
+            true => kept.files.clone(),
+            false => {
+                self.variants.iter().copied().chain(reference).map(|i| Arc::clone(&kept.files[i])).collect()
+            }
+        };
+        self.workers.iter_mut().try_for_each(|worker| worker.resume_from(&files, kept.kind))
     }
 
     /// Progress steps of a layer: each batch to every stage and, but in the last layer, out of the layer; and every solve.
@@ -111,11 +116,12 @@ impl<'a> WorkerGroup<'a> {
         let (stages, groups) =
             (config.stages.len(), config.stages.iter().map(|stage| stage.groups.len()).sum::<usize>());
         let batches: usize = self.workers.iter().map(Worker::batches).sum();
-        let passes = stages + usize::from(!self.is_last(layer));
-        let mut steps = passes * batches * self.streams() + groups * self.variants.len();
+        let passes = stages + usize::from(layer + 1 < self.task.layers);
+        let variants = self.variants.len();
+        let mut steps = passes * batches * self.task.solved_streams(variants) + groups * variants;
         if layer == 0 && !self.task.shared_hessian {
             // One capture for all.
-            steps -= batches * (self.variants.len() - 1);
+            steps -= batches * (variants - 1);
         }
         if self.task.accuracy.runs_reference() {
             // The first stage's inputs are not captured.
@@ -124,175 +130,175 @@ impl<'a> WorkerGroup<'a> {
         steps as u64
     }
 
-    /// Indices of its variants.
-    pub(super) fn variants(&self) -> &[usize] {
-        &self.variants
-    }
-
     pub(super) fn solver_name(&self) -> &'static str {
         self.solver.name()
     }
 
-    fn is_last(&self, layer: usize) -> bool {
-        layer + 1 == self.task.layers
-    }
-
-    /// The layer that was entered.
-    pub(super) fn layer(&self) -> &'a LayerConfig {
-        self.workers[0].layer()
-    }
-
-    /// Solves a layer for the group's variants.
-    pub(super) fn solve_layer(
+    /// Solves a layer for the group's variants, on all devices at the same time.
+    pub(super) fn solve_layer<'s>(
         &mut self,
         weights: &Weights,
-        sink: &SharedSink<'_>,
-        next: Option<&SharedStates<'_>>,
+        sink: &SharedSink<'s>,
+        next: Option<&SharedStates<'s>>,
     ) -> Result<()> {
-        // Tensors may go to other threads, but not be looked at by two.
+        // A tensor may move to another thread, but two threads may not share it.
         self.workers.iter_mut().try_for_each(|worker| worker.enter_layer(weights))?;
-        let (config, device) = (self.workers[0].config(), self.workers[0].device());
-        let factors = |all: &OutputHessians| all.factors(config, weights.layer, device);
-        self.outputs = self.task.output_hessians.map(factors).transpose()?;
-        if self.task.shared_hessian {
-            self.solve_shared(sink, next)?;
-        } else {
-            self.solve_each(weights.layer, sink, next)?;
+        self.solver.enter_layer(weights.layer)?;
+        let (variants, task, context) = (&self.variants[..], self.task, self.context);
+        let connections = connect_threads(self.workers.len());
+        let mut passes = self.workers.iter_mut().zip(connections).map(|(worker, collective)| LayerPass {
+            worker,
+            collective,
+            root: None,
+            variants,
+            task,
+            context,
+            next,
+        });
+        let mut root = passes.next().expect("a group has workers");
+        root.root = Some((&mut self.solver, sink));
+        let results = thread::scope(|scope| {
+            let start = |pass: LayerPass<'_, '_, '_>| {
+                let _guard = tch::no_grad_guard();
+                pass.solve()
+            };
+            let others: Vec<_> = passes.map(|pass| scope.spawn(move || start(pass))).collect();
+            let mut results = vec![root.solve()];
+            results.extend(others.into_iter().map(|thread| thread.join().expect("a worker does not panic")));
+            results
+        });
+        // Workers whose connection ended have stopped because of the one that failed.
+        let mut errors: Vec<Error> = results.into_iter().filter_map(Result::err).collect();
+        let cause = errors.iter().position(|error| !matches!(error, Error::Interrupted)).unwrap_or(0);
+        if !errors.is_empty() {
+            return Err(errors.swap_remove(cause));
         }
         self.workers.iter_mut().for_each(Worker::forget_layer);
         Ok(())
     }
+}
+
+/// One worker's way through one layer. All workers of a group take the same steps, and the root also solves.
+struct LayerPass<'w, 's, 'a> {
+    worker: &'w mut Worker<'a>,
+    collective: Box<dyn Collective + Send>,
+    /// What the root has beside the others.
+    root: Option<(&'w mut StageSolver<'a>, &'w SharedSink<'s>)>,
+    /// Indices of the group's variants.
+    variants: &'w [usize],
+    task: Task<'a>,
+    context: RunContext<'a>,
+    /// `None` in the last layer, whose outputs are dropped.
+    next: Option<&'w SharedStates<'s>>,
+}
+
+impl LayerPass<'_, '_, '_> {
+    fn solve(mut self) -> Result<()> {
+        if self.task.shared_hessian { self.solve_shared() } else { self.solve_each() }
+    }
 
     /// Each variant on hidden states of its own, which are advanced through the quantized layer.
-    fn solve_each(
-        &mut self,
-        layer: usize,
-        sink: &SharedSink<'_>,
-        next: Option<&SharedStates<'_>>,
-    ) -> Result<()> {
-        let all = self.variants.clone();
-        let reference = self.task.accuracy.runs_reference().then_some(all.len());
+    fn solve_each(&mut self) -> Result<()> {
+        let (layer, stages) = (self.worker.weights().layer, self.worker.layer().stages.len());
+        let reference = self.task.accuracy.runs_reference().then_some(self.variants.len());
         if let Some(reference) = reference {
-            self.run_reference(layer, reference, next)?;
+            self.run_reference(layer, reference)?;
         }
         // Before the first layer all variants have the same hidden states, which are the reference model's too: one Hessian for all.
-        let mut first_stage = Vec::new();
-        if layer == 0 {
-            let statistics = self.capture(0, None, 0, None)?;
-            first_stage = self.solve_stage(0, statistics, &all, sink)?;
-        }
-        let stages = self.layer().stages.len();
-        for (stream, &variant) in all.iter().enumerate() {
+        let mut first_stage = if layer == 0 { self.solve_stage(0, None, 0, None)? } else { None };
+        for (stream, &variant) in self.variants.iter().enumerate() {
             for stage in 0..stages {
                 let solved = if layer == 0 && stage == 0 {
-                    std::mem::take(&mut first_stage[stream])
+                    first_stage.as_mut().map(|all| std::mem::take(&mut all[stream]))
                 } else {
-                    let statistics = self.capture(stage, Some(variant), stream, reference)?;
-                    self.solve_stage(stage, statistics, &[variant], sink)?.swap_remove(0)
+                    let solved = self.solve_stage(stage, Some(variant), stream, reference)?;
+                    solved.map(|mut all| all.swap_remove(0))
                 };
-                if stage + 1 < stages || next.is_some() {
-                    self.set_solved(stage, &solved)?;
+                if stage + 1 < stages || self.next.is_some() {
+                    self.set_solved(stage, solved)?;
                 }
             }
-            self.leave_layer(stream, variant, next)?;
+            self.leave_layer(stream, variant)?;
         }
         if let Some(reference) = reference {
-            self.workers.iter_mut().for_each(|worker| worker.leave_reference(reference));
+            self.worker.leave_reference(reference);
         }
         Ok(())
     }
 
     /// All variants with the Hessians of the reference model, whose hidden states are advanced: one forward pass and one
     /// Hessian a stage, one factorization a column order.
-    fn solve_shared(&mut self, sink: &SharedSink<'_>, next: Option<&SharedStates<'_>>) -> Result<()> {
-        let all = self.variants.clone();
-        for stage in 0..self.layer().stages.len() {
-            let statistics = self.capture(stage, None, 0, None)?;
-            drop(self.solve_stage(stage, statistics, &all, sink)?);
-            self.on_all(|worker| worker.set_dense(stage))?;
+    fn solve_shared(&mut self) -> Result<()> {
+        for stage in 0..self.worker.layer().stages.len() {
+            drop(self.solve_stage(stage, None, 0, None)?);
+            self.worker.set_dense(stage)?;
         }
-        self.leave_layer(0, 0, next)
+        self.leave_layer(0, 0)
     }
 
-    /// Advances the reference model's hidden states, and keeps what its stages get in this layer. Every group has them;
-    /// that of the first variant writes them to the journal.
-    fn run_reference(
-        &mut self,
-        layer: usize,
-        reference: usize,
-        next: Option<&SharedStates<'_>>,
-    ) -> Result<()> {
-        self.context.memory.enter(At::Calibrating);
-        self.context.progress.event(&Event::Stage { variant: "unquantized", stage: "all of the layer" });
-        let of_all = self.task.variants.len();
-        let next = next.filter(|_| self.variants[0] == 0);
-        let file = next.map(|next| Arc::clone(lock(next).file(of_all)));
-        let last = self.is_last(layer);
-        self.on_all(|worker| worker.run_reference(reference, file.as_ref(), last))?;
-        if let Some(next) = next {
-            lock(next).sync(of_all);
-        }
-        Ok(())
-    }
-
-    /// Advances a stream of hidden states behind the layer, into the run's file `of_all` too; the last layer's outputs are dropped.
-    fn leave_layer(&mut self, stream: usize, of_all: usize, next: Option<&SharedStates<'_>>) -> Result<()> {
-        let Some(next) = next else {
-            self.workers.iter_mut().for_each(Worker::end);
-            return Ok(());
-        };
-        let file = Arc::clone(lock(next).file(of_all));
-        self.on_all(|worker| worker.leave_layer(stream, &file))?;
-        lock(next).sync(of_all);
-        Ok(())
-    }
-
-    /// The statistics of a stage's groups: all devices' sums, added in their order.
-    fn capture(
+    /// Captures a stage's statistics on `stream` and solves it for one variant, or for all. The root gets the linears of each
+    /// variant, the other workers `None`.
+    fn solve_stage(
         &mut self,
         stage: usize,
         variant: Option<usize>,
         stream: usize,
         reference: Option<usize>,
-    ) -> Result<Vec<CalibrationStatistics>> {
-        let variant = variant.map_or("all variants".to_owned(), |v| self.task.variants[v].to_string());
-        let name = self.layer().stages[stage].name();
-        self.context.progress.event(&Event::Stage { variant: &variant, stage: &name });
-        self.context.memory.enter(At::Calibrating);
-        let mut parts = self.on_all(|worker| worker.capture(stage, stream, reference))?.into_iter();
-        let mut sums = parts.next().expect("a group has workers");
-        for part in parts {
-            for (sum, other) in sums.iter_mut().zip(part) {
-                sum.absorb(other)?;
-            }
+    ) -> Result<Option<Vec<Vec<Solved>>>> {
+        if self.root.is_some() {
+            let variant = variant.map_or("all variants".to_owned(), |v| self.task.variants[v].to_string());
+            let stage = self.worker.layer().stages[stage].name();
+            self.context.progress.event(&Event::Stage { variant: &variant, stage: &stage });
+            self.context.memory.enter(At::Calibrating);
         }
-        Ok(sums)
+        let own: Vec<CalibrationStatistics> = self.worker.capture(stage, stream, reference)?;
+        let sums = self.collective.sum(own)?;
+        let (Some((solver, sink)), Some(sums)) = (&self.root, sums) else { return Ok(None) };
+        let variants = variant.as_ref().map_or(self.variants, slice::from_ref);
+        solver.solve_stage(self.worker.weights(), stage, sums, variants, sink).map(Some)
     }
 
-    /// The windows leave a stage through what was solved.
-    fn set_solved(&mut self, stage: usize, solved: &[Solved]) -> Result<()> {
-        // What is solved lies on the first device and does not go from thread to thread.
-        self.workers.iter_mut().try_for_each(|worker| worker.set_solved(stage, solved))
+    /// Sets the linears that the windows leave a stage through: those that the root has solved.
+    fn set_solved(&mut self, stage: usize, solved: Option<Vec<Solved>>) -> Result<()> {
+        let kind = self.worker.kind();
+        let weights = solved.map(|solved| solved.iter().map(|linear| linear.dequantize(kind)).collect());
+        let weights = self.collective.broadcast(weights.transpose()?)?;
+        self.worker.set_solved(stage, &weights)
     }
 
-    /// Does something on all devices at the same time.
-    fn on_all<T: Send>(&mut self, work: impl Fn(&mut Worker<'a>) -> Result<T> + Sync) -> Result<Vec<T>> {
-        if let [only] = &mut self.workers[..] {
-            return Ok(vec![work(only)?]);
+    /// Advances the reference model's hidden states, and keeps the inputs of its stages in this layer. Every group does so;
+    /// that of the first variant writes the hidden states to the journal.
+    fn run_reference(&mut self, layer: usize, reference: usize) -> Result<()> {
+        if self.root.is_some() {
+            self.context.memory.enter(At::Calibrating);
+            let stage = Event::Stage { variant: "unquantized", stage: "all of the layer" };
+            self.context.progress.event(&stage);
         }
-        thread::scope(|scope| {
-            let work = &work;
-            let start = |worker| {
-                scope.spawn(move || {
-                    let _guard = tch::no_grad_guard();
-                    work(worker)
-                })
-            };
-            let started: Vec<_> = self.workers.iter_mut().map(start).collect();
-            let joined =
-                started.into_iter().map(|thread| thread.join().expect("a device's thread does not panic"));
-            joined.collect()
-        })
+        let of_all = self.task.variants.len();
+        let next = self.next.filter(|_| self.variants[0] == 0);
+        let file = next.map(|next| Arc::clone(lock(next).file(of_all)));
+        self.worker.run_reference(reference, file.as_ref(), layer + 1 == self.task.layers)?;
+        if file.is_some() { self.sync(of_all) } else { Ok(()) }
+    }
+
+    /// Advances a stream of hidden states behind the layer, also into the run's file `of_all`.
+    fn leave_layer(&mut self, stream: usize, of_all: usize) -> Result<()> {
+        let Some(next) = self.next else {
+            self.worker.end();
+            return Ok(());
+        };
+        let file = Arc::clone(lock(next).file(of_all));
+        self.worker.leave_layer(stream, &file)?;
+        self.sync(of_all)
+    }
+
+    /// Has a file of hidden states synced once all workers have written their part.
+    fn sync(&mut self, of_all: usize) -> Result<()> {
+        self.collective.barrier()?;
+        if let (Some(_), Some(next)) = (&self.root, self.next) {
+            lock(next).sync(of_all);
+        }
+        Ok(())
     }
 }
 

@@ -1,49 +1,31 @@
 //! All devices of a run: variants are spread over them first, then windows.
 
-use std::{ops::Range, path::Path, sync::Arc, thread};
+use std::{ops::Range, path::Path, thread};
 
 use tch::{Device, Kind};
 
 use super::{
     journal::Kept,
-    memory::{ActivationStore, MemoryBudget},
+    memory::{ActivationStore, Limits, MemoryBudget},
     weights::Weights,
     worker::{RunContext, Worker},
     worker_group::{SharedSink, SharedStates, Task, WorkerGroup},
 };
-use crate::{
-    calibration::Windows,
-    checkpoint::Checkpoint,
-    error::Result,
-    gptq::solver::{CpuSolver, CudaSolver, OrRounded, Solver},
-    model::Transformer,
-    plan::OnFailure,
-};
-
-/// What may be held where, bytes; `None` is no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Limits {
-    /// Activations on each device that is not the CPU.
-    pub(super) on_device: Option<u64>,
-    /// Activations in memory, of all devices together.
-    pub(super) in_memory: Option<u64>,
-    /// Tokens that go through the model together.
-    pub(super) batch_tokens: usize,
-}
+use crate::{calibration::Windows, checkpoint::Checkpoint, error::Result, model::Transformer};
 
 /// All worker groups of a run.
 pub(super) struct WorkerPool<'a> {
     checkpoint: &'a Checkpoint,
     groups: Vec<WorkerGroup<'a>>,
     layers: usize,
-    /// The next layer's weights, read while this one is solved; only worth it beside a device that is not the CPU.
+    /// The next layer's weights, read while this one is solved. Only beside a device that is not the CPU, where it saves time.
     next: Option<Weights>,
     pinned_for: Option<Device>,
 }
 
 impl<'a> WorkerPool<'a> {
-    /// Spreads the work over `devices`, and embeds the windows or goes on with hidden states that were `kept`. `spill` is a
-    /// folder for what does not fit memory.
+    /// Spreads the work over `devices`. Hidden states begin with those that were `kept`, or with the embeddings of the windows.
+    /// `spill` is a folder for activations that do not fit memory.
     pub(super) fn new(
         checkpoint: &'a Checkpoint,
         devices: &[Device],
@@ -55,39 +37,21 @@ impl<'a> WorkerPool<'a> {
         kept: Option<&Kept>,
         context: RunContext<'a>,
     ) -> Result<Self> {
-        let streams = if task.shared_hessian { 1 } else { task.variants.len() };
         let memory = MemoryBudget::new(limits.in_memory);
         let per_batch = (limits.batch_tokens / windows.seq_len()).max(1);
         let mut groups = Vec::new();
-        for (devices, own) in spread(devices, streams) {
+        for (devices, own) in spread(devices, task.solved_streams(task.variants.len())) {
             let parts = split(windows.count(), devices.len());
-            let mut workers = Vec::with_capacity(devices.len());
-            for (&device, part) in devices.iter().zip(parts) {
-                let near = match device {
-                    Device::Cpu => Arc::clone(&memory),
-                    _ => MemoryBudget::new(limits.on_device),
-                };
-                let room = ActivationStore::new(device, kind, near, Arc::clone(&memory), spill)?;
+            let worker = |(&device, part): (&Device, Range<usize>)| {
+                let store = ActivationStore::new(device, kind, limits.on_device, &memory, spill)?;
                 let transformer = Transformer::new(checkpoint, windows.seq_len(), kind, device)?;
-                workers.push(Worker::new(transformer, room, part, windows.seq_len(), per_batch, context));
-            }
-            let variants =
-                if task.shared_hessian { (0..task.variants.len()).collect() } else { own.collect() };
-            let mut group = WorkerGroup::new(workers, solver(devices[0], task)?, variants, task, context);
-            let streams = group.all_streams();
-            let own: Vec<_> = match kept {
-                Some(kept) if task.shared_hessian => kept.files.clone(),
-                Some(kept) => {
-                    let reference = task.accuracy.runs_reference().then_some(task.variants.len());
-                    let own = group.variants().iter().copied().chain(reference);
-                    own.map(|v| Arc::clone(&kept.files[v])).collect()
-                }
-                None => Vec::new(),
+                Ok(Worker::new(transformer, store, part, windows.seq_len(), per_batch, context))
             };
-            group.workers.iter_mut().try_for_each(|worker| match kept {
-                Some(kept) => worker.resume_from(&own, kept.kind),
-                None => worker.embed(windows, streams),
-            })?;
+            let workers = devices.iter().zip(parts).map(worker).collect::<Result<_>>()?;
+            let all = 0..task.variants.len();
+            let variants = if task.shared_hessian { all } else { own };
+            let mut group = WorkerGroup::new(workers, variants.collect(), task, context)?;
+            group.begin(windows, kept)?;
             groups.push(group);
         }
         let pinned_for = devices.iter().copied().find(|d| *d != Device::Cpu);
@@ -103,21 +67,18 @@ impl<'a> WorkerPool<'a> {
         self.groups.iter().map(|group| group.steps(layer)).sum()
     }
 
-    /// Solves a layer for all variants; hidden states behind it go into `next` too, if anybody goes on from them.
-    pub(super) fn solve_layer(
+    /// Solves a layer for all variants. The hidden states behind it are also written to `next`; the last layer has none.
+    pub(super) fn solve_layer<'s>(
         &mut self,
         layer: usize,
-        sink: &SharedSink<'_>,
-        next: Option<&SharedStates<'_>>,
+        sink: &SharedSink<'s>,
+        next: Option<&SharedStates<'s>>,
     ) -> Result<()> {
         let (checkpoint, pinned_for) = (self.checkpoint, self.pinned_for);
         let weights = match self.next.take() {
             Some(weights) => weights,
             None => Weights::read(checkpoint, layer, pinned_for)?,
         };
-        if pinned_for.is_none() && self.groups.len() == 1 {
-            return self.groups[0].solve_layer(&weights, sink, next);
-        }
         let prefetch = pinned_for.is_some() && layer + 1 < self.layers;
         let (solved, ahead) = thread::scope(|scope| {
             let ahead =
@@ -131,44 +92,31 @@ impl<'a> WorkerPool<'a> {
     }
 }
 
-/// All groups at the same time.
-fn solve_all(
+/// Solves a layer in all groups at the same time.
+fn solve_all<'s>(
     groups: &mut [WorkerGroup<'_>],
     weights: Weights,
-    sink: &SharedSink<'_>,
-    next: Option<&SharedStates<'_>>,
+    sink: &SharedSink<'s>,
+    next: Option<&SharedStates<'s>>,
 ) -> Result<()> {
     if let [only] = groups {
         return only.solve_layer(&weights, sink, next);
     }
-    // Tensors may go to other threads, but not be looked at by two.
+    // A tensor may move to another thread, but two threads may not share it.
     let copies = (0..groups.len()).map(|_| weights.on(Device::Cpu)).collect::<Result<Vec<_>>>()?;
     thread::scope(|scope| {
-        let start = |(group, weights): (&'_ mut WorkerGroup<'_>, Weights)| -> Result<()> {
+        let start = |(group, weights): (&mut WorkerGroup<'_>, Weights)| {
             let _guard = tch::no_grad_guard();
             group.solve_layer(&weights, sink, next)
         };
-        let mut threads = Vec::with_capacity(groups.len());
-        for (group, weights) in groups.iter_mut().zip(copies) {
-            threads.push(scope.spawn(move || start((group, weights))));
-        }
+        let threads: Vec<_> =
+            groups.iter_mut().zip(copies).map(|own| scope.spawn(move || start(own))).collect();
         threads.into_iter().try_for_each(|thread| thread.join().expect("a group's thread does not panic"))
     })
 }
 
-/// The fastest there is for a device.
-fn solver(device: Device, task: Task<'_>) -> Result<Box<dyn Solver + Send>> {
-    let scales = task.accuracy.scales;
-    Ok(match (device, task.on_failure) {
-        (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new().with_scales(scales)),
-        (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new().with_scales(scales))),
-        (_, OnFailure::Error) => Box::new(CudaSolver::new(device)?.with_scales(scales)),
-        (_, OnFailure::Rtn) => Box::new(OrRounded(CudaSolver::new(device)?.with_scales(scales))),
-    })
-}
-
-/// Which devices work on which of `streams` variants: each on some variants; where there are more devices than variants,
-/// several on one.
+/// Spreads `streams` variants over devices: each device has some variants, or several devices share one variant where there
+/// are more devices than variants.
 fn spread(devices: &[Device], streams: usize) -> Vec<(Vec<Device>, Range<usize>)> {
     let groups = devices.len().min(streams);
     let own = split(streams, groups);
@@ -176,7 +124,7 @@ fn spread(devices: &[Device], streams: usize) -> Vec<(Vec<Device>, Range<usize>)
     devices.zip(own).collect()
 }
 
-/// `count` things in `parts` runs, as even as can be, the first ones longer.
+/// Splits `count` things into `parts` ranges of nearly equal length, the longer ones first.
 fn split(count: usize, parts: usize) -> Vec<Range<usize>> {
     let start = |part: usize| part * (count / parts) + part.min(count % parts);
     (0..parts).map(|part| start(part)..start(part + 1)).collect()

@@ -1,8 +1,8 @@
 //! Every packed linear of a checkpoint through the matmul that runs it, against dequantize-and-multiply in fp64, on the
 //! model's own activations.
 //!
-//! The activations are those of the model's forward pass over a text, with the fp64 outputs going on from linear to
-//! linear, so that a fault in one is not carried into the others.
+//! The activations are those of the model's forward pass over a text. The fp64 outputs are the inputs of the next linear, so
+//! that a fault in one linear does not reach the others.
 
 use std::cell::RefCell;
 
@@ -27,11 +27,11 @@ use crate::{
 /// Tokens that go through a linear together: kernels differ by their number.
 pub const KERNEL_TOKENS: [usize; 5] = [1, 7, 16, 64, 2048];
 
-/// What to run the linears on.
+/// Device, kind and text of the check.
 pub struct KernelOptions<'a> {
-    /// Where.
+    /// The device.
     pub device: Device,
-    /// In what.
+    /// The kind of the activations.
     pub dtype: ComputeDtype,
     /// The text; 2048 tokens of it are used.
     pub corpus: &'a Corpus,
@@ -63,7 +63,7 @@ pub struct KernelError {
     pub rounding: f64,
     /// The number of tokens at which that was.
     pub tokens: usize,
-    /// And the output feature.
+    /// The output feature at which that was.
     pub feature: usize,
 }
 
@@ -74,8 +74,8 @@ impl KernelReport {
     }
 }
 
-/// Checks every packed linear. `seen` may change what the matmul gets, so that tests can show that a fault is seen; fp64
-/// keeps to what is on disk.
+/// Checks every packed linear. `seen` may change the tensors of the matmul, so that tests can show that a fault is found; fp64
+/// uses those on disk.
 ///
 /// # Errors
 /// When the text is too short, or the model cannot be run.
@@ -148,7 +148,7 @@ pub(super) fn findings(report: &KernelReport) -> impl Iterator<Item = Finding> {
     })
 }
 
-/// A linear whose outputs are compared with fp64, which then go on.
+/// A linear whose outputs are compared with fp64; it returns the fp64 outputs.
 struct Checked<'a> {
     id: LinearId,
     linear: Box<dyn Linear + 'a>,
@@ -172,7 +172,7 @@ impl Linear for Checked<'_> {
     }
 }
 
-/// Gives the linear rows of `x` `[T, K]`, spread over all of them, as many as each of [`KERNEL_TOKENS`] says.
+/// Runs the linear on rows of `x` `[T, K]`, evenly spread, as many as each of [`KERNEL_TOKENS`].
 fn measure(
     id: &LinearId,
     linear: &dyn Linear,

@@ -1,4 +1,4 @@
-//! Reopens what is on disk and says what is wrong with it, how far it is from the source, and who can load it.
+//! Reopens what is on disk and reports what is wrong with it, how far it is from the source, and which software loads it.
 
 mod kernel;
 mod numeric;
@@ -23,7 +23,7 @@ pub use rounding::KERNEL_TOLERANCE;
 pub use structure::ScaleSigns;
 use structure::Structure;
 
-/// One thing that is wrong.
+/// One defect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
     /// The file or tensor.
@@ -37,17 +37,17 @@ pub struct Finding {
 pub struct Verification {
     /// Everything that is wrong.
     pub findings: Vec<Finding>,
-    /// Tensors looked at.
+    /// Number of tensors that were checked.
     pub tensors: usize,
     /// Whether the folder carries checksums; without them a flipped bit that leaves a valid code is not seen.
     pub checksums: bool,
     /// Whether scales are negative.
     pub scales: ScaleSigns,
-    /// Which software takes it.
+    /// Which software loads it.
     pub readers: Vec<ReaderReport>,
     /// Distance of every linear from the source, if that was given.
     pub distances: Vec<LinearDistance>,
-    /// How exact the matmul with packed weights is, if that was asked for and nothing else is wrong.
+    /// How exact the matmul with packed weights is, if that is checked and nothing else is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelReport>,
 }
@@ -62,8 +62,7 @@ impl Verification {
 /// Verifies the checkpoint in `dir`, also against the dense source it was made from, and the matmul that runs it.
 ///
 /// # Errors
-/// When `dir` or the source cannot be looked at at all, or the device cannot be used. What is wrong *in* `dir` is a
-/// finding, not an error.
+/// When `dir` or the source cannot be read, or the device cannot be used. A defect *in* `dir` is a finding, not an error.
 pub fn verify(
     dir: &Path,
     against: Option<&Checkpoint>,
@@ -106,10 +105,10 @@ pub fn verify(
     Ok(Verification { findings, tensors, checksums, scales, readers, distances, kernel })
 }
 
-/// Checks a branch that was just written; the first thing wrong is an error.
+/// Checks a branch that was just written; the first defect is an error.
 ///
 /// # Errors
-/// When what is on disk is not what was meant.
+/// When a check fails.
 pub fn written(dir: &Path) -> Result<()> {
     let checkpoint = Checkpoint::open(dir)?;
     let quantization = QuantizationConfig::read(&checkpoint)?;

@@ -1,4 +1,4 @@
-//! How far a product with packed weights may be from dequantize-and-multiply in fp64 for rounding alone.
+//! Largest difference of a product with packed weights from dequantize-and-multiply in fp64 that rounding alone explains.
 //!
 //! With `ŷ = Σ_k w_k x_k` exact and `r = √(Σ_k w_k² x_k²)`, the size that ŷ would have if the signs of its terms were
 //! random, three things are rounded: the output once (relative to ŷ), sums in fp32 (relative to r and ŷ, growing with the
@@ -46,7 +46,7 @@ pub(super) struct Outputs {
 }
 
 impl Outputs {
-    /// Those of some tokens.
+    /// The outputs of some of the tokens.
     pub(super) fn rows(&self, index: &Tensor) -> Result<Self, TchError> {
         let of = |t: &Tensor| t.f_index_select(0, index);
         Ok(Self {

@@ -1,4 +1,4 @@
-//! Names, shapes, dtypes, ranges, groups, checksums: everything that can be said from the files alone.
+//! Checks of the files alone: names, shapes, dtypes, ranges, groups, checksums.
 
 use std::collections::BTreeMap;
 
@@ -15,7 +15,7 @@ use crate::{
     progress::Progress,
 };
 
-/// What the files alone say.
+/// Results of the checks of the files alone.
 pub(super) struct Structure {
     pub(super) findings: Vec<Finding>,
     /// Whether there were checksums.
@@ -23,7 +23,7 @@ pub(super) struct Structure {
     pub(super) scales: ScaleSigns,
 }
 
-/// How many scales are negative. The scale of a symmetric grid may be: readers multiply by it and do not look at its sign.
+/// Number of negative scales. A scale of a symmetric grid may be negative: readers multiply by it whatever its sign.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct ScaleSigns {
     /// Below zero.
@@ -140,17 +140,16 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
     if !path.exists() {
         return false;
     }
-    let parsed = file_in(checkpoint.dir(), CHECKSUMS_FILE).and_then(|path| folder::read(&path, TEXT_LIMIT));
-    let parsed = parsed.map_err(|e| e.to_string());
-    let parsed =
-        parsed.and_then(|text| serde_json::from_slice::<Checksums>(&text).map_err(|e| e.to_string()));
-    let sums = match parsed {
-        Ok(sums) if sums.algorithm == "sha256" => sums,
-        Ok(sums) => {
-            let problem = format!("algorithm `{}`, expected `sha256`", sums.algorithm);
-            findings.push(Finding { subject: CHECKSUMS_FILE.into(), problem });
-            return true;
+    let text = file_in(checkpoint.dir(), CHECKSUMS_FILE).and_then(|path| folder::read(&path, TEXT_LIMIT));
+    let parsed = text.map_err(|e| e.to_string()).and_then(|text| {
+        let sums: Checksums = serde_json::from_slice(&text).map_err(|e| e.to_string())?;
+        match sums.algorithm.as_str() {
+            "sha256" => Ok(sums),
+            other => Err(format!("algorithm `{other}`, expected `sha256`")),
         }
+    });
+    let sums = match parsed {
+        Ok(sums) => sums,
         Err(problem) => {
             findings.push(Finding { subject: CHECKSUMS_FILE.into(), problem });
             return true;
@@ -165,16 +164,12 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
         findings.push(Finding { subject: name.clone(), problem: "has a checksum and is missing".into() });
     }
     for name in sums.files.keys() {
-        // Its own folder alone: a name may point to anything.
-        let path = match is_file_name(name) {
-            true => file_in(checkpoint.dir(), name),
-            false => {
-                let problem = "is not a plain file name".to_owned();
-                findings.push(Finding { subject: name.clone(), problem });
-                continue;
-            }
-        };
-        match path.and_then(|path| folder::read(&path, TEXT_LIMIT)) {
+        // Only files of this folder: a name may point anywhere.
+        if !is_file_name(name) {
+            findings.push(Finding { subject: name.clone(), problem: "is not a plain file name".into() });
+            continue;
+        }
+        match file_in(checkpoint.dir(), name).and_then(|path| folder::read(&path, TEXT_LIMIT)) {
             Ok(bytes) => compare(name, &bytes, &sums.files, findings),
             Err(error) => findings.push(Finding { subject: name.clone(), problem: error.to_string() }),
         }
@@ -189,15 +184,9 @@ fn compare(name: &str, bytes: &[u8], sums: &BTreeMap<String, String>, findings: 
         Some(expected) if *expected == found => return,
         Some(expected) => {
             format!(
-                "its bytes are not those that were written: sha256 {}…, expected {}…",
-                &found[..12],
-                short(expected)
+                "its bytes are not those that were written: sha256 {found:.12}…, expected {expected:.12}…"
             )
         }
     };
     findings.push(Finding { subject: name.into(), problem });
-}
-
-fn short(digest: &str) -> &str {
-    digest.get(..12).unwrap_or(digest)
 }

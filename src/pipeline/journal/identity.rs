@@ -1,10 +1,9 @@
-//! What the content of the branches depends on. A journal is gone on with only when all of it is the same.
+//! What the content of the branches depends on. A run resumes from a journal only if all of it is the same.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
-use super::super::GENERATED_BY;
+use super::{super::GENERATED_BY, state::sha256};
 use crate::{
     calibration::Windows,
     checkpoint::Checkpoint,
@@ -12,11 +11,11 @@ use crate::{
     plan::Plan,
 };
 
-/// Settings that say how a run is done, not what its finished layers are: they may differ when it is gone on with.
+/// Settings that do not change the content of finished layers: they may differ when a run resumes.
 const FREE: [&str; 4] = ["device", "max-memory", "max-device-memory", "on-failure"];
 
 /// What a run makes, and from what.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(in crate::pipeline) struct Identity {
     /// `gptq 0.1.0`.
     version: String,
@@ -31,20 +30,17 @@ pub(in crate::pipeline) struct Identity {
 }
 
 impl Identity {
-    /// # Errors
-    /// When the source cannot be read.
     pub(in crate::pipeline) fn new(plan: &Plan, checkpoint: &Checkpoint, windows: &Windows) -> Result<Self> {
         let json = |source| Error::Json { path: "plan".into(), source };
         let Value::Object(mut settings) = serde_json::to_value(plan).map_err(json)? else {
             unreachable!("a plan is a table");
         };
         settings.retain(|key, _| !FREE.contains(&key.as_str()));
-        let config = Sha256::digest(checkpoint.config().raw().to_string());
         Ok(Self {
             version: GENERATED_BY.into(),
             plan: settings,
             tokens: windows.digest().to_owned(),
-            config: config.iter().map(|byte| format!("{byte:02x}")).collect(),
+            config: sha256(&checkpoint.config().raw().to_string()),
             weights: checkpoint.fingerprint()?,
         })
     }

@@ -1,5 +1,5 @@
-//! What lets a run that ended early go on: which layers are finished, what their branches hold, and the hidden states behind
-//! them. Committed to after every layer, in an order in which nothing that is referred to is ever missing.
+//! What an interrupted run resumes from: which layers are finished, what their branches hold, and the hidden states behind
+//! them. Committed after every layer, in an order in which no file that is referred to is ever missing.
 
 mod identity;
 mod state;
@@ -30,30 +30,30 @@ use crate::{
     report::{ComputeReport, LayersComputed, StageMemory, StageSeconds},
 };
 
-/// Keeps two runs from one output folder.
+/// Locked by a run, so that no second run uses the same output folder.
 const LOCK_FILE: &str = "lock";
 
-/// The journal of a run. Dropped before the first layer is finished, it leaves nothing.
+/// The journal of a run. Its folder is removed if this is dropped before the first layer is finished.
 pub(super) struct Journal {
     folder: PathBuf,
     lock: Option<File>,
     state: State,
     /// Whether this program has finished a layer of the run already.
-    going_on: bool,
+    has_committed: bool,
     /// When this program began with the run, and what the run had taken before.
     begun: (Instant, f64),
 }
 
-/// How far a run is that was begun.
+/// How far an interrupted run is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Begun {
     /// Layers finished.
     pub layers: usize,
-    /// Of how many.
+    /// Layers of the model.
     pub total_layers: usize,
 }
 
-/// What a layer took, and all stages until now.
+/// Time and memory of a layer, and of all phases so far.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LayerCosts {
     /// This layer.
@@ -66,7 +66,7 @@ pub(super) struct LayerCosts {
 pub(super) struct Kept {
     /// One a stream, of all windows.
     pub(super) files: Vec<Arc<WindowFile>>,
-    /// As they were computed.
+    /// The kind that they were computed in.
     pub(super) kind: Kind,
 }
 
@@ -74,7 +74,7 @@ impl Journal {
     /// The journal of the run that `place` holds, or a new one.
     ///
     /// # Errors
-    /// When another program has it, when it was begun with other settings, or is not whole.
+    /// When another program has locked it, when it was begun with other settings, or when it is damaged.
     pub(super) fn open(place: &Place<'_>, identity: Identity, total_layers: usize) -> Result<Self> {
         let folder = place.journal()?;
         if !place.restart && !folder.join(state::STATE_FILE).exists() && holds_branches(place.out) {
@@ -98,15 +98,15 @@ impl Journal {
                 }
                 state
             }
-            // Nothing that could be lost. At no moment is there no state: beside branches that were begun it would be missed.
+            // No finished layer is lost. The state file is replaced, never removed: without it, unfinished branches are refused.
             _ => {
-                let state = State::new(identity, total_layers);
+                let state = State { identity, total_layers, ..State::default() };
                 state.write(&folder)?;
                 state
             }
         };
         let begun = (Instant::now(), state.seconds);
-        let journal = Self { folder, lock: Some(lock), state, going_on: false, begun };
+        let journal = Self { folder, lock: Some(lock), state, has_committed: false, begun };
         journal.remove_others()?;
         Ok(journal)
     }
@@ -116,7 +116,7 @@ impl Journal {
         self.state.layers
     }
 
-    /// What was done before.
+    /// The state after the last finished layer.
     pub(super) fn state(&self) -> &State {
         &self.state
     }
@@ -144,7 +144,7 @@ impl Journal {
         Ok(Some(Kept { files: files.iter().map(open).collect::<Result<_>>()?, kind }))
     }
 
-    /// What the run has taken so far.
+    /// Seconds that the run has taken so far.
     fn seconds(&self) -> f64 {
         let (begun, before) = self.begun;
         before + begun.elapsed().as_secs_f64()
@@ -154,21 +154,24 @@ impl Journal {
         Error::journal(&self.folder, format!("it holds {what}"))
     }
 
-    /// New files for the hidden states behind the next layer: of so many `windows` for each stream.
-    ///
-    /// # Errors
-    /// When they cannot be made.
-    pub(super) fn next(&self, windows: &[usize], window_bytes: usize, kind: Kind) -> Result<NextStates> {
+    /// New files for the hidden states behind the next layer: one for each of so many `streams`, each of so many `windows`.
+    pub(super) fn next(
+        &self,
+        streams: usize,
+        windows: usize,
+        window_bytes: usize,
+        kind: Kind,
+    ) -> Result<NextStates> {
         let layers = self.state.layers + 1;
-        let create = |(stream, &windows): (usize, &usize)| {
+        let create = |stream: usize| {
             let path = self.folder.join(format!("hidden-{layers}-{stream}"));
             WindowFile::create(path, windows, window_bytes).map(Arc::new)
         };
-        let files = windows.iter().enumerate().map(create).collect::<Result<_>>()?;
+        let files = (0..streams).map(create).collect::<Result<_>>()?;
         Ok(NextStates { files, kind, syncing: Vec::new(), committed: false })
     }
 
-    /// One more layer is finished. `branches` must be durable already; `next` is none after the last layer.
+    /// Commits one more layer. `branches` must be on the disk already; `next` is `None` after the last layer.
     ///
     /// # Errors
     /// When the disk is full or fails. The journal then is as it was before.
@@ -193,7 +196,7 @@ impl Journal {
         state.journal_seconds += writing + begun.elapsed().as_secs_f64();
         state.peak_memory_bytes = peak_memory().max(state.peak_memory_bytes);
         match state.parts.last_mut() {
-            Some(part) if self.going_on => part.count += 1,
+            Some(part) if self.has_committed => part.count += 1,
             _ => state.parts.push(LayersComputed {
                 first: self.state.layers,
                 count: 1,
@@ -205,14 +208,11 @@ impl Journal {
             next.committed = true;
         }
         self.state = state;
-        self.going_on = true;
+        self.has_committed = true;
         self.remove_others()
     }
 
-    /// All branches are written and checked.
-    ///
-    /// # Errors
-    /// When that cannot be written down.
+    /// Writes down that all branches are written and checked.
     pub(super) fn seal(&mut self, stage_seconds: StageSeconds, stage_memory: StageMemory) -> Result<()> {
         self.state.sealed = true;
         self.state.stage_seconds = stage_seconds;
@@ -221,16 +221,13 @@ impl Journal {
         self.state.write(&self.folder)
     }
 
-    /// The run is complete: nothing of the journal is left.
-    ///
-    /// # Errors
-    /// When it cannot be removed.
+    /// Removes the journal of a complete run.
     pub(super) fn remove(mut self) -> Result<()> {
         self.discard().map_err(Error::io("remove", &self.folder))
     }
 
     fn discard(&mut self) -> std::io::Result<()> {
-        // First what refers to the rest.
+        // First the file that refers to the others.
         let state = self.folder.join(state::STATE_FILE);
         if state.exists() {
             fs::remove_file(state)?;
@@ -239,7 +236,7 @@ impl Journal {
         fs::remove_dir_all(&self.folder)
     }
 
-    /// Removes what the state does not refer to: older hidden states, and what a run that was killed had begun.
+    /// Removes files that the state does not refer to: older hidden states, and the unfinished files of a killed run.
     fn remove_others(&self) -> Result<()> {
         let files = self.state.hidden.iter().flat_map(|hidden| &hidden.files);
         let known: Vec<&str> =
@@ -265,11 +262,11 @@ impl Drop for Journal {
     }
 }
 
-/// Hidden states that are being written. Dropped before they are committed to, they go.
+/// Hidden states that are being written. Their files are removed if this is dropped before the commit.
 pub(super) struct NextStates {
     files: Vec<Arc<WindowFile>>,
     kind: Kind,
-    /// Streams that are complete, on their way to the disk.
+    /// Syncs of complete streams that are under way.
     syncing: Vec<JoinHandle<Result<()>>>,
     committed: bool,
 }
@@ -280,14 +277,14 @@ impl NextStates {
         &self.files[stream]
     }
 
-    /// A stream is complete: it goes to the disk while others are worked on.
+    /// Syncs a complete stream to the disk while the other streams are computed.
     pub(super) fn sync(&mut self, stream: usize) {
         let file = Arc::clone(&self.files[stream]);
         self.syncing.push(thread::spawn(move || file.sync()));
     }
 
     fn finish(&mut self) -> Result<HiddenFiles> {
-        // The system reports a failure once: whoever was told must tell.
+        // The system reports a failed write once, so that no result may be dropped.
         for thread in self.syncing.drain(..) {
             thread.join().expect("syncing does not panic")?;
         }
@@ -320,7 +317,7 @@ impl Drop for NextStates {
     }
 }
 
-/// How far the run in `place` is that can be gone on with; none where there is none.
+/// How far the interrupted run in `place` is; `None` if there is no run to resume.
 pub fn begun(place: &Place<'_>) -> Option<Begun> {
     let state = State::read(&place.journal().ok()?).ok()??;
     (state.layers > 0).then_some(Begun { layers: state.layers, total_layers: state.total_layers })
@@ -335,7 +332,7 @@ fn holds_branches(out: &Path) -> bool {
     })
 }
 
-/// Keeps others from the journal in `folder` as long as the result lives.
+/// Locks the journal in `folder` as long as the result lives.
 fn lock(folder: &Path, out: &Path) -> Result<File> {
     let path = folder.join(LOCK_FILE);
     let file = File::options().write(true).create(true).truncate(false).open(&path);

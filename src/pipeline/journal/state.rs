@@ -18,7 +18,7 @@ pub(super) const STATE_FILE: &str = "state.json";
 const MAGIC: &str = "gptq-journal/2 ";
 
 /// How far a run is.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(in crate::pipeline) struct State {
     /// What is being made.
     pub(super) identity: Identity,
@@ -29,25 +29,25 @@ pub(in crate::pipeline) struct State {
     /// Hidden states behind the last finished layer; none before the first and after the last.
     pub(super) hidden: Option<HiddenFiles>,
     /// The branches as far as they are, in the plan's order; empty before the first layer is finished.
-    pub(super) branches: Vec<BranchState>,
-    /// What went otherwise than planned.
-    pub(super) warnings: Vec<String>,
+    pub(in crate::pipeline) branches: Vec<BranchState>,
+    /// Warnings of the finished layers.
+    pub(in crate::pipeline) warnings: Vec<String>,
     /// Each finished layer.
-    pub(super) layer_seconds: Vec<f64>,
-    /// Where the time of the finished layers went, and of sealing; `calibrating` is what is left of them.
+    pub(in crate::pipeline) layer_seconds: Vec<f64>,
+    /// Seconds of each phase in the finished layers, and of sealing. `calibrating` is computed from the others.
     pub(super) stage_seconds: StageSeconds,
-    /// What was seen of memory meanwhile.
-    pub(super) stage_memory: StageMemory,
-    /// Everything before, interrupted layers included.
-    pub(super) seconds: f64,
-    /// Of these, what this journal took.
-    pub(super) journal_seconds: f64,
+    /// Largest resident memory in each phase.
+    pub(in crate::pipeline) stage_memory: StageMemory,
+    /// Seconds of all parts of the run, interrupted layers included.
+    pub(in crate::pipeline) seconds: f64,
+    /// Of these, the seconds of writing this journal.
+    pub(in crate::pipeline) journal_seconds: f64,
     /// Largest resident memory of all parts of the run, bytes.
-    pub(super) peak_memory_bytes: Option<u64>,
-    /// Who computed the finished layers.
+    pub(in crate::pipeline) peak_memory_bytes: Option<u64>,
+    /// How the finished layers were computed, by part of the run.
     pub(super) parts: Vec<LayersComputed>,
     /// Whether all branches are written and checked, and need only be moved to their places.
-    pub(super) sealed: bool,
+    pub(in crate::pipeline) sealed: bool,
 }
 
 /// Hidden states on disk: a file for each stream of them.
@@ -72,33 +72,13 @@ pub(super) struct HiddenFile {
 /// One branch so far.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(in crate::pipeline) struct BranchState {
-    /// What is to be reported of it.
+    /// Its report so far.
     pub(in crate::pipeline) report: BranchReport,
     /// SHA-256 of each tensor that is written, hexadecimal.
     pub(in crate::pipeline) tensors: BTreeMap<String, String>,
 }
 
 impl State {
-    /// Nothing is done yet.
-    pub(super) fn new(identity: Identity, total_layers: usize) -> Self {
-        Self {
-            identity,
-            layers: 0,
-            total_layers,
-            hidden: None,
-            branches: Vec::new(),
-            warnings: Vec::new(),
-            layer_seconds: Vec::new(),
-            stage_seconds: StageSeconds::default(),
-            stage_memory: StageMemory::default(),
-            seconds: 0.0,
-            journal_seconds: 0.0,
-            peak_memory_bytes: None,
-            parts: Vec::new(),
-            sealed: false,
-        }
-    }
-
     /// Reads the state in a journal's folder; none if there is no such file.
     ///
     /// # Errors
@@ -133,58 +113,20 @@ impl State {
             serde_json::to_string(self).map_err(|source| Error::Json { path: path.clone(), source })?;
         write_file_atomically(&path, format!("{MAGIC}{}\n{text}", sha256(&text)).as_bytes())
     }
-}
 
-/// What a run that goes on wants to know.
-impl State {
-    /// The branches as far as they are, in the plan's order.
-    pub(in crate::pipeline) fn branches(&self) -> &[BranchState] {
-        &self.branches
-    }
-
-    /// What is to be reported of them.
+    /// The reports of the branches, in the plan's order.
     pub(in crate::pipeline) fn reports(&self) -> Vec<BranchReport> {
         self.branches.iter().map(|branch| branch.report.clone()).collect()
     }
 
-    /// What went otherwise than planned.
-    pub(in crate::pipeline) fn warnings(&self) -> &[String] {
-        &self.warnings
-    }
-
-    /// Each finished layer.
-    pub(in crate::pipeline) fn layer_seconds(&self) -> &[f64] {
-        &self.layer_seconds
-    }
-
-    /// Where the time went.
+    /// Seconds of each phase of the run.
     pub(in crate::pipeline) fn stage_seconds(&self) -> StageSeconds {
         let StageSeconds { solving, packing, .. } = self.stage_seconds;
         let layers: f64 = self.layer_seconds.iter().sum();
         StageSeconds { calibrating: (layers - solving - packing).max(0.0), ..self.stage_seconds }
     }
 
-    /// What was seen of memory.
-    pub(in crate::pipeline) fn stage_memory(&self) -> StageMemory {
-        self.stage_memory
-    }
-
-    /// The whole run so far.
-    pub(in crate::pipeline) fn seconds(&self) -> f64 {
-        self.seconds
-    }
-
-    /// Of these, what this journal took.
-    pub(in crate::pipeline) fn journal_seconds(&self) -> f64 {
-        self.journal_seconds
-    }
-
-    /// Largest resident memory of all parts of the run, bytes.
-    pub(in crate::pipeline) fn peak_memory_bytes(&self) -> Option<u64> {
-        self.peak_memory_bytes
-    }
-
-    /// Who computed which layers; empty when nobody was interrupted.
+    /// How the layers of each part of the run were computed; empty if the run was not interrupted.
     pub(in crate::pipeline) fn interrupted(&self) -> &[LayersComputed] {
         if self.parts.len() > 1 { &self.parts } else { &[] }
     }
@@ -193,13 +135,8 @@ impl State {
     pub(in crate::pipeline) fn compute(&self) -> &ComputeReport {
         &self.parts.last().expect("a layer is finished").compute
     }
-
-    /// Whether all branches are written and checked.
-    pub(in crate::pipeline) fn sealed(&self) -> bool {
-        self.sealed
-    }
 }
 
-fn sha256(text: &str) -> String {
+pub(super) fn sha256(text: &str) -> String {
     Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
