@@ -33,8 +33,9 @@ pub struct Plan {
     pub seed: u64,
     /// The branches to make.
     pub variants: Vec<Variant>,
-    /// Damping, as a fraction of the Hessian's mean diagonal.
-    pub damp: f64,
+    /// Damping, as a fraction of the Hessian's mean diagonal; overrides the preset.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damp: Option<f64>,
     /// Preset of the accuracy options.
     pub quality: Quality,
     /// Whether scales may be negative; overrides the preset.
@@ -90,7 +91,7 @@ impl Default for Plan {
             seq_len: 2048,
             seed: 0,
             variants: VariantSet::Card.variants(),
-            damp: 0.01,
+            damp: None,
             quality: Quality::default(),
             signed_scales: None,
             scale_search: None,
@@ -124,10 +125,16 @@ impl Plan {
         toml::from_str(&text).map_err(fail)
     }
 
+    /// Damping, as a fraction of the Hessian's mean diagonal.
+    pub fn damp(&self) -> f64 {
+        self.damp.unwrap_or(self.quality.damp())
+    }
+
     /// The keys a plan can have.
     fn keys() -> Vec<String> {
         let every = Self {
             split: Some(String::new()),
+            damp: Some(0.0),
             text_column: Some(String::new()),
             signed_scales: Some(true),
             scale_search: Some(ScaleSearch::Off),
@@ -200,8 +207,9 @@ impl Plan {
         if self.seq_len < 2 {
             return refuse("seq-len", "at least 2", self.seq_len.to_string());
         }
-        if !(self.damp >= 0.0 && self.damp <= 1.0) {
-            return refuse("damp", "a fraction from 0 to 1", self.damp.to_string());
+        let damp = self.damp();
+        if !(0.0..=1.0).contains(&damp) {
+            return refuse("damp", "a fraction from 0 to 1", damp.to_string());
         }
         if let Some(share) = self.output_hessian.filter(|share| !(0.0..=1.0).contains(share)) {
             return refuse("output-hessian", "a part of the windows, from 0 to 1", share.to_string());

@@ -85,7 +85,7 @@ fn row(report: &Report, branch: &BranchReport) -> Value {
         "group_size": group_size,
         "act_order": act_order,
         "symmetric": variant.symmetric,
-        "damp": report.plan.damp.to_string(),
+        "damp": report.plan.damp().to_string(),
         "dataset": report.calibration.names(),
         "seq_len": report.calibration.seq_len,
         "size": bytes(branch.bytes),

@@ -180,8 +180,9 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     set(&mut plan.samples, args.samples);
     set(&mut plan.seq_len, args.seq_len);
     set(&mut plan.seed, args.seed);
-    set(&mut plan.damp, args.damp);
     set(&mut plan.quality, args.quality);
+    // The report and the journal hold the number.
+    plan.damp = Some(args.damp.unwrap_or_else(|| plan.damp()));
     let signed = args.signed_scales.then_some(true).or(args.unsigned_scales.then_some(false));
     plan.signed_scales = signed.or(plan.signed_scales);
     plan.scale_search = args.scale_search.or(plan.scale_search);

@@ -78,7 +78,7 @@ pub(super) fn solve(
     };
     let task = Task {
         variants: &plan.variants,
-        damp: plan.damp,
+        damp: plan.damp(),
         accuracy,
         output_hessians: output_hessians.as_ref(),
         shared_hessian: plan.shared_hessian,

@@ -134,7 +134,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         samples: plan.samples,
         seq_len: plan.seq_len,
         seed: plan.seed,
-        damp_percent: plan.damp,
+        damp_percent: plan.damp(),
         shared_hessian: plan.shared_hessian,
         quality: plan.quality,
         accuracy,

@@ -262,7 +262,7 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
         digest: String::new(),
         act_order: act_order(variant.order).into(),
         symmetric: variant.symmetric,
-        damp: Some(report.plan.damp),
+        damp: Some(report.plan.damp()),
         dataset: Some(report.calibration.names()),
         seq_len: Some(report.calibration.seq_len),
         samples: Some(report.calibration.samples),

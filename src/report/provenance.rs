@@ -30,7 +30,7 @@ fn run(run: &RunSummary) -> Facts {
         ("made by", report.generated_by.clone()),
         ("model", format!("{} ({} layers, {} parameters)", model.name, model.layers, model.parameters)),
         ("variants", variants.join(", ")),
-        ("damping, seed, Hessians", format!("{}, {}, {hessians}", plan.damp, plan.seed)),
+        ("damping, seed, Hessians", format!("{}, {}, {hessians}", plan.damp(), plan.seed)),
         ("calibration", format!("{windows} windows of {length} tokens of {}", calibration.names())),
     ]);
     for SourceReport { provenance: source, samples, .. } in &calibration.sources {

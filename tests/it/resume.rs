@@ -172,8 +172,8 @@ fn a_run_begun_otherwise_is_refused_with_what_differs() {
         assert_eq!(digests(&out), before, "{error}: nothing is touched");
         error.to_string().split("different: ").nth(1).unwrap().to_owned()
     };
-    let damp = Plan { damp: 0.05, ..then.clone() };
-    assert_eq!(refused(&damp, &lab.model()), "damp (0.01 then, 0.05 now)");
+    let damp = Plan { damp: Some(0.05), ..then.clone() };
+    assert_eq!(refused(&damp, &lab.model()), "damp (unset then, 0.05 now)");
     let variants = plan(&["4bit-32g-act"]);
     assert_eq!(refused(&variants, &lab.model()), "variants (4bit-32g then, 4bit-32g-act now)");
     let text = Plan { dataset: vec![text_of(&demo("calibration.parquet")).as_str().into()], ..then.clone() };

@@ -100,7 +100,7 @@ mod tests {
         let then = identity(&Plan::default());
         assert!(then.differences(&then).is_empty());
         let plan = Plan {
-            damp: 0.05,
+            damp: Some(0.05),
             variants: vec!["3bit-64g-act".parse().unwrap()],
             split: Some("test".into()),
             ..Plan::default()
@@ -111,7 +111,7 @@ mod tests {
             [
                 "version (gptq 1 then, gptq 2 now)",
                 "variants (4bit-128g, 4bit-32g-act, 4bit-64g-act, 4bit-128g-act then, 3bit-64g-act now)",
-                "damp (0.01 then, 0.05 now)",
+                "damp (unset then, 0.05 now)",
                 "split (unset then, test now)",
                 "the model's weights (0123456789ab… then, 9… now)",
             ]
