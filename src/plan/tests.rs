@@ -30,8 +30,8 @@ fn refuses_values_that_make_no_sense() {
     let cases = [
         Plan { samples: 0, ..Plan::default() },
         Plan { seq_len: 1, ..Plan::default() },
-        Plan { damp: -0.1, ..Plan::default() },
-        Plan { damp: f64::NAN, ..Plan::default() },
+        Plan { damp: Some(-0.1), ..Plan::default() },
+        Plan { damp: Some(f64::NAN), ..Plan::default() },
         Plan { asymmetric: Some(1.5), ..Plan::default() },
         Plan { asymmetric: Some(f64::NAN), ..Plan::default() },
         Plan { output_hessian: Some(1.5), ..Plan::default() },

@@ -75,7 +75,7 @@ fn figures_stay_beside_the_model() {
     let checkpoint = &kept["checkpoint"];
     let described = (&checkpoint["bits"], &checkpoint["group_size"], &checkpoint["act_order"]);
     assert_eq!(described, (&4.into(), &32.into(), &"yes".into()));
-    assert_eq!((&checkpoint["damp"], &checkpoint["samples"]), (&0.01.into(), &4.into()));
+    assert_eq!((&checkpoint["damp"], &checkpoint["samples"]), (&0.05.into(), &4.into()));
     assert_eq!(checkpoint["dataset"], "evaluation.parquet");
     // The checkpoint is as good as before.
     lab.verify(&lab.branch(), &[]).succeeds();

@@ -108,7 +108,7 @@ fn the_report_says_what_was_done(printed: &Value, out: &Path) {
 
 fn configs_are_what_loaders_read(out: &Path) {
     // The first is what AutoGPTQ of the model cards' era passes to a constructor: not one key more.
-    let expected = "{\n  \"bits\": 4,\n  \"group_size\": 128,\n  \"damp_percent\": 0.01,\n  \"desc_act\": false,\n  \
+    let expected = "{\n  \"bits\": 4,\n  \"group_size\": 128,\n  \"damp_percent\": 0.05,\n  \"desc_act\": false,\n  \
                     \"sym\": true,\n  \"true_sequential\": true,\n  \"model_name_or_path\": null,\n  \
                     \"model_file_base_name\": \"model\"\n}\n";
     assert_eq!(fs::read_to_string(out.join("main/quantize_config.json")).unwrap(), expected);
@@ -127,12 +127,12 @@ fn configs_are_what_loaders_read(out: &Path) {
     let digest = quantization["meta"]["dataset_sha256"].take();
     assert_eq!(digest, read_json(&out.join("run.json"))["calibration"]["sha256"]);
     let expected = json!({
-        "bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": false, "static_groups": false, "sym": true,
+        "bits": 4, "group_size": 128, "damp_percent": 0.05, "desc_act": false, "static_groups": false, "sym": true,
         "true_sequential": true, "lm_head": false, "quant_method": "gptq", "checkpoint_format": "gptq",
         "pack_dtype": "int32", "act_group_aware": true,
         "meta": {
             "quantizer": [concat!("gptq:", env!("CARGO_PKG_VERSION"))], "dataset": "calibration.parquet",
-            "dataset_sha256": null, "samples": 8, "seq_len": 128, "seed": 0, "damp_percent": 0.01,
+            "dataset_sha256": null, "samples": 8, "seq_len": 128, "seed": 0, "damp_percent": 0.05,
             "shared_hessian": false, "quality": "standard", "signed_scales": true, "scale_search": "block",
             "act_group_aware": true, "asymmetric": 1.0, "output_hessian": 0.0, "rotate": false,
             "equalize": true, "shrinkage": true,
