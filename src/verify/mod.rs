@@ -5,6 +5,7 @@ mod numeric;
 mod readers;
 mod rounding;
 mod structure;
+mod tensor_parallel;
 
 use std::path::Path;
 
@@ -14,11 +15,11 @@ use crate::{
     checkpoint::{Checkpoint, QuantizationConfig},
     error::{Error, Result},
     progress::Progress,
-    report::ReaderReport,
+    report::{ReaderReport, SplitReport},
 };
 pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_kernels};
 pub use numeric::LinearDistance;
-pub use readers::{readers, readers_markdown, readers_of};
+pub use readers::{LostReader, lost_readers, readers, readers_markdown, require_readers, tensor_parallel};
 pub use rounding::KERNEL_TOLERANCE;
 pub use structure::ScaleSigns;
 use structure::Structure;
@@ -45,6 +46,8 @@ pub struct Verification {
     pub scales: ScaleSigns,
     /// Which software loads it.
     pub readers: Vec<ReaderReport>,
+    /// Over how many GPUs software can split it.
+    pub tensor_parallel: Vec<SplitReport>,
     /// Distance of every linear from the source, if that was given.
     pub distances: Vec<LinearDistance>,
     /// How exact the matmul with packed weights is, if that is checked and nothing else is wrong.
@@ -74,7 +77,16 @@ pub fn verify(
         let finding = Finding { subject: dir.display().to_string(), problem: error.to_string() };
         let (findings, readers, distances) = (vec![finding], Vec::new(), Vec::new());
         let scales = ScaleSigns::default();
-        Verification { findings, tensors: 0, checksums: false, scales, readers, distances, kernel: None }
+        Verification {
+            findings,
+            tensors: 0,
+            checksums: false,
+            scales,
+            readers,
+            tensor_parallel: Vec::new(),
+            distances,
+            kernel: None,
+        }
     };
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
@@ -100,9 +112,16 @@ pub fn verify(
         }
         _ => None,
     };
-    let readers = readers(checkpoint.config(), &quantization, &checkpoint);
-    let tensors = checkpoint.names().count();
-    Ok(Verification { findings, tensors, checksums, scales, readers, distances, kernel })
+    Ok(Verification {
+        findings,
+        tensors: checkpoint.names().count(),
+        checksums,
+        scales,
+        readers: readers(checkpoint.config(), &quantization, &checkpoint),
+        tensor_parallel: tensor_parallel(checkpoint.config(), &quantization, &checkpoint),
+        distances,
+        kernel,
+    })
 }
 
 /// Checks a branch that was just written; the first defect is an error.
