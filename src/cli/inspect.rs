@@ -8,7 +8,7 @@ use gptq::{
     eval::bits_per_weight,
     report::{ReaderReport, SplitReport},
     units::bytes,
-    verify::{readers, tensor_parallel},
+    verify::{notes, readers, tensor_parallel},
 };
 use serde::Serialize;
 
@@ -50,6 +50,8 @@ struct Quantized {
     readers: Vec<ReaderReport>,
     /// The numbers of GPUs over which readers can split it.
     tensor_parallel: Vec<SplitReport>,
+    /// What was inferred about it, or is ambiguous in it, and what is used.
+    notes: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -112,6 +114,7 @@ fn quantized(checkpoint: &Checkpoint) -> gptq::Result<Quantized> {
         bits_per_weight: bits_per_weight(checkpoint)?,
         readers: readers(config, &quantization, checkpoint),
         tensor_parallel: tensor_parallel(config, &quantization, checkpoint),
+        notes: notes(checkpoint, &quantization)?,
     })
 }
 
@@ -147,6 +150,9 @@ fn text(i: &Inspection) -> String {
                 q.checkpoint_format,
                 q.bits_per_weight
             );
+            for note in &q.notes {
+                let _ = writeln!(text, "  {note}");
+            }
             for reader in &q.readers {
                 let _ = writeln!(text, "  {:<36} {}", reader.name, reader.verdict(&q.tensor_parallel));
             }

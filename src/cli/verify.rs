@@ -107,6 +107,9 @@ fn text(verification: &Verification, verbose: bool) -> String {
     for reader in &verification.readers {
         let _ = writeln!(text, "{:<36} {}", reader.name, reader.verdict(&verification.tensor_parallel));
     }
+    for note in &verification.notes {
+        let _ = writeln!(text, "{note}");
+    }
     if !verification.checksums {
         text.push_str("no checksums in this folder: a flipped bit that leaves a valid code cannot be seen\n");
     }

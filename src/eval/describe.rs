@@ -6,7 +6,7 @@ use crate::{
     checkpoint::{Checkpoint, QuantizationConfig},
     error::Result,
     report::CheckpointReport,
-    verify::{readers, tensor_parallel},
+    verify::{notes, readers, tensor_parallel},
 };
 
 /// Describes a GPTQ checkpoint, whatever tool wrote it.
@@ -39,7 +39,7 @@ pub fn describe(checkpoint: &Checkpoint) -> Result<CheckpointReport> {
         scale_bits: checkpoint.scale_bits()?,
         readers: readers(config, &quantization, checkpoint),
         tensor_parallel: tensor_parallel(config, &quantization, checkpoint),
-        notes: Vec::new(),
+        notes: notes(checkpoint, &quantization)?,
     })
 }
 

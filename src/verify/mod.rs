@@ -6,12 +6,14 @@ mod readers;
 mod rounding;
 mod structure;
 mod tensor_parallel;
+mod zero_points;
 
 use std::path::Path;
 
 use serde::Serialize;
 
 use crate::{
+    calibration::tokenizer_notes,
     checkpoint::{Checkpoint, QuantizationConfig},
     error::{Error, Result},
     progress::Progress,
@@ -23,6 +25,7 @@ pub use readers::{LostReader, lost_readers, readers, readers_markdown, require_r
 pub use rounding::KERNEL_TOLERANCE;
 pub use structure::ScaleSigns;
 use structure::Structure;
+use zero_points::ZeroPoints;
 
 /// One defect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -48,6 +51,8 @@ pub struct Verification {
     pub readers: Vec<ReaderReport>,
     /// Over how many GPUs software can split it.
     pub tensor_parallel: Vec<SplitReport>,
+    /// What was inferred because no file says it, and what two files say differently, with what was used.
+    pub notes: Vec<String>,
     /// Distance of every linear from the source, if that was given.
     pub distances: Vec<LinearDistance>,
     /// How exact the matmul with packed weights is, if that is checked and nothing else is wrong.
@@ -84,6 +89,7 @@ pub fn verify(
             scales,
             readers,
             tensor_parallel: Vec::new(),
+            notes: Vec::new(),
             distances,
             kernel: None,
         }
@@ -119,9 +125,20 @@ pub fn verify(
         scales,
         readers: readers(checkpoint.config(), &quantization, &checkpoint),
         tensor_parallel: tensor_parallel(checkpoint.config(), &quantization, &checkpoint),
+        notes: [quantization.notes, tokenizer_notes(dir)].concat(),
         distances,
         kernel,
     })
+}
+
+/// What a user must know of how the quantized tensors are read, each a sentence: what was inferred because no file says it, and zero
+/// points that are stored as another format stores them, or that readers read differently. Reads `qzeros` alone.
+///
+/// # Errors
+/// When `qzeros` is of another type.
+pub fn notes(checkpoint: &Checkpoint, quantization: &QuantizationConfig) -> Result<Vec<String>> {
+    let causes = ZeroPoints::of(checkpoint, quantization)?.causes();
+    Ok(quantization.notes.iter().cloned().chain(causes).collect())
 }
 
 /// Checks a branch that was just written; the first defect is an error.

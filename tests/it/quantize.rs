@@ -268,6 +268,23 @@ fn readers_that_do_not_take_a_variant_are_named_before_any_work() {
 }
 
 #[test]
+fn a_bos_token_on_which_two_files_disagree_is_said_by_the_run_and_by_verify() {
+    let lab = Lab::new();
+    let path = lab.model().join("tokenizer_config.json");
+    let mut config = read_json(&path);
+    config["add_bos_token"] = false.into();
+    write_json(&path, &config);
+    let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    let said = "tokenizer_config.json says `add_bos_token`: false, and the post-processor of tokenizer.json adds one: \
+                tokenizer.json is used";
+    assert_eq!(output.stderr.matches(said).count(), 1, "{}", output.stderr);
+    let warning = read_json(&lab.out().join("run.json"))["warnings"][0].clone();
+    assert!(warning.as_str().unwrap().starts_with(said), "{warning}");
+    let verified = lab.verify(&lab.branch(), &[]).succeeds().stdout;
+    assert_eq!(verified.matches(said).count(), 1, "{verified}");
+}
+
+#[test]
 fn a_required_reader_is_checked_before_any_work() {
     let lab = Lab::new();
     lab.quantize(&["--variant", "4bit-32g-act", "--require-reader", "VLLM"]).fails_with(
