@@ -115,6 +115,11 @@ const GROUP_SIZES: [GroupSize; 5] = [
     GroupSize::PerChannel,
 ];
 
+/// Whether no linear of a model has fewer input features than a group; such variants are not made.
+fn fits(config: &ModelConfig, group_size: GroupSize) -> bool {
+    config.linears().all(|(_, linear)| group_size.features(linear.shape[1]) <= linear.shape[1])
+}
+
 fn yes() -> bool {
     true
 }
@@ -355,7 +360,7 @@ impl Reader {
                 self.refusal(&Format::of_variant(config, variant)).is_none()
             })
         };
-        GROUP_SIZES.iter().filter(|size| takes(size)).map(|size| size.as_config()).collect()
+        GROUP_SIZES.iter().filter(|size| fits(config, **size) && takes(size)).map(|s| s.as_config()).collect()
     }
 
     /// Variants that this reader takes where it does not take `variant`: that one with other group sizes, and the set `serve`.
@@ -364,7 +369,8 @@ impl Reader {
         let mut taken: Vec<String> = Vec::new();
         for variant in sizes.chain(VariantSet::Serve.variants()) {
             let text = variant.to_string();
-            if self.refusal(&Format::of_variant(config, variant)).is_none() && !taken.contains(&text) {
+            let takes = || self.refusal(&Format::of_variant(config, variant)).is_none();
+            if fits(config, variant.group_size) && !taken.contains(&text) && takes() {
                 taken.push(text);
             }
         }
