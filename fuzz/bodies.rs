@@ -155,6 +155,8 @@ fn read_all(dir: &Path) {
     match QuantizationConfig::read(&checkpoint) {
         Ok(quantization) => {
             let _ = verify::readers(checkpoint.config(), &quantization, &checkpoint);
+            let _ = verify::tensor_parallel(checkpoint.config(), &quantization, &checkpoint);
+            let _ = verify::notes(&checkpoint, &quantization);
             for (id, linear) in checkpoint.config().linears() {
                 let _ = packed(&checkpoint, &id, linear, &quantization);
             }

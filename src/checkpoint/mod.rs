@@ -13,8 +13,8 @@ mod tests;
 mod values;
 mod writer;
 
-pub use packed::{PackedTensors, check_pack_factor, packed};
-pub use quantization::{CheckpointFormat, QUANTIZE_CONFIG_FILE, QuantizationConfig};
+pub use packed::{PackedTensors, check_pack_factor, integers, packed, stored_zeros};
+pub use quantization::{CheckpointFormat, OPTIMUM_CONFIG_FILE, QUANTIZE_CONFIG_FILE, QuantizationConfig};
 pub use reader::{Checkpoint, INDEX_FILE, PYTORCH_FILES, TensorView, WEIGHTS_FILE};
 pub use safetensors::Dtype;
 pub use values::to_bytes;

@@ -90,6 +90,18 @@ pub fn packed<'a>(
     }))
 }
 
+/// The zero points of packed `qzeros`, as they are stored, in the order of the output features; of several groups one after another.
+pub fn stored_zeros(qzeros: &[i32], bits: Bits) -> impl Iterator<Item = u8> + '_ {
+    let width = bits.get() as usize;
+    (0..qzeros.len() * 32 / width).map(move |i| {
+        let (word, shift) = (i * width / 32, i * width % 32);
+        // With three bits a value may lie in two words.
+        let next = qzeros.get(word + 1).map_or(0, |&next| next as u32);
+        let both = u64::from(next) << 32 | u64::from(qzeros[word] as u32);
+        (both >> shift) as u8 & bits.max_code()
+    })
+}
+
 /// Refuses a linear whose codes or zero points do not fill whole 32-bit words.
 ///
 /// # Errors
@@ -144,7 +156,11 @@ fn bias<'a>(
     }
 }
 
-fn integers<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [i32]>> {
+/// The words of a tensor.
+///
+/// # Errors
+/// When it is not I32.
+pub fn integers<'a>(view: &TensorView<'a>) -> Result<Cow<'a, [i32]>> {
     if view.dtype != Dtype::I32 {
         let found = view.dtype.to_string();
         return Err(Error::TensorDtype { name: view.name.into(), expected: "I32", found });

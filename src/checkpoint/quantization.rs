@@ -1,13 +1,17 @@
 //! Quantization settings of a GPTQ checkpoint, whichever tool wrote it: `quantization_config` in `config.json`,
-//! `quantize_config.json`, or both.
+//! `quantize_config.json`, or both; else optimum's `quantization_config.json`, else AutoGPTQ's texts in the header of the weights.
+//! What none of them says is inferred from the tensors.
 
-use std::{fmt::Display, path::Path};
+use std::{borrow::Cow, fmt::Display, path::Path};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{
     architectures::CONFIG_FILE,
-    checkpoint::reader::Checkpoint,
+    checkpoint::{
+        packed::{integers, stored_zeros},
+        reader::Checkpoint,
+    },
     error::{Error, Result},
     folder::file_in,
     json::{Fields, read_json},
@@ -16,6 +20,8 @@ use crate::{
 
 /// The older of the two places, in the checkpoint folder.
 pub const QUANTIZE_CONFIG_FILE: &str = "quantize_config.json";
+/// Where optimum wrote it; read where neither of the two others says anything.
+pub const OPTIMUM_CONFIG_FILE: &str = "quantization_config.json";
 /// The newer one, a key of `config.json`.
 const QUANTIZATION_KEY: &str = "quantization_config";
 
@@ -65,10 +71,12 @@ pub struct QuantizationConfig {
     pub damp_percent: Option<f64>,
     /// Provenance, as written; null when there is none.
     pub meta: Value,
+    /// What was inferred because no file says it, and what other tools write for GPTQ, each a sentence for the user.
+    pub notes: Vec<String>,
 }
 
 /// Settings of one file; `None` for a missing key.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Said {
     bits: Option<Bits>,
     group_size: Option<GroupSize>,
@@ -78,10 +86,15 @@ struct Said {
     format: Option<CheckpointFormat>,
     damp_percent: Option<f64>,
     meta: Value,
+    notes: Vec<String>,
 }
 
 impl QuantizationConfig {
-    /// Reads both places in the folder of `checkpoint`. A key that both have must have the same value in both.
+    /// Reads the settings in the folder of `checkpoint`. A key that `config.json` and `quantize_config.json` have must have the
+    /// same value in both. What no file says is inferred from the tensors' shapes, `g_idx` and `qzeros`, and is one of the notes.
+    ///
+    /// # Errors
+    /// When it is no GPTQ checkpoint, or a value is one that is not read.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self> {
         let dir = checkpoint.dir();
         let new_path = dir.join(CONFIG_FILE);
@@ -96,21 +109,32 @@ impl QuantizationConfig {
         } else {
             None
         };
-        match (new, old) {
-            (Some(new), Some(old)) => new.merge(old, &old_path)?.finish(&new_path),
-            (Some(new), None) => new.finish(&new_path),
-            (None, Some(old)) => old.finish(&old_path),
-            (None, None) => Err(Error::CheckpointKind {
+        let said = match (new, old) {
+            (Some(new), Some(old)) => Some(new.merge(old, &old_path)?),
+            (new, old) => new.or(old),
+        };
+        let said = match said {
+            Some(said) => Some(said),
+            None => Said::of_optimum(dir)?,
+        };
+        let from_file = said.is_some();
+        let said = match said {
+            Some(said) => Some(said),
+            None => Said::of_header(checkpoint)?,
+        };
+        if said.is_none() && !checkpoint.names().any(|name| name.ends_with(".qweight")) {
+            return Err(Error::CheckpointKind {
                 path: dir.into(),
                 expected: "a GPTQ checkpoint",
                 found: format!("no `{QUANTIZATION_KEY}` in `{CONFIG_FILE}` and no `{QUANTIZE_CONFIG_FILE}`"),
-            }),
+            });
         }
+        said.unwrap_or_default().inferred(checkpoint, from_file)?.finish(&new_path)
     }
 
     /// Reads one such object; `path` is what errors name.
     #[cfg(test)]
-    pub(super) fn from_json(path: &Path, value: &Value) -> Result<Self> {
+    pub(crate) fn from_json(path: &Path, value: &Value) -> Result<Self> {
         Said::new(&Fields::new(path, "", value)?, false)?.finish(path)
     }
 
@@ -122,9 +146,17 @@ impl QuantizationConfig {
 
 impl Said {
     fn new(fields: &Fields<'_>, must_name_method: bool) -> Result<Self> {
+        let mut notes = Vec::new();
         match fields.text("quant_method")? {
             Some("gptq") => {}
             None if !must_name_method => {}
+            Some(method @ ("auto-round" | "intel/auto-round")) => {
+                auto_round(fields)?;
+                notes.push(format!(
+                    "`quant_method` is `{method}` and `packing_format` `{AUTO_ROUND_GPTQ}`: the tensors are GPTQ's and are \
+                     read as such; programs without AutoRound read them where `quant_method` is `gptq`"
+                ));
+            }
             other => return Err(fields.error("quant_method", "`gptq`", quoted(other))),
         }
         refuse_what_is_not_read(fields)?;
@@ -154,7 +186,98 @@ impl Said {
             format: format(fields)?,
             damp_percent: damp_percent.and_then(Value::as_f64),
             meta,
+            notes,
         })
+    }
+
+    /// Optimum's file, if there is one.
+    fn of_optimum(dir: &Path) -> Result<Option<Self>> {
+        let path = file_in(dir, OPTIMUM_CONFIG_FILE)?;
+        if !path.exists() {
+            return Ok(None);
+        }
+        let value = read_json(&path)?;
+        let mut said = Self::new(&Fields::new(&path, "", &value)?, false)?;
+        said.notes.push(format!(
+            "how it was quantized was read from `{OPTIMUM_CONFIG_FILE}`, as optimum writes it"
+        ));
+        Ok(Some(said))
+    }
+
+    /// The texts that AutoGPTQ wrote into the header of the weights, if there are any.
+    fn of_header(checkpoint: &Checkpoint) -> Result<Option<Self>> {
+        const KEYS: [(&str, &str); 5] = [
+            ("gptq_bits", "bits"),
+            ("gptq_group_size", "group_size"),
+            ("gptq_groupsize", "group_size"),
+            ("gptq_desc_act", "desc_act"),
+            ("gptq_damp_percent", "damp_percent"),
+        ];
+        let mut settings = Map::new();
+        for (key, name) in KEYS {
+            let Some(text) = checkpoint.metadata().get(key) else { continue };
+            // Python's names.
+            let value = match text.as_str() {
+                "None" => continue,
+                "True" | "False" => Value::Bool(text == "True"),
+                number => serde_json::from_str(number).unwrap_or_else(|_| Value::from(number)),
+            };
+            settings.insert(name.into(), value);
+        }
+        if settings.is_empty() {
+            return Ok(None);
+        }
+        let value = Value::Object(settings);
+        let mut said = Self::new(&Fields::new(checkpoint.dir(), "__metadata__", &value)?, false)?;
+        said.notes.push(
+            "how it was quantized was read from the header of the weights, as AutoGPTQ wrote it".into(),
+        );
+        Ok(Some(said))
+    }
+
+    /// Fills what no file says from the tensors, and says so in a note: bits from the shapes of `qweight`, group size from those of
+    /// `scales`, act order from `g_idx`, and where no file says anything about the grid, that from `qzeros`.
+    fn inferred(mut self, checkpoint: &Checkpoint, from_file: bool) -> Result<Self> {
+        // A file that says bits and group size leaves keys out that have their defaults.
+        let scant = !from_file || self.bits.is_none() || self.group_size.is_none();
+        if !scant && self.desc_act.is_some() {
+            return Ok(self);
+        }
+        let shown = Shown::by(checkpoint)?;
+        let mut facts = Vec::new();
+        if let (None, Some(bits)) = (self.bits, shown.bits) {
+            facts.push(format!("{} bits (shape of qweight)", bits.get()));
+            self.bits = Some(bits);
+        }
+        if let (None, Some(size)) = (self.group_size, shown.group_size) {
+            facts.push(match size {
+                GroupSize::PerChannel => "one group a row (shape of scales)".into(),
+                GroupSize::Features(size) => format!("group size {size} (shape of scales)"),
+            });
+            self.group_size = Some(size);
+        }
+        let static_groups = self.static_groups == Some(true);
+        if let (None, Some(size), false) = (self.desc_act, self.group_size, static_groups) {
+            let permuted = shown.is_permuted(size);
+            if permuted || scant {
+                facts.push(format!("{} (g_idx)", if permuted { "act order" } else { "no act order" }));
+            }
+            self.desc_act = Some(permuted);
+        }
+        if let (None, true, Some(bits)) = (self.sym, scant, self.bits) {
+            let (symmetric, format) = shown.grid(bits);
+            let grid = if symmetric { "symmetric" } else { "asymmetric" };
+            facts.push(match self.format {
+                Some(_) => format!("{grid} (qzeros)"),
+                None => format!("{grid}, checkpoint_format {} (qzeros)", format.name()),
+            });
+            (self.sym, self.format) = (Some(symmetric), self.format.or(Some(format)));
+        }
+        if !facts.is_empty() {
+            self.notes
+                .push(format!("no file says it, so it was inferred from the tensors: {}", facts.join(", ")));
+        }
+        Ok(self)
     }
 
     /// Fills what `self` leaves open from `other`, read from `path`; a contradiction is an error.
@@ -188,6 +311,7 @@ impl Said {
             format: one(path, "checkpoint_format", self.format, other.format, |f| f.name().into())?,
             damp_percent: self.damp_percent.or(other.damp_percent),
             meta: if self.meta.is_null() { other.meta } else { self.meta },
+            notes: [self.notes, other.notes].concat(),
         })
     }
 
@@ -207,8 +331,106 @@ impl Said {
             format: self.format.unwrap_or(CheckpointFormat::Gptq),
             damp_percent: self.damp_percent,
             meta: self.meta,
+            notes: self.notes,
         })
     }
+}
+
+/// What the tensors of a checkpoint show of its settings.
+struct Shown<'a> {
+    /// Of all quantized linears; none where they differ.
+    bits: Option<Bits>,
+    group_size: Option<GroupSize>,
+    /// The `g_idx` of the quantized linears that have one.
+    g_idx: Vec<Cow<'a, [i32]>>,
+    qzeros: Vec<Cow<'a, [i32]>>,
+}
+
+impl<'a> Shown<'a> {
+    fn by(checkpoint: &'a Checkpoint) -> Result<Self> {
+        let (mut bits, mut sizes) = (Vec::new(), Vec::new());
+        let (mut g_idx, mut qzeros) = (Vec::new(), Vec::new());
+        for (id, linear) in checkpoint.config().linears().filter(|(id, _)| checkpoint.contains(&id.qweight()))
+        {
+            let k = linear.shape[1];
+            let rows = |name: &str| -> Result<usize> {
+                Ok(checkpoint.view(name)?.shape.first().copied().unwrap_or(0))
+            };
+            let words = rows(&id.qweight())?.checked_mul(32).filter(|words| words.is_multiple_of(k));
+            bits.push(words.and_then(|words| u32::try_from(words / k).ok()).and_then(Bits::new));
+            sizes.push((k, rows(&id.scales())?));
+            if checkpoint.contains(&id.g_idx()) {
+                g_idx.push(integers(&checkpoint.view_shaped(&id.g_idx(), &[k])?)?);
+            }
+            qzeros.push(integers(&checkpoint.view(&id.qzeros())?)?);
+        }
+        let bits =
+            bits.first().copied().flatten().filter(|one| bits.iter().all(|other| *other == Some(*one)));
+        let group_size = group_size(&sizes, g_idx.iter().map(|groups| &**groups));
+        Ok(Self { bits, group_size, g_idx, qzeros })
+    }
+
+    fn is_permuted(&self, group_size: GroupSize) -> bool {
+        self.g_idx.iter().any(|groups| {
+            let size = group_size.features(groups.len());
+            groups.iter().enumerate().any(|(k, &group)| usize::try_from(group) != Ok(k / size))
+        })
+    }
+
+    /// Whether the grid is symmetric, and how its zero points are stored: all of them alike, as one of the formats stores the
+    /// zero point of a symmetric grid. Asymmetric ones are `gptq`, as the tools of the time without configs wrote them.
+    fn grid(&self, bits: Bits) -> (bool, CheckpointFormat) {
+        let all = |format: CheckpointFormat| {
+            let expected = bits.symmetric_zero() - format.zero_offset();
+            self.qzeros.iter().all(|zeros| stored_zeros(zeros, bits).all(|zero| zero == expected))
+        };
+        let formats = [CheckpointFormat::Gptq, CheckpointFormat::GptqV2];
+        let symmetric = formats.into_iter().find(|format| all(*format));
+        (symmetric.is_some(), symmetric.unwrap_or(CheckpointFormat::Gptq))
+    }
+}
+
+/// The group size by which all linears, as input features and number of groups, have the groups that they have. A number of groups
+/// alone fits several sizes where the last group is short: `g_idx` shows which one, else it is the power of two.
+fn group_size<'a>(sizes: &[(usize, usize)], g_idx: impl Iterator<Item = &'a [i32]>) -> Option<GroupSize> {
+    let fits = |size: &usize| *size > 0 && sizes.iter().all(|(k, groups)| k.div_ceil(*size) == *groups);
+    let &(k, groups) = sizes.iter().max_by_key(|(_, groups)| *groups)?;
+    if groups == 1 {
+        return Some(GroupSize::PerChannel);
+    }
+    let counted = g_idx.map(|groups| groups.iter().filter(|group| **group == 0).count()).min();
+    let powers = (3..=12).map(|power| 1usize << power);
+    let exact = k.checked_div(groups);
+    counted.into_iter().chain(powers).chain(exact).find(fits).map(GroupSize::Features)
+}
+
+/// The packing of AutoRound whose tensors are those of GPTQ.
+const AUTO_ROUND_GPTQ: &str = "auto_round:auto_gptq";
+
+/// Refuses AutoRound's other packings and data types, and settings of single modules that are not those of all.
+fn auto_round(fields: &Fields<'_>) -> Result<()> {
+    match fields.text("packing_format")? {
+        Some(AUTO_ROUND_GPTQ) => {}
+        other => {
+            return Err(fields.error("packing_format", format_args!("`{AUTO_ROUND_GPTQ}`"), quoted(other)));
+        }
+    }
+    if let Some(other) = fields.text("data_type")?.filter(|kind| *kind != "int") {
+        return Err(fields.error("data_type", "`int`", quoted(Some(other))));
+    }
+    let modules = fields.get("extra_config").and_then(Value::as_object);
+    for (module, settings) in modules.into_iter().flatten() {
+        // Modules of 16 and more bits are dense, which their tensors show.
+        let dense = settings.get("bits").and_then(Value::as_u64).is_some_and(|bits| bits >= 16);
+        let changed = ["bits", "group_size", "sym"]
+            .into_iter()
+            .find(|key| settings.get(key).is_some_and(|own| !own.is_null() && Some(own) != fields.get(key)));
+        if let Some(key) = changed.filter(|_| !dense) {
+            let found = format!("{key} {} for `{module}`", settings[key]);
+            return Err(fields.error("extra_config", "one setting for all quantized modules", found));
+        }
+    }
+    Ok(())
 }
 
 /// `checkpoint_format`, or `format` as GPTQModel also calls it.

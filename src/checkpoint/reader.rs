@@ -35,6 +35,8 @@ pub struct Checkpoint {
     config: ModelConfig,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    /// Texts in the headers of the safetensors files.
+    metadata: BTreeMap<String, String>,
     /// What a tensor's numbers are multiplied by, for each element of its last axis.
     factors: BTreeMap<String, Vec<f32>>,
 }
@@ -76,8 +78,14 @@ impl Checkpoint {
     /// `*.safetensors` file of the folder (AutoGPTQ named it freely), else `pytorch_model.bin` or its shards.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::read(dir)?;
-        let (tensors, factors) = (BTreeMap::new(), BTreeMap::new());
-        let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors, factors };
+        let mut checkpoint = Self {
+            dir: dir.into(),
+            config,
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+            factors: BTreeMap::new(),
+        };
         let (weights, index) = (file_in(dir, WEIGHTS_FILE)?, file_in(dir, INDEX_FILE)?);
         if weights.exists() {
             checkpoint.add_shard(weights)?;
@@ -151,6 +159,7 @@ impl Checkpoint {
             pytorch_file::parse(&path, map.len(), shard)?
         } else {
             let (data_start, metadata) = header::parse(&path, &map)?;
+            self.metadata.extend(metadata.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
             let entry = |name: String| {
                 let info = metadata.info(&name)?;
                 let (start, end) = info.data_offsets;
@@ -203,6 +212,11 @@ impl Checkpoint {
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
+    }
+
+    /// Texts in the headers of the safetensors files (`__metadata__`).
+    pub(super) fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
     }
 
     /// Bytes of all tensors together.

@@ -113,6 +113,10 @@ pub(super) struct QuantizeArgs {
     /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static; repeatable
     #[arg(long = "variant", value_name = "VARIANT")]
     pub(super) variants: Vec<Variant>,
+    /// A reader that must take every variant, e.g. vllm, sglang, transformers, gptqmodel or llama.cpp: otherwise the run is
+    /// refused before any work; repeatable
+    #[arg(long = "require-reader", value_name = "READER")]
+    pub(super) require_readers: Vec<String>,
     /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01 with fast, 0.05 with standard and best]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) damp: Option<f64>,

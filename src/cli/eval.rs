@@ -4,12 +4,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use gptq::{
-    calibration::{Tokenizer, Tokens, Windows, check_seq_len},
-    checkpoint::Checkpoint,
+    calibration::{Tokenizer, Tokens, Windows, check_seq_len, tokenizer_notes},
+    checkpoint::{Checkpoint, QuantizationConfig},
     eval::{self, Candidate},
     model::Compute,
     progress::{Event, Progress},
     report::{EVALUATION_SCHEMA, Evaluation, evaluation_table},
+    verify,
 };
 use safetensors::{Dtype, tensor::TensorView};
 use serde::Serialize;
@@ -36,6 +37,11 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let models = args.quantized.iter().map(|dir| hub::model(dir, output)).collect::<Result<Vec<_>>>()?;
     let quantized = models.iter().map(|model| Checkpoint::open(&model.folder));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
+    tokenizer_notes(reference.dir()).iter().for_each(|note| terminal::warning(note));
+    for (model, checkpoint) in models.iter().zip(&quantized) {
+        let notes = verify::notes(checkpoint, &QuantizationConfig::read(checkpoint)?)?;
+        notes.iter().for_each(|note| terminal::warning(&format!("{}: {note}", model.label())));
+    }
     let compute = args.compute.resolve(&reference, output)?;
     let texts = windows(args, &reference, output)?;
     if args.dump_logits.is_some() && (quantized.len() != 1 || texts.len() != 1) {

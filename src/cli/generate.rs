@@ -2,9 +2,11 @@
 
 use anyhow::{Context, Result};
 use gptq::{
+    calibration::tokenizer_notes,
     chat::{ChatTemplate, Message},
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, QuantizationConfig},
     generation::{Request, Sampling, generate},
+    verify,
 };
 
 use super::{
@@ -15,6 +17,11 @@ use super::{
 
 pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
+    if checkpoint.quantization_mark().is_some() {
+        let notes = verify::notes(&checkpoint, &QuantizationConfig::read(&checkpoint)?)?;
+        notes.iter().for_each(|note| terminal::warning(note));
+    }
+    tokenizer_notes(checkpoint.dir()).iter().for_each(|note| terminal::warning(note));
     let compute = args.compute.resolve(&checkpoint, output)?;
     let given = match args.prompt.as_str() {
         "-" => std::io::read_to_string(std::io::stdin()).context("reading the prompt from standard input")?,

@@ -6,8 +6,9 @@ use anyhow::Result;
 use gptq::{
     checkpoint::{Checkpoint, QuantizationConfig},
     eval::bits_per_weight,
+    report::{ReaderReport, SplitReport},
     units::bytes,
-    verify::readers,
+    verify::{notes, readers, tensor_parallel},
 };
 use serde::Serialize;
 
@@ -46,7 +47,11 @@ struct Quantized {
     /// Of the quantized linears, with scales, zeros and group indices.
     bits_per_weight: f64,
     /// The readers, with the reason if one refuses it.
-    readers: Vec<gptq::report::ReaderReport>,
+    readers: Vec<ReaderReport>,
+    /// The numbers of GPUs over which readers can split it.
+    tensor_parallel: Vec<SplitReport>,
+    /// What was inferred about it, or is ambiguous in it, and what is used.
+    notes: Vec<String>,
 }
 
 #[derive(Serialize)]
@@ -108,6 +113,8 @@ fn quantized(checkpoint: &Checkpoint) -> gptq::Result<Quantized> {
         checkpoint_format: quantization.format.name(),
         bits_per_weight: bits_per_weight(checkpoint)?,
         readers: readers(config, &quantization, checkpoint),
+        tensor_parallel: tensor_parallel(config, &quantization, checkpoint),
+        notes: notes(checkpoint, &quantization)?,
     })
 }
 
@@ -143,10 +150,11 @@ fn text(i: &Inspection) -> String {
                 q.checkpoint_format,
                 q.bits_per_weight
             );
+            for note in &q.notes {
+                let _ = writeln!(text, "  {note}");
+            }
             for reader in &q.readers {
-                let verdict =
-                    reader.refused.as_deref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));
-                let _ = writeln!(text, "  {:<36} {verdict}", reader.name);
+                let _ = writeln!(text, "  {:<36} {}", reader.name, reader.verdict(&q.tensor_parallel));
             }
         }
     }

@@ -15,6 +15,7 @@ use gptq::{
     progress::Progress,
     report::{Evaluation, Report, evaluation_table, run_table},
     variant::{Variant, VariantSet},
+    verify::{LostReader, lost_readers, require_readers},
 };
 
 use super::{
@@ -32,6 +33,14 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&model.folder)?;
     let place = Place { out: &args.out, journal_dir: args.journal_dir.as_deref(), restart: args.restart };
     pipeline::check(&plan, &checkpoint, &place)?;
+    let config = checkpoint.config();
+    require_readers(config, &plan.variants, &args.require_readers)?;
+    for LostReader { text, by_shape } in lost_readers(config, &plan.variants) {
+        match by_shape {
+            true => terminal::warning(&text),
+            false => terminal::note(output, &text),
+        }
+    }
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),

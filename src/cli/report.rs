@@ -21,6 +21,9 @@ pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
     let runs = args.runs.iter().map(|run| read_run(run)).collect::<gptq::Result<Vec<_>>>()?;
     let others = args.quantized.iter().map(|dir| read_quantized(dir, output));
     let others = others.collect::<gptq::Result<Vec<_>>>()?;
+    for other in &others {
+        other.checkpoint.notes.iter().for_each(|note| terminal::warning(&format!("{}: {note}", other.name)));
+    }
     let source = args.model.as_deref().map(|model| source(model, output)).transpose()?;
     let comparison = Comparison::new(runs, others, source)?;
 

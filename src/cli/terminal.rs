@@ -65,6 +65,11 @@ pub(super) fn line(text: &str) {
     eprintln!("{text}");
 }
 
+/// Prints a warning, also where remarks are not wanted.
+pub(super) fn warning(text: &str) {
+    line(&format!("warning: {text}"));
+}
+
 /// Prints a remark.
 pub(super) fn note(output: &OutputArgs, text: &str) {
     if !output.quiet {

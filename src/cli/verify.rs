@@ -105,8 +105,10 @@ fn text(verification: &Verification, verbose: bool) -> String {
         let _ = writeln!(text, "{negative} of {all} scales are negative, which readers need not know of");
     }
     for reader in &verification.readers {
-        let verdict = reader.refused.as_deref().map_or_else(|| "yes".to_owned(), |why| format!("no: {why}"));
-        let _ = writeln!(text, "{:<36} {verdict}", reader.name);
+        let _ = writeln!(text, "{:<36} {}", reader.name, reader.verdict(&verification.tensor_parallel));
+    }
+    for note in &verification.notes {
+        let _ = writeln!(text, "{note}");
     }
     if !verification.checksums {
         text.push_str("no checksums in this folder: a flipped bit that leaves a valid code cannot be seen\n");

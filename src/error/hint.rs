@@ -44,6 +44,10 @@ impl Error {
             Self::GroupSize { in_features, .. } => {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }
+            Self::ReaderRefuses { taken, .. } if taken.is_empty() => {
+                "it takes no variant of this model: leave --require-reader out".into()
+            }
+            Self::ReaderRefuses { taken, .. } => format!("it takes --variant {}", taken.join(", ")),
             Self::Numerical(problem) => problem.hint().into(),
             Self::NonFinite { computed: true, .. } => {
                 "the model itself computes them: look at the weights of the layers before, or use --compute-dtype fp32".into()

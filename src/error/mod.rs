@@ -330,6 +330,18 @@ pub enum Error {
         /// Rows of the embedding.
         vocab: usize,
     },
+    /// A variant that a required reader does not take.
+    #[error("variant {variant}: {reader} must take it (--require-reader), and does not: it {why}")]
+    ReaderRefuses {
+        /// The reader.
+        reader: String,
+        /// The variant.
+        variant: String,
+        /// The reason: `refuses act order (desc_act)`.
+        why: String,
+        /// Variants of this model that the reader takes.
+        taken: Vec<String>,
+    },
     /// A linear whose shape the format cannot hold.
     #[error("`{linear}`: {dimension} {size} is not a multiple of {multiple}, which {bits}-bit packing needs")]
     PackFactor {

@@ -82,6 +82,8 @@ fn texts_of_errors() {
         TokenOutOfRange { dataset: "text.txt".into(), id: 1004, position: 1, vocab: 1000 }
         PackFactor { linear: "model.layers.0.mlp.up_proj".into(), dimension: "out_features", size: 100, multiple: 8, bits: 4 }
         GroupSize { linear: "model.layers.0.mlp.up_proj".into(), group_size: 128, in_features: 64 }
+        ReaderRefuses { reader: "vLLM 0.30 and newer".into(), variant: "4bit-32g-act".into(), why: "refuses act order (desc_act)".into(), taken: vec!["4bit-128g".into(), "4bit-32g".into()] }
+        ReaderRefuses { reader: "vLLM 0.30 and newer".into(), variant: "4bit-128g".into(), why: "needs whole groups, K = 90 ends in a partial one".into(), taken: Vec::new() }
         OutputExists { path: "out".into() }
         CheckpointKind { path: "model".into(), expected: "a GPTQ checkpoint", found: "an unquantized one".into() }
         CheckpointKind { path: "model".into(), expected: "an unquantized checkpoint", found: "one that is quantized with `fp8`".into() }

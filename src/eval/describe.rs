@@ -6,7 +6,7 @@ use crate::{
     checkpoint::{Checkpoint, QuantizationConfig},
     error::Result,
     report::CheckpointReport,
-    verify::readers,
+    verify::{notes, readers, tensor_parallel},
 };
 
 /// Describes a GPTQ checkpoint, whatever tool wrote it.
@@ -38,6 +38,8 @@ pub fn describe(checkpoint: &Checkpoint) -> Result<CheckpointReport> {
         bits_per_weight: bits_per_weight(checkpoint)?,
         scale_bits: checkpoint.scale_bits()?,
         readers: readers(config, &quantization, checkpoint),
+        tensor_parallel: tensor_parallel(config, &quantization, checkpoint),
+        notes: notes(checkpoint, &quantization)?,
     })
 }
 

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::{
     architectures::CONFIG_FILE,
-    checkpoint::{INDEX_FILE, PYTORCH_FILES, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
+    checkpoint::{INDEX_FILE, OPTIMUM_CONFIG_FILE, PYTORCH_FILES, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
     emit::{CHECKSUMS_FILE, COPIED_FILES, is_licence},
     error::{Error, Result},
 };
@@ -43,7 +43,7 @@ pub(super) fn of_model(names: &[&str]) -> Result<Wanted, Lack> {
     }
     let weights = weights(names)?;
     let beside = |name: &&str| {
-        [CONFIG_FILE, QUANTIZE_CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE].contains(name)
+        [CONFIG_FILE, QUANTIZE_CONFIG_FILE, OPTIMUM_CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE].contains(name)
             || COPIED_FILES.contains(name)
             || is_licence(name)
     };

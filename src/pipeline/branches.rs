@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     architectures::LinearId,
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, QuantizationConfig},
     emit::{self, BranchWriter, Provenance},
     error::Result,
     eval::bits_per_weight,
@@ -64,6 +64,7 @@ impl Branches {
                         scale_bits: None,
                         seconds: 0.0,
                         readers: Vec::new(),
+                        tensor_parallel: Vec::new(),
                         linears: Vec::new(),
                     };
                     (BranchWriter::create(out, variant, config, &passed_through, shard_size)?, report)
@@ -140,7 +141,9 @@ pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<
         report.weight_bytes = written.bytes_total();
         report.bits_per_weight = bits_per_weight(&written)?;
         report.scale_bits = written.scale_bits()?;
-        report.readers = verify::readers_of(&written)?;
+        let quantization = QuantizationConfig::read(&written)?;
+        report.readers = verify::readers(written.config(), &quantization, &written);
+        report.tensor_parallel = verify::tensor_parallel(written.config(), &quantization, &written);
     }
     Ok(reports)
 }

@@ -318,7 +318,7 @@ fn warnings(
     windows: &Windows,
     texts: &[CalibrationText<'_>],
 ) -> Vec<String> {
-    let mut warnings = Vec::new();
+    let mut warnings = calibration::tokenizer_notes(checkpoint.dir());
     for text in texts {
         if let Some(calibration::Refused { count, first, reason }) = &text.provenance.refused {
             let name = text.tokens.dataset();

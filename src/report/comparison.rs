@@ -270,6 +270,8 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
         bits_per_weight: branch.bits_per_weight,
         scale_bits: branch.scale_bits,
         readers: branch.readers.clone(),
+        tensor_parallel: branch.tensor_parallel.clone(),
+        notes: Vec::new(),
     };
     Entry {
         name: branch.branch.clone(),

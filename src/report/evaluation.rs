@@ -69,6 +69,12 @@ pub struct CheckpointReport {
     pub scale_bits: Option<u32>,
     /// Which software loads it.
     pub readers: Vec<ReaderReport>,
+    /// Over how many GPUs software can split it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tensor_parallel: Vec<SplitReport>,
+    /// What was inferred about it, or is ambiguous in it, and what was used.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// One reader, and why it does not load a checkpoint, if so.
@@ -81,6 +87,43 @@ pub struct ReaderReport {
     pub living: bool,
     /// Why it does not load the checkpoint, or computes something else; none when it does.
     pub refused: Option<String>,
+}
+
+impl ReaderReport {
+    /// `yes`, or `no` with the reason, or `yes` with the numbers of parts in which tensor parallelism can split the checkpoint.
+    pub fn verdict(&self, splits: &[SplitReport]) -> String {
+        if let Some(why) = &self.refused {
+            return format!("no: {why}");
+        }
+        match splits.iter().find(|split| split.name == self.name) {
+            Some(split) => format!("yes, on {split}"),
+            None => "yes".into(),
+        }
+    }
+}
+
+/// The numbers of GPUs over which a reader can split a checkpoint (tensor parallelism).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SplitReport {
+    /// The reader, as [`ReaderReport::name`].
+    pub name: String,
+    /// Those of 1, 2, 4 and 8 that work; empty where the reader does not load the checkpoint at all.
+    pub parts: Vec<usize>,
+    /// Why the first number that is missing does not work; none where all work or none does.
+    pub limit: Option<String>,
+}
+
+impl fmt::Display for SplitReport {
+    /// `1 or 2 GPUs (4 parts: mlp.down_proj has 86 groups of 128)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts: Vec<String> = self.parts.iter().map(ToString::to_string).collect();
+        match &parts[..] {
+            [before @ .., last] if !before.is_empty() => write!(f, "{} or {last} GPUs", before.join(", "))?,
+            [one] => write!(f, "{one} GPU")?,
+            _ => write!(f, "no GPU")?,
+        }
+        self.limit.as_ref().map_or(Ok(()), |limit| write!(f, " ({limit})"))
+    }
 }
 
 fn yes() -> bool {

@@ -1,6 +1,8 @@
 //! Figures as text, for the tables of all forms of the report.
 
-use super::{Comparison, Entry, EvaluatedModel, Interval, LinearReport, RunSummary, bytes, charts::place};
+use super::{
+    Comparison, Entry, EvaluatedModel, Interval, LinearReport, RunSummary, SplitReport, bytes, charts::place,
+};
 
 /// A cell: its text, and the value that a column is sorted by.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +60,11 @@ pub(super) fn columns(comparison: &Comparison) -> Vec<Column> {
     add("seq. length", meaning, &|e| plain(e.checkpoint.seq_len.map(|n| n as f64)));
     add("made by", "", &|e| text(&e.tool));
     add("readers", "maintained programs that load it", &readers);
+    // Runs and figures of older versions do not have it.
+    if comparison.entries.iter().any(|entry| !entry.checkpoint.tensor_parallel.is_empty()) {
+        let meaning = "numbers of GPUs over which a program can split it (tensor parallelism)";
+        add("GPUs", meaning, &tensor_parallel);
+    }
     columns
 }
 
@@ -104,6 +111,20 @@ fn readers(entry: &Entry) -> Cell {
         text += &format!(", not {}", refuse.iter().map(short).collect::<Vec<_>>().join(", "));
     }
     Cell { text, sort: take.to_string() }
+}
+
+/// Over how many GPUs readers can split it: `vLLM 1, 2; SGLang 1, 2`.
+fn tensor_parallel(entry: &Entry) -> Cell {
+    let splits = entry.checkpoint.tensor_parallel.iter().filter(|split| !split.parts.is_empty());
+    let most = splits.clone().filter_map(|split| split.parts.last()).max();
+    let one = |split: &SplitReport| {
+        let parts: Vec<String> = split.parts.iter().map(ToString::to_string).collect();
+        format!("{} {}", split.name.split(' ').next().unwrap_or_default(), parts.join(", "))
+    };
+    match most {
+        None => none(),
+        Some(most) => Cell { text: splits.map(one).collect::<Vec<_>>().join("; "), sort: most.to_string() },
+    }
 }
 
 /// One of the worst linears.

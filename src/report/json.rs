@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::{Evaluation, ReaderReport};
+use super::{Evaluation, ReaderReport, SplitReport};
 use crate::{
     accuracy::AccuracyOptions,
     calibration::Provenance,
@@ -240,6 +240,9 @@ pub struct BranchReport {
     pub seconds: f64,
     /// Which software loads it.
     pub readers: Vec<ReaderReport>,
+    /// Over how many GPUs software can split it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tensor_parallel: Vec<SplitReport>,
     /// Every linear, in the order in which they were solved.
     pub linears: Vec<LinearReport>,
 }

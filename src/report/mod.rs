@@ -17,7 +17,7 @@ pub(crate) use comparison::not_loaded_by;
 pub use comparison::{COMPARISON_SCHEMA, Comparison, Entry, RunInput, RunSummary, Source};
 pub use evaluation::{
     CheckpointReport, EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, Interval,
-    ModelEvaluations, ReaderReport, check_weights_beside,
+    ModelEvaluations, ReaderReport, SplitReport, check_weights_beside,
 };
 pub use html::html;
 pub(crate) use json::read_schema;

@@ -50,7 +50,7 @@ pub fn run_table(report: &Report) -> String {
 
 /// The recommendation, and the columns of the table of branches that decide it.
 pub fn comparison_table(comparison: &Comparison) -> String {
-    const SHOWN: [&str; 5] = ["size", "mean KL", "Δ to fp16", "same top-1", "readers"];
+    const SHOWN: [&str; 6] = ["size", "mean KL", "Δ to fp16", "same top-1", "readers", "GPUs"];
     let mut columns = columns(comparison);
     columns.retain(|c| SHOWN.contains(&c.name.as_str()) || c.name.starts_with("perplexity"));
     let names: Vec<&str> = iter::once("branch").chain(columns.iter().map(|c| c.name.as_str())).collect();

@@ -5,23 +5,27 @@ mod numeric;
 mod readers;
 mod rounding;
 mod structure;
+mod tensor_parallel;
+mod zero_points;
 
 use std::path::Path;
 
 use serde::Serialize;
 
 use crate::{
+    calibration::tokenizer_notes,
     checkpoint::{Checkpoint, QuantizationConfig},
     error::{Error, Result},
     progress::Progress,
-    report::ReaderReport,
+    report::{ReaderReport, SplitReport},
 };
 pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_kernels};
 pub use numeric::LinearDistance;
-pub use readers::{readers, readers_markdown, readers_of};
+pub use readers::{LostReader, lost_readers, readers, readers_markdown, require_readers, tensor_parallel};
 pub use rounding::KERNEL_TOLERANCE;
 pub use structure::ScaleSigns;
 use structure::Structure;
+use zero_points::ZeroPoints;
 
 /// One defect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -45,6 +49,10 @@ pub struct Verification {
     pub scales: ScaleSigns,
     /// Which software loads it.
     pub readers: Vec<ReaderReport>,
+    /// Over how many GPUs software can split it.
+    pub tensor_parallel: Vec<SplitReport>,
+    /// What was inferred because no file says it, and what two files say differently, with what was used.
+    pub notes: Vec<String>,
     /// Distance of every linear from the source, if that was given.
     pub distances: Vec<LinearDistance>,
     /// How exact the matmul with packed weights is, if that is checked and nothing else is wrong.
@@ -74,7 +82,17 @@ pub fn verify(
         let finding = Finding { subject: dir.display().to_string(), problem: error.to_string() };
         let (findings, readers, distances) = (vec![finding], Vec::new(), Vec::new());
         let scales = ScaleSigns::default();
-        Verification { findings, tensors: 0, checksums: false, scales, readers, distances, kernel: None }
+        Verification {
+            findings,
+            tensors: 0,
+            checksums: false,
+            scales,
+            readers,
+            tensor_parallel: Vec::new(),
+            notes: Vec::new(),
+            distances,
+            kernel: None,
+        }
     };
     let checkpoint = match Checkpoint::open(dir) {
         Ok(checkpoint) => checkpoint,
@@ -100,9 +118,27 @@ pub fn verify(
         }
         _ => None,
     };
-    let readers = readers(checkpoint.config(), &quantization, &checkpoint);
-    let tensors = checkpoint.names().count();
-    Ok(Verification { findings, tensors, checksums, scales, readers, distances, kernel })
+    Ok(Verification {
+        findings,
+        tensors: checkpoint.names().count(),
+        checksums,
+        scales,
+        readers: readers(checkpoint.config(), &quantization, &checkpoint),
+        tensor_parallel: tensor_parallel(checkpoint.config(), &quantization, &checkpoint),
+        notes: [quantization.notes, tokenizer_notes(dir)].concat(),
+        distances,
+        kernel,
+    })
+}
+
+/// What a user must know of how the quantized tensors are read, each a sentence: what was inferred because no file says it, and zero
+/// points that are stored as another format stores them, or that readers read differently. Reads `qzeros` alone.
+///
+/// # Errors
+/// When `qzeros` is of another type.
+pub fn notes(checkpoint: &Checkpoint, quantization: &QuantizationConfig) -> Result<Vec<String>> {
+    let causes = ZeroPoints::of(checkpoint, quantization)?.causes();
+    Ok(quantization.notes.iter().cloned().chain(causes).collect())
 }
 
 /// Checks a branch that was just written; the first defect is an error.

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::Finding;
+use super::{Finding, zero_points::ZeroPoints};
 use crate::{
     architectures::LinearId,
     checkpoint::{Checkpoint, PackedTensors, QuantizationConfig, packed},
@@ -41,6 +41,7 @@ pub(super) fn check(
     let config = checkpoint.config();
     progress.begin("checking tensors", config.linears().count() as u64);
     let (mut findings, mut signs) = (Vec::new(), ScaleSigns::default());
+    let mut zero_points = ZeroPoints::new(quantization);
     for (name, shape) in config.dense_tensors() {
         if let Err(error) = checkpoint.view_shaped(&name, &shape).and_then(|_| checkpoint.bytes_f16(&name)) {
             findings.push(Finding { subject: name.clone(), problem: error.to_string() });
@@ -54,11 +55,14 @@ pub(super) fn check(
             Ok(Some(tensors)) => {
                 signs.negative += tensors.scales.iter().filter(|s| s.to_f32() < 0.0).count() as u64;
                 signs.all += tensors.scales.len() as u64;
-                linear(&id, &tensors, quantization, &mut findings);
+                linear(&id, &tensors, quantization, &mut zero_points, &mut findings);
             }
         }
         progress.advance(1);
     }
+    // One finding a cause, however many linears it explains.
+    let finding = |problem: String| Finding { subject: "qzeros".into(), problem };
+    findings.extend(zero_points.causes().into_iter().map(finding));
     for name in checkpoint.extra() {
         findings.push(Finding { subject: name.into(), problem: "is not a tensor of this model".into() });
     }
@@ -71,13 +75,16 @@ fn linear(
     id: &LinearId,
     tensors: &PackedTensors<'_>,
     quantization: &QuantizationConfig,
+    zero_points: &mut ZeroPoints<'_>,
     findings: &mut Vec<Finding>,
 ) {
     let mut found = |subject: String, problem: Option<String>| {
         findings.extend(problem.map(|problem| Finding { subject, problem }));
     };
     found(id.g_idx(), groups(tensors, quantization));
-    found(id.qzeros(), zeros(tensors, quantization));
+    if !zero_points.explains(id, &tensors.qzeros) && quantization.sym {
+        found(id.qzeros(), zeros(tensors, quantization));
+    }
     found(id.scales(), scales(tensors));
 }
 
@@ -101,25 +108,18 @@ fn groups(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Opt
     Some(format!("group {g} has {count} features, expected {}", full(g)))
 }
 
-/// What is wrong with the zero points, if anything.
+/// What is wrong with the zero points of a symmetric grid, if anything.
 fn zeros(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Option<String> {
     let n = tensors.out_features;
     let offset = u32::from(quantization.format.zero_offset());
     let stored = PackedView::from(tensors).unpack_stored_zeros();
     let zero = |i: usize| u32::from(stored[i]) + offset;
-    let (wrong, expected) = if quantization.sym {
-        let expected = u32::from(tensors.bits.symmetric_zero());
-        let wrong: Vec<usize> = (0..stored.len()).filter(|&i| zero(i) != expected).collect();
-        (wrong, format!("{expected}, the zero point of a symmetric grid"))
-    } else {
-        // A stored value of 2^b − 1 stands for 2^b to some readers and for 0 to others.
-        let largest = u32::from(tensors.bits.max_code());
-        let wrong: Vec<usize> = (0..stored.len()).filter(|&i| zero(i) > largest).collect();
-        (wrong, format!("at most {largest}"))
-    };
+    let expected = u32::from(tensors.bits.symmetric_zero());
+    let wrong: Vec<usize> = (0..stored.len()).filter(|&i| zero(i) != expected).collect();
     let &first = wrong.first()?;
     Some(format!(
-        "{} of {} zero points are wrong: group {}, output feature {} has {}, expected {expected}",
+        "{} of {} zero points are wrong: group {}, output feature {} has {}, expected {expected}, the zero point of \
+         a symmetric grid",
         wrong.len(),
         stored.len(),
         first / n,

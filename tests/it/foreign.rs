@@ -135,6 +135,79 @@ fn add_zero_biases(tensors: &mut Tensors) {
 }
 
 #[test]
+fn folders_without_a_config_and_with_other_labels_mean_the_same() {
+    for variant in ["4bit-32g-act", "3bit-32g-asym"] {
+        let lab = Lab::with_branch(variant);
+        let without_configs = |dir: &Path| {
+            fs::remove_file(dir.join("quantize_config.json")).unwrap();
+            let mut config = read_json(&dir.join("config.json"));
+            let settings = config.as_object_mut().unwrap().remove("quantization_config").unwrap();
+            write_json(&dir.join("config.json"), &config);
+            settings
+        };
+        let bare = rewritten(&lab, "bare", |dir| {
+            without_configs(dir);
+        });
+        let of_optimum = rewritten(&lab, "of-optimum", |dir| {
+            let settings = without_configs(dir);
+            write_json(&dir.join("quantization_config.json"), &settings);
+        });
+        let of_auto_round = rewritten(&lab, "of-auto-round", |dir| {
+            fs::remove_file(dir.join("quantize_config.json")).unwrap();
+            change_quantization(dir, |quantization| {
+                quantization.insert("quant_method".into(), "auto-round".into());
+                quantization.insert("packing_format".into(), "auto_round:auto_gptq".into());
+            });
+        });
+        let branch = lab.branch();
+        let found = perplexities(&lab, &[&branch, &bare, &of_optimum, &of_auto_round]);
+        assert!(found.iter().all(|perplexity| *perplexity == found[0]), "{variant}: {found:?}");
+        for (dir, said) in [
+            (&bare, format!("{} bits (shape of qweight), group size 32 (shape of scales)", &variant[..1])),
+            (&of_optimum, "was read from `quantization_config.json`".into()),
+            (&of_auto_round, "`quant_method` is `auto-round`".into()),
+        ] {
+            let verified = lab.verify(dir, &["--against", &text_of(&lab.model())]).succeeds();
+            assert!(verified.stdout.contains(&said), "{}", verified.stdout);
+            let inspected = lab.run(&["inspect", &text_of(dir)]).succeeds();
+            assert!(inspected.stdout.contains(&said), "{}", inspected.stdout);
+        }
+    }
+}
+
+#[test]
+fn zero_points_of_the_other_format_are_named_once() {
+    let lab = Lab::with_branch("4bit-32g");
+    let misread = rewritten(&lab, "misread", |dir| {
+        as_gptq_v2(dir, 4);
+        change_quantization(dir, |quantization| {
+            quantization.remove("checkpoint_format");
+        });
+    });
+    let cause = "the zero points of 14 of 14 linears (first: model.layers.0.self_attn.q_proj) are stored as 8; `gptq` stores \
+                 the zero point 8 of a symmetric grid as 7. They are stored like `gptq_v2`, ";
+    let verified = lab.verify(&misread, &[]);
+    assert!(verified.stdout.starts_with(&format!("qzeros: {cause}")), "{}", verified.stdout);
+    assert_eq!((verified.stdout.lines().last(), verified.code), (Some("failed: 1 finding"), Some(1)));
+
+    let (model, text) = (text_of(&lab.model()), text_of(&demo("evaluation.parquet")));
+    let dir = text_of(&misread);
+    let eval = ["eval", "--model", &model, "--quantized", &dir, "--dataset", &text, "--windows", "1"];
+    let eval = [&eval[..], &["--seq-len", "64", "--seq-len", "32"]].concat();
+    let generate = ["generate", &dir, "--prompt", "The old", "--max-tokens", "1"];
+    let report = ["report", "--quantized", &dir];
+    for args in [&eval[..], &generate, &report] {
+        let output = lab.run(args).succeeds();
+        assert_eq!(output.stderr.matches(cause).count(), 1, "{}", output.stderr);
+    }
+    // As the warning says.
+    change_quantization(&misread, |quantization| {
+        quantization.insert("checkpoint_format".into(), "gptq_v2".into());
+    });
+    lab.verify(&misread, &["--against", &model]).succeeds();
+}
+
+#[test]
 fn a_linear_left_dense_is_read_as_it_is() {
     let lab = Lab::with_branch("4bit-32g");
     let source = safetensors_file::read_folder(&lab.model());

@@ -193,11 +193,14 @@ impl Lab {
             .split_inclusive('\n')
             .map(str::to_owned)
             .partition(|line| line.starts_with("memory: about "));
+        let (readers, others): (Vec<String>, Vec<String>) =
+            others.into_iter().partition(|line| line.contains(" does not take "));
         Output {
             code: output.status.code(),
             stdout: text(&output.stdout),
             stderr: others.concat(),
             estimate: estimate.concat(),
+            readers: readers.concat(),
         }
     }
 }
@@ -208,10 +211,12 @@ pub(crate) struct Output {
     /// None when a signal ended it.
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
-    /// Without the estimate, which has numbers of this machine in it.
+    /// Without the estimate, which has numbers of this machine in it, and without the readers.
     pub(crate) stderr: String,
     /// How much memory the run said it would need.
     pub(crate) estimate: String,
+    /// The readers that the run said do not take a variant.
+    pub(crate) readers: String,
 }
 
 impl Output {

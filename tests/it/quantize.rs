@@ -246,6 +246,61 @@ fn json_stands_alone_and_quiet_is_quiet() {
 }
 
 #[test]
+fn readers_that_do_not_take_a_variant_are_named_before_any_work() {
+    let lab = Lab::with(&Model { hidden: 320, intermediate: 432, heads: 5, kv_heads: 5, ..Model::default() });
+    let flags = ["--variant", "4bit-128g", "--variant", "4bit-128g-asym", "--dataset", "no-such-text"];
+    // The text is looked for after that.
+    let output = lab.quantize(&flags);
+    assert_eq!(output.code, Some(2));
+    let linears =
+        "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj and self_attn.o_proj (N = 320, K = 320)";
+    let lines: Vec<&str> = output.readers.lines().collect();
+    let expected = format!(
+        "warning: vLLM 0.30 and newer does not take 4bit-128g: {linears}: needs whole groups, K = 320 ends in a \
+         partial one; it takes group size -1"
+    );
+    assert!(lines.contains(&expected.as_str()), "{lines:#?}");
+    let expected =
+        "GPTQModel 7 does not take 4bit-128g-asym: takes asymmetric v1 files only where GPTQModel wrote them";
+    assert!(lines.contains(&expected), "{lines:#?}");
+    assert!(!output.readers.contains("transformers") && !output.readers.contains("llama.cpp"), "{lines:#?}");
+    assert!(!lab.out().exists());
+}
+
+#[test]
+fn a_bos_token_on_which_two_files_disagree_is_said_by_the_run_and_by_verify() {
+    let lab = Lab::new();
+    let path = lab.model().join("tokenizer_config.json");
+    let mut config = read_json(&path);
+    config["add_bos_token"] = false.into();
+    write_json(&path, &config);
+    let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    let said = "tokenizer_config.json says `add_bos_token`: false, and the post-processor of tokenizer.json adds one: \
+                tokenizer.json is used";
+    assert_eq!(output.stderr.matches(said).count(), 1, "{}", output.stderr);
+    let warning = read_json(&lab.out().join("run.json"))["warnings"][0].clone();
+    assert!(warning.as_str().unwrap().starts_with(said), "{warning}");
+    let verified = lab.verify(&lab.branch(), &[]).succeeds().stdout;
+    assert_eq!(verified.matches(said).count(), 1, "{verified}");
+}
+
+#[test]
+fn a_required_reader_is_checked_before_any_work() {
+    let lab = Lab::new();
+    lab.quantize(&["--variant", "4bit-32g-act", "--require-reader", "VLLM"]).fails_with(
+        "error: variant 4bit-32g-act: vLLM 0.30 and newer must take it (--require-reader), and does not: it refuses act \
+         order (desc_act)\nhint: it takes --variant 4bit--1g-act, 4bit-64g, 4bit-32g",
+    );
+    lab.quantize(&["--variant", "4bit-32g", "--require-reader", "vlm"]).fails_with(
+        "error: --require-reader: expected the name of a reader (transformers 5, GPTQModel 7, vLLM 0.30 and newer, SGLang \
+         0.5.20 and newer, llama.cpp's converter, mistral.rs 0.9, or another of docs/readers.md), found `vlm`",
+    );
+    assert!(!lab.out().exists());
+    lab.quantize(&["--variant", "4bit-32g", "--require-reader", "vllm", "--require-reader", "transformers"])
+        .succeeds();
+}
+
+#[test]
 fn a_plan_is_followed_and_flags_go_before_it() {
     let lab = Lab::new();
     let text = text_of(&demo("evaluation.parquet"));

@@ -53,7 +53,7 @@ fn a_good_branch_passes_and_lists_its_readers() {
     1255 of 2560 scales are negative, which readers need not know of
     transformers 5                       yes
     GPTQModel 7                          yes
-    vLLM 0.30 and newer                  yes
+    vLLM 0.30 and newer                  yes, on 1 or 2 GPUs (4 parts: attention has 2 query heads)
     vLLM 0.22 to 0.29                    no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
     vLLM up to 0.21                      yes
     SGLang 0.5.20 and newer              no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
@@ -73,6 +73,14 @@ fn a_good_branch_passes_and_lists_its_readers() {
     let json = lab.verify(&lab.branch(), &["--json"]).json();
     assert_eq!((&json["tensors"], &json["checksums"]), (&63.into(), &true.into()));
     assert_eq!(json["findings"], serde_json::json!([]));
+    let limit = "4 parts: attention has 2 query heads";
+    assert_eq!(
+        json["tensor_parallel"],
+        serde_json::json!([
+            {"name": "vLLM 0.30 and newer", "parts": [1, 2], "limit": limit},
+            {"name": "SGLang 0.5.20 and newer", "parts": [], "limit": null},
+        ])
+    );
 }
 
 #[test]

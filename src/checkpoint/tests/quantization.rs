@@ -6,7 +6,8 @@ use tempfile::TempDir;
 
 use super::{
     super::{Checkpoint, CheckpointFormat, Dtype, PackedTensors, QuantizationConfig, packed},
-    Given, assert_error, dense_model, f16_bytes, folder, given, i32_bytes, parse, small_config, weights_file,
+    Given, assert_error, dense_model, f16_bytes, folder, given, i32_bytes, parse, raw_file, small_config,
+    weights_file,
 };
 use crate::{
     error::Result,
@@ -198,6 +199,141 @@ fn unfit(change: impl FnOnce(&mut Vec<Given>), variant: &'static str, message: &
     change(&mut tensors);
     let (dir, checkpoint) = quantized(&tensors);
     assert_error(of(&checkpoint, UP, &settings(json!({}))), dir.path(), variant, message);
+}
+
+/// What is read of a folder without any config, and the one note.
+#[track_caller]
+fn inferred(change: impl FnOnce(&mut Vec<Given>)) -> (QuantizationConfig, String) {
+    let mut tensors = packed_up();
+    change(&mut tensors);
+    let (_dir, checkpoint) = quantized(&tensors);
+    let mut config = QuantizationConfig::read(&checkpoint).unwrap();
+    assert!(of(&checkpoint, UP, &config).unwrap().is_some());
+    let note = config.notes.remove(0);
+    assert_eq!(config.notes, [""; 0]);
+    (config, note.strip_prefix("no file says it, so it was inferred from the tensors: ").unwrap().to_owned())
+}
+
+#[test]
+fn a_folder_that_says_nothing_is_read_from_its_tensors() {
+    let (config, note) = inferred(|_| ());
+    assert_eq!((config.bits, config.group_size), (Bits::Four, GroupSize::Features(16)));
+    assert_eq!((config.desc_act, config.sym, config.format), (false, true, CheckpointFormat::Gptq));
+    assert_eq!(
+        note,
+        "4 bits (shape of qweight), group size 16 (shape of scales), no act order (g_idx), symmetric, checkpoint_format \
+         gptq (qzeros)"
+    );
+    let (config, note) = inferred(|t| t[3].bytes = i32_bytes((0..32).map(|k| k % 2)));
+    assert_eq!((config.group_size, config.desc_act), (GroupSize::Features(16), true));
+    assert!(note.contains(", act order (g_idx), "), "{note}");
+    // A short last group: the number of groups alone would fit 16, too.
+    let (config, _) = inferred(|t| t[3].bytes = i32_bytes((0..32).map(|k| k / 24)));
+    assert_eq!((config.group_size, config.desc_act), (GroupSize::Features(24), false));
+    let (config, _) = inferred(|t| t.truncate(3));
+    assert_eq!((config.group_size, config.desc_act), (GroupSize::Features(16), false));
+    let (config, note) = inferred(|t| {
+        t[1] = given(format!("{NAME}.qzeros"), Dtype::I32, &[1, 8], i32_bytes([0x7777_7777; 8]));
+        t[2] = given(format!("{NAME}.scales"), Dtype::F16, &[1, 64], f16_bytes(64));
+        t[3].bytes = i32_bytes([0; 32]);
+    });
+    assert_eq!((config.group_size, config.desc_act), (GroupSize::PerChannel, false));
+    assert!(note.contains("one group a row"), "{note}");
+    let (config, _) = inferred(|t| t[1].bytes = i32_bytes([0x8888_8888_u32 as i32; 16]));
+    assert_eq!((config.sym, config.format), (true, CheckpointFormat::GptqV2));
+    let (config, note) = inferred(|t| t[1].bytes[0] = 0x76);
+    assert_eq!((config.sym, config.format), (false, CheckpointFormat::Gptq));
+    assert!(note.ends_with("asymmetric, checkpoint_format gptq (qzeros)"), "{note}");
+    // Codes of two bits in half the words.
+    let (config, _) = inferred(|t| {
+        t[0] = given(format!("{NAME}.qweight"), Dtype::I32, &[2, 64], i32_bytes(0..128));
+        t[1] = given(format!("{NAME}.qzeros"), Dtype::I32, &[2, 4], i32_bytes([0x5555_5555; 8]));
+    });
+    assert_eq!((config.bits, config.sym), (Bits::Two, true));
+}
+
+#[test]
+fn tensors_that_show_no_width_are_an_error() {
+    let mut tensors = packed_up();
+    tensors[0] = given(format!("{NAME}.qweight"), Dtype::I32, &[5, 64], i32_bytes(0..320));
+    let (dir, checkpoint) = quantized(&tensors);
+    let message = "`DIR/config.json`: key `bits`: expected 2, 3, 4 or 8, found nothing";
+    assert_error(QuantizationConfig::read(&checkpoint), dir.path(), "Config", message);
+}
+
+#[test]
+fn settings_in_the_header_of_the_weights_are_read() {
+    let with_header = |metadata: Value| {
+        let mut model = dense_model(&small_config());
+        model.retain(|tensor| !tensor.name.starts_with(NAME));
+        model.extend(packed_up());
+        let file = weights_file(&model);
+        let length = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+        let mut header: Value = serde_json::from_slice(&file[8..8 + length]).unwrap();
+        header["__metadata__"] = metadata;
+        let file = raw_file(header.to_string().as_bytes(), &file[8 + length..]);
+        let dir = folder(&small_config(), &[("gptq_model-4bit-16g.safetensors", &file)]);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        (dir, checkpoint)
+    };
+    for size in ["gptq_group_size", "gptq_groupsize"] {
+        let (_dir, checkpoint) = with_header(json!({
+            "format": "pt", "gptq_bits": "4", size: "16", "gptq_desc_act": "False", "gptq_damp_percent": "0.01",
+        }));
+        let config = QuantizationConfig::read(&checkpoint).unwrap();
+        assert_eq!((config.bits, config.group_size), (Bits::Four, GroupSize::Features(16)));
+        assert_eq!((config.desc_act, config.sym, config.damp_percent), (false, true, Some(0.01)));
+        assert_eq!(
+            config.notes,
+            [
+                "how it was quantized was read from the header of the weights, as AutoGPTQ wrote it",
+                "no file says it, so it was inferred from the tensors: symmetric, checkpoint_format gptq (qzeros)",
+            ]
+        );
+    }
+    let (dir, checkpoint) = with_header(json!({"gptq_bits": "five"}));
+    let message = "`DIR`: key `__metadata__.bits`: expected 2, 3, 4 or 8, found \"five\"";
+    assert_error(QuantizationConfig::read(&checkpoint), dir.path(), "Config", message);
+}
+
+#[test]
+fn the_file_of_optimum_is_read() {
+    let settings = with(method(card()), "group_size", json!(8)).to_string();
+    let model = weights_file(&dense_model(&small_config()));
+    let files = [("model.safetensors", &model[..]), ("quantization_config.json", settings.as_bytes())];
+    let dir = folder(&small_config(), &files);
+    let config = QuantizationConfig::read(&Checkpoint::open(dir.path()).unwrap()).unwrap();
+    assert_eq!((config.group_size, config.notes.len()), (GroupSize::Features(8), 1));
+    assert!(config.notes[0].contains("`quantization_config.json`"), "{:?}", config.notes);
+}
+
+#[test]
+fn gptq_tensors_of_auto_round_are_read() {
+    let settings = json!({
+        "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 16, "sym": true,
+        "data_type": "int", "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}},
+    });
+    let (_dir, checkpoint) = described(Some(settings.clone()), None);
+    let config = QuantizationConfig::read(&checkpoint).unwrap();
+    assert_eq!((config.bits, config.group_size), (Bits::Four, GroupSize::Features(16)));
+    assert_eq!((config.desc_act, config.format), (false, CheckpointFormat::Gptq));
+    assert!(config.notes.len() == 1 && config.notes[0].starts_with("`quant_method` is `auto-round` and "));
+    for (key, value, message) in [
+        (
+            "packing_format",
+            json!("auto_round:auto_awq"),
+            "packing_format`: expected `auto_round:auto_gptq`, found `auto_round:auto_awq`",
+        ),
+        ("packing_format", Value::Null, "packing_format`: expected `auto_round:auto_gptq`, found nothing"),
+        ("data_type", json!("mx_fp"), "data_type`: expected `int`, found `mx_fp`"),
+        (
+            "extra_config",
+            json!({"model.layers.0.mlp.up_proj": {"bits": 8}}),
+            "extra_config`: expected one setting for all quantized modules, found bits 8 for `model.layers.0.mlp.up_proj`",
+        ),
+    ] {
+        refused(with(settings.clone(), key, value), message);
+    }
 }
 
 #[test]
