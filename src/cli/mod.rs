@@ -52,7 +52,10 @@ pub(crate) fn main() -> ExitCode {
         Ok(false) => ExitCode::from(FAILED),
         Err(error) => {
             terminal::error(&error);
-            ExitCode::from(ERROR)
+            match error.downcast_ref() {
+                Some(gptq::Error::Interrupted) => ExitCode::from(signals::exit_code()),
+                _ => ExitCode::from(ERROR),
+            }
         }
     }
 }

@@ -114,9 +114,9 @@ impl Terminal {
         }
     }
 
-    fn layer(&self, done: usize, total: usize, seconds: f64, memory: u64) {
+    fn layer(&self, done: usize, total: usize, seconds: Option<f64>, memory: u64) {
         let Some(bars) = &self.bars else {
-            if done > 0 && !self.quiet {
+            if let Some(seconds) = seconds.filter(|_| !self.quiet) {
                 let rest = match (total - done) as f64 * seconds {
                     rest if rest < 60.0 => String::new(),
                     rest => format!(", about {} more", duration(rest)),

@@ -98,8 +98,8 @@ impl Finished {
 }
 
 /// Quantizes a model into all of the plan's variants, or resumes an interrupted run. Afterwards all branches are complete,
-/// or none is there: after an error the output folder holds what the same run resumes from, or nothing if no layer was
-/// finished.
+/// or none is there: after an error the output folder holds what the same run resumes from, or nothing if neither a
+/// layer was finished nor gradients were kept.
 ///
 /// # Errors
 /// When the model, the plan, memory or the disk do not fit, before the work where possible; when the work fails.
@@ -123,7 +123,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     let mut journal = Journal::open(place, identity, checkpoint.config().num_layers())?;
     if journal.layers() == 0 {
         folder.empty()?;
-    } else {
+    }
+    if journal.holds_work() {
         folder.hold();
     }
     let accuracy = plan.accuracy(checkpoint.config());
