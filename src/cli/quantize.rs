@@ -220,6 +220,8 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
         let extra: Vec<Variant> = extra.copied().collect();
         plan.variants.extend(extra);
     }
+    plan.allow_long_windows |= args.allow_long_windows;
+    plan.main = args.main.or(plan.main);
     plan.shared_hessian |= args.shared_hessian;
     Ok(plan)
 }

@@ -141,7 +141,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         accuracy,
     };
     if journal.state().sealed {
-        branches::check_sealed(place.out, &plan.variants)?;
+        branches::check_sealed(place.out, plan)?;
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory);
         let context = RunContext { progress, stop: run.stop, memory: &memory };
@@ -203,7 +203,7 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
     checkpoint.check()?;
     let config = checkpoint.config();
     plan.check_for(config)?;
-    check_seq_len(plan.seq_len, config.max_position_embeddings)?;
+    check_seq_len(plan.seq_len, config.longest_window(plan.allow_long_windows))?;
     if !place.is_free() {
         return Err(Error::OutputExists { path: place.out.into() });
     }
