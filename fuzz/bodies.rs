@@ -100,7 +100,7 @@ pub(crate) fn plan(data: &[u8]) {
         let path = folder.path().join("plan.toml");
         if let Ok(plan) = Plan::read(&path) {
             let _ = plan.check();
-            let _: Vec<String> = plan.variants.iter().map(|variant| variant.branch()).collect();
+            let _: Vec<String> = plan.variants.iter().map(|variant| plan.branch(variant)).collect();
         }
         let roots = vec![folder.path()];
         let options = SourceOptions { roots, ..SourceOptions::default() };

@@ -29,10 +29,16 @@ pub struct Plan {
     pub samples: usize,
     /// Tokens a window.
     pub seq_len: usize,
+    /// Whether windows may be longer than `max_position_embeddings`, if the model's rotary embedding is scaled.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub allow_long_windows: bool,
     /// Seed of the windows' places in the text.
     pub seed: u64,
     /// The branches to make.
     pub variants: Vec<Variant>,
+    /// The variant of the branch `main`; by default `4bit-128g`, if it is made.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub main: Option<Variant>,
     /// Damping, as a fraction of the Hessian's mean diagonal; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damp: Option<f64>,
@@ -89,9 +95,11 @@ impl Default for Plan {
             text_column: None,
             samples: 128,
             seq_len: 2048,
+            allow_long_windows: false,
             seed: 0,
             variants: VariantSet::Card.variants(),
             damp: None,
+            main: None,
             quality: Quality::default(),
             signed_scales: None,
             scale_search: None,
@@ -133,9 +141,11 @@ impl Plan {
     /// The keys a plan can have.
     fn keys() -> Vec<String> {
         let every = Self {
+            allow_long_windows: true,
             split: Some(String::new()),
             damp: Some(0.0),
             text_column: Some(String::new()),
+            main: Some(VariantSet::Card.variants()[0]),
             signed_scales: Some(true),
             scale_search: Some(ScaleSearch::Off),
             act_group_aware: Some(true),
@@ -179,6 +189,11 @@ impl Plan {
                 && self.equalize.unwrap_or(preset.equalize && config.equalization_refusal().is_none()),
             shrinkage: self.shrinkage.unwrap_or(preset.shrinkage),
         }
+    }
+
+    /// The branch that a variant is published as.
+    pub fn branch(&self, variant: &Variant) -> String {
+        variant.branch(self.main)
     }
 
     /// Checks the values that do not depend on the model.
@@ -230,6 +245,10 @@ impl Plan {
             if self.variants[..i].contains(variant) {
                 return refuse("variants", "each variant once", format!("{variant} twice"));
             }
+        }
+        if let Some(main) = self.main.filter(|main| !self.variants.contains(main)) {
+            let variants: Vec<String> = self.variants.iter().map(ToString::to_string).collect();
+            return refuse("main", &format!("one of the variants {}", variants.join(", ")), main.to_string());
         }
         if self.max_shard_size < 1_000_000 {
             return refuse("max-shard-size", "at least 1 MB", self.max_shard_size.to_string());

@@ -34,14 +34,14 @@ pub enum Event<'a> {
         /// `‖(W−Ŵ)X‖/‖WX‖`.
         relative_error: f64,
     },
-    /// A decoder layer is done for all variants; sent once with 0 done before the first.
+    /// A decoder layer is done for all variants; sent once before the first, with the layers of earlier parts of the run.
     Layer {
         /// Layers done.
         done: usize,
         /// Of how many.
         total: usize,
-        /// Seconds for this layer.
-        seconds: f64,
+        /// Seconds for this layer; `None` for those of earlier parts of the run.
+        seconds: Option<f64>,
         /// Resident memory now, bytes.
         memory: u64,
     },

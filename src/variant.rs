@@ -175,10 +175,10 @@ impl Variant {
         }
     }
 
-    /// The branch this variant is published as: `main` for `4bit-128g`, else
+    /// The branch this variant is published as: `main` where it is the variant `main`, of which `None` is `4bit-128g`; else
     /// `gptq-{bits}bit-{g}g-actorder_{True|False}` with `-static` and `-asym` appended where they apply.
-    pub fn branch(&self) -> String {
-        if *self == VariantSet::Card.variants()[0] {
+    pub fn branch(&self, main: Option<Self>) -> String {
+        if *self == main.unwrap_or_else(|| VariantSet::Card.variants()[0]) {
             return "main".into();
         }
         let mut name = format!(
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn branches_of_the_card() {
-        let names: Vec<_> = VariantSet::Card.variants().iter().map(Variant::branch).collect();
+        let names: Vec<_> = VariantSet::Card.variants().iter().map(|variant| variant.branch(None)).collect();
         assert_eq!(
             names,
             [
@@ -288,7 +288,7 @@ mod tests {
                 "gptq-4bit-128g-actorder_True"
             ]
         );
-        let serve: Vec<_> = VariantSet::Serve.variants().iter().map(Variant::branch).collect();
+        let serve: Vec<_> = VariantSet::Serve.variants().iter().map(|variant| variant.branch(None)).collect();
         assert_eq!(
             serve,
             [
@@ -300,6 +300,9 @@ mod tests {
         );
         assert_eq!(VariantSet::All.variants().len(), 7);
         let per_channel: Variant = "4bit--1g".parse().unwrap();
-        assert_eq!(per_channel.branch(), "gptq-4bit--1g-actorder_False");
+        assert_eq!(per_channel.branch(None), "gptq-4bit--1g-actorder_False");
+        assert_eq!(per_channel.branch(Some(per_channel)), "main");
+        let usual: Variant = "4bit-128g".parse().unwrap();
+        assert_eq!(usual.branch(Some(per_channel)), "gptq-4bit-128g-actorder_False");
     }
 }

@@ -310,6 +310,16 @@ impl ModelConfig {
         self.linears().filter(|(_, linear)| linear.bias).map(|(id, _)| id.bias()).collect()
     }
 
+    /// Tokens of the longest window that the model can run: `max_position_embeddings`; with `allow_long` any number, if its rotary
+    /// embeddings are scaled for long contexts.
+    pub fn longest_window(&self, allow_long: bool) -> usize {
+        let mut ropes = self.layers.iter().filter_map(|layer| layer.attention.rope.as_ref());
+        match allow_long && ropes.any(|rope| rope.scaling != RopeScaling::None) {
+            true => usize::MAX,
+            false => self.max_position_embeddings,
+        }
+    }
+
     /// Whether layers have experts.
     pub fn has_experts(&self) -> bool {
         self.expert_layers() > 0

@@ -58,6 +58,10 @@ pub struct CardOptions {
     pub quantized_by: Option<String>,
     /// The source model's repository, where the report does not hold it.
     pub base_model: Option<String>,
+    /// The licence's identifier on the Hub, in place of the one on the source model's card.
+    pub license: Option<String>,
+    /// The model's languages, in place of those on the source model's card.
+    pub languages: Vec<String>,
     /// Prompt template of the model, with `{prompt}` in it.
     pub prompt_template: Option<String>,
     /// Another card template: its file, for messages, and its text.
@@ -74,6 +78,20 @@ impl CardOptions {
         self.quantized_by.as_deref().or_else(owner)
     }
 
+    /// The metadata of the source model's card, with the licence and the languages given here.
+    fn source_card(&self, mut source: SourceCard) -> SourceCard {
+        if let Some(license) = &self.license {
+            source.set("license", Some(license.as_str().into()));
+            // They describe the licence that is replaced.
+            source.set("license_name", None);
+            source.set("license_link", None);
+        }
+        if !self.languages.is_empty() {
+            source.set("language", Some(self.languages.clone().into()));
+        }
+        source
+    }
+
     /// The source model's repository.
     fn base_model<'a>(&'a self, report: &'a Report) -> Option<&'a str> {
         let fetched = || report.model.source.as_ref().map(|source| source.repository.as_str());
@@ -87,7 +105,7 @@ impl CardOptions {
 /// When the source model's card cannot be read, figures are of other weights, or the template has an error.
 pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<String>> {
     let report = &Report { evaluations: evaluations(report, run)?, ..report.clone() };
-    let source = SourceCard::read(run)?;
+    let source = options.source_card(SourceCard::read(run)?);
     let (path, text) = match &options.template {
         Some((path, text)) => (path.clone(), text.as_str()),
         None => (PathBuf::from("card.md.jinja"), TEMPLATE),

@@ -63,6 +63,14 @@ impl SourceCard {
         Self { metadata, text: text.trim().to_owned() }
     }
 
+    /// Replaces a value of the metadata, or removes it.
+    pub(super) fn set(&mut self, key: &str, value: Option<Value>) {
+        match value {
+            Some(value) => _ = self.metadata.insert(key.to_owned(), value),
+            None => _ = self.metadata.shift_remove(key),
+        }
+    }
+
     /// A text value of the metadata.
     pub fn text_of(&self, key: &str) -> Option<&str> {
         self.metadata.get(key)?.as_str().filter(|text| !text.is_empty())

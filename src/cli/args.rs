@@ -13,7 +13,7 @@ use gptq::{
 };
 use serde::de::{DeserializeOwned, IntoDeserializer, value::Error as WordError};
 
-use super::{card::CardArgs, gate::GateArgs, publish::PublishArgs};
+use super::{cache::StoredArgs, card::CardArgs, gate::GateArgs, publish::PublishArgs};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -43,7 +43,7 @@ pub(super) struct OutputArgs {
     /// A line for every linear
     #[arg(short, long, global = true)]
     pub(super) verbose: bool,
-    /// Only errors and the result
+    /// No remarks, warnings or tables of readers: only errors and the result
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub(super) quiet: bool,
 }
@@ -64,6 +64,8 @@ pub(super) enum Command {
     Generate(GenerateArgs),
     /// Show a checkpoint's architecture, format and tensors
     Inspect(InspectArgs),
+    /// List or remove the unquantized models' predictions, which evaluations store
+    Cache(StoredArgs),
     /// Write the model card of a run's branches
     Card(CardArgs),
     /// Publish a run's branches on the Hub or on a git remote
@@ -102,6 +104,9 @@ pub(super) struct QuantizeArgs {
     /// Tokens a window [default: 2048]
     #[arg(long, value_name = "N")]
     pub(super) seq_len: Option<usize>,
+    /// Allow windows that are longer than the model's max_position_embeddings, if its rotary embedding is scaled
+    #[arg(long)]
+    pub(super) allow_long_windows: bool,
     /// Where the windows begin [default: 0]
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<u64>,
@@ -117,6 +122,9 @@ pub(super) struct QuantizeArgs {
     /// refused before any work; repeatable
     #[arg(long = "require-reader", value_name = "READER")]
     pub(super) require_readers: Vec<String>,
+    /// The variant of the branch `main`, which readers load by default [default: 4bit-128g, if it is made]
+    #[arg(long, value_name = "VARIANT")]
+    pub(super) main: Option<Variant>,
     /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01 with fast, 0.05 with standard and best]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub(super) damp: Option<f64>,
@@ -229,7 +237,7 @@ pub(super) struct TextPlaces {
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
-    /// The quantized folder, or OWNER/NAME[:BRANCH] on the Hub
+    /// The quantized folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub
     pub(super) dir: PathBuf,
     /// The checkpoint it was made from: measure the distance of every linear
     #[arg(long, value_name = "MODEL")]
@@ -254,7 +262,7 @@ pub(super) struct EvalArgs {
     /// Folder of the unquantized checkpoint, or OWNER/NAME[@REVISION] on the Hub
     #[arg(long, value_name = "MODEL")]
     pub(super) model: PathBuf,
-    /// A quantized folder, or OWNER/NAME:BRANCH on the Hub; repeatable
+    /// A quantized folder, or that of a run for all its branches, or OWNER/NAME:BRANCH on the Hub; repeatable
     #[arg(long, value_name = "MODEL")]
     pub(super) quantized: Vec<PathBuf>,
     /// A recipe (wikitext2-test, wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of parquet
@@ -266,6 +274,9 @@ pub(super) struct EvalArgs {
     /// Tokens a window; repeatable
     #[arg(long, value_name = "N", default_value = "2048")]
     pub(super) seq_len: Vec<usize>,
+    /// Allow windows that are longer than the model's max_position_embeddings, if its rotary embedding is scaled
+    #[arg(long)]
+    pub(super) allow_long_windows: bool,
     /// Windows, from the front of the text [default: all]
     #[arg(long, value_name = "N")]
     pub(super) windows: Option<usize>,
@@ -310,7 +321,7 @@ pub(super) struct ReportArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
-    /// A checkpoint, dense or quantized: a folder, or OWNER/NAME[:BRANCH] on the Hub
+    /// A checkpoint, dense or quantized: a folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub
     pub(super) dir: PathBuf,
     /// List every tensor
     #[arg(long)]

@@ -40,6 +40,12 @@ pub(super) struct CardTexts {
     /// The source model on the Hub, if it was not fetched from there
     #[arg(long, value_name = "OWNER/NAME")]
     base_model: Option<String>,
+    /// The licence's identifier on the Hub, such as apache-2.0 [default: that of the source model's card]
+    #[arg(long, value_name = "LICENSE")]
+    license: Option<String>,
+    /// A language of the model, such as en; repeatable [default: those of the source model's card]
+    #[arg(long = "language", value_name = "LANGUAGE")]
+    languages: Vec<String>,
     /// Who quantized [default: the repository's owner]
     #[arg(long, value_name = "NAME")]
     quantized_by: Option<String>,
@@ -79,6 +85,8 @@ impl CardTexts {
             repository,
             quantized_by: self.quantized_by.clone(),
             base_model: self.base_model.clone(),
+            license: self.license.clone(),
+            languages: self.languages.clone(),
             prompt_template: self.prompt_template.clone(),
             template,
         })

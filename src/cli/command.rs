@@ -11,6 +11,26 @@ pub(super) fn words() -> Vec<String> {
     words
 }
 
+/// The command as a line for a shell, which resumes the run: without `--restart`, which would discard it.
+pub(super) fn resume() -> String {
+    let words = env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned());
+    resume_line(words)
+}
+
+fn resume_line(words: impl Iterator<Item = String>) -> String {
+    let words = words.filter(|word| word != "--restart").map(|word| quoted(&word));
+    ["gptq".to_owned()].into_iter().chain(words).collect::<Vec<_>>().join(" ")
+}
+
+/// A word as a shell reads it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@,%+".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    }
+}
+
 /// `--model=/data/Llama` → `--model=Llama`, `../text.parquet` → `text.parquet`; a repository on the Hub stays whole.
 fn without_way(word: &str) -> String {
     let (option, value) = match word.split_once('=') {
@@ -29,6 +49,14 @@ fn without_way(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_line_that_resumes_is_quoted_and_does_not_restart() {
+        let words =
+            ["quantize", "--restart", "--model", "my model", "--out=it's", "--variant", "4bit-32g", ""];
+        let expected = r"gptq quantize --model 'my model' '--out=it'\''s' --variant 4bit-32g ''";
+        assert_eq!(resume_line(words.map(str::to_owned).into_iter()), expected);
+    }
 
     #[test]
     fn the_way_to_a_file_stays_out() {

@@ -33,8 +33,9 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let reference = Checkpoint::open(&model.folder)?;
     reference.check()?;
     let longest = args.seq_len.iter().copied().max().unwrap_or_default();
-    check_seq_len(longest, reference.config().max_position_embeddings)?;
-    let models = args.quantized.iter().map(|dir| hub::model(dir, output)).collect::<Result<Vec<_>>>()?;
+    check_seq_len(longest, reference.config().longest_window(args.allow_long_windows))?;
+    let models = args.quantized.iter().map(|dir| hub::models(dir, output)).collect::<Result<Vec<_>>>()?;
+    let models: Vec<_> = models.into_iter().flatten().collect();
     let quantized = models.iter().map(|model| Checkpoint::open(&model.folder));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
     tokenizer_notes(reference.dir()).iter().for_each(|note| terminal::warning(note));

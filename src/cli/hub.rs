@@ -10,7 +10,7 @@ use anyhow::Result;
 use gptq::{
     eval::folder_name,
     hub::{Hub, Reference, Settings, Snapshot, Token},
-    report::{ModelReport, ModelSource},
+    report::{ModelReport, ModelSource, REPORT_FILE, Report},
 };
 
 use super::{
@@ -66,6 +66,16 @@ pub(super) fn model(given: &Path, output: &OutputArgs) -> Result<Model> {
     Ok(Model { folder: snapshot.folder.clone(), fetched: Some((reference, snapshot)) })
 }
 
+/// The branches of the run in the given folder; where that is no run's folder, the one given model.
+pub(super) fn models(given: &Path, output: &OutputArgs) -> Result<Vec<Model>> {
+    let report = given.join(REPORT_FILE);
+    if !report.is_file() {
+        return Ok(vec![model(given, output)?]);
+    }
+    let branches = Report::read(&report)?.branches.into_iter().map(|branch| given.join(branch.branch));
+    Ok(branches.map(|folder| Model { folder, fetched: None }).collect())
+}
+
 /// The Hub's settings, from the variables that all of Hugging Face's tools read.
 pub(super) fn settings() -> Settings {
     let mut settings = Settings::new(cache());
@@ -100,12 +110,14 @@ impl CacheArgs {
         if self.no_cache {
             return None;
         }
-        let usual = || {
-            let named = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
-            Some(named.or_else(|| Some(env::home_dir()?.join(".cache")))?.join("gptq"))
-        };
-        self.cache_dir.clone().or_else(usual)
+        self.cache_dir.clone().or_else(predictions_dir)
     }
+}
+
+/// The usual folder for predictions on this machine.
+pub(super) fn predictions_dir() -> Option<PathBuf> {
+    let named = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|dir| dir.is_absolute());
+    Some(named.or_else(|| Some(env::home_dir()?.join(".cache")))?.join("gptq"))
 }
 
 fn token() -> Option<Token> {

@@ -14,7 +14,8 @@ use serde::Serialize;
 
 use super::{
     args::{InspectArgs, OutputArgs},
-    hub, terminal,
+    hub::{self, Model},
+    terminal,
 };
 
 /// A checkpoint's architecture, format and tensors.
@@ -63,9 +64,10 @@ struct TensorLine {
 }
 
 pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
-    let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
-    let inspection = inspect(&checkpoint, args.tensors)?;
-    terminal::answer(output, &inspection, || text(&inspection))?;
+    let models = hub::models(&args.dir, output)?;
+    let of = |model: &Model| Ok((model.label(), inspect(&Checkpoint::open(&model.folder)?, args.tensors)?));
+    let found = models.iter().map(of).collect::<gptq::Result<Vec<_>>>()?;
+    terminal::answer_each(output, &found, text)?;
     Ok(true)
 }
 

@@ -1,6 +1,7 @@
 //! The command line: arguments, terminal, and one module for each command.
 
 mod args;
+mod cache;
 mod card;
 mod command;
 mod compute;
@@ -43,6 +44,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Gate(args) => gate::run(args, &cli.output),
         Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
+        Command::Cache(args) => cache::run(args, &cli.output),
         Command::Card(args) => card::run(args, &cli.output),
         Command::Publish(args) => publish::run(args, &cli.output),
         Command::Demo(args) => demo::run(args, &cli.output),
@@ -52,7 +54,10 @@ pub(crate) fn main() -> ExitCode {
         Ok(false) => ExitCode::from(FAILED),
         Err(error) => {
             terminal::error(&error);
-            ExitCode::from(ERROR)
+            match error.downcast_ref() {
+                Some(gptq::Error::Interrupted) => ExitCode::from(signals::exit_code()),
+                _ => ExitCode::from(ERROR),
+            }
         }
     }
 }

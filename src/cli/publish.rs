@@ -6,7 +6,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 use gptq::{
     card::{Address, SourceCard, cards},
-    hub::{CARD_FILE, Hub, Reference},
+    hub::{CARD_FILE, DEFAULT_REVISION, Hub, Reference},
+    progress::{Event, Progress},
     publish::{self, Outcome, PublishOptions},
     report::{REPORT_FILE, Report},
     units::bytes,
@@ -99,6 +100,14 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
                 &format!("branch {}: its card is the {CARD_FILE} in its folder", branch.name),
             );
         }
+    }
+    if !report.branches.iter().any(|branch| branch.branch == DEFAULT_REVISION) {
+        let names: Vec<&str> = report.branches.iter().map(|branch| branch.branch.as_str()).collect();
+        terminal.event(&Event::Warning(&format!(
+            "the run has no branch `{DEFAULT_REVISION}`, which readers load by default: they must name one of {}; \
+             gptq quantize --main VARIANT makes one",
+            names.join(", ")
+        )));
     }
     let options = PublishOptions { private: args.private, force: args.force, dry_run: args.dry_run };
     let outcomes = match &args.to {

@@ -101,16 +101,29 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     Ok(true)
 }
 
-/// Prints how many layers an interrupted run keeps.
+/// Prints what an interrupted run keeps, and the command that resumes it.
 fn say_what_is_kept(error: &gptq::Error, place: &Place<'_>, output: &OutputArgs) {
     use gptq::Error as E;
     let own = !matches!(error, E::Journal(_) | E::OutputExists { .. });
-    if let Some(begun) = pipeline::begun(place).filter(|_| own) {
-        let pipeline::Begun { layers, total_layers } = begun;
-        let out = place.out.display();
-        let text =
-            format!("{layers} of {total_layers} layers are kept in {out}: the same command resumes there");
-        terminal::note(output, &text);
+    match pipeline::begun(place).filter(|_| own) {
+        Some(begun) => {
+            let (kept, resume) = (what_is_kept(&begun), command::resume());
+            let out = place.out.display();
+            terminal::note(output, &format!("{kept} are kept in {out}; this resumes there: {resume}"));
+        }
+        None if matches!(error, E::Interrupted) => {
+            terminal::note(output, "nothing is kept: no layer was finished");
+        }
+        None => {}
+    }
+}
+
+/// `3 of 32 layers`, or before the first layer `gradients of 64 of 128 windows`.
+fn what_is_kept(begun: &pipeline::Begun) -> String {
+    let pipeline::Begun { layers, total_layers, windows, total_windows } = begun;
+    match layers {
+        0 => format!("gradients of {windows} of {total_windows} windows"),
+        _ => format!("{layers} of {total_layers} layers"),
     }
 }
 
@@ -217,6 +230,8 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
         let extra: Vec<Variant> = extra.copied().collect();
         plan.variants.extend(extra);
     }
+    plan.allow_long_windows |= args.allow_long_windows;
+    plan.main = args.main.or(plan.main);
     plan.shared_hessian |= args.shared_hessian;
     Ok(plan)
 }

@@ -3,7 +3,9 @@
 #![expect(clippy::print_stderr, reason = "this is where printing is done")]
 
 use std::{
-    io::{IsTerminal, Write},
+    collections::BTreeMap,
+    io::{IsTerminal, Write, stderr, stdout},
+    os::fd::AsFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -25,21 +27,52 @@ pub(super) fn error(error: &anyhow::Error) {
             text = format!("{text}: {cause}");
         }
     }
-    eprintln!("error: {text}");
+    line(&format!("error: {text}"));
     let hint = error.chain().find_map(|e| e.downcast_ref::<gptq::Error>()).and_then(gptq::Error::hint);
     if let Some(hint) = hint {
-        eprintln!("hint: {hint}");
+        line(&format!("hint: {hint}"));
     }
 }
 
-/// Prints a result.
+/// Prints a result; on a terminal, in lines that fit it.
 pub(super) fn result(text: &str) -> anyhow::Result<()> {
-    piece(&format!("{}\n", text.trim_end()))
+    piece(&format!("{}\n", fitted(text.trim_end(), columns(stdout()))))
 }
 
 /// Prints a result as JSON.
 pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
-    result(&serde_json::to_string_pretty(value)?)
+    piece(&format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+/// The width of the terminal that a stream is, in characters; none where it is no terminal.
+fn columns(stream: impl AsFd) -> Option<usize> {
+    let size = rustix::termios::tcgetwinsize(stream).ok()?;
+    Some(usize::from(size.ws_col)).filter(|&columns| columns > 0)
+}
+
+/// Indent of the lines that a line too long is continued in.
+const CONTINUED: &str = "    ";
+
+/// The text with lines of at most so many columns where words allow it: they are broken at spaces.
+fn fitted(text: &str, columns: Option<usize>) -> String {
+    let Some(columns) = columns else { return text.to_owned() };
+    text.split('\n').map(|line| fitted_line(line, columns)).collect::<Vec<_>>().join("\n")
+}
+
+fn fitted_line(line: &str, columns: usize) -> String {
+    let (mut lines, mut rest) = (String::new(), line.to_owned());
+    while rest.chars().count() > columns {
+        // Spaces at the front are an indent, and no place to break.
+        let indent = rest.len() - rest.trim_start().len();
+        let spaces = rest.char_indices().enumerate().filter(|(_, (at, c))| *c == ' ' && *at > indent);
+        let spaces: Vec<(usize, usize)> = spaces.map(|(column, (at, _))| (column, at)).collect();
+        let last = spaces.iter().rev().find(|(column, _)| *column <= columns).or(spaces.first());
+        let Some(&(_, at)) = last else { break };
+        lines += rest[..at].trim_end();
+        lines.push('\n');
+        rest = format!("{CONTINUED}{}", rest[at..].trim_start());
+    }
+    lines + &rest
 }
 
 /// Prints a result as JSON with `--json`, else as text.
@@ -51,9 +84,24 @@ pub(super) fn answer(
     if output.json.is_some() { json(value) } else { result(&text()) }
 }
 
+/// Prints the answer on each of some named folders: one as [`answer`] does; several as a JSON object by name, or as texts under
+/// their names.
+pub(super) fn answer_each<T: serde::Serialize>(
+    output: &OutputArgs,
+    all: &[(String, T)],
+    text: impl Fn(&T) -> String,
+) -> anyhow::Result<()> {
+    if let [(_, only)] = all {
+        return answer(output, only, || text(only));
+    }
+    let by_name: BTreeMap<&str, &T> = all.iter().map(|(name, value)| (name.as_str(), value)).collect();
+    let texts = || all.iter().map(|(name, value)| format!("{name}\n{}\n", text(value))).collect();
+    answer(output, &by_name, texts)
+}
+
 /// Prints a piece of a result at once. A reader that closes the pipe before the end is no error.
 pub(super) fn piece(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout();
+    let mut out = stdout();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("cannot write to standard output"),
@@ -62,7 +110,7 @@ pub(super) fn piece(text: &str) -> anyhow::Result<()> {
 
 /// Prints a line beside the result.
 pub(super) fn line(text: &str) {
-    eprintln!("{text}");
+    eprintln!("{}", fitted(text, columns(stderr())));
 }
 
 /// Prints a warning, also where remarks are not wanted.
@@ -96,7 +144,7 @@ struct State {
 
 impl Terminal {
     pub(super) fn new(output: &OutputArgs) -> Self {
-        let bars = std::io::stderr().is_terminal() && !output.quiet;
+        let bars = stderr().is_terminal() && !output.quiet;
         Self {
             verbose: output.verbose,
             quiet: output.quiet,
@@ -113,32 +161,28 @@ impl Terminal {
         match &self.bars {
             // Printing through the bars keeps the line from breaking a bar.
             Some(bars) => {
-                let _ = bars.println(text);
+                let _ = bars.println(fitted(text, columns(stderr())));
             }
-            None => eprintln!("{text}"),
+            None => line(text),
         }
     }
 
-    fn layer(&self, done: usize, total: usize, seconds: f64, memory: u64) {
+    fn layer(&self, done: usize, total: usize, seconds: Option<f64>, memory: u64) {
         let Some(bars) = &self.bars else {
-            if done > 0 && !self.quiet {
-                let rest = match (total - done) as f64 * seconds {
-                    rest if rest < 60.0 => String::new(),
-                    rest => format!(", about {} more", duration(rest)),
-                };
+            if let Some(seconds) = seconds.filter(|_| !self.quiet) {
+                let rest = rest(total - done, seconds);
                 self.line(&format!("layer {done}/{total}: {seconds:.1} s, {} in use{rest}", bytes(memory)));
             }
             return;
         };
         let mut state = self.state();
         let overall = state.overall.get_or_insert_with(|| {
-            bars.insert(
-                0,
-                bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone, {eta} left, {msg}"),
-            )
+            bars.insert(0, bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone{msg}"))
         });
         overall.set_position(done as u64);
-        overall.set_message(format!("{} in use", bytes(memory)));
+        // Before this program has finished a layer, nothing says how long the others will take.
+        let rest = seconds.map_or_else(String::new, |seconds| rest(total - done, seconds));
+        overall.set_message(format!("{rest}, {} in use", bytes(memory)));
         if done == total {
             overall.finish_and_clear();
             if !self.quiet {
@@ -169,7 +213,7 @@ impl Progress for Terminal {
     fn event(&self, event: &Event<'_>) {
         match event {
             Event::Note(text) if !self.quiet => self.line(text),
-            Event::Warning(text) => self.line(&format!("warning: {text}")),
+            Event::Warning(text) if !self.quiet => self.line(&format!("warning: {text}")),
             Event::Linear { name, variant, relative_error } if self.verbose => {
                 self.line(&format!("{variant:<16} {name:<40} error {relative_error:.5}"));
             }
@@ -193,7 +237,40 @@ impl Drop for Terminal {
     }
 }
 
+/// The time that so many `layers` will take if each takes `seconds`, for the end of a line; empty below a minute.
+fn rest(layers: usize, seconds: f64) -> String {
+    match layers as f64 * seconds {
+        rest if rest < 60.0 => String::new(),
+        rest => format!(", about {} more", duration(rest)),
+    }
+}
+
 fn bar(total: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).expect("templates are fixed and well formed");
     ProgressBar::new(total).with_style(style.progress_chars("━╸─"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_fit_the_terminal_and_words_stay_whole() {
+        let text = "branch  size  not loaded by\nmain    9 MB  vLLM, SGLang\n  - a longword";
+        assert_eq!(fitted(text, None), text);
+        assert_eq!(fitted(text, Some(80)), text);
+        let narrow = "branch  size  not\n    loaded by\nmain    9 MB  vLLM,\n    SGLang\n  - a longword";
+        assert_eq!(fitted(text, Some(20)), narrow);
+        // A word that is longer than a line has a line of its own.
+        assert_eq!(
+            fitted("see https://example.org/page now", Some(10)),
+            "see\n    https://example.org/page\n    now"
+        );
+        assert_eq!(fitted("±±± ±±±", Some(7)), "±±± ±±±");
+    }
+
+    #[test]
+    fn the_rest_is_said_from_a_minute_on() {
+        assert_eq!((rest(4, 0.5).as_str(), rest(30, 10.0).as_str()), ("", ", about 5 min more"));
+    }
 }

@@ -12,7 +12,8 @@ use tch::Device;
 
 use super::{
     args::{OutputArgs, VerifyArgs},
-    compute, datasets, demo, hub,
+    compute, datasets, demo,
+    hub::{self, Model},
     terminal::{self, Terminal},
 };
 
@@ -20,22 +21,27 @@ use super::{
 const SHOWN: usize = 20;
 
 pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
-    let folder = hub::model(&args.dir, output)?.folder;
+    let models = hub::models(&args.dir, output)?;
     let against = args.against.as_ref().map(|dir| hub::model(dir, output)).transpose()?;
     let against = against.map(|model| Checkpoint::open(&model.folder)).transpose()?;
     if args.device.is_none() && args.dataset.is_some() {
         bail!("--dataset is the text for --device, which is not given");
     }
-    let kernel = args.device.as_ref().map(|device| kernel(args, device, &folder, output)).transpose()?;
+    let tokenizer = models.first().map_or(args.dir.as_path(), |model| &model.folder);
+    let kernel = args.device.as_ref().map(|device| kernel(args, device, tokenizer, output)).transpose()?;
     let options = kernel.as_ref().map(|(device, corpus)| {
         let (device, dtype) = (*device, args.compute_dtype);
         KernelOptions { device, dtype, corpus }
     });
     let terminal = Terminal::new(output);
-    let verification = verify::verify(&folder, against.as_ref(), options.as_ref(), &terminal)?;
+    let verify = |model: &Model| {
+        let verification = verify::verify(&model.folder, against.as_ref(), options.as_ref(), &terminal)?;
+        Ok((model.label(), verification))
+    };
+    let found = models.iter().map(verify).collect::<gptq::Result<Vec<_>>>()?;
     drop(terminal);
-    terminal::answer(output, &verification, || text(&verification, output.verbose))?;
-    Ok(verification.passed())
+    terminal::answer_each(output, &found, |verification| text(verification, output))?;
+    Ok(found.iter().all(|(_, verification)| verification.passed()))
 }
 
 /// What to run the linears on: device and text.
@@ -51,7 +57,8 @@ fn kernel(args: &VerifyArgs, device: &str, model: &Path, output: &OutputArgs) ->
     Ok((device, corpus))
 }
 
-fn text(verification: &Verification, verbose: bool) -> String {
+fn text(verification: &Verification, output: &OutputArgs) -> String {
+    let verbose = output.verbose;
     let mut text = String::new();
     for finding in verification.findings.iter().take(SHOWN) {
         let _ = writeln!(text, "{}: {}", finding.subject, finding.problem);
@@ -104,7 +111,7 @@ fn text(verification: &Verification, verbose: bool) -> String {
     if negative > 0 {
         let _ = writeln!(text, "{negative} of {all} scales are negative, which readers need not know of");
     }
-    for reader in &verification.readers {
+    for reader in verification.readers.iter().filter(|_| !output.quiet) {
         let _ = writeln!(text, "{:<36} {}", reader.name, reader.verdict(&verification.tensor_parallel));
     }
     for note in &verification.notes {

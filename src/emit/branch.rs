@@ -70,12 +70,13 @@ impl BranchWriter {
     /// When the branch exists, the variant does not fit the model, or the disk is full.
     pub fn create(
         out: &Path,
+        branch: &str,
         variant: Variant,
         config: &ModelConfig,
         passed_through: &[TensorSpec],
         max_shard_size: u64,
     ) -> Result<Self> {
-        let [path, partial] = places(out, &variant);
+        let [path, partial] = places(out, branch);
         let plan = ShardPlan::new(tensors(&variant, config, passed_through)?, max_shard_size)?;
         if path.exists() {
             return Err(Error::OutputExists { path });
@@ -92,13 +93,14 @@ impl BranchWriter {
     /// When the files are not those that were committed.
     pub fn reopen(
         out: &Path,
+        branch: &str,
         variant: Variant,
         config: &ModelConfig,
         passed_through: &[TensorSpec],
         max_shard_size: u64,
         sha256: BTreeMap<String, String>,
     ) -> Result<Self> {
-        let [_, partial] = places(out, &variant);
+        let [_, partial] = places(out, branch);
         let plan = ShardPlan::new(tensors(&variant, config, passed_through)?, max_shard_size)?;
         remove_unfinished(&partial)?;
         let shards = Some(ShardWriter::reopen(&partial, plan, sha256)?);
@@ -206,8 +208,8 @@ pub fn is_licence(name: &str) -> bool {
 ///
 /// # Errors
 /// When the move fails.
-pub fn publish(out: &Path, variant: &Variant) -> Result<u64> {
-    let [path, partial] = places(out, variant);
+pub fn publish(out: &Path, branch: &str) -> Result<u64> {
+    let [path, partial] = places(out, branch);
     if partial.exists() {
         fs::rename(&partial, &path).map_err(Error::io("rename", &partial))?;
         sync(out)?;
@@ -221,8 +223,8 @@ pub fn publish(out: &Path, variant: &Variant) -> Result<u64> {
 }
 
 /// Where a branch is, and where it is while it is being written.
-pub fn places(out: &Path, variant: &Variant) -> [PathBuf; 2] {
-    [out.join(variant.branch()), out.join(format!(".{}.partial", variant.branch()))]
+pub fn places(out: &Path, branch: &str) -> [PathBuf; 2] {
+    [out.join(branch), out.join(format!(".{branch}.partial"))]
 }
 
 /// Removes the unfinished files that a killed program left in a folder.

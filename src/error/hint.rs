@@ -40,7 +40,9 @@ impl Error {
             }
             Self::MissingColumn { .. } => "name the column with --text-column".into(),
             Self::TooLittleText { .. } => "use fewer or shorter windows, or more text".into(),
-            Self::SequenceTooLong { max, .. } => format!("use --seq-len {max} or less"),
+            Self::SequenceTooLong { max, .. } => format!(
+                "use --seq-len {max} or less; with --allow-long-windows, a model whose rotary embedding is scaled takes more"
+            ),
             Self::GroupSize { in_features, .. } => {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }

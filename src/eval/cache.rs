@@ -19,6 +19,38 @@ use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"gptqprd2";
 
+/// How the files' names begin.
+const PREFIX: &str = "predictions-";
+
+/// A file of stored predictions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StoredPredictions {
+    /// The file.
+    pub path: PathBuf,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// The predictions in a cache folder, sorted by name; none if there is no such folder.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn stored_predictions(dir: &Path) -> Result<Vec<StoredPredictions>> {
+    if !dir.exists() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
+        let entry = entry.map_err(Error::io("read", dir))?;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let bytes = entry.metadata().map_err(Error::io("read", entry.path()))?.len();
+            found.push(StoredPredictions { path: entry.path(), bytes });
+        }
+    }
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(found)
+}
+
 /// What predictions depend on.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Key {
@@ -43,7 +75,7 @@ impl Key {
 
     /// Where its file is or will be.
     pub(super) fn path(&self, dir: &Path) -> PathBuf {
-        dir.join(format!("predictions-{:032x}", xxh3_128(&self.json())))
+        dir.join(format!("{PREFIX}{:032x}", xxh3_128(&self.json())))
     }
 }
 

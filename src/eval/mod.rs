@@ -24,6 +24,7 @@ use crate::{
         statistics::{difference_of_exponentials, exponential_of_mean, mean, quantile},
     },
 };
+pub use cache::{StoredPredictions, stored_predictions};
 pub use describe::{bits_per_weight, describe};
 use divergence::{WindowScores, mean_nll, score};
 use reference::Reference;
@@ -59,7 +60,7 @@ pub fn evaluate(
     let begun = Instant::now();
     let _guard = tch::no_grad_guard();
     let seq_len = windows.seq_len();
-    check_seq_len(seq_len, reference.config().max_position_embeddings)?;
+    check_seq_len(seq_len, reference.config().longest_window(true))?;
     for candidate in candidates {
         comparable(reference, candidate.checkpoint)?;
     }

@@ -16,7 +16,6 @@ use crate::{
     plan::Plan,
     progress::Progress,
     report::{BranchReport, LinearReport, StageSeconds},
-    variant::Variant,
     verify,
 };
 
@@ -47,16 +46,19 @@ impl Branches {
             seconds: state.stage_seconds(),
         };
         for (i, &variant) in plan.variants.iter().enumerate() {
-            let shard_size = plan.max_shard_size;
+            let (branch, shard_size) = (plan.branch(&variant), plan.max_shard_size);
             let (writer, report) = match state.branches.get(i).cloned() {
                 Some(BranchState { report, tensors }) => {
+                    let passed = &passed_through;
                     let writer =
-                        BranchWriter::reopen(out, variant, config, &passed_through, shard_size, tensors)?;
+                        BranchWriter::reopen(out, &branch, variant, config, passed, shard_size, tensors)?;
                     (writer, report)
                 }
                 None => {
+                    let writer =
+                        BranchWriter::create(out, &branch, variant, config, &passed_through, shard_size)?;
                     let report = BranchReport {
-                        branch: variant.branch(),
+                        branch,
                         variant,
                         bytes: 0,
                         weight_bytes: 0,
@@ -67,7 +69,7 @@ impl Branches {
                         tensor_parallel: Vec::new(),
                         linears: Vec::new(),
                     };
-                    (BranchWriter::create(out, variant, config, &passed_through, shard_size)?, report)
+                    (writer, report)
                 }
             };
             branches.writers.push(writer);
@@ -128,15 +130,16 @@ pub(super) fn warnings(reports: &[BranchReport], as_they_came: &[String]) -> Vec
 }
 
 /// Checks branches that an earlier part of the run completed but did not move to their places.
-pub(super) fn check_sealed(out: &Path, variants: &[Variant]) -> Result<()> {
-    let partial = variants.iter().map(|variant| emit::places(out, variant)[1].clone());
+pub(super) fn check_sealed(out: &Path, plan: &Plan) -> Result<()> {
+    let branches = plan.variants.iter().map(|variant| plan.branch(variant));
+    let partial = branches.map(|branch| emit::places(out, &branch)[1].clone());
     partial.filter(|folder| folder.exists()).try_for_each(|folder| verify::written(&folder))
 }
 
 /// Moves sealed branches to their places, if they are not there already. Returns their complete reports.
 pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<BranchReport>> {
     for report in &mut reports {
-        report.bytes = emit::publish(out, &report.variant)?;
+        report.bytes = emit::publish(out, &report.branch)?;
         let written = Checkpoint::open(&out.join(&report.branch))?;
         report.weight_bytes = written.bytes_total();
         report.bits_per_weight = bits_per_weight(&written)?;

@@ -192,7 +192,7 @@ impl Shape<'_> {
         (self.activations() / window) as usize
     }
 
-    /// Output Hessians of all layers, on disk.
+    /// Output Hessians of all layers, on disk; twice as much while gradients are taken.
     pub(super) fn output_hessians(&self) -> u64 {
         let bytes = largest_layer_bytes(self.config) * self.config.num_layers() as u64;
         if self.gradient_windows == 0 { 0 } else { bytes }
@@ -202,6 +202,18 @@ impl Shape<'_> {
     pub(super) fn layer_operations(&self) -> f64 {
         let layers = self.config.layers.iter();
         layers.map(|layer| self.operations_of(layer)).sum::<f64>() / self.config.num_layers() as f64
+    }
+
+    /// Floating-point operations of taking gradients through all layers, in fp32.
+    pub(super) fn gradient_operations(&self) -> f64 {
+        let tokens = self.gradient_windows as f64 * self.seq_len as f64;
+        let weights = |layer: &LayerConfig| layer.linears.iter().map(LinearConfig::weights).sum::<usize>();
+        // Sums over blocks of outputs.
+        let sums = largest_layer_bytes(self.config) as f64 / FP32 as f64;
+        // Through a layer, again for the backward pass, and back.
+        let of =
+            |layer: &LayerConfig| 3.0 * 2.0 * tokens * weights(layer) as f64 + 2.0 * tokens * sums / 1024.0;
+        self.config.layers.iter().map(of).sum()
     }
 
     fn operations_of(&self, layer: &LayerConfig) -> f64 {
@@ -234,17 +246,7 @@ impl Shape<'_> {
             true => forward + variants * 2.0 * hessians + variants * 2.0 * solves,
         };
         let streams = if self.shared_hessian { 1.0 } else { variants };
-        // Through a layer, again for the backward pass, and back; and sums over blocks of outputs.
-        let gradients = match self.gradient_windows {
-            0 => 0.0,
-            windows => {
-                let tokens = windows as f64 * self.seq_len as f64;
-                let share = windows as f64 / self.windows as f64;
-                let sums = largest_layer_bytes(self.config) as f64 / FP32 as f64;
-                share * 3.0 * forward + 2.0 * tokens * sums / 1024.0
-            }
-        };
-        gradients + reference + streams * (forward + hessians + factors) + variants * solves
+        reference + streams * (forward + hessians + factors) + variants * solves
     }
 
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     calibration::Windows, checkpoint::Checkpoint, device, error::Result, machine::resident_memory,
-    model::kind_name, progress::Event, report::ComputeReport, units::duration,
+    model::kind_name, progress::Event, report::ComputeReport,
 };
 
 /// Solves the unfinished layers of `source`, which is the run's model, or that model equalized or rotated. After each layer the
@@ -34,15 +34,15 @@ pub(super) fn solve(
     let RunContext { progress, memory, .. } = context;
     let total = checkpoint.config().num_layers();
     if journal.layers() > 0 {
-        let text = format!("going on: {} of {total} layers are finished", journal.layers());
+        let text = format!("resuming: {} of {total} layers are finished", journal.layers());
         progress.event(&Event::Note(&text));
     }
     let mut branches = Branches::open(plan, source, checkpoint, place.out, journal.state())?;
-    let report_layer = |done: usize, seconds: f64| {
+    let report_layer = |done: usize, seconds: Option<f64>| {
         let memory = resident_memory().unwrap_or(0);
         progress.event(&Event::Layer { done, total, seconds, memory });
     };
-    report_layer(journal.layers(), 0.0);
+    report_layer(journal.layers(), None);
     if journal.layers() == total {
         return Ok(branches);
     }
@@ -52,10 +52,8 @@ pub(super) fn solve(
     let _guard = tch::no_grad_guard();
     let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
     let needs = Needs::of(plan, checkpoint, place, false)?;
-    let time = needs
-        .layer_seconds()?
-        .map_or_else(String::new, |s| format!("; time: roughly {} a layer", duration(s)));
-    progress.event(&Event::Note(&format!("{needs}{time}")));
+    let time = needs.time(total - journal.layers())?;
+    progress.event(&Event::Note(&format!("{needs}{}", time.map_or_else(String::new, |t| format!("; {t}")))));
     let kind = needs.kind;
     let accuracy = plan.accuracy(checkpoint.config());
     progress.event(&Event::Note(&format!("quality {}: {accuracy}", plan.quality)));
@@ -65,16 +63,22 @@ pub(super) fn solve(
     let spill = journal.folder().to_owned();
     let output_hessians = match accuracy.gradient_windows(plan.samples) {
         0 => None,
-        count => Some(OutputHessians::measure(
-            source,
-            devices[0],
-            GradientWindows { windows, count, at_once: needs.gradients_at_once },
-            journal.layers(),
-            plan.seed,
-            needs.limits,
-            &spill,
-            context,
-        )?),
+        count => {
+            let windows = GradientWindows { windows, count, at_once: needs.gradients_at_once };
+            let measured = OutputHessians::measure(
+                source,
+                devices[0],
+                windows,
+                plan.seed,
+                needs.limits,
+                journal,
+                context,
+            );
+            if journal.holds_work() {
+                folder.hold();
+            }
+            Some(measured?)
+        }
     };
     let task = Task {
         variants: &plan.variants,
@@ -117,7 +121,7 @@ pub(super) fn solve(
         };
         journal.commit(next, committed, branches.warnings().to_vec(), costs, &compute)?;
         folder.hold();
-        report_layer(layer + 1, layer_seconds);
+        report_layer(layer + 1, Some(layer_seconds));
     }
     Ok(branches)
 }

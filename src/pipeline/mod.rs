@@ -98,8 +98,8 @@ impl Finished {
 }
 
 /// Quantizes a model into all of the plan's variants, or resumes an interrupted run. Afterwards all branches are complete,
-/// or none is there: after an error the output folder holds what the same run resumes from, or nothing if no layer was
-/// finished.
+/// or none is there: after an error the output folder holds what the same run resumes from, or nothing if neither a
+/// layer was finished nor gradients were kept.
 ///
 /// # Errors
 /// When the model, the plan, memory or the disk do not fit, before the work where possible; when the work fails.
@@ -123,7 +123,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     let mut journal = Journal::open(place, identity, checkpoint.config().num_layers())?;
     if journal.layers() == 0 {
         folder.empty()?;
-    } else {
+    }
+    if journal.holds_work() {
         folder.hold();
     }
     let accuracy = plan.accuracy(checkpoint.config());
@@ -140,7 +141,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         accuracy,
     };
     if journal.state().sealed {
-        branches::check_sealed(place.out, &plan.variants)?;
+        branches::check_sealed(place.out, plan)?;
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory);
         let context = RunContext { progress, stop: run.stop, memory: &memory };
@@ -202,7 +203,7 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
     checkpoint.check()?;
     let config = checkpoint.config();
     plan.check_for(config)?;
-    check_seq_len(plan.seq_len, config.max_position_embeddings)?;
+    check_seq_len(plan.seq_len, config.longest_window(plan.allow_long_windows))?;
     if !place.is_free() {
         return Err(Error::OutputExists { path: place.out.into() });
     }

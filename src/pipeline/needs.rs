@@ -4,7 +4,13 @@ use std::{fmt, fs, path::Path};
 
 use tch::{Device, Kind};
 
-use super::{compute_kind, estimate::Shape, journal, memory::Limits, output_folder::Place};
+use super::{
+    compute_kind,
+    estimate::Shape,
+    journal::{self, Begun},
+    memory::Limits,
+    output_folder::Place,
+};
 use crate::{
     architectures::ModelConfig,
     checkpoint::Checkpoint,
@@ -16,10 +22,10 @@ use crate::{
     model::source_kind,
     plan::Plan,
     rotation::rotated_bytes,
-    units::bytes,
+    units::{bytes, duration},
 };
 
-/// Operations of a layer below which its time is not estimated.
+/// Operations of a run below which its time is not estimated: they take seconds.
 const WORTH_ESTIMATING: f64 = 1e12;
 /// Time of a layer over the time of its matrix products, measured on layers of Llama 2 7B's shape.
 const BESIDE_PRODUCTS: f64 = 1.3;
@@ -40,7 +46,9 @@ pub(super) struct Needs {
     elsewhere: u64,
     disk: DiskNeed,
     /// Floating-point operations of a layer.
-    operations: f64,
+    layer_operations: f64,
+    /// The same of the gradients that are still to be taken.
+    gradient_operations: f64,
 }
 
 impl Needs {
@@ -89,23 +97,52 @@ impl Needs {
         };
         fits_machine(available_memory(), on_host, &shape, device, base, plan)?;
         let rotated = if rotates { rotated_bytes(config) } else { 0 };
-        let spilled = spilled.saturating_add(shape.output_hessians()).saturating_add(rotated);
+        let begun = if place.restart { None } else { journal::begun(place) };
+        // Sums that are committed lie beside those that are being written.
+        let sets = match begun {
+            None => 2,
+            Some(begun) => u64::from(begun.windows < begun.total_windows),
+        };
+        let sums = shape.output_hessians().saturating_mul(sets);
+        let spilled = spilled.saturating_add(sums).saturating_add(rotated);
         let config = if accuracy.rotate { config.untied() } else { config.clone() };
-        let disk = DiskNeed::new(plan, checkpoint, &config, place, shape.hidden_states(), spilled)?;
+        let disk = DiskNeed::new(plan, checkpoint, &config, begun, shape.hidden_states(), spilled)?;
         disk.check(place)?;
         let memory = (own + need.working).saturating_add(held);
-        let operations = shape.layer_operations();
+        let taken = begun.map_or(0.0, |b| b.windows as f64 / b.total_windows.max(1) as f64);
+        let gradient_operations = (1.0 - taken) * shape.gradient_operations();
+        let layer_operations = shape.layer_operations();
         let gradients_at_once = shape.gradients_at_once();
-        Ok(Self { kind, limits, gradients_at_once, device, memory, elsewhere, disk, operations })
+        Ok(Self {
+            kind,
+            limits,
+            gradients_at_once,
+            device,
+            memory,
+            elsewhere,
+            disk,
+            layer_operations,
+            gradient_operations,
+        })
     }
 
-    /// Seconds that a layer will take, roughly: its products at the speed that one product has here. None where it is too
-    /// little to be worth measuring, and on devices other than the CPU.
-    pub(super) fn layer_seconds(&self) -> Result<Option<f64>> {
-        if self.device != Device::Cpu || self.operations < WORTH_ESTIMATING {
+    /// The time that gradients and so many `layers` will take, in words: their products at the speed that one product has here.
+    /// None where it is too little to be worth measuring, and on devices other than the CPU.
+    pub(super) fn time(&self, layers: usize) -> Result<Option<String>> {
+        let operations = layers as f64 * self.layer_operations + self.gradient_operations;
+        if self.device != Device::Cpu || operations < WORTH_ESTIMATING {
             return Ok(None);
         }
-        Ok(Some(BESIDE_PRODUCTS * self.operations / product_speed(self.kind)?))
+        let layer = BESIDE_PRODUCTS * self.layer_operations / product_speed(self.kind)?;
+        let all = duration(layers as f64 * layer);
+        let gradients = match self.gradient_operations > 0.0 {
+            true => {
+                let seconds = BESIDE_PRODUCTS * self.gradient_operations / product_speed(Kind::Float)?;
+                format!("{} for gradients and ", duration(seconds))
+            }
+            false => String::new(),
+        };
+        Ok(Some(format!("time: roughly {gradients}{all} for {layers} layers, {} each", duration(layer))))
     }
 }
 
@@ -168,11 +205,12 @@ impl DiskNeed {
         plan: &Plan,
         checkpoint: &Checkpoint,
         config: &ModelConfig,
-        place: &Place<'_>,
+        begun: Option<Begun>,
         states: u64,
         spilled: u64,
     ) -> Result<Self> {
-        let begun = if place.restart { None } else { journal::begun(place) };
+        // Before the first layer is finished, neither branches nor hidden states are kept.
+        let begun = begun.filter(|begun| begun.layers > 0);
         let mut branches = 0;
         // Branches that were begun have their space on the disk already.
         for variant in plan.variants.iter().filter(|_| begun.is_none()) {

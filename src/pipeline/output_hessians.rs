@@ -1,10 +1,11 @@
 //! Output Hessians of all linears, from gradients of the unquantized model, before any layer is quantized.
 
-use std::{ops::Range, path::Path, sync::Arc};
+use std::{ops::Range, sync::Arc, time::Instant};
 
 use tch::{Device, Kind, Tensor};
 
 use super::{
+    journal::Journal,
     memory::{ActivationStore, Limits, MemoryBudget},
     stream::Stream,
     window_file::WindowFile,
@@ -18,14 +19,19 @@ use crate::{
     gptq::{OutputHessian, output_blocks, solver::OutputFactor},
     model::{Compute, Runner},
     progress::Event,
+    units::duration,
 };
 
 /// Damping of output Hessians, as a fraction of their mean diagonal.
 const DAMP: f64 = 0.05;
 /// Tokens that go through a layer and back together.
 pub(super) const BATCH_TOKENS: usize = 1024;
+/// Seconds of work between two commits to the journal, at least.
+const SECONDS_BETWEEN_COMMITS: f64 = 30.0;
+/// The same, over the seconds that a commit takes.
+const WORK_PER_COMMIT: f64 = 20.0;
 
-/// The output Hessians of all layers, in a file that is gone with the program.
+/// The output Hessians of all layers, in a file of the journal.
 pub(super) struct OutputHessians {
     /// A layer in the place of each window.
     file: WindowFile,
@@ -37,7 +43,7 @@ pub(super) struct GradientWindows<'a> {
     pub(super) windows: &'a Windows,
     /// How many of them, from the first on.
     pub(super) count: usize,
-    /// About how many go through all layers and back together. The results do not depend on it: sums are continued.
+    /// At most about how many go through all layers and back together. The results do not depend on it: sums are continued.
     pub(super) at_once: usize,
 }
 
@@ -59,38 +65,56 @@ pub(super) fn largest_layer_bytes(config: &ModelConfig) -> u64 {
 }
 
 impl OutputHessians {
-    /// Takes gradients on some `windows`, for the layers from `first` on. `seed` draws the tokens that are predicted.
+    /// Takes gradients on some `windows`, except on those whose gradients `journal` holds. The sums are committed to it from time to
+    /// time, always between whole batches, so that neither these times nor an interruption change a byte. `seed` draws the tokens
+    /// that are predicted.
     pub(super) fn measure(
         checkpoint: &Checkpoint,
         device: Device,
         windows: GradientWindows<'_>,
-        first: usize,
         seed: u64,
         limits: Limits,
-        folder: &Path,
+        journal: &mut Journal,
         context: RunContext<'_>,
     ) -> Result<Self> {
         let config = checkpoint.config();
         let GradientWindows { windows, count, at_once } = windows;
         let (seq_len, layers) = (windows.seq_len(), config.num_layers());
+        let (mut sums, mut done) = journal.gradients()?.map_or((None, 0), |(file, done)| (Some(file), done));
+        if done > 0 {
+            let text = format!("resuming: gradients of {done} of {count} windows are kept");
+            context.progress.event(&Event::Note(&text));
+        }
         let memory = MemoryBudget::new(limits.in_memory);
-        let store = ActivationStore::new(device, Kind::Float, limits.on_device, &memory, folder)?;
+        let store = ActivationStore::new(device, Kind::Float, limits.on_device, &memory, journal.folder())?;
         let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
         let per_batch = (BATCH_TOKENS / seq_len).max(1);
-        let file = WindowFile::scratch(folder, layers, largest_layer_bytes(config) as usize)?;
-        let task = Gradients { checkpoint, runner, windows, per_batch, first, seed, store, file, context };
-        let steps = count.div_ceil(per_batch) * (1 + layers + (layers - first));
+        let task = Gradients { checkpoint, runner, windows, per_batch, seed, store, context };
+        let steps = (count - done).div_ceil(per_batch) * (1 + 2 * layers);
         context.progress.begin("gradients", steps as u64);
-        let part = (at_once.min(count) / per_batch).max(1) * per_batch;
-        for start in (0..count).step_by(part) {
-            let part = start..count.min(start + part);
+        // The first part is small, to measure the time of a batch and of a commit.
+        let mut batches = 1;
+        while done < count {
+            let begun = Instant::now();
+            let part = done..count.min(done + batches.min((at_once / per_batch).max(1)) * per_batch);
             let mut states = task.forward(&part)?;
             let last = states.pop().expect("the last layer has outputs");
             let gradients = task.at_the_end(last)?;
-            task.back(&part, states, gradients, part.end == count)?;
+            let next = journal.next_gradients(part.end, layers, largest_layer_bytes(config) as usize)?;
+            task.back(&part, states, gradients, Sums { before: sums.as_ref(), next: &next, count })?;
+            let work = begun.elapsed().as_secs_f64();
+            journal.commit_gradients(&next, part.end, count)?;
+            let commit = begun.elapsed().as_secs_f64() - work + next.seconds();
+            batches = batches_between_commits(part.len().div_ceil(per_batch), work, commit);
+            let rest = match (count - part.end) as f64 / part.len() as f64 * begun.elapsed().as_secs_f64() {
+                rest if rest < 60.0 => String::new(),
+                rest => format!(", about {} more", duration(rest)),
+            };
+            let text = format!("gradients: {} of {count} windows{rest}", part.end);
+            context.progress.event(&Event::Note(&text));
+            (sums, done) = (Some(next), part.end);
         }
-        context.progress.event(&Event::Note(&format!("gradients on {count} windows: done")));
-        Ok(Self { file: task.file })
+        Ok(Self { file: sums.expect("gradients are taken on at least one window") })
     }
 
     /// The output Hessians of a layer's linears, on the CPU.
@@ -108,23 +132,35 @@ impl OutputHessians {
     }
 }
 
+/// Batches of the next part, where a part of so many `batches` took `work` seconds and its commit `commit` seconds.
+fn batches_between_commits(batches: usize, work: f64, commit: f64) -> usize {
+    let between = SECONDS_BETWEEN_COMMITS.max(WORK_PER_COMMIT * commit);
+    ((batches as f64 * between / work) as usize).max(1)
+}
+
 /// Gradients that are being taken.
 struct Gradients<'a> {
     checkpoint: &'a Checkpoint,
     runner: Runner<'a>,
     windows: &'a Windows,
     per_batch: usize,
-    /// The first layer whose linears' gradients are taken.
-    first: usize,
     seed: u64,
     store: Arc<ActivationStore>,
-    /// Sums over the windows that are done, layer by layer; in the end means.
-    file: WindowFile,
     context: RunContext<'a>,
 }
 
+/// The files of a part's sums.
+#[derive(Clone, Copy)]
+struct Sums<'a> {
+    /// Over the windows of the parts before; `None` for the first part.
+    before: Option<&'a WindowFile>,
+    /// With the part's windows; means once these are `count`.
+    next: &'a WindowFile,
+    count: usize,
+}
+
 impl Gradients<'_> {
-    /// The inputs of each layer, and the outputs of the last; inputs of layers before `first` are dropped.
+    /// The inputs of each layer, and the outputs of the last.
     fn forward(&self, part: &Range<usize>) -> Result<Vec<Stream>> {
         let (seq_len, transformer) = (self.windows.seq_len(), self.runner.transformer());
         let mut embedded = self.stream(part);
@@ -142,9 +178,6 @@ impl Gradients<'_> {
                 self.step()?;
             }
             self.checkpoint.release_layer(layer);
-            if layer < self.first {
-                states[layer] = self.stream(part);
-            }
             states.push(next);
         }
         Ok(states)
@@ -166,20 +199,21 @@ impl Gradients<'_> {
         Ok(gradients)
     }
 
-    /// Takes gradients back through the layers and adds their outer products to the sums; after the `last` part these become means.
+    /// Takes gradients back through the layers and adds their outer products to the sums; after the last part these become means.
     fn back(
         &self,
         part: &Range<usize>,
         mut states: Vec<Stream>,
         mut gradients: Stream,
-        last: bool,
+        files: Sums<'_>,
     ) -> Result<()> {
         let config = self.checkpoint.config();
-        for layer in (self.first..self.layers()).rev() {
+        let Sums { before, next, count } = files;
+        for layer in (0..self.layers()).rev() {
             let packed = self.runner.packed_layer(layer)?;
             let ready = self.runner.layer(layer, &packed)?;
             let mut states = states.pop().expect("every layer has inputs");
-            let mut sums = self.sums(layer, part.start)?;
+            let mut sums = self.sums(layer, before, part.start)?;
             for i in 0..gradients.len() {
                 let back =
                     self.runner.transformer().layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
@@ -189,9 +223,9 @@ impl Gradients<'_> {
                 gradients.put(i, back.hidden)?;
                 self.step()?;
             }
-            let mut bytes = Vec::with_capacity(self.file.window_bytes());
+            let mut bytes = Vec::with_capacity(next.window_bytes());
             for (position, sum) in sums.into_iter().enumerate() {
-                let blocks = match last {
+                let blocks = match part.end == count {
                     true => sum.finish(&config.linear_id(layer, position).to_string())?,
                     false => sum.into_sums(),
                 };
@@ -200,23 +234,23 @@ impl Gradients<'_> {
                 }
             }
             // Layers may differ in size.
-            bytes.resize(self.file.window_bytes(), 0);
-            self.file.write(layer, &bytes)?;
+            bytes.resize(next.window_bytes(), 0);
+            next.write(layer, &bytes)?;
             self.checkpoint.release_layer(layer);
         }
         Ok(())
     }
 
-    /// Sums over the `done` windows in front, of the outputs of each linear.
-    fn sums(&self, layer: usize, done: usize) -> Result<Vec<OutputHessian>> {
+    /// Sums over the `done` windows in front, of the outputs of each linear: those in the file, or zeros.
+    fn sums(&self, layer: usize, file: Option<&WindowFile>, done: usize) -> Result<Vec<OutputHessian>> {
         let (config, device) = (self.checkpoint.config(), self.store.device);
-        if done == 0 {
+        let Some(file) = file else {
             let linears = config.layers[layer].linears.iter();
             return linears.map(|linear| OutputHessian::new(linear.shape[0], device)).collect();
-        }
+        };
         let tokens = (done * self.windows.seq_len()) as u64;
         let of = |blocks| OutputHessian::from_sums(blocks, tokens, device);
-        read_blocks(&self.file, config, layer)?.into_iter().map(of).collect()
+        read_blocks(file, config, layer)?.into_iter().map(of).collect()
     }
 
     fn stream(&self, part: &Range<usize>) -> Stream {
@@ -265,4 +299,17 @@ fn uniform(seed: u64, tokens: Range<usize>) -> Vec<f32> {
         ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32
     };
     tokens.map(draw).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commits_take_at_most_a_twentieth_of_the_time() {
+        // A batch takes 2 s, of a part of 5; a commit less than what is lost at most, or more.
+        assert_eq!(batches_between_commits(5, 10.0, 0.1), 15);
+        assert_eq!(batches_between_commits(5, 10.0, 6.0), 60);
+        assert_eq!(batches_between_commits(1, 1000.0, 1.0), 1);
+    }
 }

@@ -2,13 +2,18 @@
 
 use std::{
     path::Path,
-    sync::{Mutex, atomic::AtomicBool},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use tch::{Device, Kind};
 
 use super::{
+    journal::{Identity, Journal},
     memory::Limits,
+    output_folder::Place,
     output_hessians::{GradientWindows, OutputHessians},
     stage_memory::MemoryWatch,
     worker::RunContext,
@@ -19,10 +24,10 @@ use crate::{
     architectures::LinearId,
     calibration::{Tokens, Windows},
     checkpoint::Checkpoint,
-    error::Result,
+    error::{Error, Result},
     gptq::solver::Solved,
     plan::{OnFailure, Plan},
-    progress::Silent,
+    progress::{Event, Progress, Silent},
     report::{LinearReport, StageMemory},
     variant::Variant,
 };
@@ -109,28 +114,73 @@ fn batches_and_devices_solve_the_same() {
     }
 }
 
-#[test]
-fn gradients_are_the_same_whatever_number_of_windows_goes_at_once() {
+/// Asks a run to stop when gradients of some windows are kept.
+struct StopAfterGradients<'a>(&'a AtomicBool);
+
+impl Progress for StopAfterGradients<'_> {
+    fn begin(&self, _phase: &str, _total: u64) {}
+
+    fn advance(&self, _steps: u64) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let kept = matches!(event, Event::Note(text) if text.starts_with("gradients: "));
+        self.0.fetch_or(kept, Ordering::Relaxed);
+    }
+}
+
+/// Gradients on the first `count` of 150 windows, with a journal in `folder`; with `interrupt`, ended when some are kept.
+fn gradients(folder: &Path, count: usize, at_once: usize, interrupt: bool) -> Result<Vec<Vec<f32>>> {
     let checkpoint = model("llama3-gqa-rope");
     let config = checkpoint.config();
     // 64 of them make a batch, and parts are whole batches.
-    let (windows, first) = (windows(150), 1);
+    let windows = windows(150);
+    let windows = GradientWindows { windows: &windows, count, at_once };
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
-    let context = RunContext { progress: &Silent, stop: &stop, memory: &memory };
-    let folder = tempfile::tempdir().unwrap();
-    let bytes = |count: usize, at_once: usize| {
-        let _guard = tch::no_grad_guard();
-        let windows = GradientWindows { windows: &windows, count, at_once };
-        let (device, folder) = (Device::Cpu, folder.path());
-        let measured =
-            OutputHessians::measure(&checkpoint, device, windows, first, 7, limits(1024), folder, context);
-        let blocks = measured.unwrap().blocks(config, first).unwrap().into_iter().flatten();
-        blocks.map(|block| Vec::<f32>::try_from(block.flatten(0, -1)).unwrap()).collect::<Vec<_>>()
+    let stopping = StopAfterGradients(&stop);
+    let progress: &dyn Progress = if interrupt { &stopping } else { &Silent };
+    let context = RunContext { progress, stop: &stop, memory: &memory };
+    let mut journal = Journal::open(&Place::new(folder), Identity::default(), config.num_layers())?;
+    let _guard = tch::no_grad_guard();
+    let (device, limits) = (Device::Cpu, limits(1024));
+    let measured = OutputHessians::measure(&checkpoint, device, windows, 7, limits, &mut journal, context)?;
+    let layers = (0..config.num_layers()).map(|layer| measured.blocks(config, layer));
+    let blocks = layers.collect::<Result<Vec<_>>>()?.into_iter().flatten().flatten();
+    Ok(blocks.map(|block| Vec::<f32>::try_from(block.flatten(0, -1)).unwrap()).collect())
+}
+
+#[test]
+fn gradients_are_the_same_whatever_number_of_windows_goes_at_once() {
+    let taken = |count: usize, at_once: usize| {
+        gradients(tempfile::tempdir().unwrap().path(), count, at_once, false).unwrap()
     };
-    let whole = bytes(150, usize::MAX);
+    let whole = taken(150, usize::MAX);
     assert!(whole.iter().flatten().any(|&value| value > 0.0));
     for at_once in [1, 64, 100, 149, 150] {
-        assert!(bytes(150, at_once) == whole, "{at_once}");
+        assert!(taken(150, at_once) == whole, "{at_once}");
     }
-    assert!(bytes(64, 1) != whole);
+    assert!(taken(64, 1) != whole);
+}
+
+#[test]
+fn interrupted_gradients_resume_to_the_same_bytes() {
+    let whole = gradients(tempfile::tempdir().unwrap().path(), 150, usize::MAX, false).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let kept = || super::begun(&Place::new(folder.path())).unwrap();
+    // Each part ends with a commit, behind which the run stops.
+    for windows in [64, 128] {
+        let ended = gradients(folder.path(), 150, 1, true);
+        assert!(matches!(ended, Err(Error::Interrupted)), "{windows} windows");
+        assert_eq!((kept().layers, kept().windows, kept().total_windows), (0, windows, 150));
+    }
+    assert!(gradients(folder.path(), 150, 1, false).unwrap() == whole);
+    assert_eq!(kept().windows, 150);
+    // Nothing is left to be taken.
+    assert!(gradients(folder.path(), 150, 1, true).unwrap() == whole);
+
+    let journal = Place::new(folder.path()).journal().unwrap();
+    let path = journal.join("gradients-150");
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[5] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert!(matches!(gradients(folder.path(), 150, 1, false), Err(Error::Journal(_))));
 }

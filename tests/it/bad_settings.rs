@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use serde_json::json;
 
 use crate::{
-    helpers::{Lab, Output, demo, text_of, write_json},
+    helpers::{Lab, Output, demo, read_json, text_of, write_json},
     tiny_model::Model,
 };
 
@@ -75,8 +75,31 @@ fn values_that_make_no_sense() {
     refused(
         &lab,
         &["--seq-len", "129", "--variant", "4bit-32g"],
-        "error: sequence length 129 is above the model's max_position_embeddings 128\nhint: use --seq-len 128 or less",
+        "error: sequence length 129 is above the model's max_position_embeddings 128\nhint: use --seq-len 128 or less; with --allow-long-windows, a model whose rotary embedding is scaled takes more",
     );
+}
+
+#[test]
+fn long_windows_need_a_scaled_rotary_embedding_and_a_word() {
+    let lab = Lab::new();
+    let text = text_of(&demo("evaluation.parquet"));
+    let long = ["--seq-len", "160", "--variant", "4bit-32g"];
+    let allowed = [&long[..], &["--allow-long-windows", "--eval", &text, "--eval-windows", "2"]].concat();
+    let error = "error: sequence length 160 is above the model's max_position_embeddings 128";
+    assert!(lab.quantize(&allowed).stderr.starts_with(error));
+
+    let path = lab.model().join("config.json");
+    let mut config = read_json(&path);
+    config["rope_scaling"] = json!({"type": "linear", "factor": 2.0});
+    write_json(&path, &config);
+    assert!(lab.quantize(&long).stderr.starts_with(error));
+    lab.quantize(&allowed).succeeds();
+    let report = read_json(&lab.out().join("run.json"));
+    assert_eq!(
+        (&report["plan"]["allow-long-windows"], &report["plan"]["seq-len"]),
+        (&true.into(), &160.into())
+    );
+    assert_eq!(report["evaluations"][0]["seq_len"], 160);
 }
 
 #[test]

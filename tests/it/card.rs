@@ -158,6 +158,19 @@ fn what_was_not_measured_is_not_claimed() {
 }
 
 #[test]
+fn licence_and_languages_can_be_given() {
+    let lab = run(&[]);
+    let of_source = card(&lab, &[]);
+    assert!(of_source.contains("license: other\nlicense_name: llama2\n"), "{of_source}");
+    let given = card(&lab, &["--license", "apache-2.0", "--language", "de", "--language", "fr"]);
+    assert!(given.contains("\nlicense: apache-2.0\nlanguage:\n- de\n- fr\n"), "{given}");
+    assert!(!given.contains("llama2"), "{given}");
+    fs::remove_file(lab.out().join("source-card.md")).unwrap();
+    let alone = card(&lab, &["--license", "mit", "--language", "en"]);
+    assert!(alone.contains("\nlicense: mit\nlanguage:\n- en\n"), "{alone}");
+}
+
+#[test]
 fn chat_templates_and_git_addresses() {
     let lab = run(&[]);
     let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}";

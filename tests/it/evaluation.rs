@@ -30,6 +30,27 @@ fn figures(output: Output) -> Value {
 }
 
 #[test]
+fn stored_predictions_are_listed_and_cleared() {
+    let lab = Lab::with_branch("4bit-32g");
+    let none = lab.run(&["cache", "list"]).succeeds();
+    assert_eq!(none.stdout, "0 B in 0 files of `[LAB]/cache/gptq`\n");
+    eval(&lab, &["--no-save"]).succeeds();
+    let cache = lab.path("cache/gptq");
+    fs::write(cache.join("notes.txt"), "mine").unwrap();
+    let listed = lab.run(&["cache", "list"]).succeeds().stdout;
+    assert!(
+        listed.contains("kB  [LAB]/cache/gptq/predictions-") && listed.contains(" in 1 files of "),
+        "{listed}"
+    );
+    let json = lab.run(&["cache", "list", "--json"]).json();
+    let size = cache.join(&entries(&cache)[1]).metadata().unwrap().len();
+    assert_eq!(json[0]["bytes"], size);
+    let cleared = lab.run(&["cache", "clear", "--cache-dir", &text_of(&cache)]).succeeds().stdout;
+    assert!(cleared.ends_with("in 1 files of `[LAB]/cache/gptq` removed\n"), "{cleared}");
+    assert_eq!(entries(&cache), ["notes.txt"]);
+}
+
+#[test]
 fn predictions_are_kept_and_figures_are_the_same() {
     let lab = Lab::with_branch("4bit-32g");
     let first = eval(&lab, &["--json", "--no-save"]);

@@ -51,6 +51,15 @@ fn a_seed_decides_and_the_text_is_streamed_after_the_prompt() {
     assert!(plain.stderr.contains("tokens/s"), "{}", plain.stderr);
 }
 
+#[test]
+fn a_prompt_is_read_from_standard_input() {
+    let lab = Lab::empty();
+    let model = text_of(&demo(""));
+    let flags = ["--prompt", "-", "--max-tokens", "12"];
+    let piped = lab.run_with_input(PROMPT, &[&["generate", &model], &flags[..]].concat()).succeeds();
+    assert_eq!(piped.stdout, generate(&lab, &model, &[]).succeeds().stdout);
+}
+
 /// The demo model in a folder of its own.
 fn own_demo(lab: &Lab) -> String {
     let model = lab.path("demo");

@@ -155,6 +155,12 @@ impl Lab {
         self.run_with(&[], args)
     }
 
+    /// The same with a text on standard input.
+    pub(crate) fn run_with_input<S: AsRef<OsStr>>(&self, input: &str, args: &[S]) -> Output {
+        let input = fs::File::open(self.write("input", input)).unwrap();
+        self.read(&self.command(&[]).args(args).stdin(input).output().unwrap())
+    }
+
     /// The same with variables set.
     pub(crate) fn run_with<S: AsRef<OsStr>>(&self, variables: &[(&str, &str)], args: &[S]) -> Output {
         self.read(&self.command(variables).args(args).output().unwrap())

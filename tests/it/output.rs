@@ -61,6 +61,21 @@ fn a_run_ends_with_its_tables() {
 }
 
 #[test]
+fn quiet_runs_print_no_warnings_and_no_tables_of_readers() {
+    let lab = Lab::new();
+    // One window has fewer tokens than the widest linear has inputs.
+    let few = ["--variant", "4bit-32g", "--samples", "1"];
+    let loud = lab.quantize(&[&few[..], &["--out", &text_of(&lab.path("loud"))]].concat()).succeeds();
+    assert!(loud.stderr.contains("warning: 64 calibration tokens"), "{}", loud.stderr);
+    let quiet = lab.quantize(&[&few[..], &["-q"]].concat()).succeeds();
+    assert_eq!((quiet.stderr.as_str(), quiet.estimate.as_str()), ("", ""));
+    let readers = |flags: &[&str]| lab.verify(&lab.branch(), flags).succeeds().stdout;
+    assert!(readers(&[]).contains("llama.cpp's converter"));
+    let short = readers(&["-q"]);
+    assert!(short.lines().last().unwrap().starts_with("ok: ") && !short.contains("llama.cpp"), "{short}");
+}
+
+#[test]
 fn inspect_says_what_a_folder_holds() {
     let lab = Lab::with_branch("4bit-32g-act");
     let quantized = lab.run(&["inspect", &text_of(&lab.branch())]).succeeds();

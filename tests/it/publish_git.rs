@@ -58,6 +58,46 @@ fn git_command(lab: &Lab) -> Command {
     command
 }
 
+#[test]
+fn any_variant_can_be_main_and_a_run_without_one_is_warned_of() {
+    let lab = Lab::with(&Model { hidden: 128, ..Model::default() });
+    let remote = lab.path("remote.git");
+    git(&lab, &["init", "--quiet", "--bare", "--initial-branch=main", &text_of(&remote)]);
+    let variants = ["--variant", "4bit-128g", "--variant", "4bit-32g-act"];
+    lab.quantize(&[&variants[..], &["--main", "4bit-32g-act"]].concat()).succeeds();
+    assert_eq!(entries(&lab.out()), ["gptq-4bit-128g-actorder_False", "main", "run.json"]);
+    assert_eq!(read_json(&lab.out().join("main/config.json"))["quantization_config"]["group_size"], 32);
+    let published = publish(&lab, &remote, &["--dry-run"]).succeeds();
+    assert!(!published.stderr.contains("has no branch `main`"), "{}", published.stderr);
+
+    let without = text_of(&lab.path("without"));
+    lab.quantize(&["--variant", "4bit-32g", "--out", &without]).succeeds();
+    let to = format!("git:{}", remote.display());
+    let published = lab.run(&["publish", &without, "--to", &to, "--dry-run"]).succeeds();
+    assert!(published.stderr.contains("warning: the run has no branch `main`"), "{}", published.stderr);
+
+    let none = lab.quantize(&["--variant", "4bit-32g", "--main", "8bit-128g", "--out", "none"]);
+    let expected = "error: main: expected one of the variants 4bit-32g, found `8bit-128g`";
+    assert!(none.stderr.starts_with(expected), "{}", none.stderr);
+}
+
+#[test]
+fn the_folder_of_a_run_stands_for_its_branches() {
+    let (lab, _) = small_run();
+    let out = text_of(&lab.out());
+    let names = ["main", ACT];
+    for command in ["verify", "inspect"] {
+        let json = lab.run(&[command, &out, "--json"]).json();
+        assert_eq!(json.as_object().unwrap().len(), 2, "{json}");
+        assert!(names.iter().all(|name| json.get(name).is_some()), "{json}");
+        let text = lab.run(&[command, &out]).succeeds().stdout;
+        assert!(names.iter().all(|name| text.lines().any(|line| line == *name)), "{text}");
+    }
+    let measured = lab.eval(&[&lab.out()]);
+    let models = measured["models"].as_array().unwrap().iter().map(|model| model["name"].as_str().unwrap());
+    assert_eq!(models.collect::<Vec<_>>(), names);
+}
+
 /// Runs a card's command in a folder of its own, and gives the folder that it names.
 #[track_caller]
 fn by_the_card(lab: &Lab, command: &str, inside: &str) -> PathBuf {

@@ -1,5 +1,6 @@
 //! What an interrupted run resumes from: which layers are finished, what their branches hold, and the hidden states behind
-//! them. Committed after every layer, in an order in which no file that is referred to is ever missing.
+//! them; before the first layer, the output Hessians as far as their gradients are taken. Committed after every layer, in an order in
+//! which no file that is referred to is ever missing.
 
 mod identity;
 mod state;
@@ -16,7 +17,7 @@ use tch::Kind;
 
 pub(super) use identity::Identity;
 pub(super) use state::{BranchState, State};
-use state::{HiddenFile, HiddenFiles};
+use state::{CheckedFile, GradientSums, HiddenFiles};
 
 use super::{
     output_folder::{JOURNAL_FOLDER, Place},
@@ -33,7 +34,7 @@ use crate::{
 /// Locked by a run, so that no second run uses the same output folder.
 const LOCK_FILE: &str = "lock";
 
-/// The journal of a run. Its folder is removed if this is dropped before the first layer is finished.
+/// The journal of a run. Its folder is removed if this is dropped before anything is committed.
 pub(super) struct Journal {
     folder: PathBuf,
     lock: Option<File>,
@@ -45,12 +46,16 @@ pub(super) struct Journal {
 }
 
 /// How far an interrupted run is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Begun {
     /// Layers finished.
     pub layers: usize,
     /// Layers of the model.
     pub total_layers: usize,
+    /// Calibration windows whose gradients are summed; 0 if the run takes none.
+    pub windows: usize,
+    /// Of how many.
+    pub total_windows: usize,
 }
 
 /// Time and memory of a layer, and of all phases so far.
@@ -86,7 +91,7 @@ impl Journal {
         let lock = lock(&folder, place.out)?;
         let begun = if place.restart { None } else { State::read(&folder)? };
         let state = match begun {
-            Some(state) if state.layers > 0 => {
+            Some(state) if state.holds_work() => {
                 let differences = state.identity.differences(&identity);
                 if !differences.is_empty() {
                     return Err(Error::Journal(JournalError::Differs {
@@ -98,7 +103,7 @@ impl Journal {
                 }
                 state
             }
-            // No finished layer is lost. The state file is replaced, never removed: without it, unfinished branches are refused.
+            // No work is lost. The state file is replaced, never removed: without it, unfinished branches are refused.
             _ => {
                 let state = State { identity, total_layers, ..State::default() };
                 state.write(&folder)?;
@@ -135,13 +140,55 @@ impl Journal {
         let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
         let kind = kinds.into_iter().find(|&kind| kind_name(kind) == dtype);
         let kind = kind.ok_or_else(|| self.broken(format!("hidden states in `{dtype}`")))?;
-        let open = |file: &HiddenFile| {
-            let sums = file.checksums.iter().map(|sum| u128::from_str_radix(sum, 16));
-            let sums = sums.collect::<std::result::Result<Vec<_>, _>>();
-            let sums = sums.map_err(|_| self.broken(format!("a checksum of `{}`", file.name)))?;
-            WindowFile::open(self.folder.join(&file.name), &sums, *window_bytes).map(Arc::new)
-        };
+        let open = |file: &CheckedFile| file.open(&self.folder, *window_bytes).map(Arc::new);
         Ok(Some(Kept { files: files.iter().map(open).collect::<Result<_>>()?, kind }))
+    }
+
+    /// The output Hessians so far: a file with a layer in the place of each window, and the number of calibration windows that
+    /// are in the sums.
+    ///
+    /// # Errors
+    /// When they are not what was written.
+    pub(super) fn gradients(&self) -> Result<Option<(WindowFile, usize)>> {
+        let Some(sums) = &self.state.gradients else { return Ok(None) };
+        Ok(Some((sums.file.open(&self.folder, sums.layer_bytes)?, sums.windows)))
+    }
+
+    /// A new file for the output Hessians of all `layers`, with the gradients of so many `windows`.
+    pub(super) fn next_gradients(
+        &self,
+        windows: usize,
+        layers: usize,
+        layer_bytes: usize,
+    ) -> Result<WindowFile> {
+        WindowFile::create(self.folder.join(format!("gradients-{windows}")), layers, layer_bytes)
+    }
+
+    /// Commits output Hessians with the gradients of `windows` of `total_windows`; they replace those committed before.
+    ///
+    /// # Errors
+    /// When the disk is full or fails. The journal then is as it was before.
+    pub(super) fn commit_gradients(
+        &mut self,
+        file: &WindowFile,
+        windows: usize,
+        total_windows: usize,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let layer_bytes = file.window_bytes();
+        let sums = GradientSums { windows, total_windows, layer_bytes, file: CheckedFile::of(file)? };
+        let mut state = State { gradients: Some(sums), ..self.state.clone() };
+        state.seconds = self.seconds();
+        state.journal_seconds += file.seconds() + begun.elapsed().as_secs_f64();
+        state.peak_memory_bytes = peak_memory().max(state.peak_memory_bytes);
+        state.write(&self.folder)?;
+        self.state = state;
+        self.remove_others()
+    }
+
+    /// Whether a run was resumed from it, or something has been committed since.
+    pub(super) fn holds_work(&self) -> bool {
+        self.state.holds_work()
     }
 
     /// Seconds that the run has taken so far.
@@ -239,8 +286,9 @@ impl Journal {
     /// Removes files that the state does not refer to: older hidden states, and the unfinished files of a killed run.
     fn remove_others(&self) -> Result<()> {
         let files = self.state.hidden.iter().flat_map(|hidden| &hidden.files);
+        let sums = self.state.gradients.iter().map(|sums| &sums.file);
         let known: Vec<&str> =
-            files.map(|file| file.name.as_str()).chain([state::STATE_FILE, LOCK_FILE]).collect();
+            files.chain(sums).map(|file| file.name.as_str()).chain([state::STATE_FILE, LOCK_FILE]).collect();
         for entry in fs::read_dir(&self.folder).map_err(Error::io("read", &self.folder))? {
             let entry = entry.map_err(Error::io("read", &self.folder))?;
             if !known.iter().any(|name| entry.file_name() == *name) {
@@ -255,9 +303,12 @@ impl Journal {
 
 impl Drop for Journal {
     fn drop(&mut self) {
-        if self.lock.is_some() && self.state.layers == 0 {
+        if self.lock.is_some() {
             // A failure to clean up must not hide the error that led here; the next run does it.
-            let _ = self.discard();
+            let _ = match self.state.holds_work() {
+                true => self.remove_others().is_ok(),
+                false => self.discard().is_ok(),
+            };
         }
     }
 }
@@ -288,14 +339,7 @@ impl NextStates {
         for thread in self.syncing.drain(..) {
             thread.join().expect("syncing does not panic")?;
         }
-        let files = self.files.iter().map(|file| {
-            file.sync()?;
-            let name = file.path().file_name().expect("it was made with a name");
-            Ok(HiddenFile {
-                name: name.to_string_lossy().into_owned(),
-                checksums: file.checksums()?.iter().map(|sum| format!("{sum:032x}")).collect(),
-            })
-        });
+        let files = self.files.iter().map(|file| CheckedFile::of(file));
         Ok(HiddenFiles {
             dtype: kind_name(self.kind).into(),
             window_bytes: self.files.first().map_or(0, |file| file.window_bytes()),
@@ -320,7 +364,13 @@ impl Drop for NextStates {
 /// How far the interrupted run in `place` is; `None` if there is no run to resume.
 pub fn begun(place: &Place<'_>) -> Option<Begun> {
     let state = State::read(&place.journal().ok()?).ok()??;
-    (state.layers > 0).then_some(Begun { layers: state.layers, total_layers: state.total_layers })
+    let sums = state.gradients.as_ref();
+    state.holds_work().then_some(Begun {
+        layers: state.layers,
+        total_layers: state.total_layers,
+        windows: sums.map_or(0, |sums| sums.windows),
+        total_windows: sums.map_or(0, |sums| sums.total_windows),
+    })
 }
 
 /// Whether an output folder holds branches that are being written.

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::identity::Identity;
+use super::{super::window_file::WindowFile, identity::Identity};
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
@@ -28,6 +28,8 @@ pub(in crate::pipeline) struct State {
     pub(super) total_layers: usize,
     /// Hidden states behind the last finished layer; none before the first and after the last.
     pub(super) hidden: Option<HiddenFiles>,
+    /// Output Hessians, once gradients of some windows are summed; none where they are not used.
+    pub(super) gradients: Option<GradientSums>,
     /// The branches as far as they are, in the plan's order; empty before the first layer is finished.
     pub(in crate::pipeline) branches: Vec<BranchState>,
     /// Warnings of the finished layers.
@@ -58,15 +60,53 @@ pub(super) struct HiddenFiles {
     /// Bytes of a window.
     pub(super) window_bytes: usize,
     /// In the order of the streams.
-    pub(super) files: Vec<HiddenFile>,
+    pub(super) files: Vec<CheckedFile>,
 }
 
+/// Output Hessians of all layers: sums over some calibration windows, means once these are all windows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct HiddenFile {
+pub(super) struct GradientSums {
+    /// Windows in the sums, from the first one on.
+    pub(super) windows: usize,
+    /// Windows that gradients are taken on.
+    pub(super) total_windows: usize,
+    /// Bytes of one layer's output Hessians.
+    pub(super) layer_bytes: usize,
+    /// A layer in the place of each window.
+    pub(super) file: CheckedFile,
+}
+
+/// A file of windows in the journal's folder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct CheckedFile {
     /// Name in the journal's folder.
     pub(super) name: String,
     /// XXH3-128 of each window, hexadecimal.
     pub(super) checksums: Vec<String>,
+}
+
+impl CheckedFile {
+    /// Syncs `file`, which is complete, to the disk.
+    pub(super) fn of(file: &WindowFile) -> Result<Self> {
+        file.sync()?;
+        let name = file.path().file_name().expect("it was made with a name");
+        Ok(Self {
+            name: name.to_string_lossy().into_owned(),
+            checksums: file.checksums()?.iter().map(|sum| format!("{sum:032x}")).collect(),
+        })
+    }
+
+    /// Opens the file in a journal's folder.
+    ///
+    /// # Errors
+    /// When it is not what was written.
+    pub(super) fn open(&self, folder: &Path, window_bytes: usize) -> Result<WindowFile> {
+        let sums = self.checksums.iter().map(|sum| u128::from_str_radix(sum, 16));
+        let sums = sums.collect::<std::result::Result<Vec<_>, _>>();
+        let problem = || format!("it holds a checksum of `{}` that is no number", self.name);
+        let sums = sums.map_err(|_| Error::journal(folder, problem()))?;
+        WindowFile::open(folder.join(&self.name), &sums, window_bytes)
+    }
 }
 
 /// One branch so far.
@@ -112,6 +152,11 @@ impl State {
         let text =
             serde_json::to_string(self).map_err(|source| Error::Json { path: path.clone(), source })?;
         write_file_atomically(&path, format!("{MAGIC}{}\n{text}", sha256(&text)).as_bytes())
+    }
+
+    /// Whether it holds work that is lost if it is discarded.
+    pub(super) fn holds_work(&self) -> bool {
+        self.layers > 0 || self.gradients.is_some()
     }
 
     /// The reports of the branches, in the plan's order.
