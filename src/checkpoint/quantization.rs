@@ -17,7 +17,7 @@ use crate::{
 /// The older of the two places, in the checkpoint folder.
 pub const QUANTIZE_CONFIG_FILE: &str = "quantize_config.json";
 /// The newer one, a key of `config.json`.
-const QUANTIZATION_KEY: &str = "quantization_config";
+pub(super) const QUANTIZATION_KEY: &str = "quantization_config";
 
 /// How zero points are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

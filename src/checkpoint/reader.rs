@@ -15,18 +15,15 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architectures::{CONFIG_FILE, ModelConfig},
-    checkpoint::{header, pytorch_file, values, writer::TensorSpec},
+    checkpoint::{
+        header, pytorch_file, values,
+        weights_file::{NoWeights, base_names, needs_base_name, weights_file},
+        writer::TensorSpec,
+    },
     error::{Error, Result},
     folder::{file_in, is_file_name},
     json::{Fields, read_json},
 };
-
-/// All weights in one file.
-pub const WEIGHTS_FILE: &str = "model.safetensors";
-/// Which shard each tensor is in.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
-/// All weights in PyTorch's own format, or the index of its shards.
-pub const PYTORCH_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 /// A checkpoint folder. Its files must not be changed while this lives.
 #[derive(Debug)]
@@ -72,22 +69,18 @@ pub struct TensorView<'a> {
 impl Checkpoint {
     /// Opens the folder `dir`: reads `config.json` and the headers, maps the weights, reads none of them.
     ///
-    /// The weights are `model.safetensors`, else the shards of `model.safetensors.index.json`, else the one
-    /// `*.safetensors` file of the folder (AutoGPTQ named it freely), else `pytorch_model.bin` or its shards.
+    /// [`weights_file`] says which file holds the weights.
+    ///
+    /// # Errors
+    /// When `config.json` or a header cannot be read, or no file or several files could be the weights.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::read(dir)?;
         let (tensors, factors) = (BTreeMap::new(), BTreeMap::new());
         let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors, factors };
-        let (weights, index) = (file_in(dir, WEIGHTS_FILE)?, file_in(dir, INDEX_FILE)?);
-        if weights.exists() {
-            checkpoint.add_shard(weights)?;
-        } else if index.exists() {
-            checkpoint.add_indexed_shards(&index)?;
-        } else {
-            match only_weights_file(dir)?.as_str() {
-                name if name == PYTORCH_FILES[1] => checkpoint.add_indexed_shards(&file_in(dir, name)?)?,
-                name => checkpoint.add_shard(file_in(dir, name)?)?,
-            }
+        let weights = file_in(dir, &chosen_weights(dir)?)?;
+        match weights.extension().is_some_and(|extension| extension == "json") {
+            true => checkpoint.add_indexed_shards(&weights)?,
+            false => checkpoint.add_shard(weights)?,
         }
         Ok(checkpoint.with_names_as_stored())
     }
@@ -428,32 +421,20 @@ impl Checkpoint {
     }
 }
 
-/// The name of the folder's only `*.safetensors` file; an error that says what there is instead.
-fn only_weights_file(dir: &Path) -> Result<String> {
+/// The name of the folder's weights file, or of the index of its shards.
+fn chosen_weights(dir: &Path) -> Result<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let entry = entry.map_err(Error::io("read", dir))?;
-        names.extend(entry.file_name().into_string());
+        // Links to missing files, in an incomplete cache, do not count.
+        names.extend(entry.file_name().into_string().ok().filter(|_| entry.path().exists()));
     }
     names.sort();
-    let mut safetensors = names.iter().filter(|name| name.ends_with(".safetensors"));
-    match (safetensors.next(), safetensors.next()) {
-        (Some(name), None) => return Ok(name.clone()),
-        (Some(_), Some(_)) => {
-            return Err(Error::NotACheckpoint { path: dir.into(), missing: format!("`{INDEX_FILE}`") });
-        }
-        (None, _) => {}
-    }
-    let pytorch = PYTORCH_FILES.into_iter().find(|&file| names.iter().any(|name| name == file));
-    if let Some(file) = pytorch {
-        return Ok(file.to_owned());
-    }
-    let other_format = |name: &&String| {
-        name.starts_with("pytorch_model")
-            || [".pt", ".pth", ".gguf", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
-    };
-    Err(match names.iter().find(other_format) {
-        Some(found) => Error::WeightsFormat { path: dir.into(), found: found.clone() },
-        None => Error::NotACheckpoint { path: dir.into(), missing: format!("`{WEIGHTS_FILE}`") },
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let base_names = if needs_base_name(&names) { base_names(dir)? } else { Vec::new() };
+    weights_file(&names, &base_names).map(str::to_owned).map_err(|lack| match lack {
+        NoWeights::Missing(missing) => Error::NotACheckpoint { path: dir.into(), missing },
+        NoWeights::Several(found) => Error::SeveralWeights { path: dir.into(), found },
+        NoWeights::OtherFormat(found) => Error::WeightsFormat { path: dir.into(), found },
     })
 }

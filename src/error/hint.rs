@@ -1,6 +1,6 @@
 //! What the user can do about an error.
 
-use std::path::Path;
+use std::{fmt::Display, path::Path};
 
 use super::Error;
 
@@ -21,6 +21,7 @@ impl Error {
                 format!("convert the model: {}", to_safetensors(path.parent().unwrap_or(path)))
             }
             Self::WeightsFormat { path, .. } => format!("convert it: {}", to_safetensors(path)),
+            Self::SeveralWeights { path, .. } => choose_weights(&format_args!("`{}`", path.display())),
             Self::CheckpointKind { path, found, .. } if found.contains("`fp8`") => format!(
                 "make it bf16 first: python -c \"from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; \
                  M.from_pretrained('{0}', dtype='bfloat16', quantization_config=C(dequantize=True)).save_pretrained('{0}-bf16')\"",
@@ -72,6 +73,14 @@ impl Error {
             _ => false,
         }
     }
+}
+
+/// How to choose one of several weights files.
+pub(super) fn choose_weights(place: &dyn Display) -> String {
+    format!(
+        "name one of them in `quantize_config.json` of {place}, without `.safetensors`: {{\"model_file_base_name\": \"NAME\"}}; or \
+         remove the others"
+    )
 }
 
 /// The command that converts the weights of a folder.

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::hint::choose_weights;
+
 /// An error of a repository, of its files, or of the connection to it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -72,6 +74,14 @@ pub enum HubError {
         /// `owner/name`.
         repository: String,
         /// One of its weights files.
+        found: String,
+    },
+    /// The repository has several weights files, and nothing says which one to fetch.
+    #[error("`{repository}` has several weights files: {found}")]
+    SeveralWeights {
+        /// `owner/name`.
+        repository: String,
+        /// Their names, quoted.
         found: String,
     },
     /// Files are neither in the cache nor reachable on the network.
@@ -240,6 +250,9 @@ impl HubError {
                  T.from_pretrained('{repository}').save_pretrained(d)\", then --model {0}-safetensors",
                 repository.rsplit('/').next().unwrap_or_default()
             ),
+            Self::SeveralWeights { repository, .. } => {
+                format!("fetch it: hf download {repository} --local-dir COPY; {}", choose_weights(&"COPY"))
+            }
             Self::NotCached { offline: true, .. } => "unset HF_HUB_OFFLINE to fetch it".into(),
             Self::NotCached { .. } | Self::Unreachable { .. } => {
                 "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: what has come is kept"

@@ -106,6 +106,14 @@ pub enum Error {
         /// The file found.
         found: String,
     },
+    /// The folder has several weights files, and nothing says which one to read.
+    #[error("`{}` has several weights files: {found}", path.display())]
+    SeveralWeights {
+        /// The folder.
+        path: PathBuf,
+        /// Their names, quoted.
+        found: String,
+    },
     /// The index names a shard that is not there.
     #[error("`{}` says tensor `{tensor}` is in `{shard}`, but {problem}", index.display())]
     Index {

@@ -40,6 +40,21 @@ fn opens_shards() {
 }
 
 #[test]
+fn opens_shards_under_the_names_of_autogptq() {
+    let (first, second) = halves();
+    let dir = sharded(&first, &second, |index| {
+        for shard in index["weight_map"].as_object_mut().unwrap().values_mut() {
+            *shard = json!(shard.as_str().unwrap().replace("model-", "gptq_model-4bit-32g-"));
+        }
+    });
+    for name in [INDEX_FILE, FIRST, SECOND] {
+        let new = name.replacen("model", "gptq_model-4bit-32g", 1);
+        std::fs::rename(dir.path().join(name), dir.path().join(new)).unwrap();
+    }
+    Checkpoint::open(dir.path()).unwrap().check().unwrap();
+}
+
+#[test]
 fn a_shard_that_is_not_there() {
     let (first, second) = halves();
     let dir = sharded(&first, &second, |_| {});
