@@ -20,10 +20,16 @@ use crate::{
         weights_file::{NoWeights, base_names, needs_base_name, weights_file},
         writer::TensorSpec,
     },
-    error::{Error, Result},
+    error::{Error, Result, quoted},
     folder::{file_in, is_file_name},
     json::{Fields, read_json},
 };
+
+const NOT_IN_SHARD: &str = "that file does not hold it";
+
+fn index_error(index: &Path, tensor: &str, shard: &str, problem: &'static str) -> Error {
+    Error::Index { index: index.into(), tensor: tensor.into(), shard: shard.into(), problem }
+}
 
 /// A checkpoint folder. Its files must not be changed while this lives.
 #[derive(Debug)]
@@ -32,6 +38,10 @@ pub struct Checkpoint {
     config: ModelConfig,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
+    /// Tensors that the index lists and their shard does not hold: the shard's name.
+    absent: BTreeMap<String, String>,
+    /// The index, if there is one.
+    index: PathBuf,
     /// What a tensor's numbers are multiplied by, for each element of its last axis.
     factors: BTreeMap<String, Vec<f32>>,
 }
@@ -75,8 +85,9 @@ impl Checkpoint {
     /// When `config.json` or a header cannot be read, or no file or several files could be the weights.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::read(dir)?;
-        let (tensors, factors) = (BTreeMap::new(), BTreeMap::new());
-        let mut checkpoint = Self { dir: dir.into(), config, shards: Vec::new(), tensors, factors };
+        let (tensors, absent, factors) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (shards, index) = (Vec::new(), PathBuf::new());
+        let mut checkpoint = Self { dir: dir.into(), config, shards, tensors, absent, index, factors };
         let weights = file_in(dir, &chosen_weights(dir)?)?;
         match weights.extension().is_some_and(|extension| extension == "json") {
             true => checkpoint.add_indexed_shards(&weights)?,
@@ -106,12 +117,8 @@ impl Checkpoint {
                 .ok_or_else(|| fields.error(&format!("weight_map.{tensor}"), "the name of a shard", shard))?;
             shard_of.insert(tensor.as_str(), shard);
         }
-        let problem = |tensor: &str, shard: &str, problem| Error::Index {
-            index: index.into(),
-            tensor: tensor.into(),
-            shard: shard.into(),
-            problem,
-        };
+        self.index = index.into();
+        let problem = |tensor: &str, shard: &str, problem| index_error(index, tensor, shard, problem);
         let mut files = BTreeMap::new();
         for (&tensor, &shard) in &shard_of {
             files.entry(shard).or_insert(tensor);
@@ -127,9 +134,13 @@ impl Checkpoint {
             self.add_shard(path)?;
         }
         for (tensor, shard) in shard_of {
-            let found = self.tensors.get(tensor).map(|entry| &self.shards[entry.shard].path);
-            if found.and_then(|path| path.file_name()).is_none_or(|name| name != shard) {
-                return Err(problem(tensor, shard, "that file does not hold it"));
+            match self.tensors.get(tensor).map(|entry| self.shards[entry.shard].path.file_name()) {
+                // An error only where it is needed: `view`.
+                None => drop(self.absent.insert(tensor.into(), shard.into())),
+                Some(found) if found.is_none_or(|name| name != shard) => {
+                    return Err(problem(tensor, shard, NOT_IN_SHARD));
+                }
+                Some(_) => {}
             }
         }
         Ok(())
@@ -205,10 +216,10 @@ impl Checkpoint {
 
     /// The tensor `name` as it lies in its file.
     pub fn view(&self, name: &str) -> Result<TensorView<'_>> {
-        let (name, entry) = self
-            .tensors
-            .get_key_value(name)
-            .ok_or_else(|| Error::MissingTensor { name: name.into(), path: self.dir.clone() })?;
+        let (name, entry) = self.tensors.get_key_value(name).ok_or_else(|| match self.absent.get(name) {
+            Some(shard) => index_error(&self.index, name, shard, NOT_IN_SHARD),
+            None => Error::MissingTensor { name: name.into(), path: self.dir.clone() },
+        })?;
         let bytes = &self.shards[entry.shard].map[entry.range.clone()];
         Ok(TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes })
     }
@@ -326,6 +337,18 @@ impl Checkpoint {
                 && !self.config.is_passed_through(name)
         };
         self.names().filter(extra).collect()
+    }
+
+    /// A warning about tensors that the index lists and no shard holds. The model does not need them if the checkpoint passes
+    /// its checks.
+    pub fn absent(&self) -> Option<String> {
+        let named = quoted(self.absent.keys().take(3));
+        let (count, index) = (self.absent.len(), self.index.file_name().unwrap_or_default().display());
+        (count > 0).then(|| {
+            format!(
+                "`{index}` lists tensors that no shard holds ({count}): {named}; the model does not need them"
+            )
+        })
     }
 
     /// Tensors that are no part of the decoder and stay as they are, sorted: encoders of other inputs.

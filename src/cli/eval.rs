@@ -48,6 +48,9 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         .map(|(model, checkpoint)| Candidate { name: model.label(), checkpoint })
         .collect();
     let terminal = Terminal::new(output);
+    for warning in [&reference].into_iter().chain(&quantized).filter_map(Checkpoint::absent) {
+        terminal.event(&Event::Warning(&warning));
+    }
     let cache = args.cache.dir();
     let mut evaluations = Vec::with_capacity(texts.len());
     for (dataset, windows) in &texts {

@@ -327,6 +327,7 @@ fn warnings(
             ));
         }
     }
+    warnings.extend(checkpoint.absent());
     let extra = checkpoint.extra();
     if !extra.is_empty() {
         let named = extra.iter().take(3).copied().collect::<Vec<_>>().join(", ");
