@@ -35,7 +35,7 @@ impl Tokenizer {
 
     fn parse(path: PathBuf, bytes: &[u8]) -> Result<Self> {
         let problem = |problem: String| Error::Tokenizer { path: path.clone(), problem };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+        let mut inner = tokenizers::Tokenizer::from_bytes(folder::without_mark(bytes))
             .map_err(|error| problem(format!("it is not a tokenizer that can be read: {error}")))?;
         if let ModelWrapper::BPE(bpe) = inner.get_model()
             && let Some(dropout) = bpe.dropout.filter(|dropout| *dropout != 0.0)
@@ -169,6 +169,13 @@ mod tests {
         );
         let error = Tokenizer::from_bytes(b"{}").unwrap_err().to_string();
         assert!(error.starts_with("`tokenizer.json`: it is not a tokenizer that can be read: "), "{error}");
+    }
+
+    #[test]
+    fn a_byte_order_mark_before_a_tokenizer_is_skipped() {
+        let marked = [b"\xEF\xBB\xBF", &demo_json(|_| ())[..]].concat();
+        let ids = Tokenizer::from_bytes(&marked).unwrap().encode("one two").unwrap();
+        assert_eq!(ids, demo_tokenizer().encode("one two").unwrap());
     }
 
     #[test]

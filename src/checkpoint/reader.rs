@@ -21,7 +21,7 @@ use crate::{
         writer::TensorSpec,
     },
     error::{Error, Result, quoted},
-    folder::{file_in, is_file_name},
+    folder::{check_not_pointer, file_in, is_file_name},
     json::{Fields, read_json},
 };
 
@@ -150,6 +150,7 @@ impl Checkpoint {
         let file = File::open(&path).map_err(Error::io("read", &path))?;
         // SAFETY: the map is only read, and `Checkpoint` asks that the files stay as they are while it lives.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+        check_not_pointer(&path, &map)?;
         let shard = self.shards.len();
         let entries = if path.extension().is_some_and(|extension| extension == "bin") {
             pytorch_file::parse(&path, map.len(), shard)?

@@ -17,6 +17,10 @@ impl Error {
                 ),
                 false => "is the config that of another model? It must describe every tensor of a layer".into(),
             },
+            Self::LfsPointer { path } => {
+                let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+                format!("fetch the files: git -C '{}' lfs pull (`git lfs install` once before)", folder.display())
+            }
             Self::PytorchFile { path, .. } => {
                 format!("convert the model: {}", to_safetensors(path.parent().unwrap_or(path)))
             }

@@ -142,6 +142,12 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// A clone without git-lfs has pointers in place of large files.
+    #[error("`{}` is a pointer of git-lfs, not the file itself: this clone was made without its large files", path.display())]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
+    },
     /// A safetensors file is cut short or contradicts itself.
     #[error("`{}` is not a whole safetensors file: {problem}", path.display())]
     Safetensors {

@@ -59,6 +59,8 @@ fn texts_of_errors() {
         UndeclaredTensor { name: "model.layers.1.self_attn.o_proj.bias".into(), path: "model".into() }
         UndeclaredTensor { name: "model.layers.1.self_attn.q_norm.weight".into(), path: "model".into() }
         PytorchFile { path: "model/pytorch_model.bin".into(), problem: "its pickle calls `os.system`".into() }
+        LfsPointer { path: "model/model.safetensors".into() }
+        LfsPointer { path: "model.safetensors".into() }
         Safetensors { path: "model/model.safetensors".into(), problem: "it has 0 bytes".into() }
         OutOfFolder { path: "model/tokenizer.json".into(), target: "/etc/passwd".into() }
         MissingTensor { name: "model.norm.weight".into(), path: "model".into() }

@@ -9,6 +9,7 @@ use crate::{
     checkpoint::{NoWeights, QUANTIZE_CONFIG_FILE, weights_file},
     emit::{CHECKSUMS_FILE, COPIED_FILES, is_licence},
     error::{Error, Result},
+    folder::without_mark,
 };
 
 /// The card of a repository.
@@ -53,8 +54,8 @@ struct Index {
 /// The shards that an index names.
 pub(super) fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let text = std::fs::read(index).map_err(Error::io("read", index))?;
-    let parsed: Index =
-        serde_json::from_slice(&text).map_err(|source| Error::Json { path: index.into(), source })?;
+    let parsed: Index = serde_json::from_slice(without_mark(&text))
+        .map_err(|source| Error::Json { path: index.into(), source })?;
     Ok(parsed.weight_map.into_values().collect())
 }
 

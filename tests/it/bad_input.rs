@@ -99,6 +99,22 @@ fn a_shard_that_is_cut_short() {
 }
 
 #[test]
+fn a_clone_without_git_lfs() {
+    for name in ["model.safetensors", "tokenizer.json"] {
+        let lab = Lab::new();
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+        fs::write(lab.model().join(name), pointer).unwrap();
+        refused(
+            &lab,
+            &format!(
+                "error: `[LAB]/model/{name}` is a pointer of git-lfs, not the file itself: this clone was made without its \
+                 large files\nhint: fetch the files: git -C '[LAB]/model' lfs pull (`git lfs install` once before)"
+            ),
+        );
+    }
+}
+
+#[test]
 fn an_index_that_points_nowhere() {
     let lab = sharded();
     let path = lab.model().join("model.safetensors.index.json");
