@@ -52,6 +52,9 @@ pub use output_folder::Place;
 use stage_memory::{At, MemoryWatch};
 use worker::RunContext;
 
+/// Windows that may hold a token, on average, without a warning.
+const LARGEST_OVERLAP: usize = 2;
+
 /// A run: the plan and what it needs beside it.
 pub struct Run<'a> {
     /// What to make.
@@ -337,11 +340,17 @@ fn warnings(
     let config = checkpoint.config();
     let stages = config.layers.iter().flat_map(|layer| &layer.stages);
     let widest = stages.flat_map(|stage| &stage.groups).map(|group| group.width).max().unwrap_or(0);
-    let tokens = windows.count() * windows.seq_len();
-    if tokens < widest {
+    let (tokens, distinct) = (windows.ids().len(), windows.distinct());
+    if distinct < tokens / LARGEST_OVERLAP {
+        warnings.push(format!(
+            "the {} windows overlap: of their {tokens} tokens {distinct} are distinct; use more text, or fewer or shorter windows",
+            windows.count(),
+        ));
+    }
+    if distinct < widest {
         // The Hessian then has not even full rank.
         warnings.push(format!(
-            "{tokens} calibration tokens ({} windows of {}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
+            "{distinct} distinct calibration tokens ({} windows of {}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
             plan.samples,
             plan.seq_len,
         ));
