@@ -22,9 +22,18 @@ impl Error {
                 format!("fetch the files: git -C '{}' lfs pull (`git lfs install` once before)", folder.display())
             }
             Self::PytorchFile { path, .. } => {
-                format!("convert the model: {}", to_safetensors(path.parent().unwrap_or(path)))
+                let folder = path.parent().unwrap_or(path);
+                let command = match path.ends_with("pytorch_model.bin") {
+                    true => conversion(folder, "pytorch_model.bin"),
+                    // A shard.
+                    false => to_safetensors(folder, ""),
+                };
+                format!("convert the model: {command}")
             }
-            Self::WeightsFormat { path, .. } => format!("convert it: {}", to_safetensors(path)),
+            Self::WeightsFormat { path, found } => format!("convert it: {}", conversion(path, found)),
+            Self::CheckpointKind { found, .. } if found.contains(".zeros`") => {
+                "no program reads it any more: quantize the dense model again: gptq quantize --model MODEL --out OUT".into()
+            }
             Self::SeveralWeights { path, .. } => choose_weights(&format_args!("`{}`", path.display())),
             Self::CheckpointKind { path, found, .. } if found.contains("`fp8`") => format!(
                 "make it bf16 first: python -c \"from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; \
@@ -87,11 +96,27 @@ pub(super) fn choose_weights(place: &dyn Display) -> String {
     )
 }
 
-/// The command that converts the weights of a folder.
-fn to_safetensors(folder: &Path) -> String {
+/// The command that converts the weights file `found` of a folder.
+pub(super) fn conversion(folder: &Path, found: &str) -> String {
+    match found.rsplit('.').next().unwrap_or_default() {
+        "gguf" => to_safetensors(folder, &format!(", gguf_file='{found}'")),
+        "h5" => format!("{} (transformers 4 with TensorFlow)", to_safetensors(folder, ", from_tf=True")),
+        "msgpack" => format!("{} (transformers 4 with Flax)", to_safetensors(folder, ", from_flax=True")),
+        "bin" | "pt" | "pth" | "ckpt" => format!(
+            "python -c \"import torch; from safetensors.torch import save_file; \
+             d = torch.load('{0}/{found}', map_location='cpu', weights_only=True); \
+             save_file({{k: v.contiguous().clone() for k, v in d.items()}}, '{0}/model.safetensors')\"",
+            folder.display()
+        ),
+        _ => to_safetensors(folder, ""),
+    }
+}
+
+/// The command with which transformers convert the weights of a folder.
+fn to_safetensors(folder: &Path, arguments: &str) -> String {
     format!(
         "python -c \"from transformers import AutoModelForCausalLM as M; \
-         M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
+         M.from_pretrained('{0}'{arguments}).save_pretrained('{0}-safetensors')\"",
         folder.display()
     )
 }

@@ -1,8 +1,8 @@
 //! Errors of the Hub and of git remotes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::hint::choose_weights;
+use super::hint::{choose_weights, conversion};
 
 /// An error of a repository, of its files, or of the connection to it.
 #[derive(Debug, thiserror::Error)]
@@ -69,7 +69,7 @@ pub enum HubError {
         file: String,
     },
     /// The repository has weights only in formats that are not read.
-    #[error("`{repository}` has only `{found}`; safetensors weights are needed")]
+    #[error("`{repository}` has only `{found}`; safetensors or `pytorch_model.bin` are needed")]
     WeightsFormat {
         /// `owner/name`.
         repository: String,
@@ -243,6 +243,14 @@ impl HubError {
             Self::Unauthorized { token: false, .. } => LOG_IN.into(),
             Self::Unauthorized { .. } => {
                 "check HF_TOKEN: it must be valid, and may need the right to write".into()
+            }
+            Self::WeightsFormat { repository, found }
+                if [".bin", ".pt", ".pth", ".ckpt"].iter().any(|end| found.ends_with(end)) =>
+            {
+                let command = conversion(Path::new("COPY"), found);
+                format!(
+                    "fetch it: hf download {repository} --local-dir COPY; convert it: {command}; then --model COPY"
+                )
             }
             Self::WeightsFormat { repository, .. } => format!(
                 "convert it: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \

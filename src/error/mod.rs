@@ -98,8 +98,8 @@ pub enum Error {
         /// The file that was looked for.
         missing: String,
     },
-    /// The folder has weights, but none in safetensors format.
-    #[error("`{}` has only `{found}`; safetensors weights are needed", path.display())]
+    /// The folder has weights, but none in a format that is read.
+    #[error("`{}` has only `{found}`; safetensors or `pytorch_model.bin` are needed", path.display())]
     WeightsFormat {
         /// The folder.
         path: PathBuf,

@@ -54,6 +54,8 @@ fn texts_of_errors() {
         Config { path: "model/config.json".into(), key: "hidden_size".into(), expected: "an integer".into(), found: "\"64\"".into() }
         NotACheckpoint { path: "model".into(), missing: "`config.json`".into() }
         WeightsFormat { path: "model".into(), found: "tf_model.h5".into() }
+        WeightsFormat { path: "model".into(), found: "llama-4bit.pt".into() }
+        WeightsFormat { path: "model".into(), found: "llama.Q4_K_M.gguf".into() }
         SeveralWeights { path: "model".into(), found: "`a.safetensors`, `b.safetensors`".into() }
         Index { index: "model/model.safetensors.index.json".into(), tensor: "lm_head.weight".into(), shard: "model-00002-of-00002.safetensors".into(), problem: "there is no such file" }
         UndeclaredTensor { name: "model.layers.1.self_attn.o_proj.bias".into(), path: "model".into() }
@@ -119,6 +121,7 @@ fn texts_of_errors_of_the_hub() {
         Unauthorized { action: "read owner/name".into(), message: "403 Forbidden".into(), token: true }
         File { repository: repository(), revision: "main".into(), file: "config.json".into() }
         WeightsFormat { repository: repository(), found: "tf_model.h5".into() }
+        WeightsFormat { repository: repository(), found: "llama-4bit.pt".into() }
         SeveralWeights { repository: repository(), found: "`a.safetensors`, `b.safetensors`".into() }
         NotCached { why: "HF_HUB_OFFLINE is set".into(), repository: repository(), revision: "main".into(), missing: "`config.json`".into(), offline: true }
         NotCached { why: "no answer".into(), repository: repository(), revision: "main".into(), missing: "`config.json`".into(), offline: false }

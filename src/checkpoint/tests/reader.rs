@@ -86,7 +86,7 @@ fn folders_without_weights() {
         Checkpoint::open(dir.path()),
         dir.path(),
         "WeightsFormat",
-        "`DIR` has only `tf_model.h5`; safetensors weights are needed",
+        "`DIR` has only `tf_model.h5`; safetensors or `pytorch_model.bin` are needed",
     );
 }
 
