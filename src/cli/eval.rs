@@ -90,7 +90,8 @@ fn windows(args: &EvalArgs, reference: &Checkpoint, output: &OutputArgs) -> Resu
     for name in &named {
         let source = datasets::resolve(name, &datasets::options(&args.places), output)?;
         let corpus = datasets::load(&source, reference.dir())?;
-        let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
+        let terminal = Terminal::new(output);
+        let tokens = Tokens::shown(&corpus, &tokenizer, reference.config().vocab_size, &terminal)?;
         for &seq_len in &args.seq_len {
             let count = args.windows.map(|count| count * longest / seq_len.max(1));
             let windows = Windows::strided(&tokens, seq_len, args.stride.unwrap_or(seq_len), count)?;
