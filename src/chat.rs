@@ -124,7 +124,7 @@ pub(crate) fn tokenizer_config(dir: &Path) -> Result<(PathBuf, Value)> {
     if !path.exists() {
         return Ok((path, Value::Null));
     }
-    match serde_json::from_slice(&folder::read(&path, folder::TEXT_LIMIT)?) {
+    match serde_json::from_slice(folder::without_mark(&folder::read(&path, folder::TEXT_LIMIT)?)) {
         Ok(config) => Ok((path, config)),
         Err(source) => Err(Error::Json { path, source }),
     }

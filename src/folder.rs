@@ -62,10 +62,21 @@ fn is_blob_of(folder: &Path, file: &Path) -> bool {
     repository.is_some_and(|repository| file.parent() == Some(&repository.join("blobs")))
 }
 
+/// Refuses the pointer that git keeps in place of a large file's content. `bytes` are the file or its beginning.
+///
+/// # Errors
+/// If it is one.
+pub fn check_not_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    match bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
+        true => Err(Error::LfsPointer { path: path.into() }),
+        false => Ok(()),
+    }
+}
+
 /// The content of a file of at most `limit` bytes.
 ///
 /// # Errors
-/// If it cannot be read, or is larger.
+/// If it cannot be read, is larger, or is a pointer of git-lfs.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::io("read", path))?;
@@ -74,7 +85,13 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
         let problem = format!("it is larger than {limit} bytes, which is as much as such a file may have");
         return Err(Error::io("read", path)(std::io::Error::new(ErrorKind::FileTooLarge, problem)));
     }
+    check_not_pointer(path, &bytes)?;
     Ok(bytes)
+}
+
+/// A file without the byte order mark that some editors put in front of UTF-8.
+pub fn without_mark(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes)
 }
 
 /// The content of a text file of at most [`TEXT_LIMIT`] bytes.
@@ -197,6 +214,8 @@ mod tests {
             error.ends_with("it is larger than 4 bytes, which is as much as such a file may have"),
             "{error}"
         );
+        fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n").unwrap();
+        assert!(matches!(read(&path, TEXT_LIMIT), Err(Error::LfsPointer { .. })));
         fs::write(&path, b"ab\xff").unwrap();
         let error = read_text(&path).unwrap_err().to_string();
         assert!(error.ends_with("byte 3 is not UTF-8"), "{error}");

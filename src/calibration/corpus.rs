@@ -129,6 +129,25 @@ impl Corpus {
     }
 }
 
+/// Bytes that a file may unpack to whatever its size.
+const ORDINARY: u64 = 64 << 20;
+/// Largest size of what a file unpacks to over its own, above [`ORDINARY`] bytes. Text that people wrote stays below 20.
+const LARGEST_FACTOR: u64 = 256;
+
+/// Bytes that a file of `packed` bytes may unpack to.
+pub(super) fn unpacked_limit(packed: u64) -> u64 {
+    ORDINARY.max(packed.saturating_mul(LARGEST_FACTOR))
+}
+
+/// What is wrong with a file that unpacks to more than `limit` bytes.
+pub(super) fn unpacks_to_too_much(limit: u64) -> String {
+    let [ordinary, limit] = [ORDINARY, limit].map(crate::units::bytes);
+    format!(
+        "it unpacks to more than {limit}; at most {LARGEST_FACTOR} times the size of the file, or {ordinary}, is read: unpack it \
+         yourself if that is right"
+    )
+}
+
 /// Rows that become a [`Corpus`]. They are joined while they are read, so that the text is in memory only once.
 pub(super) struct Rows<'a> {
     text: String,
@@ -140,6 +159,8 @@ pub(super) struct Rows<'a> {
     chat: Option<&'a ChatTemplate>,
     refused: Option<Refused>,
     column: Option<String>,
+    /// Bytes of `text` and `rows` that the current file may fill them to, and that it may add.
+    limit: [u64; 2],
 }
 
 impl<'a> Rows<'a> {
@@ -154,6 +175,26 @@ impl<'a> Rows<'a> {
             chat,
             refused: None,
             column: None,
+            limit: [u64::MAX; 2],
+        }
+    }
+
+    /// Begins a file of `packed` bytes that is compressed: it may add [`unpacked_limit`] to the rows.
+    pub(super) fn begin_compressed(&mut self, packed: u64) {
+        let limit = unpacked_limit(packed);
+        self.limit = [self.size().saturating_add(limit), limit];
+    }
+
+    fn size(&self) -> u64 {
+        (self.text.len() + (self.rows.len() + self.nulls) * size_of::<Range<usize>>()) as u64
+    }
+
+    /// Refuses a compressed file whose rows are more than it can hold.
+    pub(super) fn check_size(&self, path: &Path) -> Result<()> {
+        let [end, limit] = self.limit;
+        match self.size() > end {
+            true => Err(Error::Dataset { path: path.into(), problem: unpacks_to_too_much(limit) }),
+            false => Ok(()),
         }
     }
 

@@ -45,31 +45,57 @@ fn candidates(recipe: &Recipe, root: &Path) -> Vec<Located> {
     snapshots.chain(folders.map(|root| Located { root, revision: None })).collect()
 }
 
-/// One file of a split, as the Hub names them: `<split>-00000-of-00001.parquet`, possibly with a hash after
-/// the count.
+/// Depth of folders that are looked into: `CONFIGURATION/SPLIT/0000.parquet`.
+const DEEPEST: usize = 2;
+
+/// One file of a split: `train-00000-of-00001.parquet`, possibly with a hash after the count, as the Hub names them;
+/// `0000.parquet`, as its converter does; `part-00000-….parquet`, as Spark does; or `train.parquet`.
 #[derive(Debug, PartialEq, Eq)]
 struct Shard {
-    split: String,
-    index: usize,
-    count: usize,
+    /// `None` where only the folder's name can say it.
+    split: Option<String>,
+    /// The number in the name, where numbers must be without gaps: Spark leaves some out.
+    index: Option<usize>,
+    /// How many files there should be, if the name says it.
+    count: Option<usize>,
 }
 
 impl Shard {
     fn parse(file_name: &str) -> Option<Self> {
+        let stem = file_name.strip_suffix(".parquet")?;
+        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        if stem.is_empty() || stem.starts_with(['.', '_']) {
+            return None;
+        }
+        if let Some(shard) = Self::of_hub(stem) {
+            return Some(shard);
+        }
+        if is_number(stem) {
+            return Some(Self { split: None, index: stem.parse().ok(), count: None });
+        }
+        let spark =
+            stem.strip_prefix("part-").and_then(|rest| rest.split(['-', '.']).next()).is_some_and(is_number);
+        Some(match spark {
+            true => Self { split: None, index: None, count: None },
+            false => Self { split: Some(stem.into()), index: None, count: Some(1) },
+        })
+    }
+
+    fn of_hub(stem: &str) -> Option<Self> {
         let number = |digits: &str| (digits.len() == 5).then(|| digits.parse().ok()).flatten();
-        let (front, count) = file_name.strip_suffix(".parquet")?.rsplit_once("-of-")?;
+        let (front, count) = stem.rsplit_once("-of-")?;
         let (split, index) = front.rsplit_once('-')?;
         let (count, hash) = count.split_once('-').unwrap_or((count, ""));
         let named = !split.is_empty() && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
         named.then_some(())?;
-        Some(Self { split: split.to_owned(), index: number(index)?, count: number(count)? })
+        Some(Self { split: Some(split.to_owned()), index: Some(number(index)?), count: Some(number(count)?) })
     }
 }
 
-/// The files of one split of a folder laid out as on the Hub, in order, as paths below `folder`. Without a
-/// split asked for it is `train`, or the only one there is.
+/// The files of one split of a folder of parquet files, in order, as paths below `folder`. Without a split asked for it is
+/// `train`, or the only one there is.
 pub(super) fn split_files(folder: &Path, name: &str, split: Option<&str>) -> Result<Vec<String>> {
-    let (below, mut splits) = splits_of(folder, name)?;
+    let mut splits = splits_of(folder, name)?;
     let known = quoted(splits.keys());
     let only = if splits.len() == 1 { splits.keys().next().cloned() } else { None };
     let default = if splits.contains_key("train") { Some("train".to_owned()) } else { only };
@@ -81,45 +107,45 @@ pub(super) fn split_files(folder: &Path, name: &str, split: Option<&str>) -> Res
             found: wanted.unwrap_or_else(|| "none".into()),
         });
     };
-    let whole =
-        shards.iter().enumerate().all(|(at, (shard, _))| shard.index == at && shard.count == shards.len());
-    if !whole {
+    let total = shards.len();
+    let in_place = |(at, (shard, _)): (usize, &(Shard, String))| {
+        shard.index.is_none_or(|index| index == at) && shard.count.is_none_or(|count| count == total)
+    };
+    if !shards.iter().enumerate().all(in_place) {
         let names = quoted(shards.iter().map(|(_, name)| name));
-        let count = shards.iter().map(|(shard, _)| shard.count).max().unwrap_or_default();
+        let count = shards.iter().filter_map(|(shard, _)| shard.count).max();
+        let count = count.map_or_else(String::new, |count| format!("{count} files, "));
         return Err(Error::Dataset {
-            path: folder.join(below),
-            problem: format!("split `{split}` should be {count} files, numbered from 0, and is {names}"),
+            path: folder.into(),
+            problem: format!("split `{split}` should be {count}numbered from 0, and is {names}"),
         });
     }
-    let path = |file: String| if below.is_empty() { file } else { format!("{below}/{file}") };
-    Ok(shards.into_iter().map(|(_, file)| path(file)).collect())
+    Ok(shards.into_iter().map(|(_, file)| file).collect())
 }
 
+/// Files of each split, as paths below the folder.
 type Splits = BTreeMap<String, Vec<(Shard, String)>>;
 
-/// The splits in the folder itself or else in the one configuration folder below it, and that folder's name.
-fn splits_of(folder: &Path, name: &str) -> Result<(String, Splits)> {
-    let (files, folders) = entries(folder)?;
-    let here = group(files);
-    if !here.is_empty() {
-        return Ok((String::new(), here));
-    }
-    let mut found = Vec::new();
-    for below in folders {
-        let (files, _) = entries(&folder.join(&below))?;
-        let splits = group(files);
-        if !splits.is_empty() {
-            found.push((below, splits));
-        }
-    }
+/// The splits in the folder itself, in folders of it with a split each, or in its one configuration folder.
+fn splits_of(folder: &Path, name: &str) -> Result<Splits> {
+    let mut found = layouts(folder, name, "", DEEPEST)?;
     match found.len() {
-        1 => Ok(found.remove(0)),
-        0 => Err(Error::Dataset {
-            path: folder.into(),
-            problem: "neither it nor a folder in it has parquet files named as on the Hub \
-                      (`train-00000-of-00001.parquet`)"
-                .into(),
-        }),
+        1 => Ok(found.remove(0).1),
+        0 => {
+            let (files, folders) = entries(folder)?;
+            let beside = match files.len() + folders.len() {
+                0 => "it is empty".to_owned(),
+                count => {
+                    let named = quoted(files.iter().chain(&folders).take(3));
+                    format!("it has {named}{}", if count > 3 { " and more" } else { "" })
+                }
+            };
+            let problem = format!(
+                "neither it nor a folder in it has parquet files (`train-00000-of-00001.parquet`, `part-00000-….parquet`, \
+                 `train/0000.parquet`, `train.parquet`); {beside}"
+            );
+            Err(Error::Dataset { path: folder.into(), problem })
+        }
         _ => Err(Error::Value {
             what: format!("dataset `{name}`"),
             expected: "a folder with one configuration (name one of its folders instead)".into(),
@@ -128,15 +154,35 @@ fn splits_of(folder: &Path, name: &str) -> Result<(String, Splits)> {
     }
 }
 
-fn group(files: Vec<String>) -> Splits {
-    let mut splits = Splits::new();
+/// The configurations in the folder at `below`, each with its path below `root`. `name` is the folder's, which is the split of
+/// files whose names say none.
+fn layouts(root: &Path, name: &str, below: &str, deepest: usize) -> Result<Vec<(String, Splits)>> {
+    let (files, folders) = entries(&root.join(below))?;
+    let path = |name: &str| if below.is_empty() { name.to_owned() } else { format!("{below}/{name}") };
+    let mut here = Splits::new();
     for file in files {
         if let Some(shard) = Shard::parse(&file) {
-            splits.entry(shard.split.clone()).or_default().push((shard, file));
+            let split = shard.split.clone().unwrap_or_else(|| name.to_owned());
+            here.entry(split).or_default().push((shard, path(&file)));
         }
     }
-    splits.values_mut().for_each(|shards| shards.sort_by_key(|(shard, _)| shard.index));
-    splits
+    if !here.is_empty() {
+        here.values_mut().for_each(|shards| shards.sort_by(|a, b| (a.0.index, &a.1).cmp(&(b.0.index, &b.1))));
+        return Ok(vec![(below.to_owned(), here)]);
+    }
+    let Some(deepest) = deepest.checked_sub(1) else { return Ok(Vec::new()) };
+    let mut found = Vec::new();
+    for folder in folders.iter().filter(|folder| !folder.starts_with(['.', '_'])) {
+        found.extend(layouts(root, folder, &path(folder), deepest)?);
+    }
+    // Folders that are a split each are one configuration together.
+    let is_split = |(at, splits): &(String, Splits)| {
+        splits.len() == 1 && splits.keys().all(|split| at.rsplit('/').next() == Some(split))
+    };
+    if !found.is_empty() && found.iter().all(is_split) {
+        return Ok(vec![(below.to_owned(), found.into_iter().flat_map(|(_, splits)| splits).collect())]);
+    }
+    Ok(found)
 }
 
 /// The names of the files and of the folders in a folder, sorted.
@@ -177,13 +223,41 @@ mod tests {
     #[test]
     fn shard_names() {
         let shard = |name| Shard::parse(name).map(|shard| (shard.split, shard.index, shard.count));
-        assert_eq!(shard("train-00002-of-00010.parquet"), Some(("train".into(), 2, 10)));
-        assert_eq!(shard("a-b-00000-of-00001-a09b74b3ef9c3b56.parquet"), Some(("a-b".into(), 0, 1)));
+        let named = |split: &str, index, count| Some((Some(split.to_owned()), index, count));
+        assert_eq!(shard("train-00002-of-00010.parquet"), named("train", Some(2), Some(10)));
+        assert_eq!(shard("a-b-00000-of-00001-a09b74b3ef9c3b56.parquet"), named("a-b", Some(0), Some(1)));
+        assert_eq!(shard("train.parquet"), named("train", None, Some(1)));
+        assert_eq!(shard("0012.parquet"), Some((None, Some(12), None)));
+        let spark = "part-00003-8a2c46b5-1f0e-4d0b-9a63-0d2b5c4f7e11-c000.snappy.parquet";
+        assert_eq!(shard(spark), Some((None, None, None)));
         for other in
-            ["train.parquet", "train-0-of-1.parquet", "train-00000-of-00001.json", "-00000-of-00001.parquet"]
+            ["train-00000-of-00001.json", ".parquet", "_metadata.parquet", ".part-0.parquet", "a.parquet.crc"]
         {
             assert_eq!(shard(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn folders_as_spark_and_the_converter_of_the_hub_name_them() {
+        let spark = ["part-00000-8a2c-c000.snappy.parquet", "part-00002-8a2c-c000.snappy.parquet"];
+        assert_eq!(
+            files_of(&folder(&[spark[1], "_SUCCESS", spark[0], ".part-0.parquet.crc"]), None).unwrap(),
+            spark
+        );
+
+        let below = folder(&["test/0000.parquet", "train/0001.parquet", "train/0000.parquet", "README.md"]);
+        assert_eq!(files_of(&below, None).unwrap(), ["train/0000.parquet", "train/0001.parquet"]);
+        assert_eq!(files_of(&below, Some("test")).unwrap(), ["test/0000.parquet"]);
+        let converted = folder(&["default/train/0000.parquet", "default/test/0000.parquet"]);
+        assert_eq!(files_of(&converted, None).unwrap(), ["default/train/0000.parquet"]);
+        let alone = folder(&["default/train/0000.parquet"]);
+        assert_eq!(files_of(&alone, None).unwrap(), ["default/train/0000.parquet"]);
+        let whole = folder(&["train.parquet", "validation.parquet"]);
+        assert_eq!(files_of(&whole, Some("validation")).unwrap(), ["validation.parquet"]);
+        assert_eq!(
+            files_of(&folder(&["train/0000.parquet", "train/0002.parquet"]), None).unwrap_err(),
+            "`DIR`: split `train` should be numbered from 0, and is `train/0000.parquet`, `train/0002.parquet`"
+        );
     }
 
     #[test]
@@ -214,8 +288,8 @@ mod tests {
     fn folders_that_are_not_one_dataset() {
         assert_eq!(
             files_of(&folder(&["a.txt", "b/c.txt"]), None).unwrap_err(),
-            "`DIR`: neither it nor a folder in it has parquet files named as on the Hub \
-             (`train-00000-of-00001.parquet`)"
+            "`DIR`: neither it nor a folder in it has parquet files (`train-00000-of-00001.parquet`, `part-00000-….parquet`, \
+             `train/0000.parquet`, `train.parquet`); it has `a.txt`, `b`"
         );
         assert_eq!(
             files_of(&folder(&["a/train-00000-of-00001.parquet", "b/train-00000-of-00001.parquet"]), None)
@@ -226,8 +300,8 @@ mod tests {
         assert_eq!(
             files_of(&folder(&["a/train-00000-of-00003.parquet", "a/train-00002-of-00003.parquet"]), None)
                 .unwrap_err(),
-            "`DIR/a`: split `train` should be 3 files, numbered from 0, and is `train-00000-of-00003.parquet`, \
-             `train-00002-of-00003.parquet`"
+            "`DIR`: split `train` should be 3 files, numbered from 0, and is `a/train-00000-of-00003.parquet`, \
+             `a/train-00002-of-00003.parquet`"
         );
     }
 

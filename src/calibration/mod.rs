@@ -14,6 +14,7 @@ mod hub_layout;
 mod objects;
 mod parquet_pages;
 mod parquet_rows;
+mod pieces;
 mod recipe;
 mod sentencepiece;
 mod source;

@@ -42,6 +42,8 @@ fn read_row_groups<S: ChunkReader + 'static>(
     let broken = |problem: String| Error::Dataset { path: path.into(), problem };
     let unreadable = |error: &dyn Display| broken(format!("it cannot be read as parquet: {error}"));
 
+    // Also without a compressor: a dictionary's text may be repeated at will.
+    rows.begin_compressed(unchecked.len());
     let file = SerializedFileReader::new(source).map_err(|error| unreadable(&error))?;
     let schema = file.metadata().file_metadata().schema_descr();
     let fields = schema.root_schema().get_fields();
@@ -78,7 +80,7 @@ fn read_row_groups<S: ChunkReader + 'static>(
                 Ok(None) => rows.push_null(),
                 Err(_) => return Err(broken(format!("row {row_number} of column `{column}` is not UTF-8"))),
             }
-            Ok(())
+            rows.check_size(path)
         })?;
         if found != expected {
             return Err(broken(format!(
@@ -123,6 +125,7 @@ fn read_conversations<S: ChunkReader + 'static>(
                 return Err(broken(format!("row {number} is no record")));
             };
             objects.push(object, &format!("row {number}"), rows)?;
+            rows.check_size(path)?;
         }
     }
     Ok(())
@@ -245,6 +248,16 @@ mod tests {
             assert_eq!(corpus.rows().collect::<Vec<_>>(), ["a\n", "", "b", "a\n"]);
             assert_eq!((corpus.provenance().rows, corpus.provenance().nulls), (4, 2));
         }
+    }
+
+    #[test]
+    fn a_dictionary_that_is_repeated_without_end_is_refused() {
+        // Half a MiB is kept once, and 96 MiB of it would be read.
+        let text = vec![b'a'; 1 << 19];
+        let rows = vec![Some(&text[..]); 192];
+        let error = corpus(parquet(NULLABLE, &[&rows], true), "text").unwrap_err().to_string();
+        let problem = "`x.parquet`: it unpacks to more than ";
+        assert!(error.starts_with(problem), "{error}");
     }
 
     #[test]

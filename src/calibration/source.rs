@@ -10,7 +10,7 @@ use crate::folder;
 use crate::units::hex;
 use sha2::{Digest, Sha256};
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 /// Options of a dataset beside its name.
@@ -148,6 +148,7 @@ impl CorpusSource {
                 true => self.root.join(name),
                 false => folder::file_in(&self.root, name)?,
             };
+            check_no_pointer(&path)?;
             let column = self.text_column.as_deref();
             match format {
                 Format::Parquet => {
@@ -201,6 +202,14 @@ impl Format {
 fn last_name(path: &Path) -> String {
     let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
     name(path).or_else(|| name(&path.canonicalize().ok()?)).unwrap_or_else(|| "folder".into())
+}
+
+/// Refuses a pointer of git-lfs, which would be read as a text.
+fn check_no_pointer(path: &Path) -> Result<()> {
+    let mut beginning = Vec::new();
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    file.take(64).read_to_end(&mut beginning).map_err(Error::io("read", path))?;
+    folder::check_not_pointer(path, &beginning)
 }
 
 fn sha256_of(path: &Path) -> Result<String> {
@@ -312,6 +321,20 @@ mod tests {
         for name in ["a.csv", "a.parquet.gz", "a"] {
             let error = resolve(&path(name), &options(None, None)).unwrap_err();
             assert!(error.contains("its name must end in .parquet, .txt"), "{error}");
+        }
+    }
+
+    #[test]
+    fn pointers_of_git_lfs_are_no_text() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["a.parquet", "a.txt", "a.jsonl", "a.json.gz", "a.txt.zst"] {
+            let path = folder.path().join(name);
+            fs::write(&path, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n").unwrap();
+            let source = resolve(path.to_str().unwrap(), &options(None, None)).unwrap();
+            assert!(
+                matches!(source.load(None), Err(Error::LfsPointer { path: found }) if found == path),
+                "{name}"
+            );
         }
     }
 

@@ -1,6 +1,6 @@
 //! Reads plain text and JSON, packed or not.
 
-use super::corpus::Rows;
+use super::corpus::{Rows, unpacked_limit, unpacks_to_too_much};
 use super::objects::{Objects, kind};
 use crate::error::{Error, Result};
 use flate2::read::MultiGzDecoder;
@@ -9,7 +9,7 @@ use serde::de::{Error as _, SeqAccess, Visitor};
 use serde_json::Value;
 use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::path::Path;
 
 /// Compression of a file, by the last ending of its name.
@@ -20,18 +20,47 @@ pub(super) enum Packing {
     Zstd,
 }
 
-/// The unpacked content of a file.
+/// The unpacked content of a file. Reading more than a file of its size may hold is an error.
 fn open(path: &Path, packing: Packing) -> Result<Box<dyn BufRead>> {
     const BUFFER: usize = 1 << 20;
     let file = File::open(path).map_err(Error::io("read", path))?;
+    let limit = unpacked_limit(file.metadata().map_err(Error::io("read", path))?.len());
     Ok(match packing {
         Packing::None => Box::new(BufReader::with_capacity(BUFFER, file)),
-        Packing::Gzip => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(file))),
+        Packing::Gzip => {
+            Box::new(BufReader::with_capacity(BUFFER, Bounded::new(MultiGzDecoder::new(file), limit)))
+        }
         Packing::Zstd => {
             let decoder = zstd::Decoder::new(file).map_err(Error::io("read", path))?;
-            Box::new(BufReader::with_capacity(BUFFER, decoder))
+            Box::new(BufReader::with_capacity(BUFFER, Bounded::new(decoder, limit)))
         }
     })
+}
+
+/// A reader of at most `limit` bytes; one more is an error.
+struct Bounded<R> {
+    inner: R,
+    limit: u64,
+    left: u64,
+}
+
+impl<R> Bounded<R> {
+    fn new(inner: R, limit: u64) -> Self {
+        Self { inner, limit, left: limit }
+    }
+}
+
+impl<R: Read> Read for Bounded<R> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(bytes)?;
+        match self.left.checked_sub(count as u64) {
+            Some(left) => self.left = left,
+            None => {
+                return Err(std::io::Error::new(ErrorKind::FileTooLarge, unpacks_to_too_much(self.limit)));
+            }
+        }
+        Ok(count)
+    }
 }
 
 /// The byte order mark that some editors put in front of UTF-8. It is no part of the text.
@@ -254,6 +283,23 @@ mod tests {
         let packed = gzip(content.as_bytes());
         let error = load("a.json.gz", &packed[..packed.len() / 2], None).unwrap_err();
         assert!(error.starts_with("`a.json.gz`: it cannot be read after line "), "{error}");
+    }
+
+    #[test]
+    fn files_that_unpack_to_far_more_than_they_hold_are_refused() {
+        // 96 MiB, of which gzip keeps a thousandth, and zstd less.
+        let line = format!("{{\"text\": \"{}\"}}\n", "a".repeat((1 << 20) - 13));
+        let lines = line.repeat(96);
+        let problem =
+            "it unpacks to more than 67.1 MB; at most 256 times the size of the file, or 67.1 MB, is read";
+        let zstd = zstd::encode_all(lines.as_bytes(), 1).unwrap();
+        for (name, content) in
+            [("a.txt.gz", &gzip(lines.as_bytes())), ("a.jsonl.zst", &zstd), ("a.txt.zst", &zstd)]
+        {
+            let error = load(name, content, None).unwrap_err();
+            assert!(error.contains(name) && error.contains(problem), "{error}");
+        }
+        assert_eq!(load("a.jsonl", lines.as_bytes(), None).unwrap().rows().len(), 96);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! The model's own tokenizer, as `tokenizer.json` or else `tokenizer.model` defines it.
 
-use super::sentencepiece;
+use super::{pieces, sentencepiece};
 use crate::error::{Error, Result};
 use crate::folder;
+use crate::progress::{Event, Progress, Silent};
+use crate::units::bytes;
 use std::path::{Path, PathBuf};
 use tokenizers::ModelWrapper;
 
@@ -35,7 +37,7 @@ impl Tokenizer {
 
     fn parse(path: PathBuf, bytes: &[u8]) -> Result<Self> {
         let problem = |problem: String| Error::Tokenizer { path: path.clone(), problem };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
+        let mut inner = tokenizers::Tokenizer::from_bytes(folder::without_mark(bytes))
             .map_err(|error| problem(format!("it is not a tokenizer that can be read: {error}")))?;
         if let ModelWrapper::BPE(bpe) = inner.get_model()
             && let Some(dropout) = bpe.dropout.filter(|dropout| *dropout != 0.0)
@@ -53,20 +55,58 @@ impl Tokenizer {
     }
 
     /// The ids of a text, tokenized as a whole, with the special tokens that the tokenizer adds.
+    /// A long text is tokenized in pieces on all cores where that gives the same ids.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_with(text, true)
+        self.encode_with(text, true, &Silent)
+    }
+
+    /// [`Tokenizer::encode`], with the progress of a long text.
+    pub fn encode_shown(&self, text: &str, progress: &dyn Progress) -> Result<Vec<u32>> {
+        self.encode_with(text, true, progress)
     }
 
     /// The ids of a text that a chat template rendered: special tokens are those that stand in it, none is added.
     pub fn encode_rendered(&self, text: &str) -> Result<Vec<u32>> {
-        self.encode_with(text, false)
+        self.encode_with(text, false, &Silent)
     }
 
-    fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(|error| {
-            self.problem(format!("it cannot tokenize a text of {} bytes: {error}", text.len()))
-        })?;
+    fn encode_with(&self, text: &str, add_special_tokens: bool, progress: &dyn Progress) -> Result<Vec<u32>> {
+        /// Bytes of a text whose tokenization as a whole is worth a word.
+        const LARGE: usize = 16 << 20;
+        let unusable =
+            |error| self.problem(format!("it cannot tokenize a text of {} bytes: {error}", text.len()));
+        if pieces::is_long(text.len())
+            && let Some([front, end]) = self.added(add_special_tokens).map_err(unusable)?
+        {
+            if let Some(ids) = pieces::encode(&self.inner, text, progress).map_err(unusable)? {
+                return Ok([front, ids, end].concat());
+            }
+            if text.len() >= LARGE {
+                let size = bytes(text.len() as u64);
+                let note = format!(
+                    "{size} of text are tokenized as a whole, which needs about 100 times as much memory"
+                );
+                progress.event(&Event::Note(&note));
+            }
+        }
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(unusable)?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Bytes of memory that tokenizing a text takes for a while.
+    pub(super) fn memory(&self, text: &str) -> u64 {
+        pieces::memory(&self.inner, text)
+    }
+
+    /// The special tokens that are added in front of a text and at its end; `None` where they are not those of every text.
+    fn added(&self, add_special_tokens: bool) -> tokenizers::Result<Option<[Vec<u32>; 2]>> {
+        const TEXT: &str = "a";
+        let encoding = self.inner.encode_fast(TEXT, add_special_tokens)?;
+        let plain = self.inner.encode_fast(TEXT, false)?;
+        let (ids, mask) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+        let front = mask.iter().take_while(|&&special| special == 1).count();
+        let rest = ids[front..].strip_prefix(plain.get_ids());
+        Ok(rest.map(|end| [ids[..front].to_vec(), end.to_vec()]))
     }
 
     /// The text of ids, without special tokens.
@@ -148,6 +188,24 @@ mod tests {
     }
 
     #[test]
+    fn a_long_text_has_the_ids_of_the_whole_and_its_special_tokens() {
+        let with_eos = demo_json(|json| {
+            let post = &mut json["post_processor"];
+            let eos = json!({"SpecialToken": {"id": "</s>", "type_id": 0}});
+            post["single"].as_array_mut().unwrap().push(eos);
+            post["special_tokens"]["</s>"] = json!({"id": "</s>", "ids": [2], "tokens": ["</s>"]});
+        });
+        let text = "The old house stood by the river.\n = Heading = \n\n\n".repeat(6000);
+        for tokenizer in [Tokenizer::from_bytes(&with_eos).unwrap(), demo_tokenizer()] {
+            assert!(pieces::encode(&tokenizer.inner, &text, &Silent).unwrap().is_some());
+            for special in [true, false] {
+                let whole = tokenizer.inner.encode_fast(text.as_str(), special).unwrap();
+                assert!(tokenizer.encode_with(&text, special, &Silent).unwrap() == whole.get_ids());
+            }
+        }
+    }
+
+    #[test]
     fn limits_stored_in_the_file_are_lifted() {
         let limited = demo_json(|json| {
             json["truncation"] =
@@ -169,6 +227,13 @@ mod tests {
         );
         let error = Tokenizer::from_bytes(b"{}").unwrap_err().to_string();
         assert!(error.starts_with("`tokenizer.json`: it is not a tokenizer that can be read: "), "{error}");
+    }
+
+    #[test]
+    fn a_byte_order_mark_before_a_tokenizer_is_skipped() {
+        let marked = [b"\xEF\xBB\xBF", &demo_json(|_| ())[..]].concat();
+        let ids = Tokenizer::from_bytes(&marked).unwrap().encode("one two").unwrap();
+        assert_eq!(ids, demo_tokenizer().encode("one two").unwrap());
     }
 
     #[test]

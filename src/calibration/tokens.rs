@@ -2,6 +2,7 @@
 
 use super::{Corpus, Sampling, Tokenizer};
 use crate::error::{Error, Result};
+use crate::progress::{Progress, Silent};
 
 /// A dataset's token ids; every id is below the vocabulary's size.
 #[derive(Debug)]
@@ -23,12 +24,35 @@ impl<'a> Tokens<'a> {
     /// Tokenizes a corpus for a model whose embedding has `vocab_size` rows: its joined text as a whole, or,
     /// when it is sampled by documents, nothing yet.
     pub fn new(corpus: &'a Corpus, tokenizer: &'a Tokenizer, vocab_size: usize) -> Result<Self> {
+        Self::shown(corpus, tokenizer, vocab_size, &Silent)
+    }
+
+    /// [`Tokens::new`], with the progress of a long text.
+    ///
+    /// # Errors
+    /// When the text cannot be tokenized, or has a token outside the vocabulary.
+    pub fn shown(
+        corpus: &'a Corpus,
+        tokenizer: &'a Tokenizer,
+        vocab_size: usize,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
         let dataset = corpus.name().to_owned();
         let text = match corpus.sampling() {
-            Sampling::Stream { .. } => Text::Stream(tokenizer.encode(corpus.text())?),
+            Sampling::Stream { .. } => Text::Stream(tokenizer.encode_shown(corpus.text(), progress)?),
             Sampling::Documents | Sampling::Conversations => Text::Rows { corpus, tokenizer },
         };
         Self { dataset, vocab_size, text }.checked()
+    }
+
+    /// Bytes that the ids of a corpus will take, and that tokenizing it takes beside them for a while, before it is done. Both
+    /// are 0 for a corpus whose rows are tokenized when they are drawn.
+    pub fn memory(corpus: &Corpus, tokenizer: &Tokenizer) -> [u64; 2] {
+        match corpus.sampling() {
+            // Four bytes an id, which stands for about four of text.
+            Sampling::Stream { .. } => [corpus.text().len() as u64, tokenizer.memory(corpus.text())],
+            Sampling::Documents | Sampling::Conversations => [0; 2],
+        }
     }
 
     /// The given ids as one text.

@@ -20,6 +20,7 @@ pub struct Windows {
     seq_len: usize,
     /// Tokens from the start of a window to the start of the next; `seq_len` for random windows.
     stride: usize,
+    distinct: usize,
     digest: String,
 }
 
@@ -53,10 +54,12 @@ impl Windows {
     /// windows holds the texts in about these proportions.
     pub fn mixed(texts: &[(&Tokens, usize)], seq_len: usize, seed: u64) -> Result<Windows> {
         at_least_one("sequence length", seq_len)?;
-        let mut drawn = Vec::with_capacity(texts.len());
+        let (mut drawn, mut repeated) = (Vec::with_capacity(texts.len()), 0);
         for (position, &(tokens, samples)) in texts.iter().enumerate() {
             at_least_one("samples", samples)?;
-            drawn.push(draw(tokens, samples, seq_len, &mut Draws::new(seed, position as u64))?);
+            let (ids, repeats) = draw(tokens, samples, seq_len, &mut Draws::new(seed, position as u64))?;
+            drawn.push(ids);
+            repeated += repeats;
         }
         let mut windows = Builder::new(seq_len);
         let mut taken = vec![0; texts.len()];
@@ -69,6 +72,7 @@ impl Windows {
             windows.push(&drawn[next][taken[next] * seq_len..][..seq_len]);
             taken[next] += 1;
         }
+        windows.repeated = repeated;
         Ok(windows.finish())
     }
 
@@ -108,6 +112,7 @@ impl Windows {
                 windows.push_all(&ids, limit);
             }
         }
+        windows.repeated = (windows.ids.len() / seq_len).saturating_sub(1) * (seq_len - stride);
         Ok(windows.finish())
     }
 
@@ -130,6 +135,11 @@ impl Windows {
     /// window before was scored there.
     pub fn first_scored(&self, index: usize) -> usize {
         if index == 0 { 1 } else { (self.seq_len - self.stride).max(1) }
+    }
+
+    /// Distinct tokens of the texts that the windows cover: each counts once, however many windows overlap there.
+    pub fn distinct(&self) -> usize {
+        self.distinct
     }
 
     /// All ids, `[count, seq_len]`, row-major.
@@ -174,8 +184,9 @@ pub fn shares(weights: &[u32], samples: usize) -> Result<Vec<usize>> {
     Ok(shares)
 }
 
-/// The ids of the random windows of one text, `[samples, seq_len]`.
-fn draw(tokens: &Tokens, samples: usize, seq_len: usize, draws: &mut Draws) -> Result<Vec<u32>> {
+/// The ids of the random windows of one text, `[samples, seq_len]`, and how many of them are tokens that another window has too.
+fn draw(tokens: &Tokens, samples: usize, seq_len: usize, draws: &mut Draws) -> Result<(Vec<u32>, usize)> {
+    let mut starts = Vec::new();
     let mut windows = Vec::with_capacity(samples.saturating_mul(seq_len).min(1 << 28));
     match tokens.text() {
         Text::Stream(ids) => {
@@ -184,6 +195,7 @@ fn draw(tokens: &Tokens, samples: usize, seq_len: usize, draws: &mut Draws) -> R
             for _ in 0..samples {
                 let start = draws.below(ids.len() - seq_len + 1);
                 windows.extend_from_slice(&ids[start..start + seq_len]);
+                starts.push(start);
             }
         }
         Text::Rows { corpus, tokenizer } if *corpus.sampling() == Sampling::Conversations => {
@@ -230,7 +242,10 @@ fn draw(tokens: &Tokens, samples: usize, seq_len: usize, draws: &mut Draws) -> R
             }
         }
     }
-    Ok(windows)
+    // Documents and conversations are drawn once each.
+    starts.sort_unstable();
+    let overlap = |pair: &[usize]| (pair[0] + seq_len).saturating_sub(pair[1]);
+    Ok((windows, starts.windows(2).map(overlap).sum()))
 }
 
 fn at_least_one(what: &str, value: usize) -> Result<()> {
@@ -253,12 +268,14 @@ struct Builder {
     ids: Vec<i64>,
     seq_len: usize,
     stride: usize,
+    /// Tokens that an earlier window has too.
+    repeated: usize,
     hasher: Sha256,
 }
 
 impl Builder {
     fn new(seq_len: usize) -> Self {
-        Self { ids: Vec::new(), seq_len, stride: seq_len, hasher: Sha256::new() }
+        Self { ids: Vec::new(), seq_len, stride: seq_len, repeated: 0, hasher: Sha256::new() }
     }
 
     fn push(&mut self, window: &[u32]) {
@@ -276,6 +293,7 @@ impl Builder {
 
     fn finish(self) -> Windows {
         Windows {
+            distinct: self.ids.len() - self.repeated,
             ids: self.ids,
             seq_len: self.seq_len,
             stride: self.stride,

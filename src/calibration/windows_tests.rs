@@ -75,6 +75,18 @@ fn both_ends_of_the_text_are_drawn() {
 }
 
 #[test]
+fn distinct_tokens_are_counted_once() {
+    // What the windows cover, position by position.
+    for (count, samples, seq_len) in [(143, 4, 128), (1000, 8, 10), (320, 128, 10), (10, 4, 10)] {
+        let windows = Windows::random(&counting(count), samples, seq_len, 0).unwrap();
+        let covered: std::collections::BTreeSet<i64> = windows.ids().iter().copied().collect();
+        assert_eq!(windows.distinct(), covered.len(), "{count} tokens, {samples} x {seq_len}");
+    }
+    assert_eq!(Windows::strided(&counting(35), 10, 4, None).unwrap().distinct(), 34);
+    assert_eq!(Windows::sequential(&counting(35), 10, None).unwrap().distinct(), 30);
+}
+
+#[test]
 fn too_little_text_is_an_error_with_the_numbers() {
     let random =
         |count, samples, seq_len| Windows::random(&counting(count), samples, seq_len, 0).unwrap_err();

@@ -11,13 +11,15 @@ mod scale_bits;
 #[cfg(test)]
 mod tests;
 mod values;
+mod weights_file;
 mod writer;
 
 pub use packed::{PackedTensors, check_pack_factor, integers, packed, stored_zeros};
 pub use quantization::{CheckpointFormat, OPTIMUM_CONFIG_FILE, QUANTIZE_CONFIG_FILE, QuantizationConfig};
-pub use reader::{Checkpoint, INDEX_FILE, PYTORCH_FILES, TensorView, WEIGHTS_FILE};
+pub use reader::{Checkpoint, TensorView};
 pub use safetensors::Dtype;
 pub use values::to_bytes;
+pub use weights_file::{INDEX_FILE, NoWeights, WEIGHTS_FILE, base_names, needs_base_name, weights_file};
 pub use writer::{ShardPlan, ShardWriter, TensorSpec, UNFINISHED, Written, write_file_atomically};
 
 #[cfg(target_endian = "big")]

@@ -61,6 +61,14 @@ pub fn packed<'a>(
     let words = |features: usize| features * bits.get() as usize / 32;
     let groups = quantization.group_size.groups(in_features);
 
+    let old_zeros = format!("{id}.zeros");
+    if !checkpoint.contains(&id.qzeros()) && checkpoint.contains(&old_zeros) {
+        return Err(Error::CheckpointKind {
+            path: checkpoint.dir().into(),
+            expected: "a GPTQ checkpoint with packed zero points (`qzeros`)",
+            found: format!("the oldest layout of GPTQ-for-LLaMa, with float zero points (`{old_zeros}`)"),
+        });
+    }
     let qweight = integers(&checkpoint.view_shaped(&id.qweight(), &[words(in_features), out_features])?)?;
     let qzeros = integers(&checkpoint.view_shaped(&id.qzeros(), &[groups, words(out_features)])?)?;
     let scales = halves(&checkpoint.view_shaped(&id.scales(), &[groups, out_features])?)?;

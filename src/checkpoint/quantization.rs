@@ -23,7 +23,7 @@ pub const QUANTIZE_CONFIG_FILE: &str = "quantize_config.json";
 /// Where optimum wrote it; read where neither of the two others says anything.
 pub const OPTIMUM_CONFIG_FILE: &str = "quantization_config.json";
 /// The newer one, a key of `config.json`.
-const QUANTIZATION_KEY: &str = "quantization_config";
+pub(super) const QUANTIZATION_KEY: &str = "quantization_config";
 
 /// How zero points are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

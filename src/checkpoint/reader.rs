@@ -15,18 +15,21 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     architectures::{CONFIG_FILE, ModelConfig},
-    checkpoint::{header, pytorch_file, values, writer::TensorSpec},
-    error::{Error, Result},
-    folder::{file_in, is_file_name},
+    checkpoint::{
+        header, pytorch_file, values,
+        weights_file::{NoWeights, base_names, needs_base_name, weights_file},
+        writer::TensorSpec,
+    },
+    error::{Error, Result, quoted},
+    folder::{check_not_pointer, file_in, is_file_name},
     json::{Fields, read_json},
 };
 
-/// All weights in one file.
-pub const WEIGHTS_FILE: &str = "model.safetensors";
-/// Which shard each tensor is in.
-pub const INDEX_FILE: &str = "model.safetensors.index.json";
-/// All weights in PyTorch's own format, or the index of its shards.
-pub const PYTORCH_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+const NOT_IN_SHARD: &str = "that file does not hold it";
+
+fn index_error(index: &Path, tensor: &str, shard: &str, problem: &'static str) -> Error {
+    Error::Index { index: index.into(), tensor: tensor.into(), shard: shard.into(), problem }
+}
 
 /// A checkpoint folder. Its files must not be changed while this lives.
 #[derive(Debug)]
@@ -37,6 +40,10 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, Entry>,
     /// Texts in the headers of the safetensors files.
     metadata: BTreeMap<String, String>,
+    /// Tensors that the index lists and their shard does not hold: the shard's name.
+    absent: BTreeMap<String, String>,
+    /// The index, if there is one.
+    index: PathBuf,
     /// What a tensor's numbers are multiplied by, for each element of its last axis.
     factors: BTreeMap<String, Vec<f32>>,
 }
@@ -74,28 +81,20 @@ pub struct TensorView<'a> {
 impl Checkpoint {
     /// Opens the folder `dir`: reads `config.json` and the headers, maps the weights, reads none of them.
     ///
-    /// The weights are `model.safetensors`, else the shards of `model.safetensors.index.json`, else the one
-    /// `*.safetensors` file of the folder (AutoGPTQ named it freely), else `pytorch_model.bin` or its shards.
+    /// [`weights_file`] says which file holds the weights.
+    ///
+    /// # Errors
+    /// When `config.json` or a header cannot be read, or no file or several files could be the weights.
     pub fn open(dir: &Path) -> Result<Self> {
         let config = ModelConfig::read(dir)?;
-        let mut checkpoint = Self {
-            dir: dir.into(),
-            config,
-            shards: Vec::new(),
-            tensors: BTreeMap::new(),
-            metadata: BTreeMap::new(),
-            factors: BTreeMap::new(),
-        };
-        let (weights, index) = (file_in(dir, WEIGHTS_FILE)?, file_in(dir, INDEX_FILE)?);
-        if weights.exists() {
-            checkpoint.add_shard(weights)?;
-        } else if index.exists() {
-            checkpoint.add_indexed_shards(&index)?;
-        } else {
-            match only_weights_file(dir)?.as_str() {
-                name if name == PYTORCH_FILES[1] => checkpoint.add_indexed_shards(&file_in(dir, name)?)?,
-                name => checkpoint.add_shard(file_in(dir, name)?)?,
-            }
+        let (tensors, absent, factors) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (shards, index, metadata) = (Vec::new(), PathBuf::new(), BTreeMap::new());
+        let mut checkpoint =
+            Self { dir: dir.into(), config, shards, tensors, metadata, absent, index, factors };
+        let weights = file_in(dir, &chosen_weights(dir)?)?;
+        match weights.extension().is_some_and(|extension| extension == "json") {
+            true => checkpoint.add_indexed_shards(&weights)?,
+            false => checkpoint.add_shard(weights)?,
         }
         Ok(checkpoint.with_names_as_stored())
     }
@@ -121,12 +120,8 @@ impl Checkpoint {
                 .ok_or_else(|| fields.error(&format!("weight_map.{tensor}"), "the name of a shard", shard))?;
             shard_of.insert(tensor.as_str(), shard);
         }
-        let problem = |tensor: &str, shard: &str, problem| Error::Index {
-            index: index.into(),
-            tensor: tensor.into(),
-            shard: shard.into(),
-            problem,
-        };
+        self.index = index.into();
+        let problem = |tensor: &str, shard: &str, problem| index_error(index, tensor, shard, problem);
         let mut files = BTreeMap::new();
         for (&tensor, &shard) in &shard_of {
             files.entry(shard).or_insert(tensor);
@@ -142,9 +137,13 @@ impl Checkpoint {
             self.add_shard(path)?;
         }
         for (tensor, shard) in shard_of {
-            let found = self.tensors.get(tensor).map(|entry| &self.shards[entry.shard].path);
-            if found.and_then(|path| path.file_name()).is_none_or(|name| name != shard) {
-                return Err(problem(tensor, shard, "that file does not hold it"));
+            match self.tensors.get(tensor).map(|entry| self.shards[entry.shard].path.file_name()) {
+                // An error only where it is needed: `view`.
+                None => drop(self.absent.insert(tensor.into(), shard.into())),
+                Some(found) if found.is_none_or(|name| name != shard) => {
+                    return Err(problem(tensor, shard, NOT_IN_SHARD));
+                }
+                Some(_) => {}
             }
         }
         Ok(())
@@ -154,6 +153,7 @@ impl Checkpoint {
         let file = File::open(&path).map_err(Error::io("read", &path))?;
         // SAFETY: the map is only read, and `Checkpoint` asks that the files stay as they are while it lives.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+        check_not_pointer(&path, &map)?;
         let shard = self.shards.len();
         let entries = if path.extension().is_some_and(|extension| extension == "bin") {
             pytorch_file::parse(&path, map.len(), shard)?
@@ -226,10 +226,10 @@ impl Checkpoint {
 
     /// The tensor `name` as it lies in its file.
     pub fn view(&self, name: &str) -> Result<TensorView<'_>> {
-        let (name, entry) = self
-            .tensors
-            .get_key_value(name)
-            .ok_or_else(|| Error::MissingTensor { name: name.into(), path: self.dir.clone() })?;
+        let (name, entry) = self.tensors.get_key_value(name).ok_or_else(|| match self.absent.get(name) {
+            Some(shard) => index_error(&self.index, name, shard, NOT_IN_SHARD),
+            None => Error::MissingTensor { name: name.into(), path: self.dir.clone() },
+        })?;
         let bytes = &self.shards[entry.shard].map[entry.range.clone()];
         Ok(TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes })
     }
@@ -349,6 +349,18 @@ impl Checkpoint {
         self.names().filter(extra).collect()
     }
 
+    /// A warning about tensors that the index lists and no shard holds. The model does not need them if the checkpoint passes
+    /// its checks.
+    pub fn absent(&self) -> Option<String> {
+        let named = quoted(self.absent.keys().take(3));
+        let (count, index) = (self.absent.len(), self.index.file_name().unwrap_or_default().display());
+        (count > 0).then(|| {
+            format!(
+                "`{index}` lists tensors that no shard holds ({count}): {named}; the model does not need them"
+            )
+        })
+    }
+
     /// Tensors that are no part of the decoder and stay as they are, sorted: encoders of other inputs.
     ///
     /// # Errors
@@ -442,32 +454,20 @@ impl Checkpoint {
     }
 }
 
-/// The name of the folder's only `*.safetensors` file; an error that says what there is instead.
-fn only_weights_file(dir: &Path) -> Result<String> {
+/// The name of the folder's weights file, or of the index of its shards.
+fn chosen_weights(dir: &Path) -> Result<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let entry = entry.map_err(Error::io("read", dir))?;
-        names.extend(entry.file_name().into_string());
+        // Links to missing files, in an incomplete cache, do not count.
+        names.extend(entry.file_name().into_string().ok().filter(|_| entry.path().exists()));
     }
     names.sort();
-    let mut safetensors = names.iter().filter(|name| name.ends_with(".safetensors"));
-    match (safetensors.next(), safetensors.next()) {
-        (Some(name), None) => return Ok(name.clone()),
-        (Some(_), Some(_)) => {
-            return Err(Error::NotACheckpoint { path: dir.into(), missing: format!("`{INDEX_FILE}`") });
-        }
-        (None, _) => {}
-    }
-    let pytorch = PYTORCH_FILES.into_iter().find(|&file| names.iter().any(|name| name == file));
-    if let Some(file) = pytorch {
-        return Ok(file.to_owned());
-    }
-    let other_format = |name: &&String| {
-        name.starts_with("pytorch_model")
-            || [".pt", ".pth", ".gguf", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
-    };
-    Err(match names.iter().find(other_format) {
-        Some(found) => Error::WeightsFormat { path: dir.into(), found: found.clone() },
-        None => Error::NotACheckpoint { path: dir.into(), missing: format!("`{WEIGHTS_FILE}`") },
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let base_names = if needs_base_name(&names) { base_names(dir)? } else { Vec::new() };
+    weights_file(&names, &base_names).map(str::to_owned).map_err(|lack| match lack {
+        NoWeights::Missing(missing) => Error::NotACheckpoint { path: dir.into(), missing },
+        NoWeights::Several(found) => Error::SeveralWeights { path: dir.into(), found },
+        NoWeights::OtherFormat(found) => Error::WeightsFormat { path: dir.into(), found },
     })
 }

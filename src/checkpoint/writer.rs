@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    checkpoint::reader::{INDEX_FILE, WEIGHTS_FILE},
+    checkpoint::weights_file::{INDEX_FILE, WEIGHTS_FILE},
     error::{Error, Result},
     units::hex,
 };

@@ -55,6 +55,9 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         .map(|(model, checkpoint)| Candidate { name: model.label(), checkpoint })
         .collect();
     let terminal = Terminal::new(output);
+    for warning in [&reference].into_iter().chain(&quantized).filter_map(Checkpoint::absent) {
+        terminal.event(&Event::Warning(&warning));
+    }
     let cache = args.cache.dir();
     let mut evaluations = Vec::with_capacity(texts.len());
     for (dataset, windows) in &texts {
@@ -94,7 +97,8 @@ fn windows(args: &EvalArgs, reference: &Checkpoint, output: &OutputArgs) -> Resu
     for name in &named {
         let source = datasets::resolve(name, &datasets::options(&args.places), output)?;
         let corpus = datasets::load(&source, reference.dir())?;
-        let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
+        let terminal = Terminal::new(output);
+        let tokens = Tokens::shown(&corpus, &tokenizer, reference.config().vocab_size, &terminal)?;
         for &seq_len in &args.seq_len {
             let count = args.windows.map(|count| count * longest / seq_len.max(1));
             let windows = Windows::strided(&tokens, seq_len, args.stride.unwrap_or(seq_len), count)?;

@@ -1,6 +1,6 @@
 //! `gptq quantize`.
 
-use std::path::Path;
+use std::{path::Path, slice};
 
 use anyhow::Result;
 use gptq::{
@@ -53,20 +53,22 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let vocab_size = checkpoint.config().vocab_size;
     let load = |source: &CorpusSource| datasets::load(source, &model.folder);
     let corpora = sources.iter().map(load).collect::<gptq::Result<Vec<_>>>()?;
+    pipeline::check_texts(&plan, &checkpoint, &place, &corpora, &tokenizer)?;
+    let terminal = Terminal::new(output);
     let text = |corpus| {
-        let tokens = Tokens::new(corpus, &tokenizer, vocab_size)?;
+        let tokens = Tokens::shown(corpus, &tokenizer, vocab_size, &terminal)?;
         Ok(CalibrationText { tokens, provenance: corpus.provenance() })
     };
     let texts = corpora.iter().map(text).collect::<gptq::Result<Vec<_>>>()?;
     // A text that cannot be evaluated on is an error before the run, not after it.
     let windows = |source: &CorpusSource| {
         let corpus = load(source)?;
-        let tokens = Tokens::new(&corpus, &tokenizer, vocab_size)?;
+        pipeline::check_texts(&plan, &checkpoint, &place, slice::from_ref(&corpus), &tokenizer)?;
+        let tokens = Tokens::shown(&corpus, &tokenizer, vocab_size, &terminal)?;
         Ok((source.name().to_owned(), evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?))
     };
     let evaluation_texts = evaluation_sources.iter().map(windows).collect::<gptq::Result<Vec<_>>>()?;
 
-    let terminal = Terminal::new(output);
     let stop = signals::stop_flag(output)?;
     let run = Run {
         plan: &plan,

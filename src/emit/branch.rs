@@ -173,7 +173,10 @@ impl BranchWriter {
         add(QUANTIZE_CONFIG_FILE, &pretty(&quantize_config_json(&self.variant, provenance)))?;
         for name in copied(source)? {
             let file = folder::file_in(source, &name)?;
-            add(&name, &folder::read(&file, folder::TEXT_LIMIT)?)?;
+            let bytes = folder::read(&file, folder::TEXT_LIMIT)?;
+            // Readers refuse JSON with a byte order mark.
+            let json = name.ends_with(".json");
+            add(&name, if json { folder::without_mark(&bytes) } else { &bytes })?;
         }
         let text = serde_json::to_value(&checksums)
             .map_err(|source| Error::Json { path: self.partial.join(CHECKSUMS_FILE), source })?;

@@ -1,6 +1,6 @@
 //! What the user can do about an error.
 
-use std::path::Path;
+use std::{fmt::Display, path::Path};
 
 use super::Error;
 
@@ -17,10 +17,24 @@ impl Error {
                 ),
                 false => "is the config that of another model? It must describe every tensor of a layer".into(),
             },
-            Self::PytorchFile { path, .. } => {
-                format!("convert the model: {}", to_safetensors(path.parent().unwrap_or(path)))
+            Self::LfsPointer { path } => {
+                let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+                format!("fetch the files: git -C '{}' lfs pull (`git lfs install` once before)", folder.display())
             }
-            Self::WeightsFormat { path, .. } => format!("convert it: {}", to_safetensors(path)),
+            Self::PytorchFile { path, .. } => {
+                let folder = path.parent().unwrap_or(path);
+                let command = match path.ends_with("pytorch_model.bin") {
+                    true => conversion(folder, "pytorch_model.bin"),
+                    // A shard.
+                    false => to_safetensors(folder, ""),
+                };
+                format!("convert the model: {command}")
+            }
+            Self::WeightsFormat { path, found } => format!("convert it: {}", conversion(path, found)),
+            Self::CheckpointKind { found, .. } if found.contains(".zeros`") => {
+                "no program reads it any more: quantize the dense model again: gptq quantize --model MODEL --out OUT".into()
+            }
+            Self::SeveralWeights { path, .. } => choose_weights(&format_args!("`{}`", path.display())),
             Self::CheckpointKind { path, found, .. } if found.contains("`fp8`") => format!(
                 "make it bf16 first: python -c \"from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; \
                  M.from_pretrained('{0}', dtype='bfloat16', quantization_config=C(dequantize=True)).save_pretrained('{0}-bf16')\"",
@@ -80,11 +94,35 @@ impl Error {
     }
 }
 
-/// The command that converts the weights of a folder.
-fn to_safetensors(folder: &Path) -> String {
+/// How to choose one of several weights files.
+pub(super) fn choose_weights(place: &dyn Display) -> String {
+    format!(
+        "name one of them in `quantize_config.json` of {place}, without `.safetensors`: {{\"model_file_base_name\": \"NAME\"}}; or \
+         remove the others"
+    )
+}
+
+/// The command that converts the weights file `found` of a folder.
+pub(super) fn conversion(folder: &Path, found: &str) -> String {
+    match found.rsplit('.').next().unwrap_or_default() {
+        "gguf" => to_safetensors(folder, &format!(", gguf_file='{found}'")),
+        "h5" => format!("{} (transformers 4 with TensorFlow)", to_safetensors(folder, ", from_tf=True")),
+        "msgpack" => format!("{} (transformers 4 with Flax)", to_safetensors(folder, ", from_flax=True")),
+        "bin" | "pt" | "pth" | "ckpt" => format!(
+            "python -c \"import torch; from safetensors.torch import save_file; \
+             d = torch.load('{0}/{found}', map_location='cpu', weights_only=True); \
+             save_file({{k: v.contiguous().clone() for k, v in d.items()}}, '{0}/model.safetensors')\"",
+            folder.display()
+        ),
+        _ => to_safetensors(folder, ""),
+    }
+}
+
+/// The command with which transformers convert the weights of a folder.
+fn to_safetensors(folder: &Path, arguments: &str) -> String {
     format!(
         "python -c \"from transformers import AutoModelForCausalLM as M; \
-         M.from_pretrained('{0}').save_pretrained('{0}-safetensors')\"",
+         M.from_pretrained('{0}'{arguments}).save_pretrained('{0}-safetensors')\"",
         folder.display()
     )
 }

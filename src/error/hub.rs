@@ -1,6 +1,8 @@
 //! Errors of the Hub and of git remotes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use super::hint::{choose_weights, conversion};
 
 /// An error of a repository, of its files, or of the connection to it.
 #[derive(Debug, thiserror::Error)]
@@ -67,11 +69,19 @@ pub enum HubError {
         file: String,
     },
     /// The repository has weights only in formats that are not read.
-    #[error("`{repository}` has only `{found}`; safetensors weights are needed")]
+    #[error("`{repository}` has only `{found}`; safetensors or `pytorch_model.bin` are needed")]
     WeightsFormat {
         /// `owner/name`.
         repository: String,
         /// One of its weights files.
+        found: String,
+    },
+    /// The repository has several weights files, and nothing says which one to fetch.
+    #[error("`{repository}` has several weights files: {found}")]
+    SeveralWeights {
+        /// `owner/name`.
+        repository: String,
+        /// Their names, quoted.
         found: String,
     },
     /// Files are neither in the cache nor reachable on the network.
@@ -234,12 +244,23 @@ impl HubError {
             Self::Unauthorized { .. } => {
                 "check HF_TOKEN: it must be valid, and may need the right to write".into()
             }
+            Self::WeightsFormat { repository, found }
+                if [".bin", ".pt", ".pth", ".ckpt"].iter().any(|end| found.ends_with(end)) =>
+            {
+                let command = conversion(Path::new("COPY"), found);
+                format!(
+                    "fetch it: hf download {repository} --local-dir COPY; convert it: {command}; then --model COPY"
+                )
+            }
             Self::WeightsFormat { repository, .. } => format!(
                 "convert it: python -c \"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
                  d = '{0}-safetensors'; M.from_pretrained('{repository}').save_pretrained(d); \
                  T.from_pretrained('{repository}').save_pretrained(d)\", then --model {0}-safetensors",
                 repository.rsplit('/').next().unwrap_or_default()
             ),
+            Self::SeveralWeights { repository, .. } => {
+                format!("fetch it: hf download {repository} --local-dir COPY; {}", choose_weights(&"COPY"))
+            }
             Self::NotCached { offline: true, .. } => "unset HF_HUB_OFFLINE to fetch it".into(),
             Self::NotCached { .. } | Self::Unreachable { .. } => {
                 "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: what has come is kept"

@@ -98,12 +98,20 @@ pub enum Error {
         /// The file that was looked for.
         missing: String,
     },
-    /// The folder has weights, but none in safetensors format.
-    #[error("`{}` has only `{found}`; safetensors weights are needed", path.display())]
+    /// The folder has weights, but none in a format that is read.
+    #[error("`{}` has only `{found}`; safetensors or `pytorch_model.bin` are needed", path.display())]
     WeightsFormat {
         /// The folder.
         path: PathBuf,
         /// The file found.
+        found: String,
+    },
+    /// The folder has several weights files, and nothing says which one to read.
+    #[error("`{}` has several weights files: {found}", path.display())]
+    SeveralWeights {
+        /// The folder.
+        path: PathBuf,
+        /// Their names, quoted.
         found: String,
     },
     /// The index names a shard that is not there.
@@ -133,6 +141,12 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong.
         problem: String,
+    },
+    /// A clone without git-lfs has pointers in place of large files.
+    #[error("`{}` is a pointer of git-lfs, not the file itself: this clone was made without its large files", path.display())]
+    LfsPointer {
+        /// The file.
+        path: PathBuf,
     },
     /// A safetensors file is cut short or contradicts itself.
     #[error("`{}` is not a whole safetensors file: {problem}", path.display())]

@@ -54,10 +54,15 @@ fn texts_of_errors() {
         Config { path: "model/config.json".into(), key: "hidden_size".into(), expected: "an integer".into(), found: "\"64\"".into() }
         NotACheckpoint { path: "model".into(), missing: "`config.json`".into() }
         WeightsFormat { path: "model".into(), found: "tf_model.h5".into() }
+        WeightsFormat { path: "model".into(), found: "llama-4bit.pt".into() }
+        WeightsFormat { path: "model".into(), found: "llama.Q4_K_M.gguf".into() }
+        SeveralWeights { path: "model".into(), found: "`a.safetensors`, `b.safetensors`".into() }
         Index { index: "model/model.safetensors.index.json".into(), tensor: "lm_head.weight".into(), shard: "model-00002-of-00002.safetensors".into(), problem: "there is no such file" }
         UndeclaredTensor { name: "model.layers.1.self_attn.o_proj.bias".into(), path: "model".into() }
         UndeclaredTensor { name: "model.layers.1.self_attn.q_norm.weight".into(), path: "model".into() }
         PytorchFile { path: "model/pytorch_model.bin".into(), problem: "its pickle calls `os.system`".into() }
+        LfsPointer { path: "model/model.safetensors".into() }
+        LfsPointer { path: "model.safetensors".into() }
         Safetensors { path: "model/model.safetensors".into(), problem: "it has 0 bytes".into() }
         OutOfFolder { path: "model/tokenizer.json".into(), target: "/etc/passwd".into() }
         MissingTensor { name: "model.norm.weight".into(), path: "model".into() }
@@ -118,6 +123,8 @@ fn texts_of_errors_of_the_hub() {
         Unauthorized { action: "read owner/name".into(), message: "403 Forbidden".into(), token: true }
         File { repository: repository(), revision: "main".into(), file: "config.json".into() }
         WeightsFormat { repository: repository(), found: "tf_model.h5".into() }
+        WeightsFormat { repository: repository(), found: "llama-4bit.pt".into() }
+        SeveralWeights { repository: repository(), found: "`a.safetensors`, `b.safetensors`".into() }
         NotCached { why: "HF_HUB_OFFLINE is set".into(), repository: repository(), revision: "main".into(), missing: "`config.json`".into(), offline: true }
         NotCached { why: "no answer".into(), repository: repository(), revision: "main".into(), missing: "`config.json`".into(), offline: false }
         Unreachable { endpoint: endpoint(), problem: "connection refused".into() }

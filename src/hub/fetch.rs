@@ -15,11 +15,12 @@ use serde_json::Value;
 use super::{
     cache::{RepositoryCache, is_commit},
     client::{About, Hub},
-    files::{self, Lack},
+    files,
     reference::Reference,
     transfer::{Listed, STEP, Transfer},
 };
 use crate::{
+    checkpoint::{NoWeights, base_names, needs_base_name},
     error::{Error, HubError, Result, quoted},
     machine::require_space,
     progress::{Event, Progress},
@@ -132,14 +133,22 @@ impl Hub {
         let transfer = Transfer { hub: self, repository, about, commit: &commit, cache, progress };
         let pick = |names: &[String]| -> Result<Vec<Listed>> {
             let find = |name: &String| listed.iter().find(|file| file.path == *name).cloned();
-            let missing = |name: &String| lacks(about.reference, Lack::Missing(format!("`{name}`")));
+            let missing = |name: &String| lacks(about.reference, NoWeights::Missing(format!("`{name}`")));
             names.iter().map(|name| find(name).ok_or_else(|| missing(name))).collect()
         };
         match wish {
             Wish::Files(names) => self.all(&transfer, &pick(names)?).await?,
             Wish::Model => {
                 let names: Vec<&str> = listed.iter().map(|file| file.path.as_str()).collect();
-                let wanted = files::of_model(&names).map_err(|lack| lacks(about.reference, lack))?;
+                let lacks = |lack| lacks(about.reference, lack);
+                let base_names = match needs_base_name(&names) {
+                    true => {
+                        self.all(&transfer, &pick(&files::configs(&names).map_err(lacks)?)?).await?;
+                        base_names(&cache.snapshot(&commit))?
+                    }
+                    false => Vec::new(),
+                };
+                let wanted = files::of_model(&names, &base_names).map_err(lacks)?;
                 let mut files = pick(&wanted.files)?;
                 if let Some(index) = wanted.index {
                     self.all(&transfer, &pick(slice::from_ref(&index))?).await?;
@@ -245,8 +254,10 @@ impl Hub {
             Wish::Model => {
                 let names = file_names(&folder);
                 let names: Vec<&str> = names.iter().map(String::as_str).collect();
-                let wanted = files::of_model(&names).map_err(|lack| match lack {
-                    Lack::Missing(file) | Lack::OtherFormat(file) => not_cached(file),
+                let base_names = if needs_base_name(&names) { base_names(&folder)? } else { Vec::new() };
+                let wanted = files::of_model(&names, &base_names).map_err(|lack| match lack {
+                    NoWeights::Missing(file) | NoWeights::OtherFormat(file) => not_cached(file),
+                    several @ NoWeights::Several(_) => lacks(reference, several),
                 })?;
                 if let Some(index) = wanted.index {
                     files::shards(&folder.join(index))?.iter().try_for_each(|shard| require(shard))?;
@@ -257,11 +268,12 @@ impl Hub {
     }
 }
 
-fn lacks(reference: &Reference, lack: Lack) -> Error {
+fn lacks(reference: &Reference, lack: NoWeights) -> Error {
     let repository = reference.repository().to_owned();
     match lack {
-        Lack::OtherFormat(found) => HubError::WeightsFormat { repository, found }.into(),
-        Lack::Missing(file) => {
+        NoWeights::OtherFormat(found) => HubError::WeightsFormat { repository, found }.into(),
+        NoWeights::Several(found) => HubError::SeveralWeights { repository, found }.into(),
+        NoWeights::Missing(file) => {
             HubError::File { repository, revision: reference.revision().to_owned(), file }.into()
         }
     }

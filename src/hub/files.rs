@@ -6,16 +6,14 @@ use serde::Deserialize;
 
 use crate::{
     architectures::CONFIG_FILE,
-    checkpoint::{INDEX_FILE, OPTIMUM_CONFIG_FILE, PYTORCH_FILES, QUANTIZE_CONFIG_FILE, WEIGHTS_FILE},
+    checkpoint::{NoWeights, OPTIMUM_CONFIG_FILE, QUANTIZE_CONFIG_FILE, weights_file},
     emit::{CHECKSUMS_FILE, COPIED_FILES, is_licence},
     error::{Error, Result},
+    folder::without_mark,
 };
 
 /// The card of a repository.
 pub const CARD_FILE: &str = "README.md";
-
-/// Name endings of weights in formats that are not read.
-const OTHER_WEIGHTS: [&str; 8] = [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"];
 
 /// The needed files of a model.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,55 +24,28 @@ pub(super) struct Wanted {
     pub(super) index: Option<String>,
 }
 
-/// Why a model cannot be read from a repository.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Lack {
-    /// This is missing.
-    Missing(String),
-    /// The weights are in another format; the name of one such file.
-    OtherFormat(String),
-}
-
-/// The needed files of a repository with files of these names; none is in a subfolder.
-pub(super) fn of_model(names: &[&str]) -> Result<Wanted, Lack> {
-    let named = |name: &str| names.contains(&name);
-    if !named(CONFIG_FILE) {
-        return Err(Lack::Missing(format!("`{CONFIG_FILE}`")));
-    }
-    let weights = weights(names)?;
+/// The needed files of a repository with files of these names; none is in a subfolder. `base_names` are those of its configs.
+pub(super) fn of_model(names: &[&str], base_names: &[String]) -> Result<Wanted, NoWeights> {
+    let mut files = configs(names)?;
+    let weights = weights_file(names, base_names)?;
     let beside = |name: &&str| {
-        [CONFIG_FILE, QUANTIZE_CONFIG_FILE, OPTIMUM_CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE].contains(name)
+        [OPTIMUM_CONFIG_FILE, CHECKSUMS_FILE, CARD_FILE].contains(name)
             || COPIED_FILES.contains(name)
             || is_licence(name)
     };
-    let mut files: Vec<String> = names.iter().copied().filter(beside).map(str::to_owned).collect();
+    files.extend(names.iter().copied().filter(beside).map(str::to_owned));
     files.push(weights.to_owned());
     let index = weights.ends_with(".json").then(|| weights.to_owned());
     Ok(Wanted { files, index })
 }
 
-/// The one weights file or the index of several, chosen as [`Checkpoint::open`](crate::checkpoint::Checkpoint::open) does.
-fn weights<'a>(names: &[&'a str]) -> Result<&'a str, Lack> {
-    let find = |wanted: &str| names.iter().copied().find(|name| *name == wanted);
-    if let Some(weights) = find(WEIGHTS_FILE).or_else(|| find(INDEX_FILE)) {
-        return Ok(weights);
+/// The configs of a repository with files of these names.
+pub(super) fn configs(names: &[&str]) -> Result<Vec<String>, NoWeights> {
+    if !names.contains(&CONFIG_FILE) {
+        return Err(NoWeights::Missing(format!("`{CONFIG_FILE}`")));
     }
-    let top = || names.iter().copied().filter(|name| !name.contains('/'));
-    let mut single = top().filter(|name| name.ends_with(".safetensors"));
-    match (single.next(), single.next()) {
-        (Some(only), None) => return Ok(only),
-        (Some(_), Some(_)) => {
-            return Err(Lack::Missing(format!("`{INDEX_FILE}`, which says what is in its shards")));
-        }
-        (None, _) => {}
-    }
-    if let Some(pytorch) = PYTORCH_FILES.into_iter().find_map(find) {
-        return Ok(pytorch);
-    }
-    Err(match top().find(|name| OTHER_WEIGHTS.iter().any(|end| name.ends_with(end))) {
-        Some(other) => Lack::OtherFormat(other.to_owned()),
-        None => Lack::Missing(format!("`{WEIGHTS_FILE}` and no `{INDEX_FILE}`")),
-    })
+    let found = [CONFIG_FILE, QUANTIZE_CONFIG_FILE].into_iter().filter(|name| names.contains(name));
+    Ok(found.map(str::to_owned).collect())
 }
 
 #[derive(Deserialize)]
@@ -85,8 +56,8 @@ struct Index {
 /// The shards that an index names.
 pub(super) fn shards(index: &Path) -> Result<BTreeSet<String>> {
     let text = std::fs::read(index).map_err(Error::io("read", index))?;
-    let parsed: Index =
-        serde_json::from_slice(&text).map_err(|source| Error::Json { path: index.into(), source })?;
+    let parsed: Index = serde_json::from_slice(without_mark(&text))
+        .map_err(|source| Error::Json { path: index.into(), source })?;
     Ok(parsed.weight_map.into_values().collect())
 }
 
@@ -94,8 +65,9 @@ pub(super) fn shards(index: &Path) -> Result<BTreeSet<String>> {
 mod tests {
     use super::*;
 
-    fn needed(names: &[&str]) -> Result<Vec<String>, Lack> {
-        of_model(&[&["config.json", ".gitattributes", "x.py"], names].concat()).map(|wanted| wanted.files)
+    fn needed(names: &[&str]) -> Result<Vec<String>, NoWeights> {
+        of_model(&[&["config.json", ".gitattributes", "x.py"], names].concat(), &[])
+            .map(|wanted| wanted.files)
     }
 
     #[test]
@@ -124,7 +96,7 @@ mod tests {
             "model.safetensors.index.json",
         ];
         assert_eq!(needed(&names).unwrap(), expected);
-        let index = |name: &str| of_model(&["config.json", name]).unwrap().index;
+        let index = |name: &str| of_model(&["config.json", name], &[]).unwrap().index;
         assert_eq!(index("model.safetensors.index.json").unwrap(), "model.safetensors.index.json");
         assert_eq!(index("model.safetensors"), None);
         let whole = ["model.safetensors", "model.safetensors.index.json", "b.safetensors"];
@@ -141,7 +113,7 @@ mod tests {
         let index = "pytorch_model.bin.index.json";
         let names = [index, "pytorch_model-00001-of-00001.bin", "training_args.bin"];
         assert_eq!(needed(&names).unwrap(), ["config.json", index]);
-        assert_eq!(of_model(&["config.json", index]).unwrap().index.unwrap(), index);
+        assert_eq!(of_model(&["config.json", index], &[]).unwrap().index.unwrap(), index);
         assert_eq!(
             needed(&[index, "pytorch_model.bin", "old/a.safetensors"]).unwrap()[1..],
             ["pytorch_model.bin"]
@@ -151,17 +123,24 @@ mod tests {
 
     #[test]
     fn what_lacks_is_named() {
-        assert_eq!(of_model(&["model.safetensors"]), Err(Lack::Missing("`config.json`".into())));
-        assert_eq!(needed(&["tf_model.h5"]), Err(Lack::OtherFormat("tf_model.h5".into())));
-        assert_eq!(needed(&["m.Q4.gguf", "original/x.bin"]), Err(Lack::OtherFormat("m.Q4.gguf".into())));
-        assert!(matches!(needed(&["a.safetensors", "b.safetensors"]), Err(Lack::Missing(_))));
-        assert!(matches!(needed(&["deep/model.safetensors"]), Err(Lack::Missing(_))));
+        let config = NoWeights::Missing("`config.json`".into());
+        assert_eq!(of_model(&["model.safetensors"], &[]), Err(config));
+        assert_eq!(needed(&["tf_model.h5"]), Err(NoWeights::OtherFormat("tf_model.h5".into())));
+        assert!(matches!(needed(&["a.safetensors", "b.safetensors"]), Err(NoWeights::Several(_))));
+        assert!(matches!(needed(&["deep/model.safetensors"]), Err(NoWeights::Missing(_))));
+    }
+
+    #[test]
+    fn weights_that_the_config_names_are_needed() {
+        let names = ["config.json", "quantize_config.json", "a.safetensors", "b.safetensors"];
+        let wanted = of_model(&names, &["b".into()]).unwrap();
+        assert_eq!(wanted.files, ["config.json", "quantize_config.json", "b.safetensors"]);
     }
 
     #[test]
     fn shards_of_an_index() {
         let folder = tempfile::tempdir().unwrap();
-        let index = folder.path().join(INDEX_FILE);
+        let index = folder.path().join("model.safetensors.index.json");
         std::fs::write(&index, r#"{"weight_map": {"a": "2", "b": "1", "c": "2"}}"#).unwrap();
         assert_eq!(shards(&index).unwrap().into_iter().collect::<Vec<_>>(), ["1", "2"]);
         std::fs::write(&index, "{}").unwrap();

@@ -118,8 +118,21 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Reads and parses the JSON file at `path`.
+/// Reads and parses the JSON file at `path`; a byte order mark in front is skipped.
 pub(crate) fn read_json(path: &Path) -> Result<Value> {
     let bytes = folder::read(path, folder::TEXT_LIMIT)?;
-    unique::parse(&bytes).map_err(|source| Error::Json { path: path.into(), source })
+    unique::parse(folder::without_mark(&bytes)).map_err(|source| Error::Json { path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_order_mark_before_json_is_skipped() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        std::fs::write(&path, "\u{FEFF}{\"a\": 1}").unwrap();
+        assert_eq!(read_json(&path).unwrap()["a"], 1);
+    }
 }

@@ -51,7 +51,7 @@ pub(super) fn solve(
     choices.iter().filter_map(|c| c.note.as_ref()).for_each(|text| progress.event(&Event::Note(text)));
     let _guard = tch::no_grad_guard();
     let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
-    let needs = Needs::of(plan, checkpoint, place, false)?;
+    let needs = Needs::of(plan, checkpoint, place, false, 0)?;
     let time = needs.time(total - journal.layers())?;
     progress.event(&Event::Note(&format!("{needs}{}", time.map_or_else(String::new, |t| format!("; {t}")))));
     let kind = needs.kind;

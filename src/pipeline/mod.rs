@@ -30,19 +30,20 @@ use std::{
 use tch::{Device, Kind};
 
 use crate::{
-    calibration::{self, Tokens, Windows, check_seq_len, shares},
+    calibration::{self, Corpus, Tokenizer, Tokens, Windows, check_seq_len, shares},
     checkpoint::Checkpoint,
     device,
     emit::{Provenance, remove_unfinished},
     equalization::Equalization,
-    error::{Error, Result},
-    machine::{fast_bf16, peak_memory},
+    error::{Error, ResourceError, Result},
+    machine::{fast_bf16, peak_memory, resident_memory},
     plan::{ComputeDtype, DatasetShare, Plan},
     progress::{Event, Progress},
     report::{
         CalibrationReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport,
     },
     rotation::Rotated,
+    units::bytes,
 };
 pub use journal::{Begun, begun};
 use journal::{Identity, Journal};
@@ -51,6 +52,9 @@ use output_folder::OutputFolder;
 pub use output_folder::Place;
 use stage_memory::{At, MemoryWatch};
 use worker::RunContext;
+
+/// Windows that may hold a token, on average, without a warning.
+const LARGEST_OVERLAP: usize = 2;
 
 /// A run: the plan and what it needs beside it.
 pub struct Run<'a> {
@@ -207,7 +211,29 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
     if !place.is_free() {
         return Err(Error::OutputExists { path: place.out.into() });
     }
-    Needs::of(plan, checkpoint, place, plan.accuracy(config).rotate).map(drop)
+    Needs::of(plan, checkpoint, place, plan.accuracy(config).rotate, 0).map(drop)
+}
+
+/// Checks, when texts are read and before they are tokenized, that they fit `--max-memory` with the rest.
+///
+/// # Errors
+/// When they do not.
+pub fn check_texts(
+    plan: &Plan,
+    checkpoint: &Checkpoint,
+    place: &Place<'_>,
+    corpora: &[Corpus],
+    tokenizer: &Tokenizer,
+) -> Result<()> {
+    let memory = corpora.iter().map(|corpus| Tokens::memory(corpus, tokenizer));
+    let [ids, tokenizing] = memory.fold([0, 0], |[ids, most], [own, now]| [ids + own, most.max(now)]);
+    let needed = resident_memory().unwrap_or(0).saturating_add(ids).saturating_add(tokenizing);
+    if let Some(limit) = plan.max_memory.filter(|&limit| limit < needed) {
+        let needed = format!("{} to tokenize the text", bytes(needed));
+        let (memory, available) = ("memory".to_owned(), bytes(limit));
+        return Err(ResourceError::Memory { memory, available, needed, flag: None }.into());
+    }
+    Needs::of(plan, checkpoint, place, plan.accuracy(checkpoint.config()).rotate, ids).map(drop)
 }
 
 /// Writes the rotated model to a folder below `place`.
@@ -328,6 +354,7 @@ fn warnings(
             ));
         }
     }
+    warnings.extend(checkpoint.absent());
     let extra = checkpoint.extra();
     if !extra.is_empty() {
         let named = extra.iter().take(3).copied().collect::<Vec<_>>().join(", ");
@@ -337,11 +364,17 @@ fn warnings(
     let config = checkpoint.config();
     let stages = config.layers.iter().flat_map(|layer| &layer.stages);
     let widest = stages.flat_map(|stage| &stage.groups).map(|group| group.width).max().unwrap_or(0);
-    let tokens = windows.count() * windows.seq_len();
-    if tokens < widest {
+    let (tokens, distinct) = (windows.ids().len(), windows.distinct());
+    if distinct < tokens / LARGEST_OVERLAP {
+        warnings.push(format!(
+            "the {} windows overlap: of their {tokens} tokens {distinct} are distinct; use more text, or fewer or shorter windows",
+            windows.count(),
+        ));
+    }
+    if distinct < widest {
         // The Hessian then has not even full rank.
         warnings.push(format!(
-            "{tokens} calibration tokens ({} windows of {}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
+            "{distinct} distinct calibration tokens ({} windows of {}) are fewer than the {widest} input features of the widest linear: its error will be judged by the damping more than by the text",
             plan.samples,
             plan.seq_len,
         ));

@@ -52,11 +52,18 @@ pub(super) struct Needs {
 }
 
 impl Needs {
-    /// `rotates` is whether the run still has to rotate the model; behind that the rotated model is on the disk.
+    /// `rotates` is whether the run still has to rotate the model; behind that the rotated model is on the disk. `later` are bytes
+    /// that the program will take before the work begins.
     ///
     /// # Errors
     /// When it does not fit.
-    pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, rotates: bool) -> Result<Self> {
+    pub(super) fn of(
+        plan: &Plan,
+        checkpoint: &Checkpoint,
+        place: &Place<'_>,
+        rotates: bool,
+        later: u64,
+    ) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
         let (source, config) = (source_kind(checkpoint)?, checkpoint.config());
         let kind = compute_kind(plan.compute_dtype, device, source);
@@ -80,7 +87,7 @@ impl Needs {
             // Other programs may take some too, and a heap has holes.
             (_, None) => Some(Gpu::of(device)?.memory()?.free as u64 / 10 * 9),
         };
-        let base = resident_memory().unwrap_or(0);
+        let base = resident_memory().unwrap_or(0).saturating_add(later);
         let limits = shape.limits(device, device_memory, plan.max_memory, base)?;
         let need = shape.need(device, limits.batch_tokens);
         // What leaves a CUDA device goes to memory first.

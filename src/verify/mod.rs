@@ -16,7 +16,7 @@ use crate::{
     calibration::tokenizer_notes,
     checkpoint::{Checkpoint, QuantizationConfig},
     error::{Error, Result},
-    progress::Progress,
+    progress::{Event, Progress},
     report::{ReaderReport, SplitReport},
 };
 pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_kernels};
@@ -102,6 +102,9 @@ pub fn verify(
         Ok(quantization) => quantization,
         Err(error) => return Ok(broken(&error)),
     };
+    if let Some(warning) = checkpoint.absent() {
+        progress.event(&Event::Warning(&warning));
+    }
     let Structure { mut findings, checksums, scales } =
         structure::check(&checkpoint, &quantization, progress);
     let distances = match against {

@@ -7,9 +7,9 @@ use sha2::{Digest, Sha256};
 
 use super::{Finding, zero_points::ZeroPoints};
 use crate::{
-    architectures::LinearId,
-    checkpoint::{Checkpoint, PackedTensors, QuantizationConfig, packed},
-    emit::{CHECKSUMS_FILE, Checksums},
+    architectures::{CONFIG_FILE, LinearId},
+    checkpoint::{Checkpoint, PackedTensors, QUANTIZE_CONFIG_FILE, QuantizationConfig, packed},
+    emit::{CHECKSUMS_FILE, COPIED_FILES, Checksums},
     folder::{self, TEXT_LIMIT, file_in, is_file_name},
     pack::PackedView,
     progress::Progress,
@@ -66,6 +66,7 @@ pub(super) fn check(
     for name in checkpoint.extra() {
         findings.push(Finding { subject: name.into(), problem: "is not a tensor of this model".into() });
     }
+    marks(checkpoint, &mut findings);
     let sums = checksums(checkpoint, &mut findings);
     Structure { findings, checksums: sums, scales: signs }
 }
@@ -132,6 +133,18 @@ fn zeros(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Opti
 fn scales(tensors: &PackedTensors<'_>) -> Option<String> {
     let zero = tensors.scales.iter().filter(|s| s.to_f32() == 0.0).count();
     (zero > 0).then(|| format!("{zero} of {} scales are zero", tensors.scales.len()))
+}
+
+/// JSON files with a byte order mark: transformers and tokenizers refuse them.
+fn marks(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) {
+    let json = COPIED_FILES.into_iter().filter(|name| name.ends_with(".json"));
+    for name in [CONFIG_FILE, QUANTIZE_CONFIG_FILE].into_iter().chain(json) {
+        let read = file_in(checkpoint.dir(), name).and_then(|path| folder::read(&path, TEXT_LIMIT));
+        if read.is_ok_and(|bytes| folder::without_mark(&bytes).len() < bytes.len()) {
+            let problem = "begins with a byte order mark, which transformers refuses".into();
+            findings.push(Finding { subject: name.into(), problem });
+        }
+    }
 }
 
 /// Compares every digest; returns whether there were any.

@@ -99,6 +99,22 @@ fn a_shard_that_is_cut_short() {
 }
 
 #[test]
+fn a_clone_without_git_lfs() {
+    for name in ["model.safetensors", "tokenizer.json"] {
+        let lab = Lab::new();
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+        fs::write(lab.model().join(name), pointer).unwrap();
+        refused(
+            &lab,
+            &format!(
+                "error: `[LAB]/model/{name}` is a pointer of git-lfs, not the file itself: this clone was made without its \
+                 large files\nhint: fetch the files: git -C '[LAB]/model' lfs pull (`git lfs install` once before)"
+            ),
+        );
+    }
+}
+
+#[test]
 fn an_index_that_points_nowhere() {
     let lab = sharded();
     let path = lab.model().join("model.safetensors.index.json");
@@ -365,9 +381,18 @@ fn folders_that_are_not_checkpoints() {
     fs::write(lab.model().join("tf_model.h5"), "PK").unwrap();
     refused(
         &lab,
-        "error: `[LAB]/model` has only `tf_model.h5`; safetensors weights are needed\n\
+        "error: `[LAB]/model` has only `tf_model.h5`; safetensors or `pytorch_model.bin` are needed\n\
          hint: convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
-         M.from_pretrained('[LAB]/model').save_pretrained('[LAB]/model-safetensors')\"",
+         M.from_pretrained('[LAB]/model', from_tf=True).save_pretrained('[LAB]/model-safetensors')\" (transformers 4 with \
+         TensorFlow)",
+    );
+    fs::write(lab.model().join("llama-4bit.pt"), "PK").unwrap();
+    refused(
+        &lab,
+        "error: `[LAB]/model` has only `llama-4bit.pt`; safetensors or `pytorch_model.bin` are needed\n\
+         hint: convert it: python -c \"import torch; from safetensors.torch import save_file; \
+         d = torch.load('[LAB]/model/llama-4bit.pt', map_location='cpu', weights_only=True); \
+         save_file({k: v.contiguous().clone() for k, v in d.items()}, '[LAB]/model/model.safetensors')\"",
     );
 
     let lab = Lab::new();

@@ -352,6 +352,31 @@ fn weights_in_pytorch_format_are_fetched_if_there_are_no_others() {
 }
 
 #[test]
+fn weights_that_the_config_names_are_fetched() {
+    let place = Place::new();
+    let publish = |old_config: &str| {
+        let files = [("config.json", "{}"), ("quantize_config.json", old_config), ("a.safetensors", "a")];
+        let more = [("b-00001-of-00001.safetensors", "b"), ("b.safetensors.index.json", BASE_INDEX)];
+        let files =
+            files.into_iter().chain(more).map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec()));
+        place.server.store().insert("models/old/two".into(), Repository::of(files));
+    };
+    const BASE_INDEX: &str = r#"{"weight_map": {"x": "b-00001-of-00001.safetensors"}}"#;
+    publish(r#"{"model_file_base_name": "b"}"#);
+    let snapshot = place.fetch("old/two").unwrap();
+    let configs = ["config.json", "quantize_config.json"];
+    let shards = ["b-00001-of-00001.safetensors", "b.safetensors.index.json"];
+    assert_eq!(entries(&snapshot.folder), [shards, configs].concat());
+    let offline = Settings { offline: true, ..place.settings() };
+    assert_eq!(place.fetch_with(offline, "old/two", &Notes::default()).unwrap().folder, snapshot.folder);
+
+    publish("{}");
+    let refused = place.refused(place.settings(), "old/two");
+    let expected = "`old/two` has several weights files: `a.safetensors`, `b.safetensors.index.json` | fetch it: hf download";
+    assert!(refused.starts_with(expected), "{refused}");
+}
+
+#[test]
 fn weights_that_are_not_read_name_the_conversion() {
     let place = Place::new();
     let files = [("config.json", "{}"), ("tf_model.h5", "x")];
@@ -360,7 +385,7 @@ fn weights_that_are_not_read_name_the_conversion() {
     let refused = place.refused(place.settings(), "old/llama");
     assert!(
         refused.starts_with(
-            "`old/llama` has only `tf_model.h5`; safetensors weights are needed | convert it: python -c"
+            "`old/llama` has only `tf_model.h5`; safetensors or `pytorch_model.bin` are needed | convert it: python -c"
         ),
         "{refused}"
     );

@@ -384,3 +384,19 @@ fn tensors_nobody_knows_are_named_and_left_out() {
     let again = lab.path("again/gptq-4bit-32g-actorder_False");
     assert!(safetensors_file::read_folder(&again) == safetensors_file::read_folder(&lab.branch()));
 }
+
+#[test]
+fn windows_that_overlap_much_are_warned_of() {
+    let lab = Lab::new();
+    // At least 72 tokens, and fewer than half of those of the windows.
+    let text = lab.write("short.txt", &"The old house stood by the river. ".repeat(9));
+    let output = lab.quantize(&["--variant", "4bit-32g", "--dataset", &text]).succeeds();
+    let warning = "warning: the 4 windows overlap: of their 256 tokens ";
+    assert!(
+        output.stderr.contains(warning) && output.stderr.contains(" are distinct; use more text"),
+        "{}",
+        output.stderr
+    );
+    let report = read_json(&lab.out().join("run.json"));
+    assert!(report["warnings"][0].as_str().unwrap().contains("windows overlap"), "{}", report["warnings"]);
+}

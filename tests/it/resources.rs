@@ -53,6 +53,22 @@ fn too_little_memory_is_refused_with_the_numbers() {
     assert!(!lab.out().exists());
 }
 
+/// The program itself takes more than this limit leaves once the text is there.
+#[test]
+fn too_little_memory_for_the_text_is_refused_before_it_is_tokenized() {
+    let lab = Lab::new();
+    // Enough for the model, and not for a text without a line break, which is tokenized as a whole: 8 MB.
+    let text = lab.write("long.txt", &"word ".repeat(1_600_000));
+    let output = lab.quantize(&["--variant", "4bit-128g", "--dataset", &text, "--max-memory", "600MB"]);
+    assert_eq!(output.code, Some(2));
+    assert!(
+        output.stderr.contains("error: memory: 600.0 MB are available, and at least "),
+        "{}",
+        output.stderr
+    );
+    assert!(output.stderr.contains(" to tokenize the text are needed"), "{}", output.stderr);
+}
+
 /// Wider than deep, deeper than wide, and with few heads of keys; large enough that what a run needs is more than what any
 /// program does.
 #[test]

@@ -84,6 +84,20 @@ fn a_good_branch_passes_and_lists_its_readers() {
 }
 
 #[test]
+fn a_byte_order_mark_is_left_out_of_branches_and_found_in_them() {
+    let lab = Lab::new();
+    let mark =
+        |path: &Path| fs::write(path, [b"\xEF\xBB\xBF", &fs::read(path).unwrap()[..]].concat()).unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        mark(&lab.model().join(name));
+    }
+    lab.quantize(&["--variant", "4bit-32g"]).succeeds();
+    lab.verify(&lab.branch(), &[]).succeeds();
+    let dir = damaged_unsummed(&lab, |dir| mark(&dir.join("tokenizer.json")));
+    lab.verify(&dir, &[]).finds("tokenizer.json: begins with a byte order mark, which transformers refuses");
+}
+
+#[test]
 fn the_distance_from_the_source_is_measured() {
     let lab = Lab::with_branch("4bit-32g");
     let source = text_of(&lab.model());

@@ -88,6 +88,7 @@ fn told<T>(result: Result<T>, dir: &Path) -> (&'static str, String) {
         Error::Config { .. } => "Config",
         Error::NotACheckpoint { .. } => "NotACheckpoint",
         Error::WeightsFormat { .. } => "WeightsFormat",
+        Error::SeveralWeights { .. } => "SeveralWeights",
         Error::Index { .. } => "Index",
         Error::Safetensors { .. } => "Safetensors",
         Error::MissingTensor { .. } => "MissingTensor",

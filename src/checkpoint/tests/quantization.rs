@@ -412,6 +412,25 @@ fn packed_tensors_that_do_not_fit() {
 }
 
 #[test]
+fn the_layout_with_float_zero_points_is_named() {
+    let mut tensors = packed_up();
+    tensors[1] = given(format!("{NAME}.zeros"), Dtype::F16, &[64, 1], f16_bytes(64));
+    let (dir, checkpoint) = quantized(&tensors);
+    let error = of(&checkpoint, UP, &settings(json!({}))).unwrap_err();
+    assert!(error.hint().unwrap().contains("gptq quantize --model"), "{:?}", error.hint());
+    assert_error::<()>(
+        Err(error),
+        dir.path(),
+        "CheckpointKind",
+        &format!(
+            "`DIR`: expected a GPTQ checkpoint with packed zero points (`qzeros`), found the oldest layout of GPTQ-for-LLaMa, \
+             with float zero points (`{NAME}.zeros`)"
+        ),
+    );
+    unfit(|t| drop(t.remove(1)), "MissingTensor", &format!("tensor `{NAME}.qzeros` is missing from `DIR`"));
+}
+
+#[test]
 fn biases_of_a_model_without_them_must_be_zero() {
     let bias = |value: f32| {
         given(format!("{NAME}.bias"), Dtype::F16, &[64], f16::from_f32(value).to_le_bytes().repeat(64))

@@ -48,12 +48,28 @@ fn opens_a_file_of_another_name_when_it_is_the_only_one() {
     let dir = folder(&small_config(), &[("gptq_model-4bit-128g.safetensors", &file)]);
     Checkpoint::open(dir.path()).unwrap().check().unwrap();
     std::fs::write(dir.path().join("other.safetensors"), &file).unwrap();
-    assert_error(
-        Checkpoint::open(dir.path()),
+    let error = Checkpoint::open(dir.path()).unwrap_err();
+    let hint = error.hint().unwrap();
+    assert!(hint.starts_with("name one of them in `quantize_config.json` of `"), "{hint}");
+    assert_error::<Checkpoint>(
+        Err(error),
         dir.path(),
-        "NotACheckpoint",
-        "`DIR` is not a checkpoint folder: `model.safetensors.index.json` not found in it",
+        "SeveralWeights",
+        "`DIR` has several weights files: `gptq_model-4bit-128g.safetensors`, `other.safetensors`",
     );
+    // `model_file_base_name` decides, in the older config or in the newer one.
+    std::fs::write(dir.path().join("other.safetensors"), weights_file(&[])).unwrap();
+    let names = ["other", "gptq_model-4bit-128g"];
+    for (name, tensors) in names.into_iter().zip([0, dense_model(&small_config()).len()]) {
+        let old = json!({"model_file_base_name": name}).to_string();
+        std::fs::write(dir.path().join("quantize_config.json"), old).unwrap();
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().names().count(), tensors);
+    }
+    std::fs::remove_file(dir.path().join("quantize_config.json")).unwrap();
+    let mut config = small_config();
+    config["quantization_config"] = json!({"model_file_base_name": "other"});
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().names().count(), 0);
 }
 
 #[test]
@@ -70,7 +86,7 @@ fn folders_without_weights() {
         Checkpoint::open(dir.path()),
         dir.path(),
         "WeightsFormat",
-        "`DIR` has only `tf_model.h5`; safetensors weights are needed",
+        "`DIR` has only `tf_model.h5`; safetensors or `pytorch_model.bin` are needed",
     );
 }
 
