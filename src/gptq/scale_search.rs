@@ -1,15 +1,15 @@
-//! The definition of the search for a group's scale, in f64; [`Scales`] says what is tried.
+//! The definition of the search for a group's scale, in f64; [`Scales`] has the candidates.
 
 use super::{Grid, Step};
 use crate::accuracy::Scales;
 
-/// A group whose scale is looked for.
+/// A group whose scale is searched for.
 pub(super) struct Group<'a> {
     /// `[g]`, as compensated for every column before the group.
     pub(super) weights: &'a [f64],
     /// `[g]`: `Ũ_ii` of the group's columns.
     pub(super) pivots: &'a [f64],
-    /// `[g, g]`: `Ũ_gg`, upper triangular; none where the group's columns are not solved one after another.
+    /// `[g, g]`: `Ũ_gg`, upper triangular; none if the group's columns are not solved one after another.
     pub(super) block: Option<&'a [f64]>,
 }
 

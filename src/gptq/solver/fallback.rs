@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::{Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
+use super::{Factor, Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
 use crate::{
     error::{Error, Result},
     gptq::Hessian,
@@ -19,13 +19,7 @@ impl<S: Solver> Solver for OrRounded<S> {
         self.0.name()
     }
 
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let rounding = RtnSolver.factorize(hessian, sorting, damp, stage)?;
         let solving = match self.0.factorize(hessian, sorting, damp, stage) {
             Err(Error::Numerical(problem)) => Err(problem.to_string()),
@@ -37,8 +31,8 @@ impl<S: Solver> Solver for OrRounded<S> {
 
 struct FactorOrRounded {
     /// Or why there is no factor.
-    solving: Result<Box<dyn Factorized>, String>,
-    rounding: Box<dyn Factorized>,
+    solving: Result<Factor, String>,
+    rounding: Factor,
 }
 
 impl Factorized for FactorOrRounded {

@@ -46,15 +46,12 @@ pub trait Solver {
     /// factorization fails. `stage` names the inputs in errors.
     ///
     /// # Errors
-    /// When the Hessian is all zero or stays indefinite at full damping, or memory ends.
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>>;
+    /// When the Hessian is all zero or stays indefinite at full damping, or memory is exhausted.
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor>;
 }
+
+/// A factorized Hessian, as a solver returns it.
+pub type Factor = Box<dyn Factorized>;
 
 /// A factorized Hessian.
 pub trait Factorized {

@@ -1,4 +1,5 @@
-//! The definition: plain f64, one column after another, no blocks, no libtorch. Slow, and what the others must match.
+//! The definition of the solver in plain f64, one column after another, without blocks or libtorch. It is slow; the other
+//! solvers must agree with it.
 
 use half::f16;
 
@@ -11,7 +12,7 @@ use crate::{
     variant::{Order, Variant},
 };
 
-/// What [`solve`] returns beside the linear.
+/// A linear solved by [`solve`], and its error.
 #[derive(Debug)]
 pub struct ReferenceSolution {
     /// Codes, scales, zeros, groups.
@@ -20,32 +21,10 @@ pub struct ReferenceSolution {
     pub squared_error: f64,
 }
 
-/// [`solve`], but for rows that compensation harms, as the grid clips what it moves: these are rounded to nearest.
-pub fn solve_or_round(
-    weight: &[f64],
-    hessian: &[f64],
-    k: usize,
-    damp: f64,
-    variant: &Variant,
-    accuracy: &AccuracyOptions,
-) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, accuracy, true)
-}
-
 /// Quantizes `weight` `[N, K]` for `hessian` `[K, K]`, both row-major; `damp` is a fraction of the mean diagonal.
-/// `None` when the damped Hessian is not positive definite.
+/// `None` when the damped Hessian is not positive definite. With `or_round`, rows are rounded to nearest whose error
+/// compensation makes larger, because the grid clips compensated weights.
 pub fn solve(
-    weight: &[f64],
-    hessian: &[f64],
-    k: usize,
-    damp: f64,
-    variant: &Variant,
-    accuracy: &AccuracyOptions,
-) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, accuracy, false)
-}
-
-fn rows(
     weight: &[f64],
     hessian: &[f64],
     k: usize,

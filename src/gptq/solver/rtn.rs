@@ -6,7 +6,8 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales, outlier_ratio,
+    Factor, Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales,
+    outlier_ratio,
 };
 use crate::{
     error::{Result, TorchContext},
@@ -28,13 +29,7 @@ impl Solver for RtnSolver {
     }
 
     /// Factorizes nothing: damping is not used, and reported as 0.
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        _damp: f64,
-        _stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, _damp: f64, _stage: &str) -> Result<Factor> {
         let diagonal = hessian.diagonal()?;
         let dead_columns = dead_columns(&diagonal).len();
         let outlier_ratio = outlier_ratio(&diagonal);

@@ -97,17 +97,6 @@ impl Solved {
             Self::Device(linear) => linear.to_host().map(Cow::Owned),
         }
     }
-
-    /// In the machine's memory.
-    ///
-    /// # Errors
-    /// When it cannot be copied from the device.
-    pub fn into_host(self) -> Result<QuantizedLinear> {
-        match self {
-            Self::Host(linear) => Ok(linear),
-            Self::Device(linear) => linear.to_host(),
-        }
-    }
 }
 
 /// `[K, N]` on the CPU.

@@ -5,7 +5,7 @@ use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight,
+    Damped, Damping, Factor, Factorization, Factorized, Solution, Solver, Sums, Weight,
     cuda::scale_search::{Group, best_steps},
     damped, divide_by, panel_width, solution,
 };
@@ -44,13 +44,7 @@ impl Solver for TorchSolver {
         "libtorch"
     }
 
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let factorize =
             |damping: &Damping<'_>| upper_factor(hessian.matrix(), damping).torch("factorize a Hessian");
         let damped = damped(hessian, sorting, damp, stage, factorize)?;

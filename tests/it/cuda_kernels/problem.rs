@@ -178,6 +178,7 @@ impl Problem {
             DAMP,
             variant,
             &AccuracyOptions::NONE,
+            false,
         )
         .unwrap();
         let (ours, theirs) = (&solved.linear, &definition.linear);

@@ -56,7 +56,7 @@ impl CpuFactor {
         variant: &Variant,
         state: &mut State,
     ) -> Result<Vec<usize>> {
-        let k = self.order.columns().len();
+        let k = self.damped.order.columns().len();
         let contiguous = weights.iter().map(|w| w.values.f_contiguous()).collect::<Result<Vec<_>, _>>();
         let contiguous = contiguous.torch("copy a weight")?;
         let rows: Vec<Floats<'_>> = contiguous
@@ -64,9 +64,9 @@ impl CpuFactor {
             .flat_map(|w| (0..w.size()[0] as usize).map(move |row| floats(w, row * k, k)))
             .collect();
         let count = rows.len();
-        let (g_idx, dead) = (self.order.g_idx(variant), self.dead.as_slice());
+        let (g_idx, dead) = (self.damped.order.g_idx(variant), self.damped.dead.as_slice());
         let rounding = Rounding { grid: state.grid, groups: state.groups, g_idx, dead, rows };
-        let (diagonal, lambda, before) = (&self.diagonal, self.lambda, &*state);
+        let (diagonal, lambda, before) = (&self.damped.diagonal, self.damped.lambda, &*state);
         let doubtful: Vec<usize> = (0..count)
             .into_par_iter()
             .map_init(
@@ -103,7 +103,7 @@ impl CpuFactor {
 
     /// Some rows, rounded, and `d (H + λI) dᵀ` of each.
     fn rounded(&self, some: &[usize], rounding: &Rounding<'_>) -> Result<Vec<(Rounded, f64)>, TchError> {
-        let columns = self.order.columns();
+        let columns = self.damped.order.columns();
         let k = columns.len();
         let size = [some.len() as i64, k as i64];
         // In the order of `L`.
@@ -127,11 +127,11 @@ impl CpuFactor {
 
     /// `‖d L‖²` of each row of `D` `[S, K]`.
     fn objectives(&self, differences: &Tensor) -> Result<Vec<f64>, TchError> {
-        let k = self.lower.size()[0];
+        let k = self.damped.factor.size()[0];
         let mut sums = Tensor::f_zeros([differences.size()[0]], (Kind::Double, Device::Cpu))?;
         for start in (0..k).step_by(BLOCK as usize) {
             let width = BLOCK.min(k - start);
-            let columns = self.lower.f_narrow(1, start, width)?;
+            let columns = self.damped.factor.f_narrow(1, start, width)?;
             let part = |from: i64, rows: i64| -> Result<(Tensor, Tensor), TchError> {
                 Ok((differences.f_narrow(1, from, rows)?, columns.f_narrow(0, from, rows)?))
             };

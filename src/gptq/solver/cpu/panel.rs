@@ -40,13 +40,14 @@ impl CpuFactor {
         state: &mut State,
     ) {
         let (layout, amx, groups) = (stack.layout, self.amx, state.groups);
-        let (p, order) = (columns.len(), self.order.columns());
+        let (p, order) = (columns.len(), self.damped.order.columns());
         let solved_factor = self.solved_factor(layout, &columns);
         let own_factor = self.own_factor(&columns);
         let size = variant.group_size.features(layout.k);
         let fits: Vec<usize> =
             if variant.scales_known_beforehand() { Vec::new() } else { (0..p).step_by(size).collect() };
-        let groups_of: Vec<u32> = columns.clone().map(|i| self.order.group_at(i, variant) as u32).collect();
+        let groups_of: Vec<u32> =
+            columns.clone().map(|i| self.damped.order.group_at(i, variant) as u32).collect();
         let pivots: Vec<f32> = columns.clone().map(|i| self.pivot(i)).collect();
         let (grid, search) = (state.grid, &state.search);
         let panel =
@@ -116,7 +117,8 @@ impl CpuFactor {
 
     /// `Ũ` of a panel's columns: the block of `L` on the diagonal, reversed on both axes.
     fn own_factor(&self, columns: &Range<usize>) -> Vec<Columns> {
-        let (lower, last, p) = (Matrix::new(&self.lower), self.order.columns().len() - 1, columns.len());
+        let (lower, last, p) =
+            (Matrix::new(&self.damped.factor), self.damped.order.columns().len() - 1, columns.len());
         let mut factor = vec![[0.0; COLUMNS]; p.div_ceil(COLUMNS) * p];
         for (j, at) in columns.clone().enumerate() {
             let row = lower.row(last - at);
@@ -128,7 +130,7 @@ impl CpuFactor {
     }
 
     fn solved_factor(&self, layout: Layout, columns: &Range<usize>) -> SolvedFactor {
-        let lower = Matrix::new(&self.lower);
+        let lower = Matrix::new(&self.damped.factor);
         let (padded, depth) = (layout.padded(), columns.start / layout.width * layout.padded());
         // `[depth, column]` of `Ũ`, which is `L` with both axes reversed; zero beyond the end of either.
         let square = |strip: usize, depth: usize| -> Square {

@@ -78,7 +78,7 @@ impl Stack {
 impl CpuFactor {
     /// The weights in quantization order, for panels of `width` columns; dead features are zero.
     pub(super) fn stack(&self, weights: &[Weight<'_>], width: usize) -> Result<Stack, TchError> {
-        let columns = self.order.columns();
+        let columns = self.damped.order.columns();
         let k = columns.len();
         let weights = weights.iter().map(|w| w.values.f_contiguous()).collect::<Result<Vec<_>, _>>()?;
         let rows: Vec<Floats<'_>> = weights
@@ -90,7 +90,7 @@ impl CpuFactor {
         let places: Vec<Option<usize>> = columns
             .iter()
             .enumerate()
-            .map(|(i, column)| self.dead.binary_search(column).is_err().then(|| layout.at(i)))
+            .map(|(i, column)| self.damped.dead.binary_search(column).is_err().then(|| layout.at(i)))
             .collect();
         let tiles = lines.par_chunks_mut(layout.tile_lines()).zip(rows.par_chunks(LANES));
         tiles.for_each_init(
@@ -111,7 +111,7 @@ impl CpuFactor {
 
     /// Scales from the original weights, for groups known before the first column.
     pub(super) fn fit_static(&self, stack: &Stack, variant: &Variant, state: &mut State) {
-        let (order, layout) = (&self.order, stack.layout);
+        let (order, layout) = (&self.damped.order, stack.layout);
         let (groups, search) = (state.groups, &state.search);
         let mut columns_of: Vec<Vec<usize>> = vec![Vec::new(); groups];
         (0..layout.k).for_each(|i| columns_of[order.group_at(i, variant)].push(i));
@@ -140,7 +140,7 @@ impl CpuFactor {
     ) -> Result<Vec<Solution>> {
         let State { scales, zeros, codes, objective, distance, groups, .. } = state;
         let n = objective.len();
-        let g_idx = self.order.g_idx(variant);
+        let g_idx = self.damped.order.g_idx(variant);
         let mut first = 0;
         let mut solutions = Vec::with_capacity(weights.len());
         for weight in weights {
@@ -163,7 +163,15 @@ impl CpuFactor {
                 objective: objective[range.clone()].iter().sum(),
                 distance: distance[range].iter().sum(),
             };
-            solutions.push(solution(weight, variant, own_codes, &steps, g_idx.clone(), sums, self.lambda)?);
+            solutions.push(solution(
+                weight,
+                variant,
+                own_codes,
+                &steps,
+                g_idx.clone(),
+                sums,
+                self.damped.lambda,
+            )?);
         }
         Ok(solutions)
     }

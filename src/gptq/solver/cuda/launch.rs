@@ -59,27 +59,27 @@ pub(super) struct PanelArguments {
 const _: () = assert!(size_of::<PanelArguments>() == 136);
 
 /// The tensors of one stack of weights. `N` output features, `K` input features in quantization order, `G` groups.
-pub(super) struct Stacked<'a> {
+pub(super) struct Stacked {
     /// `Ũ` `[K, K]` fp32, row-major.
-    pub(super) factor: &'a Tensor,
-    /// `[K, N]` fp32: weights, and differences where panels are solved.
-    pub(super) weights: &'a Tensor,
+    pub(super) factor: Tensor,
+    /// `[K, N]` fp32: weights, dead features zero; `D` in the columns of solved panels.
+    pub(super) weights: Tensor,
     /// `[K, N]` bytes, in the features' own order.
-    pub(super) codes: &'a Tensor,
+    pub(super) codes: Tensor,
     /// `[G, N]` fp16.
-    pub(super) scales: &'a Tensor,
+    pub(super) scales: Tensor,
     /// `[G, N]` bytes.
-    pub(super) zeros: &'a Tensor,
+    pub(super) zeros: Tensor,
     /// `[K]` int: the group of each position.
     pub(super) groups: Tensor,
     /// `[K]` int: the feature at each position.
-    pub(super) columns: &'a Tensor,
-    /// `[N]` fp64, added to.
-    pub(super) objective: &'a Tensor,
-    /// `[N]` fp64, added to.
-    pub(super) distance: &'a Tensor,
+    pub(super) columns: Tensor,
+    /// `[N]` fp64, a running sum.
+    pub(super) objective: Tensor,
+    /// `[N]` fp64, a running sum.
+    pub(super) distance: Tensor,
     pub(super) group_size: usize,
-    pub(super) variant: &'a Variant,
+    pub(super) variant: Variant,
 }
 
 /// What [`Mode::Compensate`] needs besides.
@@ -136,32 +136,32 @@ impl Launcher {
         &self,
         mode: Mode,
         columns: Range<usize>,
-        stack: &Stacked<'_>,
+        stack: &Stacked,
         residuals: Option<&Tensor>,
         compensation: Option<&Compensation<'_>>,
     ) -> Result<()> {
         let (start, p) = (columns.start as i64, columns.len() as i64);
         let (k, n) = (stack.factor.size()[0], stack.weights.size()[1]);
         assert!(start + p <= k && (mode == Mode::Compensate) == compensation.is_some());
-        let [g, _] = self.matrix(stack.scales, Kind::Half, [-1, n]);
-        self.matrix(stack.factor, Kind::Float, [k, k]);
-        self.matrix(stack.weights, Kind::Float, [k, n]);
-        self.matrix(stack.codes, Kind::Uint8, [k, n]);
-        self.matrix(stack.zeros, Kind::Uint8, [g, n]);
+        let [g, _] = self.matrix(&stack.scales, Kind::Half, [-1, n]);
+        self.matrix(&stack.factor, Kind::Float, [k, k]);
+        self.matrix(&stack.weights, Kind::Float, [k, n]);
+        self.matrix(&stack.codes, Kind::Uint8, [k, n]);
+        self.matrix(&stack.zeros, Kind::Uint8, [g, n]);
         let row = |tensor: &Tensor| address(&tensor.narrow(0, start, p));
-        let weights = row(stack.weights);
+        let weights = row(&stack.weights);
         let mut arguments = PanelArguments {
             factor: address(&stack.factor.narrow(0, start, p).narrow(1, start, p)),
             weights,
             residuals: residuals.map_or(0, |r| self.matrix_address(r, Kind::Float, [p, n])),
             differences: weights,
-            codes: address(stack.codes),
-            scales: address(stack.scales),
-            zeros: address(stack.zeros),
+            codes: address(&stack.codes),
+            scales: address(&stack.scales),
+            zeros: address(&stack.zeros),
             groups: self.vector(&stack.groups, Kind::Int, k) + 4 * start as u64,
-            rows: self.vector(stack.columns, Kind::Int, k) + 4 * start as u64,
-            objective: self.vector(stack.objective, Kind::Double, n),
-            distance: self.vector(stack.distance, Kind::Double, n),
+            rows: self.vector(&stack.columns, Kind::Int, k) + 4 * start as u64,
+            objective: self.vector(&stack.objective, Kind::Double, n),
+            distance: self.vector(&stack.distance, Kind::Double, n),
             minima: 0,
             maxima: 0,
             factor_stride: k,
@@ -189,17 +189,17 @@ impl Launcher {
     }
 
     /// Scales and zeros from the original weights of a stack. `positions` `[K]` int: where each feature stands.
-    pub(super) fn fit_static(&self, stack: &Stacked<'_>, positions: &Tensor) -> Result<()> {
-        let [k, n] = self.matrix(stack.weights, Kind::Float, [-1, -1]);
+    pub(super) fn fit_static(&self, stack: &Stacked, positions: &Tensor) -> Result<()> {
+        let [k, n] = self.matrix(&stack.weights, Kind::Float, [-1, -1]);
         let groups = (k as usize).div_ceil(stack.group_size);
-        self.matrix(stack.scales, Kind::Half, [groups as i64, n]);
-        self.matrix(stack.zeros, Kind::Uint8, [groups as i64, n]);
+        self.matrix(&stack.scales, Kind::Half, [groups as i64, n]);
+        self.matrix(&stack.zeros, Kind::Uint8, [groups as i64, n]);
         let grid = Grid { blocks: ((n as usize).div_ceil(32), groups, 1), threads: (32, 8), shared: 0 };
         let arguments = [
-            Argument::tensor(stack.weights),
+            Argument::tensor(&stack.weights),
             Argument::Pointer(self.vector(positions, Kind::Int, k)),
-            Argument::tensor(stack.scales),
-            Argument::tensor(stack.zeros),
+            Argument::tensor(&stack.scales),
+            Argument::tensor(&stack.zeros),
             Argument::Int(n as i32),
             Argument::Int(k as i32),
             Argument::Int(stack.group_size as i32),

@@ -22,7 +22,7 @@ pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
+    Damped, Damping, Factor, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
     check_sums, damped, divide_by,
 };
 use crate::{
@@ -96,13 +96,7 @@ impl Solver for CudaSolver {
         "cuda"
     }
 
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let factorize = |damping: &Damping<'_>| upper_factor(&self.launcher, hessian.matrix(), damping);
         let damped = damped(hessian, sorting, damp, stage, factorize)?;
         let order = DeviceOrder::new(&damped, self.launcher.device()).torch("copy an order")?;
@@ -221,11 +215,11 @@ impl CudaFactor {
             let own = |t: &Tensor| t.f_narrow(1, first, rows);
             let linear = DeviceLinear {
                 bits: variant.bits,
-                codes: own(&columns.codes)?,
-                scales: own(&columns.scales)?,
-                zeros: own(&columns.zeros)?,
+                codes: own(&columns.stack.codes)?,
+                scales: own(&columns.stack.scales)?,
+                zeros: own(&columns.stack.zeros)?,
                 g_idx: g_idx.clone(),
-                device_g_idx: columns.g_idx(),
+                device_g_idx: columns.g_idx.shallow_clone(),
                 launcher: Arc::clone(&self.launcher),
             };
             first += rows;
@@ -258,8 +252,8 @@ fn sums(columns: &Columns<'_>, weights: &[Weight<'_>]) -> Result<Vec<(Sums, bool
     for weight in weights {
         let rows = weight.values.size()[0];
         let sum = |t: &Tensor| t.f_narrow(0, first, rows)?.f_sum(Kind::Double);
-        sums.extend([sum(&columns.objective)?, sum(&columns.distance)?]);
-        let finite = columns.scales.f_narrow(1, first, rows)?.f_isfinite()?;
+        sums.extend([sum(&columns.stack.objective)?, sum(&columns.stack.distance)?]);
+        let finite = columns.stack.scales.f_narrow(1, first, rows)?.f_isfinite()?;
         sums.push(finite.f_logical_not()?.f_sum(Kind::Double)?);
         first += rows;
     }
