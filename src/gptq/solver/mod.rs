@@ -10,12 +10,10 @@ mod by_rows;
 mod cpu;
 mod cuda;
 mod fallback;
-pub mod reference;
 mod rtn;
 mod solved;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
-mod torch;
 
 use std::borrow::Borrow;
 
@@ -28,7 +26,6 @@ pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes};
 pub use fallback::OrRounded;
 pub use rtn::RtnSolver;
 pub use solved::{Solution, Solved};
-pub use torch::TorchSolver;
 
 use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive};
 use crate::{
@@ -113,11 +110,10 @@ struct Damped<F> {
     facts: Factorization,
 }
 
-/// What `factorize` gets: the Hessian is to be taken in `order`, with `lambda` on its diagonal, and `mean` too where a
-/// feature is dead.
+/// How to damp a Hessian: its rows and columns are taken in `order`, and `lambda` is added to its diagonal. A diagonal
+/// element that is zero, of a dead feature, becomes `mean + lambda`.
 struct Damping<'a> {
     order: &'a ColumnOrder,
-    dead: &'a [u32],
     mean: f64,
     lambda: f64,
 }
@@ -137,7 +133,7 @@ fn damped<F: Borrow<Tensor>>(
     let order = ColumnOrder::new(sorting, &diagonal);
     for (raised, damp) in damping_steps(damp).enumerate() {
         let lambda = damp * mean;
-        if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {
+        if let Some(factor) = factorize(&Damping { order: &order, mean, lambda })? {
             let facts = Factorization {
                 damp,
                 damp_raised: raised as u32,

@@ -7,13 +7,14 @@ use gptq::{
     error::{Error, Result},
     gptq::{
         Hessian,
-        solver::{CudaSolver, Kernels, Solved, Solver, Weight, reference},
+        solver::{CudaSolver, Kernels, Solved, Solver, Weight},
     },
     pack::PackedLinear,
     variant::Variant,
 };
 use tch::{Device, Kind, Tensor};
 
+use super::reference;
 use crate::cuda_host::{Launch, Library, Memory, Order};
 
 /// fp32 moves a target that lies at a tie to either side; later codes of the row then aim at another point.

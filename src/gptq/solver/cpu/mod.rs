@@ -83,7 +83,7 @@ impl Solver for CpuSolver {
 /// `H + λI` with rows and columns in reversed quantization order, on and below the diagonal. The diagonal of dead features,
 /// whose rows are zero, is `mean + λ`.
 fn reordered(hessian: &Hessian, damping: &Damping<'_>) -> Result<Tensor> {
-    let &Damping { order, mean, lambda, .. } = damping;
+    let &Damping { order, mean, lambda } = damping;
     let columns: Vec<u32> = order.columns().iter().rev().copied().collect();
     let k = columns.len();
     let mut lower =

@@ -1,4 +1,4 @@
-//! The search for a group's scales on the CPU: the definition (`gptq::scale_search`) for a tile of rows at once.
+//! The search for a group's scales on the CPU, for a tile of rows at once. `solver/tests/reference.rs` has the definition.
 
 use super::{
     instructions::{Instructions, on_best_instructions},

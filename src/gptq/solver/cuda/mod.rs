@@ -107,7 +107,7 @@ impl Solver for CudaSolver {
 
 /// `Ũ` `[K, K]` with `H + λI = Ũ Ũᵀ`, in quantization order and row-major; `None` when that is not positive definite.
 fn upper_factor(launcher: &Launcher, matrix: &Tensor, damping: &Damping<'_>) -> Result<Option<Tensor>> {
-    let &Damping { order, mean, lambda, .. } = damping;
+    let &Damping { order, mean, lambda } = damping;
     let reversed: Vec<i32> = order.columns().iter().rev().map(|&c| c as i32).collect();
     let columns = Tensor::f_from_slice(&reversed).and_then(|c| c.f_to_device(launcher.device()));
     let columns = columns.torch("copy an order")?;

@@ -2,13 +2,16 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::problem::{Problem, to_vec, weight};
+use super::{
+    problem::{Problem, to_vec, weight},
+    torch::TorchSolver,
+};
 use crate::{
     accuracy::AccuracyOptions,
     error::{Error, NumericalError, Result},
     gptq::{
         Hessian, QuantizedLinear,
-        solver::{CpuSolver, OrRounded, RtnSolver, Solution, Solver, TorchSolver, Weight},
+        solver::{CpuSolver, OrRounded, RtnSolver, Solution, Solver, Weight},
     },
     variant::{Sorting, Variant},
 };

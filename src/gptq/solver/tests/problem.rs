@@ -2,15 +2,13 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::reference::{self, ReferenceSolution};
 use crate::{
     accuracy::AccuracyOptions,
     device,
     gptq::{
         Hessian, QuantizedLinear,
-        solver::{
-            CpuSolver, Factorized, Solver, Weight,
-            reference::{self, ReferenceSolution},
-        },
+        solver::{CpuSolver, Factorized, Solver, Weight},
     },
     variant::Variant,
 };
