@@ -106,7 +106,7 @@ impl OutputHessian {
     }
 }
 
-/// Sizes of the blocks of output features, as even as multiples of [`GRAIN`] allow.
+/// Sizes of the blocks of output features, as even as multiples of `GRAIN` allow.
 pub fn output_blocks(out_features: usize) -> Vec<usize> {
     let parts = out_features.div_ceil(BLOCK);
     let grains = out_features.div_ceil(GRAIN);

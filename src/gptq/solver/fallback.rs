@@ -1,4 +1,4 @@
-//! A solver that rounds to nearest where another one fails, and says so.
+//! A solver that rounds to nearest if another solver fails.
 
 use tch::Tensor;
 
@@ -9,9 +9,9 @@ use crate::{
     variant::{Sorting, Variant},
 };
 
-/// Another solver, and [`RtnSolver`] for what that cannot solve because of the numbers in it: a stage whose Hessian cannot
-/// be factorized, a linear whose solution is of no use. Every [`Solution`] says whether it was rounded, and why. It keeps a
-/// Hessian until all linears are solved that share it.
+/// Another solver, with [`RtnSolver`] as fallback for numerical errors: a Hessian that cannot be factorized, or a linear
+/// without a usable solution. [`Solution::fallback`] has the reason. The Hessian is kept until all linears that share it are
+/// solved.
 pub struct OrRounded<S>(pub S);
 
 impl<S: Solver> Solver for OrRounded<S> {
@@ -30,7 +30,7 @@ impl<S: Solver> Solver for OrRounded<S> {
 }
 
 struct FactorOrRounded {
-    /// Or why there is no factor.
+    /// The factor, or why there is none.
     solving: Result<Factor, String>,
     rounding: Factor,
 }
@@ -46,7 +46,7 @@ impl Factorized for FactorOrRounded {
             Err(reason) => return self.round(weights, variant, reason),
         };
         match factor.solve(weights, variant) {
-            // One of them fails: the others need not be rounded for that.
+            // One of them fails: solve each alone, so that only that one is rounded.
             Err(Error::Numerical(_)) if weights.len() > 1 => {
                 let alone = weights.iter().map(|weight| self.solve(&[*weight], variant));
                 Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())

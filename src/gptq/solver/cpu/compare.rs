@@ -1,7 +1,7 @@
 //! Rows that are better rounded than compensated.
 //!
-//! Compensation moves later weights, and a grid clips what it moves too far: for weights of one sign, or all alike, the
-//! error can come out larger than that of plain rounding. Rows are independent, so that each can be had the better way.
+//! Compensation moves later weights, and the grid clips weights that move too far. For weights of one sign, or of one value,
+//! the error can then exceed that of plain rounding. Rows are independent, so that the better result is taken for each row.
 
 use half::f16;
 use rayon::prelude::*;
@@ -18,17 +18,17 @@ use crate::{
     variant::Variant,
 };
 
-/// Were the errors of a row's weights independent, rounding would leave `Σ H_ii d_i²`. A compensated row below this part
-/// of that is not looked at further: errors of rounding do not cancel each other that well by chance.
+/// With independent errors of a row's weights, the error of rounding would be `Σ H_ii d_i²`. A compensated row with less than
+/// this part of it is not compared: errors of rounding do not cancel that well by chance.
 const CLEARLY_BETTER: f64 = 0.5;
-/// The error in the comparison itself: fp32 sums on either side.
+/// Relative error of the comparison itself, from fp32 sums on both sides.
 const UNSURE: f64 = 1e-4;
 /// Rows compared together.
 const ROWS: usize = 512;
 /// Columns of the factor multiplied together.
 const BLOCK: i64 = 768;
 
-/// How rows are rounded: what all of them share.
+/// Inputs of rounding that all rows share.
 struct Rounding<'a> {
     grid: Grid,
     groups: usize,
@@ -38,7 +38,7 @@ struct Rounding<'a> {
     rows: Vec<Floats<'a>>,
 }
 
-/// One row, rounded.
+/// A rounded row.
 struct Rounded {
     row: usize,
     steps: Vec<Step>,
@@ -49,7 +49,7 @@ struct Rounded {
 }
 
 impl CpuFactor {
-    /// Puts rounded rows in the place of compensated ones with a larger error; returns how many, for each weight.
+    /// Replaces compensated rows by rounded rows if these have a smaller error; returns their number for each weight.
     pub(super) fn round_where_better(
         &self,
         weights: &[Weight<'_>],
@@ -101,7 +101,7 @@ impl CpuFactor {
         Ok(counts.collect())
     }
 
-    /// Some rows, rounded, and `d (H + λI) dᵀ` of each.
+    /// Rounds some rows; returns `d (H + λI) dᵀ` with each.
     fn rounded(&self, some: &[usize], rounding: &Rounding<'_>) -> Result<Vec<(Rounded, f64)>, TchError> {
         let columns = self.damped.order.columns();
         let k = columns.len();
@@ -150,7 +150,7 @@ impl CpuFactor {
 }
 
 impl Rounding<'_> {
-    /// Rounds one row; `values` become its differences, 0 where a feature is dead.
+    /// Rounds one row; `values` become its differences, 0 for dead features.
     fn round(&self, row: usize, values: &mut [f32]) -> Rounded {
         let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; self.groups];
         let mut codes = vec![0; values.len()];
@@ -171,7 +171,7 @@ fn error(state: &State, row: usize, lambda: f64) -> f64 {
     Sums { objective: state.objective[row], distance: state.distance[row] }.undamped(lambda)
 }
 
-/// Takes a rounded row.
+/// Stores a rounded row.
 fn take(state: &mut State, rounded: Rounded, sums: Sums) {
     let Rounded { row, steps, codes, .. } = rounded;
     let n = state.objective.len();

@@ -1,4 +1,4 @@
-//! The weights that are solved together, and how they are taken apart again.
+//! Stacks the weights that are solved together, and splits the results.
 
 use half::f16;
 use rayon::prelude::*;
@@ -19,14 +19,14 @@ use crate::{
 /// Lines in the lanes of one column.
 pub(super) const LINES: usize = size_of::<Lane>() / size_of::<Line>();
 
-/// Weights one below the other, `N` rows in all, by tile, by panel, by column of the panel: everything that a tile needs
-/// lies together. A panel's part holds `W` until the panel is solved and `D` after, as lanes or as an operand's strip.
+/// Stacked weights, `N` rows in all, by tile, by panel, by column of the panel, so that the values of a tile are contiguous. A
+/// panel's part holds `W` until the panel is solved, then `D`, as lanes or as an operand's strip.
 pub(super) struct Stack {
     lines: Vec<Line>,
     pub(super) layout: Layout,
 }
 
-/// Where the stack's values lie.
+/// Places of the stack's values.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     /// Rows of all weights.
@@ -47,7 +47,7 @@ impl Layout {
         LANES.min(self.n - tile * LANES)
     }
 
-    /// Columns of a panel with what fills its last chunk.
+    /// Columns of a panel, padded to whole chunks.
     pub(super) fn padded(self) -> usize {
         self.width.next_multiple_of(SIDE)
     }
@@ -62,7 +62,7 @@ impl Layout {
         self.k.div_ceil(self.width) * self.panel_lines()
     }
 
-    /// Where a column's lanes are among those of its tile.
+    /// Index of a column's lanes in its tile.
     fn at(self, column: usize) -> usize {
         column / self.width * self.padded() + column % self.width
     }
@@ -109,7 +109,7 @@ impl CpuFactor {
         Ok(Stack { lines, layout })
     }
 
-    /// Scales from the original weights, for groups known before the first column.
+    /// Fits all scales to the original weights, for orders with static groups.
     pub(super) fn fit_static(&self, stack: &Stack, variant: &Variant, state: &mut State) {
         let (order, layout) = (&self.damped.order, stack.layout);
         let (groups, search) = (state.groups, &state.search);
@@ -131,7 +131,7 @@ impl CpuFactor {
         });
     }
 
-    /// Takes the stack apart again.
+    /// Splits the results by weight.
     pub(super) fn split(
         &self,
         weights: &[Weight<'_>],

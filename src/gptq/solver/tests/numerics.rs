@@ -117,7 +117,7 @@ fn no_worse_than_rounding(name: &str, x: &Tensor, w: &Tensor, damp: f64) {
     let hessian = hessian(x);
     for variant in VARIANTS.map(|text| text.parse::<Variant>().unwrap()) {
         let rounded = solved(&RtnSolver, &hessian, w, &variant, damp);
-        let limit = objective(w, x, &rounded.linear.on_host().unwrap().into_owned());
+        let limit = objective(w, x, &rounded.linear.on_host().unwrap());
         for solver in on_cpu() {
             let name = format!("{name}, damp {damp}, {variant}, {}", solver.name());
             let solution = match try_solve(&solver, &hessian, w, &variant, damp) {
@@ -130,7 +130,7 @@ fn no_worse_than_rounding(name: &str, x: &Tensor, w: &Tensor, damp: f64) {
                 solution => solution.unwrap_or_else(|error| panic!("{name}: {error}")),
             };
             let reported = solution.squared_error;
-            let found = objective(w, x, &solution.linear.on_host().unwrap().into_owned());
+            let found = objective(w, x, &solution.linear.on_host().unwrap());
             assert!(found <= limit * (1.0 + TOLERANCE), "{name}: {found} is above {limit}");
             assert!(reported.is_finite(), "{name}");
             // Errors far below what rounding would leave are lost in fp32, and so are those that it cannot hold.
@@ -170,7 +170,7 @@ fn degenerate_numbers_stay_numbers_in_libtorchs_solver() {
     let variant: Variant = "4bit-64g-act".parse().unwrap();
     for (name, x) in inputs() {
         let solution = solved(&TorchSolver::default(), &hessian(&x), &plain, &variant, 0.01);
-        let found = objective(&plain, &x, &solution.linear.on_host().unwrap().into_owned());
+        let found = objective(&plain, &x, &solution.linear.on_host().unwrap());
         assert!(solution.squared_error.is_finite() && found.is_finite(), "{name}");
     }
 }
