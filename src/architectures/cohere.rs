@@ -1,4 +1,4 @@
-//! Cohere's Command R and Aya: attention and feed-forward block side by side behind one LayerNorm.
+//! Cohere's Command R and Aya: attention and feed-forward block in parallel after one LayerNorm.
 
 use super::{
     AttentionConfig, ConfigFields, Family, LayerParts, ModelConfig, NormConfig, NormKind, NormPositions,

@@ -15,7 +15,7 @@ impl<'a> Decoder<'a> {
     /// Loads all layers, for up to `capacity` tokens. `packed` holds [`Runner::packed_layer`] of every layer.
     ///
     /// # Errors
-    /// When a tensor is malformed or memory ends.
+    /// When a tensor is malformed or memory is exhausted.
     pub fn new(runner: &'a Runner<'a>, packed: &'a [PackedLayer<'a>], capacity: usize) -> Result<Self> {
         let layers = packed.iter().enumerate().map(|(layer, packed)| {
             let ready = runner.layer(layer, packed)?;

@@ -64,7 +64,7 @@ impl Transformer<'_> {
                 Tensor::f_run_backward(&[&product], &with_respect_to, false, false)
             };
             let mut gradients = back().torch("take gradients through a layer")?.into_iter();
-            let hidden = gradients.next().expect("as many as were asked for");
+            let hidden = gradients.next().expect("a gradient for each tensor");
             let outputs =
                 outputs.iter().map(|output| output.as_ref().and_then(|_| gradients.next())).collect();
             Ok(LayerGradients { hidden, outputs })

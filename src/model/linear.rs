@@ -34,7 +34,7 @@ impl Dense {
     /// The dense form of a packed linear, in `kind` on `device`. `bias` `[N]` likewise.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn from_packed(
         linear: &PackedView<'_>,
         bias: Option<Tensor>,
@@ -51,7 +51,7 @@ impl Dense {
     /// A dense linear in another kind.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn converted(weight: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Self> {
         let weight = weight.f_to_kind(kind).torch("convert a weight")?;
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;

@@ -75,7 +75,7 @@ impl<'a> Runner<'a> {
     /// `step` is called after each layer.
     ///
     /// # Errors
-    /// When a tensor is malformed or memory ends.
+    /// When a tensor is malformed or memory is exhausted.
     pub fn hidden_states(&self, ids: &[i64], seq_len: usize, mut step: impl FnMut()) -> Result<Vec<Tensor>> {
         let per_batch = (BATCH_TOKENS / seq_len).max(1) * seq_len;
         let mut batches: Vec<Tensor> =
@@ -107,7 +107,7 @@ impl<'a> Runner<'a> {
     /// A layer that is ready to run. On CUDA it holds copies of the packed tensors, which can then be dropped.
     ///
     /// # Errors
-    /// When a tensor is malformed or memory ends.
+    /// When a tensor is malformed or memory is exhausted.
     pub fn layer<'t>(&self, layer: usize, packed: &'t PackedLayer<'_>) -> Result<Layer<'t>> {
         self.layer_of(layer, packed, &mut |_, linear| linear)
     }
@@ -154,7 +154,7 @@ impl<'a> Runner<'a> {
     /// Normalized hidden states `[…, hidden]` → logits `[…, vocab]` fp32.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = self.head.forward(hidden)?.f_to_kind(Kind::Float).torch("convert logits")?;
         shaped(self.transformer.config(), logits)

@@ -445,7 +445,7 @@ impl<'a> Transformer<'a> {
     /// An empty cache of a layer for `capacity` tokens.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn cache(&self, layer: usize, capacity: usize) -> Result<KvCache> {
         KvCache::new(&self.config().layers[layer].attention, capacity, self.kind, self.device)
     }
