@@ -1,6 +1,6 @@
-//! Cross-layer equalization (Nagel et al., arXiv 1906.04721) of the norms with the linears behind them: where a norm makes a
-//! channel much larger than others, and the weights that read it are small by as much, or the other way round, both are brought
-//! nearer to the rest. The model computes the same, and groups hold weights of like sizes.
+//! Cross-layer equalization (Nagel et al., arXiv 1906.04721) of norms with the linears that read them. If a channel's norm
+//! weight is much larger than the others and the weights that read it are smaller by about the same factor, or the reverse,
+//! both are moved nearer to their medians. The model computes the same, and groups have weights of similar sizes.
 
 use std::collections::BTreeMap;
 
@@ -11,26 +11,26 @@ use crate::{
     error::{Result, TorchContext},
 };
 
-/// How far a channel's norm and weights lie from their medians, in opposite directions, before it is touched.
+/// Ratio of a channel's norm and weights to their medians, in opposite directions, from which on the channel is changed.
 const OUTLIER: f32 = 4.0;
 
-/// What is done to a model's channels.
+/// Changes of a model's channels.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Equalization {
-    /// By tensor, a power of two for each channel, which is the last axis: a norm is multiplied by it, and the weights behind it
-    /// by its inverse.
+    /// By tensor, a power of two for each channel, which is the last axis: that of a norm, and its inverse for the weights that
+    /// read the norm's output.
     factors: BTreeMap<String, Vec<f32>>,
-    /// Channels that are changed, of all norms.
+    /// Changed channels of all norms.
     channels: usize,
-    /// Norms that are.
+    /// Norms with changed channels.
     norms: usize,
 }
 
 impl Equalization {
-    /// Looks at the norms, and at the linears behind those with outliers. `step` is called once a layer.
+    /// Finds the changes from the norms, and from the weights that read norms with outliers. `step` is called once a layer.
     ///
     /// # Errors
-    /// When a tensor is missing, malformed or not finite, or `step` says so.
+    /// When a tensor is missing, malformed or not finite, and the errors of `step`.
     pub fn of(checkpoint: &Checkpoint, step: &mut dyn FnMut() -> Result<()>) -> Result<Self> {
         let mut found = Self::default();
         let config = checkpoint.config();
@@ -47,13 +47,13 @@ impl Equalization {
                 let others = dense.filter(|(path, _)| others.contains(&path.as_str()));
                 let others = others.map(|(path, shape)| (config.layer_tensor(layer, &path), shape));
                 let readers: Vec<_> = linears.chain(others).collect();
-                found.look_at(checkpoint, config.layer_tensor(layer, &norm.weight()), &readers)?;
+                found.add_norm(checkpoint, config.layer_tensor(layer, &norm.weight()), &readers)?;
             }
         }
         Ok(found)
     }
 
-    fn look_at(
+    fn add_norm(
         &mut self,
         checkpoint: &Checkpoint,
         norm: String,
@@ -89,10 +89,10 @@ impl Equalization {
         Ok(())
     }
 
-    /// The model with it; `None` where there is nothing to be done.
+    /// The changed model; `None` if no channel changes.
     ///
     /// # Errors
-    /// When the folder cannot be read any more.
+    /// When the folder cannot be read.
     pub fn apply(&self, checkpoint: &Checkpoint) -> Result<Option<Checkpoint>> {
         match self.factors.is_empty() {
             true => Ok(None),
@@ -100,14 +100,14 @@ impl Equalization {
         }
     }
 
-    /// Channels that are changed, and of how many norms they are.
+    /// Number of changed channels, and of norms that have some.
     pub fn channels(&self) -> (usize, usize) {
         (self.channels, self.norms)
     }
 }
 
-/// What a norm is multiplied by, from the magnitudes of its weights and of the columns behind it: both come nearer to their
-/// medians, and neither goes beyond. Powers of two, so that nothing is rounded.
+/// The factors of a norm's channels, from the magnitudes of its weights and of the columns that read it. Both move nearer to
+/// their medians, but not beyond. Factors are powers of two, so that nothing is rounded.
 fn factors(norm: &[f32], columns: &[f32]) -> Vec<f32> {
     let middle = [median(norm), median(columns)];
     let factor = |(&size, &column): (&f32, &f32)| {

@@ -1,4 +1,4 @@
-//! The solver against the same loop in libtorch's operations, and its parts against the device's limits.
+//! The solver, and its parts against the device's limits.
 
 use std::{collections::BTreeMap, fmt, time::Instant};
 
@@ -7,7 +7,7 @@ use gptq::{
     cuda::Gpu,
     gptq::{
         Hessian,
-        solver::{CudaSolver, Factorized, Solved, Solver, TorchSolver, Weight},
+        solver::{CudaSolver, Factor, Solved, Solver, Weight},
     },
     report::GENERATED_BY,
     variant::Variant,
@@ -54,9 +54,6 @@ struct Block {
     out_features: usize,
     in_features: usize,
     cuda: Times,
-    libtorch: Times,
-    /// Time of libtorch's loop over ours, by the fastest solves.
-    ratio: f64,
     parts: Vec<Part>,
 }
 
@@ -111,11 +108,8 @@ impl fmt::Display for Report {
         )?;
         for block in &self.blocks {
             writeln!(f, "[{}, {}]", block.out_features, block.in_features)?;
-            for (name, times) in [("cuda", &block.cuda), ("libtorch", &block.libtorch)] {
-                let [factorize, solve] = [&times.factorize, &times.solve].map(|t| fastest(t) * 1e3);
-                writeln!(f, "  {name:<20} factorize {factorize:>9.2} ms  solve {solve:>9.2} ms")?;
-            }
-            writeln!(f, "  libtorch's loop takes {:.1} times as long", block.ratio)?;
+            let [factorize, solve] = [&block.cuda.factorize, &block.cuda.solve].map(|t| fastest(t) * 1e3);
+            writeln!(f, "  {:<20} factorize {factorize:>9.2} ms  solve {solve:>9.2} ms", "cuda")?;
             for part in &block.parts {
                 write!(f, "  {:<20} {:>9.2} ms", part.part, part.seconds * 1e3)?;
                 if let Some(floor) = part.floor_seconds {
@@ -188,23 +182,19 @@ fn block(
     let factorize = |solver: &dyn Solver| solver.factorize(&hessian, variant.sorting(false), DAMP, "bench");
 
     let ours = CudaSolver::new(device)?;
-    let (mut cuda, mut libtorch) = (Times::default(), Times::default());
-    // The first run of each loads what it needs.
-    for solver in [&ours as &dyn Solver, &TorchSolver::default()] {
-        factorize(solver)?.solve(&stacked, variant)?;
-    }
+    let mut cuda = Times::default();
+    // The first run loads libraries and kernels.
+    factorize(&ours)?.solve(&stacked, variant)?;
     for _ in 0..clock.repeat {
-        for (solver, times) in [(&ours as &dyn Solver, &mut cuda), (&TorchSolver::default(), &mut libtorch)] {
-            let (seconds, factor) = clock.time(|| factorize(solver))?;
-            times.factorize.push(seconds);
-            times.solve.push(clock.time(|| factor.solve(&stacked, variant))?.0);
-        }
+        let (seconds, factor) = clock.time(|| factorize(&ours))?;
+        cuda.factorize.push(seconds);
+        cuda.solve.push(clock.time(|| factor.solve(&stacked, variant))?.0);
     }
 
     let (measured, parts) = CudaSolver::with_clock(device)?;
     let mut best: BTreeMap<&str, f64> = BTreeMap::new();
     for _ in 0..=clock.repeat {
-        let factor: Box<dyn Factorized> = factorize(&measured)?;
+        let factor: Factor = factorize(&measured)?;
         for solution in factor.solve(&stacked, variant)? {
             if let Solved::Device(linear) = &solution.linear {
                 linear.pack()?;
@@ -218,14 +208,7 @@ fn block(
         let (floor_seconds, floor) = floor(part, (n as f64, k as f64), variant, limits);
         Part { part, seconds, floor_seconds, floor }
     });
-    Ok(Block {
-        out_features: n,
-        in_features: k,
-        ratio: fastest(&libtorch.solve) / fastest(&cuda.solve),
-        parts: parts.collect(),
-        cuda,
-        libtorch,
-    })
+    Ok(Block { out_features: n, in_features: k, parts: parts.collect(), cuda })
 }
 
 /// The time of a part at the device's limits, and the work that takes it.

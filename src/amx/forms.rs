@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::{Line, Operand, Parts, SIDE, Side, multiply_add, operand::fill_from_bf16};
 
-/// Rows and columns of the product that are computed together: with the operands' parts they fit the second cache.
+/// Rows and columns of the product that are computed together. With the operands' parts they fit the second-level cache.
 const BLOCK: usize = 256;
 const BLOCK_STRIPS: usize = BLOCK / SIDE;
 /// Chunks of both operands that are used before the next ones, for the same reason.
@@ -57,7 +57,7 @@ fn accumulate(matrix: &mut [f32], k: usize, [x, y]: [&[u16]; 2], add: bool, symm
     }
 }
 
-/// `[BLOCK, BLOCK]` of a product in one part, from the strips `i` of `left` and `j` of `right` on, as far as there are.
+/// `[BLOCK, BLOCK]` of a product in one part, of the strips from `i` of `left` and from `j` of `right` on.
 fn product(square: &mut [f32], left: &Operand, i: usize, right: &Operand, j: usize) {
     let (rows, columns) = ((left.strips() - i).min(BLOCK_STRIPS), (right.strips() - j).min(BLOCK_STRIPS));
     let chunks = left.strip_len() / Parts::One.chunk_len();
@@ -88,7 +88,7 @@ fn operand(x: &[u16], k: usize, side: Side) -> Operand {
     operand
 }
 
-/// `[BLOCK, BLOCK]` floats, aligned as tile registers want them.
+/// `[BLOCK, BLOCK]` floats, aligned for tile registers.
 fn block_buffer() -> Vec<Line> {
     bytemuck::zeroed_vec(BLOCK * BLOCK * size_of::<f32>() / size_of::<Line>())
 }

@@ -1,13 +1,13 @@
 //! Matrix products of bf16 values with fp32 sums: on the processor's matrix unit (Intel AMX), or with the bf16 dot products of AVX-512
 //! (AMD from Zen 4 on, Intel Cooper Lake).
 //!
-//! libtorch's own bf16 product rounds its result to bf16, which a Hessian cannot bear; with fp32 operands it is eight
+//! libtorch's own bf16 product rounds its result to bf16, which is too inexact for a Hessian; with fp32 operands it is eight
 //! times slower. Here operands are laid out once ([`Operand`]) and multiplied block by block with fp32 sums
-//! ([`multiply_add`]). An fp32 matrix is multiplied as two bf16 matrices, its rounded value and the rounded rest
-//! ([`Parts::Two`]): 16 bits of significand at three eighths of the cost of fp32.
+//! ([`multiply_add`]). An fp32 matrix is multiplied as two bf16 matrices, the rounded value and the rounded rest
+//! ([`Parts::Two`]): 16 bits of significand in three eighths of the time of fp32.
 //!
-//! Letters: a product is `C[m, n] += Σ_d X[d, m] · Y[d, n]`, with `X` the left and `Y` the right operand and `d` their
-//! common depth, so that no operand need be transposed. Sums run in the order of `d`, whatever the number of threads.
+//! A product is `C[m, n] += Σ_d X[d, m] · Y[d, n]`, with `X` the left and `Y` the right operand and `d` their common depth, so
+//! that no operand need be transposed. Sums are in the order of `d`, independent of the number of threads.
 
 mod forms;
 mod operand;

@@ -1,4 +1,4 @@
-//! Operands in the order in which tile registers take them.
+//! Operands in the layout of tile registers.
 
 use super::SIDE;
 
@@ -12,17 +12,17 @@ pub(super) const TILE: usize = 16;
 /// Lines of one part of a chunk, [`SIDE`] rows of [`SIDE`] columns: two tiles, of 16 columns each.
 pub(super) const CHUNK: usize = 2 * TILE;
 
-/// How many bf16 values stand for one.
+/// How many bf16 values represent a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parts {
     /// The value is bf16.
     One,
-    /// The value rounded to bf16, and what is missing from it, rounded again.
+    /// The value rounded to bf16, and the rest rounded to bf16.
     Two,
 }
 
 impl Parts {
-    /// How many.
+    /// Their number.
     pub fn count(self) -> usize {
         match self {
             Self::One => 1,
@@ -54,7 +54,7 @@ pub enum Side {
 }
 
 /// A matrix `[depth, columns]`, laid out in strips of [`SIDE`] columns, each in chunks of [`SIDE`] rows, each in parts.
-/// What is not filled in is zero.
+/// Places that are not filled are zero.
 #[derive(Debug)]
 pub struct Operand {
     lines: Vec<Line>,
@@ -63,13 +63,13 @@ pub struct Operand {
 }
 
 impl Operand {
-    /// Room for `depth` rows of `columns`, all zero.
+    /// An operand of `depth` rows of `columns`, all zero.
     pub fn zeros(depth: usize, columns: usize, parts: Parts) -> Self {
         let strip = depth.div_ceil(SIDE) * parts.chunk_len();
         Self { lines: bytemuck::zeroed_vec(strip * columns.div_ceil(SIDE)), strip, parts }
     }
 
-    /// Columns `SIDE·index` and on.
+    /// The strip of the columns from `SIDE·index` on.
     pub fn strip(&self, index: usize) -> &[Line] {
         &self.lines[self.strip * index..][..self.strip]
     }
@@ -80,7 +80,7 @@ impl Operand {
         &self.strip(index)[first * chunk..end * chunk]
     }
 
-    /// Strips.
+    /// Number of strips.
     pub fn strips(&self) -> usize {
         self.lines.len().checked_div(self.strip).unwrap_or(0)
     }

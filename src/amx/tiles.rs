@@ -5,7 +5,7 @@ use super::{
     operand::{CHUNK, Line, TILE},
 };
 
-/// Whether this processor has AMX with bf16 and the system lets this process use it.
+/// Whether this processor has AMX with bf16 and the system permits this process to use it.
 pub fn available() -> bool {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     return *x86::AVAILABLE;
@@ -27,8 +27,8 @@ fn has_dot_products() -> bool {
 }
 
 /// `c[i·stride + j] += Σ_d left[d, i] · right[d, j]` for `i, j < SIDE`, over a strip of each operand (see
-/// [`Operand`](super::Operand)) or the same range of whole chunks of both. Where [`has_bf16_products`] is false the same in plain Rust,
-/// slowly.
+/// [`Operand`](super::Operand)) or the same range of whole chunks of both. If [`has_bf16_products`] is false, plain Rust computes
+/// it slowly.
 ///
 /// # Panics
 /// When the operands differ in length, or are not whole chunks, or `c` is too short.
@@ -142,7 +142,7 @@ mod x86 {
         leaves >= 7 && __cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE
     }
 
-    /// Linux gives the large register state only to processes that ask for it.
+    /// Linux permits the large register state only to processes that request it.
     fn permitted() -> bool {
         const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
         const XFEATURE_XTILEDATA: libc::c_long = 18;
@@ -173,7 +173,7 @@ mod x86 {
 
     /// # Safety
     /// AMX must be available; the slices must have one length, a multiple of `parts.chunk_len()`; `c` must point to 32 rows
-    /// of 32 floats, `stride` floats apart, that nobody else uses.
+    /// of 32 floats, `stride` floats apart, without other users.
     pub(super) unsafe fn multiply_add(
         left: &[Line],
         right: &[Line],

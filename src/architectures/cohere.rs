@@ -1,4 +1,4 @@
-//! Cohere's Command R and Aya: attention and feed-forward block side by side behind one LayerNorm.
+//! Cohere's Command R and Aya: attention and feed-forward block in parallel after one LayerNorm.
 
 use super::{
     AttentionConfig, ConfigFields, Family, LayerParts, ModelConfig, NormConfig, NormKind, NormPositions,
@@ -27,8 +27,7 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let qk_norms = sizes
         .flag("use_qk_norm", false)?
         .then(|| [norm("self_attn.q_norm", sizes.heads), norm("self_attn.k_norm", sizes.kv_heads)]);
-    let plain = sizes.attention(Some(sizes.rope()?), [sizes.flag("attention_bias", false)?; 2]);
-    let attention = AttentionConfig { qk_norms, ..plain };
+    let attention = AttentionConfig { qk_norms, ..sizes.llama_attention()? };
     let norms = NormPositions {
         input: Some(sizes.norm("input_layernorm", NormKind::Layer, false)),
         ..NormPositions::default()

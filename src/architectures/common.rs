@@ -1,9 +1,9 @@
-//! What the configs of most families have in common, with each family's defaults.
+//! Keys that the configs of most families share, and the names of Llama's modules.
 
 use super::{
     Activation, AttentionConfig, ConfigFields, EmbeddingMultiplier, FeedForwardConfig, LayerConfig,
-    LayerParts, LinearConfig, ModelConfig, NormConfig, NormKind, NormPositions, RopeConfig, RoutingConfig,
-    rope::RopeDefaults,
+    LayerParts, LinearConfig, ModelConfig, NormConfig, NormKind, NormPositions, RopeConfig, RopeScaling,
+    RoutingConfig, rope::RopeDefaults,
 };
 use crate::{
     error::Result,
@@ -13,18 +13,18 @@ use crate::{
 /// More decoder layers than any model has; keeps a wrong number from filling the memory with names.
 const MAX_LAYERS: usize = 4096;
 
-/// Values that a family takes where the config has none.
+/// A family's values for keys that are missing in the config.
 #[derive(Clone, Copy)]
 pub(super) struct Defaults {
-    /// Hidden size, intermediate size, layers, query heads and vocabulary, where the family's published configs leave them out.
+    /// Hidden size, intermediate size, layers, query heads and vocabulary, if published configs of the family omit them.
     pub(super) sizes: Option<[usize; 5]>,
-    /// Key heads where the key is missing; `None`: as many as query heads. `null` means as many as query heads, too.
+    /// Key heads if the key is missing; `None`: as many as query heads. A `null` in the config means as many as query heads.
     pub(super) kv_heads: Option<usize>,
     /// Features of a head; `None`: hidden size over heads.
     pub(super) head_dim: Option<usize>,
     /// Longest sequence.
     pub(super) max_positions: usize,
-    /// The key of what is added to a mean square or a variance, and its value.
+    /// Key and value of the number that norms add to a mean square or a variance.
     pub(super) eps: (&'static str, f64),
     /// Whether the output layer is the embedding.
     pub(super) tied: bool,
@@ -32,13 +32,13 @@ pub(super) struct Defaults {
     pub(super) activation: (&'static str, &'static str),
     /// Base of the rotary embedding.
     pub(super) theta: f64,
-    /// The part of a head that is rotated; `None` where it is always all of it.
+    /// The part of a head that is rotated; `None` if the whole head always is.
     pub(super) partial_rotary: Option<f64>,
     /// Whether neighbouring features are rotated together.
     pub(super) interleaved: bool,
 }
 
-/// Llama's, which most others begin with.
+/// Llama's defaults, which most other families extend.
 pub(super) const LLAMA: Defaults = Defaults {
     sizes: None,
     kv_heads: None,
@@ -119,6 +119,24 @@ impl<'a> Sizes<'a> {
         RopeConfig::read(&self.config, self.rope_defaults())
     }
 
+    /// The rotary embeddings of layers with a window and of all other layers. In the layout of transformers 5,
+    /// `rope_parameters` has a section for each. Otherwise, the former has the base `key` and no scaling. `theta` is its
+    /// default base.
+    pub(super) fn ropes_by_window(&self, key: Option<&str>, theta: f64) -> Result<[RopeConfig; 2]> {
+        let (config, far) = (&self.config, self.rope_defaults());
+        let nested = config.decoder.get("rope_parameters");
+        let Some(nested) = nested.filter(|value| value.get("full_attention").is_some()) else {
+            let theta = key.map_or(Ok(theta), |key| self.number(key, theta))?;
+            let far = RopeConfig::read(config, far)?;
+            return Ok([RopeConfig { theta, scaling: RopeScaling::None, ..far.clone() }, far]);
+        };
+        let of = |key: &str, defaults| {
+            RopeConfig::from_layout(config, nested.get(key).map(|value| (key, value)), defaults)
+        };
+        let near = RopeDefaults { theta, ..far };
+        Ok([of("sliding_attention", near)?, of("full_attention", far)?])
+    }
+
     pub(super) fn rope_defaults(&self) -> RopeDefaults {
         RopeDefaults {
             theta: self.defaults.theta,
@@ -155,7 +173,12 @@ impl<'a> Sizes<'a> {
         })
     }
 
-    /// Attention over all tokens with Llama's names; with biases of q, k and v, and of the output projection.
+    /// Attention over all tokens with a rotary embedding; `attention_bias`, by default false, is of all its linears.
+    pub(super) fn llama_attention(&self) -> Result<AttentionConfig> {
+        Ok(self.attention(Some(self.rope()?), [self.flag("attention_bias", false)?; 2]))
+    }
+
+    /// Attention over all tokens with Llama's names; `bias`: of q, k and v, and of the output projection.
     pub(super) fn attention(&self, rope: Option<RopeConfig>, bias: [bool; 2]) -> AttentionConfig {
         let (width, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let projection = |path: &str, out: usize| LinearConfig::new(path, [out, self.hidden], bias[0]);
@@ -207,7 +230,7 @@ impl<'a> Sizes<'a> {
         }
     }
 
-    /// How many experts there are and how many a token goes through, `default` if the config does not say.
+    /// Experts of a layer and experts of a token; `default` has both for configs without these keys.
     pub(super) fn routing(&self, router: &'static str, default: [usize; 2]) -> Result<RoutingConfig> {
         let fields = &self.config.decoder;
         let experts = fields.size("num_experts")?.or(fields.size("num_local_experts")?).unwrap_or(default[0]);
@@ -240,7 +263,7 @@ impl<'a> Sizes<'a> {
         let decoder = &config.decoder;
         let layers: Vec<LayerConfig> = (0..self.layers).map(|i| LayerConfig::new(layer(i))).collect();
         let kind = layers[0].norms.all().next().map_or(NormKind::Rms, |norm| norm.kind);
-        // Beside a decoder's own section, the one of the file counts.
+        // A key of the file takes precedence over that of the decoder's section.
         let tied = file.boolean("tie_word_embeddings")?.or(decoder.boolean("tie_word_embeddings")?);
         let ids = |key: &str| {
             let own = decoder.token_ids(key)?;
@@ -266,7 +289,17 @@ impl<'a> Sizes<'a> {
         })
     }
 
-    /// Which layers have a sliding window: as `layer_types` says, else as `default` does.
+    /// The window of each layer: `window` or none, by [`Sizes::windowed`].
+    pub(super) fn windows(
+        &self,
+        window: Option<usize>,
+        default: impl Fn(usize) -> bool,
+    ) -> Result<Vec<Option<usize>>> {
+        let windowed = self.windowed(default)?.into_iter();
+        Ok(windowed.map(|windowed| window.filter(|_| windowed)).collect())
+    }
+
+    /// Which layers have a sliding window, by `layer_types` or else by `default`.
     pub(super) fn windowed(&self, default: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
         let fields = &self.config.decoder;
         let Some(types) = fields.get("layer_types") else {

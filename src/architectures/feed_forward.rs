@@ -18,7 +18,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// By the names that configs use.
+    /// The activation with a name of configs.
     pub fn by_name(name: &str) -> Option<Self> {
         Some(match name {
             "silu" | "swish" => Self::Silu,
@@ -50,7 +50,7 @@ impl FeedForwardConfig {
         self.down.shape[1]
     }
 
-    /// The same linears below another path: `mlp.experts.3.gate_proj` of `mlp.gate_proj` and `mlp.experts.3`.
+    /// The same linears below another path: `mlp.gate_proj` becomes `mlp.experts.3.gate_proj` below `mlp.experts.3`.
     #[must_use]
     pub fn below(&self, path: &str) -> Self {
         let moved = |linear: &LinearConfig| {
@@ -61,27 +61,27 @@ impl FeedForwardConfig {
     }
 }
 
-/// Which experts a token goes through: those with the largest softmax of the router's outputs.
+/// The choice of each token's experts: those with the largest softmax of the router's outputs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RoutingConfig {
     /// Tensor with the router's weight, `[experts, hidden]`.
     pub router: &'static str,
     /// Experts of the layer; the first blocks.
     pub experts: usize,
-    /// Experts that a token goes through.
+    /// Experts of a token.
     pub per_token: usize,
     /// Whether their weights are divided by their sum.
     pub renormalized: bool,
-    /// Tensor with the gate of the block that all tokens go through, `[1, hidden]`; that block is the last.
+    /// Tensor with the gate of the shared block, which all tokens use, `[1, hidden]`; that block is the last.
     pub shared_gate: Option<&'static str>,
 }
 
 /// The feed-forward part of a layer: one block, or experts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FeedForward {
-    /// One, or the experts and then, where there is one, the block that all tokens go through.
+    /// One block, or the experts and then the shared block, if there is one.
     pub blocks: Vec<FeedForwardConfig>,
-    /// Of experts.
+    /// The routing, if there are experts.
     pub routing: Option<RoutingConfig>,
 }
 
@@ -92,8 +92,8 @@ impl From<FeedForwardConfig> for FeedForward {
 }
 
 impl FeedForward {
-    /// Widths of what is kept between the blocks' first and last linears, of each token: of all experts that it goes through
-    /// together, and of the block that all go through.
+    /// Widths of the values that each token stores between the blocks' first and last linears: of all its experts together, and
+    /// of the shared block.
     pub fn stored_widths(&self) -> Vec<usize> {
         let Some(routing) = &self.routing else { return vec![self.blocks[0].width()] };
         let shared = self.blocks.get(routing.experts).map(FeedForwardConfig::width);

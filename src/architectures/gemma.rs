@@ -2,9 +2,8 @@
 
 use super::{
     Activation, AttentionConfig, ConfigFields, EmbeddingMultiplier, Family, LayerParts, ModelConfig,
-    NormKind, NormPositions, RopeConfig,
+    NormKind, NormPositions,
     common::{Defaults, LLAMA, Sizes},
-    rope::RopeDefaults,
 };
 use crate::error::Result;
 
@@ -55,7 +54,7 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
         true => third_layers(&sizes)?,
         false if second => second_layers(&sizes)?,
         false => {
-            let attention = sizes.attention(Some(sizes.rope()?), [sizes.flag("attention_bias", false)?; 2]);
+            let attention = sizes.llama_attention()?;
             sizes.model(|_| LayerParts {
                 norms: sizes.pre_norms(NormKind::RmsPlusOne, false),
                 ..sizes.llama_layer(attention.clone(), false)
@@ -76,18 +75,15 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
 fn second_layers(sizes: &Sizes<'_>) -> Result<ModelConfig> {
     let config = &sizes.config;
     let window = config.decoder.size("sliding_window")?.unwrap_or(4096);
-    let windowed = sizes.windowed(|layer| layer.is_multiple_of(2))?;
+    let windows = sizes.windows(Some(window), |layer| layer.is_multiple_of(2))?;
     let attention = AttentionConfig {
         scale: sizes.number("query_pre_attn_scalar", 256.0)?.powf(-0.5),
         softcap: softcap(config, "attn_logit_softcapping", Some(50.0))?,
-        ..sizes.attention(Some(sizes.rope()?), [sizes.flag("attention_bias", false)?; 2])
+        ..sizes.llama_attention()?
     };
     sizes.model(|layer| {
-        let window = windowed[layer].then_some(window);
-        LayerParts {
-            norms: four_norms(sizes),
-            ..sizes.llama_layer(AttentionConfig { window, ..attention.clone() }, false)
-        }
+        let attention = AttentionConfig { window: windows[layer], ..attention.clone() };
+        LayerParts { norms: four_norms(sizes), ..sizes.llama_layer(attention, false) }
     })
 }
 
@@ -99,7 +95,7 @@ fn third_layers(sizes: &Sizes<'_>) -> Result<ModelConfig> {
     let window = fields.size("sliding_window")?.unwrap_or(4096);
     let pattern = fields.size("sliding_window_pattern")?.unwrap_or(6);
     let windowed = sizes.windowed(|layer| !(layer + 1).is_multiple_of(pattern))?;
-    let [near, far] = ropes(sizes)?;
+    let [near, far] = sizes.ropes_by_window(Some("rope_local_base_freq"), 10_000.0)?;
     let attention = AttentionConfig {
         scale: sizes.number("query_pre_attn_scalar", 256.0)?.powf(-0.5),
         qk_norms: Some(sizes.qk_norms(NormKind::RmsPlusOne)),
@@ -110,23 +106,6 @@ fn third_layers(sizes: &Sizes<'_>) -> Result<ModelConfig> {
         let attention = AttentionConfig { window, rope: Some(rope.clone()), ..attention.clone() };
         LayerParts { norms: four_norms(sizes), ..sizes.llama_layer(attention, false) }
     })
-}
-
-/// The rotary embeddings of layers with a window and of the others.
-fn ropes(sizes: &Sizes<'_>) -> Result<[RopeConfig; 2]> {
-    let (config, fields, far) = (&sizes.config, &sizes.config.decoder, sizes.rope_defaults());
-    if let Some(nested) = fields.get("rope_parameters").filter(|value| value.get("full_attention").is_some())
-    {
-        let of = |key: &str, defaults| {
-            let section = nested.get(key).map(|value| (key, value));
-            RopeConfig::from_layout(config, section, defaults)
-        };
-        let near = RopeDefaults { theta: 10_000.0, ..far };
-        return Ok([of("sliding_attention", near)?, of("full_attention", far)?]);
-    }
-    let theta = sizes.number("rope_local_base_freq", 10_000.0)?;
-    let rotary = RopeConfig::read(config, far)?;
-    Ok([RopeConfig { theta, scaling: super::RopeScaling::None, ..rotary.clone() }, rotary])
 }
 
 /// Norms before both blocks and on the outputs of both.

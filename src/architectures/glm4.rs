@@ -1,4 +1,4 @@
-//! GLM-4-0414: norms before and behind both blocks, neighbouring features rotated together, gate and up in one linear.
+//! GLM-4-0414: norms before and after both blocks, neighbouring features rotated together, gate and up in one linear.
 
 use super::{
     ConfigFields, Family, LayerParts, ModelConfig, NormKind, NormPositions,

@@ -10,10 +10,8 @@ pub(super) const FAMILY: Family = Family { classes: &[("GraniteForCausalLM", "gr
 
 fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let sizes = Sizes::read(config, LLAMA)?;
-    let attention = AttentionConfig {
-        scale: sizes.number("attention_multiplier", 1.0)?,
-        ..sizes.attention(Some(sizes.rope()?), [sizes.flag("attention_bias", false)?; 2])
-    };
+    let attention =
+        AttentionConfig { scale: sizes.number("attention_multiplier", 1.0)?, ..sizes.llama_attention()? };
     let bias = sizes.flag("mlp_bias", false)?;
     let residual_multiplier = sizes.number("residual_multiplier", 1.0)?;
     let layer = |_| LayerParts { residual_multiplier, ..sizes.llama_layer(attention.clone(), bias) };

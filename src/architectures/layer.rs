@@ -27,7 +27,7 @@ impl LinearConfig {
     }
 }
 
-/// How a norm computes. All but the last divide by the root of the mean square.
+/// The formula of a norm. RMSNorms divide by the root of the mean square.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {
     /// RMSNorm, times `w`.
@@ -41,9 +41,9 @@ pub enum NormKind {
 /// A norm.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormConfig {
-    /// Its module, inside the layer or below the model's prefix.
+    /// Path of its module in the layer, or below the model's prefix.
     pub path: &'static str,
-    /// What it computes.
+    /// Its formula.
     pub kind: NormKind,
     /// Added to the mean square or the variance.
     pub eps: f64,
@@ -54,7 +54,7 @@ pub struct NormConfig {
 }
 
 impl NormConfig {
-    /// Name of the weight, from where its path starts.
+    /// Name of the weight, starting with the path.
     pub fn weight(&self) -> String {
         format!("{}.weight", self.path)
     }
@@ -80,7 +80,7 @@ impl NormConfig {
 /// Norms around a layer's blocks.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct NormPositions {
-    /// Of the residual stream, before attention; in a layer whose blocks are parallel before both.
+    /// Of the residual stream, before attention; before both blocks if they are parallel.
     pub input: Option<NormConfig>,
     /// Of attention's output, before it is added to the residual stream.
     pub attention_output: Option<NormConfig>,
@@ -91,7 +91,7 @@ pub struct NormPositions {
 }
 
 impl NormPositions {
-    /// Those that are there, in the order of the forward pass.
+    /// All norms, in the order of the forward pass.
     pub fn all(&self) -> impl Iterator<Item = &NormConfig> {
         [&self.input, &self.attention_output, &self.feed_forward, &self.feed_forward_output]
             .into_iter()
@@ -114,11 +114,11 @@ pub struct AttentionConfig {
     pub output: LinearConfig,
     /// Norms of q and of k before RoPE: per head (`[head_dim]` or `[heads, head_dim]`), or over the whole projection.
     pub qk_norms: Option<[NormConfig; 2]>,
-    /// Rotary position embedding; `None` in layers without.
+    /// Rotary position embedding, if the layer has one.
     pub rope: Option<RopeConfig>,
-    /// A token sees this many tokens, itself included. `None`: all before it.
+    /// A token attends to this many tokens, itself included. `None`: to itself and all tokens before it.
     pub window: Option<usize>,
-    /// Scores are multiplied by it.
+    /// Factor of the scores.
     pub scale: f64,
     /// Scores `x` become `cap · tanh(x / cap)`.
     pub softcap: Option<f64>,
@@ -147,7 +147,7 @@ impl AttentionConfig {
     }
 }
 
-/// What a family's file says of a layer.
+/// A layer as its family describes it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerParts {
     /// The attention block.
@@ -158,14 +158,14 @@ pub struct LayerParts {
     pub norms: NormPositions,
     /// Whether both blocks read the same normalized input, and both outputs are added at once.
     pub parallel: bool,
-    /// Outputs of blocks are multiplied by it before they are added.
+    /// Factor of the blocks' outputs before they are added.
     pub residual_multiplier: f64,
 }
 
 /// A decoder layer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerConfig {
-    /// What the family's file says.
+    /// The family's description.
     parts: LayerParts,
     /// In calibration order.
     pub linears: Vec<LinearConfig>,
@@ -184,9 +184,9 @@ impl std::ops::Deref for LayerConfig {
 /// Linears that are solved after one pass over the windows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StageConfig {
-    /// Where in the layer it stands.
+    /// Its place in the layer.
     pub kind: StageKind,
-    /// Linears by what they read.
+    /// Linears by input.
     pub groups: Vec<GroupConfig>,
 }
 
@@ -199,11 +199,11 @@ pub struct GroupConfig {
     pub linears: Range<usize>,
     /// Input features.
     pub width: usize,
-    /// Which expert they are, if they are one's.
+    /// Number of the expert, if the linears belong to one.
     pub expert: Option<usize>,
 }
 
-/// Where in a layer a stage stands.
+/// The place of a stage in its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StageKind {
     /// q, k and v.
@@ -221,8 +221,8 @@ pub enum StageKind {
 }
 
 impl StageKind {
-    /// Whether the stage's linears write to the residual stream. Their inputs are kept from the stage before; those of others are
-    /// computed from the stream.
+    /// Whether the stage's linears write to the residual stream. Their inputs are stored by the stage before; the inputs of
+    /// other stages are computed from the stream.
     pub fn writes(self) -> bool {
         matches!(self, Self::AttentionOutput | Self::FeedForwardOutput | Self::ParallelOutput)
     }
@@ -247,7 +247,7 @@ impl StageConfig {
 }
 
 impl LayerConfig {
-    /// Puts linears and stages in order.
+    /// Orders the linears and divides them into stages.
     pub fn new(parts: LayerParts) -> Self {
         let (attention, blocks) = (&parts.attention, &parts.feed_forward.blocks);
         let (mut linears, mut stages) = (Vec::new(), Vec::new());
@@ -267,7 +267,7 @@ impl LayerConfig {
         };
         let output = std::slice::from_ref(&attention.output);
         if parts.parallel {
-            assert_eq!(blocks.len(), 1, "experts stand behind attention");
+            assert_eq!(blocks.len(), 1, "parallel blocks have no experts");
             let all: Vec<LinearConfig> =
                 attention.projections.iter().chain(&blocks[0].inputs).cloned().collect();
             stages.push(StageConfig { kind: StageKind::ParallelInput, groups: vec![group(&all)] });
@@ -297,7 +297,7 @@ impl LayerConfig {
         self.stages[1].linears().start
     }
 
-    /// Features of each of the inputs of a stage that are kept from the stage before.
+    /// Features of each input of a stage that the stage before stores.
     pub fn stored_widths(&self, stage: usize) -> Vec<usize> {
         match self.stages[stage].kind {
             StageKind::AttentionOutput => vec![self.attention.width()],
@@ -310,7 +310,7 @@ impl LayerConfig {
         }
     }
 
-    /// What the layer has beside its linears: norms, router and gate.
+    /// The tensors of the layer beside its linears: norms, router and gate.
     pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let qk_norms = self.attention.qk_norms.iter().flatten();
         let norms = self.norms.all().chain(qk_norms).flat_map(NormConfig::tensors);
@@ -322,7 +322,7 @@ impl LayerConfig {
         self.attention.output.shape[0]
     }
 
-    /// Each norm of the residual stream with what reads it, and nothing else does: positions of linears, and other tensors.
+    /// Each norm of the residual stream with all its readers: positions of linears, and other tensors.
     pub fn norm_readers(&self) -> Vec<(&NormConfig, Range<usize>, Vec<&'static str>)> {
         let inputs = self.stages[0].linears();
         let routing = self.feed_forward.routing.iter();
@@ -333,7 +333,7 @@ impl LayerConfig {
         self.norms.input.iter().map(|norm| (norm, inputs.clone(), Vec::new())).chain(own).collect()
     }
 
-    /// The norm that a linear reads the residual stream behind; `None` where it reads something else.
+    /// The norm of the residual stream that a linear reads; `None` if it reads something else.
     pub fn norm_before(&self, position: usize) -> Option<&NormConfig> {
         let mut readers = self.norm_readers().into_iter();
         readers.find(|(_, linears, _)| linears.contains(&position)).map(|(norm, ..)| norm)

@@ -15,10 +15,9 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let sizes = Sizes::read(config, DEFAULTS)?;
     let fields = &config.decoder;
     let window = if fields.has("sliding_window") { fields.size("sliding_window")? } else { Some(4096) };
-    let windowed = sizes.windowed(|_| true)?;
+    let windows = sizes.windows(window, |_| true)?;
     let attention = sizes.attention(Some(sizes.rope()?), [false; 2]);
     sizes.model(|layer| {
-        let window = window.filter(|_| windowed[layer]);
-        sizes.llama_layer(AttentionConfig { window, ..attention.clone() }, false)
+        sizes.llama_layer(AttentionConfig { window: windows[layer], ..attention.clone() }, false)
     })
 }

@@ -1,5 +1,5 @@
-//! Model families as data. A family is one file: it reads `config.json` with the defaults of transformers 5 and describes the
-//! model's layers. Everything else in the crate works on that description.
+//! Model families as data. A family is one file, which reads `config.json` with the defaults of transformers 5 and describes
+//! the model's layers. The rest of the crate uses only that description.
 //!
 //! To add a family see "Add an architecture" in ARCHITECTURE.md.
 
@@ -59,7 +59,7 @@ struct Family {
     read: fn(&ConfigFields<'_>) -> Result<ModelConfig>,
 }
 
-/// Every family that can be read.
+/// All supported families.
 const FAMILIES: &[&Family] = &[
     &llama::FAMILY,
     &mistral::FAMILY,
@@ -93,7 +93,7 @@ struct ConfigFields<'a> {
     raw: &'a Value,
 }
 
-/// A decoder-only model: made by [`ModelConfig::read`] and [`ModelConfig::from_json`], which check every value.
+/// A decoder-only model. [`ModelConfig::read`] and [`ModelConfig::from_json`] check every value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
     /// The class in `architectures`, e.g. `LlamaForCausalLM`.
@@ -102,7 +102,7 @@ pub struct ModelConfig {
     pub hidden_size: usize,
     /// Rows of the embedding.
     pub vocab_size: usize,
-    /// Longest sequence the model is made for, tokens.
+    /// Longest sequence, tokens.
     pub max_position_embeddings: usize,
     /// Decoder layers, in order.
     pub layers: Vec<LayerConfig>,
@@ -116,7 +116,7 @@ pub struct ModelConfig {
     pub logits_softcap: Option<f64>,
     /// Whether the output layer is the embedding, so that there is no `lm_head.weight`.
     pub tie_word_embeddings: bool,
-    /// What the names of the decoder's tensors start with, e.g. `model.`.
+    /// Prefix of the names of the decoder's tensors, e.g. `model.`.
     pub prefix: Arc<str>,
     /// Name of the output layer's weight, `[vocab, hidden]`.
     pub lm_head: String,
@@ -129,12 +129,12 @@ pub struct ModelConfig {
     raw: Value,
 }
 
-/// What embeddings are multiplied by.
+/// The factor of embeddings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum EmbeddingMultiplier {
     /// A number.
     Exact(f64),
-    /// A number that is rounded to the type of the computation first (Gemma).
+    /// A number that is rounded to the kind of the computation before the product (Gemma).
     Rounded(f64),
 }
 
@@ -145,7 +145,7 @@ pub struct LinearId {
     pub layer: usize,
     /// Inside the layer, `self_attn.q_proj`.
     pub path: Arc<str>,
-    /// What the names of the decoder's tensors start with.
+    /// Prefix of the names of the decoder's tensors.
     prefix: Arc<str>,
 }
 
@@ -191,7 +191,7 @@ impl ModelConfig {
     /// Reads `config.json` in the folder `dir`.
     ///
     /// # Errors
-    /// When there is none, the family is not supported, or a value is not one that it can have.
+    /// When the file is missing, the family is not supported, or a value is invalid.
     pub fn read(dir: &Path) -> Result<Self> {
         std::fs::metadata(dir).map_err(Error::io("read", dir))?;
         let path = file_in(dir, CONFIG_FILE)?;
@@ -224,7 +224,7 @@ impl ModelConfig {
         &self.raw
     }
 
-    /// The same with an output layer of its own.
+    /// The same model with a separate output layer.
     #[must_use]
     pub fn untied(&self) -> Self {
         let mut raw = self.raw.clone();
@@ -276,7 +276,7 @@ impl ModelConfig {
         if self.tie_word_embeddings { self.embedding() } else { self.lm_head.clone() }
     }
 
-    /// What the names of all tensors of a layer start with, `model.layers.3.`.
+    /// Prefix of the names of a layer's tensors, `model.layers.3.`.
     pub fn layer_prefix(&self, layer: usize) -> String {
         format!("{}layers.{layer}.", self.prefix)
     }
@@ -286,8 +286,8 @@ impl ModelConfig {
         format!("{}{path}", self.layer_prefix(layer))
     }
 
-    /// Every tensor of the decoder that is never quantized, but for biases of linears, with its shape: the embedding, what a layer
-    /// has beside its linears, the last norm and, when not tied, the output layer. In the order of the forward pass.
+    /// The tensors of the decoder that are never quantized, without biases of linears, and their shapes: the embedding, each
+    /// layer's tensors beside its linears, the last norm and, if not tied, the output layer. In the order of the forward pass.
     pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, vocab) = (self.hidden_size, self.vocab_size);
         let mut tensors = vec![(self.embedding(), vec![vocab, hidden])];
@@ -330,19 +330,19 @@ impl ModelConfig {
         self.layers.iter().filter(|layer| layer.feed_forward.routing.is_some()).count()
     }
 
-    /// A digest of everything that the forward pass depends on beside the weights.
+    /// A digest of the config, as far as the forward pass depends on it.
     pub fn forward_digest(&self) -> String {
         let described = format!("{:?}", Self { raw: Value::Null, dtype: None, ..self.clone() });
         Sha256::digest(described).iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// That `what` was asked for, which a model of this family cannot have.
+    /// The error for an option `what` that models of this family do not support.
     pub fn refused(&self, what: &str, reason: &str) -> Error {
         let expected = format!("off for {}: {reason}", self.class);
         Error::Value { what: what.into(), expected, found: "on".into() }
     }
 
-    /// Why rotations cannot be folded into this model's weights; `None` where they can.
+    /// Why rotations cannot be folded into this model's weights; `None` if they can.
     pub fn rotation_refusal(&self) -> Option<String> {
         let norms = self.layers.iter().flat_map(|layer| layer.norms.all());
         let layer_norm = norms.chain([&self.final_norm]).find(|norm| norm.kind == NormKind::Layer);
@@ -355,20 +355,20 @@ impl ModelConfig {
         })
     }
 
-    /// Why channels cannot be evened out between norms and linears; `None` where they can.
+    /// Why channels cannot be equalized between norms and linears; `None` if they can.
     pub fn equalization_refusal(&self) -> Option<String> {
         let mut norms = self.layers.iter().flat_map(|layer| layer.norm_readers()).map(|(norm, ..)| norm);
         let other = norms.find(|norm| norm.kind != NormKind::Rms || norm.bias)?;
         Some(format!("`{}` is not an RMSNorm that multiplies with its weight", other.path))
     }
 
-    /// The same with the decoder's tensors under another name, for files that were saved by the names in memory.
+    /// The same model with other names of the decoder's tensors, for files that were saved with the names in memory.
     #[must_use]
     pub fn with_prefix(self, prefix: &str, lm_head: &str) -> Self {
         Self { prefix: prefix.into(), lm_head: lm_head.into(), ..self }
     }
 
-    /// Tensors that are no part of the decoder and that a branch has too, as they are: encoders of other inputs.
+    /// Whether a tensor is not part of the decoder and is copied to branches unchanged: encoders of other inputs.
     pub fn is_passed_through(&self, name: &str) -> bool {
         self.raw.get("text_config").is_some()
             && !name.starts_with(&*self.prefix)
@@ -377,12 +377,12 @@ impl ModelConfig {
     }
 }
 
-/// The classes of `architectures` that can be read.
+/// The supported classes of `architectures`.
 pub fn supported_classes() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().flat_map(|family| family.classes).map(|(class, _)| *class)
 }
 
-/// The family of a config, and the class that it names.
+/// The family and the class of a config.
 fn family(path: &Path, fields: &Fields<'_>) -> Result<(&'static Family, &'static str)> {
     let classes =
         || FAMILIES.iter().flat_map(|family| family.classes.iter().map(move |class| (*family, class)));

@@ -2,7 +2,6 @@
 
 use super::{
     AttentionConfig, ConfigFields, Family, LayerParts, ModelConfig, NormConfig, NormKind, NormPositions,
-    RopeConfig, RopeScaling,
     common::{Defaults, LLAMA, Sizes},
 };
 use crate::error::Result;
@@ -16,13 +15,13 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let third = config.class == "Olmo3ForCausalLM";
     let theta = if third { 500_000.0 } else { DEFAULTS.theta };
     let sizes = Sizes::read(config, Defaults { theta, ..DEFAULTS })?;
-    let windowed = if third {
-        sizes.windowed(|layer| !(layer + 1).is_multiple_of(4))?
+    let (windows, [near, far]) = if third {
+        let window = config.decoder.size("sliding_window")?.unwrap_or(4096);
+        let windows = sizes.windows(Some(window), |layer| !(layer + 1).is_multiple_of(4))?;
+        (windows, sizes.ropes_by_window(None, theta)?)
     } else {
-        vec![false; sizes.layers]
+        (vec![None; sizes.layers], [sizes.rope()?, sizes.rope()?])
     };
-    let window = if third { config.decoder.size("sliding_window")?.unwrap_or(4096) } else { 0 };
-    let [near, far] = if third { ropes(&sizes)? } else { [sizes.rope()?, sizes.rope()?] };
     let plain = sizes.attention(None, [sizes.flag("attention_bias", false)?; 2]);
     let norm = |path: &'static str, features: usize| NormConfig {
         shape: vec![features],
@@ -31,8 +30,8 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let qk_norms =
         Some([norm("self_attn.q_norm", plain.width()), norm("self_attn.k_norm", plain.kv_width())]);
     sizes.model(|layer| {
-        let (window, rope) = if windowed[layer] { (Some(window), &near) } else { (None, &far) };
-        let (rope, qk_norms) = (Some(rope.clone()), qk_norms.clone());
+        let (window, qk_norms) = (windows[layer], qk_norms.clone());
+        let rope = Some(if window.is_some() { near.clone() } else { far.clone() });
         let norms = NormPositions {
             attention_output: Some(sizes.norm("post_attention_layernorm", NormKind::Rms, false)),
             feed_forward_output: Some(sizes.norm("post_feedforward_layernorm", NormKind::Rms, false)),
@@ -41,16 +40,4 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
         let attention = AttentionConfig { window, rope, qk_norms, ..plain.clone() };
         LayerParts { norms, ..sizes.llama_layer(attention, false) }
     })
-}
-
-/// OLMo 3: the rotary embeddings of layers with a window and of the others. Scaling is for the others alone.
-fn ropes(sizes: &Sizes<'_>) -> Result<[RopeConfig; 2]> {
-    let (config, defaults) = (&sizes.config, sizes.rope_defaults());
-    let nested = config.decoder.get("rope_parameters").filter(|value| value.get("full_attention").is_some());
-    let Some(nested) = nested else {
-        let far = RopeConfig::read(config, defaults)?;
-        return Ok([RopeConfig { theta: defaults.theta, scaling: RopeScaling::None, ..far.clone() }, far]);
-    };
-    let of = |key: &str| RopeConfig::from_layout(config, nested.get(key).map(|value| (key, value)), defaults);
-    Ok([of("sliding_attention")?, of("full_attention")?])
 }

@@ -20,7 +20,7 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     })
 }
 
-/// The window of each layer: those from `max_window_layers` on, if windows are used at all.
+/// The window of each layer; with `use_sliding_window`, by default of the layers from `max_window_layers` on.
 pub(super) fn windows(sizes: &Sizes<'_>) -> Result<Vec<Option<usize>>> {
     let fields = &sizes.config.decoder;
     let used = sizes.flag("use_sliding_window", false)?;
@@ -30,13 +30,13 @@ pub(super) fn windows(sizes: &Sizes<'_>) -> Result<Vec<Option<usize>>> {
         false => Some(4096),
     };
     let first = fields.get("max_window_layers").and_then(serde_json::Value::as_u64).unwrap_or(28);
-    let windowed = sizes.windowed(|layer| used && layer as u64 >= first)?;
-    if !used && windowed.contains(&true) {
+    let windows = sizes.windows(window, |layer| used && layer as u64 >= first)?;
+    if !used && windows.iter().any(Option::is_some) {
         return Err(fields.error(
             "use_sliding_window",
             "true, as `layer_types` has sliding windows",
             "false",
         ));
     }
-    Ok(windowed.into_iter().map(|windowed| window.filter(|_| windowed)).collect())
+    Ok(windows)
 }

@@ -18,7 +18,8 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let used = sizes.flag("use_sliding_window", false)?;
     let window = if used { fields.size("sliding_window")?.unwrap_or(4096) } else { 4096 };
     let last = fields.get("max_window_layers").and_then(serde_json::Value::as_u64).unwrap_or(28);
-    let windowed = sizes.windowed(|layer| used && layer.is_multiple_of(2) && (layer as u64) < last)?;
+    let windows =
+        sizes.windows(Some(window), |layer| used && layer.is_multiple_of(2) && (layer as u64) < last)?;
     let attention = sizes.attention(Some(sizes.rope()?), [sizes.flag("qkv_bias", true)?, false]);
     let routing = RoutingConfig {
         shared_gate: Some("mlp.shared_expert_gate.weight"),
@@ -30,8 +31,8 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     experts.blocks.push(block(&sizes, width).below("mlp.shared_expert"));
     let sparse = sparse(&sizes)?;
     sizes.model(|layer| {
-        let window = windowed[layer].then_some(window);
-        let plain = sizes.llama_layer(AttentionConfig { window, ..attention.clone() }, false);
+        let attention = AttentionConfig { window: windows[layer], ..attention.clone() };
+        let plain = sizes.llama_layer(attention, false);
         if sparse[layer] { LayerParts { feed_forward: experts.clone(), ..plain } } else { plain }
     })
 }

@@ -23,6 +23,5 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
 
 /// Attention with norms of queries and keys.
 pub(super) fn attention(sizes: &Sizes<'_>) -> Result<AttentionConfig> {
-    let attention = sizes.attention(Some(sizes.rope()?), [sizes.flag("attention_bias", false)?; 2]);
-    Ok(AttentionConfig { qk_norms: Some(sizes.qk_norms(NormKind::Rms)), ..attention })
+    Ok(AttentionConfig { qk_norms: Some(sizes.qk_norms(NormKind::Rms)), ..sizes.llama_attention()? })
 }

@@ -14,7 +14,7 @@ use crate::{
 pub struct RopeConfig {
     /// Base θ, above 0.
     pub theta: f64,
-    /// What is done to the inverse frequencies.
+    /// Scaling of the inverse frequencies.
     pub scaling: RopeScaling,
     /// How many features of a head are rotated, the first ones; even.
     pub rotary_dim: usize,
@@ -36,8 +36,8 @@ pub enum RopeScaling {
     Dynamic {
         /// At least 1.
         factor: f64,
-        /// The model's `max_position_embeddings`: what transformers compares the length with, whatever the
-        /// scaling's own `original_max_position_embeddings` says.
+        /// The model's `max_position_embeddings`. As in transformers, the length is compared with it, and the scaling's own
+        /// `original_max_position_embeddings` is ignored.
         original_max: usize,
     },
     /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
@@ -80,20 +80,20 @@ pub enum RopeScaling {
     },
 }
 
-/// What a family says of its rotary embedding.
+/// A family's defaults of the rotary embedding.
 #[derive(Clone, Copy)]
 pub(super) struct RopeDefaults {
-    /// When the config names no base.
+    /// The base, if the config has none.
     pub(super) theta: f64,
     /// Features of a head.
     pub(super) head_dim: usize,
-    /// The part of a head that is rotated when the config does not say; `None` where it is always the whole head.
+    /// The part of a head that is rotated, if the config has none; `None` if it always is the whole head.
     pub(super) partial: Option<f64>,
     /// Whether neighbouring features are rotated together.
     pub(super) interleaved: bool,
     /// The model's longest sequence.
     pub(super) max_positions: usize,
-    /// Context of the first training when the config does not say; `None`: the longest sequence.
+    /// Context of the first training, if the config has none; `None`: the longest sequence.
     pub(super) original_max: Option<usize>,
 }
 
@@ -106,7 +106,7 @@ impl RopeConfig {
         let from_old = Self::from_layout(config, old, defaults)?;
         let Some(_) = new else { return Ok(from_old) };
         let from_new = Self::from_layout(config, new, defaults)?;
-        // Beside `rope_scaling`, transformers passes all of `rope_parameters` over, its theta too.
+        // With `rope_scaling`, transformers ignores all of `rope_parameters`, including its theta.
         let old_differs = match old {
             Some(_) => from_old != from_new,
             None => fields.get("rope_theta").is_some() && from_old.theta != from_new.theta,
@@ -118,7 +118,7 @@ impl RopeConfig {
         Ok(from_new)
     }
 
-    /// Reads `section`, e.g. `rope_parameters.full_attention`; without one there is no scaling.
+    /// Reads `section`, e.g. `rope_parameters.full_attention`; without a section there is no scaling.
     pub(super) fn from_layout(
         config: &ConfigFields<'_>,
         section: Option<(&str, &Value)>,

@@ -16,17 +16,16 @@ fn read(config: &ConfigFields<'_>) -> Result<ModelConfig> {
     let rotated = rotated(&sizes)?;
     let used = sizes.flag("use_sliding_window", false)?;
     let window = config.decoder.size("sliding_window")?.filter(|_| used);
-    let windowed = sizes.windowed(|layer| window.is_some() && !rotated[layer])?;
+    let windows = sizes.windows(window, |layer| !rotated[layer])?;
     let (rope, bias) = (sizes.rope()?, sizes.flag("mlp_bias", false)?);
     let attention = sizes.attention(None, [sizes.flag("attention_bias", false)?; 2]);
     sizes.model(|layer| {
         let rope = rotated[layer].then(|| rope.clone());
-        let window = window.filter(|_| windowed[layer]);
-        sizes.llama_layer(AttentionConfig { rope, window, ..attention.clone() }, bias)
+        sizes.llama_layer(AttentionConfig { rope, window: windows[layer], ..attention.clone() }, bias)
     })
 }
 
-/// Which layers have the rotary embedding: all but every fourth, if the config does not say.
+/// Which layers have the rotary embedding; by default all but every fourth.
 fn rotated(sizes: &Sizes<'_>) -> Result<Vec<bool>> {
     let (fields, key) = (&sizes.config.decoder, "no_rope_layers");
     let interval = fields.size("no_rope_layer_interval")?.unwrap_or(4);

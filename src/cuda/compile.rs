@@ -1,4 +1,4 @@
-//! CUDA C++ → PTX, by NVRTC; no GPU is needed for it.
+//! Compiles CUDA C++ to PTX with NVRTC, which needs no GPU.
 
 use std::sync::OnceLock;
 
@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// A file of kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Source {
-    /// For messages.
+    /// Its name in messages.
     pub name: &'static str,
     /// CUDA C++.
     pub text: &'static str,
@@ -22,7 +22,7 @@ pub type Macro = (&'static str, i64);
 /// Compiles for an architecture such as `compute_80` or `compute_90a`.
 ///
 /// # Errors
-/// When NVRTC is not to be had, or refuses the text; its log is in the error.
+/// When NVRTC is missing, or refuses the text; the error then has its log.
 pub fn compile(source: &Source, architecture: &str, macros: &[Macro]) -> Result<String> {
     let failed = |problem: String| Error::Cuda {
         action: format!("compile {} for {architecture}", source.name),
@@ -41,7 +41,7 @@ pub fn compile(source: &Source, architecture: &str, macros: &[Macro]) -> Result<
     }
 }
 
-/// Why there is no compiler, if there is none.
+/// Why the compiler is missing; `None` if it is there.
 pub fn compiler_missing() -> Option<&'static str> {
     static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: opening NVRTC runs its constructors and nothing else.
@@ -49,8 +49,8 @@ pub fn compiler_missing() -> Option<&'static str> {
     (!present).then_some("CUDA's run-time compiler (libnvrtc) is not installed: scripts/setup")
 }
 
-/// Opens NVRTC's second library where this program's libraries are: NVRTC itself looks in the system's folders alone.
-/// `false` when NVRTC does not say its version.
+/// Opens NVRTC's second library from the folder of this program's libraries, because NVRTC itself searches only the system's
+/// folders. `false` if NVRTC does not report its version.
 fn open_builtins() -> bool {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: NVRTC is there, and writes two numbers.

@@ -1,4 +1,4 @@
-//! Copies between pinned memory and a device on a stream of their own, so that they overlap with what libtorch computes.
+//! Copies between pinned memory and a device on a separate stream, so that they overlap with libtorch's computations.
 
 use std::sync::Arc;
 
@@ -11,14 +11,14 @@ use tch::{Device, Tensor};
 use super::gpu::{Gpu, failed};
 use crate::error::{Result, TorchContext};
 
-/// A stream for copies; each sees what libtorch had been given to do when the copy was asked for.
+/// A stream for copies. Each copy waits for the work that libtorch had queued when the copy was requested.
 pub struct Copies {
     stream: Arc<CudaStream>,
     compute: Arc<CudaStream>,
     device: Device,
 }
 
-/// A copy under way. It keeps its source alive.
+/// A running copy, which keeps its source alive.
 pub struct Copy {
     to: Tensor,
     _from: Tensor,
@@ -30,17 +30,17 @@ impl Copies {
     /// For a device.
     ///
     /// # Errors
-    /// When the driver gives no stream.
+    /// When the driver cannot create a stream.
     pub fn new(device: Device) -> Result<Self> {
         let gpu = Gpu::of(device)?;
         let stream = gpu.context().new_stream().map_err(failed("make a stream for copies"))?;
         Ok(Self { stream, compute: gpu.context().default_stream(), device })
     }
 
-    /// Page-locked memory like a tensor of the device: what can be copied while the device computes.
+    /// Page-locked memory of a device tensor's size and kind, which can be copied while the device computes.
     ///
     /// # Errors
-    /// When there is none.
+    /// When it cannot be allocated.
     pub fn pinned_like(&self, tensor: &Tensor) -> Result<Tensor> {
         let empty = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu));
         empty.and_then(|t| t.f_pin_memory(self.device)).torch("lock memory for copies")
@@ -49,7 +49,7 @@ impl Copies {
     /// Starts to copy a pinned tensor to the device.
     ///
     /// # Errors
-    /// When device memory ends, or the driver refuses.
+    /// When device memory is exhausted, or the driver refuses.
     pub fn upload(&self, from: &Tensor) -> Result<Copy> {
         assert!(from.is_contiguous() && from.device() == Device::Cpu, "uploads come from memory, row by row");
         let to = Tensor::f_empty(from.size(), (from.kind(), self.device)).torch("allocate on the device")?;
@@ -69,7 +69,7 @@ impl Copies {
             "downloads keep the shape"
         );
         self.copy(from, to.shallow_clone(), |from, to, stream| {
-            // SAFETY: as above; nobody reads `to` before the copy is waited for.
+            // SAFETY: as above; `to` is not read before the copy is waited for.
             unsafe { memcpy_dtoh_async(bytes_of_mut(to), from.data_ptr() as u64, stream.cu_stream()) }
         })
     }
@@ -77,7 +77,7 @@ impl Copies {
     /// Waits for all copies.
     ///
     /// # Errors
-    /// What went wrong on the device.
+    /// An error of the device.
     pub fn synchronize(&self) -> Result<()> {
         self.stream.synchronize().map_err(failed("wait for copies"))
     }
@@ -89,7 +89,7 @@ impl Copies {
         start: impl FnOnce(&Tensor, &Tensor, &CudaStream) -> Result<(), DriverError>,
     ) -> Result<Copy> {
         let copy = || {
-            // Memory that libtorch reuses may still be in use by what it was given to do before.
+            // Work that libtorch has queued may still use the memory.
             self.stream.join(&self.compute)?;
             start(&from, &to, &self.stream)?;
             self.stream.record_event(None)
@@ -100,13 +100,13 @@ impl Copies {
 }
 
 impl Copy {
-    /// The copy, for use on the device: what libtorch is given to do from now on waits for it.
+    /// The copy, for use on the device: work that libtorch queues from now on waits for it.
     ///
     /// # Errors
     /// When the driver refuses.
     pub fn on_device(self) -> Result<Tensor> {
         self.compute.wait(&self.done).map_err(failed("wait for a copy"))?;
-        // The source may go once the copy has ended, which the event says; a pinned one belongs to someone else anyway.
+        // The source may be dropped once the event has occurred; a pinned source has another owner.
         Ok(self.to.shallow_clone())
     }
 
@@ -118,7 +118,7 @@ impl Copy {
     /// Waits until it has ended, for use on the host.
     ///
     /// # Errors
-    /// What went wrong on the device.
+    /// An error of the device.
     pub fn finish(self) -> Result<Tensor> {
         self.done.synchronize().map_err(failed("wait for a copy"))?;
         Ok(self.to.shallow_clone())
@@ -131,13 +131,13 @@ fn length(tensor: &Tensor) -> usize {
 
 /// A contiguous tensor's memory on the host.
 unsafe fn bytes_of(tensor: &Tensor) -> &[u8] {
-    // SAFETY: the caller's promise that it is contiguous and on the host.
+    // SAFETY: the caller guarantees that it is contiguous and on the host.
     unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), length(tensor)) }
 }
 
 /// As [`bytes_of`], to be written.
 #[expect(clippy::mut_from_ref, reason = "tensors own their memory behind a shared handle")]
 unsafe fn bytes_of_mut(tensor: &Tensor) -> &mut [u8] {
-    // SAFETY: as above, and nobody else uses it meanwhile.
+    // SAFETY: as above, and it has no other user meanwhile.
     unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), length(tensor)) }
 }

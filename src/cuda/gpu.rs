@@ -19,8 +19,7 @@ use tch::{Device, Tensor};
 use super::compile::{Macro, Source, compile};
 use crate::error::{Error, Result};
 
-/// A device that kernels are launched on. Launches go to the stream that libtorch works on, so that they keep their order
-/// with its operations.
+/// A device that kernels are launched on. Launches use libtorch's stream, so that they keep their order with its operations.
 pub struct Gpu {
     context: Arc<CudaContext>,
     modules: Mutex<Modules>,
@@ -30,7 +29,7 @@ pub struct Gpu {
     pub capability: (i32, i32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
-    /// Shared memory a thread block can have, bytes.
+    /// Shared memory of a thread block at most, bytes.
     pub shared_memory: usize,
     /// The second-level cache, bytes.
     pub l2_cache: usize,
@@ -42,9 +41,9 @@ type Modules = HashMap<(&'static str, Vec<Macro>), Arc<CudaModule>>;
 /// Memory of a device, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Memory {
-    /// Not in use by anyone.
+    /// Free memory.
     pub free: usize,
-    /// All of it.
+    /// All memory.
     pub total: usize,
 }
 
@@ -52,7 +51,7 @@ pub struct Memory {
 pub struct Kernel {
     function: CudaFunction,
     name: &'static str,
-    /// Dynamic shared memory that the driver was asked to allow, bytes.
+    /// Dynamic shared memory that the driver allows, bytes.
     allowed: AtomicUsize,
 }
 
@@ -67,7 +66,7 @@ pub struct Grid {
     pub shared: usize,
 }
 
-/// An argument of a launch. Nothing checks it against the kernel.
+/// An argument of a launch. It is not checked against the kernel.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Argument {
     /// Device memory; null is 0.
@@ -85,7 +84,7 @@ pub enum Argument {
 }
 
 impl Argument {
-    /// Where a tensor's values start. The tensor has to outlive the launch.
+    /// The address of a tensor's values. The tensor must outlive the launch.
     pub fn tensor(tensor: &Tensor) -> Self {
         Self::Pointer(tensor.data_ptr() as u64)
     }
@@ -104,7 +103,7 @@ impl Argument {
 }
 
 impl Gpu {
-    /// The device of libtorch's number; the same one each time.
+    /// The device with libtorch's number; one instance for each device.
     ///
     /// # Errors
     /// When the driver refuses it, or `device` is the CPU.
@@ -128,7 +127,7 @@ impl Gpu {
             CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
         };
-        // The context that libtorch uses too.
+        // The primary context, which libtorch also uses.
         let context = CudaContext::new(index)?;
         let attribute = |which| context.attribute(which).map(|value| value.max(0) as usize);
         Ok(Self {
@@ -146,7 +145,7 @@ impl Gpu {
         &self.context
     }
 
-    /// What NVRTC calls this device's architecture, with Hopper's own instructions.
+    /// NVRTC's name of this device's architecture, with the instructions that only Hopper has.
     pub fn architecture(&self) -> String {
         match self.capability {
             (9, 0) => "compute_90a".to_owned(),
@@ -157,16 +156,16 @@ impl Gpu {
     /// Memory of the device now.
     ///
     /// # Errors
-    /// When the driver does not say.
+    /// When the driver does not report it.
     pub fn memory(&self) -> Result<Memory> {
         let (free, total) = self.context.mem_get_info().map_err(failed("read the free memory"))?;
         Ok(Memory { free, total })
     }
 
-    /// Waits until everything launched has ended.
+    /// Waits until all launches have ended.
     ///
     /// # Errors
-    /// What a kernel did wrong shows here.
+    /// When a kernel failed.
     pub fn synchronize(&self) -> Result<()> {
         self.context.synchronize().map_err(failed("wait for the device"))
     }
@@ -189,17 +188,17 @@ impl Gpu {
             }
         };
         let function = module.load_function(name).map_err(failed(format!("find kernel {name}")))?;
-        Ok(Kernel { function, name, allowed: AtomicUsize::new(UNASKED) })
+        Ok(Kernel { function, name, allowed: AtomicUsize::new(ALLOWED_BY_DEFAULT) })
     }
 
-    /// Launches a kernel. A cooperative one may wait for all of its blocks.
+    /// Launches a kernel. The blocks of a cooperative kernel may wait for each other.
     ///
     /// # Errors
-    /// When the driver refuses the launch; what goes wrong inside shows at the next synchronization.
+    /// When the driver refuses the launch. Errors of the kernel itself are returned by the next synchronization.
     ///
     /// # Safety
-    /// The arguments are those of the kernel; memory they point to is on this device, large enough, and not freed or reused
-    /// by another stream before the kernel has ended.
+    /// The arguments are those of the kernel. The memory they point to is on this device, large enough, and neither freed nor
+    /// reused by another stream before the kernel has ended.
     pub unsafe fn launch(
         &self,
         kernel: &Kernel,
@@ -217,7 +216,7 @@ impl Gpu {
         kernel.allow(grid.shared).map_err(refused())?;
         let mut addresses: Vec<*mut c_void> = arguments.iter().map(Argument::address).collect();
         let launch = if cooperative { launch_cooperative_kernel } else { launch_kernel };
-        // libtorch's stream unless it is told otherwise: the default one.
+        // libtorch uses the default stream.
         let stream = std::ptr::null_mut();
         // SAFETY: the caller's promise; the addresses are those of live values.
         unsafe { launch(kernel.function.cu_function(), blocks, threads, shared, stream, &mut addresses) }
@@ -227,7 +226,7 @@ impl Gpu {
     /// Blocks of a kernel that are resident on the device at the same time.
     ///
     /// # Errors
-    /// When the driver does not say.
+    /// When the driver does not report it.
     pub fn resident_blocks(&self, kernel: &Kernel, threads: u32, shared: usize) -> Result<usize> {
         let occupancy = || {
             self.context.bind_to_thread()?;
@@ -239,11 +238,11 @@ impl Gpu {
     }
 }
 
-/// Shared memory that a kernel has without asking, bytes.
-const UNASKED: usize = 48 << 10;
+/// Dynamic shared memory that the driver allows by default, bytes.
+const ALLOWED_BY_DEFAULT: usize = 48 << 10;
 
 impl Kernel {
-    /// Asks for dynamic shared memory, once for each larger amount: a launch would else cost another call.
+    /// Makes the driver allow dynamic shared memory, once for each larger amount, because each call takes time.
     fn allow(&self, shared: usize) -> Result<(), DriverError> {
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         if shared > self.allowed.load(Ordering::Relaxed) {

@@ -1,5 +1,5 @@
-//! CUDA beside libtorch: kernels of our own, compiled by NVRTC at run time and launched on libtorch's tensors, on the
-//! stream that libtorch uses. Nothing links CUDA; its libraries are opened when they are needed.
+//! CUDA beside libtorch: our own kernels, compiled by NVRTC at run time and launched on libtorch's tensors, on libtorch's
+//! stream. CUDA is not linked; its libraries are opened when they are needed.
 
 mod compile;
 mod copies;

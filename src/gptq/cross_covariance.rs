@@ -2,24 +2,24 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{raw, tensor_cores};
+use super::{hessian::add_sums, raw, tensor_cores};
 use crate::{
     amx,
     error::{Error, Result, TorchContext},
 };
 
-/// `D = 1/T Σ (x̂ − x) xᵀ` over the calibration tokens that reach a linear: `x` is what it gets behind the quantized layers,
-/// `x̂` what it gets in the unquantized model. The weight whose outputs on `x` come nearest to `W x̂`, the
-/// target of asymmetric calibration (GPTAQ, arXiv 2504.02692), is `W + W D H⁻¹`.
+/// `D = 1/T Σ (x̂ − x) xᵀ` over the calibration tokens of a linear: `x` is its input in the quantized model, `x̂` its input in
+/// the reference model. The target of asymmetric calibration (GPTAQ, arXiv 2504.02692), the weight whose outputs on `x` come
+/// nearest to `W x̂`, is `W + W D H⁻¹`.
 #[derive(Debug)]
 pub struct CrossCovariance {
-    /// `[K, K]` fp32; before the first batch it means nothing.
+    /// `[K, K]` fp32; undefined before the first batch.
     matrix: Tensor,
     tokens: u64,
 }
 
 impl CrossCovariance {
-    /// Nothing yet, for `in_features` inputs.
+    /// An empty cross-covariance for `in_features` inputs.
     ///
     /// # Errors
     /// When libtorch cannot allocate it.
@@ -29,7 +29,7 @@ impl CrossCovariance {
         Ok(Self { matrix, tokens: 0 })
     }
 
-    /// Adds a batch: `inputs` are `x` and `dense` are `x̂` of the same tokens, `[…, K]` of one kind.
+    /// Adds a batch: `inputs` are `x` and `dense` are `x̂` of the same tokens, both `[…, K]` and of the same kind.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -49,7 +49,7 @@ impl CrossCovariance {
             amx::cross_gram(raw::floats_mut(&mut self.matrix), k as usize, off, x, !first);
             return Ok(());
         }
-        // Rounding errors of what is small beside H need no check.
+        // The matrix is small beside H, so that its rounding errors need no check.
         if tensor_cores::can_multiply(&x) {
             match first {
                 true => drop(off.f_tr()?.f_mm_dtype_out(&self.matrix, &x, Kind::Float)?),
@@ -67,23 +67,18 @@ impl CrossCovariance {
     /// Adds another device's sums over other tokens.
     ///
     /// # Errors
-    /// When they cannot be copied.
+    /// When the sums cannot be copied.
     pub fn absorb(&mut self, other: Self) -> Result<()> {
-        let mut add = || {
-            let matrix = other.matrix.f_to_device(self.matrix.device())?;
-            match self.tokens {
-                0 => self.matrix.f_copy_(&matrix),
-                _ => self.matrix.f_add_(&matrix).map(drop),
-            }
-        };
         if other.tokens > 0 {
-            add().torch("add two cross-covariances")?;
+            let moved = other.matrix.f_to_device(self.matrix.device());
+            let added = moved.and_then(|more| add_sums(&mut self.matrix, self.tokens, &more));
+            added.torch("add two cross-covariances")?;
         }
         self.tokens += other.tokens;
         Ok(())
     }
 
-    /// Divides the sums by at least so many tokens: where fewer were seen, the others differ by nothing.
+    /// Divides the sums by at least `least` tokens; missing tokens count as tokens without a difference.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -103,7 +98,7 @@ impl CrossCovariance {
     /// `α D` `[K, K]` fp32.
     ///
     /// # Errors
-    /// When an input was NaN or infinite (`stage` names them), or libtorch cannot compute it.
+    /// When an input was NaN or infinite (`stage` names the inputs), or libtorch cannot compute it.
     pub(super) fn finish(&self, alpha: f64, stage: &str) -> Result<Tensor> {
         let finite = || i64::try_from(self.matrix.f_isfinite()?.f_sum(Kind::Int64)?);
         let (finite, total) =

@@ -1,4 +1,4 @@
-//! The quantization grid: how a range of weights becomes a scale and a zero point, and a weight a code.
+//! The quantization grid: maps a range of weights to a scale and a zero point, and a weight to a code.
 
 use half::f16;
 
@@ -7,7 +7,7 @@ use crate::{accuracy::Scales, variant::Bits};
 /// Scale and zero point of one group of one row. A weight is `scale · (code − zero)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Step {
-    /// Rounded to fp16 before any code is chosen, because that is what readers multiply by. Negative where the grid is turned
+    /// Rounded to fp16 before any code is chosen, because readers multiply by the fp16 scale. A negative scale turns the grid
     /// around, so that its longer side lies above zero.
     pub scale: f16,
     /// The true zero point, `1..=2^b−1`.
@@ -32,7 +32,7 @@ impl Grid {
         self.symmetric.then(|| self.bits.symmetric_zero())
     }
 
-    /// What the scale of a range is multiplied by in a search.
+    /// The factors of a range's scale that a search tries.
     pub fn factors(self, scales: Scales) -> Vec<f64> {
         scales.factors(self.bits, self.symmetric)
     }
@@ -46,8 +46,8 @@ impl Grid {
     ///
     /// Symmetric: `scale = 2·max|w|/(2^b−1)`, zero `2^(b−1)`. Asymmetric: the range is widened to hold 0, and the
     /// zero point is kept in `1..=2^b−1`, since the v1 format stores `zero − 1` and readers disagree about −1.
-    /// A scale that fp16 would round to zero becomes the smallest fp16 above it; one above fp16's range comes
-    /// back infinite, for the caller to refuse.
+    /// A scale that fp16 would round to zero becomes the smallest fp16 number above zero. A scale above fp16's range becomes
+    /// infinite; the caller must refuse it.
     pub fn fit(self, min: f64, max: f64) -> Step {
         let levels = f64::from(self.bits.max_code());
         if self.symmetric {
@@ -85,7 +85,7 @@ impl Step {
     }
 }
 
-/// A group of zeros gets any scale; it must only be finite and above zero.
+/// The scale of a group of zeros. Any scale that is finite and above zero would do.
 const SCALE_OF_ZEROS: f64 = 2.0 / 15.0;
 
 fn to_scale(scale: f64) -> f16 {

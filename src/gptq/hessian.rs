@@ -24,16 +24,16 @@ const EXACT_ROWS: i64 = 256;
 /// Probes for the subspace, and as many for the rest.
 const PROBES: i64 = 32;
 
-/// The Hessian of a stage's inputs, accumulated in fp32 in the order in which batches arrive: on CUDA from fp16 and bf16
-/// by tensor cores, else, or where these are found to be inexact, by plain fp32 products. fp16 cannot overflow here: the
-/// square of its largest number times 10²⁸ tokens still is within fp32.
+/// The Hessian of a group of linears, accumulated in fp32 in the order in which batches arrive. On CUDA, products of fp16
+/// and bf16 inputs run on tensor cores, unless these are found to be inexact; all others are plain fp32 products. fp16
+/// inputs cannot overflow: the square of the largest fp16 number times 10²⁸ tokens is within fp32.
 #[derive(Debug)]
 pub struct Hessian {
-    /// `[K, K]` fp32; while accumulating only the lower block triangle is valid, before the first batch nothing.
+    /// `[K, K]` fp32. Before [`Hessian::finish`] only the lower block triangle is valid; before the first batch, nothing.
     matrix: Tensor,
     tokens: u64,
     finished: bool,
-    /// Why products are not made on tensor cores, if that was found out with these inputs.
+    /// Why products do not run on tensor cores, if these inputs showed it.
     warning: Option<String>,
 }
 
@@ -48,7 +48,7 @@ impl Hessian {
         Ok(Self { matrix, tokens: 0, finished: false, warning: None })
     }
 
-    /// An empty one for as many inputs, on the same device.
+    /// An empty Hessian for the same number of inputs, on the same device.
     ///
     /// # Errors
     /// When libtorch cannot allocate it.
@@ -114,26 +114,19 @@ impl Hessian {
     /// Adds another device's sums over other tokens.
     ///
     /// # Errors
-    /// When they cannot be copied.
+    /// When the sums cannot be copied.
     pub fn absorb(&mut self, other: Self) -> Result<()> {
-        let mut add = || {
-            // What lies above the diagonal means nothing in either.
-            let matrix = other.matrix.f_to_device(self.matrix.device())?;
-            if self.tokens == 0 {
-                self.matrix.f_copy_(&matrix)
-            } else {
-                self.matrix.f_add_(&matrix).map(drop)
-            }
-        };
         if other.tokens > 0 {
-            add().torch("add two Hessians")?;
+            let moved = other.matrix.f_to_device(self.matrix.device());
+            let added = moved.and_then(|more| add_sums(&mut self.matrix, self.tokens, &more));
+            added.torch("add two Hessians")?;
         }
         self.tokens += other.tokens;
         self.warning = self.warning.take().or(other.warning);
         Ok(())
     }
 
-    /// The sums of several over different tokens, added.
+    /// The sum of several Hessians over different tokens.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -150,7 +143,7 @@ impl Hessian {
         Ok(sum.expect("at least one Hessian"))
     }
 
-    /// Fills up to `least` tokens with the mean of `pooled`, where this has seen fewer.
+    /// If this Hessian has seen fewer than `least` tokens, adds the mean of `pooled` for each missing token.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -159,19 +152,14 @@ impl Hessian {
             return Ok(());
         }
         let share = (least - self.tokens) as f64 / pooled.tokens as f64;
-        let mut add = || {
-            let filling = pooled.matrix.f_mul_scalar(share)?;
-            match self.tokens {
-                0 => self.matrix.f_copy_(&filling),
-                _ => self.matrix.f_add_(&filling).map(drop),
-            }
-        };
-        add().torch("add two Hessians")?;
+        let filling = pooled.matrix.f_mul_scalar(share);
+        let added = filling.and_then(|more| add_sums(&mut self.matrix, self.tokens, &more));
+        added.torch("add two Hessians")?;
         self.tokens = least;
         Ok(())
     }
 
-    /// What went otherwise than planned, for the user.
+    /// A warning for the user, if tensor cores were found to be inexact.
     pub fn warning(&self) -> Option<&str> {
         self.warning.as_deref()
     }
@@ -180,7 +168,7 @@ impl Hessian {
     /// inputs in errors.
     ///
     /// # Errors
-    /// When any input was NaN or infinite, or there were none.
+    /// When an input was NaN or infinite, or there were no inputs.
     pub fn finish(mut self, stage: &str) -> Result<Self> {
         if self.tokens == 0 {
             return Err(NumericalError::EmptyHessian { stage: stage.to_owned() }.into());
@@ -225,7 +213,7 @@ impl Hessian {
         Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
     }
 
-    /// The same matrix, to be kept beside this.
+    /// A second handle of the same matrix.
     pub(super) fn shared(&self) -> Self {
         let matrix = self.matrix.shallow_clone();
         Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
@@ -258,9 +246,9 @@ impl Hessian {
 
     /// `‖W X‖² / T = tr(W H Wᵀ)` of a weight `[N, K]`: the mean squared length of the linear's output.
     ///
-    /// Exact for at most [`EXACT_ROWS`] rows. For more it is an estimate by Hutch++ (arXiv 2010.09649) with fixed probes: the trace on the
-    /// subspace that `W H Wᵀ` maps the first probes to, and the mean of quadratic forms of the other probes on the rest. It is within about 2% and
-    /// costs a small part of the exact product, which takes as long as a solve.
+    /// Exact for at most [`EXACT_ROWS`] rows. For more rows it is an estimate by Hutch++ (arXiv 2010.09649) with fixed probes:
+    /// the trace on the subspace that `W H Wᵀ` maps the first probes to, plus the mean of quadratic forms of the other probes
+    /// on the rest. The estimate is within about 2% and costs a small part of the exact product, which takes as long as a solve.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -305,6 +293,14 @@ impl Hessian {
     /// `tr(Zᵀ H Z)` of `Z` `[K, m]` fp32.
     fn quadratic_forms(&self, z: &Tensor) -> Result<f64, TchError> {
         f64::try_from(self.matrix.f_mm(z)?.f_mul(z)?.f_sum(Kind::Double)?)
+    }
+}
+
+/// Adds `more` to the sums over `tokens` tokens, which are undefined before the first token.
+pub(super) fn add_sums(sums: &mut Tensor, tokens: u64, more: &Tensor) -> Result<(), TchError> {
+    match tokens {
+        0 => sums.f_copy_(more),
+        _ => sums.f_add_(more).map(drop),
     }
 }
 

@@ -10,7 +10,6 @@ mod order;
 mod output_hessian;
 mod quantized;
 mod raw;
-mod scale_search;
 mod shrinkage;
 pub mod solver;
 mod tensor_cores;

@@ -1,18 +1,18 @@
-//! In which order the input features are quantized, and which group each belongs to.
+//! The order in which input features are quantized, and the group of each.
 
 use std::cmp::Ordering;
 
 use crate::variant::{Order, Sorting, Variant};
 
-/// The order for one Hessian: `columns[i]` is the input feature quantized as the `i`-th.
+/// The order for one Hessian: `columns[i]` is the `i`-th input feature to be quantized.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ColumnOrder {
     columns: Vec<u32>,
 }
 
 impl ColumnOrder {
-    /// The order that follows from the undamped Hessian diagonal `[K]`. Equal values keep their place, so that nothing
-    /// depends on a sorting algorithm.
+    /// The order that follows from the undamped Hessian diagonal `[K]`. Sorting is stable, so that the order does not depend
+    /// on the algorithm.
     pub fn new(sorting: Sorting, diagonal: &[f32]) -> Self {
         let descending = |a: &u32, b: &u32| diagonal[*b as usize].total_cmp(&diagonal[*a as usize]);
         let mut columns: Vec<u32> = (0..diagonal.len() as u32).collect();
@@ -34,7 +34,7 @@ impl ColumnOrder {
         let size = variant.group_size.features(self.columns.len());
         match variant.order {
             Order::Act => i / size,
-            // Groups of neighbours, in whatever order they are taken.
+            // Groups of neighbouring features, independent of the order.
             Order::Sequential | Order::ActStatic => self.columns[i] as usize / size,
         }
     }
@@ -49,7 +49,7 @@ impl ColumnOrder {
     }
 }
 
-/// `columns`, ascending, with whole groups of `size` neighbours sorted by the first of each, each sorted in itself.
+/// Sorts ascending `columns` within each group of `size` neighbours, then sorts the whole groups by their first columns.
 fn group_aware(mut columns: Vec<u32>, size: usize, order: impl Fn(&u32, &u32) -> Ordering) -> Vec<u32> {
     columns.chunks_mut(size).for_each(|group| group.sort_by(&order));
     let mut groups: Vec<&[u32]> = columns.chunks(size).collect();
@@ -59,12 +59,12 @@ fn group_aware(mut columns: Vec<u32>, size: usize, order: impl Fn(&u32, &u32) ->
     groups.concat()
 }
 
-/// The input features that calibration never saw anything but zero on.
+/// The input features that are zero in all calibration tokens.
 pub fn dead_columns(diagonal: &[f32]) -> Vec<u32> {
     (0..diagonal.len() as u32).filter(|&k| diagonal[k as usize] == 0.0).collect()
 }
 
-/// The mean of a diagonal over the features that are not dead, if there are any.
+/// The mean of a diagonal over the features that are not dead; `None` if all are dead.
 pub fn mean_alive(diagonal: &[f32], dead: &[u32]) -> Option<f64> {
     let alive = diagonal.len() - dead.len();
     (alive > 0).then(|| diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / alive as f64)

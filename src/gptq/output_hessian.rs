@@ -1,20 +1,20 @@
-//! What errors in a linear's outputs cost at the end of the model.
+//! Output Hessians: the cost of errors in a linear's outputs at the end of the model.
 
 use tch::{Device, Kind, TchError, Tensor};
 
 use crate::error::{Error, Result, TorchContext};
 
-/// Output features whose joint cost is looked at; more fall into runs of about this many.
+/// Output features of a block; more output features are split into blocks of about this size.
 const BLOCK: usize = 2048;
-/// Runs of output features begin at multiples of this, so that heads are not cut.
+/// Blocks begin at multiples of this many output features, so that heads are not cut.
 const GRAIN: usize = 128;
 
-/// `G = 1/T Σ g gᵀ` over calibration tokens, `g` the gradient of `−log p(y)` with respect to a linear's output, with `y`
-/// drawn from what the model itself predicts. `G ⊗ H` approximates the Fisher information of the linear's weight (K-FAC,
-/// arXiv 1503.05671), so that an error `D` of it moves the model's predictions by a KL divergence of about `½ tr(G D H Dᵀ)`
-/// (as YAQA uses it, arXiv 2505.22988).
+/// `G = 1/T Σ g gᵀ` over calibration tokens; `g` is the gradient of `−log p(y)` with respect to a linear's output, and `y` is
+/// drawn from the model's own prediction. `G ⊗ H` approximates the Fisher information of the linear's weight (K-FAC,
+/// arXiv 1503.05671): an error `D` of the weight moves the model's predictions by a KL divergence of about `½ tr(G D H Dᵀ)`
+/// (used by YAQA, arXiv 2505.22988).
 ///
-/// Of many output features only the blocks of runs of neighbours on the diagonal are known.
+/// Only blocks on the diagonal are kept, one for each run of neighbouring output features.
 #[derive(Debug)]
 pub struct OutputHessian {
     /// `[n, n]` fp32 each, for consecutive runs of output features.
@@ -23,7 +23,7 @@ pub struct OutputHessian {
 }
 
 impl OutputHessian {
-    /// Nothing yet, for `out_features` outputs.
+    /// An empty output Hessian for `out_features` outputs.
     ///
     /// # Errors
     /// When libtorch cannot allocate it.
@@ -36,16 +36,16 @@ impl OutputHessian {
         Ok(Self { blocks, tokens: 0 })
     }
 
-    /// Goes on with the sums over so many tokens that [`OutputHessian::into_sums`] gave.
+    /// Resumes from [`OutputHessian::into_sums`], the sums over `tokens` tokens.
     ///
     /// # Errors
-    /// When they cannot be copied to the device.
+    /// When the sums cannot be copied to the device.
     pub fn from_sums(sums: Vec<Tensor>, tokens: u64, device: Device) -> Result<Self> {
         let moved = |sum: Tensor| sum.f_to_device(device).torch("copy an output Hessian");
         Ok(Self { blocks: sums.into_iter().map(moved).collect::<Result<_>>()?, tokens })
     }
 
-    /// The sums as they are, block by block.
+    /// The undivided sums, block by block.
     pub fn into_sums(self) -> Vec<Tensor> {
         self.blocks
     }
@@ -74,7 +74,7 @@ impl OutputHessian {
     /// Adds another device's sums over other tokens.
     ///
     /// # Errors
-    /// When they cannot be copied.
+    /// When the sums cannot be copied.
     pub fn absorb(&mut self, other: Self) -> Result<()> {
         for (block, more) in self.blocks.iter_mut().zip(&other.blocks) {
             let added = more.f_to_device(block.device()).and_then(|more| block.f_add_(&more).map(drop));
@@ -84,7 +84,7 @@ impl OutputHessian {
         Ok(())
     }
 
-    /// The mean over tokens, block by block. `linear` names it in errors.
+    /// The mean over tokens, block by block. `linear` is its name in errors.
     ///
     /// # Errors
     /// When a gradient was NaN or infinite.
@@ -106,7 +106,7 @@ impl OutputHessian {
     }
 }
 
-/// Sizes of the blocks that output features fall into, as even as whole grains allow.
+/// Sizes of the blocks of output features, as even as multiples of `GRAIN` allow.
 pub fn output_blocks(out_features: usize) -> Vec<usize> {
     let parts = out_features.div_ceil(BLOCK);
     let grains = out_features.div_ceil(GRAIN);

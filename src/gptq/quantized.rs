@@ -7,8 +7,7 @@ use crate::variant::Bits;
 
 /// A quantized linear. `Ŵ[n, k] = scales[g_idx[k], n] · (codes[k, n] − zeros[g_idx[k], n])`.
 ///
-/// Stored transposed against the dense weight, i.e. with the output feature running fastest, as the checkpoint
-/// format has it.
+/// Stored transposed, with the output feature as the fastest axis, as in the checkpoint format.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedLinear {
     bits: Bits,
@@ -24,7 +23,7 @@ impl QuantizedLinear {
     /// `codes` `[K, N]`, `scales` and `zeros` `[G, N]`, `g_idx` `[K]`.
     ///
     /// # Panics
-    /// When the lengths contradict each other: the solver, not the user, has then made a mistake.
+    /// When the lengths contradict each other, which is an error of the solver.
     pub fn new(bits: Bits, codes: Vec<u8>, scales: Vec<f16>, zeros: Vec<u8>, g_idx: Vec<u32>) -> Self {
         let in_features = g_idx.len();
         assert!(in_features > 0 && codes.len().is_multiple_of(in_features), "codes are [K, N]");
@@ -39,11 +38,11 @@ impl QuantizedLinear {
         Self { bits, in_features, out_features, codes, scales, zeros, g_idx }
     }
 
-    /// One linear out of `parts` with some of its rows each, which share their groups: the `i`-th row of all parts, one after
-    /// another, is output feature `rows[i]`.
+    /// Joins `parts`, which hold some output features each and share their groups: the `i`-th output feature of the
+    /// concatenated parts becomes output feature `rows[i]`.
     ///
     /// # Panics
-    /// When there are no parts, or not as many rows in them as in `rows`.
+    /// When there are no parts, or the number of their output features is not that of `rows`.
     pub fn joined(parts: &[Self], rows: &[i64]) -> Self {
         fn gather<T: Copy + Default + Send + Sync>(parts: &[(&[T], usize)], rows: &[i64]) -> Vec<T> {
             let n = rows.len();
@@ -70,7 +69,7 @@ impl QuantizedLinear {
     /// The same codes with other scales `[G, N]`.
     ///
     /// # Panics
-    /// When there are not as many.
+    /// When their number differs.
     pub fn with_scales(self, scales: Vec<f16>) -> Self {
         assert_eq!(scales.len(), self.scales.len(), "scales are [G, N]");
         Self { scales, ..self }
@@ -116,14 +115,14 @@ impl QuantizedLinear {
         &self.g_idx
     }
 
-    /// The dense weight, transposed: `[K, N]`, each value exact in f32 and then given to `convert`.
+    /// The dense weight, transposed: `[K, N]`; `convert` is applied to each value, which is exact in f32.
     pub fn dequantize<T: Send + Copy + Default>(&self, convert: impl Fn(f32) -> T + Sync) -> Vec<T> {
         let mut dense = vec![T::default(); self.codes.len()];
         self.dequantize_into(&mut dense, convert);
         dense
     }
 
-    /// [`QuantizedLinear::dequantize`] into memory that is there.
+    /// [`QuantizedLinear::dequantize`] into existing memory.
     ///
     /// # Panics
     /// When `dense` has not `K·N` elements.

@@ -1,4 +1,4 @@
-//! Views of CPU tensors' memory for several threads; the only `unsafe` about memory in this module.
+//! Views of CPU tensors' memory for several threads. All `unsafe` memory access of this module is in this file.
 
 use std::marker::PhantomData;
 
@@ -28,7 +28,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// A slice that several threads write to, each in a part of its own.
+/// A slice that several threads write to, each to its own part.
 pub(super) struct SharedSlice<'a, T> {
     pointer: *mut T,
     len: usize,

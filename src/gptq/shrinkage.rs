@@ -1,4 +1,4 @@
-//! How much a Hessian is to be damped for the number of tokens that it is taken from.
+//! Damping of a Hessian by shrinkage, from its spectrum and its number of tokens.
 
 use tch::{Kind, TchError};
 
@@ -9,11 +9,12 @@ use crate::error::{Result, TorchContext};
 const ROWS: i64 = 256;
 
 impl Hessian {
-    /// The damping, as a fraction of the mean diagonal and at most 1, that the oracle approximating shrinkage estimator asks for
-    /// (arXiv 0907.4698): of all `(1 − ρ) H + ρ μ I`, with `μ` the mean diagonal, the one that is expected to be nearest to what
-    /// endless tokens would give. To a solver a Hessian's scale does not matter, so that this is `H + ρ / (1 − ρ) μ I`.
+    /// The damping of the oracle approximating shrinkage estimator (arXiv 0907.4698), as a fraction of the mean diagonal and at
+    /// most 1. Of all `(1 − ρ) H + ρ μ I`, with `μ` the mean diagonal, the estimator chooses the one with the least expected
+    /// distance to the Hessian of infinitely many tokens. Solvers ignore a Hessian's scale, so that this is
+    /// `H + ρ / (1 − ρ) μ I`.
     ///
-    /// The estimator takes tokens for independent and Gaussian, which those of a text are not.
+    /// The estimator assumes independent Gaussian tokens; tokens of a text are neither.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -39,13 +40,13 @@ impl Hessian {
     }
 }
 
-/// `ρ` of `features` that are not dead, from `tr H` and `tr H²`: what the paper's iteration converges to.
+/// `ρ` of `features` that are not dead, from `tr H` and `tr H²`: the limit of the paper's iteration.
 fn shrunk(features: f64, tokens: f64, trace: f64, squares: f64) -> f64 {
-    // How far the spectrum is from even.
+    // Zero for an even spectrum.
     let spread = squares - trace * trace / features;
     let few = 1.0 - 2.0 / features;
     let rho = (few * squares + trace * trace) / ((tokens + few) * spread);
-    // An even one stays what it is, however much it is shrunk.
+    // Shrinkage does not change an even spectrum.
     if spread > 0.0 { rho.min(1.0) } else { 1.0 }
 }
 

@@ -1,15 +1,15 @@
-//! Whether a GPU's tensor cores, which sum products of fp16 and bf16 in fp32, are exact enough for Hessians: measured
-//! against fp64 on the first batch of each shape.
+//! Checks whether a GPU's tensor cores, which sum products of fp16 and bf16 in fp32, are exact enough for Hessians. They are
+//! measured against fp64 on the first batch of each shape.
 
 use std::sync::{Mutex, PoisonError};
 
 use tch::{Device, Kind, TchError, Tensor};
 
-/// Largest error of an element of `H`, relative to `√(H_ii H_jj)`, that leaves codes unharmed.
+/// Largest error of an element of `H`, relative to `√(H_ii H_jj)`, that has no effect on codes.
 ///
-/// Rounding errors of different elements are independent, so that the error matrix's norm is about `2√K` times a typical
-/// one, which is a quarter of the largest or less: for `K` = 11008 a thousandth of the mean diagonal, a tenth of the
-/// default damping, to which solutions hardly react. Results rounded to fp16 or bf16, and sums in fp16, are far above.
+/// Rounding errors of different elements are independent, so that the norm of the error matrix is about `2√K` times a typical
+/// error, which is at most a quarter of the largest. For `K` = 11008 that is a thousandth of the mean diagonal, a tenth of the
+/// default damping, and hardly changes solutions. Results rounded to fp16 or bf16, and sums in fp16, are far less exact.
 const TOLERANCE: f64 = 2e-5;
 
 /// Rows of each block that are compared with fp64.
@@ -30,7 +30,7 @@ fn judgement(x: &Tensor) -> Option<bool> {
     judged.iter().find(|(s, _)| *s == shape(x)).map(|(_, exact)| *exact)
 }
 
-/// Whether to multiply inputs `[T, K]` on tensor cores: they are fp16 or bf16 on CUDA, and nothing was found against it.
+/// Whether to multiply inputs `[T, K]` on tensor cores: they are fp16 or bf16 on CUDA, and their shape was not found inexact.
 pub(super) fn can_multiply(x: &Tensor) -> bool {
     x.device().is_cuda() && [Kind::Half, Kind::BFloat16].contains(&x.kind()) && judgement(x) != Some(false)
 }
@@ -65,14 +65,14 @@ pub(super) fn largest_error(matrix: &Tensor, x: &Tensor, block: i64) -> Result<f
         let error = found.f_to_kind(Kind::Double)?.f_sub(&exact)?.f_abs()?;
         let relative = error.f_div(&length(&left)?.f_unsqueeze(1)?)?.f_div(&length(&right)?)?;
         let error = f64::try_from(relative.f_max()?)?;
-        // What is not a number stays.
+        // NaN stays.
         largest = if error > largest || error.is_nan() { error } else { largest };
     }
     Ok(largest)
 }
 
-/// Remembers what an error means for inputs of this shape; a warning if it is too large. Inputs that are no numbers are
-/// not judged by: they are refused when the Hessian is finished.
+/// Records whether inputs of this shape are multiplied exactly enough, and returns a warning if they are not. NaN is not
+/// recorded: its inputs are refused when the Hessian is finished.
 pub(super) fn judge(x: &Tensor, error: f64) -> Option<String> {
     if error.is_nan() {
         return None;

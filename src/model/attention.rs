@@ -1,5 +1,5 @@
-//! Causal attention: over whole sequences, or token by token with a cache. Through libtorch's fused kernel, but for scores with a
-//! softcap, which it does not have.
+//! Causal attention: over whole sequences, or token by token with a cache. It uses libtorch's fused kernel, except for scores
+//! with a softcap, which the kernel does not support.
 
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -9,13 +9,13 @@ use crate::{
     error::{Result, TorchContext},
 };
 
-/// Rotary tables and masks of a model, one for all layers that have the same.
+/// Rotary tables and masks of a model; layers with the same configuration share one.
 #[derive(Debug)]
 pub(super) struct AttentionTables {
     ropes: Vec<(RopeConfig, RopeTable)>,
-    /// By window: `[S, S]` bool, true where a token may look; only for sequences longer than the window.
+    /// By window: `[S, S]` bool, true where a token attends; only for sequences longer than the window.
     masks: Vec<(usize, Tensor)>,
-    /// The same for layers without a window, where a mask is needed.
+    /// The same for layers without a window but with a softcap.
     causal: Option<Tensor>,
 }
 
@@ -96,8 +96,8 @@ impl Attention<'_> {
         attend().torch("compute attention")
     }
 
-    /// The same for the tokens that follow those in `cache`, `B` = 1, which takes them up. More than one only while the
-    /// cache is empty.
+    /// As [`Attention::forward`] for the tokens that follow the cached ones, `B` = 1; their keys and values are added to the
+    /// cache. `S` is 1 unless the cache is empty.
     pub(super) fn forward_cached(&self, outputs: &[Tensor], cache: &mut KvCache) -> Result<Tensor> {
         let (first, count) = (cache.len, outputs[0].size()[1]);
         assert!(first == 0 || count == 1, "a prompt goes first, as a whole");

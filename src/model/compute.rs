@@ -1,4 +1,4 @@
-//! Where a model is run, and in what.
+//! Device and precision of a forward pass.
 
 use std::fmt;
 
@@ -24,11 +24,11 @@ impl Compute {
     /// The CPU, in fp32.
     pub const CPU: Self = Self { device: Device::Cpu, kind: Kind::Float };
 
-    /// What a checkpoint is run in on a device, if nothing else is asked for: fp32 on the CPU, on CUDA fp16 where the
-    /// checkpoint's own unquantized tensors are fp16, else bf16.
+    /// The kind of computation for a checkpoint on a device. [`ComputeDtype::Auto`] is fp32 on the CPU; on CUDA it is fp16 if
+    /// the checkpoint's embedding is fp16, else bf16.
     ///
     /// # Errors
-    /// When the device's kernels do not compute in what is asked for, or the embedding is missing.
+    /// When the device's kernels do not compute in `dtype`, or the embedding is missing.
     pub fn new(device: Device, dtype: ComputeDtype, checkpoint: &Checkpoint) -> Result<Self> {
         let kind = match (device, dtype) {
             (Device::Cpu, ComputeDtype::Auto | ComputeDtype::Fp32) => Kind::Float,
@@ -56,7 +56,7 @@ impl fmt::Display for Compute {
     }
 }
 
-/// As users write it.
+/// The name of a kind in options and messages.
 pub fn kind_name(kind: Kind) -> &'static str {
     match kind {
         Kind::BFloat16 => "bf16",

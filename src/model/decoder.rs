@@ -1,4 +1,4 @@
-//! One sequence, token by token: all layers in memory, keys and values cached.
+//! Decodes one sequence token by token, with all layers in memory and cached keys and values.
 
 use tch::Device;
 
@@ -15,7 +15,7 @@ impl<'a> Decoder<'a> {
     /// Loads all layers, for up to `capacity` tokens. `packed` holds [`Runner::packed_layer`] of every layer.
     ///
     /// # Errors
-    /// When a tensor is malformed or memory ends.
+    /// When a tensor is malformed or memory is exhausted.
     pub fn new(runner: &'a Runner<'a>, packed: &'a [PackedLayer<'a>], capacity: usize) -> Result<Self> {
         let layers = packed.iter().enumerate().map(|(layer, packed)| {
             let ready = runner.layer(layer, packed)?;
@@ -28,7 +28,7 @@ impl<'a> Decoder<'a> {
         Ok(Self { runner, layers: layers.collect::<Result<_>>()? })
     }
 
-    /// Takes up tokens, at first the whole prompt, then one at a time; returns the logits `[vocab]` of the next one.
+    /// Runs tokens, first the whole prompt, then one at a time; returns the logits `[vocab]` of the next token.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -36,7 +36,7 @@ impl<'a> Decoder<'a> {
         let transformer = self.runner.transformer();
         let mut hidden = transformer.embed(ids, ids.len())?;
         for (layer, cache) in &mut self.layers {
-            hidden = transformer.forward_cached(layer, &hidden, cache)?;
+            hidden = transformer.forward(layer, &hidden, Some(cache))?;
         }
         let last = hidden.f_narrow(1, ids.len() as i64 - 1, 1).torch("take the last token")?;
         let logits = self.runner.logits(&self.runner.normalized(&last)?)?;

@@ -7,7 +7,7 @@ use crate::{
     error::{Result, TorchContext},
 };
 
-/// Outputs of a block's first linears → inputs of its last.
+/// Outputs of a block's first linears → inputs of its last linear.
 pub(super) fn activated(config: &FeedForwardConfig, outputs: &[Tensor]) -> Result<Tensor> {
     let compute = || -> Result<Tensor, TchError> {
         let width = config.width() as i64;
@@ -38,7 +38,7 @@ fn activation(activation: Activation, x: &Tensor) -> Result<Tensor, TchError> {
 pub(super) struct Routing {
     /// `[T, k]`, the chosen experts.
     experts: Tensor,
-    /// `[T·k]` fp32, what their outputs are multiplied by.
+    /// `[T·k]` fp32, the factors of their outputs.
     pub(super) weights: Tensor,
     /// Where each expert was chosen: positions in the flattened `[T·k]`.
     pub(super) chosen: Vec<Tensor>,
@@ -62,8 +62,8 @@ impl Routing {
         route().torch("route tokens to experts")
     }
 
-    /// For each choice of `of`, the position in the flattened `[T·k]` of this routing's choice of the same expert for the same token;
-    /// −1 where there is none. `[T·k]`.
+    /// For each choice of `of`, the position in the flattened `[T·k]` of this routing's choice of the same expert for the same
+    /// token; −1 if there is none. `[T·k]`.
     pub(super) fn matching(&self, of: &Self) -> Result<Tensor> {
         let find = || -> Result<Tensor, TchError> {
             let size = self.experts.size();

@@ -13,11 +13,11 @@ use crate::{
 /// Tokens whose logits are computed together.
 const LOGIT_TOKENS: i64 = 256;
 
-/// What flows back through a layer.
+/// Gradients of one layer.
 pub struct LayerGradients {
-    /// Into the layer before: with respect to this one's inputs, `[B, S, hidden]`.
+    /// With respect to the layer's inputs, `[B, S, hidden]`.
     pub hidden: Tensor,
-    /// With respect to the outputs of each linear of the layer, `[…, N]`; `None` of an expert that no token goes through.
+    /// With respect to the outputs of each linear of the layer, `[…, N]`; `None` for an expert without tokens.
     pub outputs: Vec<Option<Tensor>>,
 }
 
@@ -36,8 +36,8 @@ impl Linear for Recorded<'_> {
 }
 
 impl Transformer<'_> {
-    /// Runs a layer on `hidden` `[B, S, hidden]` and takes the `gradient` with respect to what comes out back through it.
-    /// In fp32, as the layer has to be.
+    /// Runs a layer on `hidden` `[B, S, hidden]` and propagates `gradient`, with respect to its output, back through it.
+    /// The layer and the computation are fp32.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -55,7 +55,7 @@ impl Transformer<'_> {
                 linears.push(Box::new(Recorded { linear: &**linear, output }));
             }
             let recorded = Layer::new(layer.index, layer.parts.shallow_clone(), linears);
-            let next = self.forward(&recorded, &hidden)?;
+            let next = self.forward(&recorded, &hidden, None)?;
             let outputs: Vec<Option<Tensor>> = outputs.iter().map(Cell::take).collect();
             let back = || -> Result<_, TchError> {
                 let product = next.f_mul(gradient)?.f_sum(Kind::Float)?;
@@ -64,7 +64,7 @@ impl Transformer<'_> {
                 Tensor::f_run_backward(&[&product], &with_respect_to, false, false)
             };
             let mut gradients = back().torch("take gradients through a layer")?.into_iter();
-            let hidden = gradients.next().expect("as many as were asked for");
+            let hidden = gradients.next().expect("a gradient for each tensor");
             let outputs =
                 outputs.iter().map(|output| output.as_ref().and_then(|_| gradients.next())).collect();
             Ok(LayerGradients { hidden, outputs })
@@ -73,8 +73,8 @@ impl Transformer<'_> {
 }
 
 impl Runner<'_> {
-    /// The gradient of `−log p(y)` with respect to the last layer's outputs `hidden` `[B, S, hidden]`, where for each token `y` is
-    /// drawn from the model's own prediction by a number `[B, S]` that is `uniform` in `0..1`. In fp32, as the model has to be.
+    /// The gradient of `−log p(y)` with respect to the last layer's outputs `hidden` `[B, S, hidden]`. For each token, `y` is
+    /// drawn from the model's own prediction with a number of `uniform` `[B, S]`, in `0..1`. The model is fp32.
     ///
     /// # Errors
     /// When libtorch fails.

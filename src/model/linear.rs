@@ -13,7 +13,7 @@ pub trait Linear {
     /// `x` `[…, K]` → `[…, N]`, same kind.
     ///
     /// # Errors
-    /// When libtorch fails, as a rule for want of memory.
+    /// When libtorch fails, usually because memory is exhausted.
     fn forward(&self, x: &Tensor) -> Result<Tensor>;
 }
 
@@ -34,7 +34,7 @@ impl Dense {
     /// The dense form of a packed linear, in `kind` on `device`. `bias` `[N]` likewise.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn from_packed(
         linear: &PackedView<'_>,
         bias: Option<Tensor>,
@@ -51,7 +51,7 @@ impl Dense {
     /// A dense linear in another kind.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn converted(weight: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Self> {
         let weight = weight.f_to_kind(kind).torch("convert a weight")?;
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
@@ -73,11 +73,11 @@ impl Linear for Dense {
     }
 }
 
-/// The values of a tensor that was just made.
+/// The values of a new tensor, which has no other user yet.
 #[expect(clippy::mut_from_ref, reason = "tensors own their memory behind a shared handle")]
 fn values_mut<T: bytemuck::Pod>(new: &Tensor) -> &mut [T] {
     assert!(new.is_contiguous() && new.kind().elt_size_in_bytes() == size_of::<T>());
-    // SAFETY: contiguous, of elements of this size, and nobody else knows of it yet.
+    // SAFETY: contiguous, of elements of this size, and not shared yet.
     unsafe { std::slice::from_raw_parts_mut(new.data_ptr().cast(), new.numel()) }
 }
 
@@ -90,7 +90,7 @@ pub struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
-    /// `bias` `[N]` fp32 on the CPU.
+    /// `bias` `[N]` is fp32 on the CPU.
     pub fn new(weight: PackedView<'a>, bias: Option<Tensor>) -> Self {
         Self { weight, bias }
     }

@@ -1,4 +1,4 @@
-//! How much memory of a CUDA device a whole model takes that is decoded there, known before any of it is loaded.
+//! Device memory that decoding a model on CUDA needs, estimated before anything is loaded.
 
 use tch::Device;
 
@@ -16,14 +16,14 @@ const ELEMENT_BYTES: usize = 2;
 /// cuBLAS's own workspace as libtorch gives it on Hopper, and loaded kernels.
 const LIBRARIES: usize = 64 << 20;
 
-/// Bytes of device memory, by what they are for.
+/// Bytes of device memory by purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceNeed {
     /// Linears, packed or dense, norms and the output layer. The embedding stays in the memory map.
     pub weights: usize,
     /// Keys and values.
     pub cache: usize,
-    /// Activations of the prompt, and what libraries take.
+    /// Activations of the prompt, and memory of libraries.
     pub working: usize,
 }
 
@@ -34,7 +34,8 @@ impl DeviceNeed {
     }
 }
 
-/// What decoding takes with all layers resident in fp16 or bf16: a prompt of `prompt` tokens, `capacity` in all.
+/// The memory that decoding needs with all layers resident in fp16 or bf16, for a prompt of `prompt` tokens and `capacity`
+/// tokens in all.
 ///
 /// # Errors
 /// When the checkpoint's quantization cannot be read.
@@ -50,7 +51,7 @@ pub fn device_need(checkpoint: &Checkpoint, prompt: usize, capacity: usize) -> R
         let packed = quantization.as_ref().filter(|_| checkpoint.contains(&id.qweight()));
         let packed = packed.and_then(|q| repacked_bytes(q.bits, n, k, q.group_size, !q.sym));
         weights += packed.unwrap_or(n * k * ELEMENT_BYTES) + n * ELEMENT_BYTES;
-        // The order of features, where there is one.
+        // The order of features, if there is one.
         weights += packed.map_or(0, |_| k * size_of::<u32>());
     }
     let hidden = config.hidden_size;
@@ -72,11 +73,11 @@ pub fn device_need(checkpoint: &Checkpoint, prompt: usize, capacity: usize) -> R
     Ok(DeviceNeed { weights, cache, working })
 }
 
-/// Refuses what does not fit the memory that is free; what to tell the user if it does. Nothing on the CPU, where weights
-/// stay in the memory map.
+/// Compares the need with the free device memory and returns a note for the user; `None` on the CPU, where weights stay in
+/// the memory map.
 ///
 /// # Errors
-/// When it does not fit, or the driver does not say how much there is.
+/// When the model does not fit, or the driver does not report the free memory.
 pub fn check_device_memory(compute: Compute, need: &DeviceNeed) -> Result<Option<String>> {
     let Device::Cuda(index) = compute.device else { return Ok(None) };
     let memory = Gpu::of(compute.device)?.memory()?;

@@ -1,4 +1,4 @@
-//! Packed linears made ready to run: on the CPU as they lie in the memory map, on CUDA as a copy in the kernels' layout.
+//! Packed linears that are ready to run: borrowed from the memory map on the CPU, copied into the kernels' layout on CUDA.
 
 use std::{cell::RefCell, sync::Arc};
 
@@ -18,10 +18,10 @@ pub(super) struct PackedLinears {
     compute: Compute,
     /// On CUDA only.
     workspace: Option<Arc<Workspace>>,
-    /// Why linears are run dense, each reason once, with the first of them.
+    /// Why linears run dense: each reason once, with the first linear that it holds for.
     dense: RefCell<Vec<(RepackError, LinearId)>>,
-    /// How many of those have been told.
-    told: RefCell<usize>,
+    /// How many of those [`PackedLinears::notes`] has returned.
+    noted: RefCell<usize>,
 }
 
 impl PackedLinears {
@@ -39,11 +39,11 @@ impl PackedLinears {
             Device::Cpu => None,
             device => Some(Workspace::new(device)?),
         };
-        Ok(Self { compute, workspace, dense: RefCell::default(), told: RefCell::default() })
+        Ok(Self { compute, workspace, dense: RefCell::default(), noted: RefCell::default() })
     }
 
     /// # Errors
-    /// When memory ends or the device refuses something.
+    /// When memory is exhausted or the device reports an error.
     pub(super) fn linear<'t>(
         &self,
         id: &LinearId,
@@ -69,10 +69,10 @@ impl PackedLinears {
         })
     }
 
-    /// What a user should know of the linears made so far, each thing once.
+    /// Notes for the user on the linears made so far; each note is returned once.
     pub(super) fn notes(&self) -> Vec<String> {
         let dense = self.dense.borrow();
-        let first = self.told.replace(dense.len());
+        let first = self.noted.replace(dense.len());
         let note = |(reason, id): &(RepackError, LinearId)| {
             let kind = kind_name(self.compute.kind);
             format!("{id} and all like it are dequantized and multiplied as dense {kind}: {reason}")

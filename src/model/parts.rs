@@ -1,4 +1,4 @@
-//! What a layer has beside its linears: norms, router and gate.
+//! The tensors of a layer beside its linears: norms, router and gate.
 
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -11,7 +11,7 @@ use crate::{
 /// A norm that is ready to run.
 #[derive(Debug)]
 pub struct Norm {
-    /// fp32; of a norm that multiplies by `1 + w`, that.
+    /// fp32: the factor that the norm multiplies by, `w` or `1 + w`.
     weight: Tensor,
     bias: Option<Tensor>,
     subtracts_mean: bool,
@@ -19,7 +19,7 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// Reads a norm whose path stands behind `prefix`.
+    /// Reads a norm; the names of its tensors are `prefix` and its path.
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
@@ -87,23 +87,19 @@ pub struct DenseParts {
 }
 
 impl DenseParts {
-    /// Those of a layer.
+    /// Reads the tensors of a layer.
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
     pub(super) fn read(checkpoint: &Checkpoint, layer: usize, device: Device) -> Result<Self> {
         let model: &ModelConfig = checkpoint.config();
         let (config, prefix) = (&model.layers[layer], model.layer_prefix(layer));
-        let norm = |config: &Option<NormConfig>| {
-            config.as_ref().map(|config| Norm::read(checkpoint, config, &prefix, device)).transpose()
-        };
+        let read = |config: &NormConfig| Norm::read(checkpoint, config, &prefix, device);
         let qk_norms = match &config.attention.qk_norms {
-            Some([q, k]) => Some([
-                Norm::read(checkpoint, q, &prefix, device)?,
-                Norm::read(checkpoint, k, &prefix, device)?,
-            ]),
+            Some([q, k]) => Some([read(q)?, read(k)?]),
             None => None,
         };
+        let norm = |config: &Option<NormConfig>| config.as_ref().map(read).transpose();
         let load = |name: &str, shape: [usize; 2]| {
             checkpoint.load(&format!("{prefix}{name}"), &shape, Kind::Float, device)
         };
@@ -122,7 +118,7 @@ impl DenseParts {
         })
     }
 
-    /// The same with something done to every tensor, e.g. a copy to a device.
+    /// Applies `f` to every tensor, e.g. a copy to a device.
     ///
     /// # Errors
     /// Those of `f`.

@@ -1,4 +1,4 @@
-//! Rotary position embedding, as transformers computes it: inverse frequencies in fp32, then cosines and sines.
+//! Rotary position embedding as in transformers: inverse frequencies in fp32, then cosines and sines.
 
 use std::f64::consts::TAU;
 
@@ -40,8 +40,8 @@ impl RopeTable {
         table().torch("make the rotary table")
     }
 
-    /// Rotates the first `rotary_dim` features of `x` `[B, heads, S, head_dim]`, whose first token stands at position `first`;
-    /// feature `i` is paired with `i + rotary_dim/2`, or with its neighbour. Computed in fp32.
+    /// Rotates the first `rotary_dim` features of `x` `[B, heads, S, head_dim]` in fp32; `first` is the position of the first
+    /// token. Feature `i` is paired with `i + rotary_dim/2`, or with its neighbour if the table is interleaved.
     pub(super) fn rotate(&self, x: &Tensor, first: i64) -> Result<Tensor, tch::TchError> {
         let size = x.size();
         let (seq_len, half) = (size[2], self.cos.size()[1]);
@@ -70,7 +70,7 @@ impl RopeTable {
 fn inverse_frequencies(rope: &RopeConfig, seq_len: usize) -> Vec<f64> {
     let dim = rope.rotary_dim as f64;
     let theta = match rope.scaling {
-        // NTK-aware: θ grows once the sequence is longer than the model was made for.
+        // NTK-aware: θ grows if the sequence is longer than the model's context.
         RopeScaling::Dynamic { factor, original_max } if seq_len > original_max => {
             let stretch = factor * seq_len as f64 / original_max as f64 - (factor - 1.0);
             rope.theta * stretch.powf(dim / (dim - 2.0))

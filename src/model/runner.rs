@@ -28,26 +28,26 @@ impl<'a> Runner<'a> {
     /// A checkpoint with dense weights.
     ///
     /// # Errors
-    /// When it is a quantized one, or not whole.
+    /// When it is quantized or incomplete.
     pub fn dense(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         checkpoint.check()?;
         Self::new(checkpoint, seq_len, compute, None)
     }
 
-    /// A GPTQ checkpoint, whatever tool wrote it.
+    /// A GPTQ checkpoint written by any tool.
     ///
     /// # Errors
-    /// When it is not one, or not whole, or its kernels do not run on this device in this kind.
+    /// When it is no GPTQ checkpoint or incomplete, or its kernels do not run on this device in this kind.
     pub fn quantized(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         let quantization = QuantizationConfig::read(checkpoint)?;
         checkpoint.check_undeclared()?;
         Self::new(checkpoint, seq_len, compute, Some((quantization, PackedLinears::new(compute)?)))
     }
 
-    /// A checkpoint of either sort: quantized if anything shows that it is, else dense.
+    /// A quantized or a dense checkpoint, by [`Checkpoint::quantization_mark`].
     ///
     /// # Errors
-    /// As for the two.
+    /// As for [`Runner::quantized`] and [`Runner::dense`].
     pub fn open(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         match checkpoint.quantization_mark() {
             Some(_) => Self::quantized(checkpoint, seq_len, compute),
@@ -66,7 +66,7 @@ impl<'a> Runner<'a> {
         Ok(Self { checkpoint, transformer, quantization, norm, head })
     }
 
-    /// What a user should know of how the layers run that were loaded since this was asked last.
+    /// Notes for the user on how layers run; each note is returned once.
     pub fn notes(&self) -> Vec<String> {
         self.quantization.as_ref().map_or_else(Vec::new, |(_, linears)| linears.notes())
     }
@@ -75,25 +75,24 @@ impl<'a> Runner<'a> {
     /// `step` is called after each layer.
     ///
     /// # Errors
-    /// When a tensor is malformed or memory ends.
+    /// When a tensor is malformed or memory is exhausted.
     pub fn hidden_states(&self, ids: &[i64], seq_len: usize, mut step: impl FnMut()) -> Result<Vec<Tensor>> {
         let per_batch = (BATCH_TOKENS / seq_len).max(1) * seq_len;
         let mut batches: Vec<Tensor> =
             ids.chunks(per_batch).map(|ids| self.transformer.embed(ids, seq_len)).collect::<Result<_>>()?;
         for layer in 0..self.transformer.config().num_layers() {
-            self.forward_layer(layer, &mut batches)?;
+            let packed = self.packed_layer(layer)?;
+            let ready = self.layer(layer, &packed)?;
+            for batch in &mut batches {
+                *batch = self.transformer.forward(&ready, batch, None)?;
+            }
             self.checkpoint.release_layer(layer);
             step();
         }
         batches.iter().map(|batch| self.normalized(batch)).collect()
     }
 
-    fn forward_layer(&self, layer: usize, batches: &mut [Tensor]) -> Result<()> {
-        let packed = self.packed_layer(layer)?;
-        self.forward_batches(&self.layer(layer, &packed)?, batches)
-    }
-
-    /// What [`Runner::layer`] borrows.
+    /// The packed tensors of a layer, which [`Runner::layer`] borrows.
     ///
     /// # Errors
     /// When a tensor is malformed.
@@ -105,15 +104,15 @@ impl<'a> Runner<'a> {
         self.transformer.config().layer_linears(layer).map(of).collect()
     }
 
-    /// A layer that is ready to run. On CUDA the packed tensors have been copied and are not needed any more.
+    /// A layer that is ready to run. On CUDA it holds copies of the packed tensors, which can then be dropped.
     ///
     /// # Errors
-    /// When a tensor is malformed or memory ends.
+    /// When a tensor is malformed or memory is exhausted.
     pub fn layer<'t>(&self, layer: usize, packed: &'t PackedLayer<'_>) -> Result<Layer<'t>> {
         self.layer_of(layer, packed, &mut |_, linear| linear)
     }
 
-    /// The same, with each linear as `wrap` makes it.
+    /// As [`Runner::layer`], with each linear replaced by the result of `wrap`.
     ///
     /// # Errors
     /// As for [`Runner::layer`].
@@ -152,24 +151,17 @@ impl<'a> Runner<'a> {
         self.norm.apply(hidden, self.transformer.kind())
     }
 
-    fn forward_batches(&self, layer: &Layer<'_>, batches: &mut [Tensor]) -> Result<()> {
-        for batch in batches {
-            *batch = self.transformer.forward(layer, batch)?;
-        }
-        Ok(())
-    }
-
     /// Normalized hidden states `[…, hidden]` → logits `[…, vocab]` fp32.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let logits = self.head.forward(hidden)?.f_to_kind(Kind::Float).torch("convert logits")?;
         shaped(self.transformer.config(), logits)
     }
 }
 
-/// Logits as the model puts them out: multiplied, and capped.
+/// Applies the model's multiplier and softcap to logits.
 pub(super) fn shaped(config: &ModelConfig, logits: Tensor) -> Result<Tensor> {
     let multiplied = match config.logits_multiplier {
         1.0 => logits,

@@ -1,4 +1,4 @@
-//! A decoder, layer by layer and stage by stage, as its config describes it.
+//! A decoder, computed layer by layer and stage by stage, as its config describes it.
 
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Result, TorchContext},
 };
 
-/// What does not depend on the layer: the config, rotary tables and masks, kind and device of the computation.
+/// The parts of the forward pass that all layers share: config, rotary tables and masks, kind and device of the computation.
 #[derive(Debug)]
 pub struct Transformer<'a> {
     checkpoint: &'a Checkpoint,
@@ -44,7 +44,7 @@ impl<'a> Layer<'a> {
 pub struct Between {
     /// The residual stream, `[B, S, hidden]`.
     pub hidden: Tensor,
-    /// What the stage before has left for this one, `[B, S, …]` each: as many as [`LayerConfig::stored_widths`] says.
+    /// Outputs of the stage before that this stage reads, `[B, S, …]` each: as many as [`LayerConfig::stored_widths`] has.
     pub stored: Vec<Tensor>,
 }
 
@@ -114,7 +114,7 @@ impl<'a> Transformer<'a> {
         multiplied.torch("embed tokens")
     }
 
-    /// What a layer has beside its linears.
+    /// The tensors of a layer beside its linears.
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
@@ -137,7 +137,7 @@ impl<'a> Transformer<'a> {
         Ok((weight, bias))
     }
 
-    /// Refuses a linear's weight that fp16 cannot hold: whoever runs the quantized model computes with fp16.
+    /// Refuses a linear's weight that fp16 cannot hold, because readers of the quantized model compute in fp16.
     ///
     /// # Errors
     /// When the tensor is missing, not finite or beyond fp16.
@@ -148,12 +148,12 @@ impl<'a> Transformer<'a> {
     /// The kind a linear's weight is stored in.
     ///
     /// # Errors
-    /// When the tensor is missing or of a kind that is not read.
+    /// When the tensor is missing or of an unsupported kind.
     pub fn source_kind(&self, id: &LinearId) -> Result<Kind> {
         tensor_kind(&self.checkpoint.view(&id.weight())?)
     }
 
-    /// Tells the system that a layer's part of the memory map is not needed any more.
+    /// Lets the system drop a layer's part of the memory map.
     pub fn release(&self, layer: usize) {
         self.checkpoint.release_layer(layer);
     }
@@ -172,8 +172,9 @@ impl<'a> Transformer<'a> {
         Ok(self.routed_inputs(index, parts, stage, at)?.0)
     }
 
-    /// The inputs of each group of a stage's linears, and what the unquantized model has in their place, whose batch is `reference`.
-    /// Where that sends a token to other experts, an expert that it does not choose gets what it gets here.
+    /// The inputs of each group of a stage's linears, and the inputs of the same groups in the reference model, whose batch is
+    /// `reference`. If the reference model routes a token to other experts, an expert that it does not choose for the token
+    /// gets this model's input in both.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -264,22 +265,12 @@ impl<'a> Transformer<'a> {
         Routing::new(routing, router, &rows(x, 1)?).map(Some)
     }
 
-    /// Runs a stage's linears, in the order of [`LayerConfig::linears`], and goes over to the next.
+    /// Runs a stage's linears, in the order of [`LayerConfig::linears`], and returns the batch in front of the next stage.
+    /// With a `cache`, the batch continues the cached sequence.
     ///
     /// # Errors
     /// When libtorch fails.
     pub fn advance(
-        &self,
-        index: usize,
-        parts: &DenseParts,
-        stage: usize,
-        at: Between,
-        linears: &[&dyn Linear],
-    ) -> Result<Between> {
-        self.advance_with(index, parts, stage, at, linears, None)
-    }
-
-    fn advance_with(
         &self,
         index: usize,
         parts: &DenseParts,
@@ -350,12 +341,12 @@ impl<'a> Transformer<'a> {
         })
     }
 
-    /// Rows that no token has.
+    /// Outputs for no tokens.
     fn nothing(&self, features: usize) -> Result<Tensor> {
         Tensor::f_zeros([0, features as i64], (self.kind, self.device)).torch("allocate an output")
     }
 
-    /// Adds a block's output to the residual stream, behind its norm where there is one.
+    /// Adds a block's output to the residual stream, after its norm if it has one.
     fn add_output(
         &self,
         config: &LayerConfig,
@@ -371,8 +362,8 @@ impl<'a> Transformer<'a> {
         added.torch("add to the residual stream")
     }
 
-    /// Rows of experts `[T_e, width]`, put where each was chosen, `[B, S, k·width]`; and those of the block that all tokens go
-    /// through.
+    /// Rows of experts `[T_e, width]` → `[B, S, k·width]`, each at the choice that it belongs to; then the rows of the shared
+    /// block, if there is one.
     fn by_choice(
         &self,
         routing: &Routing,
@@ -392,7 +383,7 @@ impl<'a> Transformer<'a> {
         Ok(std::iter::once(put().torch("collect the experts' rows")?).chain(shared).collect())
     }
 
-    /// The experts' outputs, weighted and added, and that of the block that all tokens go through.
+    /// The weighted sum of the experts' outputs, plus the gated output of the shared block if there is one.
     fn mixed(
         &self,
         config: &LayerConfig,
@@ -422,7 +413,7 @@ impl<'a> Transformer<'a> {
         gated().torch("add the block that all tokens go through")
     }
 
-    /// A norm, or nothing where there is none.
+    /// Applies a norm if there is one.
     fn normalized(&self, norm: Option<&Norm>, x: &Tensor) -> Result<Tensor> {
         match norm {
             Some(norm) => norm.apply(x, self.kind),
@@ -430,32 +421,12 @@ impl<'a> Transformer<'a> {
         }
     }
 
-    /// Runs a whole layer: hidden states `[B, S, hidden]` → the next ones.
+    /// Runs a whole layer: hidden states `[B, S, hidden]` → the next ones. With the layer's `cache`, `B` is 1, the tokens
+    /// follow the cached ones and are added to the cache; `S` is 1 unless the cache is empty.
     ///
     /// # Errors
     /// When libtorch fails.
-    pub fn forward(&self, layer: &Layer<'_>, hidden: &Tensor) -> Result<Tensor> {
-        self.forward_with(layer, hidden, None)
-    }
-
-    /// The same for the tokens `[1, S, hidden]` that follow those in the layer's `cache`, which takes them up. More than
-    /// one only while the cache is empty.
-    ///
-    /// # Errors
-    /// When libtorch fails.
-    pub fn forward_cached(&self, layer: &Layer<'_>, hidden: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
-        self.forward_with(layer, hidden, Some(cache))
-    }
-
-    /// An empty cache of a layer for `capacity` tokens.
-    ///
-    /// # Errors
-    /// When memory ends.
-    pub fn cache(&self, layer: usize, capacity: usize) -> Result<KvCache> {
-        KvCache::new(&self.config().layers[layer].attention, capacity, self.kind, self.device)
-    }
-
-    fn forward_with(
+    pub fn forward(
         &self,
         layer: &Layer<'_>,
         hidden: &Tensor,
@@ -466,9 +437,17 @@ impl<'a> Transformer<'a> {
         for (position, stage) in stages.iter().enumerate() {
             let linears: Vec<&dyn Linear> = layer.linears[stage.linears()].iter().map(|l| &**l).collect();
             let cache = if position == 0 { cache.take() } else { None };
-            at = self.advance_with(layer.index, &layer.parts, position, at, &linears, cache)?;
+            at = self.advance(layer.index, &layer.parts, position, at, &linears, cache)?;
         }
         Ok(at.hidden)
+    }
+
+    /// An empty cache of a layer for `capacity` tokens.
+    ///
+    /// # Errors
+    /// When memory is exhausted.
+    pub fn cache(&self, layer: usize, capacity: usize) -> Result<KvCache> {
+        KvCache::new(&self.config().layers[layer].attention, capacity, self.kind, self.device)
     }
 
     /// The last norm and the output layer `[vocab, hidden]`, in the kind of the computation.
@@ -485,7 +464,7 @@ impl<'a> Transformer<'a> {
     }
 }
 
-/// The rows of each expert: of `x` `[T·k, …]`, or of `[T, …]` where `per_row` choices share a row.
+/// The rows of each expert: of `x` `[T·k, …]`, or of `x` `[T, …]` with `per_row` = `k` choices for each row.
 fn chosen_rows(routing: &Routing, x: &Tensor, per_row: i64) -> Result<Vec<Tensor>> {
     let of = |chosen: &Tensor| {
         let rows = chosen.f_div_scalar_mode(per_row, "floor").and_then(|row| x.f_index_select(0, &row));
@@ -500,18 +479,18 @@ fn rows(x: &Tensor, k: i64) -> Result<Tensor> {
     x.f_reshape([-1, width]).torch("lay out tokens")
 }
 
-/// The kind that a checkpoint's first linear is stored in, which stands for the others.
+/// The kind that a checkpoint's first linear is stored in; the others are expected to be of the same kind.
 ///
 /// # Errors
-/// When the tensor is missing or of a kind that is not read.
+/// When the tensor is missing or of an unsupported kind.
 pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
     tensor_kind(&checkpoint.view(&checkpoint.config().linear_id(0, 0).weight())?)
 }
 
-/// The kind of the embedding, which every checkpoint holds unquantized.
+/// The kind of the embedding, which is unquantized in every checkpoint.
 ///
 /// # Errors
-/// When the tensor is missing or of a kind that is not read.
+/// When the tensor is missing or of an unsupported kind.
 pub(super) fn embedding_kind(checkpoint: &Checkpoint) -> Result<Kind> {
     tensor_kind(&checkpoint.view(&checkpoint.config().embedding())?)
 }

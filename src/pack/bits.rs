@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::variant::Bits;
 
-/// Codes and words of one period of the stream: after it, codes and words begin together again.
+/// Codes and words of one period of the stream, the shortest run of codes that fills whole words.
 fn period(bits: Bits) -> (usize, usize) {
     let codes = bits.pack_factor();
     (codes, codes * bits.get() as usize / 32)

@@ -13,20 +13,12 @@ use crate::{
     variant::Bits,
 };
 
-/// The tensors of one quantized linear as they are written, in the v1 format.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PackedLinear {
-    bits: Bits,
-    in_features: usize,
-    out_features: usize,
-    qweight: Vec<i32>,
-    qzeros: Vec<i32>,
-    scales: Vec<u16>,
-    g_idx: Vec<i32>,
-}
+/// The tensors of one quantized linear to be written, in the v1 format.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedLinear(PackedTensors<'static>);
 
 impl PackedLinear {
-    /// Packs the codes as they are; nothing is rounded again.
+    /// Packs the codes unchanged.
     ///
     /// # Panics
     /// When a dimension is not a multiple of the pack factor; plans are checked for that before any work.
@@ -36,10 +28,10 @@ impl PackedLinear {
         Self::of_words(bits, qweight, linear.scales(), linear.zeros(), linear.g_idx())
     }
 
-    /// Packs where the codes are; the bytes are the same.
+    /// Packs on the device of the codes, with the same bytes as [`PackedLinear::new`].
     ///
     /// # Errors
-    /// When memory ends or the device fails.
+    /// When memory is exhausted or the device fails.
     ///
     /// # Panics
     /// As [`PackedLinear::new`].
@@ -56,45 +48,39 @@ impl PackedLinear {
     /// `qweight` `[K·b/32, N]`, `scales` and true `zeros` `[G, N]`, `g_idx` `[K]`.
     fn of_words(bits: Bits, qweight: Vec<i32>, scales: &[f16], zeros: &[u8], g_idx: &[u32]) -> Self {
         let n = qweight.len() / (g_idx.len() * bits.get() as usize / 32);
-        let stored: Vec<u8> = zeros.iter().map(|&z| z - CheckpointFormat::Gptq.zero_offset()).collect();
-        Self {
+        let format = CheckpointFormat::Gptq;
+        let stored: Vec<u8> = zeros.iter().map(|&z| z - format.zero_offset()).collect();
+        Self(PackedTensors {
             bits,
+            format,
             in_features: g_idx.len(),
             out_features: n,
-            qweight,
-            qzeros: pack_columns(&stored, n, bits),
-            scales: scales.iter().map(|s| s.to_bits()).collect(),
+            groups: scales.len() / n,
+            qweight: qweight.into(),
+            qzeros: pack_columns(&stored, n, bits).into(),
+            scales: scales.to_vec().into(),
             g_idx: g_idx.iter().map(|&g| g as i32).collect(),
-        }
+            bias: None,
+        })
     }
 
     /// The tensors as bytes, by suffix: `qweight`, `qzeros`, `scales`, `g_idx`.
     pub fn tensors(&self) -> [(&'static str, &[u8]); 4] {
         [
-            ("qweight", bytemuck::cast_slice(&self.qweight)),
-            ("qzeros", bytemuck::cast_slice(&self.qzeros)),
-            ("scales", bytemuck::cast_slice(&self.scales)),
-            ("g_idx", bytemuck::cast_slice(&self.g_idx)),
+            ("qweight", bytemuck::cast_slice(&self.0.qweight)),
+            ("qzeros", bytemuck::cast_slice(&self.0.qzeros)),
+            ("scales", bytemuck::cast_slice(&self.0.scales)),
+            ("g_idx", bytemuck::cast_slice(&self.0.g_idx)),
         ]
     }
 
-    /// As a matmul reads it.
+    /// The tensors as the kernels read them.
     pub fn view(&self) -> PackedView<'_> {
-        PackedView {
-            bits: self.bits,
-            in_features: self.in_features,
-            out_features: self.out_features,
-            groups: self.scales.len() / self.out_features,
-            qweight: &self.qweight,
-            qzeros: &self.qzeros,
-            scales: bytemuck::cast_slice(&self.scales),
-            g_idx: &self.g_idx,
-            format: CheckpointFormat::Gptq,
-        }
+        PackedView::from(&self.0)
     }
 }
 
-/// A packed linear as it lies in a checkpoint, borrowed; usually from a memory map.
+/// A packed linear of a checkpoint, borrowed, usually from a memory map.
 #[derive(Debug, Clone, Copy)]
 pub struct PackedView<'a> {
     bits: Bits,
@@ -193,7 +179,7 @@ impl<'a> PackedView<'a> {
         unpack_rows(self.qweight, self.out_features, self.bits)
     }
 
-    /// Zero points as stored, `[G, N]`; the true ones are larger by [`CheckpointFormat::zero_offset`].
+    /// Zero points as stored, `[G, N]`; the true zero points are larger by [`CheckpointFormat::zero_offset`].
     pub fn unpack_stored_zeros(&self) -> Vec<u8> {
         unpack_columns(self.qzeros, self.out_features, self.bits)
     }
@@ -201,7 +187,7 @@ impl<'a> PackedView<'a> {
 
 impl<'a> From<&'a PackedTensors<'_>> for PackedView<'a> {
     /// # Panics
-    /// Never for tensors made by [`crate::checkpoint::packed`], which has checked all that is checked here.
+    /// Never for tensors of [`crate::checkpoint::packed`], which makes the same checks.
     fn from(tensors: &'a PackedTensors<'_>) -> Self {
         let view = Self::new(
             tensors.bits,

@@ -1,4 +1,4 @@
-//! Codes to 32-bit words and back, exactly as the readers of the format expect them.
+//! Packs codes into 32-bit words and unpacks them, in the layout that readers of the format expect.
 
 mod bits;
 mod gptq;

@@ -174,7 +174,7 @@ impl Gradients<'_> {
             let ready = self.runner.layer(layer, &packed)?;
             let mut next = self.stream(part);
             for i in 0..next.len() {
-                next.put(i, transformer.forward(&ready, &states[layer].get(i)?)?)?;
+                next.put(i, transformer.forward(&ready, &states[layer].get(i)?, None)?)?;
                 self.step()?;
             }
             self.checkpoint.release_layer(layer);

@@ -312,7 +312,7 @@ impl<'a> Worker<'a> {
     fn advance(&self, stage: usize, at: Between) -> Result<Between> {
         let linears: Vec<&dyn Linear> = self.linears.iter().map(|linear| linear as &dyn Linear).collect();
         let weights = self.weights();
-        self.transformer.advance(weights.layer, &weights.parts, stage, at, &linears)
+        self.transformer.advance(weights.layer, &weights.parts, stage, at, &linears, None)
     }
 
     /// A stream with batches as another's are.

@@ -1,10 +1,11 @@
-//! Rotations that are folded into the weights and leave a model of the same family that computes the same: outliers of weights are spread
-//! over all features. (QuaRot, arXiv 2404.00456, and SpinQuant, 2405.16406, call them R1 and R2; what those do to
-//! activations at run time is left out, so that every reader of the format loads the result.)
+//! Folded rotations: they are multiplied into the weights, the model computes the same, and outliers of weights are spread over
+//! all features. They are R1 and R2 of QuaRot (arXiv 2404.00456) and SpinQuant (2405.16406), without rotations at run time, so
+//! that every reader of the format loads the result.
 //!
-//! With the weight of each RMSNorm moved into the linears behind it, the norm does the same to a rotated residual stream:
-//! the embedding and all that writes to the stream are multiplied by `Q` on that side, and all that reads from it on the other.
-//! Within attention, each head's values are rotated by `R`, and `o` takes that back.
+//! The weight of each RMSNorm is moved into the linears that read the norm, so that the norm commutes with a rotation of the
+//! residual stream. The embedding and all linears that write to the stream are multiplied by `Q` on their output side, and all
+//! linears that read from it on their input side. Within attention, each head's values are rotated by `R`, and `o` by its
+//! inverse.
 
 mod orthogonal;
 
@@ -21,20 +22,20 @@ use crate::{
     error::{Error, Result, TorchContext},
 };
 
-/// Decides the signs in both rotations.
+/// Seeds of the signs in both rotations.
 const SEEDS: [u64; 2] = [0x5eed, 0x4ead];
 
-/// A rotated model in a folder that is gone with this.
+/// A rotated model in a temporary folder, which is deleted on drop.
 pub struct Rotated {
     checkpoint: Checkpoint,
     _folder: tempfile::TempDir,
 }
 
 impl Rotated {
-    /// Writes a checkpoint as it is when rotated, in fp32, into a new folder in `place`. `step` is called once a layer.
+    /// Writes the rotated checkpoint, in fp32, into a new folder in `place`. `step` is called once a layer.
     ///
     /// # Errors
-    /// When a tensor is missing, malformed or not finite, the disk is full, or `step` says so.
+    /// When a tensor is missing, malformed or not finite, or the disk is full, and the errors of `step`.
     pub fn write(
         checkpoint: &Checkpoint,
         place: &Path,
@@ -82,7 +83,7 @@ impl Rotated {
     }
 }
 
-/// Bytes that a model takes on disk when rotated.
+/// Size of the rotated model on disk, bytes.
 pub fn rotated_bytes(config: &ModelConfig) -> u64 {
     let numbers = |spec: TensorSpec| spec.shape.iter().map(|&size| size as u64).product::<u64>();
     tensors(&config.untied()).into_iter().map(numbers).sum::<u64>() * size_of::<f32>() as u64
@@ -99,7 +100,7 @@ fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     dense.chain(linears).collect()
 }
 
-/// What a model is rotated by: the same for every model of a shape.
+/// The rotations of a model; models of the same shape have the same rotations.
 pub struct Rotation<'a> {
     checkpoint: &'a Checkpoint,
     /// Of the residual stream.
@@ -110,7 +111,7 @@ pub struct Rotation<'a> {
 
 impl<'a> Rotation<'a> {
     /// # Errors
-    /// When the model's norms are not such that it computes the same, or libtorch cannot make it.
+    /// When the model's norms do not commute with rotations, or libtorch fails.
     pub fn new(checkpoint: &'a Checkpoint) -> Result<Self> {
         let config = checkpoint.config();
         if let Some(reason) = config.rotation_refusal() {
@@ -132,7 +133,7 @@ impl<'a> Rotation<'a> {
         self.checkpoint.load(name, shape, Kind::Float, Device::Cpu)
     }
 
-    /// What a norm multiplies with, `[hidden]`; its path stands behind `prefix`.
+    /// The factors `[hidden]` of a norm; the name of its tensor is `prefix` and its path.
     fn norm(&self, norm: &NormConfig, prefix: &str) -> Result<Tensor> {
         let weight = self.load(&format!("{prefix}{}", norm.weight()), &norm.shape)?;
         match norm.kind {
@@ -151,7 +152,7 @@ impl<'a> Rotation<'a> {
         self.stream.turn(&embedding).torch("rotate the embedding")
     }
 
-    /// The output layer, with the last norm's weight in it.
+    /// The output layer, multiplied by the last norm's weight.
     fn head(&self) -> Result<Tensor> {
         let config = self.config();
         let head = self.load(&config.output_layer(), &[config.vocab_size, config.hidden_size])?;
@@ -159,8 +160,8 @@ impl<'a> Rotation<'a> {
         self.reading(&head, &norm).torch("rotate the output layer")
     }
 
-    /// What a layer has beside its linears: norms of the residual stream without weights, routers that read it rotated, the
-    /// others as they are.
+    /// The tensors of a layer beside its linears: neutral norms of the residual stream, rotated routers, and other norms
+    /// unchanged.
     fn dense_parts(&self, layer: usize, config: &LayerConfig) -> Result<Vec<(String, Tensor)>> {
         let mut parts: Vec<(String, Tensor)> =
             config.norms.all().map(|norm| (norm.weight(), neutral(norm))).collect();
@@ -172,14 +173,14 @@ impl<'a> Rotation<'a> {
         }
         for (path, shape) in config.feed_forward.dense_tensors(self.config().hidden_size) {
             let tensor = self.load(&self.config().layer_tensor(layer, &path), &shape)?;
-            let norm = config.norms.feed_forward.as_ref().expect("a router reads behind a norm");
+            let norm = config.norms.feed_forward.as_ref().expect("a router reads a norm");
             let norm = self.layer_norm(layer, norm)?;
             parts.push((path, self.reading(&tensor, &norm).torch("rotate a router")?));
         }
         Ok(parts)
     }
 
-    /// The weight `[N, K]` of a layer's linear when rotated, fp32.
+    /// The rotated weight `[N, K]` of a layer's linear, fp32.
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite.
@@ -212,7 +213,7 @@ impl<'a> Rotation<'a> {
         rotated().torch("rotate a bias")
     }
 
-    /// A projection's weight with the rows of values turned, where it has some.
+    /// A projection's weight with rotated rows of values, if it has such rows.
     fn values_turned(
         &self,
         config: &LayerConfig,
@@ -231,12 +232,12 @@ impl<'a> Rotation<'a> {
         }
     }
 
-    /// `W diag(norm) Q`, of what reads from the residual stream.
+    /// `W diag(norm) Q`, for linears that read from the residual stream.
     fn reading(&self, weight: &Tensor, norm: &Tensor) -> Result<Tensor, tch::TchError> {
         self.stream.turn(&weight.f_mul(norm)?)
     }
 
-    /// `Qᵀ W`, of what writes to it.
+    /// `Qᵀ W`, for linears that write to it.
     fn writing(&self, weight: &Tensor) -> Result<Tensor, tch::TchError> {
         self.stream.turn(&weight.f_tr()?)?.f_tr()
     }
@@ -256,7 +257,7 @@ impl<'a> Rotation<'a> {
     }
 }
 
-/// The weight of a norm that multiplies with nothing.
+/// The weight of a norm that multiplies by 1.
 fn neutral(norm: &NormConfig) -> Tensor {
     let one = if norm.kind == NormKind::RmsPlusOne { 0f32 } else { 1.0 };
     Tensor::from_slice(&vec![one; norm.shape.iter().product()])

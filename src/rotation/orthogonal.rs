@@ -1,4 +1,4 @@
-//! Orthogonal matrices that mix all features evenly and are applied without being written out.
+//! Orthogonal matrices that mix all features evenly, applied factor by factor.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -9,8 +9,8 @@ const LARGEST: usize = 64;
 /// Values that are turned together, in fp64.
 pub const TURNED_TOGETHER: i64 = 1 << 24;
 
-/// `Q = diag(s) (F₁ ⊗ F₂ ⊗ …)` `[n, n]`, with random signs `s`: for a power of two the randomized Hadamard matrix; what of
-/// `n` is odd is a factor of a cosine transform's matrix.
+/// `Q = diag(s) (F₁ ⊗ F₂ ⊗ …)` `[n, n]`, with random signs `s`. For a power of two it is the randomized Hadamard matrix; the
+/// factor of the odd part of `n` is the matrix of the cosine transform.
 pub(super) struct Orthogonal {
     /// `[n]` fp64.
     signs: Tensor,

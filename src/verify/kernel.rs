@@ -121,7 +121,7 @@ pub fn check_kernels(
             Some(right) => Box::new(Checked { id, linear, right, compute, errors: &errors }),
             None => linear,
         })?;
-        hidden = runner.transformer().forward(&ready, &hidden)?;
+        hidden = runner.transformer().forward(&ready, &hidden, None)?;
         runner.notes().iter().for_each(|note| progress.event(&Event::Note(note)));
         runner.transformer().release(layer);
         progress.advance(1);

@@ -1,9 +1,10 @@
-//! Feedback between output features: rows are solved in turn, each aiming at what makes good for the errors of those before.
+//! Feedback between output features: each row block is solved against a target that compensates the errors of the row blocks
+//! before it.
 //!
-//! Where an error `D = Ŵ − W` costs `tr(G D H Dᵀ)`, with `G = Ũ Ũᵀ` and `Ũ` upper triangular, rows are to the left what columns
-//! are to the right: behind rows with errors `D_j`, rows `b` are best at `W_b − (Ũ_bbᵀ)⁻¹ Σ_{j<b} Ũ_jbᵀ D_j`, whatever `H` is,
-//! and are solved for that as if they were alone. Babai's nearest plane on `G ⊗ H`, but for the rows of one step, which are
-//! not told of each other. (YAQA, arXiv 2505.22988, has both feedbacks in one expression and without groups' scales.)
+//! An error `D = Ŵ − W` costs `tr(G D H Dᵀ)`, with `G = Ũ Ũᵀ` and `Ũ` upper triangular. After rows with errors `D_j`, the best
+//! values of the rows `b` are `W_b − (Ũ_bbᵀ)⁻¹ Σ_{j<b} Ũ_jbᵀ D_j`, for any `H`. These are the target of the rows `b`, which are
+//! then solved without feedback. That is Babai's nearest plane on `G ⊗ H`, without feedback between the rows of one block.
+//! (YAQA, arXiv 2505.22988, has both feedbacks in one expression and without groups' scales.)
 
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -14,10 +15,10 @@ use crate::{
     variant::Variant,
 };
 
-/// Rows of a block that are solved together.
+/// Rows of a row block, which are solved together.
 const ROWS: i64 = 32;
 
-/// A block of an output Hessian, factorized: of some output features, the ones whose errors cost most first.
+/// A factorized block of an output Hessian. Its output features are ordered by falling cost of their errors.
 pub struct OutputFactor {
     /// `[n]` output features, in the order in which they are solved.
     rows: Tensor,
@@ -26,27 +27,25 @@ pub struct OutputFactor {
 }
 
 impl OutputFactor {
-    /// Damps and factorizes all blocks of an output Hessian, on `device`. `damp` is a fraction of the mean diagonal, and raised
-    /// only when a factorization fails. `linear` names it in errors.
+    /// Damps and factorizes all blocks of an output Hessian, on `device`. `damp` is a fraction of the mean diagonal and is raised
+    /// only if a factorization fails. `linear` is the name in errors.
     ///
     /// # Errors
-    /// When one stays indefinite at full damping, or memory ends.
+    /// When a block stays indefinite at full damping, or memory is exhausted.
     pub fn all(blocks: &[Tensor], damp: f64, device: Device, linear: &str) -> Result<Vec<Self>> {
         let mut first = 0;
         let mut factors = Vec::with_capacity(blocks.len());
         for block in blocks {
-            let factor = || -> Result<_, TchError> { Self::of(&block.f_to_device(device)?, first, damp) };
-            let factor = factor().torch("factorize an output Hessian")?;
-            let name = || format!("outputs of {linear}");
-            factors.push(
-                factor.ok_or_else(|| NumericalError::NotPositiveDefinite { stage: name(), damp: 1.0 })?,
-            );
+            let factor = block.f_to_device(device).and_then(|block| Self::of(&block, first, damp));
+            let indefinite =
+                || NumericalError::NotPositiveDefinite { stage: format!("outputs of {linear}"), damp: 1.0 };
+            factors.push(factor.torch("factorize an output Hessian")?.ok_or_else(indefinite)?);
             first += block.size()[0];
         }
         Ok(factors)
     }
 
-    /// `None` when it is not positive definite at any damping.
+    /// `None` if the block is not positive definite at any damping.
     fn of(block: &Tensor, first: i64, damp: f64) -> Result<Option<Self>, TchError> {
         let diagonal = block.f_diagonal(0, 0, 1)?;
         let mean = f64::try_from(diagonal.f_mean(Kind::Float)?)?;
@@ -54,7 +53,7 @@ impl OutputFactor {
         let reversed = diagonal.f_argsort_stable(true, 0, true)?.f_flip([0])?;
         let ordered = block.f_index_select(0, &reversed)?.f_index_select(1, &reversed)?;
         let rows = reversed.f_flip([0])?.f_add_scalar(first)?;
-        // Outputs that nothing depends on.
+        // 0 if the loss does not depend on these outputs.
         let unit = if mean > 0.0 { mean } else { 1.0 };
         for damp in damping_steps(damp) {
             let damped = ordered.f_add(
@@ -68,7 +67,7 @@ impl OutputFactor {
         Ok(None)
     }
 
-    /// Errors of all outputs `[…, N]` → `[…, n]` for this block, whose squares sum to what they cost.
+    /// Errors of all outputs `[…, N]` → `[…, n]` for this block; the sum of their squares is the cost of the errors.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -81,77 +80,64 @@ impl OutputFactor {
     }
 }
 
-/// Quantizes weights, which share the inputs of `hessian` and its factorization, with feedback between the rows of each:
-/// `outputs` are the factors of each weight's output Hessian. `go_on` is asked between steps.
+/// Quantizes weights that share the inputs of `hessian` and its factorization, with feedback between the rows of each weight.
+/// `outputs` are the factors of each weight's output Hessian. `check_cancelled` is called before each row block.
 ///
 /// # Errors
-/// As for [`Factorized::solve`], and whatever `go_on` says.
+/// As for [`Factorized::solve`], and the errors of `check_cancelled`.
 pub fn solve_by_rows(
     factor: &dyn Factorized,
     hessian: &Hessian,
     weights: &[Weight<'_>],
     outputs: &[&[OutputFactor]],
     variant: &Variant,
-    go_on: &dyn Fn() -> Result<()>,
+    check_cancelled: &dyn Fn() -> Result<()>,
 ) -> Result<Vec<Solution>> {
     let device = hessian.matrix().device();
+    // Those of each weight, one after another.
     let mut strands = Vec::new();
-    for (index, (weight, factors)) in weights.iter().zip(outputs).enumerate() {
+    for (weight, factors) in weights.iter().zip(outputs) {
         for factor in *factors {
-            strands.push(Strand::new(index, weight, factor, device).torch("take rows of a weight")?);
+            strands.push(Strand::new(weight, factor, device).torch("take rows of a weight")?);
         }
     }
     let longest = strands.iter().map(|strand| strand.output.len()).max().unwrap_or(0);
     for start in (0..longest).step_by(ROWS as usize) {
-        go_on()?;
-        let going: Vec<usize> = (0..strands.len()).filter(|&s| start < strands[s].output.len()).collect();
-        let aimed = going.iter().map(|&s| strands[s].target(start)).collect::<Result<Vec<_>, _>>();
-        let aimed = aimed.torch("aim rows of a weight")?;
-        let rows: Vec<Weight<'_>> = going
-            .iter()
-            .zip(&aimed)
-            .map(|(&s, values)| Weight { name: weights[strands[s].weight].name, values })
-            .collect();
-        for (&s, solution) in going.iter().zip(factor.solve(&rows, variant)?) {
-            strands[s].take(start, solution)?;
+        check_cancelled()?;
+        let mut unsolved: Vec<_> = strands.iter_mut().filter(|s| start < s.output.len()).collect();
+        let targets = unsolved.iter().map(|s| s.target(start)).collect::<Result<Vec<_>, _>>();
+        let targets = targets.torch("compute a target")?;
+        let rows = unsolved.iter().zip(&targets).map(|(s, values)| Weight { name: s.name, values });
+        let solutions = factor.solve(&rows.collect::<Vec<_>>(), variant)?;
+        for (strand, solution) in unsolved.iter_mut().zip(solutions) {
+            strand.take(start, solution)?;
         }
     }
-    let mut strands = strands.into_iter().peekable();
-    let mut solutions = Vec::with_capacity(weights.len());
-    for index in 0..weights.len() {
-        let own: Vec<Strand<'_>> =
-            std::iter::from_fn(|| strands.next_if(|strand| strand.weight == index)).collect();
-        solutions.push(joined(own, hessian)?);
-    }
-    Ok(solutions)
+    let mut strands = strands.into_iter();
+    outputs.iter().map(|factors| joined(strands.by_ref().take(factors.len()), hessian)).collect()
 }
 
-/// The rows of one block of one weight.
+/// The rows of a weight that belong to one block of its output Hessian.
 struct Strand<'a> {
-    /// Which weight.
-    weight: usize,
+    /// Of the weight.
+    name: &'a str,
     output: &'a OutputFactor,
-    /// `[n, K]` fp32 as are the following, in the block's order.
+    /// `[n, K]` fp32, in the block's order.
     values: Tensor,
-    /// `Ŵ − W` of the rows that are solved.
+    /// `Ŵ − W` `[n, K]` fp32 of the solved rows, in the block's order.
     differences: Tensor,
     solved: Vec<Solution>,
 }
 
 impl<'a> Strand<'a> {
-    fn new(
-        weight: usize,
-        of: &Weight<'_>,
-        output: &'a OutputFactor,
-        device: Device,
-    ) -> Result<Self, TchError> {
+    fn new(weight: &Weight<'a>, output: &'a OutputFactor, device: Device) -> Result<Self, TchError> {
         let values =
-            of.values.f_to_device(device)?.f_index_select(0, &output.rows)?.f_to_kind(Kind::Float)?;
+            weight.values.f_to_device(device)?.f_index_select(0, &output.rows)?.f_to_kind(Kind::Float)?;
         let differences = values.f_empty_like()?;
-        Ok(Self { weight, output, values, differences, solved: Vec::new() })
+        Ok(Self { name: weight.name, output, values, differences, solved: Vec::new() })
     }
 
-    /// Rows from `start` on that make good for the errors of all before.
+    /// The target of the row block from `start` on: the values that compensate the errors of all rows before it.
     fn target(&self, start: i64) -> Result<Tensor, TchError> {
         let count = ROWS.min(self.output.len() - start);
         let values = self.values.f_narrow(0, start, count)?;
@@ -164,7 +150,7 @@ impl<'a> Strand<'a> {
         values.f_sub(&corner.f_linalg_solve_triangular(&sums, false, true, false)?)
     }
 
-    /// Takes what the rows from `start` on became.
+    /// Stores the solution of the row block from `start` on.
     fn take(&mut self, start: i64, solution: Solution) -> Result<()> {
         let dense = solution.linear.dequantize(Kind::Float)?;
         let keep = || -> Result<(), TchError> {
@@ -179,8 +165,8 @@ impl<'a> Strand<'a> {
     }
 }
 
-/// A linear out of its rows, and its error against the weight it aims at.
-fn joined(strands: Vec<Strand<'_>>, hessian: &Hessian) -> Result<Solution> {
+/// Joins the rows of a linear; the error is that against its weight.
+fn joined<'a>(strands: impl Iterator<Item = Strand<'a>>, hessian: &Hessian) -> Result<Solution> {
     let (mut rows, mut parts) = (Vec::new(), Vec::new());
     let (mut squared_error, mut uncompensated, mut fallback) = (0.0, 0, None);
     for strand in strands {
@@ -242,7 +228,7 @@ mod tests {
         let alone = solve(&*factor, &[&problem.weight], &variant).remove(0);
         let solution = by_rows(&problem, &output, &variant);
         assert!((solution.squared_error / alone.squared_error - 1.0).abs() < 0.01);
-        assert_eq!(solution.linear.into_host().unwrap(), alone.linear);
+        assert_eq!(solution.linear.on_host().unwrap().into_owned(), alone.linear);
     }
 
     #[test]

@@ -1,17 +1,17 @@
-//! A solver that rounds to nearest where another one fails, and says so.
+//! A solver that rounds to nearest if another solver fails.
 
 use tch::Tensor;
 
-use super::{Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
+use super::{Factor, Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
 use crate::{
     error::{Error, Result},
     gptq::Hessian,
     variant::{Sorting, Variant},
 };
 
-/// Another solver, and [`RtnSolver`] for what that cannot solve because of the numbers in it: a stage whose Hessian cannot
-/// be factorized, a linear whose solution is of no use. Every [`Solution`] says whether it was rounded, and why. It keeps a
-/// Hessian until all linears are solved that share it.
+/// Another solver, with [`RtnSolver`] as fallback for numerical errors: a Hessian that cannot be factorized, or a linear
+/// without a usable solution. [`Solution::fallback`] has the reason. The Hessian is kept until all linears that share it are
+/// solved.
 pub struct OrRounded<S>(pub S);
 
 impl<S: Solver> Solver for OrRounded<S> {
@@ -19,13 +19,7 @@ impl<S: Solver> Solver for OrRounded<S> {
         self.0.name()
     }
 
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let rounding = RtnSolver.factorize(hessian, sorting, damp, stage)?;
         let solving = match self.0.factorize(hessian, sorting, damp, stage) {
             Err(Error::Numerical(problem)) => Err(problem.to_string()),
@@ -36,9 +30,9 @@ impl<S: Solver> Solver for OrRounded<S> {
 }
 
 struct FactorOrRounded {
-    /// Or why there is no factor.
-    solving: Result<Box<dyn Factorized>, String>,
-    rounding: Box<dyn Factorized>,
+    /// The factor, or why there is none.
+    solving: Result<Factor, String>,
+    rounding: Factor,
 }
 
 impl Factorized for FactorOrRounded {
@@ -52,7 +46,7 @@ impl Factorized for FactorOrRounded {
             Err(reason) => return self.round(weights, variant, reason),
         };
         match factor.solve(weights, variant) {
-            // One of them fails: the others need not be rounded for that.
+            // One of them fails: solve each alone, so that only that one is rounded.
             Err(Error::Numerical(_)) if weights.len() > 1 => {
                 let alone = weights.iter().map(|weight| self.solve(&[*weight], variant));
                 Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())

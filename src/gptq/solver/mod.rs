@@ -1,4 +1,4 @@
-//! Solvers: a Hessian and the weights that share it go in, codes and scales come out.
+//! Solvers: from a Hessian and the weights that share it to codes and scales.
 //!
 //! GPTQ as Babai's nearest plane (arXiv 2507.18553): with `H + λI = Ũ Ũᵀ`, `Ũ` upper triangular, and
 //! `D = Ŵ − W`, the columns are taken in order and
@@ -10,12 +10,10 @@ mod by_rows;
 mod cpu;
 mod cuda;
 mod fallback;
-pub mod reference;
 mod rtn;
 mod solved;
 #[cfg(test)]
 pub(in crate::gptq) mod tests;
-mod torch;
 
 use std::borrow::Borrow;
 
@@ -28,7 +26,6 @@ pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes};
 pub use fallback::OrRounded;
 pub use rtn::RtnSolver;
 pub use solved::{Solution, Solved};
-pub use torch::TorchSolver;
 
 use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive};
 use crate::{
@@ -36,45 +33,41 @@ use crate::{
     variant::{Sorting, Variant},
 };
 
-/// A way to solve: one implementation a kind of device.
+/// A solver; there is one for each kind of device.
 pub trait Solver {
-    /// For reports.
+    /// Its name in reports.
     fn name(&self) -> &'static str;
 
-    /// Orders (`sorting`), damps and factorizes a Hessian; the result solves any number of
-    /// weights and variants of that order. Damping starts at `damp` of the mean diagonal and is raised only when the
-    /// factorization fails. `stage` names the inputs in errors.
+    /// Orders (`sorting`), damps and factorizes a Hessian. The result solves any number of weights and variants of that
+    /// order. Damping starts at `damp` of the mean diagonal and is raised only if the factorization fails. `stage` names the
+    /// inputs in errors.
     ///
     /// # Errors
-    /// When the Hessian is all zero or stays indefinite at full damping, or memory ends.
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>>;
+    /// When the Hessian is all zero or stays indefinite at full damping, or memory is exhausted.
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor>;
 }
+
+/// A factorized Hessian, as a solver returns it.
+pub type Factor = Box<dyn Factorized>;
 
 /// A factorized Hessian.
 pub trait Factorized {
-    /// How the factorization went.
+    /// Statistics of the factorization.
     fn facts(&self) -> &Factorization;
 
-    /// Quantizes weights, which share these inputs, together. `variant.order` must be
-    /// of the order that was factorized.
+    /// Quantizes weights that share these inputs. `variant.order` must be the order of the factorization.
     ///
     /// # Errors
-    /// When a weight is NaN or infinite, a scale does not fit fp16, the arithmetic leaves the numbers, or libtorch fails.
+    /// When a weight is NaN or infinite, a scale does not fit fp16, a result is NaN or infinite, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
 
-    /// `B (H + λI)⁻¹` fp32 of `B` `[N, K]` fp32; `None` where there is no factor, as weights are rounded.
+    /// `B (H + λI)⁻¹` fp32 of `B` `[N, K]` fp32; `None` if there is no factor because weights are rounded.
     ///
     /// # Errors
     /// When libtorch fails.
     fn divide(&self, b: &Tensor) -> Result<Option<Tensor>>;
 
-    /// Whether a linear that cannot be solved is rounded.
+    /// Whether linears that cannot be solved are rounded to nearest.
     fn rounds_failures(&self) -> bool {
         false
     }
@@ -83,44 +76,43 @@ pub trait Factorized {
 /// A weight to be solved.
 #[derive(Debug, Clone, Copy)]
 pub struct Weight<'a> {
-    /// For errors.
+    /// Its name in errors.
     pub name: &'a str,
     /// `[N, K]`.
     pub values: &'a Tensor,
 }
 
-/// How a factorization went.
+/// Statistics of a factorization.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Factorization {
     /// Damping used, as a fraction of the mean diagonal of the features that are not dead.
     pub damp: f64,
     /// How often it had to be raised.
     pub damp_raised: u32,
-    /// Input features that carried nothing during calibration; their weights are set to zero.
+    /// Input features that are zero in all calibration tokens; their weights are set to zero.
     pub dead_columns: usize,
-    /// Largest over median diagonal element, dead features left out.
+    /// Ratio of the largest to the median diagonal element, without dead features.
     pub outlier_ratio: f64,
     /// The square of the largest over the smallest diagonal element of the factor: at most the condition number.
     pub condition_estimate: f64,
 }
 
-/// A factorization, and what was decided on the way to it.
+/// A factorization with its order and damping.
 struct Damped<F> {
     factor: F,
     order: ColumnOrder,
     /// Undamped, in the features' own order.
     diagonal: Vec<f32>,
     dead: Vec<u32>,
-    /// What was added to the diagonal.
+    /// The number that was added to the diagonal.
     lambda: f64,
     facts: Factorization,
 }
 
-/// What `factorize` gets: the Hessian is to be taken in `order`, with `lambda` on its diagonal, and `mean` too where a
-/// feature is dead.
+/// How to damp a Hessian: its rows and columns are taken in `order`, and `lambda` is added to its diagonal. A diagonal
+/// element that is zero, of a dead feature, becomes `mean + lambda`.
 struct Damping<'a> {
     order: &'a ColumnOrder,
-    dead: &'a [u32],
     mean: f64,
     lambda: f64,
 }
@@ -140,7 +132,7 @@ fn damped<F: Borrow<Tensor>>(
     let order = ColumnOrder::new(sorting, &diagonal);
     for (raised, damp) in damping_steps(damp).enumerate() {
         let lambda = damp * mean;
-        if let Some(factor) = factorize(&Damping { order: &order, dead: &dead, mean, lambda })? {
+        if let Some(factor) = factorize(&Damping { order: &order, mean, lambda })? {
             let facts = Factorization {
                 damp,
                 damp_raised: raised as u32,
@@ -154,12 +146,12 @@ fn damped<F: Borrow<Tensor>>(
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
 }
 
-/// The targets of weights that share inputs: `W + α W D (H + λI)⁻¹` `[N, K]` fp32, with the cross-covariance `D` of these inputs.
-/// `stage` names the inputs in errors.
+/// The targets of weights that share inputs: `W + α W D (H + λI)⁻¹` `[N, K]` fp32, with the cross-covariance `D` of these
+/// inputs. `stage` names the inputs in errors. If `factor` rounds failures, the weight itself replaces a target that is not
+/// finite.
 ///
 /// # Errors
-/// When an input or a target is NaN or infinite, or libtorch fails. A target that is not finite is the weight itself where `factor`
-/// rounds failures.
+/// When an input or a target is NaN or infinite, or libtorch fails.
 pub fn targets(
     factor: &dyn Factorized,
     cross_covariance: &CrossCovariance,
@@ -192,7 +184,7 @@ pub fn targets(
     weights.iter().map(target).collect()
 }
 
-/// [`Factorized::divide`] with a triangular `factor` of `H + λI`, `upper` or lower, in the order of `columns`.
+/// [`Factorized::divide`] by a triangular `factor` of `H + λI`, `upper` or lower, in the order of `columns`.
 fn divide_by(
     b: &Tensor,
     factor: &Tensor,
@@ -211,7 +203,7 @@ fn divide_by(
     divide().torch("divide by a factor").map(Some)
 }
 
-/// Largest over median of what is not zero; 0 when all is.
+/// Ratio of the largest to the median of the elements that are not zero; 0 if all are zero.
 fn outlier_ratio(diagonal: &[f32]) -> f64 {
     let mut alive: Vec<f32> = diagonal.iter().copied().filter(|&d| d != 0.0).collect();
     alive.sort_unstable_by(f32::total_cmp);
@@ -224,14 +216,14 @@ fn condition_estimate(factor: &Tensor) -> Result<f64, tch::TchError> {
     Ok((f64::try_from(largest)? / f64::try_from(smallest)?).powi(2))
 }
 
-/// Columns solved between two matrix products: about `panel`, but whole groups where these are fitted on the way. `k` are
-/// all columns.
+/// Columns solved between two matrix products: about `panel`, but whole groups if scales are fitted during the solve. `k` is
+/// the number of all columns.
 fn panel_width(variant: &Variant, k: usize, panel: usize) -> usize {
     let size = variant.group_size.features(k);
     if variant.scales_known_beforehand() { panel } else { size.max(panel / size * size) }
 }
 
-/// What solving one weight, or one row of it, added up.
+/// Sums over the columns of a solved weight or row.
 #[derive(Debug, Clone, Copy)]
 struct Sums {
     /// `tr(D (H+λI) Dᵀ)`.
@@ -247,10 +239,10 @@ impl Sums {
     }
 }
 
-/// A solution out of its parts: codes `[K, N]`, steps `[G, N]`.
+/// Builds a solution from codes `[K, N]` and steps `[G, N]`.
 ///
 /// # Errors
-/// When it is not one that can be used: see [`check_scales`] and [`check_sums`].
+/// As for [`check_scales`] and [`check_sums`].
 fn solution(
     weight: &Weight<'_>,
     variant: &Variant,
@@ -273,7 +265,7 @@ fn solution(
     })
 }
 
-/// Refuses a scale that does not fit fp16, of `scales` `[G, N]`: the fault of a weight, or of what was made of it.
+/// Refuses a scale of `scales` `[G, N]` that does not fit fp16; the cause is the weight or its target.
 fn check_scales(weight: &Weight<'_>, scales: &[f16], n: usize) -> Result<()> {
     let Some(at) = scales.iter().position(|s| !s.is_finite()) else { return Ok(()) };
     check_finite(weight)?;
@@ -287,7 +279,7 @@ fn check_scales(weight: &Weight<'_>, scales: &[f16], n: usize) -> Result<()> {
     Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
 }
 
-/// Refuses a solution in which the arithmetic left the numbers; nothing in its codes shows that.
+/// Refuses a solution whose sums are NaN or infinite; its codes alone would not show that.
 fn check_sums(weight: &Weight<'_>, sums: Sums) -> Result<()> {
     if sums.objective.is_finite() && sums.distance.is_finite() {
         return Ok(());
@@ -314,7 +306,7 @@ fn largest(weight: &Weight<'_>) -> Result<f32> {
     Ok(largest().torch("find the largest weight")? as f32)
 }
 
-/// The dampings tried one after another, as fractions of the mean diagonal: `start`, then doubled up to 1.
+/// The dampings to try one after another, as fractions of the mean diagonal: `start`, then doubled up to 1.
 fn damping_steps(start: f64) -> impl Iterator<Item = f64> {
     let next = |&d: &f64| (d < 1.0).then(|| (d * 2.0).clamp(0.01, 1.0));
     std::iter::successors(Some(start), next)

@@ -1,12 +1,13 @@
-//! Round-to-nearest: every weight to the nearest level of its group's grid, with no compensation. It is what GPTQ has to
-//! beat, and what a run falls back to when it is told to.
+//! Round-to-nearest: every weight becomes the nearest level of its group's grid, without compensation. It is the baseline of
+//! GPTQ, and the optional fallback of a run.
 
 use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales, outlier_ratio,
+    Factor, Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales,
+    outlier_ratio,
 };
 use crate::{
     error::{Result, TorchContext},
@@ -17,8 +18,7 @@ use crate::{
     variant::{Sorting, Variant},
 };
 
-/// Rounds on the CPU. The Hessian decides only which features are a group under act order, and how large the error is
-/// said to be, so that any will do.
+/// Rounds on the CPU. The Hessian is used only for the groups of act order and for the reported error.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RtnSolver;
 
@@ -27,14 +27,8 @@ impl Solver for RtnSolver {
         "rtn"
     }
 
-    /// Factorizes nothing: damping is not used, and reported as 0.
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        _damp: f64,
-        _stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    /// Factorizes nothing; damping is not used and is reported as 0.
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, _damp: f64, _stage: &str) -> Result<Factor> {
         let diagonal = hessian.diagonal()?;
         let dead_columns = dead_columns(&diagonal).len();
         let outlier_ratio = outlier_ratio(&diagonal);
@@ -97,8 +91,8 @@ impl Rounding {
     }
 }
 
-/// Rounds a row of weights `[K]`: its groups' steps `[G]` and codes `[K]` come out, and the weights become `Ŵ − W`. A
-/// scale that fp16 cannot hold comes out infinite, and the differences with it mean nothing.
+/// Rounds a row of weights `[K]`: writes its groups' steps `[G]` and its codes `[K]`, and replaces the weights by `Ŵ − W`. A
+/// scale that fp16 cannot hold becomes infinite, and the differences of its group are then undefined.
 pub(super) fn round_row(grid: Grid, g_idx: &[u32], values: &mut [f32], steps: &mut [Step], codes: &mut [u8]) {
     /// Added to a small number and taken away again, this leaves the nearest integer, ties to even.
     const INTEGERS: f32 = 12_582_912.0;

@@ -1,4 +1,4 @@
-//! What solvers return.
+//! Results of solvers.
 
 use std::borrow::Cow;
 
@@ -19,14 +19,14 @@ pub struct Solution {
     pub linear: Solved,
     /// `tr(D H Dᵀ)` with the undamped `H`: the mean squared error of the linear's output.
     pub squared_error: f64,
-    /// Output features that are rounded to nearest, as compensation would have made their error larger: with the common
-    /// grids it clips what it moves out of them.
+    /// Output features that are rounded to nearest, because compensation would have made their errors larger: the grid clips
+    /// compensated weights.
     pub uncompensated: usize,
-    /// Why it was rounded to nearest instead of solved, if it was: see [`super::OrRounded`].
+    /// Why the linear was rounded to nearest instead of solved, if it was: see [`super::OrRounded`].
     pub fallback: Option<String>,
 }
 
-/// Codes, scales, zeros and groups, where the solver left them.
+/// Codes, scales, zeros and groups, on the host or on the solver's device.
 #[derive(Debug)]
 pub enum Solved {
     /// In the machine's memory.
@@ -52,11 +52,11 @@ impl Solved {
         }
     }
 
-    /// The dense weight, transposed: `[K, N]` where the solver left it, each value exact in fp32 and then rounded to `kind`, which is
+    /// The dense weight, transposed: `[K, N]` on the linear's device. Values are exact in fp32, then rounded to `kind`, which is
     /// fp32, fp16 or bf16.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn dequantize(&self, kind: Kind) -> Result<Tensor> {
         match self {
             Self::Host(linear) => dequantized(linear, kind),
@@ -64,11 +64,11 @@ impl Solved {
         }
     }
 
-    /// One linear out of linears of some rows each: the `i`-th row of all of `parts`, one after another, is output feature
-    /// `rows[i]`.
+    /// Joins `parts`, which hold some output features each: the `i`-th output feature of the concatenated parts becomes
+    /// output feature `rows[i]`. The result is on the host if any part is.
     ///
     /// # Errors
-    /// When memory ends, or some lie on a device and some do not.
+    /// When memory is exhausted.
     pub(super) fn joined(parts: Vec<Self>, rows: &[i64]) -> Result<Self> {
         let (mut on_host, mut on_device) = (Vec::new(), Vec::new());
         for part in parts {
@@ -80,32 +80,21 @@ impl Solved {
         if on_host.is_empty() {
             return DeviceLinear::joined(&on_device, rows).map(Self::Device);
         }
-        // Some could not be solved on the device.
+        // The host has the parts that could not be solved on the device.
         for linear in &on_device {
             on_host.push(linear.to_host()?);
         }
         Ok(Self::Host(QuantizedLinear::joined(&on_host, rows)))
     }
 
-    /// In the machine's memory, or a copy there.
+    /// The linear on the host; from a device, a copy.
     ///
     /// # Errors
-    /// When it cannot be copied from the device.
+    /// When the copy from the device fails.
     pub fn on_host(&self) -> Result<Cow<'_, QuantizedLinear>> {
         match self {
             Self::Host(linear) => Ok(Cow::Borrowed(linear)),
             Self::Device(linear) => linear.to_host().map(Cow::Owned),
-        }
-    }
-
-    /// In the machine's memory.
-    ///
-    /// # Errors
-    /// When it cannot be copied from the device.
-    pub fn into_host(self) -> Result<QuantizedLinear> {
-        match self {
-            Self::Host(linear) => Ok(linear),
-            Self::Device(linear) => linear.to_host(),
         }
     }
 }

@@ -13,7 +13,8 @@ use crate::pack::PackedView;
 /// Input features of a panel: a whole number of units at every width. A panel of 32 columns is 32 KiB and stays in the L1 cache.
 pub(super) const PANEL_FEATURES: usize = 256;
 
-/// A tile of dequantized weights for up to [`PANEL_FEATURES`] input features, and what it is made from; kept by a thread from task to task.
+/// A tile of dequantized weights for up to [`PANEL_FEATURES`] input features, with its scales and zero points. A thread reuses it
+/// for all its tasks.
 ///
 /// Blocks lie in strips of `VECTORS` (a number that divides [`BLOCKS`]): `weights[strip][k][vector]`.
 pub(super) struct Panel {
@@ -32,7 +33,7 @@ impl Default for Panel {
 
 impl Panel {
     /// Dequantizes `columns` (a tile or less) of `units`, for which the table has been filled.
-    /// What lies beyond the last column keeps old values.
+    /// Values beyond the last column are not changed.
     #[inline(always)]
     pub(super) fn dequantize<S: Simd, const BITS: usize, const WORDS: usize, const VECTORS: usize>(
         &mut self,

@@ -1,6 +1,8 @@
-//! `x · Wᵀ` for one to four rows of x, as in generation: every weight is used so few times that reading the packed words is what costs.
+//! `x · Wᵀ` for one to four rows of x, as in generation. Every weight is used so few times that reading the packed words takes
+//! most of the time.
 //!
-//! Weights are dequantized in registers and multiplied at once; a tile of columns is read from top to bottom, prefetched a few rows ahead.
+//! Weights are dequantized in registers and multiplied at once. A tile of columns is read from top to bottom, with prefetches a
+//! few rows ahead.
 
 use std::ops::Range;
 
@@ -13,10 +15,11 @@ use super::unpack::{
 };
 use crate::pack::PackedView;
 
-/// The most rows this path takes.
+/// The most rows of x here.
 pub(super) const MAX_ROWS: usize = 4;
 
-/// How many units ahead words are asked for: of 1, 2, 4 and 8 the best on memory-bound matrices, where it doubles the speed of no prefetch at all.
+/// How many units ahead words are prefetched. Of 1, 2, 4 and 8 the fastest for memory-bound matrices: twice as fast as without
+/// prefetches.
 const PREFETCH_UNITS: usize = 8;
 
 /// `y = x · Wᵀ` for 1 to [`MAX_ROWS`] rows; `tiles[t][m]` are the columns of tile `t` in row `m` of y.
@@ -130,7 +133,7 @@ fn cut_rows<const M: usize>(x: &[f32], in_features: usize, features: Range<usize
     rows
 }
 
-/// `sums += x · (q - z)` for a unit of one group, whose scale is left to the end of the group.
+/// `sums += x · (q - z)` for a unit of one group; the group's scale is applied at its end.
 #[inline(always)]
 fn add_uniform<S: Simd, const BITS: usize, const WORDS: usize, const M: usize>(
     simd: S,

@@ -1,8 +1,10 @@
-//! `y = x · Wᵀ` on the CPU with packed GPTQ weights, which are never dequantized as a whole.
+//! `y = x · Wᵀ` on the CPU with packed GPTQ weights, without a dense copy of all of them.
 //!
-//! Up to four rows go to [`super::few_rows`]. For more, each task takes a tile of 256 output features: it dequantizes 256 input features of it at a time into a panel that stays in its core's cache, and multiplies all rows with the panel.
+//! [`super::few_rows`] multiplies up to four rows. For more rows, each task has a tile of 256 output features. It dequantizes 256
+//! input features at a time into a panel that stays in its core's cache, and multiplies all rows with the panel.
 //!
-//! Every element of y is summed in an order that depends on K and on the instruction set alone, so the number of threads and the way the work is cut do not change a bit of it. Up to four rows are summed in another order than more rows are.
+//! The order of each element's sum depends only on K and on the instruction set, so that the number of threads and the division
+//! into tasks do not change the result. Up to four rows are summed in another order than more rows.
 
 use rayon::prelude::*;
 
@@ -15,8 +17,9 @@ use crate::pack::PackedView;
 /// The most rows of x that are multiplied with a panel: bounds the copy of x, and keeps x, panel and y in the L2 cache.
 const CHUNK_ROWS: usize = 512;
 
-/// The fewest rows for which a tile is worth dequantizing another time when there are more threads than tiles.
+/// The fewest rows of a task if several tasks dequantize the same tile, because there are more threads than tiles.
 const MIN_TASK_ROWS: usize = 64;
+/// How far ahead x is prefetched, in values.
 const AHEAD: usize = 256;
 
 /// Multiplies: y `[M, N]` = x `[M, K]` · Wᵀ, all f32 and row-major, with `M = rows`, K and N of `w`.
@@ -80,14 +83,14 @@ fn matmul_many_rows<const BITS: usize, const WORDS: usize>(
     }
 }
 
-/// How many rows a task takes: all of them if there are tiles for every thread.
+/// Rows of a task: all of them if there are tiles for every thread.
 fn task_rows(rows: usize, tiles: usize, tile_rows: usize) -> usize {
     let pieces = (2 * rayon::current_num_threads()).div_ceil(tiles).min(rows / MIN_TASK_ROWS).max(1);
     rows.div_ceil(pieces).next_multiple_of(tile_rows)
 }
 
 /// Reorders x `[M, K]` to `[K / PANEL_FEATURES][M / tile_rows][PANEL_FEATURES][tile_rows]`, the order in which it is multiplied.
-/// The last panel has the features that are left; rows beyond M are zero.
+/// The last panel has the remaining features; rows beyond M are zero.
 fn pack_rows(x: &[f32], in_features: usize, tile_rows: usize, packed: &mut Vec<f32>) {
     let padded_rows = (x.len() / in_features).next_multiple_of(tile_rows);
     packed.clear();
@@ -177,7 +180,7 @@ fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize>(
     sums
 }
 
-/// Adds sums to a row of y as far as it reaches, or, when they are the `first`, stores them.
+/// Adds sums to a row of y, up to its end, or stores them if they are the `first`.
 #[inline(always)]
 fn add<S: Simd, const VECTORS: usize>(simd: S, sums: &[S::Floats; VECTORS], first: bool, y: &mut [f32]) {
     for (v, y) in y.chunks_mut(LANES).enumerate().take(VECTORS) {

@@ -1,4 +1,5 @@
-//! Vectors of 16 lanes for the CPU kernels, with the instruction set chosen at run time; the only `unsafe` of the CPU kernels is in this file.
+//! Vectors of 16 lanes for the CPU kernels, with the instruction set chosen at run time. All `unsafe` code of the CPU kernels is
+//! here and in `simd_x86`.
 //!
 //! A [`Kernel`] is written once over the trait [`Simd`] and compiled once for every instruction set that [`Isa::run`] knows.
 
@@ -10,7 +11,7 @@ pub(super) use super::simd_x86::{Avx2, Avx512};
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
 
-/// 2^23: its bits or-ed with a small integer are the f32 of that integer plus 2^23, so a conversion costs nothing.
+/// 2^23: its bits or-ed with a small integer are the f32 of that integer plus 2^23, which saves a conversion.
 pub(super) const BIAS: f32 = 8_388_608.0;
 
 /// Memory of one vector, on a cache line of its own.
@@ -24,13 +25,14 @@ impl Lanes {
 
 /// The vector operations of one instruction set.
 ///
-/// A value is the proof that the CPU has it, so the methods are safe to call; what takes one must be `#[inline(always)]` up to [`Kernel::run`], or each operation becomes a function call.
+/// A value proves that the CPU has the instruction set, so that the methods are safe to call. Functions with a `Simd` argument
+/// must be `#[inline(always)]` up to [`Kernel::run`]; otherwise each operation is a function call.
 pub(super) trait Simd: Copy {
     /// 16 numbers.
     type Floats: Copy;
     /// 16 packed words.
     type Words: Copy;
-    /// Whether constant shifts are worth a copy of the code for each of the codes in a unit.
+    /// Whether loops over the codes of a unit are unrolled, for constant shifts.
     const UNROLLED: bool;
 
     fn splat(self, value: f32) -> Self::Floats;
@@ -42,7 +44,8 @@ pub(super) trait Simd: Copy {
     /// `a * b + c`, rounded once where the instruction set can, else twice.
     fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
     fn load_words(self, from: &[i32; LANES]) -> Self::Words;
-    /// The `bits` bits of `high:low` that start at bit `shift < 32` of `low`, as numbers, plus [`BIAS`]. `high` counts only where they reach beyond `low`.
+    /// The `bits` bits of `high:low` that start at bit `shift < 32` of `low`, as numbers, plus [`BIAS`]. `high` is used only if the
+    /// bits reach beyond `low`.
     fn biased_codes(self, low: Self::Words, high: Self::Words, shift: u32, bits: u32) -> Self::Floats;
 }
 
@@ -124,12 +127,25 @@ fn run_avx2(simd: Avx2, kernel: impl Kernel) {
     kernel.run::<_, AVX2_ROWS, 1>(simd);
 }
 
-/// Arrays, for the compiler to vectorize with whatever every CPU of the target has.
+/// Arrays, which the compiler vectorizes with the instructions that every CPU of the target has.
 #[derive(Clone, Copy)]
 struct Portable;
 
 /// True where `f32::mul_add` is an instruction on every CPU of the target; elsewhere it would be a slow library call.
 const PORTABLE_FMA: bool = cfg!(any(target_arch = "aarch64", target_feature = "fma"));
+
+/// A method of [`Simd`] that is the same for each lane.
+macro_rules! by_lane {
+    ($name:ident, $operator:tt) => {
+        #[inline(always)]
+        fn $name(self, mut a: Self::Floats, b: Self::Floats) -> Self::Floats {
+            for l in 0..LANES {
+                a[l] $operator b[l];
+            }
+            a
+        }
+    };
+}
 
 impl Simd for Portable {
     type Floats = [f32; LANES];
@@ -151,29 +167,9 @@ impl Simd for Portable {
         *to = value;
     }
 
-    #[inline(always)]
-    fn sub(self, mut a: Self::Floats, b: Self::Floats) -> Self::Floats {
-        for l in 0..LANES {
-            a[l] -= b[l];
-        }
-        a
-    }
-
-    #[inline(always)]
-    fn add(self, mut a: Self::Floats, b: Self::Floats) -> Self::Floats {
-        for l in 0..LANES {
-            a[l] += b[l];
-        }
-        a
-    }
-
-    #[inline(always)]
-    fn mul(self, mut a: Self::Floats, b: Self::Floats) -> Self::Floats {
-        for l in 0..LANES {
-            a[l] *= b[l];
-        }
-        a
-    }
+    by_lane!(sub, -=);
+    by_lane!(add, +=);
+    by_lane!(mul, *=);
 
     #[inline(always)]
     fn mul_add(self, a: Self::Floats, b: Self::Floats, mut c: Self::Floats) -> Self::Floats {
@@ -206,7 +202,7 @@ impl Simd for Portable {
     }
 }
 
-/// Asks for the cache line of `data[index]` ahead of its use; does nothing without such an instruction or such an element.
+/// Prefetches the cache line of `data[index]`; does nothing without such an instruction or element.
 #[inline(always)]
 pub(super) fn prefetch<T>(data: &[T], index: usize) {
     #[cfg(target_arch = "x86_64")]

@@ -1,6 +1,7 @@
 //! [`Simd`] on AVX-512 and on AVX2 with FMA.
 //!
-//! Every `unsafe` here calls an instruction that the value `self` proves the CPU to have: `detect` is the only maker of one. Pointers come from references to arrays of the length that is read or written.
+//! Every `unsafe` block here calls instructions that the CPU has, as the value `self` proves: only `detect` makes such values.
+//! Pointers come from references to arrays of the length that is read or written.
 
 use std::arch::x86_64::*;
 
@@ -26,6 +27,17 @@ impl Avx2 {
     }
 }
 
+/// A method of [`Simd`] that is one instruction.
+macro_rules! instruction {
+    ($name:ident($($argument:ident),*) = $instruction:ident) => {
+        #[inline(always)]
+        fn $name(self, $($argument: __m512),*) -> __m512 {
+            // SAFETY: see the head of this file.
+            unsafe { $instruction($($argument),*) }
+        }
+    };
+}
+
 impl Simd for Avx512 {
     type Floats = __m512;
     type Words = __m512i;
@@ -49,29 +61,10 @@ impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), value) }
     }
 
-    #[inline(always)]
-    fn sub(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: see the head of this file.
-        unsafe { _mm512_sub_ps(a, b) }
-    }
-
-    #[inline(always)]
-    fn add(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: see the head of this file.
-        unsafe { _mm512_add_ps(a, b) }
-    }
-
-    #[inline(always)]
-    fn mul(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: see the head of this file.
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
-        // SAFETY: see the head of this file.
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
+    instruction!(sub(a, b) = _mm512_sub_ps);
+    instruction!(add(a, b) = _mm512_add_ps);
+    instruction!(mul(a, b) = _mm512_mul_ps);
+    instruction!(mul_add(a, b, c) = _mm512_fmadd_ps);
 
     #[inline(always)]
     fn load_words(self, from: &[i32; LANES]) -> __m512i {
@@ -95,6 +88,17 @@ impl Simd for Avx512 {
 
 /// Two registers of eight.
 type Pair<T> = [T; 2];
+
+/// A method of [`Simd`] that is the same instruction on both registers.
+macro_rules! two_instructions {
+    ($name:ident($($argument:ident),*) = $instruction:ident) => {
+        #[inline(always)]
+        fn $name(self, $($argument: Pair<__m256>),*) -> Pair<__m256> {
+            // SAFETY: see the head of this file.
+            unsafe { [$instruction($($argument[0]),*), $instruction($($argument[1]),*)] }
+        }
+    };
+}
 
 impl Simd for Avx2 {
     type Floats = Pair<__m256>;
@@ -124,29 +128,10 @@ impl Simd for Avx2 {
         }
     }
 
-    #[inline(always)]
-    fn sub(self, a: Pair<__m256>, b: Pair<__m256>) -> Pair<__m256> {
-        // SAFETY: see the head of this file.
-        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
-    }
-
-    #[inline(always)]
-    fn add(self, a: Pair<__m256>, b: Pair<__m256>) -> Pair<__m256> {
-        // SAFETY: see the head of this file.
-        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
-    }
-
-    #[inline(always)]
-    fn mul(self, a: Pair<__m256>, b: Pair<__m256>) -> Pair<__m256> {
-        // SAFETY: see the head of this file.
-        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
-    }
-
-    #[inline(always)]
-    fn mul_add(self, a: Pair<__m256>, b: Pair<__m256>, c: Pair<__m256>) -> Pair<__m256> {
-        // SAFETY: see the head of this file.
-        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
-    }
+    two_instructions!(sub(a, b) = _mm256_sub_ps);
+    two_instructions!(add(a, b) = _mm256_add_ps);
+    two_instructions!(mul(a, b) = _mm256_mul_ps);
+    two_instructions!(mul_add(a, b, c) = _mm256_fmadd_ps);
 
     #[inline(always)]
     fn load_words(self, from: &[i32; LANES]) -> Pair<__m256i> {
@@ -179,7 +164,7 @@ fn halves<T>(whole: &[T; LANES]) -> [&[T; LANES / 2]; 2] {
     [low.try_into().expect("eight"), high.try_into().expect("eight")]
 }
 
-/// Asks for the cache line of `element`.
+/// Prefetches the cache line of `element`.
 #[inline(always)]
 pub(super) fn prefetch<T>(element: &T) {
     // SAFETY: SSE is part of x86_64, and a prefetch has no effect that a program can see.

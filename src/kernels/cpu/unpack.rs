@@ -1,4 +1,4 @@
-//! Packed GPTQ tensors to f32: codes, zero points, scales and blocks of dequantized weights, a block of 16 output features at a time.
+//! Unpacks GPTQ tensors to f32: codes, zero points, scales and dequantized weights, a block of 16 output features at a time.
 //!
 //! Shapes use K = input features, N = output features, G = groups, b = bits, as the format does.
 //! A *unit* is the smallest run of input features that fills whole words: 32 codes in three words for 3 bits, else the `32 / b` codes of one word.
@@ -14,7 +14,7 @@ use super::simd::{BIAS, LANES, Lanes, Simd, prefetch};
 
 /// Blocks of a tile.
 pub(super) const BLOCKS: usize = 16;
-/// Output features of a tile, what one task works on: a whole number of words of `qzeros` at every width.
+/// Output features of a tile, the part of one task: a whole number of words of `qzeros` at every width.
 pub(super) const TILE: usize = BLOCKS * LANES;
 /// Marks a unit whose input features belong to more than one group.
 pub(super) const MIXED: u32 = u32::MAX;
@@ -38,7 +38,8 @@ macro_rules! with_width {
 }
 pub(super) use with_width;
 
-/// Runs `$body` for every code `$j` of a unit: a copy of it for each code, with constant shifts and words, for an instruction set that asks for it, else in a loop.
+/// Runs `$body` for every code `$j` of a unit: unrolled, with constant shifts and words, if the instruction set is
+/// [`Simd::UNROLLED`], else in a loop.
 macro_rules! for_each_code {
     ($S:ident, $BITS:ident, $WORDS:ident, |$j:ident| $body:block) => {
         if const { $S::UNROLLED } {
@@ -105,7 +106,7 @@ impl<'a, const WORDS: usize> UnitRows<'a, WORDS> {
         UnitWords(words)
     }
 
-    /// Asks for the words of block `b` ahead of their use.
+    /// Prefetches the words of block `b`.
     #[inline(always)]
     pub(super) fn prefetch(&self, b: usize) {
         for row in &self.0 {
@@ -114,7 +115,7 @@ impl<'a, const WORDS: usize> UnitRows<'a, WORDS> {
     }
 }
 
-/// A partial block, rare enough not to be worth its place in the loops over whole ones.
+/// Pads a partial block. It is rare, and not inlined so that the loops over whole blocks stay small.
 #[inline(never)]
 fn padded(row: &[i32]) -> [i32; LANES] {
     let mut block = [0; LANES];
@@ -133,7 +134,7 @@ pub(super) struct GroupLanes {
 /// Scales and zero points of a tile in one group; unused beyond the tile's last column.
 pub(super) type GroupRow = [GroupLanes; BLOCKS];
 
-/// Decoded scales and zero points of one tile for a range of groups; kept by a thread from tile to tile.
+/// Decoded scales and zero points of one tile for a range of groups. A thread reuses it for all its tiles.
 #[derive(Default)]
 pub(super) struct GroupTable {
     first: usize,

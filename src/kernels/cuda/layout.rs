@@ -1,5 +1,5 @@
-//! Where things lie for `int4_matmul.cu`: packed weights, their parameters, tiles of activations, lanes' values. Every
-//! index function has its namesake in the kernel's source.
+//! The memory layout of `int4_matmul.cu`: packed weights, their parameters, tiles of activations, values of lanes. The kernel's
+//! source has an index function of the same name for each one here.
 //!
 //! K = input features, N = output features, M = tokens, b = bits. A *strip* is 16 output features, a *tile* 16 input
 //! features, a *chunk* 64; one strip by one tile is one A operand of `mma.m16n8k16`.
@@ -33,7 +33,7 @@ pub const fn param_bytes(zeros: bool) -> usize {
     if zeros { 64 } else { 32 }
 }
 
-/// Tiles that surely lie in one group, when groups are `group` input features: the macro `GROUP_TILES`.
+/// Aligned runs of this many tiles lie in one group if groups are `group` input features: the macro `GROUP_TILES`.
 pub const fn group_tiles(group: usize) -> usize {
     if group.is_multiple_of(64) {
         4

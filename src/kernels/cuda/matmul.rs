@@ -1,4 +1,4 @@
-//! `y = x · Wᵀ` on a CUDA device with packed weights that stay packed: the launches of `int4_matmul.cu`.
+//! `y = x · Wᵀ` on a CUDA device with packed weights: the launches of `int4_matmul.cu`.
 
 use std::{
     collections::HashMap,
@@ -18,13 +18,13 @@ use crate::{
     error::{Error, Result, TorchContext},
 };
 
-/// Blocks that `int4_gather` may have along y.
+/// Blocks along y of `int4_gather` at most.
 const MAX_BLOCKS_Y: usize = 65_535;
-/// What the kernels' 16-byte loads want of an address.
+/// Alignment of addresses for the kernels' 16-byte loads, bytes.
 const ALIGNMENT: usize = 16;
 
-/// What the products of one device share: compiled kernels, and scratch memory. Products of one device are launched on one
-/// stream, so that none begins before the one before it has ended.
+/// Compiled kernels and scratch memory that the products of one device share. They are launched on one stream, so that they
+/// run one after another.
 pub struct Workspace {
     gpu: Arc<Gpu>,
     device: Device,
@@ -35,11 +35,11 @@ pub struct Workspace {
 struct Scratch {
     /// fp32 sums of blocks that share output features.
     partials: Tensor,
-    /// Arrivals of such blocks, int32; zero between launches.
+    /// Counts of arrived blocks, int32; zero between launches.
     counters: Tensor,
 }
 
-/// The kernels of one build, with the blocks of each that the device holds at once.
+/// The kernels of one build, each with the number of its blocks that are resident on the device at the same time.
 struct Kernels {
     products: HashMap<Product, (Kernel, usize)>,
     gather: Kernel,
@@ -75,7 +75,7 @@ impl Workspace {
     /// For products on `device`.
     ///
     /// # Errors
-    /// When it is no CUDA device that can be used.
+    /// When the device is not a usable CUDA device.
     pub fn new(device: Device) -> Result<Arc<Self>> {
         let gpu = Gpu::of(device)?;
         if gpu.capability < (8, 0) {
@@ -92,12 +92,12 @@ impl Workspace {
         Ok(Arc::new(Self { gpu, device, kernels: Mutex::default(), scratch }))
     }
 
-    /// The device's facts, its memory and its end of work.
+    /// The device.
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
     }
 
-    /// Where its products run.
+    /// libtorch's name of the device.
     pub fn device(&self) -> Device {
         self.device
     }
@@ -130,13 +130,13 @@ impl Workspace {
         Ok(made)
     }
 
-    /// Scratch memory with at least so many values and words.
+    /// Scratch memory with at least this many partial sums and counters.
     fn scratch(&self, partials: usize, counters: usize) -> Result<MutexGuard<'_, Scratch>> {
         let mut scratch = lock(&self.scratch);
         let grown = |size: usize, kind| {
             Tensor::f_zeros([size as i64], (kind, self.device)).torch("allocate scratch memory")
         };
-        // What is let go is used again only by what comes after it on the stream.
+        // Freed memory is reused only by later work on the stream.
         if scratch.partials.numel() < partials {
             scratch.partials = grown(partials, Kind::Float)?;
         }
@@ -151,7 +151,7 @@ impl CudaMatmul {
     /// Copies a linear to the device, for activations of `kind`, fp16 or bf16.
     ///
     /// # Errors
-    /// When `kind` is another one, the kernels do not compile, or memory ends.
+    /// When `kind` is another kind, the kernels do not compile, or memory is exhausted.
     pub fn new(linear: &Repacked, kind: Kind, workspace: &Arc<Workspace>) -> Result<Self> {
         if !matches!(kind, Kind::Half | Kind::BFloat16) {
             return Err(Error::Value {
@@ -212,7 +212,7 @@ impl CudaMatmul {
     /// Multiplies: `x` `[M, K]` → `[M, N]`, both of this linear's kind, on its device.
     ///
     /// # Errors
-    /// When `x` is something else, the device refuses a launch, or memory ends.
+    /// When `x` has another kind, device or shape, the device refuses a launch, or memory is exhausted.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let tokens = x.size().first().copied().unwrap_or_default();
         let output = [tokens, self.columns as i64];
@@ -224,7 +224,7 @@ impl CudaMatmul {
         y.f_narrow(1, 0, self.out_features as i64).and_then(|y| y.f_contiguous()).torch("cut an output")
     }
 
-    /// The same into `y` `[M, N]`, N padded to a multiple of 8, whose values are not read.
+    /// As [`CudaMatmul::forward`], into `y` `[M, N]`, with N padded to a multiple of 8. The old values of `y` are not read.
     ///
     /// # Errors
     /// As for [`CudaMatmul::forward`].
@@ -238,7 +238,7 @@ impl CudaMatmul {
         }
         let x = x.f_contiguous().torch("lay out an input")?;
         let x = match &self.order {
-            // One more column, of zeros, stands where there is no feature.
+            // Positions without a feature read an additional column of zeros.
             Order::Spread(order) => x.f_constant_pad_nd([0, 1]).and_then(|x| x.f_index_select(1, order)),
             // A view into a larger tensor may begin anywhere.
             _ if !x.data_ptr().addr().is_multiple_of(ALIGNMENT) => x.f_alias_copy(),
@@ -263,7 +263,7 @@ impl CudaMatmul {
         })
     }
 
-    /// Some tokens of x `[M, positions]`, or `[M, K]` to be gathered.
+    /// Multiplies some tokens of x `[M, positions]`, or of x `[M, K]` if features are permuted.
     fn launch(&self, launch: &Launch, x: &Tensor, y: &Tensor) -> Result<()> {
         let (first, tokens) = launch.tokens;
         let row = |tensor: &Tensor, width: usize| {
@@ -327,7 +327,7 @@ impl CudaMatmul {
     }
 }
 
-/// A panic elsewhere leaves nothing half done behind these locks.
+/// Locks a mutex. Its data stays valid if another thread panics, so that poisoning is ignored.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,5 +1,4 @@
-//! Products with packed weights on CUDA: the kernels (`int4_matmul.cu`), the layout that they read, how they are compiled and
-//! launched.
+//! Products with packed weights on CUDA: the kernels (`int4_matmul.cu`), their layout, compilation and launches.
 
 #[cfg(test)]
 mod device_tests;
@@ -12,7 +11,7 @@ use crate::cuda::Source;
 pub use matmul::{CudaMatmul, Workspace};
 pub use repack::{Features, RepackError, Repacked, repack, repacked_bytes};
 
-/// Products with packed weights.
+/// The kernels of products with packed weights.
 pub const INT4_MATMUL: Source = Source { name: "int4_matmul.cu", text: include_str!("int4_matmul.cu") };
 
 #[cfg(test)]

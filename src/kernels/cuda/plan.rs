@@ -1,4 +1,4 @@
-//! How `int4_matmul.cu` is compiled and launched for a linear, a number of tokens and a device: plain arithmetic.
+//! The plan for `int4_matmul.cu`: its macros and launches for a linear, a number of tokens and a device.
 
 use super::layout::{CHUNK, LANES, PADDED_FEATURES, STRIP, TILES, WARPS, chunk_bytes, param_bytes};
 use super::repack::Repacked;
@@ -6,28 +6,28 @@ use crate::cuda::Macro;
 
 /// Output features of a block of `int4_matmul_many_*`.
 const MANY_FEATURES: usize = PADDED_FEATURES;
-/// Shared memory that kernels have beside the dynamic one.
+/// Static shared memory of kernels.
 const STATIC_SHARED: usize = 16;
 /// Tokens of one launch of `int4_matmul_few_16`.
 const FEW_TOKENS: usize = 16;
-/// The most tokens that are worth reading the weights once per 16 of them.
+/// The most tokens for which the weights may be read once for each 16 tokens.
 const SLICED_TOKENS: usize = 64;
-/// `FEW_STRIPS` and `FEW_STAGES`, the most bytes in flight first; what fits the shared memory is taken.
+/// `FEW_STRIPS` and `FEW_STAGES`, the most bytes in flight first. The first shape that fits the shared memory is used.
 const FEW_SHAPES: [(usize, usize); 7] = [(8, 3), (8, 2), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2)];
-/// Tokens of a block of `int4_matmul_many_*`, and what a token of it costs against those of the widest: an estimate, from
-/// the operands read from shared memory for each product.
+/// Tokens of a block of `int4_matmul_many_*`, and the relative cost of a token: an estimate from the operands that are read
+/// from shared memory for each product.
 const MANY_SHAPES: [(usize, usize); 3] = [(256, 8), (128, 9), (64, 10)];
 
-/// What plans depend on of a device.
+/// Properties of a device that plans depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Streaming multiprocessors.
     pub multiprocessors: usize,
-    /// Shared memory a block can have, bytes: 99 KiB on sm_86 and sm_89, 163 on sm_80, 227 on sm_90.
+    /// Shared memory of a block at most, bytes: 99 KiB on sm_86 and sm_89, 163 on sm_80, 227 on sm_90.
     pub shared_memory: usize,
 }
 
-/// What the kernels are compiled for: the macros of `int4_matmul.cu`.
+/// Values of the macros of `int4_matmul.cu`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Build {
     bits: usize,
@@ -39,7 +39,7 @@ pub struct Build {
     many_stages: usize,
 }
 
-/// Kernels that multiply. Each takes up to so many tokens, or so many a block.
+/// Kernels that multiply, with the most tokens of a launch, or the tokens of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Product {
     /// Weights are read once for up to 8 or 16 tokens; stream-K.
@@ -53,7 +53,7 @@ impl Product {
     pub const ALL: [Self; 5] =
         [Self::Few(8), Self::Few(16), Self::Many(64), Self::Many(128), Self::Many(256)];
 
-    /// The kernel.
+    /// The kernel's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Few(8) => "int4_matmul_few_8",
@@ -75,8 +75,8 @@ pub struct Launch {
 }
 
 impl Build {
-    /// The configuration for a linear with activations in bf16 or fp16; none when the device has too little shared memory
-    /// for any.
+    /// The configuration for a linear with activations in bf16 or fp16; `None` if the device has too little shared memory for
+    /// all configurations.
     pub fn new(linear: &Repacked, bf16: bool, limits: Limits) -> Option<Self> {
         let Repacked { bits, zeros, group_tiles, .. } = *linear;
         let build = |(few_strips, few_stages), many_stages| Self {
@@ -89,7 +89,7 @@ impl Build {
             many_stages,
         };
         let room = limits.shared_memory.checked_sub(STATIC_SHARED)?;
-        // A fourth stage where the widest block still fits.
+        // A fourth stage if the widest block still fits.
         let stages = match build(FEW_SHAPES[0], 4).shared_bytes(Product::Many(256)) <= room {
             true => 4,
             false => 3,
@@ -140,8 +140,8 @@ impl Build {
         self.few_strips * (tokens / 8) * 4
     }
 
-    /// Blocks of a launch, x and y. `resident` is how many of the kernel's the device holds at once, which `few` must not
-    /// exceed when it gathers, and has no use for when it does not.
+    /// Blocks of a launch, x and y. `resident` is the number of the kernel's blocks that are resident at the same time. `few`
+    /// must not exceed it when it gathers, and does not profit from more blocks when it does not.
     pub fn blocks(&self, launch: &Launch, n: usize, k: usize, resident: usize) -> (usize, usize) {
         match launch.product {
             Product::Few(_) => {
@@ -152,7 +152,7 @@ impl Build {
         }
     }
 
-    /// Values (fp32) of the workspace `partials` for so many blocks.
+    /// Values (fp32) of the workspace `partials` for a number of blocks.
     pub fn partials(&self, launch: &Launch, blocks: usize) -> usize {
         match launch.product {
             Product::Few(tokens) => blocks * 2 * self.values(tokens) * LANES,
@@ -160,7 +160,7 @@ impl Build {
         }
     }
 
-    /// Words of the workspace `counters`: zero before the first launch, and left so by each.
+    /// Words of the workspace `counters`: zero before the first launch and after each launch.
     pub fn counters(&self, n: usize) -> usize {
         2 + n.div_ceil(self.few_strips * STRIP)
     }
@@ -174,7 +174,7 @@ impl Build {
             };
             return (0..m).step_by(FEW_TOKENS).map(slice).collect();
         }
-        // The longest any multiprocessor works, in tokens.
+        // The longest time of a multiprocessor, in tokens.
         let cost = |&(tokens, each): &(usize, usize)| {
             let blocks = m.div_ceil(tokens) * n.div_ceil(MANY_FEATURES);
             blocks.div_ceil(limits.multiprocessors) * tokens * each

@@ -1,5 +1,5 @@
-//! From a checkpoint's packed linear to the layout of `int4_matmul.cu`, once at load. Codes, zero points and scales are
-//! kept bit by bit.
+//! Repacks a checkpoint's packed linear into the layout of `int4_matmul.cu`, once at load. Codes, zero points and scales keep
+//! all their bits.
 
 use rayon::prelude::*;
 
@@ -12,13 +12,13 @@ use crate::{
     variant::{Bits, GroupSize},
 };
 
-/// Why a linear cannot take the layout.
+/// Why the kernels cannot use a linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RepackError {
     /// Another width than 4 and 8 bits.
     #[error("the CUDA kernels take 4 and 8 bits, not {0}")]
     Bits(u32),
-    /// Padded to whole tiles, the groups would take more memory than fp16 does.
+    /// With groups padded to whole tiles, the linear would need more memory than in fp16.
     #[error(
         "its {groups} groups over {in_features} input features are too small or too uneven for the CUDA kernels"
     )]
@@ -30,19 +30,19 @@ pub enum RepackError {
     },
 }
 
-/// Which input feature of x goes to which position of the kernels' K.
+/// The input feature of x at each position of the kernels' K.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Features {
-    /// Each to its own.
+    /// The feature with the position's number.
     InPlace,
     /// The feature at each of K positions: act order.
     Permuted(Vec<u32>),
-    /// The feature at each of more than K positions; K itself, which x does not have, stands for zero. For groups that
-    /// do not fill tiles, and rows of x that are no multiple of 16 bytes.
+    /// The feature at each of more than K positions; the number K marks a position with zero input. For groups that do not
+    /// fill whole tiles, and for rows of x whose size is not a multiple of 16 bytes.
     Spread(Vec<u32>),
 }
 
-/// A linear in the layout of the kernels, with what configures them.
+/// A linear in the layout of the kernels, with their parameters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repacked {
     /// `[N'/16, K'/64, 64·16·b/8 bytes]`, with N' = N padded to 128 and K' = `positions` padded to 64; see
@@ -50,7 +50,7 @@ pub struct Repacked {
     pub weights: Vec<u32>,
     /// `[N'/16, G', 16 or 32]`: fp16 scales, then zero points if there are any; see [`param_offset`].
     pub params: Vec<u16>,
-    /// How x has to be laid out.
+    /// The layout of x.
     pub features: Features,
     /// 4 or 8: the macro `BITS`.
     pub bits: usize,
@@ -81,7 +81,7 @@ impl Repacked {
         (self.chunks() * CHUNK).div_ceil(self.group)
     }
 
-    /// Bytes of weights and parameters: what one product with few tokens reads.
+    /// Bytes of weights and parameters, which a product with few tokens reads.
     pub fn bytes(&self) -> usize {
         size_of_val(&*self.weights) + size_of_val(&*self.params)
     }
@@ -122,7 +122,7 @@ pub fn repack(view: &PackedView<'_>) -> Result<Repacked, RepackError> {
     Ok(repacked)
 }
 
-/// [`Repacked::bytes`] of a linear whose groups are of one size, before it is read; `None` where it is refused. `zeros`:
+/// [`Repacked::bytes`] of a linear with groups of one size, without its tensors; `None` if the kernels cannot use it. `zeros`:
 /// zero points are explicit.
 pub fn repacked_bytes(
     bits: Bits,
@@ -153,7 +153,7 @@ struct Placement {
     group: usize,
 }
 
-/// Sorts input features by group, and pads groups to whole tiles if they are none.
+/// Sorts input features by group, and pads groups to whole tiles.
 fn place(view: &PackedView<'_>) -> Result<Placement, RepackError> {
     let (k, groups) = (view.in_features(), view.groups());
     let group_of = |feature: u32| view.g_idx()[feature as usize] as usize;
@@ -206,7 +206,7 @@ fn weights(view: &PackedView<'_>, to: &Repacked) -> Vec<u32> {
         let first = strip * STRIP;
         let width = n.saturating_sub(first).min(STRIP);
         for (chunk, sources) in sources.chunks_exact(CHUNK).enumerate() {
-            // What is padding meets activations that are zero, or a scale that is.
+            // Padding is multiplied by activations or scales that are zero.
             let mut codes = [[neutral; STRIP]; CHUNK];
             for (codes, source) in codes.iter_mut().zip(sources) {
                 let Some(feature) = source else { continue };

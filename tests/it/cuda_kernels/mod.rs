@@ -7,9 +7,18 @@ mod mistakes;
 mod panels;
 mod problem;
 mod product;
+#[path = "../../../src/gptq/solver/tests/reference.rs"]
+mod reference;
 mod small;
 mod solve;
 mod solver;
+
+// For `reference`.
+use gptq::{
+    accuracy::{AccuracyOptions, Scales},
+    gptq::{ColumnOrder, Grid, QuantizedLinear, Step, dead_columns},
+    variant::{Order, Variant},
+};
 
 /// Bytes of arguments, in the order of the kernel's parameters.
 macro_rules! arguments {

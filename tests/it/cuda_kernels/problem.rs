@@ -7,7 +7,7 @@ use gptq::{
 };
 use half::f16;
 
-use super::Random;
+use super::{Random, reference};
 
 /// Damping, of the mean diagonal.
 pub(crate) const DAMP: f64 = 0.01;
@@ -171,13 +171,14 @@ impl Problem {
     #[track_caller]
     pub(crate) fn check_against_definition(&self, variant: &Variant, solved: &Solved) {
         let n = self.n;
-        let definition = gptq::gptq::solver::reference::solve(
+        let definition = reference::solve(
             &self.weight,
             &self.hessian,
             self.k,
             DAMP,
             variant,
             &AccuracyOptions::NONE,
+            false,
         )
         .unwrap();
         let (ours, theirs) = (&solved.linear, &definition.linear);

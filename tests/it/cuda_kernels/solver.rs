@@ -7,13 +7,14 @@ use gptq::{
     error::{Error, Result},
     gptq::{
         Hessian,
-        solver::{CudaSolver, Kernels, Solved, Solver, Weight, reference},
+        solver::{CudaSolver, Kernels, Solved, Solver, Weight},
     },
     pack::PackedLinear,
     variant::Variant,
 };
 use tch::{Device, Kind, Tensor};
 
+use super::reference;
 use crate::cuda_host::{Launch, Library, Memory, Order};
 
 /// fp32 moves a target that lies at a tie to either side; later codes of the row then aim at another point.
@@ -109,9 +110,16 @@ fn the_cuda_solver_agrees_with_the_definition() {
         let stage: Vec<Weight<'_>> = weights.iter().map(|values| Weight { name: "weight", values }).collect();
         let solutions = factor.solve(&stage, &variant).unwrap_or_else(|error| panic!("{variant}: {error}"));
         for (solution, weight) in solutions.iter().zip(&weights) {
-            let definition =
-                reference::solve(&values(weight), &h, k as usize, DAMP, &variant, &AccuracyOptions::NONE)
-                    .unwrap();
+            let definition = reference::solve(
+                &values(weight),
+                &h,
+                k as usize,
+                DAMP,
+                &variant,
+                &AccuracyOptions::NONE,
+                false,
+            )
+            .unwrap();
             let Solved::Device(device) = &solution.linear else { panic!("{variant}: not on the device") };
             let linear = device.to_host().unwrap();
             assert_eq!(linear.g_idx(), definition.linear.g_idx(), "{variant}");

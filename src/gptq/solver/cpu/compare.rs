@@ -1,7 +1,7 @@
 //! Rows that are better rounded than compensated.
 //!
-//! Compensation moves later weights, and a grid clips what it moves too far: for weights of one sign, or all alike, the
-//! error can come out larger than that of plain rounding. Rows are independent, so that each can be had the better way.
+//! Compensation moves later weights, and the grid clips weights that move too far. For weights of one sign, or of one value,
+//! the error can then exceed that of plain rounding. Rows are independent, so that the better result is taken for each row.
 
 use half::f16;
 use rayon::prelude::*;
@@ -18,17 +18,17 @@ use crate::{
     variant::Variant,
 };
 
-/// Were the errors of a row's weights independent, rounding would leave `Σ H_ii d_i²`. A compensated row below this part
-/// of that is not looked at further: errors of rounding do not cancel each other that well by chance.
+/// With independent errors of a row's weights, the error of rounding would be `Σ H_ii d_i²`. A compensated row with less than
+/// this part of it is not compared: errors of rounding do not cancel that well by chance.
 const CLEARLY_BETTER: f64 = 0.5;
-/// The error in the comparison itself: fp32 sums on either side.
+/// Relative error of the comparison itself, from fp32 sums on both sides.
 const UNSURE: f64 = 1e-4;
 /// Rows compared together.
 const ROWS: usize = 512;
 /// Columns of the factor multiplied together.
 const BLOCK: i64 = 768;
 
-/// How rows are rounded: what all of them share.
+/// Inputs of rounding that all rows share.
 struct Rounding<'a> {
     grid: Grid,
     groups: usize,
@@ -38,7 +38,7 @@ struct Rounding<'a> {
     rows: Vec<Floats<'a>>,
 }
 
-/// One row, rounded.
+/// A rounded row.
 struct Rounded {
     row: usize,
     steps: Vec<Step>,
@@ -49,14 +49,14 @@ struct Rounded {
 }
 
 impl CpuFactor {
-    /// Puts rounded rows in the place of compensated ones with a larger error; returns how many, for each weight.
+    /// Replaces compensated rows by rounded rows if these have a smaller error; returns their number for each weight.
     pub(super) fn round_where_better(
         &self,
         weights: &[Weight<'_>],
         variant: &Variant,
         state: &mut State,
     ) -> Result<Vec<usize>> {
-        let k = self.order.columns().len();
+        let k = self.damped.order.columns().len();
         let contiguous = weights.iter().map(|w| w.values.f_contiguous()).collect::<Result<Vec<_>, _>>();
         let contiguous = contiguous.torch("copy a weight")?;
         let rows: Vec<Floats<'_>> = contiguous
@@ -64,9 +64,9 @@ impl CpuFactor {
             .flat_map(|w| (0..w.size()[0] as usize).map(move |row| floats(w, row * k, k)))
             .collect();
         let count = rows.len();
-        let (g_idx, dead) = (self.order.g_idx(variant), self.dead.as_slice());
+        let (g_idx, dead) = (self.damped.order.g_idx(variant), self.damped.dead.as_slice());
         let rounding = Rounding { grid: state.grid, groups: state.groups, g_idx, dead, rows };
-        let (diagonal, lambda, before) = (&self.diagonal, self.lambda, &*state);
+        let (diagonal, lambda, before) = (&self.damped.diagonal, self.damped.lambda, &*state);
         let doubtful: Vec<usize> = (0..count)
             .into_par_iter()
             .map_init(
@@ -101,9 +101,9 @@ impl CpuFactor {
         Ok(counts.collect())
     }
 
-    /// Some rows, rounded, and `d (H + λI) dᵀ` of each.
+    /// Rounds some rows; returns `d (H + λI) dᵀ` with each.
     fn rounded(&self, some: &[usize], rounding: &Rounding<'_>) -> Result<Vec<(Rounded, f64)>, TchError> {
-        let columns = self.order.columns();
+        let columns = self.damped.order.columns();
         let k = columns.len();
         let size = [some.len() as i64, k as i64];
         // In the order of `L`.
@@ -127,11 +127,11 @@ impl CpuFactor {
 
     /// `‖d L‖²` of each row of `D` `[S, K]`.
     fn objectives(&self, differences: &Tensor) -> Result<Vec<f64>, TchError> {
-        let k = self.lower.size()[0];
+        let k = self.damped.factor.size()[0];
         let mut sums = Tensor::f_zeros([differences.size()[0]], (Kind::Double, Device::Cpu))?;
         for start in (0..k).step_by(BLOCK as usize) {
             let width = BLOCK.min(k - start);
-            let columns = self.lower.f_narrow(1, start, width)?;
+            let columns = self.damped.factor.f_narrow(1, start, width)?;
             let part = |from: i64, rows: i64| -> Result<(Tensor, Tensor), TchError> {
                 Ok((differences.f_narrow(1, from, rows)?, columns.f_narrow(0, from, rows)?))
             };
@@ -150,7 +150,7 @@ impl CpuFactor {
 }
 
 impl Rounding<'_> {
-    /// Rounds one row; `values` become its differences, 0 where a feature is dead.
+    /// Rounds one row; `values` become its differences, 0 for dead features.
     fn round(&self, row: usize, values: &mut [f32]) -> Rounded {
         let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; self.groups];
         let mut codes = vec![0; values.len()];
@@ -171,7 +171,7 @@ fn error(state: &State, row: usize, lambda: f64) -> f64 {
     Sums { objective: state.objective[row], distance: state.distance[row] }.undamped(lambda)
 }
 
-/// Takes a rounded row.
+/// Stores a rounded row.
 fn take(state: &mut State, rounded: Rounded, sums: Sums) {
     let Rounded { row, steps, codes, .. } = rounded;
     let n = state.objective.len();

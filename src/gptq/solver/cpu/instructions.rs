@@ -1,21 +1,57 @@
-//! The innermost product of the column loop, once for each instruction set.
-//!
-//! Left to the compiler it is two to twenty times slower: sums must stay in registers throughout.
+//! The innermost product of the column loop, written once for each instruction set, because sums must stay in registers
+//! throughout: what the compiler makes of plain loops is two to twenty times slower.
 
 use super::kernel::{COLUMNS, Columns, LANES, Lane};
 
-/// An instruction set. Its functions may be called only where the processor has it, and must be inlined into a function
-/// that is compiled for it.
+/// An instruction set. Its functions may be called only if the processor has it, and must be inlined into a function
+/// that is compiled for it: see [`on_best_instructions`].
 pub(super) trait Instructions {
-    /// `Σ_j factor[j, c] · source[j]` for all `c`; of the longer argument only the beginning.
+    /// `Σ_j factor[j, c] · source[j]` for all `c`; the end of the longer argument is ignored.
     fn product(factor: &[Columns], source: &[Lane]) -> [Lane; COLUMNS];
 
-    /// `sum += Σ_j factor[j, c] · source[j]`; of the longer argument only the beginning.
+    /// `sum += Σ_j factor[j, c] · source[j]`; the end of the longer argument is ignored.
     fn add_column(sum: &mut Lane, factor: &[Columns], c: usize, source: &[Lane]);
 }
 
-/// What every processor has.
+/// Instructions that every processor has.
 pub(super) struct Plain;
+
+/// Defines a function that runs `$body::<I>`, compiled for the best instruction set `I` of this processor.
+macro_rules! on_best_instructions {
+    (
+        $(#[$doc:meta])*
+        fn $name:ident($($argument:ident: $type:ty),*) $(-> $result:ty)? = $body:ident
+    ) => {
+        $(#[$doc])*
+        pub(super) fn $name($($argument: $type),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use super::instructions::{Avx2, Avx512};
+
+                #[target_feature(enable = "avx512f,fma")]
+                fn avx512($($argument: $type),*) $(-> $result)? {
+                    $body::<Avx512>($($argument),*)
+                }
+
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2($($argument: $type),*) $(-> $result)? {
+                    $body::<Avx2>($($argument),*)
+                }
+
+                if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+                    // SAFETY: the features were detected on the line above.
+                    return unsafe { avx512($($argument),*) };
+                }
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                    // SAFETY: the features were detected on the line above.
+                    return unsafe { avx2($($argument),*) };
+                }
+            }
+            $body::<super::instructions::Plain>($($argument),*)
+        }
+    };
+}
+pub(super) use on_best_instructions;
 
 impl Instructions for Plain {
     #[inline(always)]

@@ -1,13 +1,11 @@
 //! The column loop on the CPU: a panel of columns for a tile of [`LANES`] rows, kept in cache.
 //!
-//! Everything here works on local buffers `[column][lane]`, one lane a row of the weight, so that each step is the
-//! same arithmetic on neighbouring floats. The bodies are plain loops over fixed-size arrays, but for the innermost
-//! products (`instructions`); they are compiled once per instruction set and chosen at run time, so that builds need no
-//! `target-cpu`.
+//! Everything here works on local buffers `[column][lane]`, one lane for each row of the weight, so that each step is the
+//! same arithmetic on neighbouring floats. The bodies are plain loops over fixed-size arrays, except for the innermost
+//! products (`instructions`). They are compiled once for each instruction set, and the set is chosen at run time, so that
+//! builds need no `target-cpu`.
 
-#[cfg(target_arch = "x86_64")]
-use super::instructions::{Avx2, Avx512};
-use super::instructions::{Instructions, Plain};
+use super::instructions::{Instructions, on_best_instructions};
 use super::scale_search::{self, Search};
 use crate::gptq::Grid;
 
@@ -21,10 +19,10 @@ pub(super) type Lane = [f32; LANES];
 pub(super) const COLUMNS: usize = 8;
 
 /// Neighbouring columns of a row of a factor. A factor `[J, C]` is a list of these: for each [`COLUMNS`] columns all
-/// rows, so that a product reads it in order; what is beyond the last column means nothing.
+/// rows, so that a product reads it in order. Values beyond the last column are undefined.
 pub(super) type Columns = [f32; COLUMNS];
 
-/// What all tiles of a panel share. Columns are counted from the panel's start.
+/// Inputs that all tiles of a panel share. Columns are counted from the panel's start.
 pub(super) struct Panel<'a> {
     /// `Ũ_pp` `[P, P]`, upper triangular.
     pub(super) factor: &'a [Columns],
@@ -34,21 +32,21 @@ pub(super) struct Panel<'a> {
     pub(super) fits: &'a [usize],
     /// `Ũ_ii` of each column, `[P]`.
     pub(super) pivots: &'a [f32],
-    /// What is tried where a scale is fitted.
+    /// The candidates where a scale is fitted.
     pub(super) search: &'a Search,
     /// The grid.
     pub(super) grid: Grid,
 }
 
-/// What a tile carries through a panel.
+/// Buffers of one tile for one panel.
 pub(super) struct Tile<'a> {
     /// Original weights `[P]`.
     pub(super) weights: &'a [Lane],
     /// In: `r` of all columns before the panel. Overwritten.
     pub(super) residuals: &'a mut [Lane],
-    /// Out: `d = ŵ − w` `[P]`. Holds compensated weights meanwhile.
+    /// Out: `d = ŵ − w` `[P]`. Meanwhile it holds compensated weights.
     pub(super) differences: &'a mut [Lane],
-    /// The differences that a scale would lead to, `[P]`; what it holds means nothing.
+    /// Scratch `[P]`: the differences that a candidate scale leads to.
     pub(super) trial: &'a mut [Lane],
     /// Out: codes `[P]`.
     pub(super) codes: &'a mut [[u8; LANES]],
@@ -70,68 +68,22 @@ impl Panel<'_> {
     }
 }
 
-/// `r[c] += Σ_j factor[j, c] · source[j]`, for the factor's [`COLUMNS`] columns and as many lanes, or fewer.
-pub(super) fn multiply_add(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected on the line above.
-            return unsafe { multiply_add_avx512(factor, source, r) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected on the line above.
-            return unsafe { multiply_add_avx2(factor, source, r) };
-        }
-    }
-    multiply_add_any::<Plain>(factor, source, r);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,fma")]
-fn multiply_add_avx512(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
-    multiply_add_any::<Avx512>(factor, source, r);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn multiply_add_avx2(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
-    multiply_add_any::<Avx2>(factor, source, r);
+on_best_instructions! {
+    /// `r[c] += Σ_j factor[j, c] · source[j]`, for the factor's [`COLUMNS`] columns and as many lanes, or fewer.
+    fn multiply_add(factor: &[Columns], source: &[Lane], r: &mut [Lane]) = multiply_add_with
 }
 
 #[inline(always)]
-fn multiply_add_any<I: Instructions>(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
+fn multiply_add_with<I: Instructions>(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
     let sums = I::product(factor, source);
     for (r, sum) in r.iter_mut().zip(&sums) {
         r.iter_mut().zip(sum).for_each(|(r, sum)| *r += sum);
     }
 }
 
-/// Quantizes one tile over one panel.
-pub(super) fn solve_tile(panel: &Panel<'_>, tile: &mut Tile<'_>) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected on the line above.
-            return unsafe { solve_avx512(panel, tile) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected on the line above.
-            return unsafe { solve_avx2(panel, tile) };
-        }
-    }
-    solve::<Plain>(panel, tile);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,fma")]
-fn solve_avx512(panel: &Panel<'_>, tile: &mut Tile<'_>) {
-    solve::<Avx512>(panel, tile);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn solve_avx2(panel: &Panel<'_>, tile: &mut Tile<'_>) {
-    solve::<Avx2>(panel, tile);
+on_best_instructions! {
+    /// Quantizes one tile over one panel.
+    fn solve_tile(panel: &Panel<'_>, tile: &mut Tile<'_>) = solve
 }
 
 #[inline(always)]
@@ -151,7 +103,7 @@ fn solve<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
     }
 }
 
-/// Columns quantized before their effect is pushed to the columns behind them, where no group decides it.
+/// Columns quantized before their effect is added to later columns, if no group begins earlier.
 const BLOCK: usize = 64;
 
 fn block_end(panel: &Panel<'_>, start: usize) -> usize {
@@ -188,7 +140,7 @@ fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: us
     }
 }
 
-/// Quantizes the columns `start..end`; `residuals` already hold what comes from before `start`.
+/// Quantizes the columns `start..end`; `residuals` already include the columns before `start`.
 #[inline(always)]
 fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let max_code = f32::from(panel.grid.max_code());
@@ -231,7 +183,7 @@ fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
     }
 }
 
-/// Adds the effect of the columns `start..end` to the residuals of the columns behind them.
+/// Adds the effect of the columns `start..end` to the residuals of later columns.
 #[inline(always)]
 fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let columns = panel.groups.len();
@@ -246,7 +198,7 @@ fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
     }
 }
 
-/// The columns from `c` on that are in one list of [`Columns`]: where that begins, and where they end.
+/// The list of [`Columns`] that holds column `c`: its first column, and the end of its columns up to `end`.
 #[inline(always)]
 pub(super) fn span(c: usize, end: usize) -> (usize, usize) {
     let first = c / COLUMNS * COLUMNS;

@@ -1,5 +1,5 @@
-//! The fast solver: matrix products for the cubic work (factorization, compensation between panels), the kernel for the
-//! columns.
+//! The solver of the CPU: matrix products for the cubic work (factorization, compensation between panels), a kernel for
+//! the columns.
 
 mod cholesky;
 mod compare;
@@ -13,14 +13,15 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Weight, damped, divide_by, panel_width,
+    Damped, Damping, Factor, Factorization, Factorized, Solution, Solver, Weight, damped, divide_by,
+    panel_width,
 };
 use crate::{
     accuracy::Scales,
     amx,
     error::{Result, TorchContext},
     gptq::{
-        ColumnOrder, Grid, Hessian,
+        Grid, Hessian,
         raw::{Matrix, floats_mut},
     },
     variant::{Sorting, Variant},
@@ -32,8 +33,7 @@ use stack::Stack;
 /// Columns solved between two matrix products, unless a group is wider.
 const PANEL: usize = 256;
 
-/// Solves on the CPU in fp32; where the processor has AMX, compensation between panels is multiplied there, in two bf16
-/// parts a value.
+/// Solves on the CPU in fp32. With AMX, the products between panels are computed on it, with each value in two bf16 parts.
 #[derive(Debug, Clone, Copy)]
 pub struct CpuSolver {
     amx: bool,
@@ -46,12 +46,12 @@ impl CpuSolver {
         Self { amx: amx::available(), scales: Scales::PLAIN }
     }
 
-    /// With AMX or without; where there is none, in its place the same arithmetic in plain code, for tests.
+    /// With AMX or without. On a processor without AMX, plain code computes the same, for tests.
     pub fn with_amx(amx: bool) -> Self {
         Self { amx, scales: Scales::PLAIN }
     }
 
-    /// Choosing scales in another way.
+    /// The same solver with another choice of scales.
     #[must_use]
     pub fn with_scales(self, scales: Scales) -> Self {
         Self { scales, ..self }
@@ -69,29 +69,21 @@ impl Solver for CpuSolver {
         if self.amx { "cpu-amx" } else { "cpu" }
     }
 
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let factorize = |damping: &Damping<'_>| {
             let lower = reordered(hessian, damping)?;
             let done = cholesky::in_place(&lower).torch("factorize a Hessian")?;
             Ok(done.then_some(lower))
         };
-        let Damped { factor: lower, order, diagonal, dead, lambda, facts } =
-            damped(hessian, sorting, damp, stage, factorize)?;
-        let (amx, scales) = (self.amx, self.scales);
-        Ok(Box::new(CpuFactor { lower, order, diagonal, dead, lambda, facts, amx, scales }))
+        let damped = damped(hessian, sorting, damp, stage, factorize)?;
+        Ok(Box::new(CpuFactor { damped, amx: self.amx, scales: self.scales }))
     }
 }
 
-/// `H + λI` with rows and columns in reversed quantization order; only on and below the diagonal. Dead features, whose rows
-/// are zero, get `mean` on the diagonal.
+/// `H + λI` with rows and columns in reversed quantization order, on and below the diagonal. The diagonal of dead features,
+/// whose rows are zero, is `mean + λ`.
 fn reordered(hessian: &Hessian, damping: &Damping<'_>) -> Result<Tensor> {
-    let &Damping { order, mean, lambda, .. } = damping;
+    let &Damping { order, mean, lambda } = damping;
     let columns: Vec<u32> = order.columns().iter().rev().copied().collect();
     let k = columns.len();
     let mut lower =
@@ -112,14 +104,8 @@ fn reordered(hessian: &Hessian, damping: &Damping<'_>) -> Result<Tensor> {
 /// `H + λI`, with rows and columns in *reversed* quantization order, is `L Lᵀ`: `L` is `Ũ` with both axes reversed, so
 /// nothing has to be flipped. Position `p` of a reversed axis is column `K−1−p` of the quantization order.
 struct CpuFactor {
-    /// `L`, `[K, K]` fp32; what lies above the diagonal means nothing.
-    lower: Tensor,
-    order: ColumnOrder,
-    /// Of `H`, `[K]`, in the features' own order.
-    diagonal: Vec<f32>,
-    dead: Vec<u32>,
-    lambda: f64,
-    facts: Factorization,
+    /// With `L` `[K, K]` fp32; values above its diagonal are undefined.
+    damped: Damped<Tensor>,
     amx: bool,
     scales: Scales,
 }
@@ -127,18 +113,18 @@ struct CpuFactor {
 impl CpuFactor {
     /// `Ũ_ii` of a column of the quantization order.
     fn pivot(&self, i: usize) -> f32 {
-        let at = self.order.columns().len() - 1 - i;
-        Matrix::new(&self.lower).row(at)[at]
+        let at = self.damped.order.columns().len() - 1 - i;
+        Matrix::new(&self.damped.factor).row(at)[at]
     }
 }
 
 impl Factorized for CpuFactor {
     fn facts(&self) -> &Factorization {
-        &self.facts
+        &self.damped.facts
     }
 
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
-        let k = self.order.columns().len();
+        let k = self.damped.order.columns().len();
         let width = panel_width(variant, k, PANEL);
         let mut stack = self.stack(weights, width).torch("stack weights")?;
         let groups = variant.group_size.groups(k);
@@ -167,11 +153,11 @@ impl Factorized for CpuFactor {
     }
 
     fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
-        divide_by(b, &self.lower, false, self.order.columns().iter().rev().copied())
+        divide_by(b, &self.damped.factor, false, self.damped.order.columns().iter().rev().copied())
     }
 }
 
-/// What grows while the panels are solved. Per-row arrays are indexed by row of the stack, `[N]`.
+/// Results that grow while the panels are solved. Per-row arrays are indexed by row of the stack, `[N]`.
 struct State {
     /// `[tile][G]`.
     scales: Vec<Lane>,

@@ -1,4 +1,4 @@
-//! A panel of columns for all rows: what the columns before it leave to it, then its own columns, tile by tile.
+//! A panel of columns for all rows: residuals from the columns before it, then its own columns, tile by tile.
 
 use std::ops::Range;
 
@@ -18,11 +18,11 @@ use crate::{
 const _: () = assert!(LANES == SIDE);
 const _: () = assert!(SIDE * size_of::<Lane>() == 2 * SIDE * SIDE * size_of::<u16>());
 
-/// Tiles whose residuals are computed together, at most: each part of the factor is read once for all of them, and with
-/// it they fit the second cache.
+/// The most tiles whose residuals are computed together. Each part of the factor is read once for all of them; the tiles and
+/// that part fit the second-level cache.
 const MAX_TILES: usize = 8;
 
-/// `Ũ` of the solved columns (the depth: panel after panel, as in [`Layout`]) and a panel's columns.
+/// `Ũ` of the solved columns (the depth: panel after panel, as in [`Layout`]) and of a panel's columns.
 enum SolvedFactor {
     /// A left operand in two parts.
     Amx(Operand),
@@ -40,13 +40,14 @@ impl CpuFactor {
         state: &mut State,
     ) {
         let (layout, amx, groups) = (stack.layout, self.amx, state.groups);
-        let (p, order) = (columns.len(), self.order.columns());
+        let (p, order) = (columns.len(), self.damped.order.columns());
         let solved_factor = self.solved_factor(layout, &columns);
         let own_factor = self.own_factor(&columns);
         let size = variant.group_size.features(layout.k);
         let fits: Vec<usize> =
             if variant.scales_known_beforehand() { Vec::new() } else { (0..p).step_by(size).collect() };
-        let groups_of: Vec<u32> = columns.clone().map(|i| self.order.group_at(i, variant) as u32).collect();
+        let groups_of: Vec<u32> =
+            columns.clone().map(|i| self.damped.order.group_at(i, variant) as u32).collect();
         let pivots: Vec<f32> = columns.clone().map(|i| self.pivot(i)).collect();
         let (grid, search) = (state.grid, &state.search);
         let panel =
@@ -76,7 +77,7 @@ impl CpuFactor {
                     let tile = block * together + i;
                     let lanes = layout.lanes(tile);
                     for scales in scales.iter_mut() {
-                        // Lanes beyond the last row divide by 1, not by 0.
+                        // Lanes beyond the last row must not divide by 0.
                         scales[lanes..].fill(1.0);
                     }
                     let of_panel = columns.start / layout.width * layout.panel_lines();
@@ -116,7 +117,8 @@ impl CpuFactor {
 
     /// `Ũ` of a panel's columns: the block of `L` on the diagonal, reversed on both axes.
     fn own_factor(&self, columns: &Range<usize>) -> Vec<Columns> {
-        let (lower, last, p) = (Matrix::new(&self.lower), self.order.columns().len() - 1, columns.len());
+        let (lower, last, p) =
+            (Matrix::new(&self.damped.factor), self.damped.order.columns().len() - 1, columns.len());
         let mut factor = vec![[0.0; COLUMNS]; p.div_ceil(COLUMNS) * p];
         for (j, at) in columns.clone().enumerate() {
             let row = lower.row(last - at);
@@ -128,9 +130,9 @@ impl CpuFactor {
     }
 
     fn solved_factor(&self, layout: Layout, columns: &Range<usize>) -> SolvedFactor {
-        let lower = Matrix::new(&self.lower);
+        let lower = Matrix::new(&self.damped.factor);
         let (padded, depth) = (layout.padded(), columns.start / layout.width * layout.padded());
-        // `[depth, column]` of `Ũ`, which is `L` with both axes reversed; zero beyond the end of either.
+        // `[depth, column]` of `Ũ`, which is `L` with both axes reversed; zero beyond the end of either axis.
         let square = |strip: usize, depth: usize| -> Square {
             let (panel, depth) = (depth / padded, depth % padded);
             let end = layout.k - columns.start - strip * SIDE;
@@ -199,7 +201,7 @@ impl SolvedFactor {
     }
 }
 
-/// Replaces the lanes of a panel by its differences `[≥ P]` as the strip of a right operand.
+/// Replaces the lanes of a panel by its differences `[≥ P]`, laid out as a strip of a right operand.
 fn as_operand(lines: &mut [Line], differences: &[Lane]) {
     let chunks = lines.chunks_exact_mut(Parts::Two.chunk_len());
     for (chunk, square) in chunks.zip(differences.as_chunks().0) {
@@ -209,7 +211,7 @@ fn as_operand(lines: &mut [Line], differences: &[Lane]) {
 
 /// A thread's buffers for some tiles of a panel of `P` columns.
 struct Scratch {
-    /// `[tile][P, padded]` lanes, aligned as tile registers want them.
+    /// `[tile][P, padded]` lanes, aligned for tile registers.
     residuals: Vec<Line>,
     /// `[P, padded]`; zero from `P` on.
     differences: Vec<Lane>,

@@ -1,19 +1,19 @@
-//! The search for a group's scales on the CPU: the definition (`gptq::scale_search`) for a tile of rows at once.
+//! The search for a group's scales on the CPU, for a tile of rows at once. `solver/tests/reference.rs` has the definition.
 
 use super::{
-    instructions::Instructions,
+    instructions::{Instructions, on_best_instructions},
     kernel::{LANES, Lane, Panel, Tile, span},
 };
 use crate::{accuracy::Scales, gptq::Grid};
 
-/// What is tried.
+/// The candidate scales of a group.
 pub(super) struct Search {
     grid: Grid,
     factors: Vec<f64>,
     finalists: usize,
 }
 
-/// The most scales that the block decides between.
+/// The most candidates that are compared by the block.
 const MAX_FINALISTS: usize = 16;
 
 impl Search {
@@ -33,10 +33,10 @@ pub(super) struct Candidate {
 }
 
 impl Candidate {
-    /// Costs more than any, and would be refused.
+    /// Costs more than any candidate; its scale is refused.
     const NONE: Self = Self { cost: [f32::INFINITY; LANES], scale: [f32::NAN; LANES], zero: [0.0; LANES] };
 
-    /// Changes places with `other` in the rows in which that costs less; the first of equals stays.
+    /// Swaps with `other` in the rows in which `other` costs less; ties keep the order.
     #[inline(always)]
     fn sort_with(&mut self, other: &mut Self) {
         for l in 0..LANES {
@@ -67,36 +67,14 @@ pub(super) fn fit_scales<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>
     (tile.scales[group], tile.zeros[group]) = (first[0].scale, first[0].zero);
 }
 
-/// The best step of each row by the diagonal. `weights` `[g]` are compensated, `pivots` `[g]` are `Ũ_ii`.
-pub(super) fn best_by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected on the line above.
-            return unsafe { best_avx512(search, weights, pivots) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected on the line above.
-            return unsafe { best_avx2(search, weights, pivots) };
-        }
-    }
-    best_any(search, weights, pivots)
+on_best_instructions! {
+    /// The best step of each row by the diagonal. `weights` `[g]` are compensated, `pivots` `[g]` are `Ũ_ii`.
+    fn best_by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate = best
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,fma")]
-fn best_avx512(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
-    best_any(search, weights, pivots)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn best_avx2(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
-    best_any(search, weights, pivots)
-}
-
+#[allow(clippy::extra_unused_type_parameters, reason = "a copy for each instruction set")]
 #[inline(always)]
-fn best_any(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
+fn best<I: Instructions>(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
     let mut best = [Candidate::NONE];
     by_diagonal(search, weights, pivots, &mut best);
     best[0]
@@ -125,7 +103,7 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
         }
         candidate.cost = diagonal_cost(search.grid, weights, pivots, &candidate);
         if i == 0 {
-            // Where no cost is a number, as no scale fits fp16, this one is refused.
+            // If no scale fits fp16, no cost is a number: this candidate stays and is refused.
             best[0] = Candidate { cost: candidate.cost.map(|c| c.min(f32::INFINITY)), ..candidate };
             continue;
         }

@@ -1,4 +1,4 @@
-//! The weights that are solved together, and how they are taken apart again.
+//! Stacks the weights that are solved together, and splits the results.
 
 use half::f16;
 use rayon::prelude::*;
@@ -19,14 +19,14 @@ use crate::{
 /// Lines in the lanes of one column.
 pub(super) const LINES: usize = size_of::<Lane>() / size_of::<Line>();
 
-/// Weights one below the other, `N` rows in all, by tile, by panel, by column of the panel: everything that a tile needs
-/// lies together. A panel's part holds `W` until the panel is solved and `D` after, as lanes or as an operand's strip.
+/// Stacked weights, `N` rows in all, by tile, by panel, by column of the panel, so that the values of a tile are contiguous. A
+/// panel's part holds `W` until the panel is solved, then `D`, as lanes or as an operand's strip.
 pub(super) struct Stack {
     lines: Vec<Line>,
     pub(super) layout: Layout,
 }
 
-/// Where the stack's values lie.
+/// Places of the stack's values.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     /// Rows of all weights.
@@ -47,7 +47,7 @@ impl Layout {
         LANES.min(self.n - tile * LANES)
     }
 
-    /// Columns of a panel with what fills its last chunk.
+    /// Columns of a panel, padded to whole chunks.
     pub(super) fn padded(self) -> usize {
         self.width.next_multiple_of(SIDE)
     }
@@ -62,7 +62,7 @@ impl Layout {
         self.k.div_ceil(self.width) * self.panel_lines()
     }
 
-    /// Where a column's lanes are among those of its tile.
+    /// Index of a column's lanes in its tile.
     fn at(self, column: usize) -> usize {
         column / self.width * self.padded() + column % self.width
     }
@@ -78,7 +78,7 @@ impl Stack {
 impl CpuFactor {
     /// The weights in quantization order, for panels of `width` columns; dead features are zero.
     pub(super) fn stack(&self, weights: &[Weight<'_>], width: usize) -> Result<Stack, TchError> {
-        let columns = self.order.columns();
+        let columns = self.damped.order.columns();
         let k = columns.len();
         let weights = weights.iter().map(|w| w.values.f_contiguous()).collect::<Result<Vec<_>, _>>()?;
         let rows: Vec<Floats<'_>> = weights
@@ -90,7 +90,7 @@ impl CpuFactor {
         let places: Vec<Option<usize>> = columns
             .iter()
             .enumerate()
-            .map(|(i, column)| self.dead.binary_search(column).is_err().then(|| layout.at(i)))
+            .map(|(i, column)| self.damped.dead.binary_search(column).is_err().then(|| layout.at(i)))
             .collect();
         let tiles = lines.par_chunks_mut(layout.tile_lines()).zip(rows.par_chunks(LANES));
         tiles.for_each_init(
@@ -109,9 +109,9 @@ impl CpuFactor {
         Ok(Stack { lines, layout })
     }
 
-    /// Scales from the original weights, for groups known before the first column.
+    /// Fits all scales to the original weights, for orders with static groups.
     pub(super) fn fit_static(&self, stack: &Stack, variant: &Variant, state: &mut State) {
-        let (order, layout) = (&self.order, stack.layout);
+        let (order, layout) = (&self.damped.order, stack.layout);
         let (groups, search) = (state.groups, &state.search);
         let mut columns_of: Vec<Vec<usize>> = vec![Vec::new(); groups];
         (0..layout.k).for_each(|i| columns_of[order.group_at(i, variant)].push(i));
@@ -131,7 +131,7 @@ impl CpuFactor {
         });
     }
 
-    /// Takes the stack apart again.
+    /// Splits the results by weight.
     pub(super) fn split(
         &self,
         weights: &[Weight<'_>],
@@ -140,7 +140,7 @@ impl CpuFactor {
     ) -> Result<Vec<Solution>> {
         let State { scales, zeros, codes, objective, distance, groups, .. } = state;
         let n = objective.len();
-        let g_idx = self.order.g_idx(variant);
+        let g_idx = self.damped.order.g_idx(variant);
         let mut first = 0;
         let mut solutions = Vec::with_capacity(weights.len());
         for weight in weights {
@@ -163,7 +163,15 @@ impl CpuFactor {
                 objective: objective[range.clone()].iter().sum(),
                 distance: distance[range].iter().sum(),
             };
-            solutions.push(solution(weight, variant, own_codes, &steps, g_idx.clone(), sums, self.lambda)?);
+            solutions.push(solution(
+                weight,
+                variant,
+                own_codes,
+                &steps,
+                g_idx.clone(),
+                sums,
+                self.damped.lambda,
+            )?);
         }
         Ok(solutions)
     }

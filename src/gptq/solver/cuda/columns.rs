@@ -1,4 +1,4 @@
-//! The column loop: panel after panel, and between them the products that no kernel of ours makes.
+//! The column loop: kernels solve panels, libtorch computes the products between them.
 
 use std::ops::Range;
 
@@ -22,35 +22,23 @@ use crate::{
     variant::Variant,
 };
 
-/// What is allocated for a solve. `N` output features of all weights together.
+/// Tensors of a solve. `N` output features of all weights together.
 pub(super) struct Columns<'a> {
     factor: &'a CudaFactor,
-    variant: &'a Variant,
-    /// `[K, N]` fp32 in quantization order: weights, dead features zero, and `D` where panels are solved.
-    stack: Tensor,
-    /// `[K, N]`, original feature order.
-    pub(super) codes: Tensor,
-    /// `[G, N]` fp16.
-    pub(super) scales: Tensor,
-    /// `[G, N]`.
-    pub(super) zeros: Tensor,
-    /// `[N]` fp64.
-    pub(super) objective: Tensor,
-    /// `[N]` fp64.
-    pub(super) distance: Tensor,
-    /// `[2, K]` int: the group of each position, then of each feature.
-    groups: Tensor,
-    /// Whether scales are searched for, which libtorch does.
+    pub(super) stack: Stacked,
+    /// `[K]` int: the group of each feature.
+    pub(super) g_idx: Tensor,
+    /// Whether scales are searched for, in libtorch's operations.
     searched: bool,
     plan: Plan,
     scratch: Scratch,
 }
 
-/// What panels leave to nobody.
+/// Tensors that each panel overwrites.
 struct Scratch {
     /// `[P, N]` fp32.
     residuals: Tensor,
-    /// `[wide group, N]` fp32: what is taken from a wide group's weights.
+    /// `[wide group, N]` fp32: what is subtracted from a wide group's weights.
     x: Tensor,
     /// `[N]` fp32, `[0]` without wide groups.
     minima: Tensor,
@@ -59,7 +47,7 @@ struct Scratch {
 
 impl<'a> Columns<'a> {
     /// Allocates, and stacks the weights.
-    pub(super) fn new(factor: &'a CudaFactor, weights: &[Weight<'_>], variant: &'a Variant) -> Result<Self> {
+    pub(super) fn new(factor: &'a CudaFactor, weights: &[Weight<'_>], variant: &Variant) -> Result<Self> {
         let launcher = &factor.launcher;
         let order = &factor.damped.order;
         let k = order.columns().len();
@@ -84,17 +72,25 @@ impl<'a> Columns<'a> {
             let of_features = order.g_idx(variant).into_iter().map(|g| g as i32);
             let groups_of: Vec<i32> = of_positions.chain(of_features).collect();
             let compensated = if plan.wide_group > 0 { n } else { 0 };
+            let groups_of = Tensor::f_from_slice(&groups_of)?.f_reshape([2, k])?.f_to_device(device)?;
             let sums = || Tensor::f_zeros([n], (Kind::Double, device));
-            Ok(Self {
-                factor,
-                variant,
-                stack: empty(&[k, n], Kind::Float)?,
+            let stack = Stacked {
+                factor: factor.damped.factor.shallow_clone(),
+                weights: empty(&[k, n], Kind::Float)?,
                 codes: empty(&[k, n], Kind::Uint8)?,
                 scales: empty(&[groups, n], Kind::Half)?,
                 zeros: empty(&[groups, n], Kind::Uint8)?,
+                groups: groups_of.f_get(0)?,
+                columns: factor.order.columns.shallow_clone(),
                 objective: sums()?,
                 distance: sums()?,
-                groups: Tensor::f_from_slice(&groups_of)?.f_reshape([2, k])?.f_to_device(device)?,
+                group_size: size,
+                variant: *variant,
+            };
+            Ok(Self {
+                factor,
+                stack,
+                g_idx: groups_of.f_get(1)?,
                 scratch: Scratch {
                     residuals: empty(&[plan.width as i64, n], Kind::Float)?,
                     x: empty(&[plan.wide_group as i64, n], Kind::Float)?,
@@ -123,22 +119,22 @@ impl<'a> Columns<'a> {
             };
             let values = ready().torch("bring a weight to the device")?;
             launcher.timed("stack", || {
-                launcher.stack(&values, &order.positions, &order.dead, &self.stack, first)
+                launcher.stack(&values, &order.positions, &order.dead, &self.stack.weights, first)
             })?;
             first += values.size()[0];
         }
         Ok(())
     }
 
-    /// Launches everything; nothing is waited for.
+    /// Launches everything and returns without waiting.
     pub(super) fn solve(&self) -> Result<()> {
         let launcher = &self.factor.launcher;
-        let known = self.variant.scales_known_beforehand();
+        let known = self.stack.variant.scales_known_beforehand();
         if known && self.searched {
             launcher.timed("scales", || self.search_static()).torch("search for scales")?;
         } else if known {
             let positions = &self.factor.order.positions;
-            launcher.timed("panels", || launcher.fit_static(&self.stacked(), positions))?;
+            launcher.timed("panels", || launcher.fit_static(&self.stack, positions))?;
         }
         for panel in &self.plan.panels {
             if self.searched && !known && panel.is_first() {
@@ -148,9 +144,7 @@ impl<'a> Columns<'a> {
                 launcher.timed("products", || self.residuals(panel)).torch("multiply with a factor")?;
             launcher.timed("panels", || match panel.mode {
                 Mode::Compensate => self.compensate(panel, residuals.as_ref()),
-                mode => {
-                    launcher.panel(mode, panel.columns.clone(), &self.stacked(), residuals.as_ref(), None)
-                }
+                mode => launcher.panel(mode, panel.columns.clone(), &self.stack, residuals.as_ref(), None),
             })?;
         }
         Ok(())
@@ -163,81 +157,64 @@ impl<'a> Columns<'a> {
         let x = &x.torch("find a panel's part")?;
         let compensation = Compensation { x, minima, maxima, first, last };
         let columns = panel.columns.clone();
-        self.factor.launcher.panel(panel.mode, columns, &self.stacked(), residuals, Some(&compensation))
+        self.factor.launcher.panel(panel.mode, columns, &self.stack, residuals, Some(&compensation))
     }
 
-    /// Searches for the scales of a group that is solved next: of positions in quantization order.
+    /// Searches for the scales of the group that is solved next; `group` are positions in quantization order.
     fn search(&self, group: &Range<usize>) -> Result<(), tch::TchError> {
-        let factor = &self.factor.damped.factor;
-        let weights = rows(&self.stack, group.start, group.len())?;
-        let block = rows(factor, group.start, group.len())?;
+        let weights = rows(&self.stack.weights, group.start, group.len())?;
+        let block = rows(&self.stack.factor, group.start, group.len())?;
         let block = block.f_narrow(1, group.start as i64, group.len() as i64)?;
         let weights = match group.start {
             0 => weights,
             solved => {
                 let out = weights.f_empty_like()?;
-                let left = self.left_by(0..solved, &rows(&self.stack, 0, solved)?, group, out)?;
+                let left = self.left_by(0..solved, &rows(&self.stack.weights, 0, solved)?, group, out)?;
                 weights.f_sub(&block.f_tr()?.f_linalg_solve_triangular(&left, false, true, false)?)?
             }
         };
         let pivots = &block.f_diagonal(0, 0, 1)?;
-        let at = self.factor.damped.order.group_at(group.start, self.variant);
+        let at = self.factor.damped.order.group_at(group.start, &self.stack.variant);
         self.set_steps(at, &Group { weights: &weights, pivots, block: Some(&block) })
     }
 
-    /// Searches for all scales, for the original weights.
+    /// Searches for all scales from the original weights.
     fn search_static(&self) -> Result<(), tch::TchError> {
         let order = &self.factor.damped.order;
-        let mut positions = vec![Vec::new(); self.scales.size()[0] as usize];
-        (0..order.columns().len()).for_each(|i| positions[order.group_at(i, self.variant)].push(i as i64));
-        let pivots = self.factor.damped.factor.f_diagonal(0, 0, 1)?;
+        let Stacked { weights, factor, scales, variant, .. } = &self.stack;
+        let mut positions = vec![Vec::new(); scales.size()[0] as usize];
+        (0..order.columns().len()).for_each(|i| positions[order.group_at(i, variant)].push(i as i64));
+        let pivots = factor.f_diagonal(0, 0, 1)?;
         for (group, positions) in positions.iter().enumerate() {
-            let index = Tensor::f_from_slice(positions)?.f_to_device(self.stack.device())?;
-            let (weights, pivots) =
-                (self.stack.f_index_select(0, &index)?, pivots.f_index_select(0, &index)?);
+            let index = Tensor::f_from_slice(positions)?.f_to_device(weights.device())?;
+            let (weights, pivots) = (weights.f_index_select(0, &index)?, pivots.f_index_select(0, &index)?);
             self.set_steps(group, &Group { weights: &weights, pivots: &pivots, block: None })?;
         }
         Ok(())
     }
 
     fn set_steps(&self, at: usize, group: &Group<'_>) -> Result<(), tch::TchError> {
-        let grid = Grid::new(self.variant.bits, self.variant.symmetric);
+        let Stacked { scales, zeros, variant, .. } = &self.stack;
+        let grid = Grid::new(variant.bits, variant.symmetric);
         let steps = best_steps(grid, self.factor.scales, group)?;
-        self.scales.f_select(0, at as i64)?.f_copy_(&steps.scales)?;
-        self.zeros.f_select(0, at as i64)?.f_copy_(&steps.zeros)
+        scales.f_select(0, at as i64)?.f_copy_(&steps.scales)?;
+        zeros.f_select(0, at as i64)?.f_copy_(&steps.zeros)
     }
 
-    /// `[K]` int: the group of each feature.
-    pub(super) fn g_idx(&self) -> Tensor {
-        self.groups.get(1)
-    }
-
-    fn stacked(&self) -> Stacked<'_> {
-        let k = self.factor.damped.order.columns().len();
-        Stacked {
-            factor: &self.factor.damped.factor,
-            weights: &self.stack,
-            codes: &self.codes,
-            scales: &self.scales,
-            zeros: &self.zeros,
-            groups: self.groups.get(0),
-            columns: &self.factor.order.columns,
-            objective: &self.objective,
-            distance: &self.distance,
-            group_size: self.variant.group_size.features(k),
-            variant: self.variant,
-        }
-    }
-
-    /// What the columns before a panel leave to it, `[P, N]`; `None` where there are none. For [`Mode::Compensate`] that is
-    /// what the columns before its group leave, less the effect of `x` on the group's columns before the panel.
+    /// Residuals `[P, N]` of a panel from the solved columns before it; `None` if there are none. For [`Mode::Compensate`]:
+    /// from the columns before its group, less the effect of `x` on the group's columns before the panel.
     fn residuals(&self, panel: &Panel) -> Result<Option<Tensor>, tch::TchError> {
         let columns = &panel.columns;
         let solved = if panel.mode == Mode::Compensate { panel.group.start } else { columns.start };
         let residuals = || rows(&self.scratch.residuals, 0, columns.len());
         let before = match solved {
             0 => None,
-            _ => Some(self.left_by(0..solved, &rows(&self.stack, 0, solved)?, columns, residuals()?)?),
+            _ => Some(self.left_by(
+                0..solved,
+                &rows(&self.stack.weights, 0, solved)?,
+                columns,
+                residuals()?,
+            )?),
         };
         if solved == columns.start {
             return Ok(before);
@@ -252,7 +229,7 @@ impl<'a> Columns<'a> {
         }))
     }
 
-    /// `Ũ[from, to]ᵀ · changes`, `[to, N]`, into `out`. In full fp32, as was made sure of when the solver was made.
+    /// `Ũ[from, to]ᵀ · changes`, `[to, N]`, into `out`, in full fp32: [`super::CudaSolver::new`] has checked that.
     fn left_by(
         &self,
         from: Range<usize>,
@@ -260,7 +237,7 @@ impl<'a> Columns<'a> {
         to: &Range<usize>,
         out: Tensor,
     ) -> Result<Tensor, tch::TchError> {
-        let factor = rows(&self.factor.damped.factor, from.start, from.len())?;
+        let factor = rows(&self.stack.factor, from.start, from.len())?;
         let factor = factor.f_narrow(1, to.start as i64, to.len() as i64)?;
         factor.f_tr()?.f_mm_out(&out, changes)
     }

@@ -1,4 +1,4 @@
-//! What runs the kernels of `gptq_block.cu`.
+//! Runs the kernels of `gptq_block.cu`.
 
 use std::{
     collections::BTreeMap,
@@ -26,18 +26,18 @@ const NAMES: [&str; 9] = [
     "gptq_stack_bf16",
 ];
 
-/// What runs the kernels of `gptq_block.cu`: a GPU, or in tests a host build of them, or plain code that does the same.
+/// Runs the kernels of `gptq_block.cu`: on a GPU, or in tests as a host build or as plain code that computes the same.
 pub trait Kernels: Send + Sync {
-    /// Where the tensors are.
+    /// The device of the tensors.
     fn device(&self) -> Device;
 
-    /// Shared memory that a block can have, bytes.
+    /// Shared memory of a block at most, bytes.
     fn shared_memory(&self) -> usize;
 
-    /// Puts a kernel, such as `gptq_pack`, on the device's stream.
+    /// Launches a kernel, such as `gptq_pack`, on the device's stream.
     ///
     /// # Errors
-    /// When the device refuses it.
+    /// When the device refuses the launch.
     ///
     /// # Safety
     /// As [`Gpu::launch`]; pointers are of this device.
@@ -82,12 +82,12 @@ impl Kernels for Compiled {
     }
 }
 
-/// Seconds of a solve by part, each waited for before and after: for measuring.
+/// Seconds of a solve by part, for benchmarks. Each part waits for the device before and after it.
 #[derive(Debug, Default)]
 pub struct Clock(Mutex<BTreeMap<&'static str, f64>>);
 
 impl Clock {
-    /// What was added up since the last call, by part.
+    /// The seconds since the last call, by part.
     pub fn take(&self) -> BTreeMap<&'static str, f64> {
         std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }

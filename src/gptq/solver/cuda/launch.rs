@@ -1,5 +1,5 @@
-//! The kernels of `gptq_block.cu` as functions on tensors. Everything is put on the device's stream and nothing is waited
-//! for.
+//! The kernels of `gptq_block.cu` as functions on tensors. All of them launch on the device's stream and return without
+//! waiting.
 
 use std::{fmt, ops::Range, sync::Arc, time::Instant};
 
@@ -30,7 +30,7 @@ impl fmt::Debug for Launcher {
     }
 }
 
-/// Arguments of the panel kernels; `PanelArguments` in `gptq_block.cu`, which says what they are.
+/// Arguments of the panel kernels, documented at `PanelArguments` in `gptq_block.cu`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 pub(super) struct PanelArguments {
@@ -59,36 +59,36 @@ pub(super) struct PanelArguments {
 const _: () = assert!(size_of::<PanelArguments>() == 136);
 
 /// The tensors of one stack of weights. `N` output features, `K` input features in quantization order, `G` groups.
-pub(super) struct Stacked<'a> {
+pub(super) struct Stacked {
     /// `Ũ` `[K, K]` fp32, row-major.
-    pub(super) factor: &'a Tensor,
-    /// `[K, N]` fp32: weights, and differences where panels are solved.
-    pub(super) weights: &'a Tensor,
+    pub(super) factor: Tensor,
+    /// `[K, N]` fp32: weights, dead features zero; `D` in the columns of solved panels.
+    pub(super) weights: Tensor,
     /// `[K, N]` bytes, in the features' own order.
-    pub(super) codes: &'a Tensor,
+    pub(super) codes: Tensor,
     /// `[G, N]` fp16.
-    pub(super) scales: &'a Tensor,
+    pub(super) scales: Tensor,
     /// `[G, N]` bytes.
-    pub(super) zeros: &'a Tensor,
+    pub(super) zeros: Tensor,
     /// `[K]` int: the group of each position.
     pub(super) groups: Tensor,
     /// `[K]` int: the feature at each position.
-    pub(super) columns: &'a Tensor,
-    /// `[N]` fp64, added to.
-    pub(super) objective: &'a Tensor,
-    /// `[N]` fp64, added to.
-    pub(super) distance: &'a Tensor,
+    pub(super) columns: Tensor,
+    /// `[N]` fp64, a running sum.
+    pub(super) objective: Tensor,
+    /// `[N]` fp64, a running sum.
+    pub(super) distance: Tensor,
     pub(super) group_size: usize,
-    pub(super) variant: &'a Variant,
+    pub(super) variant: Variant,
 }
 
-/// What [`Mode::Compensate`] needs besides.
+/// Further arguments of [`Mode::Compensate`].
 pub(super) struct Compensation<'a> {
     /// `[P, N]` fp32 out: `x`.
     pub(super) x: &'a Tensor,
-    /// `[N]` fp32: the smallest of the group's compensated weights so far, and
+    /// `[N]` fp32: the smallest of the group's compensated weights so far.
     pub(super) minima: &'a Tensor,
-    /// the largest.
+    /// `[N]` fp32: the largest of them.
     pub(super) maxima: &'a Tensor,
     pub(super) first: bool,
     pub(super) last: bool,
@@ -100,7 +100,7 @@ impl Launcher {
         Ok(Self { kernels: Box::new(Compiled::new(device)?), clock })
     }
 
-    /// The kernels run in another way.
+    /// Launches kernels by other means.
     pub(super) fn with(kernels: Box<dyn Kernels>) -> Self {
         Self { kernels, clock: None }
     }
@@ -113,7 +113,7 @@ impl Launcher {
         self.kernels.shared_memory()
     }
 
-    /// Does some work, and measures it if that is wanted.
+    /// Runs `work`, and measures it if there is a clock.
     pub(super) fn timed<T>(&self, part: &'static str, work: impl FnOnce() -> T) -> T {
         let Some(clock) = &self.clock else { return work() };
         self.wait();
@@ -130,38 +130,38 @@ impl Launcher {
         }
     }
 
-    /// One panel: `columns` are positions in quantization order, `residuals` `[P, N]` fp32 what the columns before them
-    /// leave, if there are any.
+    /// Solves or compensates one panel: `columns` are positions in quantization order, `residuals` `[P, N]` fp32 are those
+    /// from the columns before them, if there are any.
     pub(super) fn panel(
         &self,
         mode: Mode,
         columns: Range<usize>,
-        stack: &Stacked<'_>,
+        stack: &Stacked,
         residuals: Option<&Tensor>,
         compensation: Option<&Compensation<'_>>,
     ) -> Result<()> {
         let (start, p) = (columns.start as i64, columns.len() as i64);
         let (k, n) = (stack.factor.size()[0], stack.weights.size()[1]);
         assert!(start + p <= k && (mode == Mode::Compensate) == compensation.is_some());
-        let [g, _] = self.matrix(stack.scales, Kind::Half, [-1, n]);
-        self.matrix(stack.factor, Kind::Float, [k, k]);
-        self.matrix(stack.weights, Kind::Float, [k, n]);
-        self.matrix(stack.codes, Kind::Uint8, [k, n]);
-        self.matrix(stack.zeros, Kind::Uint8, [g, n]);
+        let [g, _] = self.matrix(&stack.scales, Kind::Half, [-1, n]);
+        self.matrix(&stack.factor, Kind::Float, [k, k]);
+        self.matrix(&stack.weights, Kind::Float, [k, n]);
+        self.matrix(&stack.codes, Kind::Uint8, [k, n]);
+        self.matrix(&stack.zeros, Kind::Uint8, [g, n]);
         let row = |tensor: &Tensor| address(&tensor.narrow(0, start, p));
-        let weights = row(stack.weights);
+        let weights = row(&stack.weights);
         let mut arguments = PanelArguments {
             factor: address(&stack.factor.narrow(0, start, p).narrow(1, start, p)),
             weights,
             residuals: residuals.map_or(0, |r| self.matrix_address(r, Kind::Float, [p, n])),
             differences: weights,
-            codes: address(stack.codes),
-            scales: address(stack.scales),
-            zeros: address(stack.zeros),
+            codes: address(&stack.codes),
+            scales: address(&stack.scales),
+            zeros: address(&stack.zeros),
             groups: self.vector(&stack.groups, Kind::Int, k) + 4 * start as u64,
-            rows: self.vector(stack.columns, Kind::Int, k) + 4 * start as u64,
-            objective: self.vector(stack.objective, Kind::Double, n),
-            distance: self.vector(stack.distance, Kind::Double, n),
+            rows: self.vector(&stack.columns, Kind::Int, k) + 4 * start as u64,
+            objective: self.vector(&stack.objective, Kind::Double, n),
+            distance: self.vector(&stack.distance, Kind::Double, n),
             minima: 0,
             maxima: 0,
             factor_stride: k,
@@ -188,18 +188,18 @@ impl Launcher {
         unsafe { self.kernels.launch(mode.kernel(), grid, &arguments) }
     }
 
-    /// Scales and zeros from the original weights of a stack. `positions` `[K]` int: where each feature stands.
-    pub(super) fn fit_static(&self, stack: &Stacked<'_>, positions: &Tensor) -> Result<()> {
-        let [k, n] = self.matrix(stack.weights, Kind::Float, [-1, -1]);
+    /// Fits scales and zeros to the original weights of a stack. `positions` `[K]` int: the position of each feature.
+    pub(super) fn fit_static(&self, stack: &Stacked, positions: &Tensor) -> Result<()> {
+        let [k, n] = self.matrix(&stack.weights, Kind::Float, [-1, -1]);
         let groups = (k as usize).div_ceil(stack.group_size);
-        self.matrix(stack.scales, Kind::Half, [groups as i64, n]);
-        self.matrix(stack.zeros, Kind::Uint8, [groups as i64, n]);
+        self.matrix(&stack.scales, Kind::Half, [groups as i64, n]);
+        self.matrix(&stack.zeros, Kind::Uint8, [groups as i64, n]);
         let grid = Grid { blocks: ((n as usize).div_ceil(32), groups, 1), threads: (32, 8), shared: 0 };
         let arguments = [
-            Argument::tensor(stack.weights),
+            Argument::tensor(&stack.weights),
             Argument::Pointer(self.vector(positions, Kind::Int, k)),
-            Argument::tensor(stack.scales),
-            Argument::tensor(stack.zeros),
+            Argument::tensor(&stack.scales),
+            Argument::tensor(&stack.zeros),
             Argument::Int(n as i32),
             Argument::Int(k as i32),
             Argument::Int(stack.group_size as i32),
@@ -210,7 +210,7 @@ impl Launcher {
         unsafe { self.kernels.launch("gptq_fit_static", grid, &arguments) }
     }
 
-    /// Words `[K·b/32, N]` int of codes `[K, N]`, whose rows may lie apart.
+    /// Packs codes `[K, N]`, whose rows need not be contiguous, into words `[K·b/32, N]` int.
     ///
     /// # Panics
     /// When `K` or `N` is no multiple of the pack factor; plans are checked for that before any work.
@@ -237,8 +237,8 @@ impl Launcher {
         }
     }
 
-    /// `H + λI` `[K, K]` fp32 with rows and columns in the order of `columns` `[K]` int, zeros above the diagonal; where
-    /// the diagonal is zero, `mean + λ`.
+    /// `H + λI` `[K, K]` fp32 with rows and columns in the order of `columns` `[K]` int, and zeros above the diagonal. Zeros on
+    /// the diagonal become `mean + λ`.
     pub(super) fn reorder_hessian(
         &self,
         hessian: &Tensor,
@@ -262,8 +262,8 @@ impl Launcher {
         unsafe { self.kernels.launch("gptq_reorder_hessian", grid, &arguments) }
     }
 
-    /// A weight `[rows, K]` of fp32, fp16 or bf16 into columns `first..` of the stack `[K, N]` fp32, a feature's row being
-    /// `positions` `[K]` int; zeros where `dead` `[K]` is not 0.
+    /// Copies a weight `[rows, K]` of fp32, fp16 or bf16 into columns `first..` of the stack `[K, N]` fp32. `positions` `[K]`
+    /// int has each feature's row; features with a `dead` `[K]` that is not 0 become zero.
     pub(super) fn stack(
         &self,
         weight: &Tensor,
@@ -296,7 +296,7 @@ impl Launcher {
         unsafe { self.kernels.launch(name, Grid { blocks, threads: (32, 8), shared: 0 }, &arguments) }
     }
 
-    /// Checks a contiguous matrix of this device; a size of −1 is any. Returns its size.
+    /// Checks a contiguous matrix of this device and returns its size; an expected size of −1 matches any size.
     fn matrix(&self, tensor: &Tensor, kind: Kind, expected: [i64; 2]) -> [i64; 2] {
         let size = tensor.size();
         assert_eq!((tensor.kind(), tensor.device()), (kind, self.device()));
@@ -310,7 +310,7 @@ impl Launcher {
         address(tensor)
     }
 
-    /// Where a vector of this device is.
+    /// The address of a vector of this device.
     fn vector(&self, tensor: &Tensor, kind: Kind, len: i64) -> u64 {
         assert_eq!((tensor.kind(), tensor.device()), (kind, self.device()));
         assert!(tensor.is_contiguous() && tensor.size() == [len]);

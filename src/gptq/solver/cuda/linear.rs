@@ -1,4 +1,4 @@
-//! A solved linear that stays on the device it was solved on.
+//! A solved linear on the device of its solver.
 
 use std::sync::Arc;
 
@@ -12,14 +12,14 @@ use crate::{
     variant::Bits,
 };
 
-/// Rows that are dequantized together: what fp32 needs besides the result stays small.
+/// Rows that are dequantized together, which keeps the fp32 copies small.
 const DEQUANTIZED_ROWS: i64 = 2048;
 
-/// A [`QuantizedLinear`] on a device. What leaves it are packed words; codes never do.
+/// A [`QuantizedLinear`] on a device. It is packed there, so that only packed words are copied to the host.
 #[derive(Debug)]
 pub struct DeviceLinear {
     pub(super) bits: Bits,
-    /// `[K, N]` bytes; rows may lie apart, as columns of a stack.
+    /// `[K, N]` bytes; rows need not be contiguous, as columns of a stack.
     pub(super) codes: Tensor,
     /// `[G, N]` fp16.
     pub(super) scales: Tensor,
@@ -32,7 +32,7 @@ pub struct DeviceLinear {
     pub(super) launcher: Arc<Launcher>,
 }
 
-/// What a checkpoint holds of a linear, but for its zeros, which are not packed yet.
+/// Packed codes and scales of a linear; zeros are not packed yet.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PackedCodes {
     /// Words `[K·b/32, N]`: codes along `K`.
@@ -64,11 +64,11 @@ impl DeviceLinear {
         &self.g_idx
     }
 
-    /// One linear out of `parts` with some of its rows each, which share their groups: the `i`-th row of all parts, one after
-    /// another, is output feature `rows[i]`.
+    /// Joins `parts`, which hold some output features each and share their groups: the `i`-th output feature of the
+    /// concatenated parts becomes output feature `rows[i]`.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     ///
     /// # Panics
     /// When there are no parts.
@@ -96,7 +96,7 @@ impl DeviceLinear {
     /// Packs on the device and copies to the host.
     ///
     /// # Errors
-    /// When memory ends or the device fails.
+    /// When memory is exhausted or the device fails.
     ///
     /// # Panics
     /// When a dimension is not a multiple of the pack factor; plans are checked for that before any work.
@@ -120,10 +120,10 @@ impl DeviceLinear {
         Ok(words)
     }
 
-    /// The dense weight, transposed: `[K, N]` on the device, each value exact in fp32 and then rounded to `kind`.
+    /// The dense weight, transposed: `[K, N]` on the device. Values are exact in fp32, then rounded to `kind`.
     ///
     /// # Errors
-    /// When memory ends.
+    /// When memory is exhausted.
     pub fn dequantize(&self, kind: Kind) -> Result<Tensor> {
         let (k, n) = (self.in_features() as i64, self.codes.size()[1]);
         let compute = || -> Result<_, TchError> {
@@ -142,10 +142,10 @@ impl DeviceLinear {
         compute().torch("dequantize a linear")
     }
 
-    /// The same on the host, for tests and for those who want codes.
+    /// A copy on the host, with unpacked codes.
     ///
     /// # Errors
-    /// When memory ends or the device fails.
+    /// When memory is exhausted or the device fails.
     pub fn to_host(&self) -> Result<QuantizedLinear> {
         let copy = || -> Result<_, TchError> {
             let (codes, zeros) = (to_host(&self.codes)?, to_host(&self.zeros)?);
@@ -160,7 +160,7 @@ fn to_host<T: tch::kind::Element + bytemuck::Pod>(matrix: &Tensor) -> Result<Vec
     assert_eq!(matrix.kind(), T::KIND);
     let mut values = vec![T::zeroed(); matrix.numel()];
     let (bytes, size) = (values.as_mut_ptr().cast::<u8>(), matrix.size());
-    // SAFETY: the tensor is no longer there when the vector is used or moved, and is as large.
+    // SAFETY: the tensor has the vector's size and is dropped before the vector is used or moved.
     let mut host = unsafe { Tensor::f_from_blob(bytes, &size, &[], T::KIND, Device::Cpu) }?;
     host.f_copy_(matrix)?;
     drop(host);

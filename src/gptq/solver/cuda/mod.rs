@@ -1,7 +1,7 @@
-//! The solver on a CUDA device: factorization and products between panels by libtorch, columns and packing by our own
-//! kernels (`gptq_block.cu`). Nothing leaves the device but sums and, when they are asked for, packed words. It
-//! is waited for after a factorization, for whether it succeeded, and after a solve, for its sums; orders and groups are
-//! copied to it in between, when it has nothing else to do.
+//! The solver on a CUDA device. libtorch computes the factorization and the products between panels; our own kernels
+//! (`gptq_block.cu`) solve columns and pack codes. Only sums and, on request, packed words are copied from the device. The
+//! host waits for the device twice: after a factorization, for its success, and after a solve, for its sums. Orders and
+//! groups are copied to the device in between, while it is idle.
 
 mod columns;
 #[cfg(test)]
@@ -22,7 +22,7 @@ pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
 
 use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
+    Damped, Damping, Factor, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
     check_sums, damped, divide_by,
 };
 use crate::{
@@ -35,7 +35,7 @@ use crate::{
 use columns::Columns;
 use launch::Launcher;
 
-/// The column loop and what stands around it.
+/// The kernels of the column loop, of stacking and of packing.
 pub(super) const GPTQ_BLOCK: Source = Source { name: "gptq_block.cu", text: include_str!("gptq_block.cu") };
 
 /// Solves in fp32 on a CUDA device.
@@ -46,7 +46,7 @@ pub struct CudaSolver {
 }
 
 impl CudaSolver {
-    /// Compiles the kernels for a device, and makes sure that its fp32 products are fp32.
+    /// Compiles the kernels for a device, and checks that its fp32 products are not rounded to TF32.
     ///
     /// # Errors
     /// When the device cannot be used, its compute capability is below 8.0, the kernels do not compile, or products are
@@ -55,7 +55,7 @@ impl CudaSolver {
         Self::on(Launcher::new(device, None)?)
     }
 
-    /// As [`CudaSolver::new`], and measures its parts: each is then waited for.
+    /// As [`CudaSolver::new`], but measures its parts, with a wait for the device before and after each.
     ///
     /// # Errors
     /// As [`CudaSolver::new`].
@@ -69,14 +69,14 @@ impl CudaSolver {
         Ok(Self { launcher: Arc::new(launcher), scales: Scales::PLAIN })
     }
 
-    /// Choosing scales in another way: where one is searched for, libtorch does it, group by group, and our kernels take it
-    /// as given.
+    /// The same solver with another choice of scales. Searches run in libtorch's operations, group by group, and the kernels
+    /// get the scales as input.
     #[must_use]
     pub fn with_scales(self, scales: Scales) -> Self {
         Self { scales, ..self }
     }
 
-    /// With the kernels run in another way, for tests without a GPU.
+    /// A solver whose kernels run by other means, for tests without a GPU.
     ///
     /// # Errors
     /// When products on their device are rounded to TF32.
@@ -84,7 +84,7 @@ impl CudaSolver {
         Self::on(Launcher::with(kernels))
     }
 
-    /// With plain code on the CPU in place of kernels, on a device whose blocks have this much shared memory.
+    /// A solver with plain code on the CPU instead of kernels; `shared_memory` is that of a block.
     #[cfg(test)]
     pub(super) fn host_emulation(shared_memory: usize) -> Self {
         Self::with_kernels(Box::new(host_emulation::PlainKernels { shared_memory })).unwrap()
@@ -96,13 +96,7 @@ impl Solver for CudaSolver {
         "cuda"
     }
 
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let factorize = |damping: &Damping<'_>| upper_factor(&self.launcher, hessian.matrix(), damping);
         let damped = damped(hessian, sorting, damp, stage, factorize)?;
         let order = DeviceOrder::new(&damped, self.launcher.device()).torch("copy an order")?;
@@ -113,7 +107,7 @@ impl Solver for CudaSolver {
 
 /// `Ũ` `[K, K]` with `H + λI = Ũ Ũᵀ`, in quantization order and row-major; `None` when that is not positive definite.
 fn upper_factor(launcher: &Launcher, matrix: &Tensor, damping: &Damping<'_>) -> Result<Option<Tensor>> {
-    let &Damping { order, mean, lambda, .. } = damping;
+    let &Damping { order, mean, lambda } = damping;
     let reversed: Vec<i32> = order.columns().iter().rev().map(|&c| c as i32).collect();
     let columns = Tensor::f_from_slice(&reversed).and_then(|c| c.f_to_device(launcher.device()));
     let columns = columns.torch("copy an order")?;
@@ -126,8 +120,8 @@ fn upper_factor(launcher: &Launcher, matrix: &Tensor, damping: &Damping<'_>) -> 
 
 /// `Ũ` from the lower triangle, row-major, of a matrix with both axes reversed.
 fn factor_of(lower: Tensor) -> Result<Option<Tensor>, TchError> {
-    // Factors come column-major: the upper one is the lower one row by row, which only has to be read backwards. As the
-    // matrix's other triangle is the same, it is not transposed either.
+    // libtorch returns factors column-major. The column-major upper factor is the row-major lower factor, which only has to
+    // be reversed. The matrix is symmetric, so that it need not be transposed either.
     let (upper, info) = lower.f_tr()?.f_linalg_cholesky_ex(true, false)?;
     drop(lower);
     if i64::try_from(info)? != 0 {
@@ -136,8 +130,8 @@ fn factor_of(lower: Tensor) -> Result<Option<Tensor>, TchError> {
     Ok(Some(upper.f_tr()?.f_flip([0, 1])?.f_contiguous()?))
 }
 
-/// Refuses a device whose fp32 products are rounded to TF32: that is libtorch's choice only when it is told to, by its
-/// settings or by one of two environment variables, but nobody would see it in the result.
+/// Refuses a device whose fp32 products are rounded to TF32. libtorch rounds only by its settings or by one of two environment
+/// variables, but the results would not show it.
 fn check_fp32(device: Device) -> Result<()> {
     // TF32 keeps 10 bits of the fraction.
     const VALUE: f64 = 1.0 + 1.0 / (1u32 << 20) as f64;
@@ -207,7 +201,7 @@ impl Factorized for CudaFactor {
 }
 
 impl CudaFactor {
-    /// Takes a solved stack apart.
+    /// Splits a solved stack by weight.
     fn split(
         &self,
         columns: &Columns<'_>,
@@ -221,11 +215,11 @@ impl CudaFactor {
             let own = |t: &Tensor| t.f_narrow(1, first, rows);
             let linear = DeviceLinear {
                 bits: variant.bits,
-                codes: own(&columns.codes)?,
-                scales: own(&columns.scales)?,
-                zeros: own(&columns.zeros)?,
+                codes: own(&columns.stack.codes)?,
+                scales: own(&columns.stack.scales)?,
+                zeros: own(&columns.stack.zeros)?,
                 g_idx: g_idx.clone(),
-                device_g_idx: columns.g_idx(),
+                device_g_idx: columns.g_idx.shallow_clone(),
                 launcher: Arc::clone(&self.launcher),
             };
             first += rows;
@@ -258,8 +252,8 @@ fn sums(columns: &Columns<'_>, weights: &[Weight<'_>]) -> Result<Vec<(Sums, bool
     for weight in weights {
         let rows = weight.values.size()[0];
         let sum = |t: &Tensor| t.f_narrow(0, first, rows)?.f_sum(Kind::Double);
-        sums.extend([sum(&columns.objective)?, sum(&columns.distance)?]);
-        let finite = columns.scales.f_narrow(1, first, rows)?.f_isfinite()?;
+        sums.extend([sum(&columns.stack.objective)?, sum(&columns.stack.distance)?]);
+        let finite = columns.stack.scales.f_narrow(1, first, rows)?.f_isfinite()?;
         sums.push(finite.f_logical_not()?.f_sum(Kind::Double)?);
         first += rows;
     }

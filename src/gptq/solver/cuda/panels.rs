@@ -1,5 +1,5 @@
-//! Which panels of columns are solved one after another, by which kernel of `gptq_block.cu`, and with how much shared
-//! memory. Plain data, so that it is tested where there is no device.
+//! The plan of a solve: panels of columns, the kernel of `gptq_block.cu` for each, and its shared memory. It is plain data, so
+//! that tests need no device.
 
 use std::ops::Range;
 
@@ -8,17 +8,17 @@ pub(super) const LANES: usize = 32;
 /// Columns that a thread block solves between two barriers.
 const STEP: usize = 32;
 
-/// Columns of a panel, the widest first; the widest is taken that the device's shared memory holds.
+/// Columns of a panel, the widest first. The widest panel that fits the device's shared memory is used.
 const WIDTHS: [usize; 4] = [256, 192, 128, 64];
 
 /// A panel kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
-    /// Scales are fitted where their groups begin; every group lies in the panel as a whole.
+    /// Scales are fitted at the beginning of their groups; the panel has whole groups.
     Fitted,
-    /// Scales are there.
+    /// Scales are given.
     Given,
-    /// No codes: what the columns before a group, which is wider than a panel, leave to its weights.
+    /// Compensates the weights of a group that is wider than a panel for the columns before it, and chooses no codes.
     Compensate,
 }
 
@@ -73,7 +73,7 @@ impl Panel {
         self.columns.start == self.group.start
     }
 
-    /// Whether it ends its group, whose scale then is fitted.
+    /// Whether it ends its group. The group's scale is then fitted.
     pub(super) fn is_last(&self) -> bool {
         self.columns.end == self.group.end
     }
@@ -90,19 +90,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// The same, where something else sets a group's scales when all columns before it are solved.
+    /// As [`Plan::new`], if the scales of each group are given once all columns before it are solved: no panel has columns
+    /// of two groups.
     pub(super) fn searched(k: usize, group_size: usize, shared_memory: usize) -> Option<Self> {
         let fits = |width: &usize| Mode::Given.shared_memory(*width, group_size) <= shared_memory;
         let width = WIDTHS.into_iter().find(fits)?;
-        let panels = parts(0..k, group_size).flat_map(|group| {
-            parts(group.clone(), width).map(move |columns| {
-                let group = group.clone();
-                Panel { mode: Mode::Given, columns, group }
-            })
-        });
-        let panels: Vec<Panel> = panels.collect();
-        let width = panels.iter().map(|p| p.columns.len()).max().unwrap_or(0);
-        Some(Self { panels, width, wide_group: 0 })
+        let panels = by_group(k, width, group_size, &[Mode::Given]);
+        Some(Self { panels, width: width.min(group_size).min(k), wide_group: 0 })
     }
 
     /// Panels for `k` columns in groups of `group_size`, whose scales are `known` beforehand or fitted on the way, on a
@@ -111,14 +105,19 @@ impl Plan {
         let fits = |mode: Mode, width: usize| mode.shared_memory(width, group_size) <= shared_memory;
         WIDTHS.into_iter().find_map(|width| {
             if !known && group_size <= width {
-                // Whole groups, as many as there is room for.
+                // As many whole groups as fit.
                 let width = width / group_size * group_size;
                 return fits(Mode::Fitted, width).then(|| Self::of(Mode::Fitted, k, width));
             }
             if !fits(Mode::Given, width) {
                 return None;
             }
-            Some(if known { Self::of(Mode::Given, k, width) } else { Self::wide(k, width, group_size) })
+            if known {
+                return Some(Self::of(Mode::Given, k, width));
+            }
+            // Each group twice: for its scale, then for its codes.
+            let panels = by_group(k, width, group_size, &[Mode::Compensate, Mode::Given]);
+            Some(Self { panels, width: width.min(k), wide_group: group_size.min(k) })
         })
     }
 
@@ -126,20 +125,20 @@ impl Plan {
         let panels = parts(0..k, width).map(|columns| Panel { mode, columns, group: 0..k });
         Self { panels: panels.collect(), width: width.min(k), wide_group: 0 }
     }
-
-    /// Each group twice: for its scale, then for its codes.
-    fn wide(k: usize, width: usize, group_size: usize) -> Self {
-        let panels = parts(0..k, group_size).flat_map(|group| {
-            [Mode::Compensate, Mode::Given].into_iter().flat_map(move |mode| {
-                let group = group.clone();
-                parts(group.clone(), width).map(move |columns| Panel { mode, columns, group: group.clone() })
-            })
-        });
-        Self { panels: panels.collect(), width: width.min(k), wide_group: group_size.min(k) }
-    }
 }
 
-/// `range` in parts of `width`; the last one may be shorter.
+/// Panels of up to `width` columns in each of `modes`, group by group.
+fn by_group(k: usize, width: usize, group_size: usize, modes: &[Mode]) -> Vec<Panel> {
+    let of_group = |group: Range<usize>| {
+        modes.iter().flat_map(move |&mode| {
+            let panel = |columns| Panel { mode, columns, group: group.clone() };
+            parts(group.clone(), width).map(panel).collect::<Vec<_>>()
+        })
+    };
+    parts(0..k, group_size).flat_map(of_group).collect()
+}
+
+/// `range` in parts of `width`; the last part may be shorter.
 fn parts(range: Range<usize>, width: usize) -> impl Iterator<Item = Range<usize>> {
     let end = range.end;
     range.step_by(width).map(move |start| start..(start + width).min(end))

@@ -1,17 +1,17 @@
-//! The search for a group's scales in libtorch's operations: the definition (`gptq::scale_search`) for all rows at once,
-//! on any device.
+//! The search for a group's scales in libtorch's operations, for all rows at once. `solver/tests/reference.rs` has the
+//! definition.
 
 use tch::{Kind, TchError, Tensor};
 
 use crate::{accuracy::Scales, gptq::Grid};
 
-/// A group whose scales are looked for, all rows together.
+/// A group whose scales are searched for, for all rows together.
 pub(in crate::gptq) struct Group<'a> {
     /// `[g, N]` fp32, as compensated for every column before the group.
     pub(in crate::gptq) weights: &'a Tensor,
     /// `[g]` fp32: `Ũ_ii` of the group's columns.
     pub(in crate::gptq) pivots: &'a Tensor,
-    /// `[g, g]` fp32: `Ũ_gg`, upper triangular; none where the group's columns are not solved one after another.
+    /// `[g, g]` fp32: `Ũ_gg`, upper triangular; none if the group's columns are not solved one after another.
     pub(in crate::gptq) block: Option<&'a Tensor>,
 }
 
@@ -95,7 +95,7 @@ fn scaled_steps(grid: Grid, min: &Tensor, max: &Tensor, factor: f64) -> Result<S
     Ok(Steps { scales, zeros: zeros.f_clamp(1.0, levels)?.f_to_kind(Kind::Float)? })
 }
 
-/// As `Grid` rounds a scale.
+/// Rounds a scale as [`Grid`] does.
 fn to_scale(scale: &Tensor) -> Result<Tensor, TchError> {
     const OF_ZEROS: f64 = 2.0 / 15.0;
     const SMALLEST: f64 = 1.0 / (1u32 << 24) as f64;

@@ -112,18 +112,8 @@ fn cuda_device_packs_codes() {
 
 /// Everything that a panel kernel reads or writes.
 struct Panel {
-    variant: Variant,
-    size: usize,
-    factor: Tensor,
-    weights: Tensor,
+    stack: Stacked,
     residuals: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    groups: Tensor,
-    columns: Tensor,
-    objective: Tensor,
-    distance: Tensor,
 }
 
 impl Panel {
@@ -136,12 +126,10 @@ impl Panel {
         let groups: Vec<i32> = (0..k as i32).map(|i| i / size as i32).collect();
         let zeros = |size: &[i64], kind| Tensor::zeros(size, (kind, Device::Cpu));
         let g = variant.group_size.groups(k as usize) as i64;
-        Self {
-            variant,
-            size,
+        let (weights, residuals) = (random(&[k, n], 6) * 0.02, random(&[p, n], 7) * 0.02);
+        let stack = Stacked {
             factor,
-            weights: random(&[k, n], 6) * 0.02,
-            residuals: random(&[p, n], 7) * 0.02,
+            weights,
             codes: zeros(&[k, n], Kind::Uint8),
             scales: (zeros(&[g, n], Kind::Half) + 0.004).to_kind(Kind::Half),
             zeros: zeros(&[g, n], Kind::Uint8) + 2,
@@ -149,42 +137,28 @@ impl Panel {
             columns: permutation(k).0,
             objective: zeros(&[n], Kind::Double) + 0.5,
             distance: zeros(&[n], Kind::Double),
-        }
+            group_size: size,
+            variant,
+        };
+        Self { stack, residuals }
     }
 
     /// A copy. (Panels are not made twice: other tests draw from the same generator.)
     fn on(&self, launcher: &Launcher) -> Self {
         let copy = |t: &Tensor| t.to_device(launcher.device()).copy();
-        Self {
-            variant: self.variant,
-            size: self.size,
-            factor: copy(&self.factor),
-            weights: copy(&self.weights),
-            residuals: copy(&self.residuals),
-            codes: copy(&self.codes),
-            scales: copy(&self.scales),
-            zeros: copy(&self.zeros),
-            groups: copy(&self.groups),
-            columns: copy(&self.columns),
-            objective: copy(&self.objective),
-            distance: copy(&self.distance),
-        }
-    }
-
-    fn stacked(&self) -> Stacked<'_> {
-        Stacked {
-            factor: &self.factor,
-            weights: &self.weights,
-            codes: &self.codes,
-            scales: &self.scales,
-            zeros: &self.zeros,
-            groups: self.groups.shallow_clone(),
-            columns: &self.columns,
-            objective: &self.objective,
-            distance: &self.distance,
-            group_size: self.size,
-            variant: &self.variant,
-        }
+        let stack = Stacked {
+            factor: copy(&self.stack.factor),
+            weights: copy(&self.stack.weights),
+            codes: copy(&self.stack.codes),
+            scales: copy(&self.stack.scales),
+            zeros: copy(&self.stack.zeros),
+            groups: copy(&self.stack.groups),
+            columns: copy(&self.stack.columns),
+            objective: copy(&self.stack.objective),
+            distance: copy(&self.stack.distance),
+            ..self.stack
+        };
+        Self { stack, residuals: copy(&self.residuals) }
     }
 }
 
@@ -203,8 +177,8 @@ fn cuda_device_fits_scales_beforehand() {
         let panel = Panel::new(text, (70, 300, 1));
         same_to_the_bit(|launcher| {
             let panel = panel.on(launcher);
-            launcher.fit_static(&panel.stacked(), &positions.to_device(launcher.device())).unwrap();
-            vec![panel.scales, panel.zeros]
+            launcher.fit_static(&panel.stack, &positions.to_device(launcher.device())).unwrap();
+            vec![panel.stack.scales, panel.stack.zeros]
         });
     }
 }
@@ -228,28 +202,28 @@ fn cuda_device_solves_panels() {
             let run = |launcher: &Launcher| {
                 let panel = panel.on(launcher);
                 // Groups begin where the panel does.
-                let start = (k - p) as usize / panel.size * panel.size;
+                let start = (k - p) as usize / panel.stack.group_size * panel.stack.group_size;
                 let columns = start..start + p as usize;
                 let residuals = with_residuals.then_some(&panel.residuals);
-                launcher.panel(mode, columns, &panel.stacked(), residuals, None).unwrap();
+                launcher.panel(mode, columns, &panel.stack, residuals, None).unwrap();
                 panel
             };
             let (expected, found) = (run(&here), run(&there));
             let name = format!("{text} {shape:?} {mode:?} {with_residuals}");
-            let codes = [&expected.codes, &found.codes].map(to_vec);
+            let codes = [&expected.stack.codes, &found.stack.codes].map(to_vec);
             let different = codes[0].iter().zip(&codes[1]).filter(|(a, b)| a != b).count() as f64;
             assert!(different <= TIES * codes[0].len() as f64, "{name}: {different} codes");
-            close(&format!("{name}: scales"), &expected.scales, &found.scales);
+            close(&format!("{name}: scales"), &expected.stack.scales, &found.stack.scales);
             for (what, expected, found) in [
-                ("objective", &expected.objective, &found.objective),
-                ("distance", &expected.distance, &found.distance),
+                ("objective", &expected.stack.objective, &found.stack.objective),
+                ("distance", &expected.stack.distance, &found.stack.distance),
             ] {
                 let ratio =
                     found.sum(Kind::Double).double_value(&[]) / expected.sum(Kind::Double).double_value(&[]);
                 assert!((ratio - 1.0).abs() < TIES, "{name}: {what} {ratio}");
             }
             if different == 0.0 {
-                close(&format!("{name}: differences"), &expected.weights, &found.weights);
+                close(&format!("{name}: differences"), &expected.stack.weights, &found.stack.weights);
             }
         }
     }
@@ -269,9 +243,9 @@ fn cuda_device_compensates_panels() {
                 let c = Compensation { x: &x, minima: &minima, maxima: &maxima, first, last };
                 let columns = (k - p) as usize..k as usize;
                 let residuals = (!first).then_some(&panel.residuals);
-                launcher.panel(Mode::Compensate, columns, &panel.stacked(), residuals, Some(&c)).unwrap();
+                launcher.panel(Mode::Compensate, columns, &panel.stack, residuals, Some(&c)).unwrap();
             }
-            [x, minima, maxima, panel.scales]
+            [x, minima, maxima, panel.stack.scales]
         };
         for (expected, found) in run(&plain()).iter().zip(&run(&on_device())) {
             close(&format!("{n} {k} {p}"), expected, found);

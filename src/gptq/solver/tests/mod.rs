@@ -3,17 +3,21 @@
 mod hessian;
 mod numerics;
 pub(in crate::gptq) mod problem;
+mod reference;
 mod solvers;
+mod torch;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CpuSolver, RtnSolver, Solver, TorchSolver, Weight, damping_steps, targets};
+use super::{CpuSolver, RtnSolver, Solver, Weight, damping_steps, targets};
 use crate::{
+    accuracy::{AccuracyOptions, Scales},
     error::{Error, NumericalError},
-    gptq::{CrossCovariance, Grid, Hessian},
-    variant::Variant,
+    gptq::{ColumnOrder, CrossCovariance, Grid, Hessian, QuantizedLinear, Step, dead_columns},
+    variant::{Order, Variant},
 };
 use problem::{Problem, to_vec};
+use torch::TorchSolver;
 
 /// The loop of the GPTQ paper on the Cholesky factor of the inverse, with scales fitted to compensated weights.
 fn classical(problem: &Problem, group: usize, damp: f64) -> Vec<u8> {

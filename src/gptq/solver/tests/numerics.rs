@@ -2,13 +2,16 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::problem::{Problem, to_vec, weight};
+use super::{
+    problem::{Problem, to_vec, weight},
+    torch::TorchSolver,
+};
 use crate::{
     accuracy::AccuracyOptions,
     error::{Error, NumericalError, Result},
     gptq::{
         Hessian, QuantizedLinear,
-        solver::{CpuSolver, OrRounded, RtnSolver, Solution, Solver, TorchSolver, Weight},
+        solver::{CpuSolver, OrRounded, RtnSolver, Solution, Solver, Weight},
     },
     variant::{Sorting, Variant},
 };
@@ -114,7 +117,7 @@ fn no_worse_than_rounding(name: &str, x: &Tensor, w: &Tensor, damp: f64) {
     let hessian = hessian(x);
     for variant in VARIANTS.map(|text| text.parse::<Variant>().unwrap()) {
         let rounded = solved(&RtnSolver, &hessian, w, &variant, damp);
-        let limit = objective(w, x, &rounded.linear.into_host().unwrap());
+        let limit = objective(w, x, &rounded.linear.on_host().unwrap());
         for solver in on_cpu() {
             let name = format!("{name}, damp {damp}, {variant}, {}", solver.name());
             let solution = match try_solve(&solver, &hessian, w, &variant, damp) {
@@ -127,7 +130,7 @@ fn no_worse_than_rounding(name: &str, x: &Tensor, w: &Tensor, damp: f64) {
                 solution => solution.unwrap_or_else(|error| panic!("{name}: {error}")),
             };
             let reported = solution.squared_error;
-            let found = objective(w, x, &solution.linear.into_host().unwrap());
+            let found = objective(w, x, &solution.linear.on_host().unwrap());
             assert!(found <= limit * (1.0 + TOLERANCE), "{name}: {found} is above {limit}");
             assert!(reported.is_finite(), "{name}");
             // Errors far below what rounding would leave are lost in fp32, and so are those that it cannot hold.
@@ -167,7 +170,7 @@ fn degenerate_numbers_stay_numbers_in_libtorchs_solver() {
     let variant: Variant = "4bit-64g-act".parse().unwrap();
     for (name, x) in inputs() {
         let solution = solved(&TorchSolver::default(), &hessian(&x), &plain, &variant, 0.01);
-        let found = objective(&plain, &x, &solution.linear.into_host().unwrap());
+        let found = objective(&plain, &x, &solution.linear.on_host().unwrap());
         assert!(solution.squared_error.is_finite() && found.is_finite(), "{name}");
     }
 }
@@ -182,13 +185,16 @@ fn rows_that_compensation_would_harm_are_rounded_and_counted() {
     let x = plain(500);
     problem.hessian = hessian(&x);
     let variant: Variant = "2bit-32g-act-asym".parse().unwrap();
-    let rounded =
-        solved(&RtnSolver, &problem.hessian, &problem.weight, &variant, 0.01).linear.into_host().unwrap();
+    let rounded = solved(&RtnSolver, &problem.hessian, &problem.weight, &variant, 0.01)
+        .linear
+        .on_host()
+        .unwrap()
+        .into_owned();
     let slow = problem.reference_or_rounded(&variant, 0.01, &AccuracyOptions::NONE);
     for solver in on_cpu() {
         let solution = solved(&solver, &problem.hessian, &problem.weight, &variant, 0.01);
         assert_eq!(solution.uncompensated, 4, "{}", solver.name());
-        let linear = solution.linear.into_host().unwrap();
+        let linear = solution.linear.on_host().unwrap().into_owned();
         for row in 0..N {
             let codes = |linear: &QuantizedLinear| -> Vec<u8> {
                 linear.codes().iter().skip(row).step_by(N).copied().collect()
@@ -268,7 +274,7 @@ fn inputs_that_are_all_zero_are_refused_or_rounded() {
     );
     assert_eq!(solution.squared_error, 0.0);
     let alone = solved(&RtnSolver, &hessian, &values, &variant, 0.01);
-    assert_eq!(solution.linear.into_host().unwrap(), alone.linear.into_host().unwrap());
+    assert_eq!(solution.linear.on_host().unwrap().into_owned(), alone.linear.on_host().unwrap().into_owned());
 }
 
 /// A scale that only compensation makes too large for fp16: that linear alone is rounded, the one solved with it is not.

@@ -2,15 +2,13 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::reference::{self, ReferenceSolution};
 use crate::{
     accuracy::AccuracyOptions,
     device,
     gptq::{
         Hessian, QuantizedLinear,
-        solver::{
-            CpuSolver, Factorized, Solver, Weight,
-            reference::{self, ReferenceSolution},
-        },
+        solver::{CpuSolver, Factorized, Solver, Weight},
     },
     variant::Variant,
 };
@@ -75,7 +73,7 @@ impl Problem {
         damp: f64,
         accuracy: &AccuracyOptions,
     ) -> ReferenceSolution {
-        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, accuracy).unwrap()
+        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, accuracy, false).unwrap()
     }
 
     /// With rows rounded to nearest where that is better, as the CPU solver does it.
@@ -85,7 +83,7 @@ impl Problem {
         damp: f64,
         accuracy: &AccuracyOptions,
     ) -> ReferenceSolution {
-        reference::solve_or_round(&self.weight(), &self.hessian(), self.k, damp, variant, accuracy).unwrap()
+        reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, accuracy, true).unwrap()
     }
 
     pub(in crate::gptq) fn fast(&self, variant: &Variant, damp: f64) -> ReferenceSolution {
@@ -131,8 +129,10 @@ pub(in crate::gptq) fn solve(
 ) -> Vec<ReferenceSolution> {
     let weights: Vec<_> = weights.iter().map(|w| weight(w)).collect();
     let solutions = factor.solve(&weights, variant).unwrap().into_iter();
-    let on_host = solutions
-        .map(|s| ReferenceSolution { linear: s.linear.into_host().unwrap(), squared_error: s.squared_error });
+    let on_host = solutions.map(|s| ReferenceSolution {
+        linear: s.linear.on_host().unwrap().into_owned(),
+        squared_error: s.squared_error,
+    });
     on_host.collect()
 }
 

@@ -2,11 +2,14 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda, solve, variants, weight};
+use super::{
+    problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda, solve, variants, weight},
+    torch::TorchSolver,
+};
 use crate::{
     accuracy::{AccuracyOptions, ScaleSearch, Scales},
     error::Error,
-    gptq::solver::{CpuSolver, CudaSolver, Solver, TorchSolver, Weight},
+    gptq::solver::{CpuSolver, CudaSolver, Solver, Weight},
     variant::{Sorting, Variant},
 };
 

@@ -1,18 +1,20 @@
-//! The plain solver: the column loop in libtorch's own operations, on any device. It is what our kernels are measured
-//! against, and what runs where there is none.
+//! The column loop in libtorch's own operations, on any device: fast enough to check the solvers on larger problems than the
+//! definition.
 
 use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{
-    Damped, Damping, Factorization, Factorized, Solution, Solver, Sums, Weight,
-    cuda::scale_search::{Group, best_steps},
-    damped, divide_by, panel_width, solution,
-};
 use crate::{
     accuracy::Scales,
     error::{Result, TorchContext},
-    gptq::{Grid, Hessian, Step},
+    gptq::{
+        Grid, Hessian, Step,
+        solver::{
+            Damped, Damping, Factor, Factorization, Factorized, Solution, Solver, Sums, Weight,
+            cuda::scale_search::{Group, best_steps},
+            damped, divide_by, panel_width, solution,
+        },
+    },
     variant::{Sorting, Variant},
 };
 
@@ -21,7 +23,7 @@ const PANEL: usize = 128;
 
 /// Solves in fp32 on the device of the Hessian.
 #[derive(Debug, Clone, Copy)]
-pub struct TorchSolver {
+pub(super) struct TorchSolver {
     scales: Scales,
 }
 
@@ -34,7 +36,7 @@ impl Default for TorchSolver {
 
 impl TorchSolver {
     /// Choosing scales in this way.
-    pub fn new(scales: Scales) -> Self {
+    pub(super) fn new(scales: Scales) -> Self {
         Self { scales }
     }
 }
@@ -44,13 +46,7 @@ impl Solver for TorchSolver {
         "libtorch"
     }
 
-    fn factorize(
-        &self,
-        hessian: &Hessian,
-        sorting: Sorting,
-        damp: f64,
-        stage: &str,
-    ) -> Result<Box<dyn Factorized>> {
+    fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let factorize =
             |damping: &Damping<'_>| upper_factor(hessian.matrix(), damping).torch("factorize a Hessian");
         let damped = damped(hessian, sorting, damp, stage, factorize)?;
@@ -60,19 +56,15 @@ impl Solver for TorchSolver {
 
 /// `Ũ` with `H + λI = Ũ Ũᵀ`, in quantization order; `None` when that is not positive definite.
 fn upper_factor(matrix: &Tensor, damping: &Damping<'_>) -> Result<Option<Tensor>, TchError> {
-    let &Damping { order, dead, mean, lambda } = damping;
+    let &Damping { order, mean, lambda } = damping;
     // With both axes reversed `Ũ` is the plain lower factor.
     let reversed: Vec<i64> = order.columns().iter().rev().map(|&c| i64::from(c)).collect();
-    let added: Vec<f32> = order
-        .columns()
-        .iter()
-        .rev()
-        .map(|c| (lambda + if dead.binary_search(c).is_ok() { mean } else { 0.0 }) as f32)
-        .collect();
     let index = Tensor::f_from_slice(&reversed)?.f_to_device(matrix.device())?;
     let ordered = matrix.f_index_select(0, &index)?.f_index_select(1, &index)?;
-    let _ =
-        ordered.f_diagonal(0, 0, 1)?.f_add_(&Tensor::f_from_slice(&added)?.f_to_device(matrix.device())?)?;
+    let mut diagonal = ordered.f_diagonal(0, 0, 1)?;
+    let added = |&d: &f32| (lambda + if d == 0.0 { mean } else { 0.0 }) as f32;
+    let added: Vec<f32> = Vec::<f32>::try_from(diagonal.f_contiguous()?)?.iter().map(added).collect();
+    let _ = diagonal.f_add_(&Tensor::f_from_slice(&added)?.f_to_device(matrix.device())?)?;
     let (lower, info) = ordered.f_linalg_cholesky_ex(false, false)?;
     Ok(if i64::try_from(info)? == 0 { Some(lower.f_flip([0, 1])?) } else { None })
 }

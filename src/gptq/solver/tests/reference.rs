@@ -1,51 +1,25 @@
-//! The definition: plain f64, one column after another, no blocks, no libtorch. Slow, and what the others must match.
+//! The definition of the solver in plain f64, one column after another, without blocks or libtorch. It is slow; the solvers
+//! must agree with it. The integration tests compile this file too: what it needs of the crate is imported by its parent.
 
 use half::f16;
 
-use crate::{
-    accuracy::AccuracyOptions,
-    gptq::{
-        ColumnOrder, Grid, QuantizedLinear, Step, dead_columns,
-        scale_search::{Group, best_step},
-    },
-    variant::{Order, Variant},
+use super::{
+    AccuracyOptions, ColumnOrder, Grid, Order, QuantizedLinear, Scales, Step, Variant, dead_columns,
 };
 
-/// What [`solve`] returns beside the linear.
+/// A linear solved by [`solve`], and its error.
 #[derive(Debug)]
-pub struct ReferenceSolution {
+pub(crate) struct ReferenceSolution {
     /// Codes, scales, zeros, groups.
-    pub linear: QuantizedLinear,
+    pub(crate) linear: QuantizedLinear,
     /// `tr(D H Dᵀ)`, undamped.
-    pub squared_error: f64,
-}
-
-/// [`solve`], but for rows that compensation harms, as the grid clips what it moves: these are rounded to nearest.
-pub fn solve_or_round(
-    weight: &[f64],
-    hessian: &[f64],
-    k: usize,
-    damp: f64,
-    variant: &Variant,
-    accuracy: &AccuracyOptions,
-) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, accuracy, true)
+    pub(crate) squared_error: f64,
 }
 
 /// Quantizes `weight` `[N, K]` for `hessian` `[K, K]`, both row-major; `damp` is a fraction of the mean diagonal.
-/// `None` when the damped Hessian is not positive definite.
-pub fn solve(
-    weight: &[f64],
-    hessian: &[f64],
-    k: usize,
-    damp: f64,
-    variant: &Variant,
-    accuracy: &AccuracyOptions,
-) -> Option<ReferenceSolution> {
-    rows(weight, hessian, k, damp, variant, accuracy, false)
-}
-
-fn rows(
+/// `None` when the damped Hessian is not positive definite. With `or_round`, rows are rounded to nearest whose error
+/// compensation makes larger, because the grid clips compensated weights.
+pub(crate) fn solve(
     weight: &[f64],
     hessian: &[f64],
     k: usize,
@@ -199,4 +173,53 @@ fn upper_factor(h: &[f64], k: usize) -> Option<Vec<f64>> {
         }
     }
     Some(u)
+}
+
+/// A group whose scale is searched for.
+struct Group<'a> {
+    /// `[g]`, as compensated for every column before the group.
+    weights: &'a [f64],
+    /// `[g]`: `Ũ_ii` of the group's columns.
+    pivots: &'a [f64],
+    /// `[g, g]`: `Ũ_gg`, upper triangular; none if the group's columns are not solved one after another.
+    block: Option<&'a [f64]>,
+}
+
+/// The best step for a group.
+fn best_step(grid: Grid, scales: Scales, group: &Group<'_>) -> Step {
+    let (min, max) =
+        group.weights.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(lo, hi), &w| (lo.min(w), hi.max(w)));
+    let steps = grid.factors(scales).into_iter().map(|f| grid.fit_scaled(min, max, f));
+    let mut tried: Vec<(f64, Step)> = steps.map(|step| (by_diagonal(grid, group, step), step)).collect();
+    if tried.len() > 1 {
+        // Stable: the first of equals stays the first.
+        tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    if let (Some(block), finalists @ 1..) = (group.block, scales.finalists()) {
+        tried.truncate(finalists);
+        tried.iter_mut().for_each(|(cost, step)| *cost = by_block(grid, group, block, *step));
+        tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    tried[0].1
+}
+
+/// `Σ Ũ_ii² (q_i − w_i)²`.
+fn by_diagonal(grid: Grid, group: &Group<'_>, step: Step) -> f64 {
+    let cost = |(&w, &pivot): (&f64, &f64)| ((step.weight(grid.code(w, step)) - w) * pivot).powi(2);
+    group.weights.iter().zip(group.pivots).map(cost).sum()
+}
+
+/// `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses.
+fn by_block(grid: Grid, group: &Group<'_>, block: &[f64], step: Step) -> f64 {
+    let g = group.weights.len();
+    let mut differences: Vec<f64> = Vec::with_capacity(g);
+    let mut cost = 0.0;
+    for (i, &w) in group.weights.iter().enumerate() {
+        let residual: f64 = differences.iter().enumerate().map(|(j, d)| block[j * g + i] * d).sum();
+        let target = w - residual / group.pivots[i];
+        let quantized = step.weight(grid.code(target, step));
+        cost += ((quantized - target) * group.pivots[i]).powi(2);
+        differences.push(quantized - w);
+    }
+    cost
 }
