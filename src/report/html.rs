@@ -152,19 +152,7 @@ fn text(comparison: &Comparison, position: usize) -> Text {
         .iter()
         .filter_map(|e| Some((e.name.clone(), cells(e.measured[position].as_ref()?))))
         .collect();
-    let overlap = if protocol.stride == protocol.seq_len {
-        String::new()
-    } else {
-        format!(", one every {} tokens", protocol.stride)
-    };
-    Text {
-        title: format!(
-            "{}, {} windows of {} tokens{overlap}",
-            protocol.dataset, protocol.windows, protocol.seq_len
-        ),
-        reference: format!("{:.4}", protocol.reference_perplexity),
-        rows,
-    }
+    Text { title: protocol.title(), reference: format!("{:.4}", protocol.reference_perplexity), rows }
 }
 
 fn readers(comparison: &Comparison) -> Vec<Reader> {

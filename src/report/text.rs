@@ -68,7 +68,7 @@ pub fn comparison_table(comparison: &Comparison) -> String {
     text
 }
 
-/// The quality of each model beside fp16.
+/// The quality of each model beside fp16, below the text and the windows it was measured on.
 pub fn evaluation_table(evaluation: &Evaluation) -> String {
     let header = ["model", "weights", "perplexity", "change", "KL divergence", "same top-1"];
     let fp16 = format!("{:.4}", evaluation.reference_perplexity.value);
@@ -83,7 +83,7 @@ pub fn evaluation_table(evaluation: &Evaluation) -> String {
             format!("{:.2}%", model.top1_agreement.percent()),
         ]
     }));
-    format!("{}{}\n", table(&header, rows), evaluation.protocol)
+    format!("{}\n{}{}\n", evaluation.title(), table(&header, rows), evaluation.protocol)
 }
 
 /// `model.layers.3.mlp.down_proj` → `3.mlp.down_proj`.
