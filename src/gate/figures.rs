@@ -47,6 +47,9 @@ pub struct ModelFigures {
     pub name: String,
     /// Decoder layers.
     pub layers: usize,
+    /// Linears of the decoder layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linears: Option<usize>,
     /// Width of the hidden states.
     pub hidden_size: usize,
     /// Parameters in all tensors.

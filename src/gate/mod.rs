@@ -72,7 +72,7 @@ fn judge_branch(
     let name = branch.branch.as_str();
     let mut compared = Vec::new();
     let mut checklist = Checklist::new(judgement, Some(name), thresholds.of(name));
-    branch::by_itself(&mut checklist, branch, run.model.layers);
+    branch::by_itself(&mut checklist, branch, run.model.linears);
     if let Some(baseline) = baseline {
         match baseline.branches.iter().find(|before| before.branch == name) {
             Some(before) => branch::against_baseline(&mut checklist, branch, before),

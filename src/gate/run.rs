@@ -72,7 +72,7 @@ pub(super) fn model(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Fig
     let digests = |f: &Figures| f.evaluations.iter().map(|e| e.model_digest.clone()).collect::<BTreeSet<_>>();
     let shape = |f: &Figures| (f.model.layers, f.model.hidden_size, f.model.parameters);
     let text = |f: &Figures| {
-        let ModelFigures { name, layers, hidden_size, parameters } = &f.model;
+        let ModelFigures { name, layers, hidden_size, parameters, .. } = &f.model;
         let digests: Vec<String> = digests(f).iter().map(|digest| short(digest)).collect();
         let digests = digests.join(" and ");
         format!("{name} ({layers} layers, hidden {hidden_size}, {parameters} parameters, digest {digests})")

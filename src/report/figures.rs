@@ -1,6 +1,6 @@
 //! Figures as text, for the tables of all forms of the report.
 
-use super::{Comparison, Entry, EvaluatedModel, Interval, LinearReport, RunSummary, bytes, charts::place};
+use super::{Comparison, Entry, EvaluatedModel, Interval, LinearReport, RunSummary, bytes};
 
 /// A cell: its text, and the value that a column is sorted by.
 #[derive(Debug, Clone, PartialEq)]
@@ -127,10 +127,7 @@ pub(super) fn worst(comparison: &Comparison, count: usize) -> Vec<Worst<'_>> {
             break;
         }
         if found.iter().all(|w| w.linear.name != linear.name) {
-            let is_usual = place(&linear.name).is_some();
-            let short_name =
-                if is_usual { linear.name.trim_start_matches("model.layers.") } else { &linear.name };
-            let short_name = short_name.to_owned();
+            let short_name = linear.name.strip_prefix("model.layers.").unwrap_or(&linear.name).to_owned();
             found.push(Worst { entry, linear, short_name, why: why(entry, linear) });
         }
     }

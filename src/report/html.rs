@@ -6,7 +6,7 @@ use super::{
     Comparison, Entry, EvaluatedModel,
     advice::{Advice, advice, headline, rule, unserved},
     bytes,
-    charts::{self, LINEARS, Picture, SERIES, place},
+    charts::{self, Kinds, Picture, SERIES},
     figures::{Cell, Column, Costs, Worst, change, columns, costs, interval, none, number, worst},
     provenance::{self, Facts},
 };
@@ -24,6 +24,7 @@ struct Page<'a> {
     rule: String,
     pareto: Option<Picture>,
     lines: Vec<Picture>,
+    kinds: Kinds,
     heat: Vec<Heat>,
     largest: String,
     columns: Vec<Column>,
@@ -52,7 +53,7 @@ struct Row<'a> {
 /// A heat map and its figures.
 struct Heat {
     picture: Picture,
-    /// For each layer, a cell for each of [`LINEARS`].
+    /// For each layer, a cell for each kind of linears.
     layers: Vec<(usize, Vec<Cell>)>,
 }
 
@@ -70,8 +71,9 @@ type Reader = (String, Vec<Option<String>>);
 pub fn html(comparison: &Comparison) -> String {
     let solved: Vec<(usize, &Entry)> =
         comparison.entries.iter().enumerate().filter(|(_, e)| !e.linears.is_empty()).collect();
-    let errors = solved.iter().flat_map(|(_, e)| e.linears.iter().map(|l| l.relative_error));
-    let largest = errors.filter(|e| e.is_finite()).fold(0.0, f64::max);
+    let kinds = Kinds::new(solved.iter().map(|(_, entry)| *entry));
+    let errors = solved.iter().flat_map(|(_, entry)| kinds.errors(entry));
+    let largest = errors.map(|(_, _, error)| error).fold(0.0, f64::max);
     let source = &comparison.source;
     let size = |s: u64| format!(", {}", bytes(s));
     let parameters = |p: u64| format!(", {:.1} M parameters", p as f64 / 1e6);
@@ -88,11 +90,12 @@ pub fn html(comparison: &Comparison) -> String {
         unserved: unserved(comparison),
         rule: rule(comparison),
         pareto: charts::size_against_kl(comparison),
-        lines: [charts::error_by_layer(&solved), charts::error_by_linear(&solved)]
+        lines: [charts::error_by_layer(&solved, &kinds), charts::error_by_linear(&solved, &kinds)]
             .into_iter()
             .flatten()
             .collect(),
-        heat: solved.iter().filter_map(|(_, e)| heat(e, largest)).collect(),
+        heat: solved.iter().filter_map(|(_, e)| heat(e, &kinds, largest)).collect(),
+        kinds,
         largest: format!("{largest:.4}"),
         columns: columns(comparison),
         rows: comparison.entries.iter().enumerate().map(|(i, e)| row(comparison, i, e)).collect(),
@@ -117,16 +120,15 @@ fn row<'a>(comparison: &Comparison, index: usize, entry: &'a Entry) -> Row<'a> {
     }
 }
 
-fn heat(entry: &Entry, largest: f64) -> Option<Heat> {
-    let picture = charts::heat_map(entry, largest)?;
+fn heat(entry: &Entry, kinds: &Kinds, largest: f64) -> Option<Heat> {
+    let picture = charts::heat_map(entry, kinds, largest)?;
     let mut layers: Vec<(usize, Vec<Cell>)> = Vec::new();
-    for linear in &entry.linears {
-        let Some((layer, row)) = place(&linear.name) else { continue };
+    for (layer, kind, error) in kinds.errors(entry) {
         if layers.last().is_none_or(|last| last.0 != layer) {
-            layers.push((layer, LINEARS.iter().map(|_| none()).collect()));
+            layers.push((layer, kinds.names.iter().map(|_| none()).collect()));
         }
         if let Some((_, cells)) = layers.last_mut() {
-            cells[row] = number(4, linear.relative_error);
+            cells[kind] = number(4, error);
         }
     }
     Some(Heat { picture, layers })

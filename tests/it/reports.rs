@@ -186,3 +186,36 @@ fn nothing_from_outside_becomes_markup() {
     let usual = markdown.lines().find(|line| line.starts_with("| `main`")).unwrap().matches('|').count();
     assert_eq!(cells, usual, "{row}");
 }
+
+#[test]
+fn the_page_has_the_linears_that_the_run_names() {
+    let lab = Lab::empty();
+    let mut run = read_json(&golden("run.json"));
+    let mut errors = Vec::new();
+    for linear in run["branches"].as_array_mut().unwrap().iter_mut().flat_map(|branch| {
+        let linears = branch["linears"].as_array_mut().unwrap();
+        linears.iter_mut()
+    }) {
+        let name = linear["name"].as_str().unwrap();
+        if errors.len() < 2 && (name.ends_with("0.mlp.gate_proj") || name.ends_with("0.mlp.up_proj")) {
+            errors.push(linear["relative_error"].as_f64().unwrap());
+        }
+        let name = name
+            .replace("mlp.gate_proj", "block_sparse_moe.experts.0.w1")
+            .replace("mlp.up_proj", "block_sparse_moe.experts.1.w1")
+            .replace("mlp.down_proj", "block_sparse_moe.experts.0.w2");
+        linear["name"] = name.into();
+    }
+    write_json(&lab.path("run.json"), &run);
+    let page = lab.path("report.html");
+    lab.run(&["report", &text_of(&lab.path("run.json")), "--html", &text_of(&page)]).succeeds();
+    let page = fs::read_to_string(page).unwrap();
+    for part in [
+        "6 layers from left to right, from top to bottom q, k, v, o, w1, w2. The largest is",
+        "<button type=\"button\">w1</button>",
+        "Of experts, the mean over all of a layer.",
+        &format!("<td data-sort=\"{0}\">{0:.4}</td>", (errors[0] + errors[1]) / 2.0)[..20],
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+}

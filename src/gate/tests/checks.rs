@@ -152,3 +152,39 @@ fn a_further_text_is_judged_against_fp16_where_it_was_measured() {
     let alone = judge_alone(&figures(&more), &thresholds("max-kl = 1"));
     assert_eq!(lines(&alone), [format!("{OTHER}: was not evaluated on more [evaluation]")]);
 }
+
+/// Experts, fused projections and parallel blocks: a layer has as many linears as the model says.
+#[test]
+fn linears_are_counted_as_the_architecture_has_them() {
+    let mut experts = run();
+    let linears: Vec<Value> = ["qkv_proj", "o_proj"]
+        .map(|name| format!("self_attn.{name}"))
+        .into_iter()
+        .chain((0..4).flat_map(|e| ["w1", "w2", "w3"].map(|w| format!("block_sparse_moe.experts.{e}.{w}"))))
+        .map(|path| {
+            let mut linear = experts["branches"][0]["linears"][0].clone();
+            linear["name"] = format!("model.layers.0.{path}").into();
+            linear
+        })
+        .collect();
+    experts["model"]["linears"] = linears.len().into();
+    for branch in experts["branches"].as_array_mut().unwrap() {
+        branch["linears"] = linears.clone().into();
+    }
+    let judgement = judge(&figures(&experts), &figures(&experts), &Thresholds::default());
+    assert_eq!((lines(&judgement), judgement.verdict()), (vec![], Verdict::Pass));
+    // An expert that is missing, and one that is there twice.
+    let [mut less, mut twice] = [experts.clone(), experts.clone()];
+    less["branches"][0]["linears"].as_array_mut().unwrap().pop();
+    twice["branches"][0]["linears"][13] = twice["branches"][0]["linears"][12].clone();
+    for run in [less, twice] {
+        let alone = judge_alone(&figures(&run), &Thresholds::default());
+        assert_eq!(lines(&alone), [format!("{MAIN}: 13 of 14 linears were quantized [linears]")]);
+    }
+    experts["model"].as_object_mut().unwrap().remove("linears");
+    let alone = judge_alone(&figures(&experts), &Thresholds::default());
+    let expected = format!(
+        "{MAIN}: 14 linears were quantized, and the report does not say how many the model has [linears]"
+    );
+    assert_eq!((lines(&alone).len(), &lines(&alone)[0]), (2, &expected));
+}
