@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use gptq::{
-    card::{Address, CardOptions, cards},
+    card::{Address, CardOptions, Cards, cards},
     checkpoint::write_file_atomically,
     hub::CARD_FILE,
     report::{REPORT_FILE, Report},
@@ -40,6 +40,10 @@ pub(super) struct CardTexts {
     /// The source model on the Hub, if it was not fetched from there
     #[arg(long, value_name = "OWNER/NAME")]
     base_model: Option<String>,
+    /// Take the figures on this text; repeatable [default: the texts of the run itself, else those that all branches
+    /// were evaluated on]
+    #[arg(long = "dataset", value_name = "NAME")]
+    datasets: Vec<String>,
     /// Who quantized [default: the repository's owner]
     #[arg(long, value_name = "NAME")]
     quantized_by: Option<String>,
@@ -47,7 +51,9 @@ pub(super) struct CardTexts {
 
 pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
     let report = Report::read(&args.run.join(REPORT_FILE))?;
-    let made = cards(&report, &args.run, &args.texts.options(args.repository.as_deref().map(Address::new))?)?;
+    let Cards { texts: made, left_out } =
+        cards(&report, &args.run, &args.texts.options(args.repository.as_deref().map(Address::new))?)?;
+    left_out.iter().for_each(|text| terminal::note(output, text));
     let branches = report.branches.iter().map(|branch| &branch.branch);
     if let Some(wanted) = &args.print {
         let found = branches.zip(&made).find(|(branch, _)| *branch == wanted);
@@ -80,6 +86,7 @@ impl CardTexts {
             quantized_by: self.quantized_by.clone(),
             base_model: self.base_model.clone(),
             prompt_template: self.prompt_template.clone(),
+            datasets: self.datasets.clone(),
             template,
         })
     }

@@ -27,7 +27,7 @@ pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
     }
     name_apart(&mut others, &args.quantized, &runs);
     let source = args.model.as_deref().map(|model| source(model, output)).transpose()?;
-    let comparison = Comparison::new(runs, others, source)?;
+    let comparison = Comparison::new(runs, others, source, &args.datasets)?;
 
     let write = |path: &Path, text: &str| -> Result<()> {
         write_file_atomically(path, text.as_bytes())

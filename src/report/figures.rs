@@ -1,6 +1,6 @@
 //! Figures as text, for the tables of all forms of the report.
 
-use super::{Comparison, Entry, EvaluatedModel, Interval, LinearReport, RunSummary, bytes};
+use super::{Comparison, Entry, EvaluatedModel, Interval, LinearReport, Report, RunSummary, bytes};
 
 /// A cell: its text, and the value that a column is sorted by.
 #[derive(Debug, Clone, PartialEq)]
@@ -104,6 +104,14 @@ fn readers(entry: &Entry) -> Cell {
         text += &format!(", not {}", refuse.iter().map(short).collect::<Vec<_>>().join(", "));
     }
     Cell { text, sort: take.to_string() }
+}
+
+/// A remark on the errors of linears, where a run trades them for the model's.
+pub(super) fn errors_of_linears<'a>(mut runs: impl Iterator<Item = &'a Report>) -> Option<&'static str> {
+    runs.any(|report| report.accuracy.output_hessian > 0.0).then_some(
+        "Output Hessians (--quality best) accept larger errors of single linears for a smaller error of the model. \
+         Compare such runs with others by the KL divergence, not by the errors of their linears.",
+    )
 }
 
 /// One of the worst linears.

@@ -4,10 +4,12 @@ use askama::Template;
 
 use super::{
     Comparison, Entry, EvaluatedModel,
-    advice::{Advice, advice, headline, rule, unserved},
+    advice::{Advice, STAR, advice, also_measured, headline, rule, unmeasured, unserved},
     bytes,
     charts::{self, Kinds, Picture, SERIES},
-    figures::{Cell, Column, Costs, Worst, change, columns, costs, interval, none, number, worst},
+    figures::{
+        Cell, Column, Costs, Worst, change, columns, costs, errors_of_linears, interval, none, number, worst,
+    },
     provenance::{self, Facts},
 };
 
@@ -22,12 +24,18 @@ struct Page<'a> {
     /// Readers that load none of the entries.
     unserved: Option<String>,
     rule: String,
+    /// On models and texts that the rule leaves out.
+    remarks: Vec<String>,
+    star: &'static str,
     pareto: Option<Picture>,
     lines: Vec<Picture>,
     kinds: Kinds,
     heat: Vec<Heat>,
     largest: String,
-    columns: Vec<Column>,
+    /// On errors that are traded for the model's.
+    errors: Option<&'static str>,
+    /// Tables of models: the first has what decides and fits a screen.
+    tables: Vec<Table>,
     rows: Vec<Row<'a>>,
     texts: Vec<Text>,
     worst: Vec<Worst<'a>>,
@@ -37,15 +45,20 @@ struct Page<'a> {
     colors: Vec<(usize, String)>,
 }
 
-/// A row of the branch table.
+/// A table of models.
+struct Table {
+    title: &'static str,
+    id: &'static str,
+    columns: Vec<Column>,
+}
+
+/// A row of the tables of models.
 struct Row<'a> {
     entry: &'a Entry,
     number: usize,
     color: usize,
     /// Whether it is a checkpoint of another tool.
     square: bool,
-    /// Maintained readers that do not load it.
-    not_loaded_by: String,
     /// Whether it is recommended.
     best: bool,
 }
@@ -89,6 +102,8 @@ pub fn html(comparison: &Comparison) -> String {
         advice: advice(comparison),
         unserved: unserved(comparison),
         rule: rule(comparison),
+        remarks: [unmeasured(comparison), also_measured(comparison)].into_iter().flatten().collect(),
+        star: STAR,
         pareto: charts::size_against_kl(comparison),
         lines: [charts::error_by_layer(&solved, &kinds), charts::error_by_linear(&solved, &kinds)]
             .into_iter()
@@ -97,7 +112,8 @@ pub fn html(comparison: &Comparison) -> String {
         heat: solved.iter().filter_map(|(_, e)| heat(e, &kinds, largest)).collect(),
         kinds,
         largest: format!("{largest:.4}"),
-        columns: columns(comparison),
+        errors: errors_of_linears(comparison.runs.iter().map(|run| &run.report)),
+        tables: tables(comparison),
         rows: comparison.entries.iter().enumerate().map(|(i, e)| row(comparison, i, e)).collect(),
         texts: (0..comparison.protocols.len()).map(|p| text(comparison, p)).collect(),
         worst: worst(comparison, 10),
@@ -109,14 +125,27 @@ pub fn html(comparison: &Comparison) -> String {
     page.render().expect("writing to memory does not fail")
 }
 
+/// The columns of the first table in its order: what must be seen on a phone comes first.
+const FIRST: [&str; 6] = ["mean KL", "size", "Δ to fp16", "same top-1", "bits/weight", "readers"];
+
+fn tables(comparison: &Comparison) -> Vec<Table> {
+    let position = |column: &Column| FIRST.iter().position(|name| *name == column.name);
+    let (mut first, second): (Vec<_>, Vec<_>) =
+        columns(comparison).into_iter().partition(|column| position(column).is_some());
+    first.sort_by_key(|column| position(column));
+    vec![
+        Table { title: "All models", id: "branches", columns: first },
+        Table { title: "More figures, and how they were made", id: "more", columns: second },
+    ]
+}
+
 fn row<'a>(comparison: &Comparison, index: usize, entry: &'a Entry) -> Row<'a> {
     Row {
         entry,
         number: index + 1,
         color: index % SERIES.len(),
         square: entry.run.is_none(),
-        not_loaded_by: entry.not_loaded_by().join(", "),
-        best: comparison.recommendation.as_ref().is_some_and(|r| r.closest == index),
+        best: comparison.recommendation.as_ref().is_some_and(|r| r.take == index),
     }
 }
 
