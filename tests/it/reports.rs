@@ -217,7 +217,7 @@ fn the_page_has_the_linears_that_the_run_names() {
         "6 layers from left to right, from top to bottom q, k, v, o, w1, w2. The largest is",
         "<button type=\"button\">w1</button>",
         "Of experts, the mean over all of a layer.",
-        &format!("<td data-sort=\"{0}\">{0:.4}</td>", (errors[0] + errors[1]) / 2.0)[..20],
+        &format!("<td data-sort=\"{0}\">{0:.4}</td>", (errors[0] + errors[1]) / 2.0)[..26],
     ] {
         assert!(page.contains(part), "{part}");
     }
