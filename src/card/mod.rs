@@ -16,7 +16,11 @@ use crate::{
     chat::syntax,
     error::{Error, HubError, Result},
     hub::Reference,
-    report::{Comparison, EvaluatedModel, Evaluation, ModelEvaluations, Report, RunInput, markdown_text},
+    report::{
+        Comparison, EvaluatedModel, Evaluation, ModelEvaluations, Report, RunInput,
+        choice::{Candidate, taken},
+        markdown_text,
+    },
 };
 pub use source::{SOURCE_CARD_FILE, SourceCard, keep_source_card};
 
@@ -64,6 +68,9 @@ pub struct CardOptions {
     pub languages: Vec<String>,
     /// Prompt template of the model, with `{prompt}` in it.
     pub prompt_template: Option<String>,
+    /// Names of the texts whose figures are on the card; where there are none, the run's own evaluations, else those that every branch
+    /// shares, else all.
+    pub datasets: Vec<String>,
     /// Another card template: its file, for messages, and its text.
     pub template: Option<(PathBuf, String)>,
 }
@@ -99,12 +106,23 @@ impl CardOptions {
     }
 }
 
-/// The card of each branch of the run in `run`, in the report's order.
+/// The cards of a run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cards {
+    /// The card of each branch, in the report's order.
+    pub texts: Vec<String>,
+    /// A remark on each evaluation that is not on the cards.
+    pub left_out: Vec<String>,
+}
+
+/// The card of each branch of the run in `run`.
 ///
 /// # Errors
-/// When the source model's card cannot be read, figures are of other weights, or the template has an error.
-pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<String>> {
-    let report = &Report { evaluations: evaluations(report, run)?, ..report.clone() };
+/// When the source model's card cannot be read, figures are of other weights, nothing was evaluated on a dataset of `options`, or
+/// the template has an error.
+pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Cards> {
+    let (evaluations, left_out) = evaluations(report, run, &options.datasets)?;
+    let report = &Report { evaluations, ..report.clone() };
     let source = options.source_card(SourceCard::read(run)?);
     let (path, text) = match &options.template {
         Some((path, text)) => (path.clone(), text.as_str()),
@@ -120,15 +138,16 @@ pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Vec<S
         let facts = facts::facts(report, run, at, &source, options)?;
         template.render(Value::from(Serde(facts))).map_err(|error| wrong(&error))
     };
-    (0..report.branches.len()).map(one).collect()
+    let texts = (0..report.branches.len()).map(one).collect::<Result<_>>()?;
+    Ok(Cards { texts, left_out })
 }
 
-/// All evaluations of the run's branches, those in its report and those in the branches' folders. The first one decides
-/// recommendations.
-fn evaluations(report: &Report, run: &Path) -> Result<Vec<Evaluation>> {
+/// The evaluations that are on the card, of those in the run's report and those in the branches' folders, and a remark on each
+/// other one. The first one decides recommendations.
+fn evaluations(report: &Report, run: &Path, datasets: &[String]) -> Result<(Vec<Evaluation>, Vec<String>)> {
     let measured = ModelEvaluations::of_branches(report, run)?;
     let input = RunInput { name: report.model.name.clone(), report: report.clone(), measured };
-    let Comparison { protocols, entries, .. } = Comparison::new(vec![input], Vec::new(), None)?;
+    let Comparison { protocols, entries, .. } = Comparison::new(vec![input], Vec::new(), None, &[])?;
     let with_models = |(at, protocol): (usize, Evaluation)| {
         let models = entries.iter().filter_map(|entry| {
             let model = entry.measured[at].clone()?;
@@ -136,7 +155,28 @@ fn evaluations(report: &Report, run: &Path) -> Result<Vec<Evaluation>> {
         });
         Evaluation { models: models.collect(), ..protocol }
     };
-    Ok(protocols.into_iter().enumerate().map(with_models).collect())
+    let all: Vec<Evaluation> = protocols.into_iter().enumerate().map(with_models).collect();
+    let candidate = |evaluation: &'_ Evaluation| {
+        let own = report.evaluations.iter().any(|own| own.same_protocol(evaluation));
+        (evaluation.dataset.clone(), own, evaluation.models.len() == report.branches.len())
+    };
+    let candidates: Vec<_> = all.iter().map(candidate).collect();
+    let candidates: Vec<Candidate<'_>> = candidates
+        .iter()
+        .map(|(dataset, own, shared)| Candidate { dataset, own: *own, shared: *shared })
+        .collect();
+    let taken = taken(&candidates, datasets)?;
+    let (on, off): (Vec<_>, Vec<_>) = all.into_iter().zip(taken).partition(|(_, taken)| *taken);
+    let on: Vec<Evaluation> = on.into_iter().map(|(evaluation, _)| evaluation).collect();
+    let remark = |(evaluation, _): &(Evaluation, bool)| {
+        let (title, dataset) = (evaluation.title(), &evaluation.dataset);
+        match on.iter().any(|other| other.dataset == *dataset) {
+            true => format!("not on the card: {title}"),
+            false => format!("not on the card: {title}; --dataset {dataset} takes it"),
+        }
+    };
+    let left_out = off.iter().map(remark).collect();
+    Ok((on, left_out))
 }
 
 fn template_error(path: &Path, error: &minijinja::Error) -> Error {

@@ -307,6 +307,10 @@ pub(super) struct ReportArgs {
     /// The unquantized checkpoint, a folder or OWNER/NAME[@REVISION] on the Hub: check that all figures are against it
     #[arg(long, value_name = "MODEL")]
     pub(super) model: Option<PathBuf>,
+    /// Recommend by the figures on this text; repeatable, the first decides [default: the text that most models were
+    /// evaluated on]
+    #[arg(long = "dataset", value_name = "NAME")]
+    pub(super) datasets: Vec<String>,
     /// Write the report as one HTML file
     #[arg(long, value_name = "FILE")]
     pub(super) html: Option<PathBuf>,

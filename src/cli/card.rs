@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use gptq::{
-    card::{Address, CardOptions, cards},
+    card::{Address, CardOptions, Cards, cards},
     checkpoint::write_file_atomically,
     hub::CARD_FILE,
     report::{REPORT_FILE, Report},
@@ -46,6 +46,10 @@ pub(super) struct CardTexts {
     /// A language of the model, such as en; repeatable [default: those of the source model's card]
     #[arg(long = "language", value_name = "LANGUAGE")]
     languages: Vec<String>,
+    /// Take the figures on this text; repeatable [default: the texts of the run itself, else those that all branches
+    /// were evaluated on]
+    #[arg(long = "dataset", value_name = "NAME")]
+    datasets: Vec<String>,
     /// Who quantized [default: the repository's owner]
     #[arg(long, value_name = "NAME")]
     quantized_by: Option<String>,
@@ -53,7 +57,9 @@ pub(super) struct CardTexts {
 
 pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
     let report = Report::read(&args.run.join(REPORT_FILE))?;
-    let made = cards(&report, &args.run, &args.texts.options(args.repository.as_deref().map(Address::new))?)?;
+    let Cards { texts: made, left_out } =
+        cards(&report, &args.run, &args.texts.options(args.repository.as_deref().map(Address::new))?)?;
+    left_out.iter().for_each(|text| terminal::note(output, text));
     let branches = report.branches.iter().map(|branch| &branch.branch);
     if let Some(wanted) = &args.print {
         let found = branches.zip(&made).find(|(branch, _)| *branch == wanted);
@@ -88,6 +94,7 @@ impl CardTexts {
             license: self.license.clone(),
             languages: self.languages.clone(),
             prompt_template: self.prompt_template.clone(),
+            datasets: self.datasets.clone(),
             template,
         })
     }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use gptq::{
     calibration::{Tokenizer, Tokens, Windows, check_seq_len, tokenizer_notes},
     checkpoint::{Checkpoint, QuantizationConfig},
-    eval::{self, Candidate},
+    eval::{self, Candidate, folder_names},
     model::Compute,
     progress::{Event, Progress},
     report::{EVALUATION_SCHEMA, Evaluation, evaluation_table},
@@ -17,7 +17,8 @@ use serde::Serialize;
 
 use super::{
     args::{EvalArgs, OutputArgs},
-    datasets, hub,
+    datasets,
+    hub::{self, Model},
     terminal::{self, Terminal},
 };
 
@@ -49,10 +50,10 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         bail!("--dump-logits needs exactly one --quantized, one --dataset and one --seq-len");
     }
 
-    let candidates: Vec<Candidate<'_>> = models
-        .iter()
+    let candidates: Vec<Candidate<'_>> = names(&models)
+        .into_iter()
         .zip(&quantized)
-        .map(|(model, checkpoint)| Candidate { name: model.label(), checkpoint })
+        .map(|(name, checkpoint)| Candidate { name, checkpoint })
         .collect();
     let terminal = Terminal::new(output);
     for warning in [&reference].into_iter().chain(&quantized).filter_map(Checkpoint::absent) {
@@ -82,6 +83,19 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let tables = evaluations.iter().map(evaluation_table).collect::<Vec<_>>().join("\n");
     terminal::answer(output, &Evaluations { schema: EVALUATION_SCHEMA, evaluations }, || tables)?;
     Ok(true)
+}
+
+/// Names for tables. Folders of the same name, such as `main` of two runs, have their parents' names before it.
+fn names(models: &[Model]) -> Vec<String> {
+    let (fetched, local): (Vec<&Model>, Vec<&Model>) = models.iter().partition(|model| model.is_fetched());
+    let taken: Vec<String> = fetched.iter().map(|model| model.label()).collect();
+    let folders: Vec<&Path> = local.iter().map(|model| model.folder.as_path()).collect();
+    let mut local = folder_names(&folders, &taken).into_iter();
+    let name = |model: &Model| match model.is_fetched() {
+        true => model.label(),
+        false => local.next().expect("one for each local model"),
+    };
+    models.iter().map(name).collect()
 }
 
 /// The windows of each text and length, with the text's name. `--windows` counts windows of the greatest length; the number

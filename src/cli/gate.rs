@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use gptq::gate::{self, Figures, Judgement, Thresholds, Verdict};
+use gptq::gate::{self, EvaluationFigures, Figures, Judgement, Thresholds, Verdict};
 
 use super::{args::OutputArgs, terminal};
 
@@ -26,6 +26,10 @@ pub(super) struct GateArgs {
     /// Limits in TOML: docs/ci.md has the keys and their defaults
     #[arg(long, value_name = "FILE")]
     pub(super) thresholds: Option<PathBuf>,
+    /// Judge the figures on this text; repeatable. Other evaluations are listed as not judged [default: the texts of the
+    /// run itself, else those that all branches were evaluated on; and the baseline's]
+    #[arg(long = "dataset", value_name = "NAME")]
+    pub(super) datasets: Vec<String>,
     /// Make this run the baseline, if it passes against fp16
     #[arg(long)]
     pub(super) update: bool,
@@ -51,10 +55,21 @@ pub(super) fn run(args: &GateArgs, output: &OutputArgs) -> Result<bool> {
         Some(path) => Thresholds::read(path)?,
         None => Thresholds::default(),
     };
-    let figures = Figures::read(&args.run)?;
+    let mut figures = Figures::read(&args.run)?;
     let judgement = match args.update {
-        true => update(&figures, &args.baseline, &thresholds)?,
-        false => gate::judge(&figures, &gate::read_baseline(&args.baseline)?, &thresholds),
+        true => update(&mut figures, args, &thresholds)?,
+        false => {
+            let mut baseline = gate::read_baseline(&args.baseline)?;
+            let others = figures.choose(&args.datasets, Some(&baseline))?;
+            // A baseline without any of the texts is left as it is, so that the judgement says which it has.
+            let is_named = |evaluation: &EvaluationFigures| args.datasets.contains(&evaluation.dataset);
+            if baseline.evaluations.iter().any(is_named) {
+                baseline.evaluations.retain(is_named);
+            }
+            let mut judgement = gate::judge(&figures, &baseline, &thresholds);
+            judgement.notes.extend(others);
+            judgement
+        }
     };
     print(&judgement, args, output)?;
     if let Some(path) = env::var_os(STEP_SUMMARY).filter(|path| !path.is_empty()) {
@@ -64,22 +79,25 @@ pub(super) fn run(args: &GateArgs, output: &OutputArgs) -> Result<bool> {
 }
 
 /// Makes the run the baseline, if it passes by itself. Breaches against the old baseline become notes.
-fn update(run: &Figures, path: &Path, thresholds: &Thresholds) -> Result<Judgement> {
+fn update(run: &mut Figures, args: &GateArgs, thresholds: &Thresholds) -> Result<Judgement> {
+    let path = &args.baseline;
+    let old = path.exists().then(|| gate::read_baseline(path));
+    let others = run.choose(&args.datasets, old.as_ref().and_then(|old| old.as_ref().ok()))?;
     let mut judgement = gate::judge_alone(run, thresholds);
+    judgement.notes.extend(others);
     if judgement.verdict() != Verdict::Pass {
         let what = if path.exists() { "the baseline was left as it was" } else { "no baseline was written" };
         judgement.notes.push(format!("{what}: {}", path.display()));
         return Ok(judgement);
     }
-    if path.exists() {
-        match gate::read_baseline(path) {
-            Ok(old) => {
-                let against = gate::judge(run, &old, thresholds);
-                judgement.notes.extend(against.breaches().map(|check| format!("accepted: {}", check.line())));
-                judgement.branches = against.branches;
-            }
-            Err(error) => judgement.notes.push(format!("the old baseline cannot be used: {error}")),
+    match old {
+        Some(Ok(old)) => {
+            let against = gate::judge(run, &old, thresholds);
+            judgement.notes.extend(against.breaches().map(|check| format!("accepted: {}", check.line())));
+            judgement.branches = against.branches;
         }
+        Some(Err(error)) => judgement.notes.push(format!("the old baseline cannot be used: {error}")),
+        None => {}
     }
     gate::write_baseline(path, run)?;
     judgement.notes.push(format!("the baseline is this run now: {}", path.display()));

@@ -5,7 +5,7 @@ use std::{fmt::Write, path::PathBuf, str::FromStr};
 use anyhow::{Result, bail};
 use clap::Args;
 use gptq::{
-    card::{Address, SourceCard, cards},
+    card::{Address, Cards, SourceCard, cards},
     hub::{CARD_FILE, DEFAULT_REVISION, Hub, Reference},
     progress::{Event, Progress},
     publish::{self, Outcome, PublishOptions},
@@ -87,7 +87,8 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
             _ => Address::Git(place.clone()),
         },
     };
-    let made = cards(&report, &args.run, &args.texts.options(Some(repository))?)?;
+    let Cards { texts: made, left_out } = cards(&report, &args.run, &args.texts.options(Some(repository))?)?;
+    left_out.iter().for_each(|text| terminal::note(output, text));
     let branches = publish::branches(&report, &args.run, &args.branches, &made)?;
     let terminal = Terminal::new(output);
     for branch in &branches {

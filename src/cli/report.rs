@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use gptq::{
     checkpoint::{Checkpoint, write_file_atomically},
-    eval::{describe, folder_name},
+    eval::{describe, folder_name, folder_names},
     report::{
         Comparison, EVALUATION_FILE, EVALUATION_SCHEMA, GENERATED_BY, ModelEvaluations, REPORT_FILE, Report,
         RunInput, Source, comparison_table, html, markdown,
@@ -18,14 +18,19 @@ use super::{
 };
 
 pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
-    let runs = args.runs.iter().map(|run| read_run(run)).collect::<gptq::Result<Vec<_>>>()?;
+    let mut runs = args.runs.iter().map(|run| read_run(run)).collect::<gptq::Result<Vec<_>>>()?;
     let others = args.quantized.iter().map(|dir| read_quantized(dir, output));
-    let others = others.collect::<gptq::Result<Vec<_>>>()?;
+    let mut others = others.collect::<gptq::Result<Vec<_>>>()?;
+    let folders: Vec<&Path> = args.runs.iter().map(|run| folder(run)).collect();
+    for (run, name) in runs.iter_mut().zip(folder_names(&folders, &[])) {
+        run.name = name;
+    }
+    name_apart(&mut others, &args.quantized, &runs);
     for other in &others {
         other.checkpoint.notes.iter().for_each(|note| terminal::warning(&format!("{}: {note}", other.name)));
     }
     let source = args.model.as_deref().map(|model| source(model, output)).transpose()?;
-    let comparison = Comparison::new(runs, others, source)?;
+    let comparison = Comparison::new(runs, others, source, &args.datasets)?;
 
     let write = |path: &Path, text: &str| -> Result<()> {
         write_file_atomically(path, text.as_bytes())
@@ -56,7 +61,7 @@ pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
 fn read_run(run: &Path) -> gptq::Result<RunInput> {
     let path = inside(run, REPORT_FILE);
     let report = Report::read(&path)?;
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = folder(run);
     let measured = ModelEvaluations::of_branches(&report, dir)?;
     Ok(RunInput { name: folder_name(dir), report, measured })
 }
@@ -80,6 +85,30 @@ fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluat
         checkpoint: described,
         evaluations: Vec::new(),
     })
+}
+
+/// Puts the parent folders' names before the names of checkpoints that occur several times or that a run's branch has.
+fn name_apart(others: &mut [ModelEvaluations], paths: &[PathBuf], runs: &[RunInput]) {
+    let branches = runs.iter().flat_map(|run| &run.report.branches).map(|branch| branch.branch.clone());
+    let branches: Vec<String> = branches.collect();
+    let names: Vec<String> = others.iter().map(|other| other.name.clone()).collect();
+    let occurs = |name: &String| branches.iter().chain(&names).filter(|known| *known == name).count();
+    // A file of another name is not in its model's folder.
+    let is_in_folder = |path: &Path| path.is_dir() || path.file_name().is_some_and(|f| f == EVALUATION_FILE);
+    let repeated: Vec<usize> =
+        (0..others.len()).filter(|&i| occurs(&names[i]) > 1 && is_in_folder(&paths[i])).collect();
+    let folders: Vec<&Path> = repeated.iter().map(|&i| folder(&paths[i])).collect();
+    for (i, name) in repeated.iter().zip(folder_names(&folders, &branches)) {
+        others[*i].rename(name);
+    }
+}
+
+/// The path itself, or the folder of the file that it names.
+fn folder(path: &Path) -> &Path {
+    match path.is_dir() {
+        true => path,
+        false => path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new(".")),
+    }
 }
 
 /// The file itself, or the file of that name in the folder.

@@ -46,13 +46,17 @@ pub(super) fn mean_nll(predictions: &[Prediction]) -> f64 {
     predictions.iter().map(|p| -f64::from(p.target)).sum::<f64>() / predictions.len() as f64
 }
 
-/// A candidate's figures from its hidden states `[S, hidden]`, against the reference's predictions.
+/// Figures of the candidate `name` from its hidden states `[S, hidden]`, against the reference's predictions.
+///
+/// # Errors
+/// When its logits are not finite, or libtorch fails.
 pub(super) fn score(
     predictions: &[Prediction],
     runner: &Runner<'_>,
     hidden: &Tensor,
     ids: &[i64],
     first_scored: usize,
+    name: &str,
 ) -> Result<WindowScores> {
     let mut scores: Vec<(f64, f64, bool)> = Vec::with_capacity(predictions.len());
     each_piece(runner, hidden, ids, first_scored, |log_q, vocab, targets| {
@@ -65,7 +69,7 @@ pub(super) fn score(
     })?;
     let mean = |of: fn(&(f64, f64, bool)) -> f64| scores.iter().map(of).sum::<f64>() / scores.len() as f64;
     let (nll, kl_divergence) = (mean(|s| s.0), mean(|s| s.1));
-    finite("a quantized model's logits", nll + kl_divergence)?;
+    finite(&format!("the logits of `{name}`"), nll + kl_divergence)?;
     Ok(WindowScores {
         nll,
         kl_divergence,

@@ -64,12 +64,23 @@ pub fn evaluate(
     for candidate in candidates {
         comparable(reference, candidate.checkpoint)?;
     }
-    let model_digest = reference.digest()?;
-    let mut dense = Reference::new(reference, &model_digest, windows, compute, cache, progress)?;
     let quantized: Vec<Runner<'_>> = candidates
         .iter()
         .map(|c| Runner::quantized(c.checkpoint, seq_len, compute))
         .collect::<Result<_>>()?;
+    for (candidate, runner) in candidates.iter().zip(&quantized) {
+        let checked = check_tensors(candidate.checkpoint, runner);
+        checked.map_err(|error| Error::NotComparable {
+            left: reference.dir().into(),
+            right: candidate.checkpoint.dir().into(),
+            problem: format!(
+                "{error}; gptq verify {} lists every defect",
+                candidate.checkpoint.dir().display()
+            ),
+        })?;
+    }
+    let model_digest = reference.digest()?;
+    let mut dense = Reference::new(reference, &model_digest, windows, compute, cache, progress)?;
 
     let mut window_nll = Vec::new();
     let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
@@ -91,8 +102,10 @@ pub fn evaluate(
             let hidden = expected.as_ref().map(|expected| expected.get(w as i64));
             let predictions = dense.window(hidden, ids, first)?;
             window_nll.push(mean_nll(&predictions));
-            for ((runner, found), scores) in quantized.iter().zip(&found).zip(&mut scores) {
-                scores.push(score(&predictions, runner, &found.get(w as i64), ids, first)?);
+            let found = quantized.iter().zip(&found).zip(candidates);
+            for (((runner, found), candidate), scores) in found.zip(&mut scores) {
+                let (found, name) = (found.get(w as i64), candidate.name.as_str());
+                scores.push(score(&predictions, runner, &found, ids, first, name)?);
             }
         }
     }
@@ -139,6 +152,26 @@ pub fn evaluate(
 pub fn folder_name(dir: &Path) -> String {
     let full = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     full.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
+/// Names of folders: the last part of each path, with as many parts before it as distinguish it from the other folders and
+/// from `taken`. A folder that is given twice has the same name twice.
+pub fn folder_names(folders: &[&Path], taken: &[String]) -> Vec<String> {
+    let parts = |folder: &&Path| -> Vec<String> {
+        let full = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+        full.iter().map(|part| part.to_string_lossy().into_owned()).filter(|part| part != "/").collect()
+    };
+    let all: Vec<Vec<String>> = folders.iter().map(parts).collect();
+    let last = |parts: &[String], count: usize| parts[parts.len().saturating_sub(count)..].join("/");
+    let name = |(at, own): (usize, &Vec<String>)| {
+        let is_free = |count: &usize| {
+            let name = last(own, *count);
+            let mut others = all.iter().enumerate().filter(|(other, _)| *other != at);
+            !taken.contains(&name) && others.all(|(_, other)| last(other, *count) != name)
+        };
+        last(own, (1..=own.len()).find(is_free).unwrap_or(1))
+    };
+    all.iter().enumerate().map(name).collect()
 }
 
 /// Logits `[W, seq_len, vocab]` fp32, on the CPU, of a quantized model, for comparing with other software.
@@ -188,6 +221,24 @@ fn comparable(reference: &Checkpoint, candidate: &Checkpoint) -> Result<()> {
     }
 }
 
+/// Checks every tensor of a quantized model before anything is computed: names, shapes, types, groups, and that scales are
+/// finite.
+fn check_tensors(checkpoint: &Checkpoint, runner: &Runner<'_>) -> Result<()> {
+    let config = checkpoint.config();
+    for (name, shape) in config.dense_tensors() {
+        checkpoint.view_shaped(&name, &shape)?;
+    }
+    for layer in 0..config.num_layers() {
+        for ((id, linear), packed) in config.layer_linears(layer).zip(runner.packed_layer(layer)?) {
+            if packed.is_none() {
+                checkpoint.view_shaped(&id.weight(), &linear.shape)?;
+            }
+        }
+        checkpoint.release_layer(layer);
+    }
+    Ok(())
+}
+
 fn protocol(dataset: &str, windows: &Windows, compute: Compute) -> String {
     let (count, seq_len, stride) = (windows.count(), windows.seq_len(), windows.stride());
     let (which, scored) = if stride == seq_len {
@@ -215,5 +266,22 @@ fn in_words(compute: Compute) -> String {
     match compute.device {
         Device::Cpu => kind_name(compute.kind).to_owned(),
         _ => compute.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_the_same_name_are_told_apart_by_their_parents() {
+        let names = |folders: &[&str], taken: &[&str]| {
+            let folders: Vec<&Path> = folders.iter().map(Path::new).collect();
+            folder_names(&folders, &taken.iter().map(|&name| name.to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&["/none/a/main", "/none/b/main", "/none/b/32g"], &[]), ["a/main", "b/main", "32g"]);
+        assert_eq!(names(&["/none/a/out/main", "/none/b/out/main"], &[]), ["a/out/main", "b/out/main"]);
+        assert_eq!(names(&["/none/a/main"], &["main"]), ["a/main"]);
+        assert_eq!(names(&["/none/a/main", "/none/a/main"], &[]), ["main", "main"]);
     }
 }

@@ -1,6 +1,6 @@
 //! The checks of one branch.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     checklist::{Checklist, Comparison, finite, percent, signed, size},
@@ -8,15 +8,20 @@ use super::{
     windows::Measured,
 };
 
-/// Linears of a decoder layer.
-const LINEARS: usize = 7;
-
-/// Checks that need neither a baseline nor an evaluation.
-pub(super) fn by_itself(checklist: &mut Checklist<'_>, branch: &BranchFigures, layers: usize) {
+/// Checks that need neither a baseline nor an evaluation. `expected` is the number of the model's linears.
+pub(super) fn by_itself(checklist: &mut Checklist<'_>, branch: &BranchFigures, expected: Option<usize>) {
     let linears = &branch.linears;
-    let expected = layers * LINEARS;
-    let finding = format!("{} of {expected} linears were quantized", linears.len());
-    checklist.check("linears", linears.len() != expected || linears.is_empty(), finding);
+    let found = linears.iter().map(|linear| linear.name.as_str()).collect::<BTreeSet<_>>().len();
+    match expected {
+        Some(expected) => {
+            let is_whole = found == expected && linears.len() == expected && expected > 0;
+            checklist.check("linears", !is_whole, format!("{found} of {expected} linears were quantized"));
+        }
+        None => checklist.breach(
+            "linears",
+            format!("{found} linears were quantized, and the report does not say how many the model has"),
+        ),
+    }
 
     let worst = linears.iter().filter_map(|l| Some((finite(l.relative_error)?, l)));
     let worst = worst.max_by(|a, b| a.0.total_cmp(&b.0));

@@ -8,7 +8,9 @@ use serde_json::Value;
 use crate::{
     error::Result,
     report::{
-        EVALUATION_FILE, EVALUATION_SCHEMA, REPORT_FILE, REPORT_SCHEMA, check_weights_beside, read_schema,
+        EVALUATION_FILE, EVALUATION_SCHEMA, REPORT_FILE, REPORT_SCHEMA, check_weights_beside,
+        choice::{Candidate, taken},
+        read_schema, title,
     },
 };
 
@@ -47,6 +49,9 @@ pub struct ModelFigures {
     pub name: String,
     /// Decoder layers.
     pub layers: usize,
+    /// Linears of the decoder layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linears: Option<usize>,
     /// Width of the hidden states.
     pub hidden_size: usize,
     /// Parameters in all tensors.
@@ -132,6 +137,9 @@ pub struct EvaluationFigures {
     pub window_nll: Numbers,
     /// The branches.
     pub models: Vec<EvaluatedFigures>,
+    /// Whether it is in the branches' folders alone, and not in the run's report.
+    #[serde(skip)]
+    pub beside: bool,
 }
 
 /// One evaluated branch: means over each window's tokens.
@@ -184,19 +192,64 @@ impl Figures {
                 old.models.retain(|model| model.name != branch);
                 old.models.append(&mut evaluation.models);
             }
-            None => self.evaluations.push(evaluation),
+            None => self.evaluations.push(EvaluationFigures { beside: true, ..evaluation }),
         }
     }
 
-    /// An evaluation's text for messages; with the length of the windows where another evaluation of it has another.
+    /// Keeps the evaluations that are judged: those on `datasets` where these are given; of these the ones of the run's report, else those
+    /// that every branch shares, else all; and those that `baseline` has too. Returns a remark on each of the others.
+    ///
+    /// # Errors
+    /// When nothing was evaluated on one of `datasets`.
+    pub fn choose(&mut self, datasets: &[String], baseline: Option<&Self>) -> Result<Vec<String>> {
+        let has = |evaluation: &EvaluationFigures, branch: &str| {
+            evaluation.models.iter().any(|model| model.name == branch)
+        };
+        let candidate = |evaluation: &'_ EvaluationFigures| {
+            let shared = self.branches.iter().all(|branch| has(evaluation, &branch.branch));
+            (evaluation.dataset.clone(), !evaluation.beside, shared)
+        };
+        let candidates: Vec<_> = self.evaluations.iter().map(candidate).collect();
+        let candidates: Vec<Candidate<'_>> = candidates
+            .iter()
+            .map(|(dataset, own, shared)| Candidate { dataset, own: *own, shared: *shared })
+            .collect();
+        let in_baseline = |evaluation: &EvaluationFigures| {
+            let is_named = datasets.is_empty() || datasets.contains(&evaluation.dataset);
+            let mut known = baseline.into_iter().flat_map(|baseline| &baseline.evaluations);
+            is_named && known.any(|before| before.same_protocol(evaluation))
+        };
+        let taken = taken(&candidates, datasets)?;
+        let (kept, others): (Vec<_>, Vec<_>) = self
+            .evaluations
+            .iter()
+            .zip(taken)
+            .map(|(evaluation, taken)| (evaluation, taken || in_baseline(evaluation)))
+            .partition(|(_, taken)| *taken);
+        let kept: Vec<EvaluationFigures> =
+            kept.into_iter().map(|(evaluation, _)| evaluation.clone()).collect();
+        let remark = |(evaluation, _): &(&EvaluationFigures, bool)| {
+            let names: Vec<&str> = evaluation.models.iter().map(|model| model.name.as_str()).collect();
+            let dataset = &evaluation.dataset;
+            let hint = match kept.iter().any(|other| other.dataset == *dataset) {
+                true => String::new(),
+                false => format!("; --dataset {dataset} judges it"),
+            };
+            format!("not judged: {}, measured of {}{hint}", evaluation.title(), names.join(", "))
+        };
+        let remarks = others.iter().map(remark).collect();
+        self.evaluations = kept;
+        Ok(remarks)
+    }
+
+    /// An evaluation's text for messages: its name, with the windows and more where other evaluations have the same name.
     pub(super) fn text_of(&self, evaluation: &EvaluationFigures) -> String {
-        let lengths = |e: &EvaluationFigures| (e.seq_len, e.stride);
-        let alike =
-            |e: &EvaluationFigures| e.dataset == evaluation.dataset && lengths(e) != lengths(evaluation);
-        match self.evaluations.iter().any(alike) {
-            true => format!("{} in windows of {}", evaluation.dataset, evaluation.seq_len),
-            false => evaluation.dataset.clone(),
-        }
+        let forms: [fn(&EvaluationFigures) -> String; 3] =
+            [|e| e.dataset.clone(), EvaluationFigures::title, EvaluationFigures::in_full];
+        let is_unique = |form: &fn(&EvaluationFigures) -> String| {
+            self.evaluations.iter().filter(|other| form(other) == form(evaluation)).count() < 2
+        };
+        forms.into_iter().find(is_unique).unwrap_or(EvaluationFigures::in_full)(evaluation)
     }
 }
 
@@ -209,6 +262,19 @@ impl EvaluationFigures {
             && self.sha256 == other.sha256
             && windows(self) == windows(other)
             && self.window_tokens == other.window_tokens
+    }
+}
+
+impl EvaluationFigures {
+    /// The text and the windows.
+    pub(super) fn title(&self) -> String {
+        title(&self.dataset, self.windows, self.seq_len, self.stride)
+    }
+
+    /// The same with the digest of the tokens and the type of the computation.
+    pub(super) fn in_full(&self) -> String {
+        let digest: String = self.sha256.chars().take(12).collect();
+        format!("{} ({digest}), in {}", self.title(), self.compute)
     }
 }
 

@@ -25,12 +25,12 @@ pub use thresholds::{Limits, Thresholds};
 use checklist::Checklist;
 use windows::Measured;
 
-/// Judges a run against fp16 and a baseline.
+/// Judges a run against fp16 and a baseline, on every evaluation that the run's figures have: see [`Figures::choose`].
 pub fn judge(run: &Figures, baseline: &Figures, thresholds: &Thresholds) -> Judgement {
     judged(run, Some(baseline), thresholds)
 }
 
-/// Judges a run against fp16 alone.
+/// Judges a run against fp16 alone, on every evaluation that its figures have.
 pub fn judge_alone(run: &Figures, thresholds: &Thresholds) -> Judgement {
     judged(run, None, thresholds)
 }
@@ -72,7 +72,7 @@ fn judge_branch(
     let name = branch.branch.as_str();
     let mut compared = Vec::new();
     let mut checklist = Checklist::new(judgement, Some(name), thresholds.of(name));
-    branch::by_itself(&mut checklist, branch, run.model.layers);
+    branch::by_itself(&mut checklist, branch, run.model.linears);
     if let Some(baseline) = baseline {
         match baseline.branches.iter().find(|before| before.branch == name) {
             Some(before) => branch::against_baseline(&mut checklist, branch, before),
@@ -84,11 +84,6 @@ fn judge_branch(
             let same = baseline.evaluations.iter().find(|before| before.same_protocol(evaluation))?;
             Some((baseline, same))
         });
-        // A text that the baseline does not have may have been evaluated for one branch alone, by hand.
-        let optional = baseline.is_some() && same.is_none();
-        if optional && !evaluation.models.iter().any(|model| model.name == name) {
-            continue;
-        }
         let measured = match Measured::of(run, evaluation, name) {
             Ok(measured) => measured,
             Err(problem) => {

@@ -74,7 +74,7 @@ pub(super) fn model(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Fig
     let digests = |f: &Figures| f.evaluations.iter().map(|e| e.model_digest.clone()).collect::<BTreeSet<_>>();
     let shape = |f: &Figures| (f.model.layers, f.model.hidden_size, f.model.parameters);
     let text = |f: &Figures| {
-        let ModelFigures { name, layers, hidden_size, parameters } = &f.model;
+        let ModelFigures { name, layers, hidden_size, parameters, .. } = &f.model;
         let digests: Vec<String> = digests(f).iter().map(|digest| short(digest)).collect();
         let digests = digests.join(" and ");
         format!("{name} ({layers} layers, hidden {hidden_size}, {parameters} parameters, digest {digests})")
@@ -104,7 +104,8 @@ pub(super) fn evaluated(checklist: &mut Checklist<'_>, figures: &Figures, whose:
             checklist.breach("evaluation", finding);
         }
         if evaluations[..i].iter().any(|other| other.same_protocol(evaluation)) {
-            checklist.breach("evaluation", format!("{whose} has two evaluations on {}", text(evaluation)));
+            checklist
+                .breach("evaluation", format!("{whose} has two evaluations on {}", evaluation.in_full()));
         }
     }
 }
@@ -112,21 +113,15 @@ pub(super) fn evaluated(checklist: &mut Checklist<'_>, figures: &Figures, whose:
 /// Every text of the baseline must have been evaluated in the run, in the same way.
 pub(super) fn protocol(checklist: &mut Checklist<'_>, run: &Figures, baseline: &Figures) {
     for expected in &baseline.evaluations {
-        let wanted = text(expected);
+        let wanted = expected.in_full();
         if run.evaluations.iter().any(|evaluation| evaluation.same_protocol(expected)) {
             checklist.check("protocol", false, format!("evaluated as the baseline was: on {wanted}"));
             continue;
         }
-        let found: Vec<String> = run.evaluations.iter().map(text).collect();
+        let found: Vec<String> = run.evaluations.iter().map(EvaluationFigures::in_full).collect();
         let found = if found.is_empty() { "nothing".to_owned() } else { found.join(" and on ") };
         checklist.breach("protocol", format!("evaluated on {found}, and the baseline on {wanted}"));
     }
-}
-
-fn text(evaluation: &EvaluationFigures) -> String {
-    let EvaluationFigures { dataset, windows, seq_len, stride, sha256, compute, .. } = evaluation;
-    let stride = if stride == seq_len { String::new() } else { format!(", stride {stride}") };
-    format!("{dataset}, {windows} windows of {seq_len} tokens{stride} ({}), in {compute}", short(sha256))
 }
 
 fn short(digest: &str) -> String {

@@ -307,6 +307,7 @@ fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {
         name: name.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
         source: None,
         layers: config.num_layers(),
+        linears: Some(config.linears().count()),
         hidden_size: config.hidden_size,
         parameters,
         bytes: checkpoint.bytes_total(),

@@ -26,7 +26,7 @@ use crate::{
     plan::OnFailure,
     progress::Event,
     report::LinearReport,
-    variant::Sorting,
+    variant::{Sorting, Variant},
 };
 
 /// Solves the stages of a layer on one device.
@@ -145,7 +145,8 @@ impl<'a> StageSolver<'a> {
             if i + 1 == orders && outputs.is_none() {
                 hessian = None;
             }
-            self.warn(&name, damp, factor.facts());
+            let of_order = list.iter().map(|&position| self.task.variants[variants[position]]);
+            self.warn(&name, &of_order.collect::<Vec<_>>(), damp, factor.facts());
             let targets = self.targets(&*factor, cross_covariance.as_ref(), &dense, &name)?;
             let weights: Vec<Weight<'_>> = match &targets {
                 Some(targets) => {
@@ -223,14 +224,51 @@ impl<'a> StageSolver<'a> {
         targets(factor, known, dense, self.task.accuracy.asymmetric, stage).map(Some)
     }
 
-    /// Warns where damping had to be raised above `damp`.
-    fn warn(&self, stage: &str, damp: f64, facts: &Factorization) {
-        if facts.damp_raised > 0 {
-            let text = format!(
-                "{stage}: not positive definite at damping {damp}; raised {} times to {}",
-                facts.damp_raised, facts.damp
-            );
+    /// Warns where damping had to be raised above `damp` for the variants that share a column order.
+    fn warn(&self, stage: &str, variants: &[Variant], damp: f64, facts: &Factorization) {
+        if let Some(text) = raised(stage, variants, damp, facts) {
             self.context.progress.event(&Event::Warning(&text));
         }
+    }
+}
+
+/// The warning where damping was raised above `damp`. Each column order is factorized by itself, so that the warning names the
+/// variants of the order.
+fn raised(stage: &str, variants: &[Variant], damp: f64, facts: &Factorization) -> Option<String> {
+    let names: Vec<String> = variants.iter().map(ToString::to_string).collect();
+    (facts.damp_raised > 0).then(|| {
+        format!(
+            "{stage}, {}: not positive definite at damping {damp}; raised {} times to {}",
+            names.join(" and "),
+            facts.damp_raised,
+            facts.damp
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_warning_of_raised_damping_names_the_variants() {
+        let facts = |damp_raised| Factorization {
+            damp: 0.0001,
+            damp_raised,
+            dead_columns: 0,
+            outlier_ratio: 1.0,
+            condition_estimate: 1.0,
+        };
+        let warning = |names: &[&str], times| {
+            let variants: Vec<Variant> = names.iter().map(|name| name.parse().unwrap()).collect();
+            raised("layer 0, qkv", &variants, 0.0, &facts(times))
+        };
+        let [sequential, act] = [["4bit-128g", "4bit-64g"].as_slice(), &["4bit-32g-act"]];
+        assert_eq!(
+            warning(sequential, 2).unwrap(),
+            "layer 0, qkv, 4bit-128g and 4bit-64g: not positive definite at damping 0; raised 2 times to 0.0001"
+        );
+        assert_ne!(warning(sequential, 2), warning(act, 2));
+        assert_eq!(warning(act, 0), None);
     }
 }

@@ -1,8 +1,8 @@
 //! The recommendation in words.
 
 use super::{
-    Comparison, Entry, bytes,
-    recommendation::{FACTOR, ForReaders, USUAL_BITS},
+    Comparison, Entry, Evaluation, bytes,
+    recommendation::{CLOSE, FACTOR, ForReaders, USUAL_BITS},
 };
 
 /// A recommended model.
@@ -31,7 +31,7 @@ impl Advice<'_> {
 pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     let Some(choice) = &comparison.recommendation else { return Vec::new() };
     let entry = |i: usize| &comparison.entries[i];
-    let closest = entry(choice.closest);
+    let (take, closest) = (entry(choice.take), entry(choice.closest));
     let advice = |when: &str, entry: &'a Entry, because: String| Advice {
         when: when.to_owned(),
         entry,
@@ -43,26 +43,35 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     let of = if measured > 1 { format!(" of the {measured} measured") } else { String::new() };
     let bits = closest.checkpoint.bits;
     let of = if choice.closer.is_some() { format!(" of those with {bits} bits or fewer") } else { of };
-    let mut because = format!("Closest to fp16{of}");
-    if !choice.as_close.is_empty() {
-        let names: Vec<&str> = choice.as_close.iter().map(|&i| entry(i).name.as_str()).collect();
-        because = format!(
-            "Smallest of those that are closest to fp16 (no significant difference to {})",
-            names.join(", ")
-        );
+    let kl = |entry: &Entry| entry.kl().unwrap_or(f64::NAN);
+    let mut because = if choice.take == choice.closest {
+        format!("Closest to fp16{of}")
+    } else if kl(take) <= CLOSE * kl(closest) {
+        format!("Smallest{of} with at most {CLOSE} times the KL divergence of the closest")
+    } else {
+        format!("Smallest{of} that may be as close as the closest")
+    };
+    if !choice.untold.is_empty() {
+        let names: Vec<&str> = choice.untold.iter().map(|&i| entry(i).name.as_str()).collect();
+        because += &format!("; {} to tell it from {}", too_few(comparison), names.join(", "));
     }
-    let mut all = vec![advice("Take this", closest, because)];
+    let mut all = vec![advice("Take this", take, because)];
     if let Some(smaller) = choice.smaller.map(entry) {
-        let times = smaller.kl().unwrap_or(f64::NAN) / closest.kl().unwrap_or(f64::NAN);
-        let saved = 1.0 - smaller.checkpoint.bytes as f64 / closest.checkpoint.bytes as f64;
+        let times = kl(smaller) / kl(take);
+        let saved = 1.0 - smaller.checkpoint.bytes as f64 / take.checkpoint.bytes as f64;
         let because = format!("{:.1}% smaller, {times:.1} times as far from fp16", saved * 100.0);
         all.push(advice("If it must be smaller", smaller, because));
     }
+    let larger = |larger: &Entry| {
+        let more = larger.checkpoint.bytes as f64 / take.checkpoint.bytes as f64 - 1.0;
+        format!("{:.1}% larger, {:.1} times as close to fp16", more * 100.0, kl(take) / kl(larger))
+    };
+    if choice.take != choice.closest {
+        all.push(advice("If there is room", closest, larger(closest)));
+    }
     if let Some(closer) = choice.closer.map(entry) {
-        let times = closest.kl().unwrap_or(f64::NAN) / closer.kl().unwrap_or(f64::NAN);
-        let more = closer.checkpoint.bytes as f64 / closest.checkpoint.bytes as f64 - 1.0;
-        let because = format!("{:.0}% larger, {times:.0} times as close to fp16", more * 100.0);
-        all.push(advice("If there is room", closer, because));
+        let when = if choice.take == choice.closest { "If there is room" } else { "If there is more room" };
+        all.push(advice(when, closer, larger(closer)));
     }
     for ForReaders { readers, entry: chosen } in &choice.for_readers {
         let Some(chosen) = chosen.map(entry) else { continue };
@@ -70,9 +79,9 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
         match all.iter_mut().skip(1).find(|a| a.entry.name == chosen.name) {
             Some(same) => same.when += &format!(", or for {names}"),
             None => {
-                let them = if readers.len() == 1 { "it" } else { "they" };
-                let load = if readers.len() == 1 { "loads" } else { "load" };
-                all.push(advice(&format!("For {names}"), chosen, format!("The closest that {them} {load}")));
+                let load = if readers.len() == 1 { "it loads" } else { "they load" };
+                let because = format!("By the same rule, of those that {load}");
+                all.push(advice(&format!("For {names}"), chosen, because));
             }
         }
     }
@@ -101,18 +110,64 @@ pub(super) fn rule(comparison: &Comparison) -> String {
         return "Nothing was measured, so nothing is recommended: run gptq eval first.".into();
     };
     format!(
-        "Rule: first, of the models with at most {USUAL_BITS} bits, the one with the smallest mean KL divergence from fp16 on \
-         {} ({} windows of {} tokens); where others do not differ from it by more than the 95% interval, the smallest file of \
-         these. Second, the smallest file with at most {FACTOR} times that divergence. Third, for each maintained program that \
-         does not load the first, the closest model that it loads.",
+        "Rule: of the models with at most {USUAL_BITS} bits, the smallest file whose mean KL divergence from fp16 on {} \
+         ({} windows of {} tokens) is at most {CLOSE} times the smallest, or cannot be told from it (the 95% interval of the \
+         difference over paired windows includes 0, and it is at most {FACTOR} times). If it must be smaller: the smallest \
+         file with at most {FACTOR} times the smallest divergence. For a maintained program that does not load the first: \
+         the same among those that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )
 }
 
+/// `4 windows are too few`.
+fn too_few(comparison: &Comparison) -> String {
+    match comparison.protocols.first().map_or(0, |protocol| protocol.windows) {
+        1 => "1 window is too few".into(),
+        windows => format!("{windows} windows are too few"),
+    }
+}
+
+/// Where else there are figures, which decide nothing.
+pub(super) fn also_measured(comparison: &Comparison) -> Option<String> {
+    let (first, others) = comparison.protocols.split_first()?;
+    let other = |(at, protocol): (usize, &Evaluation)| {
+        let count = comparison.entries.iter().filter(|entry| entry.measured[at + 1].is_some()).count();
+        format!("{} ({count} of {} models)", protocol.title(), comparison.entries.len())
+    };
+    let others_text: Vec<String> = others.iter().enumerate().map(other).collect();
+    let choose = others.iter().find(|other| other.dataset != first.dataset);
+    let choose =
+        choose.map_or_else(String::new, |other| format!("; --dataset {} decides by it", other.dataset));
+    (!others.is_empty()).then(|| format!("Also measured: {}{choose}.", others_text.join("; ")))
+}
+
+/// The models that were not measured where it decides.
+pub(super) fn unmeasured(comparison: &Comparison) -> Option<String> {
+    let protocol = comparison.protocols.first()?;
+    let missing = comparison.entries.iter().filter(|entry| entry.main().is_none());
+    let names: Vec<&str> = missing.map(|entry| entry.name.as_str()).collect();
+    let title = protocol.title();
+    (!names.is_empty()).then(|| {
+        format!("Not measured on {title}, so that nothing is said of its accuracy: {}.", names.join(", "))
+    })
+}
+
+/// The meaning of the star in tables.
+pub(super) const STAR: &str =
+    "★: no other model that was measured on this text is both smaller and closer to fp16.";
+
 /// The first sentence of a report.
 pub(super) fn headline(comparison: &Comparison) -> String {
     match advice(comparison).first() {
-        Some(first) => format!("{}: take {}", comparison.source.name, first.entry.name),
+        Some(first) => {
+            let untold = comparison.recommendation.as_ref().map_or(0, |choice| choice.untold.len());
+            let models = if untold == 1 { "another model" } else { "other models" };
+            let doubt = match untold {
+                0 => String::new(),
+                _ => format!(", but {} to tell it from {models}", too_few(comparison)),
+            };
+            format!("{}: take {}{doubt}", comparison.source.name, first.entry.name)
+        }
         None => format!("{}: not measured yet", comparison.source.name),
     }
 }

@@ -1,12 +1,12 @@
 //! Runs and checkpoints of other tools side by side.
 
-use std::path::PathBuf;
+use std::{cmp::Reverse, path::PathBuf};
 
 use serde::Serialize;
 
 use super::{
     BranchReport, CheckpointReport, EvaluatedModel, Evaluation, GENERATED_BY, Interval, LinearReport,
-    ModelEvaluations, ModelReport, ReaderReport, Report, recommendation::Recommendation,
+    ModelEvaluations, ModelReport, ReaderReport, Report, choice, recommendation::Recommendation,
 };
 use crate::{
     error::{Error, Result},
@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Version of the JSON; it rises when a reader of older comparisons could misread a newer one.
-pub const COMPARISON_SCHEMA: &str = "gptq-comparison/1";
+pub const COMPARISON_SCHEMA: &str = "gptq-comparison/2";
 
 /// Length of the windows, tokens, over which perplexities are often published.
 const SHORT: usize = 512;
@@ -92,7 +92,7 @@ pub struct Entry {
     pub checkpoint: CheckpointReport,
     /// Its figures for each of the protocols.
     pub measured: Vec<Option<EvaluatedModel>>,
-    /// Whether no other entry is both smaller and closer to the unquantized model.
+    /// Whether no other entry that was measured by the first protocol is both smaller and closer to the unquantized model.
     pub pareto: bool,
     /// Statistics of every linear; empty for a checkpoint that was given by itself.
     pub linears: Vec<LinearReport>,
@@ -136,11 +136,17 @@ pub(super) fn act_order(order: Order) -> &'static str {
 }
 
 impl Comparison {
-    /// Compares runs and other checkpoints. `source` describes the unquantized model; without it, the runs do.
+    /// Compares runs and other checkpoints. `source` describes the unquantized model; without it, the runs do. The evaluation that
+    /// decides is on the first of `datasets`; without them, the one that has the most entries.
     ///
     /// # Errors
-    /// When there is nothing to compare, or not all are of the same model.
-    pub fn new(runs: Vec<RunInput>, others: Vec<ModelEvaluations>, source: Option<Source>) -> Result<Self> {
+    /// When there is nothing to compare, not all are of the same model, or nothing was evaluated on one of `datasets`.
+    pub fn new(
+        runs: Vec<RunInput>,
+        others: Vec<ModelEvaluations>,
+        source: Option<Source>,
+        datasets: &[String],
+    ) -> Result<Self> {
         let evaluations: Vec<&Evaluation> = runs
             .iter()
             .flat_map(|run| {
@@ -163,10 +169,21 @@ impl Comparison {
         entries.extend(others.iter().map(|other| of_checkpoint(other, &protocols)));
         name_apart(&mut entries, &runs);
 
-        // First the protocol that most entries were measured by, then the one with longer windows.
-        let of = |entries: &[Entry], p: usize| entries.iter().filter(|e| e.measured[p].is_some()).count();
+        choice::known(protocols.iter().map(|protocol| protocol.dataset.as_str()), datasets)?;
+        // First the datasets that are asked for, then the protocol that most entries were measured by, then a run's own, then the
+        // one with longer and with more windows.
+        let asked = |p: usize| {
+            datasets.iter().position(|name| *name == protocols[p].dataset).unwrap_or(datasets.len())
+        };
+        let of = |p: usize| entries.iter().filter(|e| e.measured[p].is_some()).count();
+        let own = |p: usize| {
+            let mut own = runs.iter().flat_map(|run| &run.report.evaluations);
+            own.any(|evaluation| evaluation.same_protocol(&protocols[p]))
+        };
         let mut order: Vec<usize> = (0..protocols.len()).collect();
-        order.sort_by_key(|&p| std::cmp::Reverse((of(&entries, p), protocols[p].seq_len)));
+        order.sort_by_key(|&p| {
+            (asked(p), Reverse((of(p), own(p), protocols[p].seq_len, protocols[p].windows)))
+        });
         let protocols: Vec<Evaluation> = order.iter().map(|&p| protocols[p].clone()).collect();
         for entry in &mut entries {
             entry.measured = order.iter().map(|&p| entry.measured[p].take()).collect();

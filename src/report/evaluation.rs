@@ -244,6 +244,16 @@ impl ModelEvaluations {
         paths.filter(|path| path.exists()).map(|path| Self::read_checked(&path)).collect()
     }
 
+    /// Gives the model another name, in its figures too.
+    pub fn rename(&mut self, name: String) {
+        for model in self.evaluations.iter_mut().flat_map(|evaluation| &mut evaluation.models) {
+            if model.name == self.name {
+                model.name.clone_from(&name);
+            }
+        }
+        self.name = name;
+    }
+
     /// Adds an evaluation; it replaces an older one of the same protocol.
     pub fn add(&mut self, evaluation: Evaluation) {
         match self.evaluations.iter_mut().find(|old| old.same_protocol(&evaluation)) {
@@ -276,10 +286,22 @@ impl Evaluation {
             && windows(self) == windows(other)
     }
 
+    /// The text and the windows: `wikitext2-test, 16 windows of 2048 tokens`.
+    pub fn title(&self) -> String {
+        title(&self.dataset, self.windows, self.seq_len, self.stride)
+    }
+
     /// The figures of one model.
     pub fn model_named(&self, name: &str) -> Option<&EvaluatedModel> {
         self.models.iter().find(|model| model.name == name)
     }
+}
+
+/// The text and the windows of an evaluation, for people.
+pub(crate) fn title(dataset: &str, windows: usize, seq_len: usize, stride: usize) -> String {
+    let overlap = if stride == seq_len { String::new() } else { format!(", one every {stride} tokens") };
+    let plural = if windows == 1 { "" } else { "s" };
+    format!("{dataset}, {windows} window{plural} of {seq_len} tokens{overlap}")
 }
 
 #[cfg(test)]
@@ -291,6 +313,12 @@ mod tests {
         let interval = Interval { value: 0.01234, margin: Some(0.002) };
         assert_eq!(format!("{:.2}", interval.percent()), "1.23 ±0.20");
         assert_eq!(format!("{:+.3}", Interval { value: 0.5, margin: None }), "+0.500");
+    }
+
+    #[test]
+    fn a_title_has_the_text_and_the_windows() {
+        assert_eq!(title("mine.txt", 16, 512, 512), "mine.txt, 16 windows of 512 tokens");
+        assert_eq!(title("mine.txt", 1, 64, 16), "mine.txt, 1 window of 64 tokens, one every 16 tokens");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Figures as text, for the tables of all forms of the report.
 
 use super::{
-    Comparison, Entry, EvaluatedModel, Interval, LinearReport, RunSummary, SplitReport, bytes, charts::place,
+    Comparison, Entry, EvaluatedModel, Interval, LinearReport, Report, RunSummary, SplitReport, bytes,
 };
 
 /// A cell: its text, and the value that a column is sorted by.
@@ -127,6 +127,14 @@ fn tensor_parallel(entry: &Entry) -> Cell {
     }
 }
 
+/// A remark on the errors of linears, where a run trades them for the model's.
+pub(super) fn errors_of_linears<'a>(mut runs: impl Iterator<Item = &'a Report>) -> Option<&'static str> {
+    runs.any(|report| report.accuracy.output_hessian > 0.0).then_some(
+        "Output Hessians (--quality best) accept larger errors of single linears for a smaller error of the model. \
+         Compare such runs with others by the KL divergence, not by the errors of their linears.",
+    )
+}
+
 /// One of the worst linears.
 pub(super) struct Worst<'a> {
     pub(super) entry: &'a Entry,
@@ -148,10 +156,7 @@ pub(super) fn worst(comparison: &Comparison, count: usize) -> Vec<Worst<'_>> {
             break;
         }
         if found.iter().all(|w| w.linear.name != linear.name) {
-            let is_usual = place(&linear.name).is_some();
-            let short_name =
-                if is_usual { linear.name.trim_start_matches("model.layers.") } else { &linear.name };
-            let short_name = short_name.to_owned();
+            let short_name = linear.name.strip_prefix("model.layers.").unwrap_or(&linear.name).to_owned();
             found.push(Worst { entry, linear, short_name, why: why(entry, linear) });
         }
     }

@@ -4,10 +4,12 @@ use askama::Template;
 
 use super::{
     Comparison, Entry, EvaluatedModel,
-    advice::{Advice, advice, headline, rule, unserved},
+    advice::{Advice, STAR, advice, also_measured, headline, rule, unmeasured, unserved},
     bytes,
-    charts::{self, LINEARS, Picture, SERIES, place},
-    figures::{Cell, Column, Costs, Worst, change, columns, costs, interval, none, number, worst},
+    charts::{self, Kinds, Picture, SERIES},
+    figures::{
+        Cell, Column, Costs, Worst, change, columns, costs, errors_of_linears, interval, none, number, worst,
+    },
     provenance::{self, Facts},
 };
 
@@ -22,11 +24,18 @@ struct Page<'a> {
     /// Readers that load none of the entries.
     unserved: Option<String>,
     rule: String,
+    /// On models and texts that the rule leaves out.
+    remarks: Vec<String>,
+    star: &'static str,
     pareto: Option<Picture>,
     lines: Vec<Picture>,
+    kinds: Kinds,
     heat: Vec<Heat>,
     largest: String,
-    columns: Vec<Column>,
+    /// On errors that are traded for the model's.
+    errors: Option<&'static str>,
+    /// Tables of models: the first has what decides and fits a screen.
+    tables: Vec<Table>,
     rows: Vec<Row<'a>>,
     texts: Vec<Text>,
     worst: Vec<Worst<'a>>,
@@ -36,15 +45,20 @@ struct Page<'a> {
     colors: Vec<(usize, String)>,
 }
 
-/// A row of the branch table.
+/// A table of models.
+struct Table {
+    title: &'static str,
+    id: &'static str,
+    columns: Vec<Column>,
+}
+
+/// A row of the tables of models.
 struct Row<'a> {
     entry: &'a Entry,
     number: usize,
     color: usize,
     /// Whether it is a checkpoint of another tool.
     square: bool,
-    /// Maintained readers that do not load it.
-    not_loaded_by: String,
     /// Whether it is recommended.
     best: bool,
 }
@@ -52,7 +66,7 @@ struct Row<'a> {
 /// A heat map and its figures.
 struct Heat {
     picture: Picture,
-    /// For each layer, a cell for each of [`LINEARS`].
+    /// For each layer, a cell for each kind of linears.
     layers: Vec<(usize, Vec<Cell>)>,
 }
 
@@ -70,8 +84,9 @@ type Reader = (String, Vec<Option<String>>);
 pub fn html(comparison: &Comparison) -> String {
     let solved: Vec<(usize, &Entry)> =
         comparison.entries.iter().enumerate().filter(|(_, e)| !e.linears.is_empty()).collect();
-    let errors = solved.iter().flat_map(|(_, e)| e.linears.iter().map(|l| l.relative_error));
-    let largest = errors.filter(|e| e.is_finite()).fold(0.0, f64::max);
+    let kinds = Kinds::new(solved.iter().map(|(_, entry)| *entry));
+    let errors = solved.iter().flat_map(|(_, entry)| kinds.errors(entry));
+    let largest = errors.map(|(_, _, error)| error).fold(0.0, f64::max);
     let source = &comparison.source;
     let size = |s: u64| format!(", {}", bytes(s));
     let parameters = |p: u64| format!(", {:.1} M parameters", p as f64 / 1e6);
@@ -87,14 +102,18 @@ pub fn html(comparison: &Comparison) -> String {
         advice: advice(comparison),
         unserved: unserved(comparison),
         rule: rule(comparison),
+        remarks: [unmeasured(comparison), also_measured(comparison)].into_iter().flatten().collect(),
+        star: STAR,
         pareto: charts::size_against_kl(comparison),
-        lines: [charts::error_by_layer(&solved), charts::error_by_linear(&solved)]
+        lines: [charts::error_by_layer(&solved, &kinds), charts::error_by_linear(&solved, &kinds)]
             .into_iter()
             .flatten()
             .collect(),
-        heat: solved.iter().filter_map(|(_, e)| heat(e, largest)).collect(),
+        heat: solved.iter().filter_map(|(_, e)| heat(e, &kinds, largest)).collect(),
+        kinds,
         largest: format!("{largest:.4}"),
-        columns: columns(comparison),
+        errors: errors_of_linears(comparison.runs.iter().map(|run| &run.report)),
+        tables: tables(comparison),
         rows: comparison.entries.iter().enumerate().map(|(i, e)| row(comparison, i, e)).collect(),
         texts: (0..comparison.protocols.len()).map(|p| text(comparison, p)).collect(),
         worst: worst(comparison, 10),
@@ -106,27 +125,39 @@ pub fn html(comparison: &Comparison) -> String {
     page.render().expect("writing to memory does not fail")
 }
 
+/// The columns of the first table in its order: what must be seen on a phone comes first.
+const FIRST: [&str; 6] = ["mean KL", "size", "Δ to fp16", "same top-1", "bits/weight", "readers"];
+
+fn tables(comparison: &Comparison) -> Vec<Table> {
+    let position = |column: &Column| FIRST.iter().position(|name| *name == column.name);
+    let (mut first, second): (Vec<_>, Vec<_>) =
+        columns(comparison).into_iter().partition(|column| position(column).is_some());
+    first.sort_by_key(|column| position(column));
+    vec![
+        Table { title: "All models", id: "branches", columns: first },
+        Table { title: "More figures, and how they were made", id: "more", columns: second },
+    ]
+}
+
 fn row<'a>(comparison: &Comparison, index: usize, entry: &'a Entry) -> Row<'a> {
     Row {
         entry,
         number: index + 1,
         color: index % SERIES.len(),
         square: entry.run.is_none(),
-        not_loaded_by: entry.not_loaded_by().join(", "),
-        best: comparison.recommendation.as_ref().is_some_and(|r| r.closest == index),
+        best: comparison.recommendation.as_ref().is_some_and(|r| r.take == index),
     }
 }
 
-fn heat(entry: &Entry, largest: f64) -> Option<Heat> {
-    let picture = charts::heat_map(entry, largest)?;
+fn heat(entry: &Entry, kinds: &Kinds, largest: f64) -> Option<Heat> {
+    let picture = charts::heat_map(entry, kinds, largest)?;
     let mut layers: Vec<(usize, Vec<Cell>)> = Vec::new();
-    for linear in &entry.linears {
-        let Some((layer, row)) = place(&linear.name) else { continue };
+    for (layer, kind, error) in kinds.errors(entry) {
         if layers.last().is_none_or(|last| last.0 != layer) {
-            layers.push((layer, LINEARS.iter().map(|_| none()).collect()));
+            layers.push((layer, kinds.names.iter().map(|_| none()).collect()));
         }
         if let Some((_, cells)) = layers.last_mut() {
-            cells[row] = number(4, linear.relative_error);
+            cells[kind] = number(4, error);
         }
     }
     Some(Heat { picture, layers })
@@ -152,19 +183,7 @@ fn text(comparison: &Comparison, position: usize) -> Text {
         .iter()
         .filter_map(|e| Some((e.name.clone(), cells(e.measured[position].as_ref()?))))
         .collect();
-    let overlap = if protocol.stride == protocol.seq_len {
-        String::new()
-    } else {
-        format!(", one every {} tokens", protocol.stride)
-    };
-    Text {
-        title: format!(
-            "{}, {} windows of {} tokens{overlap}",
-            protocol.dataset, protocol.windows, protocol.seq_len
-        ),
-        reference: format!("{:.4}", protocol.reference_perplexity),
-        rows,
-    }
+    Text { title: protocol.title(), reference: format!("{:.4}", protocol.reference_perplexity), rows }
 }
 
 fn readers(comparison: &Comparison) -> Vec<Reader> {

@@ -125,6 +125,9 @@ pub struct ModelReport {
     pub source: Option<ModelSource>,
     /// Decoder layers.
     pub layers: usize,
+    /// Linears of the decoder layers, those of experts too; all are quantized. None in reports of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub linears: Option<usize>,
     /// Width of the hidden states.
     pub hidden_size: usize,
     /// Parameters in all tensors.

@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::{
     Comparison,
-    advice::{advice, headline, rule, unserved},
-    figures::{Column, columns, costs, worst},
+    advice::{STAR, advice, also_measured, headline, rule, unmeasured, unserved},
+    figures::{Column, columns, costs, errors_of_linears, worst},
     provenance,
 };
 
@@ -47,15 +47,14 @@ fn first_part(comparison: &Comparison, shown: &[Column]) -> String {
     if let Some(line) = unserved(comparison) {
         let _ = writeln!(out, "- {}", text(&line));
     }
-    let _ = write!(out, "\n{}", table(comparison, shown));
     if let Some(first) = comparison.protocols.first() {
-        let _ = writeln!(
-            out,
-            "\nfp16: perplexity {:.4}. ★: no other model here is both smaller and closer to fp16. {}",
-            first.reference_perplexity,
-            text(&rule(comparison))
-        );
+        let (title, perplexity) = (text(&first.title()), first.reference_perplexity);
+        let _ = writeln!(out, "\nOn {title}; fp16 has perplexity {perplexity:.4}. {STAR}");
     }
+    let _ = write!(out, "\n{}\n", table(comparison, shown));
+    let remarks = [Some(rule(comparison)), unmeasured(comparison), also_measured(comparison)];
+    let remarks: Vec<String> = remarks.into_iter().flatten().map(|remark| text(&remark)).collect();
+    let _ = writeln!(out, "{}", remarks.join(" "));
     out
 }
 
@@ -93,6 +92,9 @@ fn worst_linears(comparison: &Comparison) -> String {
             l.dead_columns,
             text(&w.why)
         );
+    }
+    if let Some(remark) = errors_of_linears(comparison.runs.iter().map(|run| &run.report)) {
+        let _ = writeln!(out, "\n{}", text(remark));
     }
     out
 }

@@ -2,6 +2,7 @@
 
 mod advice;
 mod charts;
+pub(crate) mod choice;
 mod comparison;
 mod evaluation;
 mod figures;
@@ -15,6 +16,7 @@ mod text;
 
 pub(crate) use comparison::not_loaded_by;
 pub use comparison::{COMPARISON_SCHEMA, Comparison, Entry, RunInput, RunSummary, Source};
+pub(crate) use evaluation::title;
 pub use evaluation::{
     CheckpointReport, EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, Interval,
     ModelEvaluations, ReaderReport, SplitReport, check_weights_beside,
@@ -27,7 +29,7 @@ pub use json::{
 };
 pub use markdown::markdown;
 pub(crate) use markdown::text as markdown_text;
-pub use recommendation::{FACTOR, ForReaders, Recommendation, USUAL_BITS};
+pub use recommendation::{CLOSE, FACTOR, ForReaders, Recommendation, USUAL_BITS};
 pub use text::{comparison_table, evaluation_table, run_table};
 
 use crate::units::bytes;

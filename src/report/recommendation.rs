@@ -4,7 +4,10 @@ use serde::Serialize;
 
 use super::{Entry, Interval, statistics::difference_of_means};
 
-/// A smaller file is recommended up to this many times the smallest KL divergence.
+/// A smaller file is taken up to this many times the smallest KL divergence.
+pub const CLOSE: f64 = 1.25;
+
+/// Where a file must be smaller still, it is recommended up to this many times the smallest KL divergence.
 pub const FACTOR: f64 = 2.0;
 
 /// Models of more bits are not recommended first: all servers run 4 bits, at a quarter of fp16's size.
@@ -13,67 +16,175 @@ pub const USUAL_BITS: u32 = 4;
 /// The recommended entries, by position.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recommendation {
-    /// The entry with the smallest mean KL divergence among those with at most [`USUAL_BITS`] bits, or among all where there are
-    /// none. Of several whose difference over paired windows is not significant, the smallest file.
+    /// The smallest file of the entries that are as good as `closest`, or that the windows cannot tell from it. Candidates are the
+    /// entries with at most [`USUAL_BITS`] bits, or all where there are none. As good is a mean KL divergence of at most [`CLOSE`] times
+    /// the smallest; not told apart is a paired 95% interval of the difference that includes 0, up to [`FACTOR`] times.
+    pub take: usize,
+    /// The candidate with the smallest mean KL divergence.
     pub closest: usize,
-    /// The other entries whose divergence does not differ significantly from the smallest.
-    pub as_close: Vec<usize>,
+    /// Other candidates that the windows cannot tell from `take`.
+    pub untold: Vec<usize>,
     /// The entry with the smallest mean KL divergence of all, where it has more bits than `closest`.
     pub closer: Option<usize>,
-    /// The smallest file with at most [`FACTOR`] times the smallest divergence, where it is smaller than `closest`.
+    /// The smallest file with at most [`FACTOR`] times the divergence of `closest`, where it is smaller than `take`.
     pub smaller: Option<usize>,
-    /// For the maintained readers that do not load `closest`: the closest entry that they load.
+    /// For the maintained readers that do not load `take`: the choice by the same rule among the entries that they load.
     pub for_readers: Vec<ForReaders>,
 }
 
-/// The recommended entry for readers that do not load the closest one.
+/// The recommended entry for readers that do not load the first one.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ForReaders {
     /// Names of the readers.
     pub readers: Vec<String>,
-    /// The closest entry that they load; none where they load no measured entry.
+    /// The recommended entry of those that they load; none where they load no measured entry.
     pub entry: Option<usize>,
+}
+
+/// The measured entries, and the windows' weights.
+struct Measured<'a> {
+    entries: &'a [Entry],
+    window_tokens: &'a [usize],
+}
+
+impl Measured<'_> {
+    fn kl(&self, entry: usize) -> f64 {
+        self.entries[entry].kl().unwrap_or(f64::INFINITY)
+    }
+
+    fn bytes(&self, entry: usize) -> u64 {
+        self.entries[entry].checkpoint.bytes
+    }
+
+    fn bits(&self, entry: usize) -> u32 {
+        self.entries[entry].checkpoint.bits
+    }
+
+    fn closest(&self, among: impl Iterator<Item = usize>) -> Option<usize> {
+        among.min_by(|&a, &b| self.kl(a).total_cmp(&self.kl(b)))
+    }
+
+    fn smallest(&self, among: impl Iterator<Item = usize>) -> Option<usize> {
+        among.min_by(|&a, &b| self.bytes(a).cmp(&self.bytes(b)).then(self.kl(a).total_cmp(&self.kl(b))))
+    }
+
+    /// Whether the windows cannot tell two entries apart, and their divergences differ by less than [`FACTOR`].
+    fn is_untold(&self, a: usize, b: usize) -> bool {
+        let (Some(left), Some(right)) = (self.entries[a].main(), self.entries[b].main()) else {
+            return false;
+        };
+        let difference = difference_of_means(&left.window_kl, &right.window_kl, self.window_tokens);
+        let Interval { value, margin } = difference;
+        let (least, most) = (self.kl(a).min(self.kl(b)), self.kl(a).max(self.kl(b)));
+        // A single window has no margin, and tells nothing.
+        most <= FACTOR * least && margin.is_none_or(|margin| value.abs() <= margin)
+    }
+
+    /// What to take of `candidates`, and the closest of them.
+    fn choose(&self, candidates: &[usize]) -> Option<(usize, usize)> {
+        let closest = self.closest(candidates.iter().copied())?;
+        let is_close = |entry: &usize| {
+            *entry == closest
+                || self.kl(*entry) <= CLOSE * self.kl(closest)
+                || self.is_untold(*entry, closest)
+        };
+        Some((self.smallest(candidates.iter().copied().filter(is_close))?, closest))
+    }
 }
 
 impl Recommendation {
     /// The recommendation; none where nothing was measured. `window_tokens` are the weights of the first protocol's windows.
     pub fn new(entries: &[Entry], window_tokens: &[usize]) -> Option<Self> {
-        let kl = |i: &usize| entries[*i].kl().unwrap_or(f64::INFINITY);
-        let measured: Vec<usize> =
-            (0..entries.len()).filter(|&i| entries[i].kl().is_some_and(f64::is_finite)).collect();
-        let bits = |i: &usize| entries[*i].checkpoint.bits;
-        let usual: Vec<usize> = measured.iter().copied().filter(|i| bits(i) <= USUAL_BITS).collect();
+        let of = Measured { entries, window_tokens };
+        let measured: Vec<usize> = (0..entries.len()).filter(|&i| of.kl(i).is_finite()).collect();
+        let usual: Vec<usize> = measured.iter().copied().filter(|&i| of.bits(i) <= USUAL_BITS).collect();
         let candidates = if usual.is_empty() { &measured } else { &usual };
-        let best = *candidates.iter().min_by(|a, b| kl(a).total_cmp(&kl(b)))?;
-        let alike = |i: &usize| {
-            let (a, b) = (entries[*i].main(), entries[best].main());
-            let (Some(a), Some(b)) = (a, b) else { return false };
-            let Interval { value, margin } = difference_of_means(&a.window_kl, &b.window_kl, window_tokens);
-            margin.is_some_and(|margin| value <= margin)
-        };
-        let mut close: Vec<usize> = candidates.iter().copied().filter(|i| *i == best || alike(i)).collect();
-        let size = |i: &usize| entries[*i].checkpoint.bytes;
-        close.sort_by(|a, b| size(a).cmp(&size(b)).then(kl(a).total_cmp(&kl(b))));
-        let closest = close.remove(0);
+        let (take, closest) = of.choose(candidates)?;
+        let untold: Vec<usize> =
+            candidates.iter().copied().filter(|&i| i != take && of.is_untold(i, take)).collect();
 
-        let closer = measured.iter().copied().min_by(|a, b| kl(a).total_cmp(&kl(b)));
-        let closer = closer.filter(|i| kl(i) < kl(&best) && bits(i) > bits(&closest));
-
-        let smaller = measured.iter().copied().filter(|i| kl(i) <= FACTOR * kl(&best));
-        let smaller = smaller.min_by(|a, b| size(a).cmp(&size(b)).then(kl(a).total_cmp(&kl(b))));
-        let smaller = smaller.filter(|i| size(i) < size(&closest));
+        let closer = of.closest(measured.iter().copied());
+        let closer = closer.filter(|&i| of.kl(i) < of.kl(closest) && of.bits(i) > of.bits(closest));
+        let smaller = measured.iter().copied().filter(|&i| of.kl(i) <= FACTOR * of.kl(closest));
+        let smaller = of.smallest(smaller).filter(|&i| of.bytes(i) < of.bytes(take));
 
         let mut for_readers: Vec<ForReaders> = Vec::new();
-        for reader in entries[closest].not_loaded_by() {
-            let takes = |i: &usize| entries[*i].is_loaded_by(reader);
-            let closest_of =
-                |all: &[usize]| all.iter().copied().filter(takes).min_by(|a, b| kl(a).total_cmp(&kl(b)));
-            let entry = closest_of(candidates).or_else(|| closest_of(&measured));
+        for reader in entries[take].not_loaded_by() {
+            let loaded = |all: &[usize]| -> Vec<usize> {
+                all.iter().copied().filter(|&i| entries[i].is_loaded_by(reader)).collect()
+            };
+            let choice = of.choose(&loaded(candidates)).or_else(|| of.choose(&loaded(&measured)));
+            let entry = choice.map(|(take, _)| take);
             match for_readers.iter_mut().find(|known| known.entry == entry) {
                 Some(known) => known.readers.push(reader.to_owned()),
                 None => for_readers.push(ForReaders { readers: vec![reader.to_owned()], entry }),
             }
         }
-        Some(Self { closest, as_close: close, closer, smaller, for_readers })
+        Some(Self { take, closest, untold, closer, smaller, for_readers })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// Entries of `(bits, bytes)` with the KL divergence of each window.
+    fn entries(all: &[(u32, u64, &[f64])]) -> Vec<Entry> {
+        let entry = |(i, &(bits, bytes, kl)): (usize, &(u32, u64, &[f64]))| {
+            let interval = |value: f64| json!({ "value": value, "margin": null });
+            let mean = kl.iter().sum::<f64>() / kl.len() as f64;
+            let measured = json!({
+                "name": i.to_string(), "weight_bytes": bytes, "perplexity": interval(9.0), "perplexity_change": interval(0.1),
+                "kl_divergence": interval(mean), "kl_p99": mean, "kl_max": mean, "top1_agreement": interval(0.9),
+                "window_nll": kl, "window_kl": kl, "window_top1": kl,
+            });
+            let checkpoint = json!({
+                "bits": bits, "group_size": 128, "act_order": "no", "symmetric": true, "digest": "", "bytes": bytes,
+                "bits_per_weight": 4.0, "readers": [],
+            });
+            Entry {
+                name: i.to_string(),
+                variant: String::new(),
+                tool: String::new(),
+                run: None,
+                checkpoint: serde_json::from_value(checkpoint).unwrap(),
+                measured: vec![Some(serde_json::from_value(measured).unwrap())],
+                pareto: false,
+                linears: Vec::new(),
+            }
+        };
+        all.iter().enumerate().map(entry).collect()
+    }
+
+    fn of(all: &[(u32, u64, &[f64])]) -> Recommendation {
+        Recommendation::new(&entries(all), &vec![63; all[0].2.len()]).unwrap()
+    }
+
+    #[test]
+    fn the_smallest_file_that_is_about_as_close_is_recommended() {
+        // 20% farther and told apart, but within the factor; 50% farther is not.
+        let found = of(&[(4, 120, &[0.010; 4]), (4, 110, &[0.012; 4]), (4, 100, &[0.015; 4])]);
+        assert_eq!((found.take, found.closest, found.smaller), (1, 0, Some(2)));
+        assert_eq!(found.untold, [0_usize; 0]);
+        // The closest file is taken where no smaller one is about as close.
+        let found = of(&[(4, 120, &[0.010; 4]), (4, 110, &[0.030; 4])]);
+        assert_eq!((found.take, found.closest, found.smaller), (0, 0, None));
+        // Of more bits, only beside it.
+        let found = of(&[(8, 200, &[0.001; 4]), (4, 120, &[0.010; 4])]);
+        assert_eq!((found.take, found.closer), (1, Some(0)));
+    }
+
+    #[test]
+    fn windows_that_cannot_tell_models_apart_decide_nothing() {
+        let (scattered, level) = ([0.030, 0.001, 0.020, 0.009], [0.010; 4]);
+        let found = of(&[(4, 120, &level), (4, 110, &scattered)]);
+        assert_eq!((found.take, found.closest, found.untold), (1, 0, vec![0]));
+        // A single window tells nothing, but what is far off is not taken for it.
+        let found = of(&[(4, 120, &[0.010]), (4, 110, &[0.018])]);
+        assert_eq!((found.take, found.untold), (1, vec![0]));
+        let found = of(&[(4, 120, &[0.010]), (4, 110, &[0.030])]);
+        assert_eq!((found.take, found.untold), (0, vec![]));
     }
 }

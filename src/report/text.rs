@@ -4,10 +4,10 @@ use std::{fmt::Write, iter};
 
 use super::{
     Comparison, Evaluation, Report,
-    advice::{advice, headline, rule, unserved},
+    advice::{advice, also_measured, headline, rule, unmeasured, unserved},
     bytes,
     comparison::{act_order, not_loaded_by},
-    figures::columns,
+    figures::{columns, errors_of_linears},
 };
 
 /// The branches of a run with their formats, sizes and errors, and the linears that were rounded instead of solved.
@@ -40,6 +40,9 @@ pub fn run_table(report: &Report) -> String {
         ]
     });
     let mut text = table(&header, rows.collect());
+    if let Some(remark) = errors_of_linears(iter::once(report)) {
+        let _ = writeln!(text, "{remark}");
+    }
     if report.fallbacks().next().is_some() {
         text.push_str("\nRounded to nearest, as they could not be solved:\n");
         let rows = report.fallbacks().map(|texts| <[&str; 3]>::from(texts).map(str::to_owned).to_vec());
@@ -64,11 +67,18 @@ pub fn comparison_table(comparison: &Comparison) -> String {
     if let Some(line) = unserved(comparison) {
         let _ = writeln!(text, "{line}");
     }
-    let _ = writeln!(text, "\n{}{}", table(&names, rows.collect()), rule(comparison));
+    text.push('\n');
+    if let Some(first) = comparison.protocols.first() {
+        let _ = writeln!(text, "{}", first.title());
+    }
+    let _ = writeln!(text, "{}{}", table(&names, rows.collect()), rule(comparison));
+    for remark in [unmeasured(comparison), also_measured(comparison)].into_iter().flatten() {
+        let _ = writeln!(text, "{remark}");
+    }
     text
 }
 
-/// The quality of each model beside fp16.
+/// The quality of each model beside fp16, below the text and the windows it was measured on.
 pub fn evaluation_table(evaluation: &Evaluation) -> String {
     let header = ["model", "weights", "perplexity", "change", "KL divergence", "same top-1"];
     let fp16 = format!("{:.4}", evaluation.reference_perplexity.value);
@@ -83,7 +93,7 @@ pub fn evaluation_table(evaluation: &Evaluation) -> String {
             format!("{:.2}%", model.top1_agreement.percent()),
         ]
     }));
-    format!("{}{}\n", table(&header, rows), evaluation.protocol)
+    format!("{}\n{}{}\n", evaluation.title(), table(&header, rows), evaluation.protocol)
 }
 
 /// `model.layers.3.mlp.down_proj` → `3.mlp.down_proj`.
@@ -113,7 +123,18 @@ fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+
+    #[test]
+    fn errors_that_are_traded_for_the_model_s_are_said_to_be() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/report/run.json");
+        let mut report = Report::read(&path).unwrap();
+        assert!(!run_table(&report).contains("Output Hessians"));
+        report.accuracy.output_hessian = 1.0;
+        assert!(run_table(&report).contains("Compare such runs with others by the KL divergence"));
+    }
 
     #[test]
     fn sizes_are_as_on_the_hub() {

@@ -4,7 +4,10 @@ use std::fs;
 
 use serde_json::Value;
 
-use crate::helpers::{Lab, Output, demo, entries, read_json, text_of};
+use crate::{
+    helpers::{DOWN, Lab, Output, copy, demo, entries, read_json, text_of},
+    safetensors_file,
+};
 
 /// `gptq eval` of the lab's branch with `flags`; on 2 windows of 64 tokens where they do not say otherwise.
 fn eval(lab: &Lab, flags: &[&str]) -> Output {
@@ -150,5 +153,46 @@ fn windows_that_overlap_score_new_tokens() {
     for stride in ["0", "65"] {
         let error = format!("error: stride: expected 1 to 64, the tokens of a window, found `{stride}`");
         eval(&lab, &["--stride", stride]).fails_with(&error);
+    }
+}
+
+#[test]
+fn every_model_is_checked_before_any_is_computed() {
+    let lab = Lab::with_branch("4bit-32g");
+    let bad = lab.path("bad");
+    copy(&lab.branch(), &bad);
+    safetensors_file::change(&bad, |tensors| drop(tensors.remove(&format!("{DOWN}.qweight"))));
+    let output = eval(&lab, &["--quantized", &text_of(&bad)]);
+    assert_eq!(
+        output.stderr,
+        format!(
+            "error: `[LAB]/model` cannot be compared with `[LAB]/bad`: tensor `{DOWN}.qweight` is missing from \
+             `[LAB]/bad`; gptq verify [LAB]/bad lists every defect\n"
+        )
+    );
+    assert_eq!((output.code, output.stdout.as_str()), (Some(2), ""));
+    assert!(!lab.branch().join("eval.json").exists());
+    assert!(!lab.path("cache/gptq").exists(), "the unquantized model was not run");
+}
+
+#[test]
+fn folders_of_the_same_name_have_their_parents_names_in_the_table() {
+    let lab = Lab::with_branch("4bit-32g");
+    for run in ["first", "second"] {
+        copy(&lab.branch(), &lab.path(run).join("main"));
+    }
+    let [first, second] = ["first", "second"].map(|run| text_of(&lab.path(run).join("main")));
+    let flags = ["--quantized", &first, "--quantized", &second];
+    let table = eval(&lab, &flags).succeeds().stdout;
+    assert!(table.starts_with("evaluation.parquet, 2 windows of 64 tokens\nmodel "), "{table}");
+    let names: Vec<&str> =
+        table.lines().skip(2).take(4).filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(names, ["fp16", "gptq-4bit-32g-actorder_False", "first/main", "second/main"]);
+    // Beside the model, the figures have the folder's own name.
+    assert_eq!(read_json(&lab.path("first/main/eval.json"))["name"], "main");
+    let out = text_of(&lab.out());
+    let report = lab.run(&[&["report", &out], &flags[..]].concat()).succeeds().stdout;
+    for name in ["first/main", "second/main"] {
+        assert!(report.lines().any(|line| line.split_whitespace().next() == Some(name)), "{report}");
     }
 }

@@ -219,3 +219,49 @@ fn what_cannot_be_read_is_exit_code_2() {
     fs::remove_file(lab.out().join("run.json")).unwrap();
     bad(&[], "error: cannot read `[LAB]/out/run.json`");
 }
+
+/// A trial on another text does not touch the gate or the card of a run; both say that it is there, and take it if asked.
+#[test]
+fn a_trial_on_another_text_is_left_out_and_named() {
+    let lab = lab();
+    gate(&lab, &["--update"]).succeeds();
+    let text = lab.write("trial.txt", &"The old house stood by the river. ".repeat(60));
+    let (model, branch, out) = (text_of(&lab.model()), text_of(&lab.branch()), text_of(&lab.out()));
+    let args = ["eval", "--model", &model, "--quantized", &branch, "--dataset", &text];
+    lab.run(&[&args[..], &["--seq-len", "32", "--windows", "3"]].concat()).succeeds();
+    let passed = gate(&lab, &[]).succeeds();
+    let note = "note   not judged: trial.txt, 3 windows of 32 tokens, measured of gptq-4bit-32g-actorder_False; --dataset \
+                trial.txt judges it\n";
+    assert!(passed.stdout.contains(note), "{}", passed.stdout);
+    assert!(!passed.stdout.contains("on trial.txt"), "{}", passed.stdout);
+    let trial = gate(&lab, &["--dataset", "trial.txt"]);
+    assert_eq!(trial.code, Some(1));
+    assert!(
+        trial.stdout.contains("FAILED evaluated on trial.txt, 3 windows of 32 tokens ("),
+        "{}",
+        trial.stdout
+    );
+    assert!(
+        trial.stdout.contains(", and the baseline on evaluation.parquet, 4 windows of 64 tokens ("),
+        "{}",
+        trial.stdout
+    );
+    gate(&lab, &["--dataset", "trail.txt"]).fails_with(
+        "error: dataset: expected a text that was evaluated: evaluation.parquet, trial.txt, found `trail.txt`",
+    );
+
+    let card = |flags: &[&str]| {
+        let name = "gptq-4bit-32g-actorder_False";
+        lab.run(&[&["card", &out, "--print", name], flags].concat()).succeeds()
+    };
+    let own = card(&[]);
+    assert!(own.stdout.contains("on evaluation.parquet, 4 windows of 64 tokens;"), "{}", own.stdout);
+    assert!(!own.stdout.contains("trial.txt"), "{}", own.stdout);
+    assert_eq!(
+        own.stderr,
+        "not on the card: trial.txt, 3 windows of 32 tokens; --dataset trial.txt takes it\n"
+    );
+    let asked = card(&["--dataset", "trial.txt"]);
+    assert!(asked.stdout.contains("on trial.txt, 3 windows of 32 tokens;"), "{}", asked.stdout);
+    assert!(asked.stderr.starts_with("not on the card: evaluation.parquet, "), "{}", asked.stderr);
+}

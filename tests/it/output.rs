@@ -45,6 +45,7 @@ fn a_run_ends_with_its_tables() {
     branch bits group act order size bits/weight mean error worst linear not loaded by
     gptq-0bit-0g-actorder_False 0 0 no 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj SGLang 0.0.0 and newer, mistral.rs 0.0
     gptq-0bit-0g-actorder_True-static-asym 0 0 static 0.0 MB 0.0 0.0 0.0 0.self_attn.k_proj GPTQModel 0, vLLM 0.0 and newer, SGLang 0.0.0 and newer, mistral.rs 0.0
+    evaluation.parquet, 0 windows of 0 tokens
     model weights perplexity change KL divergence same top-0
     fp0 0.0
     gptq-0bit-0g-actorder_False 0.0 MB 0.0 0.0 ±0.0 0.0 ±0.0 0.0 ±0.0%
@@ -132,6 +133,7 @@ fn eval_compares_folders() {
     let kept = "the unquantized model's predictions are kept in `[LAB]/cache/gptq/…` (0.0 kB)";
     assert_eq!(masked(&output.stderr), kept);
     insta::assert_snapshot!(masked(&output.stdout), @r"
+    evaluation.parquet, 0 windows of 0 tokens
     model weights perplexity change KL divergence same top-0
     fp0 0.0
     gptq-0bit-0g-actorder_False 0.0 MB 0.0 0.0 ±0.0 0.0 ±0.0 0.0 ±0.0%

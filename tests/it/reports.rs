@@ -52,7 +52,7 @@ fn the_json_holds_what_is_shown() {
     report(&lab, &["--json", &path]).succeeds();
     let found = read_json(&lab.path("report.json"));
     assert_eq!(found, report(&lab, &["--json", "-"]).json());
-    assert_eq!(found["schema"], "gptq-comparison/1");
+    assert_eq!(found["schema"], "gptq-comparison/2");
     let names: Vec<&str> =
         found["entries"].as_array().unwrap().iter().map(|e| e["name"].as_str().unwrap()).collect();
     assert_eq!(
@@ -66,14 +66,17 @@ fn the_json_holds_what_is_shown() {
             "gptqmodel-4bit-32g-act",
         ]
     );
-    // The smallest divergence, or what cannot be told from it.
+    // The smallest file that is about as close as the closest.
     let best = &found["recommendation"];
+    let entry = |key: &str| &found["entries"][best[key].as_u64().unwrap() as usize];
     let kl = |e: &Value| e["measured"][0]["kl_divergence"]["value"].as_f64().unwrap();
-    let least = found["entries"].as_array().unwrap().iter().map(kl).fold(f64::INFINITY, f64::min);
-    let close: Vec<usize> = serde_json::from_value(best["as_close"].clone()).unwrap();
-    let closest = best["closest"].as_u64().unwrap() as usize;
-    let alike = close.iter().chain([&closest]).map(|&i| kl(&found["entries"][i]));
-    assert_eq!(alike.fold(f64::INFINITY, f64::min), least);
+    let bytes = |e: &Value| e["checkpoint"]["bytes"].as_u64().unwrap();
+    let entries = found["entries"].as_array().unwrap();
+    let least = entries.iter().map(kl).fold(f64::INFINITY, f64::min);
+    assert_eq!(kl(entry("closest")), least);
+    let close = entries.iter().filter(|e| kl(e) <= gptq::report::CLOSE * least);
+    assert_eq!(bytes(entry("take")), close.map(bytes).min().unwrap());
+    assert_eq!(best["untold"], Value::Array(Vec::new()));
 }
 
 #[test]
@@ -185,4 +188,115 @@ fn nothing_from_outside_becomes_markup() {
     let cells = row.replace("\\|", "").matches('|').count();
     let usual = markdown.lines().find(|line| line.starts_with("| `main`")).unwrap().matches('|').count();
     assert_eq!(cells, usual, "{row}");
+}
+
+#[test]
+fn the_page_has_the_linears_that_the_run_names() {
+    let lab = Lab::empty();
+    let mut run = read_json(&golden("run.json"));
+    let mut errors = Vec::new();
+    for linear in run["branches"].as_array_mut().unwrap().iter_mut().flat_map(|branch| {
+        let linears = branch["linears"].as_array_mut().unwrap();
+        linears.iter_mut()
+    }) {
+        let name = linear["name"].as_str().unwrap();
+        if errors.len() < 2 && (name.ends_with("0.mlp.gate_proj") || name.ends_with("0.mlp.up_proj")) {
+            errors.push(linear["relative_error"].as_f64().unwrap());
+        }
+        let name = name
+            .replace("mlp.gate_proj", "block_sparse_moe.experts.0.w1")
+            .replace("mlp.up_proj", "block_sparse_moe.experts.1.w1")
+            .replace("mlp.down_proj", "block_sparse_moe.experts.0.w2");
+        linear["name"] = name.into();
+    }
+    write_json(&lab.path("run.json"), &run);
+    let page = lab.path("report.html");
+    lab.run(&["report", &text_of(&lab.path("run.json")), "--html", &text_of(&page)]).succeeds();
+    let page = fs::read_to_string(page).unwrap();
+    for part in [
+        "6 layers from left to right, from top to bottom q, k, v, o, w1, w2. The largest is",
+        "<button type=\"button\">w1</button>",
+        "Of experts, the mean over all of a layer.",
+        &format!("<td data-sort=\"{0}\">{0:.4}</td>", (errors[0] + errors[1]) / 2.0)[..26],
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+}
+
+/// A text that is asked for decides, and the others are named.
+#[test]
+fn a_dataset_can_be_chosen_for_the_recommendation() {
+    let lab = Lab::empty();
+    let mut run = read_json(&golden("run.json"));
+    let mut other = run["evaluations"][0].clone();
+    for (key, value) in [("dataset", "books.txt"), ("sha256", "0")] {
+        other[key] = value.into();
+    }
+    other["models"].as_array_mut().unwrap().remove(1);
+    run["evaluations"].as_array_mut().unwrap().push(other);
+    write_json(&lab.path("run.json"), &run);
+    let run = text_of(&lab.path("run.json"));
+    let own = lab.run(&["report", &run]).succeeds().stdout;
+    assert!(own.contains("\neval.parquet, 16 windows of 1024 tokens\nbranch "), "{own}");
+    assert!(
+        own.contains(
+            "books.txt, 16 windows of 1024 tokens (3 of 4 models); --dataset books.txt decides by it.\n"
+        ),
+        "{own}"
+    );
+    let books = lab.run(&["report", &run, "--dataset", "books.txt"]).succeeds().stdout;
+    assert!(books.contains("\nbooks.txt, 16 windows of 1024 tokens\nbranch "), "{books}");
+    // What was not measured there is named, and neither recommended nor compared.
+    assert!(
+        books.contains(
+            "Not measured on books.txt, 16 windows of 1024 tokens, so that nothing is said of its accuracy: \
+             gptq-4bit-32g-actorder_True.\n"
+        ),
+        "{books}"
+    );
+    lab.run(&["report", &run, "--dataset", "book.txt"]).fails_with(
+        "error: dataset: expected a text that was evaluated: books.txt, eval.parquet, found `book.txt`",
+    );
+}
+
+#[test]
+fn few_windows_are_said_to_be_too_few() {
+    let lab = Lab::empty();
+    let mut run = read_json(&golden("run.json"));
+    let evaluations = run["evaluations"].as_array_mut().unwrap();
+    evaluations.truncate(1);
+    evaluations[0]["windows"] = 2.into();
+    let cut = |value: &mut Value| value.as_array_mut().unwrap().truncate(2);
+    for key in ["window_tokens", "window_nll"] {
+        cut(&mut evaluations[0][key]);
+    }
+    for model in evaluations[0]["models"].as_array_mut().unwrap() {
+        for key in ["window_nll", "window_kl", "window_top1"] {
+            cut(&mut model[key]);
+        }
+    }
+    write_json(&lab.path("run.json"), &run);
+    let text = lab.run(&["report", &text_of(&lab.path("run.json"))]).succeeds().stdout;
+    assert!(text.lines().next().unwrap().contains(", but 2 windows are too few to tell it from "), "{text}");
+}
+
+#[test]
+fn divergences_far_apart_stand_on_a_logarithmic_axis() {
+    let lab = Lab::empty();
+    let page = |name: &str, run: &Value| {
+        let (run_path, page) = (lab.path("run.json"), lab.path(name));
+        write_json(&run_path, run);
+        lab.run(&["report", &text_of(&run_path), "--html", &text_of(&page)]).succeeds();
+        fs::read_to_string(page).unwrap()
+    };
+    let mut run = read_json(&golden("run.json"));
+    let near = page("near.html", &run);
+    // The picture says the intervals that it draws.
+    assert!(
+        near.contains("12.10 MB, KL 0.000489 ±0.000023") && !near.contains("fp16, logarithmic"),
+        "{near}"
+    );
+    let kl = &mut run["evaluations"][0]["models"][0]["kl_divergence"]["value"];
+    *kl = (kl.as_f64().unwrap() * 20.0).into();
+    assert!(page("far.html", &run).contains("mean KL to fp16, logarithmic"));
 }

@@ -128,27 +128,89 @@ fn a_branch_is_judged_by_its_own_limits() {
     );
 }
 
-/// One branch evaluated on a further text, by hand, is judged there and does not make the others fail.
+/// One branch evaluated on a further text, by hand, is not judged there, and does not make the others fail; `--dataset` judges it.
 #[test]
-fn a_further_text_is_judged_against_fp16_where_it_was_measured() {
+fn a_trial_of_one_branch_on_another_text_is_not_judged() {
+    let good = figures(&run());
     let mut more = run();
     let mut further = more["evaluations"][0].clone();
     further["dataset"] = "more".into();
     further["sha256"] = "fedcba".into();
     further["models"].as_array_mut().unwrap().pop();
+    further["models"][0]["window_kl"] = json!(vec![0.1; WINDOWS]);
     more["evaluations"].as_array_mut().unwrap().push(further);
-    assert_eq!(lines(&judged(&more)), [""; 0]);
-    more["evaluations"][1]["models"][0]["window_kl"] = json!(vec![0.1; WINDOWS]);
-    let found = lines(&judged(&more));
-    assert!(found.len() == 1 && found[0].contains("KL divergence on more 0.100000"), "{found:?}");
-    // The same text in windows of another length is told apart by it.
-    let mut lengths = more.clone();
+    let chosen = |more: &Value, datasets: &[&str]| {
+        let mut figures = figures(more);
+        figures.evaluations[1].beside = true;
+        let datasets: Vec<String> = datasets.iter().map(|&name| name.to_owned()).collect();
+        let remarks = figures.choose(&datasets, Some(&good));
+        remarks.map(|remarks| (figures, remarks))
+    };
+    let (judged, remarks) = chosen(&more, &[]).unwrap();
+    assert_eq!(judged.evaluations, good.evaluations);
+    assert_eq!(
+        remarks,
+        [format!("not judged: more, 6 windows of 64 tokens, measured of {MAIN}; --dataset more judges it")]
+    );
+    assert_eq!(lines(&judge(&judged, &good, &Thresholds::default())), [""; 0]);
+    // On the text that is asked for, every branch must have been evaluated.
+    let (judged, remarks) = chosen(&more, &["more"]).unwrap();
+    let found = lines(&judge_alone(&judged, &Thresholds::default()));
+    assert_eq!(
+        found,
+        [
+            format!("{MAIN}: KL divergence on more 0.100000; at most 0.050000 allowed [max-kl]"),
+            format!("{OTHER}: was not evaluated on more [evaluation]"),
+        ]
+    );
+    assert!(remarks.len() == 1 && remarks[0].starts_with("not judged: text, 6 windows"), "{remarks:?}");
+    let error = chosen(&more, &["moer"]).unwrap_err().to_string();
+    assert_eq!(error, "dataset: expected a text that was evaluated: more, text, found `moer`");
+    // A trial on the run's own text, in other windows: it cannot be chosen by name, and messages tell the two apart.
     for (key, value) in [("dataset", json!("text")), ("seq_len", json!(31)), ("stride", json!(31))] {
-        lengths["evaluations"][1][key] = value;
+        more["evaluations"][1][key] = value;
     }
-    let found = lines(&judged(&lengths));
-    assert!(found.len() == 1 && found[0].contains("KL divergence on text in windows of 31 0.1"), "{found:?}");
-    // A baseline is made of complete runs alone.
-    let alone = judge_alone(&figures(&more), &thresholds("max-kl = 1"));
-    assert_eq!(lines(&alone), [format!("{OTHER}: was not evaluated on more [evaluation]")]);
+    let (judged, remarks) = chosen(&more, &["text"]).unwrap();
+    assert_eq!(judged.evaluations, good.evaluations);
+    assert_eq!(remarks, [format!("not judged: text, 6 windows of 31 tokens, measured of {MAIN}")]);
+    let found = lines(&judge_alone(&figures(&more), &Thresholds::default()));
+    let unique: std::collections::BTreeSet<&String> = found.iter().collect();
+    assert_eq!(unique.len(), found.len(), "{found:?}");
+    assert!(found[0].contains("KL divergence on text, 6 windows of 31 tokens 0.1"), "{found:?}");
+}
+
+/// Experts, fused projections and parallel blocks: a layer has as many linears as the model says.
+#[test]
+fn linears_are_counted_as_the_architecture_has_them() {
+    let mut experts = run();
+    let linears: Vec<Value> = ["qkv_proj", "o_proj"]
+        .map(|name| format!("self_attn.{name}"))
+        .into_iter()
+        .chain((0..4).flat_map(|e| ["w1", "w2", "w3"].map(|w| format!("block_sparse_moe.experts.{e}.{w}"))))
+        .map(|path| {
+            let mut linear = experts["branches"][0]["linears"][0].clone();
+            linear["name"] = format!("model.layers.0.{path}").into();
+            linear
+        })
+        .collect();
+    experts["model"]["linears"] = linears.len().into();
+    for branch in experts["branches"].as_array_mut().unwrap() {
+        branch["linears"] = linears.clone().into();
+    }
+    let judgement = judge(&figures(&experts), &figures(&experts), &Thresholds::default());
+    assert_eq!((lines(&judgement), judgement.verdict()), (vec![], Verdict::Pass));
+    // An expert that is missing, and one that is there twice.
+    let [mut less, mut twice] = [experts.clone(), experts.clone()];
+    less["branches"][0]["linears"].as_array_mut().unwrap().pop();
+    twice["branches"][0]["linears"][13] = twice["branches"][0]["linears"][12].clone();
+    for run in [less, twice] {
+        let alone = judge_alone(&figures(&run), &Thresholds::default());
+        assert_eq!(lines(&alone), [format!("{MAIN}: 13 of 14 linears were quantized [linears]")]);
+    }
+    experts["model"].as_object_mut().unwrap().remove("linears");
+    let alone = judge_alone(&figures(&experts), &Thresholds::default());
+    let expected = format!(
+        "{MAIN}: 14 linears were quantized, and the report does not say how many the model has [linears]"
+    );
+    assert_eq!((lines(&alone).len(), &lines(&alone)[0]), (2, &expected));
 }

@@ -36,7 +36,7 @@ fn run() -> Value {
     json!({
         "schema": "gptq-run/2",
         "generated_by": "gptq 0.1.0",
-        "model": { "name": "demo", "layers": 1, "hidden_size": 8, "parameters": 1000 },
+        "model": { "name": "demo", "layers": 1, "linears": 7, "hidden_size": 8, "parameters": 1000 },
         "plan": { "variants": ["4bit-32g-act", "4bit-128g-act"], "damp": 0.01, "seed": 0, "samples": 8 },
         "calibration": { "sha256": "c0ffee" },
         "compute": { "device": "cpu", "dtype": "fp32", "threads": 2 },

@@ -12,6 +12,9 @@ const PROBE: &str = r#"<script>
 addEventListener("load", () => {
   const found = { unsorted: [], tables: 0, wide: [], pictures: 0, unnamed: [] };
   for (const details of document.querySelectorAll("details")) details.open = true;
+  const region = document.querySelector(".scroll").getBoundingClientRect().right;
+  const first = [...document.querySelector("table").tHead.rows[0].cells];
+  found.visible = first.filter(head => head.getBoundingClientRect().right <= region + 1).map(head => head.textContent);
   for (const table of document.querySelectorAll("table")) {
     found.tables += 1;
     const heads = [...table.tHead.rows[0].cells];
@@ -87,22 +90,30 @@ fn is_whole(found: &Value) {
     for empty in ["unsorted", "wide", "unnamed", "fetched"] {
         assert_eq!(found[empty], Value::Array(Vec::new()), "{empty}");
     }
-    // Branches; figures of four heat maps; worst linears; readers; two measurements; a run's stages.
-    assert_eq!(found["tables"], 10);
+    // Two of branches; figures of four heat maps; worst linears; readers; two measurements; a run's stages.
+    assert_eq!(found["tables"], 11);
     // Size against KL; errors by layer and by linear; four heat maps.
     assert_eq!(found["pictures"], 7);
-    assert_eq!(found["headline"], "booklm: take gptq-4bit-32g-actorder_True");
+    assert_eq!(found["headline"], "booklm: take gptq-4bit-64g-actorder_True");
     assert!(found["fold"].as_f64().unwrap() < 900.0, "the recommendation is on the first screen: {found}");
+}
+
+/// Whether a column of the first table is seen without scrolling.
+fn shows(found: &Value, column: &str) -> bool {
+    found["visible"].as_array().unwrap().iter().any(|name| name == column)
 }
 
 #[test]
 fn the_page_is_whole_on_a_desk_with_chromium() {
-    is_whole(&opened(1280));
+    let found = opened(1280);
+    assert!(shows(&found, "mean KL") && shows(&found, "readers"), "{found}");
+    is_whole(&found);
 }
 
 #[test]
 fn the_page_is_whole_on_a_phone_with_chromium() {
     let found = opened(390);
     assert!(found["room"].as_u64().unwrap() <= 520, "{found}");
+    assert!(shows(&found, "mean KL") && shows(&found, "size"), "{found}");
     is_whole(&found);
 }
