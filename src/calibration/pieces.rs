@@ -275,15 +275,27 @@ mod tests {
 
     #[test]
     fn pieces_have_the_ids_of_the_whole_with_byte_level_bpe() {
-        check(&byte_level(json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true})), true);
-        check(&byte_level(json!({"type": "ByteLevel", "add_prefix_space": true, "use_regex": true})), true);
+        check(
+            &byte_level(
+                json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true}),
+            ),
+            true,
+        );
+        check(
+            &byte_level(
+                json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+            ),
+            true,
+        );
         let pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": false});
+        let bytes =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
         let split =
             json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         check(&byte_level(json!({"type": "Sequence", "pretokenizers": [split, bytes]})), true);
         let digits = json!({"type": "Digits", "individual_digits": true});
-        let whole = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true});
+        let whole =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
         check(&byte_level(json!({"type": "Sequence", "pretokenizers": [digits, whole]})), true);
         // Without an expression, merges may reach as far as the vocabulary lets them.
         check(&byte_level(bytes), true);

@@ -39,10 +39,10 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let models: Vec<_> = models.into_iter().flatten().collect();
     let quantized = models.iter().map(|model| Checkpoint::open(&model.folder));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
-    tokenizer_notes(reference.dir()).iter().for_each(|note| terminal::warning(note));
+    tokenizer_notes(reference.dir()).iter().for_each(|note| terminal::warning(output, note));
     for (model, checkpoint) in models.iter().zip(&quantized) {
         let notes = verify::notes(checkpoint, &QuantizationConfig::read(checkpoint)?)?;
-        notes.iter().for_each(|note| terminal::warning(&format!("{}: {note}", model.label())));
+        notes.iter().for_each(|note| terminal::warning(output, &format!("{}: {note}", model.label())));
     }
     let compute = args.compute.resolve(&reference, output)?;
     let texts = windows(args, &reference, output)?;

@@ -19,9 +19,9 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
     if checkpoint.quantization_mark().is_some() {
         let notes = verify::notes(&checkpoint, &QuantizationConfig::read(&checkpoint)?)?;
-        notes.iter().for_each(|note| terminal::warning(note));
+        notes.iter().for_each(|note| terminal::warning(output, note));
     }
-    tokenizer_notes(checkpoint.dir()).iter().for_each(|note| terminal::warning(note));
+    tokenizer_notes(checkpoint.dir()).iter().for_each(|note| terminal::warning(output, note));
     let compute = args.compute.resolve(&checkpoint, output)?;
     let given = match args.prompt.as_str() {
         "-" => std::io::read_to_string(std::io::stdin()).context("reading the prompt from standard input")?,

@@ -37,7 +37,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     require_readers(config, &plan.variants, &args.require_readers)?;
     for LostReader { text, by_shape } in lost_readers(config, &plan.variants) {
         match by_shape {
-            true => terminal::warning(&text),
+            true => terminal::warning(output, &text),
             false => terminal::note(output, &text),
         }
     }

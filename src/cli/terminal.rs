@@ -113,9 +113,9 @@ pub(super) fn line(text: &str) {
     eprintln!("{}", fitted(text, columns(stderr())));
 }
 
-/// Prints a warning, also where remarks are not wanted.
-pub(super) fn warning(text: &str) {
-    line(&format!("warning: {text}"));
+/// Prints a warning.
+pub(super) fn warning(output: &OutputArgs, text: &str) {
+    note(output, &format!("warning: {text}"));
 }
 
 /// Prints a remark.

@@ -111,8 +111,8 @@ mod tests {
             [
                 "version (gptq 1 then, gptq 2 now)",
                 "variants (4bit-128g, 4bit-32g-act, 4bit-64g-act, 4bit-128g-act then, 3bit-64g-act now)",
-                "damp (unset then, 0.05 now)",
                 "split (unset then, test now)",
+                "damp (unset then, 0.05 now)",
                 "the model's weights (0123456789ab… then, 9… now)",
             ]
         );
