@@ -282,8 +282,15 @@ impl Checkpoint {
         // Readers ignore layers after the last one, which predict further tokens.
         let layer = |name: &str| name.strip_prefix(&layers)?.split('.').next()?.parse::<usize>().ok();
         let own = |name: &&str| layer(name).is_some_and(|layer| layer < self.config.num_layers());
+        // Parts of a packed linear that another part is missing of are that linear's error.
+        let of_packed = |name: &str| {
+            let part =
+                ["qweight", "qzeros", "scales", "g_idx"].into_iter().find_map(|part| name.strip_suffix(part));
+            part.and_then(|start| start.strip_suffix('.'))
+                .is_some_and(|linear| self.config.linears().any(|(id, _)| id.to_string() == linear))
+        };
         for name in self.extra().into_iter().filter(own) {
-            if HARMLESS.iter().any(|end| name.ends_with(end)) {
+            if of_packed(name) || HARMLESS.iter().any(|end| name.ends_with(end)) {
                 continue;
             }
             // Minus zero is zero, too.

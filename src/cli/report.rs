@@ -27,7 +27,11 @@ pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
     }
     name_apart(&mut others, &args.quantized, &runs);
     for other in &others {
-        other.checkpoint.notes.iter().for_each(|note| terminal::warning(output, &format!("{}: {note}", other.name)));
+        other
+            .checkpoint
+            .notes
+            .iter()
+            .for_each(|note| terminal::warning(output, &format!("{}: {note}", other.name)));
     }
     let source = args.model.as_deref().map(|model| source(model, output)).transpose()?;
     let comparison = Comparison::new(runs, others, source, &args.datasets)?;

@@ -45,7 +45,7 @@ const LAYERS: [&str; 32] = [
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
 const WITHOUT_LIBTORCH: [&str; 16] = [
-    "accuracy",
+    "accuracy.rs",
     "amx",
     "calibration",
     "gate",
@@ -53,7 +53,6 @@ const WITHOUT_LIBTORCH: [&str; 16] = [
     "gptq/order.rs",
     "gptq/quantized.rs",
     "gptq/scale_search.rs",
-    "gptq/solver/reference.rs",
     "kernels/cuda/layout.rs",
     "kernels/cuda/plan.rs",
     "kernels/cuda/repack.rs",
@@ -93,9 +92,7 @@ const UNSAFE: &[&str] = &[
     "device.rs",
     "gptq/raw.rs",
     "gptq/solver/cpu/instructions.rs",
-    "gptq/solver/cpu/kernel.rs",
     "gptq/solver/cpu/panel.rs",
-    "gptq/solver/cpu/scale_search.rs",
     "gptq/solver/cuda/host_emulation.rs",
     "gptq/solver/cuda/kernels.rs",
     "gptq/solver/cuda/launch.rs",

@@ -67,7 +67,7 @@ fn quiet_runs_print_no_warnings_and_no_tables_of_readers() {
     // One window has fewer tokens than the widest linear has inputs.
     let few = ["--variant", "4bit-32g", "--samples", "1"];
     let loud = lab.quantize(&[&few[..], &["--out", &text_of(&lab.path("loud"))]].concat()).succeeds();
-    assert!(loud.stderr.contains("warning: 64 calibration tokens"), "{}", loud.stderr);
+    assert!(loud.stderr.contains("warning: 64 distinct calibration tokens"), "{}", loud.stderr);
     let quiet = lab.quantize(&[&few[..], &["-q"]].concat()).succeeds();
     assert_eq!((quiet.stderr.as_str(), quiet.estimate.as_str()), ("", ""));
     let readers = |flags: &[&str]| lab.verify(&lab.branch(), flags).succeeds().stdout;

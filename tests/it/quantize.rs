@@ -362,9 +362,9 @@ fn tensors_nobody_knows_are_named_and_left_out() {
         tensors.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), copy.clone());
         tensors.insert("extra.weight".into(), copy);
     });
-    let output = lab.quantize(&["--variant", "4bit-32g", "--quiet"]).succeeds();
+    let output = lab.quantize(&["--variant", "4bit-32g"]).succeeds();
     let warning = "warning: tensors that are not part of the model are left out (1): extra.weight\n";
-    assert_eq!(output.stderr, warning);
+    assert!(output.stderr.contains(warning), "{}", output.stderr);
     assert!(!safetensors_file::read_folder(&lab.branch()).contains_key("extra.weight"));
     // A config without the keys that have defaults is read as transformers reads it.
     let mut config = read_json(&lab.model().join("config.json"));

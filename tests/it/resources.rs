@@ -59,7 +59,7 @@ fn too_little_memory_for_the_text_is_refused_before_it_is_tokenized() {
     let lab = Lab::new();
     // Enough for the model, and not for a text without a line break, which is tokenized as a whole: 8 MB.
     let text = lab.write("long.txt", &"word ".repeat(1_600_000));
-    let output = lab.quantize(&["--variant", "4bit-128g", "--dataset", &text, "--max-memory", "600MB"]);
+    let output = lab.quantize(&["--variant", "4bit-32g", "--dataset", &text, "--max-memory", "600MB"]);
     assert_eq!(output.code, Some(2));
     assert!(
         output.stderr.contains("error: memory: 600.0 MB are available, and at least "),

@@ -50,7 +50,7 @@ fn a_good_branch_passes_and_lists_its_readers() {
     let output = lab.verify(&lab.branch(), &[]).succeeds();
     assert_eq!(output.stderr, "");
     insta::assert_snapshot!(output.stdout, @r"
-    1255 of 2560 scales are negative, which readers need not know of
+    1266 of 2560 scales are negative, which readers need not know of
     transformers 5                       yes
     GPTQModel 7                          yes
     vLLM 0.30 and newer                  yes, on 1 or 2 GPUs (4 parts: attention has 2 query heads)
