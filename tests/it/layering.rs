@@ -44,7 +44,7 @@ const LAYERS: [&str; 32] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 16] = [
+const WITHOUT_LIBTORCH: [&str; 15] = [
     "accuracy.rs",
     "amx",
     "calibration",
