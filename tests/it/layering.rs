@@ -44,7 +44,7 @@ const LAYERS: [&str; 32] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 15] = [
+const WITHOUT_LIBTORCH: [&str; 14] = [
     "accuracy.rs",
     "amx",
     "calibration",
@@ -52,7 +52,6 @@ const WITHOUT_LIBTORCH: [&str; 15] = [
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",
-    "gptq/scale_search.rs",
     "kernels/cuda/layout.rs",
     "kernels/cuda/plan.rs",
     "kernels/cuda/repack.rs",
