@@ -286,8 +286,10 @@ impl Hessian {
         let image = blocks.clone().map(|block| rows(block)?.f_mm(&inner)).collect::<Result<Vec<_>, _>>()?;
         let (basis, _) = Tensor::f_linalg_qr(&Tensor::f_cat(&image, 0)?, "reduced")?;
         let rest = second.f_sub(&basis.f_mm(&basis.f_tr()?.f_mm(&second)?)?)?;
-        let on_basis = self.quadratic_forms(&transposed(&basis)?)?;
-        Ok(on_basis + self.quadratic_forms(&transposed(&rest)?)? / PROBES as f64)
+        // Together, so that the weight is converted once for both.
+        let both = transposed(&Tensor::f_cat(&[basis, rest], 1)?)?;
+        let on_basis = self.quadratic_forms(&both.f_narrow(1, 0, PROBES)?)?;
+        Ok(on_basis + self.quadratic_forms(&both.f_narrow(1, PROBES, PROBES)?)? / PROBES as f64)
     }
 
     /// `tr(Zᵀ H Z)` of `Z` `[K, m]` fp32.

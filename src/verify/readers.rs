@@ -318,6 +318,11 @@ impl Format {
                 shapes.push(linear.shape);
             }
         }
+        Self::main(shapes, config.class, (config.expert_layers(), config.num_layers()))
+    }
+
+    /// The `main` branch of a model with these properties.
+    fn main(shapes: Vec<[usize; 2]>, class: &'static str, expert_layers: (usize, usize)) -> Self {
         Self {
             bits: Bits::Four.get(),
             group_size: GroupSize::Features(128),
@@ -328,8 +333,8 @@ impl Format {
             has_g_idx: true,
             written_by_gptqmodel: false,
             shapes,
-            class: config.class,
-            expert_layers: (config.expert_layers(), config.num_layers()),
+            class,
+            expert_layers,
         }
     }
 }
@@ -581,19 +586,7 @@ mod tests {
     use crate::architectures::supported_classes;
 
     fn format() -> Format {
-        Format {
-            bits: 4,
-            group_size: GroupSize::Features(128),
-            symmetric: true,
-            desc_act: false,
-            permuted: false,
-            v1: true,
-            has_g_idx: true,
-            written_by_gptqmodel: false,
-            shapes: vec![[4096, 4096], [11008, 4096], [4096, 11008]],
-            class: "LlamaForCausalLM",
-            expert_layers: (0, 32),
-        }
+        Format::main(vec![[4096, 4096], [11008, 4096], [4096, 11008]], "LlamaForCausalLM", (0, 32))
     }
 
     /// The readers that do not take `format`, webui 4 aside, which takes nothing.
