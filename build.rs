@@ -22,4 +22,8 @@ fn main() {
     // to another one as `bin/gptq`, the `lib` folder beside `bin`.
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
     println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib");
+    // libtorch must find our definition of this function: see src/machine.rs.
+    for option in ["undefined", "export-dynamic-symbol"] {
+        println!("cargo:rustc-link-arg=-Wl,--{option}=mkl_serv_intel_cpu_true");
+    }
 }
