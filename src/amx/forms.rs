@@ -21,7 +21,7 @@ pub fn gram(matrix: &mut [f32], k: usize, x: &[u16], add: bool) {
     accumulate(matrix, k, [x, x], add, true);
 }
 
-/// `matrix[i, j] = Σ_t x[t, i] y[t, j]`, or `+=` if `add`; `matrix` `[K, K]`, `x` and `y` `[T, K]` bf16 bits.
+/// `matrix[i, j] = Σ_t x[t, i] y[t, j]`, or `+=` if `add`; `matrix` `[M, K]`, `x` `[T, M]` and `y` `[T, K]` bf16 bits.
 ///
 /// # Panics
 /// When the lengths contradict each other.
@@ -31,11 +31,12 @@ pub fn cross_gram(matrix: &mut [f32], k: usize, x: &[u16], y: &[u16], add: bool)
 
 /// `xᵀ y`; of a symmetric product only the blocks on and below the diagonal.
 fn accumulate(matrix: &mut [f32], k: usize, [x, y]: [&[u16]; 2], add: bool, symmetric: bool) {
-    assert!(k > 0 && matrix.len() == k * k && x.len().is_multiple_of(k), "[K, K] and [T, K]");
-    assert_eq!(x.len(), y.len(), "as many tokens on both sides");
-    for (i, (x, y)) in x.chunks(TOKENS * k).zip(y.chunks(TOKENS * k)).enumerate() {
+    assert!(k > 0 && !matrix.is_empty() && matrix.len().is_multiple_of(k), "[M, K]");
+    let m = matrix.len() / k;
+    assert!(x.len().is_multiple_of(m) && y.len() == x.len() / m * k, "as many tokens on both sides");
+    for (i, (x, y)) in x.chunks(TOKENS * m).zip(y.chunks(TOKENS * k)).enumerate() {
         let add = add || i > 0;
-        let (left, right) = (operand(x, k, Side::Left), operand(y, k, Side::Right));
+        let (left, right) = (operand(x, m, Side::Left), operand(y, k, Side::Right));
         // The last rows of a triangle have the most columns; beginning with them, threads end together.
         let blocks = matrix.par_chunks_mut(BLOCK * k).enumerate().rev();
         blocks.for_each_init(block_buffer, |square, (block, rows)| {

@@ -109,11 +109,12 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::pipeline::phases::PhaseClock;
 
     /// Statistics of one token with these features.
     fn statistics(values: [f32; 2]) -> Vec<CalibrationStatistics> {
-        let mut statistics = CalibrationStatistics::new(2, Device::Cpu, false).unwrap();
-        statistics.add(&Tensor::from_slice(&values).view([1, 2]), None).unwrap();
+        let mut statistics = CalibrationStatistics::new(2, Device::Cpu, None, Kind::Float).unwrap();
+        statistics.add(&Tensor::from_slice(&values).view([1, 2]), None, &PhaseClock::begin(&[])).unwrap();
         vec![statistics]
     }
 

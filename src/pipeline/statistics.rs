@@ -1,11 +1,13 @@
 //! Calibration statistics of one group of linears: the Hessian of their inputs and the cross-covariance with the reference model's.
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use super::phases::PhaseClock;
 use crate::{
     architectures::GroupConfig,
     error::Result,
     gptq::{CrossCovariance, Hessian},
+    report::Phase,
 };
 
 /// Sums over the calibration tokens that reach a group of linears.
@@ -16,9 +18,10 @@ pub(super) struct CalibrationStatistics {
 }
 
 impl CalibrationStatistics {
-    /// Without tokens, for inputs of that width.
-    pub(super) fn new(width: usize, device: Device, reference: bool) -> Result<Self> {
-        let cross_covariance = reference.then(|| CrossCovariance::new(width, device)).transpose()?;
+    /// Without tokens, for inputs of that width; with a cross-covariance for `weights`, which share them, if these are given.
+    pub(super) fn new(width: usize, device: Device, weights: Option<&[&Tensor]>, kind: Kind) -> Result<Self> {
+        let cross_covariance =
+            weights.map(|weights| CrossCovariance::of_weights(weights, kind, device)).transpose()?;
         Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance })
     }
 
@@ -32,13 +35,23 @@ impl CalibrationStatistics {
     }
 
     /// Adds a batch of inputs `[…, K]`, and the reference model's inputs of the same tokens.
-    pub(super) fn add(&mut self, inputs: &Tensor, reference: Option<&Tensor>) -> Result<()> {
+    pub(super) fn add(
+        &mut self,
+        inputs: &Tensor,
+        reference: Option<&Tensor>,
+        phases: &PhaseClock,
+    ) -> Result<()> {
         if inputs.numel() == 0 {
             return Ok(()); // no token of the batch goes through this expert
         }
-        self.hessian.add(inputs)?;
+        let k = self.hessian.in_features() as f64;
+        let tokens = inputs.numel() as f64 / k;
+        phases.time(Phase::Hessian, tokens * k * k, || self.hessian.add(inputs))?;
         match (&mut self.cross_covariance, reference) {
-            (Some(cross_covariance), Some(reference)) => cross_covariance.add(inputs, reference),
+            (Some(cross_covariance), Some(reference)) => {
+                let operations = tokens * cross_covariance.operations();
+                phases.time(Phase::CrossCovariance, operations, || cross_covariance.add(inputs, reference))
+            }
             _ => Ok(()),
         }
     }

@@ -18,7 +18,7 @@ pub(in crate::gptq) mod tests;
 use std::borrow::Borrow;
 
 use half::f16;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 pub use by_rows::{OutputFactor, solve_by_rows};
 pub use cpu::CpuSolver;
@@ -159,15 +159,32 @@ pub fn targets(
     alpha: f64,
     stage: &str,
 ) -> Result<Vec<Tensor>> {
-    let d = cross_covariance.finish(alpha, stage)?;
-    let rows: i64 = weights.iter().map(|weight| weight.values.size()[0]).sum();
+    let sums = cross_covariance.finish(alpha, stage)?;
+    let device = sums.device();
+    let rows = |weight: &Weight<'_>| weight.values.size()[0];
     // `D (H + λI)⁻¹` is divided once for all weights; for few rows it is cheaper to divide each `W D`.
-    let shared = if rows > d.size()[0] { factor.divide(&d)? } else { None };
-    let target = |weight: &Weight<'_>| {
-        let values = weight.values.f_to_device(d.device()).and_then(|w| w.f_to_kind(Kind::Float));
-        let values = values.torch("convert a weight")?;
-        let product = values.f_mm(shared.as_ref().unwrap_or(&d)).torch("compute a target")?;
-        let shift = if shared.is_some() { Some(product) } else { factor.divide(&product)? };
+    let shared = weights.iter().map(rows).sum::<i64>() > sums.size()[0];
+    let d = match shared {
+        _ if cross_covariance.is_product() => None,
+        true => match factor.divide(&sums)? {
+            Some(divided) => Some(divided),
+            None => return weights.iter().map(|weight| as_fp32(weight, device)).collect(),
+        },
+        false => Some(sums.shallow_clone()),
+    };
+    let kind = cross_covariance.product_kind();
+    let d = d.map(|d| d.f_to_kind(kind)).transpose().torch("convert a cross-covariance")?;
+    let mut first = 0;
+    let mut target = |weight: &Weight<'_>| {
+        let (begin, count) = (first, rows(weight));
+        first += count;
+        let product = || match &d {
+            Some(d) => weight.values.f_to_device(device)?.f_to_kind(kind)?.f_mm(d)?.f_to_kind(Kind::Float),
+            None => sums.f_narrow(0, begin, count),
+        };
+        let product = product().torch("compute a target")?;
+        let shift = if shared && d.is_some() { Some(product) } else { factor.divide(&product)? };
+        let values = as_fp32(weight, device)?;
         let Some(shift) = shift else { return Ok(values) };
         let target = values.f_add(&shift).torch("compute a target")?;
         let finite = || bool::try_from(target.f_isfinite()?.f_all()?);
@@ -181,7 +198,12 @@ pub fn targets(
         let problem = "its target is NaN or infinite".to_owned();
         Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
     };
-    weights.iter().map(target).collect()
+    weights.iter().map(&mut target).collect()
+}
+
+fn as_fp32(weight: &Weight<'_>, device: Device) -> Result<Tensor> {
+    let convert = || weight.values.f_to_device(device)?.f_to_kind(Kind::Float);
+    convert().torch("convert a weight")
 }
 
 /// [`Factorized::divide`] by a triangular `factor` of `H + λI`, `upper` or lower, in the order of `columns`.

@@ -134,6 +134,10 @@ fn targets_have_the_least_error() {
     }
     let hessian = hessian.finish("test").unwrap();
     let values: Vec<Tensor> = (0..3).map(|_| Tensor::randn([5, 12], options)).collect();
+    // For so few rows the sums are those of `W D`.
+    let mut product = CrossCovariance::of_weights(&[&values[0]], Kind::Float, Device::Cpu).unwrap();
+    product.add(&x, &reference).unwrap();
+    assert!(product.is_product());
     let weights: Vec<Weight<'_>> = values.iter().map(|values| Weight { name: "test", values }).collect();
     for sorting in ["4bit-32g", "4bit-32g-act"].map(|v| v.parse::<Variant>().unwrap().sorting(false)) {
         let of = |solver: &dyn Solver, count: usize| {
@@ -143,6 +147,9 @@ fn targets_have_the_least_error() {
         for solver in [&CpuSolver::new() as &dyn Solver, &TorchSolver::default()] {
             let (alone, together) = (of(solver, 1), of(solver, 3));
             assert!(alone[0].allclose(&together[0], 1e-4, 1e-5, false));
+            let factor = solver.factorize(&hessian, sorting, 0.0, "test").unwrap();
+            let of_product = targets(&*factor, &product, &weights[..1], 1.0, "test").unwrap();
+            assert!(of_product[0].allclose(&together[0], 1e-4, 1e-5, false));
             for (weight, target) in values.iter().zip(&together) {
                 let error = |w: &Tensor| {
                     let off = x.mm(&w.tr()) - reference.mm(&weight.tr());

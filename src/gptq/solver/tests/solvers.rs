@@ -9,7 +9,10 @@ use super::{
 use crate::{
     accuracy::{AccuracyOptions, ScaleSearch, Scales},
     error::Error,
-    gptq::solver::{CpuSolver, CudaSolver, Solver, Weight},
+    gptq::{
+        Hessian,
+        solver::{CpuSolver, CudaSolver, Solver, Weight},
+    },
     variant::{Sorting, Variant},
 };
 
@@ -246,5 +249,31 @@ fn cuda_device_solver_agrees_with_libtorchs() {
         assert!(different <= CODES_THAT_MAY_DIFFER, "{variant}: {different} of the codes differ");
         let ratio = fast.squared_error / plain.squared_error;
         assert!((ratio - 1.0).abs() < OBJECTIVE_TOLERANCE, "{variant}: objective ratio {ratio}");
+    }
+}
+
+/// With a dead feature and sorted columns.
+#[test]
+fn a_quotient_solves_the_system() {
+    tch::manual_seed(5);
+    let (k, n) = (600, 75);
+    let x = Tensor::randn([2 * k, k], (Kind::Float, Device::Cpu));
+    let _ = x.narrow(1, 17, 1).zero_();
+    let mut hessian = Hessian::new(k as usize, Device::Cpu).unwrap();
+    hessian.add(&x).unwrap();
+    let hessian = hessian.finish("test").unwrap();
+    let b = Tensor::randn([n, k], (Kind::Float, Device::Cpu));
+    let _ = b.narrow(1, 17, 1).zero_();
+    for sorting in ["4bit-128g", "4bit-128g-act"].map(|v| v.parse::<Variant>().unwrap().sorting(false)) {
+        for solver in [&CpuSolver::new() as &dyn Solver, &TorchSolver::default()] {
+            let factor = solver.factorize(&hessian, sorting, 0.01, "test").unwrap();
+            let found = factor.divide(&b).unwrap().unwrap().to_kind(Kind::Double);
+            let mean =
+                f64::try_from(hessian.matrix().diagonal(0, 0, 1).sum(Kind::Double)).unwrap() / (k - 1) as f64;
+            let damped = hessian.matrix().to_kind(Kind::Double)
+                + Tensor::eye(k, (Kind::Double, Device::Cpu)) * (0.01 * mean);
+            let difference = (found.mm(&damped) - b.to_kind(Kind::Double)).abs().max();
+            assert!(difference.double_value(&[]) < 1e-5, "{difference:?}");
+        }
     }
 }
