@@ -9,6 +9,7 @@ use tch::{Device, Kind};
 use super::{
     memory::Limits,
     output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, largest_layer_bytes},
+    phases::{of_targets, per_token, shape_of},
 };
 use crate::{
     architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
@@ -31,6 +32,27 @@ const CPU_BATCH_TOKENS: usize = 1024;
 /// The same on CUDA, unless memory is short.
 const CUDA_BATCH_TOKENS: usize = 8192;
 
+/// Which part of the speed of large products the phases of a layer reach; `phases` in `run.json` has them.
+const FORWARD: f64 = 0.74;
+const STATISTICS: f64 = 0.7;
+const FACTORIZATION: f64 = 0.56;
+const TARGETS: f64 = 0.9;
+const SOLVE: f64 = 0.47;
+/// How many times longer a solve takes with output Hessians.
+const ROW_BLOCKS: f64 = 3.1;
+/// Operations for each weight of a search for scales.
+const SEARCH: f64 = 2200.0;
+/// Time of a layer over the time of its products.
+const BESIDE_PRODUCTS: f64 = 1.2;
+
+/// Work of a layer: floating-point operations over the part of the speed of large products that they reach.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Work {
+    /// In the kind of forward passes.
+    pub(super) forward: f64,
+    pub(super) fp32: f64,
+}
+
 /// The sizes of a run that its memory depends on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Shape<'a> {
@@ -49,6 +71,8 @@ pub(super) struct Shape<'a> {
     pub(super) gradient_windows: usize,
     /// Whether the model is rotated first.
     pub(super) rotates: bool,
+    /// Whether scales are searched for.
+    pub(super) searches: bool,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -145,7 +169,8 @@ impl Shape<'_> {
             let capturing = n * k * self.element() + copies * next.max(matrix);
             let most = factoring.max(energy).max(solving).max(leaving).max(capturing);
             // The cross-covariance stays until the targets are computed; those take another copy and what is added to it.
-            let targets = if self.reference { matrix + n * k * FP32 * 2 } else { 0 };
+            let sums = if 2 * n < k { n * k * (FP32 + self.element()) } else { matrix };
+            let targets = if self.reference { sums + n * k * FP32 * 2 } else { 0 };
             others + targets + most + self.feedback(n, k)
         };
         groups.iter().map(of).max().unwrap_or(0)
@@ -198,10 +223,13 @@ impl Shape<'_> {
         if self.gradient_windows == 0 { 0 } else { bytes }
     }
 
-    /// Floating-point operations of a layer on the CPU, on the average, but for attention's scores and whatever is not a product.
-    pub(super) fn layer_operations(&self) -> f64 {
-        let layers = self.config.layers.iter();
-        layers.map(|layer| self.operations_of(layer)).sum::<f64>() / self.config.num_layers() as f64
+    /// Work of a layer on the CPU, on the average.
+    pub(super) fn layer_work(&self) -> Work {
+        let layers = self.config.num_layers() as f64;
+        let all = self.config.layers.iter().map(|layer| self.work_of(layer));
+        let sum =
+            all.fold(Work::default(), |a, b| Work { forward: a.forward + b.forward, fp32: a.fp32 + b.fp32 });
+        Work { forward: sum.forward / layers, fp32: sum.fp32 / layers }
     }
 
     /// Floating-point operations of taking gradients through all layers, in fp32.
@@ -216,37 +244,24 @@ impl Shape<'_> {
         self.config.layers.iter().map(of).sum()
     }
 
-    fn operations_of(&self, layer: &LayerConfig) -> f64 {
-        let all_tokens = self.windows as f64 * self.seq_len as f64;
-        let (mut forward, mut hessians, mut factors, mut solves) = (0.0, 0.0, 0.0, 0.0);
-        for stage in &layer.stages {
-            for group in &stage.groups {
-                let linears = &layer.linears[group.linears.clone()];
-                let n = linears.iter().map(|linear| linear.shape[0] as f64).sum::<f64>();
-                let k = group.width as f64;
-                let part = match &layer.feed_forward.routing {
-                    Some(routing) if group.expert.is_some() => {
-                        routing.per_token as f64 / routing.experts as f64
-                    }
-                    _ => 1.0,
-                };
-                let tokens = part * all_tokens;
-                forward += 2.0 * tokens * n * k;
-                // The lower triangles alone.
-                hessians += tokens * k * k;
-                factors += k.powi(3) / 3.0;
-                // The energy of the outputs, for the reported error, and the compensation.
-                solves += 2.0 * n * k * k;
-            }
-        }
+    fn work_of(&self, layer: &LayerConfig) -> Work {
+        let tokens = self.windows as f64 * self.seq_len as f64;
         let variants = self.variants as f64;
-        // Forward passes of the reference model; products for the cross-covariance, and for the targets.
-        let reference = match self.reference {
-            false => 0.0,
-            true => forward + variants * 2.0 * hessians + variants * 2.0 * solves,
-        };
         let streams = if self.shared_hessian { 1.0 } else { variants };
-        reference + streams * (forward + hessians + factors) + variants * solves
+        let references = if self.reference { 1.0 } else { 0.0 };
+        let row_blocks = if self.gradient_windows > 0 { ROW_BLOCKS } else { 1.0 };
+        let search = if self.searches { SEARCH } else { 0.0 };
+        let mut work = Work::default();
+        for group in layer.stages.iter().flat_map(|stage| &stage.groups) {
+            let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
+            work.forward += (streams + references) * tokens * token.forward / FORWARD
+                + streams * tokens * token.hessian / STATISTICS
+                + references * variants * tokens * token.cross_covariance / STATISTICS;
+            work.fp32 += streams * k.powi(3) / 3.0 / FACTORIZATION
+                + references * variants * of_targets(n, k) / TARGETS
+                + row_blocks * variants * n * k * (k + search) / SOLVE;
+        }
+        Work { forward: BESIDE_PRODUCTS * work.forward, fp32: BESIDE_PRODUCTS * work.fp32 }
     }
 
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
@@ -341,6 +356,7 @@ pub(super) mod tests {
             reference: false,
             gradient_windows: 0,
             rotates: false,
+            searches: false,
         }
     }
 

@@ -16,8 +16,14 @@ use super::{
     worker_pool::WorkerPool,
 };
 use crate::{
-    calibration::Windows, checkpoint::Checkpoint, device, error::Result, machine::resident_memory,
-    model::kind_name, progress::Event, report::ComputeReport,
+    calibration::Windows,
+    checkpoint::Checkpoint,
+    device,
+    error::Result,
+    machine::resident_memory,
+    model::kind_name,
+    progress::Event,
+    report::{ComputeReport, Phase},
 };
 
 /// Solves the unfinished layers of `source`, which is the run's model, or that model equalized or rotated. After each layer the
@@ -65,15 +71,10 @@ pub(super) fn solve(
         0 => None,
         count => {
             let windows = GradientWindows { windows, count, at_once: needs.gradients_at_once };
-            let measured = OutputHessians::measure(
-                source,
-                devices[0],
-                windows,
-                plan.seed,
-                needs.limits,
-                journal,
-                context,
-            );
+            let device = devices[0];
+            let measured = context.phases.time(Phase::Gradients, needs.gradient_operations, || {
+                OutputHessians::measure(source, device, windows, plan.seed, needs.limits, journal, context)
+            });
             if journal.holds_work() {
                 folder.hold();
             }
@@ -117,6 +118,7 @@ pub(super) fn solve(
         let costs = LayerCosts {
             seconds: layer_seconds,
             stage_seconds: branches.seconds(),
+            phases: context.phases.so_far(),
             stage_memory: memory.peaks(),
         };
         journal.commit(next, committed, branches.warnings().to_vec(), costs, &compute)?;

@@ -9,6 +9,7 @@ mod memory;
 mod needs;
 mod output_folder;
 mod output_hessians;
+mod phases;
 mod reference;
 mod stage_memory;
 mod stage_solver;
@@ -37,6 +38,7 @@ use crate::{
     equalization::Equalization,
     error::{Error, ResourceError, Result},
     machine::{fast_bf16, peak_memory, resident_memory},
+    model::kind_name,
     plan::{ComputeDtype, DatasetShare, Plan},
     progress::{Event, Progress},
     report::{
@@ -50,6 +52,7 @@ use journal::{Identity, Journal};
 use needs::Needs;
 use output_folder::OutputFolder;
 pub use output_folder::Place;
+use phases::{PhaseClock, compare_with_limits};
 use stage_memory::{At, MemoryWatch};
 use worker::RunContext;
 
@@ -148,7 +151,8 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         branches::check_sealed(place.out, plan)?;
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory);
-        let context = RunContext { progress, stop: run.stop, memory: &memory };
+        let phases = PhaseClock::begin(&journal.state().phases);
+        let context = RunContext { progress, stop: run.stop, memory: &memory, phases: &phases };
         let rotated = match accuracy.rotate {
             true => Some(rotate(checkpoint, journal.folder(), context)?),
             false => None,
@@ -165,6 +169,12 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         journal.seal(branches.seconds(), memory.peaks())?;
     }
     let state = journal.state();
+    let mut phases = state.phases.clone();
+    let compute = state.compute();
+    if compute.device == "cpu" {
+        let kind = if compute.dtype == kind_name(Kind::BFloat16) { Kind::BFloat16 } else { Kind::Float };
+        compare_with_limits(&mut phases, kind)?;
+    }
     let branches = branches::publish(place.out, state.reports())?;
     warnings.extend(branches::warnings(&branches, &state.warnings));
     let report = Report {
@@ -188,6 +198,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         journal_seconds: state.journal_seconds,
         layer_seconds: state.layer_seconds.clone(),
         stage_seconds: state.stage_seconds(),
+        phases,
         stage_memory_bytes: state.stage_memory,
         peak_memory_bytes: peak_memory().max(state.peak_memory_bytes),
         evaluations: Vec::new(),

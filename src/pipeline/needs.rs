@@ -6,12 +6,13 @@ use tch::{Device, Kind};
 
 use super::{
     compute_kind,
-    estimate::Shape,
+    estimate::{Shape, Work},
     journal::{self, Begun},
     memory::Limits,
     output_folder::Place,
 };
 use crate::{
+    accuracy::ScaleSearch,
     architectures::ModelConfig,
     checkpoint::Checkpoint,
     cuda::Gpu,
@@ -27,8 +28,8 @@ use crate::{
 
 /// Operations of a run below which its time is not estimated: they take seconds.
 const WORTH_ESTIMATING: f64 = 1e12;
-/// Time of a layer over the time of its matrix products, measured on layers of Llama 2 7B's shape.
-const BESIDE_PRODUCTS: f64 = 1.3;
+/// Time of gradients over the time of their matrix products.
+const BESIDE_PRODUCTS: f64 = 2.0;
 
 /// What a run needs.
 #[derive(Debug, Clone, Copy)]
@@ -45,10 +46,10 @@ pub(super) struct Needs {
     /// Activations that do not fit it.
     elsewhere: u64,
     disk: DiskNeed,
-    /// Floating-point operations of a layer.
-    layer_operations: f64,
-    /// The same of the gradients that are still to be taken.
-    gradient_operations: f64,
+    /// Work of a layer.
+    layer: Work,
+    /// Floating-point operations of the gradients that are still to be taken.
+    pub(super) gradient_operations: f64,
 }
 
 impl Needs {
@@ -80,6 +81,7 @@ impl Needs {
             reference: accuracy.runs_reference(),
             gradient_windows: accuracy.gradient_windows(plan.samples),
             rotates,
+            searches: accuracy.scales.search != ScaleSearch::Off,
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
@@ -118,7 +120,7 @@ impl Needs {
         let memory = (own + need.working).saturating_add(held);
         let taken = begun.map_or(0.0, |b| b.windows as f64 / b.total_windows.max(1) as f64);
         let gradient_operations = (1.0 - taken) * shape.gradient_operations();
-        let layer_operations = shape.layer_operations();
+        let layer = shape.layer_work();
         let gradients_at_once = shape.gradients_at_once();
         Ok(Self {
             kind,
@@ -128,7 +130,7 @@ impl Needs {
             memory,
             elsewhere,
             disk,
-            layer_operations,
+            layer,
             gradient_operations,
         })
     }
@@ -136,15 +138,17 @@ impl Needs {
     /// The time that gradients and so many `layers` will take, in words: their products at the speed that one product has here.
     /// None where it is too little to be worth measuring, and on devices other than the CPU.
     pub(super) fn time(&self, layers: usize) -> Result<Option<String>> {
-        let operations = layers as f64 * self.layer_operations + self.gradient_operations;
+        let Work { forward, fp32 } = self.layer;
+        let operations = layers as f64 * (forward + fp32) + self.gradient_operations;
         if self.device != Device::Cpu || operations < WORTH_ESTIMATING {
             return Ok(None);
         }
-        let layer = BESIDE_PRODUCTS * self.layer_operations / product_speed(self.kind)?;
+        let speed = product_speed(Kind::Float)?;
+        let layer = forward / product_speed(self.kind)? + fp32 / speed;
         let all = duration(layers as f64 * layer);
         let gradients = match self.gradient_operations > 0.0 {
             true => {
-                let seconds = BESIDE_PRODUCTS * self.gradient_operations / product_speed(Kind::Float)?;
+                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speed;
                 format!("{} for gradients and ", duration(seconds))
             }
             false => String::new(),

@@ -6,6 +6,7 @@ use tch::{Device, Tensor};
 
 use super::{
     output_hessians::LayerFactors,
+    phases::{of_targets, shape_of},
     stage_memory::At,
     statistics::{CalibrationStatistics, blend_experts},
     weights::Weights,
@@ -25,7 +26,7 @@ use crate::{
     machine::return_free_memory,
     plan::OnFailure,
     progress::Event,
-    report::LinearReport,
+    report::{LinearReport, Phase},
     variant::{Sorting, Variant},
 };
 
@@ -120,7 +121,11 @@ impl<'a> StageSolver<'a> {
             .zip(&names)
             .map(|(position, name)| Weight { name, values: &weights.of(position).0 })
             .collect();
-        let energies = dense.iter().map(|w| hessian.output_energy(w.values)).collect::<Result<Vec<_>>>()?;
+        let (n, k) = shape_of(&self.config.layers[weights.layer], group);
+        let phases = self.context.phases;
+        let energies = phases.time(Phase::OutputEnergy, 0.0, || {
+            dense.iter().map(|w| hessian.output_energy(w.values)).collect::<Result<Vec<_>>>()
+        })?;
         let mut hessian = Some(hessian);
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
 
@@ -140,14 +145,20 @@ impl<'a> StageSolver<'a> {
             let begun = Instant::now();
             let factor = {
                 let hessian = hessian.as_ref().expect("kept until the last order");
-                self.solver.factorize(hessian, order, damp, &name)?
+                let operations = k.powi(3) / 3.0;
+                phases.time(Phase::Factorization, operations, || {
+                    self.solver.factorize(hessian, order, damp, &name)
+                })?
             };
             if i + 1 == orders && outputs.is_none() {
                 hessian = None;
             }
             let of_order = list.iter().map(|&position| self.task.variants[variants[position]]);
             self.warn(&name, &of_order.collect::<Vec<_>>(), damp, factor.facts());
-            let targets = self.targets(&*factor, cross_covariance.as_ref(), &dense, &name)?;
+            let operations = if cross_covariance.is_some() { of_targets(n, k) } else { 0.0 };
+            let targets = phases.time(Phase::Targets, operations, || {
+                self.targets(&*factor, cross_covariance.as_ref(), &dense, &name)
+            })?;
             let weights: Vec<Weight<'_>> = match &targets {
                 Some(targets) => {
                     dense.iter().zip(targets).map(|(w, values)| Weight { values, ..*w }).collect()
@@ -167,7 +178,9 @@ impl<'a> StageSolver<'a> {
                     }
                     _ => factor.solve(&weights, variant)?,
                 };
-                let seconds = begun.elapsed().as_secs_f64() + factor_seconds;
+                let solving = begun.elapsed().as_secs_f64();
+                phases.add(Phase::Solve, solving, n * k * k);
+                let seconds = solving + factor_seconds;
                 let size = |linear: &Solved| linear.in_features() * linear.out_features();
                 let total: usize = solutions.iter().map(|solution| size(&solution.linear)).sum();
                 for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
@@ -195,7 +208,9 @@ impl<'a> StageSolver<'a> {
                         tokens,
                     };
                     self.context.memory.enter(At::Packing);
-                    lock(sink).take(variants[position], id, &solution.linear, report)?;
+                    phases.time(Phase::Pack, 0.0, || {
+                        lock(sink).take(variants[position], id, &solution.linear, report)
+                    })?;
                     self.context.memory.enter(At::Solving);
                     solved[position].push(solution.linear);
                 }

@@ -15,6 +15,7 @@ use super::{
     memory::Limits,
     output_folder::Place,
     output_hessians::{GradientWindows, OutputHessians},
+    phases::PhaseClock,
     stage_memory::MemoryWatch,
     worker::RunContext,
     worker_group::{Sink, Task},
@@ -72,7 +73,8 @@ fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
     let accuracy = plan.accuracy(checkpoint.config());
     let variants: [Variant; 1] = ["4bit-16g-act".parse().unwrap()];
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
-    let context = RunContext { progress: &Silent, stop: &stop, memory: &memory };
+    let context =
+        RunContext { progress: &Silent, stop: &stop, memory: &memory, phases: &PhaseClock::begin(&[]) };
     let folder = tempfile::tempdir().unwrap();
     let task = Task {
         variants: &variants,
@@ -138,7 +140,7 @@ fn gradients(folder: &Path, count: usize, at_once: usize, interrupt: bool) -> Re
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
     let stopping = StopAfterGradients(&stop);
     let progress: &dyn Progress = if interrupt { &stopping } else { &Silent };
-    let context = RunContext { progress, stop: &stop, memory: &memory };
+    let context = RunContext { progress, stop: &stop, memory: &memory, phases: &PhaseClock::begin(&[]) };
     let mut journal = Journal::open(&Place::new(folder), Identity::default(), config.num_layers())?;
     let _guard = tch::no_grad_guard();
     let (device, limits) = (Device::Cpu, limits(1024));

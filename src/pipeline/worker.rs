@@ -11,8 +11,14 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    memory::ActivationStore, reference::ReferenceLayer, stage_memory::MemoryWatch,
-    statistics::CalibrationStatistics, stream::Stream, weights::Weights, window_file::WindowFile,
+    memory::ActivationStore,
+    phases::{PhaseClock, per_token},
+    reference::ReferenceLayer,
+    stage_memory::MemoryWatch,
+    statistics::CalibrationStatistics,
+    stream::Stream,
+    weights::Weights,
+    window_file::WindowFile,
 };
 use crate::{
     architectures::{LayerConfig, ModelConfig},
@@ -20,6 +26,7 @@ use crate::{
     error::{Error, Result, TorchContext},
     model::{Between, Dense, Linear, Transformer},
     progress::{Event, Progress},
+    report::Phase,
 };
 
 /// Shared context of a run: progress sink, cancellation flag, memory watch.
@@ -29,6 +36,7 @@ pub(super) struct RunContext<'a> {
     /// Set when the user asks to stop.
     pub(super) stop: &'a AtomicBool,
     pub(super) memory: &'a MemoryWatch,
+    pub(super) phases: &'a PhaseClock,
 }
 
 impl RunContext<'_> {
@@ -128,7 +136,8 @@ impl<'a> Worker<'a> {
 
     /// Copies a layer's weights to the device.
     pub(super) fn enter_layer(&mut self, weights: &Weights) -> Result<()> {
-        self.weights = Some(weights.on(self.device())?);
+        let device = self.device();
+        self.weights = Some(self.context.phases.time(Phase::Weights, 0.0, || weights.on(device))?);
         Ok(())
     }
 
@@ -158,7 +167,7 @@ impl<'a> Worker<'a> {
             let weight = weight.f_to_device(self.device()).and_then(|w| w.f_tr());
             Dense::converted(&weight.torch("dequantize a linear")?, bias.as_ref(), self.kind())
         });
-        self.linears = linears.collect::<Result<_>>()?;
+        self.linears = self.context.phases.time(Phase::Weights, 0.0, || linears.collect::<Result<_>>())?;
         Ok(())
     }
 
@@ -168,7 +177,7 @@ impl<'a> Worker<'a> {
             let (weight, bias) = self.weights().of(position);
             Dense::converted(weight, bias.as_ref(), self.kind())
         });
-        self.linears = linears.collect::<Result<_>>()?;
+        self.linears = self.context.phases.time(Phase::Weights, 0.0, || linears.collect::<Result<_>>())?;
         Ok(())
     }
 
@@ -193,8 +202,9 @@ impl<'a> Worker<'a> {
                     worker.advance(stage, at)
                 },
                 |worker, i, after| {
+                    let phases = worker.context.phases;
                     let layer = worker.reference.as_mut().expect(REFERENCE_RUNS_FIRST);
-                    layer.put(stage, i, after, file)
+                    phases.time(Phase::Activations, 0.0, || layer.put(stage, i, after, file))
                 },
             )?;
         }
@@ -218,7 +228,8 @@ impl<'a> Worker<'a> {
         whole: bool,
     ) -> Result<Between> {
         let layer = self.reference.as_mut().expect(REFERENCE_RUNS_FIRST);
-        layer.at(stage, &mut self.hidden[reference], windows, whole)
+        let hidden = &mut self.hidden[reference];
+        self.context.phases.time(Phase::Activations, 0.0, || layer.at(stage, hidden, windows, whole))
     }
 
     /// Advances windows to a stage, through the linears of the stage before. Returns the statistics of its inputs, one for each group
@@ -231,9 +242,13 @@ impl<'a> Worker<'a> {
     ) -> Result<Vec<CalibrationStatistics>> {
         let config = self.layer();
         let device = self.device();
+        let kind = self.kind();
         let groups = config.stages[stage].groups.iter();
-        let statistics =
-            groups.map(|group| CalibrationStatistics::new(group.width, device, reference.is_some()));
+        let statistics = groups.map(|group| {
+            let weights = group.linears.clone().map(|position| &self.weights().of(position).0);
+            let weights = reference.map(|_| weights.collect::<Vec<_>>());
+            CalibrationStatistics::new(group.width, device, weights.as_deref(), kind)
+        });
         let mut statistics = statistics.collect::<Result<Vec<_>>>()?;
         let widths = config.stored_widths(stage).into_iter();
         self.next_stored = widths.map(|width| self.stream_like(stream, width)).collect();
@@ -245,27 +260,32 @@ impl<'a> Worker<'a> {
                 if stage > 0 {
                     at = worker.advance(stage - 1, at)?;
                 }
-                let (index, parts) = (worker.weights().layer, &worker.weights().parts);
+                let index = worker.weights().layer;
                 let Some(reference) = reference else {
-                    let inputs = worker.transformer.inputs(index, parts, stage, &at)?;
+                    let parts = &worker.weights().parts;
+                    let inputs = || worker.transformer.inputs(index, parts, stage, &at);
+                    let inputs = worker.context.phases.time(Phase::Forward, 0.0, inputs)?;
                     return Ok((at, inputs, Vec::new()));
                 };
                 let windows = worker.hidden[stream].batches()[i].clone();
                 let beside = worker.reference_at(stage, reference, &windows, false)?;
                 let parts = &worker.weights().parts;
-                let (inputs, others) = worker.transformer.inputs_beside(index, parts, stage, &at, &beside)?;
+                let both = || worker.transformer.inputs_beside(index, parts, stage, &at, &beside);
+                let (inputs, others) = worker.context.phases.time(Phase::Forward, 0.0, both)?;
                 Ok((at, inputs, others))
             },
             |worker, i, (at, inputs, others)| {
                 for (position, (statistics, x)) in statistics.iter_mut().zip(&inputs).enumerate() {
-                    statistics.add(x, others.get(position))?;
+                    statistics.add(x, others.get(position), worker.context.phases)?;
                 }
                 drop(inputs);
-                worker.stored.iter_mut().for_each(|stream| stream.discard(i));
-                for (stream, tensor) in worker.next_stored.iter_mut().zip(at.stored) {
-                    stream.put(i, tensor)?;
-                }
-                if changes { worker.hidden[stream].put(i, at.hidden) } else { Ok(()) }
+                worker.context.phases.time(Phase::Activations, 0.0, || {
+                    worker.stored.iter_mut().for_each(|stream| stream.discard(i));
+                    for (stream, tensor) in worker.next_stored.iter_mut().zip(at.stored) {
+                        stream.put(i, tensor)?;
+                    }
+                    if changes { worker.hidden[stream].put(i, at.hidden) } else { Ok(()) }
+                })
             },
         )?;
         self.stored = std::mem::take(&mut self.next_stored);
@@ -283,8 +303,10 @@ impl<'a> Worker<'a> {
                 worker.advance(last, at)
             },
             |worker, i, after| {
-                worker.stored.iter_mut().for_each(|stream| stream.discard(i));
-                worker.hidden[stream].put_in_journal(i, after.hidden, file)
+                worker.context.phases.time(Phase::Activations, 0.0, || {
+                    worker.stored.iter_mut().for_each(|stream| stream.discard(i));
+                    worker.hidden[stream].put_in_journal(i, after.hidden, file)
+                })
             },
         )?;
         self.end();
@@ -303,16 +325,23 @@ impl<'a> Worker<'a> {
 
     /// A batch in front of the stage that was captured last.
     fn at(&mut self, stream: usize, i: usize) -> Result<Between> {
-        let hidden = self.hidden[stream].get(i)?;
-        let stored = self.stored.iter_mut().map(|stream| stream.get(i)).collect::<Result<_>>()?;
-        Ok(Between { hidden, stored })
+        self.context.phases.time(Phase::Activations, 0.0, || {
+            let hidden = self.hidden[stream].get(i)?;
+            let stored = self.stored.iter_mut().map(|stream| stream.get(i)).collect::<Result<_>>()?;
+            Ok(Between { hidden, stored })
+        })
     }
 
     /// A batch behind a stage, through the linears that were set for it.
     fn advance(&self, stage: usize, at: Between) -> Result<Between> {
         let linears: Vec<&dyn Linear> = self.linears.iter().map(|linear| linear as &dyn Linear).collect();
-        let weights = self.weights();
-        self.transformer.advance(weights.layer, &weights.parts, stage, at, &linears, None)
+        let (weights, layer) = (self.weights(), self.layer());
+        let groups = layer.stages[stage].groups.iter();
+        let operations: f64 = groups.map(|group| per_token(layer, group).forward).sum();
+        let tokens = at.hidden.numel().max(1) / self.config().hidden_size;
+        self.context.phases.time(Phase::Forward, tokens as f64 * operations, || {
+            self.transformer.advance(weights.layer, &weights.parts, stage, at, &linears, None)
+        })
     }
 
     /// A stream with batches as another's are.

@@ -11,7 +11,7 @@ use super::{
     worker::{RunContext, Worker},
     worker_group::{SharedSink, SharedStates, Task, WorkerGroup},
 };
-use crate::{calibration::Windows, checkpoint::Checkpoint, error::Result, model::Transformer};
+use crate::{calibration::Windows, checkpoint::Checkpoint, error::Result, model::Transformer, report::Phase};
 
 /// All worker groups of a run.
 pub(super) struct WorkerPool<'a> {
@@ -21,6 +21,7 @@ pub(super) struct WorkerPool<'a> {
     /// The next layer's weights, read while this one is solved. Only beside a device that is not the CPU, where it saves time.
     next: Option<Weights>,
     pinned_for: Option<Device>,
+    context: RunContext<'a>,
 }
 
 impl<'a> WorkerPool<'a> {
@@ -55,7 +56,7 @@ impl<'a> WorkerPool<'a> {
             groups.push(group);
         }
         let pinned_for = devices.iter().copied().find(|d| *d != Device::Cpu);
-        Ok(Self { checkpoint, groups, layers: task.layers, next: None, pinned_for })
+        Ok(Self { checkpoint, groups, layers: task.layers, next: None, pinned_for, context })
     }
 
     pub(super) fn solver_name(&self) -> &'static str {
@@ -77,7 +78,10 @@ impl<'a> WorkerPool<'a> {
         let (checkpoint, pinned_for) = (self.checkpoint, self.pinned_for);
         let weights = match self.next.take() {
             Some(weights) => weights,
-            None => Weights::read(checkpoint, layer, pinned_for)?,
+            None => {
+                let read = || Weights::read(checkpoint, layer, pinned_for);
+                self.context.phases.time(Phase::Weights, 0.0, read)?
+            }
         };
         let prefetch = pinned_for.is_some() && layer + 1 < self.layers;
         let (solved, ahead) = thread::scope(|scope| {

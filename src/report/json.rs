@@ -60,6 +60,9 @@ pub struct Report {
     pub layer_seconds: Vec<f64>,
     /// Time of each stage.
     pub stage_seconds: StageSeconds,
+    /// Time and arithmetic of each phase of the work on layers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub phases: Vec<PhaseReport>,
     /// Memory of each stage.
     #[serde(default)]
     pub stage_memory_bytes: StageMemory,
@@ -114,6 +117,49 @@ pub type StageSeconds = Stages<f64>;
 /// Largest resident memory during each stage, bytes, sampled fifty times a second; none where the system does not report it.
 /// Where devices work at the same time, a sample counts for the stage that began last.
 pub type StageMemory = Stages<Option<u64>>;
+
+/// A phase of the work on layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Gradients of the unquantized model, for output Hessians.
+    Gradients,
+    /// Weights: reading, converting, dequantizing.
+    Weights,
+    /// Activations: reading and writing them, in memory and on disk, and copies to a device.
+    Activations,
+    /// Forward passes.
+    Forward,
+    /// Accumulating Hessians.
+    Hessian,
+    /// Accumulating cross-covariances with the reference model.
+    CrossCovariance,
+    /// The lengths of the linears' outputs, which their errors are relative to.
+    OutputEnergy,
+    /// Factorizing Hessians.
+    Factorization,
+    /// The targets of asymmetric calibration.
+    Targets,
+    /// Scales and codes, the search for scales included.
+    Solve,
+    /// Packing linears, and writing them.
+    Pack,
+}
+
+/// Time and arithmetic of a phase, summed over devices that work at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct PhaseReport {
+    /// Which.
+    pub phase: Phase,
+    /// Seconds.
+    pub seconds: f64,
+    /// Floating-point operations of its matrix products; 0 where there are none.
+    pub operations: f64,
+    /// `operations / seconds` over the speed of libtorch's largest matrix products on the same CPU, measured after the run; none on
+    /// other devices and in phases without products.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of_limit: Option<f64>,
+}
 
 /// The source model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

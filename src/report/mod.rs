@@ -25,7 +25,8 @@ pub use html::html;
 pub(crate) use json::read_schema;
 pub use json::{
     BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
-    ModelSource, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport, StageMemory, StageSeconds, Stages,
+    ModelSource, Phase, PhaseReport, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport, StageMemory,
+    StageSeconds, Stages,
 };
 pub use markdown::markdown;
 pub(crate) use markdown::text as markdown_text;

@@ -28,7 +28,7 @@ use crate::{
     error::{Error, JournalError, Result},
     machine::peak_memory,
     model::kind_name,
-    report::{ComputeReport, LayersComputed, StageMemory, StageSeconds},
+    report::{ComputeReport, LayersComputed, PhaseReport, StageMemory, StageSeconds},
 };
 
 /// Locked by a run, so that no second run uses the same output folder.
@@ -59,11 +59,12 @@ pub struct Begun {
 }
 
 /// Time and memory of a layer, and of all phases so far.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct LayerCosts {
     /// This layer.
     pub(super) seconds: f64,
     pub(super) stage_seconds: StageSeconds,
+    pub(super) phases: Vec<PhaseReport>,
     pub(super) stage_memory: StageMemory,
 }
 
@@ -237,6 +238,7 @@ impl Journal {
         state.hidden = next.as_mut().map(NextStates::finish).transpose()?;
         state.layer_seconds.push(costs.seconds);
         state.stage_seconds = costs.stage_seconds;
+        state.phases = costs.phases;
         state.stage_memory = costs.stage_memory;
         state.seconds = self.seconds();
         let writing: f64 = next.iter().flat_map(|next| &next.files).map(|file| file.seconds()).sum();

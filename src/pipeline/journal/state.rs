@@ -9,7 +9,7 @@ use super::{super::window_file::WindowFile, identity::Identity};
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
-    report::{BranchReport, ComputeReport, LayersComputed, StageMemory, StageSeconds},
+    report::{BranchReport, ComputeReport, LayersComputed, PhaseReport, StageMemory, StageSeconds},
 };
 
 /// The file's name.
@@ -38,6 +38,9 @@ pub(in crate::pipeline) struct State {
     pub(in crate::pipeline) layer_seconds: Vec<f64>,
     /// Seconds of each phase in the finished layers, and of sealing. `calibrating` is computed from the others.
     pub(super) stage_seconds: StageSeconds,
+    /// Time and arithmetic of the finished layers by phase.
+    #[serde(default)]
+    pub(in crate::pipeline) phases: Vec<PhaseReport>,
     /// Largest resident memory in each phase.
     pub(in crate::pipeline) stage_memory: StageMemory,
     /// Seconds of all parts of the run, interrupted layers included.
