@@ -6,6 +6,7 @@ use clap::{
     Args, Parser, Subcommand,
     builder::{PossibleValuesParser, TypedValueParser},
 };
+use clap_complete::Shell;
 use gptq::{
     accuracy::{Quality, ScaleSearch},
     plan::{ComputeDtype, DatasetShare, OnFailure},
@@ -72,6 +73,11 @@ pub(super) enum Command {
     Publish(PublishArgs),
     /// Quantize the built-in demo model into all four branches, verify and evaluate them
     Demo(DemoArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+    /// Write the manual pages into a folder
+    #[command(hide = true)]
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -366,6 +372,19 @@ pub(super) struct GenerateArgs {
 pub(super) struct DemoArgs {
     /// Folder for the branches; must not exist [default: a temporary one]
     pub(super) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "In bash:  source <(gptq completions bash)")]
+pub(super) struct CompletionsArgs {
+    /// The shell
+    pub(super) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ManArgs {
+    /// The folder
+    pub(super) dir: PathBuf,
 }
 
 fn standard_output(text: &str) -> Result<PathBuf, String> {
