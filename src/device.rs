@@ -1,11 +1,14 @@
 //! Compute devices. CUDA is not linked: libtorch's CUDA part is opened when a CUDA device is requested, so that one program
 //! runs on machines with and without a GPU.
 
-use std::sync::OnceLock;
+use std::{path::Path, sync::OnceLock};
 
 use tch::{Cuda, Device};
 
 use crate::error::{Error, Result};
+
+/// Whether the tests of this project's CUDA code have passed on a GPU. `auto` chooses a GPU only if they have.
+const CUDA_IS_VERIFIED: bool = false;
 
 /// A chosen device.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,7 +17,7 @@ pub struct Choice {
     pub device: Device,
     /// `cpu`, `cuda:0`.
     pub name: String,
-    /// The choice of `auto`, as a message.
+    /// The choice of `auto`, or a caution about the device, as a message.
     pub note: Option<String>,
 }
 
@@ -23,18 +26,10 @@ pub struct Choice {
 /// # Errors
 /// If the device cannot be used; `auto` is the CPU then.
 pub fn resolve(name: &str) -> Result<Choice> {
-    let cpu = |note| Choice { device: Device::Cpu, name: "cpu".into(), note };
     let unusable = |problem: String| Error::Device { device: name.into(), problem };
     match name {
         "cpu" => Ok(cpu(None)),
-        "auto" => Ok(match cuda_devices() {
-            Ok(_) => Choice {
-                device: Device::Cuda(0),
-                name: "cuda:0".into(),
-                note: Some("device auto: cuda:0".into()),
-            },
-            Err(problem) => cpu(Some(format!("device auto: the CPU, for {problem}"))),
-        }),
+        "auto" => Ok(auto(has_nvidia_gpu(), CUDA_IS_VERIFIED, cuda_devices)),
         _ => {
             let index: Option<usize> = match name.strip_prefix("cuda") {
                 Some("") => Some(0),
@@ -47,9 +42,40 @@ pub fn resolve(name: &str) -> Result<Choice> {
                 let plural = if count == 1 { "" } else { "s" };
                 return Err(unusable(format!("there is {count} CUDA device{plural}, counted from 0")));
             }
-            Ok(Choice { device: Device::Cuda(index), name: format!("cuda:{index}"), note: None })
+            let name = format!("cuda:{index}");
+            let caution =
+                || format!("{name} is unverified: the tests of the CUDA code have not run on a GPU yet");
+            let note = (!CUDA_IS_VERIFIED).then(caution);
+            Ok(Choice { device: Device::Cuda(index), name, note })
         }
     }
+}
+
+fn cpu(note: Option<String>) -> Choice {
+    Choice { device: Device::Cpu, name: "cpu".into(), note }
+}
+
+/// The choice of `auto` on a machine with an NVIDIA GPU or without. `devices` counts CUDA devices; it is called only if one
+/// may be chosen, because it opens libtorch's CUDA part.
+fn auto(gpu: bool, verified: bool, devices: impl FnOnce() -> std::result::Result<usize, String>) -> Choice {
+    let cpu = |reason: &str| cpu(Some(format!("device auto: the CPU{reason}")));
+    match gpu {
+        false => cpu(""),
+        true if !verified => cpu("; the GPU of this machine is used by --device cuda, which is unverified"),
+        true => match devices() {
+            Ok(_) => Choice {
+                device: Device::Cuda(0),
+                name: "cuda:0".into(),
+                note: Some("device auto: cuda:0".into()),
+            },
+            Err(problem) => cpu(&format!(", because {problem}")),
+        },
+    }
+}
+
+/// Whether NVIDIA's driver has a GPU. Quick: opens no library.
+fn has_nvidia_gpu() -> bool {
+    (0..16).any(|index| Path::new(&format!("/dev/nvidia{index}")).exists())
 }
 
 /// The devices that a list such as `cuda:0,cuda:1` stands for. A device that is named twice counts as two.
@@ -118,13 +144,22 @@ mod tests {
     }
 
     #[test]
-    fn auto_is_always_something_and_says_what() {
-        let choice = resolve("auto").unwrap();
-        let note = choice.note.unwrap();
-        match choice.device {
-            Device::Cpu => assert!(note.starts_with("device auto: the CPU, for "), "{note}"),
-            _ => assert_eq!(note, "device auto: cuda:0"),
-        }
+    fn auto_says_what_it_chose_and_why() {
+        let choice = |gpu, verified, devices: std::result::Result<usize, &str>| {
+            let choice = auto(gpu, verified, || devices.map_err(Into::into));
+            (choice.device, choice.note.unwrap())
+        };
+        let on_cpu = |note: &str| (Device::Cpu, note.to_owned());
+        assert_eq!(choice(false, true, Ok(1)), on_cpu("device auto: the CPU"));
+        let unverified =
+            "device auto: the CPU; the GPU of this machine is used by --device cuda, which is unverified";
+        assert_eq!(choice(true, false, Ok(1)), on_cpu(unverified));
+        assert_eq!(
+            choice(true, true, Err("x is missing")),
+            on_cpu("device auto: the CPU, because x is missing")
+        );
+        assert_eq!(choice(true, true, Ok(2)), (Device::Cuda(0), "device auto: cuda:0".to_owned()));
+        assert!(resolve("auto").unwrap().note.unwrap().starts_with("device auto: "));
     }
 
     #[test]

@@ -74,7 +74,7 @@ pub struct Plan {
     pub on_failure: OnFailure,
     /// Data type of forward passes.
     pub compute_dtype: ComputeDtype,
-    /// Where to compute: `cpu`, `auto`, `cuda:N`, or several CUDA devices with commas between them.
+    /// Where to compute: `auto`, `cpu`, `cuda:N`, or several CUDA devices with commas between them.
     pub device: String,
     /// Largest weights file, bytes.
     pub max_shard_size: u64,
@@ -112,7 +112,7 @@ impl Default for Plan {
             shared_hessian: false,
             on_failure: OnFailure::Error,
             compute_dtype: ComputeDtype::Auto,
-            device: "cpu".into(),
+            device: "auto".into(),
             max_shard_size: 10_000_000_000,
             max_memory: None,
             max_device_memory: None,

@@ -40,7 +40,7 @@ impl Field {
         }
     }
 
-    /// The named column, else the first usual one that `has` knows.
+    /// The named column, else the first usual one for which `has` is true.
     pub(super) fn choose(named: Option<&str>, has: impl Fn(&str) -> bool) -> Option<Self> {
         if let Some(name) = named {
             return has(name).then(|| Self::One(name.to_owned()));

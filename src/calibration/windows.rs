@@ -43,7 +43,7 @@ impl Windows {
     /// Conversations are drawn in random order, none twice; their tokens follow each other, and windows are cut from the front.
     ///
     /// The same seed gives the same windows on every platform: draws are those of ChaCha8 keyed with the
-    /// seed's 8 little-endian bytes and 24 zero bytes; below `n` they are `next_u64 % n`, drawn again while
+    /// seed's 8 little-endian bytes and 24 zero bytes. A draw below `n` is `next_u64 % n`, drawn again while
     /// `next_u64` is at or above the largest multiple of `n` up to 2⁶⁴.
     pub fn random(tokens: &Tokens, samples: usize, seq_len: usize, seed: u64) -> Result<Windows> {
         Self::mixed(&[(tokens, samples)], seq_len, seed)

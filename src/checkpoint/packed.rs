@@ -45,6 +45,33 @@ pub struct PackedTensors<'a> {
 /// The packed tensors of `linear`; `None` when it was left dense (it has a `weight` and no `qweight`).
 ///
 /// Shapes, dtypes, group indices and scales are checked; codes and zero points can hold nothing wrong.
+///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/branch.rs"));
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let branch = branch(&folder.path().join("branches"))?;
+/// use gptq::{
+///     checkpoint::{Checkpoint, QuantizationConfig, packed},
+///     pack::PackedView,
+/// };
+///
+/// let checkpoint = Checkpoint::open(&branch)?;
+/// let quantization = QuantizationConfig::read(&checkpoint)?;
+/// let (id, linear) = checkpoint.config().linears().next().expect("a linear");
+/// assert_eq!(id.to_string(), "model.layers.0.self_attn.q_proj");
+/// let tensors = packed(&checkpoint, &id, linear, &quantization)?.expect("packed tensors");
+///
+/// // The weight of input feature `k` and output feature `n` is `scale * (code - zero)`.
+/// let (view, k, n) = (PackedView::from(&tensors), 7, 3);
+/// let element = view.g_idx()[k] as usize * view.out_features() + n;
+/// let zero = view.unpack_stored_zeros()[element] + view.format().zero_offset();
+/// let code = view.unpack_codes()[k * view.out_features() + n];
+/// let weight = view.scales()[element].to_f32() * (f32::from(code) - f32::from(zero));
+/// assert!(weight.abs() < 1.0);
+/// # Ok(())
+/// # }
+/// ```
 pub fn packed<'a>(
     checkpoint: &'a Checkpoint,
     id: &LinearId,

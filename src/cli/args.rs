@@ -6,6 +6,7 @@ use clap::{
     Args, Parser, Subcommand,
     builder::{PossibleValuesParser, TypedValueParser},
 };
+use clap_complete::Shell;
 use gptq::{
     accuracy::{Quality, ScaleSearch},
     plan::{ComputeDtype, DatasetShare, OnFailure},
@@ -72,6 +73,11 @@ pub(super) enum Command {
     Publish(PublishArgs),
     /// Quantize the built-in demo model into all four branches, verify and evaluate them
     Demo(DemoArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+    /// Write the manual pages into a folder
+    #[command(hide = true)]
+    Man(ManArgs),
 }
 
 #[derive(Debug, Args)]
@@ -172,7 +178,8 @@ pub(super) struct QuantizeArgs {
     /// Data type of forward passes [default: auto]
     #[arg(long, value_name = "DTYPE", value_parser = dtypes())]
     pub(super) compute_dtype: Option<ComputeDtype>,
-    /// Where to compute: cpu, cuda, cuda:0,cuda:1, or auto [default: cpu]
+    /// Where to compute: auto, cpu, cuda, or several GPUs as cuda:0,cuda:1. auto is the CPU, because the CUDA code has not been
+    /// tested on a GPU yet [default: auto]
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
     /// Memory to use at most, e.g. 8GiB; activations that do not fit go to disk [default: no limit]
@@ -200,8 +207,8 @@ pub(super) struct QuantizeArgs {
 /// The device that runs a model, and the data type there.
 #[derive(Debug, Args)]
 pub(super) struct ComputeArgs {
-    /// Where to compute: auto, cpu, cuda, cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    /// Where to compute: auto, cpu, cuda, cuda:N. auto is the CPU, because the CUDA code has not been tested on a GPU yet
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(super) device: String,
     /// Data type to compute in: fp32 on the CPU, fp16 or bf16 on CUDA
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtypes())]
@@ -365,6 +372,19 @@ pub(super) struct GenerateArgs {
 pub(super) struct DemoArgs {
     /// Folder for the branches; must not exist [default: a temporary one]
     pub(super) out: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "In bash:  source <(gptq completions bash)")]
+pub(super) struct CompletionsArgs {
+    /// The shell
+    pub(super) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ManArgs {
+    /// The folder
+    pub(super) dir: PathBuf,
 }
 
 fn standard_output(text: &str) -> Result<PathBuf, String> {

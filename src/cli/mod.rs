@@ -13,6 +13,7 @@ mod gate;
 mod generate;
 mod hub;
 mod inspect;
+mod manual;
 mod publish;
 mod quantize;
 mod report;
@@ -48,6 +49,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Card(args) => card::run(args, &cli.output),
         Command::Publish(args) => publish::run(args, &cli.output),
         Command::Demo(args) => demo::run(args, &cli.output),
+        Command::Completions(args) => manual::completions(args),
+        Command::Man(args) => manual::pages(args),
     };
     match result {
         Ok(true) => ExitCode::from(DONE),

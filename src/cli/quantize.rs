@@ -83,8 +83,9 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     model.sign(&mut finished.report.model);
     card::keep_source_card(&model.folder, &args.out)?;
     if !evaluation_texts.is_empty() {
-        // On the run's device, in the data type of the packed kernels there.
-        let compute = Compute::new(device::resolve(&plan.device)?.device, ComputeDtype::Auto, &checkpoint)?;
+        // On the run's first device, in the data type of the packed kernels there.
+        let device = device::resolve_all(&plan.device)?[0].device;
+        let compute = Compute::new(device, ComputeDtype::Auto, &checkpoint)?;
         let (out, cache) = (&args.out, args.cache.dir());
         let report = &mut finished.report;
         for (name, windows) in

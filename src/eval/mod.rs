@@ -46,6 +46,39 @@ pub struct Candidate<'a> {
 /// `cache` is a folder that the reference's predictions are stored in and read from. The figures are exactly the same with it
 /// and without.
 ///
+/// ```
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/branch.rs"));
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let branch = branch(&folder.path().join("branches"))?;
+/// use std::{fs, path::Path};
+///
+/// use gptq::{
+///     calibration::{Corpus, Tokenizer, Tokens, Windows},
+///     checkpoint::Checkpoint,
+///     eval::{self, Candidate},
+///     model::Compute,
+///     progress::Silent,
+/// };
+///
+/// let model = Path::new("calibration/demo");
+/// let (reference, quantized) = (Checkpoint::open(model)?, Checkpoint::open(&branch)?);
+/// let tokenizer = Tokenizer::open(model)?;
+/// let text = fs::read("calibration/demo/evaluation.parquet")?;
+/// let corpus = Corpus::from_parquet_bytes("demo", text, "text")?;
+/// let tokens = Tokens::new(&corpus, &tokenizer, reference.config().vocab_size)?;
+/// let windows = Windows::sequential(&tokens, 64, Some(2))?;
+///
+/// let candidates = [Candidate { name: "main".into(), checkpoint: &quantized }];
+/// let evaluation =
+///     eval::evaluate(&reference, &candidates, &windows, "demo", Compute::CPU, None, &Silent)?;
+///
+/// assert!(evaluation.models[0].kl_divergence.value > 0.0);
+/// assert!(evaluation.models[0].top1_agreement.value > 0.5);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// When a model cannot be run, or is not comparable with the reference.
 pub fn evaluate(

@@ -63,7 +63,7 @@ pub struct Growth {
     pub high: f64,
 }
 
-/// Outcome of the gate.
+/// Verdict of the gate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// The run passes.
@@ -120,7 +120,7 @@ impl<'a> Checklist<'a> {
         Self { judgement, branch, limits }
     }
 
-    /// A check with its outcome.
+    /// A check with its result.
     pub(super) fn check(&mut self, check: &str, breached: bool, finding: String) {
         let branch = self.branch.map(str::to_owned);
         self.judgement.checks.push(Check { branch, check: check.into(), finding, breached });

@@ -108,6 +108,50 @@ impl Finished {
 /// or none is there: after an error the output folder holds what the same run resumes from, or nothing if neither a
 /// layer was finished nor gradients were kept.
 ///
+/// ```
+/// use std::{fs, path::Path, sync::atomic::AtomicBool};
+///
+/// use gptq::{
+///     accuracy::Quality,
+///     calibration::{Corpus, Tokenizer, Tokens},
+///     checkpoint::Checkpoint,
+///     pipeline::{self, CalibrationText, Place, Run},
+///     plan::Plan,
+///     progress::Silent,
+/// };
+///
+/// let model = Path::new("calibration/demo");
+/// let checkpoint = Checkpoint::open(model)?;
+/// let tokenizer = Tokenizer::open(model)?;
+/// let text = fs::read("calibration/demo/calibration.parquet")?;
+/// let corpus = Corpus::from_parquet_bytes("demo", text, "text")?;
+/// let tokens = Tokens::new(&corpus, &tokenizer, checkpoint.config().vocab_size)?;
+///
+/// let plan = Plan {
+///     dataset: vec!["demo".into()],
+///     samples: 4,
+///     seq_len: 64,
+///     variants: vec!["4bit-128g".parse()?],
+///     quality: Quality::Fast,
+///     ..Plan::default()
+/// };
+/// # let folder = tempfile::tempdir()?;
+/// # let out = folder.path().join("branches");
+/// let run = Run {
+///     plan: &plan,
+///     checkpoint: &checkpoint,
+///     texts: &[CalibrationText { tokens, provenance: corpus.provenance() }],
+///     place: Place::new(&out),
+///     command: &[],
+///     stop: &AtomicBool::new(false),
+/// };
+/// let report = pipeline::quantize(&run, &Silent)?.complete()?;
+///
+/// assert_eq!(report.branches[0].branch, "main");
+/// assert!(out.join("main/model.safetensors").exists());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// When the model, the plan, memory or the disk do not fit, before the work where possible; when the work fails.
 pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {

@@ -201,12 +201,15 @@ impl Lab {
             .partition(|line| line.starts_with("memory: about "));
         let (readers, others): (Vec<String>, Vec<String>) =
             others.into_iter().partition(|line| line.contains(" does not take "));
+        let (device, others): (Vec<String>, Vec<String>) =
+            others.into_iter().partition(|line| line.starts_with("device auto: "));
         Output {
             code: output.status.code(),
             stdout: text(&output.stdout),
             stderr: others.concat(),
             estimate: estimate.concat(),
             readers: readers.concat(),
+            device: device.concat(),
         }
     }
 }
@@ -217,12 +220,14 @@ pub(crate) struct Output {
     /// None when a signal ended it.
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
-    /// Without the estimate, which has numbers of this machine in it, and without the readers.
+    /// Without the estimate, which has numbers of this machine in it, the readers, and the choice of the device.
     pub(crate) stderr: String,
     /// How much memory the run said it would need.
     pub(crate) estimate: String,
     /// The readers that the run said do not take a variant.
     pub(crate) readers: String,
+    /// The device that `--device auto` chose.
+    pub(crate) device: String,
 }
 
 impl Output {

@@ -12,7 +12,7 @@ use half::f16;
 use tch::Device;
 
 use crate::{
-    helpers::{DOWN, Lab, demo, text_of},
+    helpers::{DOWN, Lab, Output, demo, text_of},
     tiny_model::Model,
 };
 
@@ -113,6 +113,12 @@ fn verify_puts_every_linear_through_the_matmul() {
     assert!(lab.verify(&lab.branch(), &["--json"]).json().get("kernel").is_none());
 }
 
+#[track_caller]
+fn chose_the_cpu(output: &Output) {
+    assert!(output.code == Some(0) && output.device.starts_with("device auto: the CPU"), "{output:?}");
+    assert_eq!(output.device.lines().count(), 1, "{output:?}");
+}
+
 #[test]
 fn a_device_that_is_not_there_is_named_by_every_command() {
     if gptq::device::resolve("cuda").is_ok() {
@@ -131,9 +137,14 @@ fn a_device_that_is_not_there_is_named_by_every_command() {
         let named = output.stderr.starts_with("error: device `cuda` cannot be used: ");
         assert!(named && output.stdout.is_empty() && output.code == Some(2), "{command:?}: {output:?}");
     }
-    // `auto` says what it chose instead.
-    let output = lab.verify(&lab.branch(), &["--device", "auto"]).succeeds();
-    assert!(output.stderr.starts_with("device auto: the CPU, for "), "{}", output.stderr);
+    // What `auto`, the default, chose is printed.
+    for command in &commands[1..] {
+        chose_the_cpu(&lab.run(command));
+    }
+    chose_the_cpu(&lab.verify(&lab.branch(), &["--device", "auto"]));
+    assert_eq!(lab.verify(&lab.branch(), &[]).succeeds().device, "");
+    let out = text_of(&lab.path("second"));
+    chose_the_cpu(&lab.quantize(&["--variant", "4bit-32g", "--out", &out]));
 }
 
 #[test]

@@ -205,7 +205,7 @@ mod tests {
     /// Half a unit in the last place of f32.
     const UNIT_ROUNDOFF: f64 = 1.0 / 16_777_216.0;
 
-    /// What f32 may differ from the exact sum whose terms' magnitudes add up to `magnitude`: every term passes at most one rounding of its product, K of the additions, and one more for the panel or the scale (Higham 2002, §3.1, with room for the second-order part).
+    /// Largest difference of f32 from the exact sum whose terms' magnitudes add up to `magnitude`. Every term passes at most one rounding of its product, K of the additions, and one more for the panel or the scale (Higham 2002, §3.1, with room for the second-order part).
     fn tolerance(in_features: usize, magnitude: f64) -> f64 {
         (in_features + 4) as f64 * UNIT_ROUNDOFF * magnitude
     }
