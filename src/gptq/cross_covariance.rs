@@ -42,7 +42,14 @@ impl CrossCovariance {
         let x = inputs.f_reshape([-1, k])?;
         let off = dense.f_reshape([-1, k])?.f_sub(&x)?;
         let first = self.tokens == 0;
-        self.tokens += x.size()[0] as u64;
+        let tokens = x.size()[0] as u64;
+        self.add_product(&off, &x, first)?;
+        self.tokens += tokens;
+        Ok(())
+    }
+
+    fn add_product(&mut self, off: &Tensor, x: &Tensor, first: bool) -> Result<(), TchError> {
+        let k = self.matrix.size()[0];
         if (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu) && amx::has_bf16_products() {
             let (off, x) = (off.f_contiguous()?, x.f_contiguous()?);
             let (off, x) = (raw::bf16_bits(&off), raw::bf16_bits(&x));
@@ -50,10 +57,10 @@ impl CrossCovariance {
             return Ok(());
         }
         // The matrix is small beside H, so that its rounding errors need no check.
-        if tensor_cores::can_multiply(&x) {
+        if tensor_cores::can_multiply(x) {
             match first {
-                true => drop(off.f_tr()?.f_mm_dtype_out(&self.matrix, &x, Kind::Float)?),
-                false => drop(self.matrix.f_addmm_dtype_out(&self.matrix, &off.f_tr()?, &x, Kind::Float)?),
+                true => drop(off.f_tr()?.f_mm_dtype_out(&self.matrix, x, Kind::Float)?),
+                false => drop(self.matrix.f_addmm_dtype_out(&self.matrix, &off.f_tr()?, x, Kind::Float)?),
             }
             return Ok(());
         }

@@ -120,7 +120,7 @@ impl<'a> StageSolver<'a> {
             .zip(&names)
             .map(|(position, name)| Weight { name, values: &weights.of(position).0 })
             .collect();
-        let energies = dense.iter().map(|w| hessian.output_energy(w.values)).collect::<Result<Vec<_>>>()?;
+        let energies = hessian.output_energies(&dense.iter().map(|w| w.values).collect::<Vec<_>>())?;
         let mut hessian = Some(hessian);
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
 

@@ -13,13 +13,15 @@ pub(super) struct CalibrationStatistics {
     hessian: Hessian,
     /// With the reference model's inputs, where that is run.
     cross_covariance: Option<CrossCovariance>,
+    /// Whether the Hessian has the batch that the cross-covariance does not have yet.
+    ahead: bool,
 }
 
 impl CalibrationStatistics {
     /// Without tokens, for inputs of that width.
     pub(super) fn new(width: usize, device: Device, reference: bool) -> Result<Self> {
         let cross_covariance = reference.then(|| CrossCovariance::new(width, device)).transpose()?;
-        Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance })
+        Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance, ahead: false })
     }
 
     /// Adds another device's sums over other tokens.
@@ -31,16 +33,26 @@ impl CalibrationStatistics {
         }
     }
 
-    /// Adds a batch of inputs `[…, K]`, and the reference model's inputs of the same tokens.
+    /// Adds a batch of inputs `[…, K]`, and the reference model's inputs of the same tokens. After an error it can be called again
+    /// with the same batch: what was added of it is not added twice.
     pub(super) fn add(&mut self, inputs: &Tensor, reference: Option<&Tensor>) -> Result<()> {
         if inputs.numel() == 0 {
             return Ok(()); // no token of the batch goes through this expert
         }
-        self.hessian.add(inputs)?;
-        match (&mut self.cross_covariance, reference) {
-            (Some(cross_covariance), Some(reference)) => cross_covariance.add(inputs, reference),
-            _ => Ok(()),
+        if !self.ahead {
+            self.hessian.add(inputs)?;
         }
+        if let (Some(cross_covariance), Some(reference)) = (&mut self.cross_covariance, reference) {
+            self.ahead = true;
+            cross_covariance.add(inputs, reference)?;
+            self.ahead = false;
+        }
+        Ok(())
+    }
+
+    /// Whether no batch was added in part.
+    pub(super) fn is_between_batches(&self) -> bool {
+        self.hessian.is_between_batches() && !self.ahead
     }
 
     /// The Hessian, not yet finished, and the cross-covariance.
