@@ -91,18 +91,40 @@ pub fn resolve_all(names: &str) -> Result<Vec<Choice>> {
     Ok(choices)
 }
 
+/// Opens libtorch's CUDA part, if it is installed. Call it before any other use of libtorch in a program that may use CUDA:
+/// libtorch looks for its CUDA part once, at the first operation that asks for it, and then keeps the answer.
+pub fn open() {
+    // `resolve` returns the reason where it failed.
+    let _ = opened();
+}
+
 /// The number of CUDA devices, at least one; else the reason why there is none.
 fn cuda_devices() -> std::result::Result<usize, String> {
     static FOUND: OnceLock<std::result::Result<usize, String>> = OnceLock::new();
     FOUND
         .get_or_init(|| {
-            open_libtorch_cuda()?;
-            match Cuda::device_count() {
-                count if count > 0 && Cuda::is_available() => Ok(count as usize),
-                _ => Err("there is no CUDA device, or no driver for it".into()),
-            }
+            opened()?;
+            // With its CUDA part libtorch has CUDA's run-time library.
+            let count = if Cuda::is_available() { Cuda::device_count() } else { 0 };
+            counted(tch::utils::has_cudart(), count)
         })
         .clone()
+}
+
+/// The number of devices from what libtorch says once its CUDA part is open.
+fn counted(has_cuda: bool, count: i64) -> std::result::Result<usize, String> {
+    match count {
+        _ if !has_cuda => {
+            Err("libtorch was used before its CUDA part was opened, and does not see it".into())
+        }
+        1.. => Ok(count as usize),
+        _ => Err("there is no CUDA device, or no driver for it".into()),
+    }
+}
+
+fn opened() -> std::result::Result<(), String> {
+    static OPENED: OnceLock<std::result::Result<(), String>> = OnceLock::new();
+    OPENED.get_or_init(open_libtorch_cuda).clone()
 }
 
 /// Opens libtorch's CUDA part for the life of the program; its constructors register it with the rest of libtorch.
@@ -160,6 +182,20 @@ mod tests {
         );
         assert_eq!(choice(true, true, Ok(2)), (Device::Cuda(0), "device auto: cuda:0".to_owned()));
         assert!(resolve("auto").unwrap().note.unwrap().starts_with("device auto: "));
+    }
+
+    #[test]
+    fn a_libtorch_that_was_used_too_early_is_named() {
+        assert_eq!(counted(true, 2), Ok(2));
+        assert_eq!(counted(true, 0).unwrap_err(), "there is no CUDA device, or no driver for it");
+        for count in [0, 1] {
+            let problem = counted(false, count).unwrap_err();
+            assert_eq!(problem, "libtorch was used before its CUDA part was opened, and does not see it");
+        }
+        // This program's libtorch has no CUDA part before it is opened.
+        if opened().is_err() {
+            assert!(counted(tch::utils::has_cudart(), 1).is_err());
+        }
     }
 
     #[test]

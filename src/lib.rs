@@ -40,4 +40,10 @@ pub mod units;
 pub mod variant;
 pub mod verify;
 
+/// Kernels and a CUDA driver on this machine, for tests.
+#[cfg(test)]
+#[path = "../tests/cuda_host/mod.rs"]
+#[allow(dead_code, reason = "the integration tests use more of it")]
+mod cuda_host;
+
 pub use error::{Error, JournalError, NumericalError, ReportError, ResourceError, Result};

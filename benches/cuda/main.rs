@@ -21,7 +21,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
-use gptq::{checkpoint::write_file_atomically, device, variant::Variant};
+use gptq::{accuracy::Quality, checkpoint::write_file_atomically, device, variant::Variant};
 use serde::Serialize;
 
 /// Measure the CUDA kernels, for the shape and for its transpose.
@@ -38,6 +38,9 @@ struct Args {
     /// The variant that is solved or multiplied
     #[arg(long, default_value = "4bit-128g")]
     variant: Variant,
+    /// Preset whose scales the solver chooses: fast, standard or best
+    #[arg(long, default_value = "fast", value_parser = quality)]
+    quality: Quality,
     /// Repetitions; the fastest counts, of the matmul the median of at least 3
     #[arg(long, default_value_t = 5)]
     repeat: usize,
@@ -66,6 +69,10 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+fn quality(text: &str) -> Result<Quality, String> {
+    serde_json::from_value(text.into()).map_err(|_| "expected fast, standard or best".into())
 }
 
 fn run(args: &Args) -> Result<()> {

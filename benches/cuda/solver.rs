@@ -4,10 +4,11 @@ use std::{collections::BTreeMap, fmt, time::Instant};
 
 use anyhow::{Result, bail};
 use gptq::{
+    accuracy::{Quality, Scales},
     cuda::Gpu,
     gptq::{
         Hessian,
-        solver::{CudaSolver, Factor, Solved, Solver, Weight},
+        solver::{CudaSolver, Factor, Solved, Solver, StageShape, Weight, Work},
     },
     report::GENERATED_BY,
     variant::Variant,
@@ -34,6 +35,7 @@ pub(crate) struct Report {
     device: String,
     multiprocessors: u32,
     variant: Variant,
+    quality: Quality,
     repeat: usize,
     limits: Limits,
     blocks: Vec<Block>,
@@ -53,6 +55,9 @@ struct Limits {
 struct Block {
     out_features: usize,
     in_features: usize,
+    /// Launches of a solve with its factorization, and the bytes that they read and write, as planned.
+    launches: usize,
+    bytes: u64,
     cuda: Times,
     parts: Vec<Part>,
 }
@@ -82,12 +87,16 @@ pub(crate) fn measure(args: &Args, device: Device) -> Result<Report> {
     let clock = Clock { index: index as i64, repeat: args.repeat.max(1) };
     let (n, k) = args.shape;
     let limits = limits(device, clock)?;
-    let blocks = [(n, k), (k, n)].map(|shape| block(shape, &args.variant, device, clock, &limits));
+    let scales = args.quality.options().scales;
+    let shared = gpu.shared_memory;
+    let blocks =
+        [(n, k), (k, n)].map(|shape| block(shape, &args.variant, scales, shared, device, clock, &limits));
     Ok(Report {
         generated_by: GENERATED_BY,
         device: gpu.name.clone(),
         multiprocessors: gpu.multiprocessors,
         variant: args.variant,
+        quality: args.quality,
         repeat: clock.repeat,
         limits,
         blocks: blocks.into_iter().collect::<Result<_>>()?,
@@ -99,17 +108,26 @@ impl fmt::Display for Report {
         let Limits { fp32, copy } = self.limits;
         writeln!(
             f,
-            "{}: fp32 products {:.1} TFLOP/s, copies {:.0} GB/s; {}, fastest of {}",
+            "{}: fp32 products {:.1} TFLOP/s, copies {:.0} GB/s; {}, {}, fastest of {}",
             self.device,
             fp32 / 1e12,
             copy / 1e9,
             self.variant,
+            self.quality,
             self.repeat
         )?;
         for block in &self.blocks {
             writeln!(f, "[{}, {}]", block.out_features, block.in_features)?;
             let [factorize, solve] = [&block.cuda.factorize, &block.cuda.solve].map(|t| fastest(t) * 1e3);
             writeln!(f, "  {:<20} factorize {factorize:>9.2} ms  solve {solve:>9.2} ms", "cuda")?;
+            let floor = block.bytes as f64 / copy * 1e3;
+            writeln!(
+                f,
+                "  {:<20} {} launches, {:.1} GB, {floor:.2} ms as a copy",
+                "planned",
+                block.launches,
+                block.bytes as f64 / 1e9
+            )?;
             for part in &block.parts {
                 write!(f, "  {:<20} {:>9.2} ms", part.part, part.seconds * 1e3)?;
                 if let Some(floor) = part.floor_seconds {
@@ -166,6 +184,8 @@ fn limits(device: Device, clock: Clock) -> gptq::Result<Limits> {
 fn block(
     (n, k): (usize, usize),
     variant: &Variant,
+    scales: Scales,
+    shared_memory: usize,
     device: Device,
     clock: Clock,
     limits: &Limits,
@@ -181,7 +201,7 @@ fn block(
     let stacked = [Weight { name: "bench", values: &weight }];
     let factorize = |solver: &dyn Solver| solver.factorize(&hessian, variant.sorting(false), DAMP, "bench");
 
-    let ours = CudaSolver::new(device)?;
+    let ours = CudaSolver::new(device)?.with_scales(scales);
     let mut cuda = Times::default();
     // The first run loads libraries and kernels.
     factorize(&ours)?.solve(&stacked, variant)?;
@@ -192,6 +212,7 @@ fn block(
     }
 
     let (measured, parts) = CudaSolver::with_clock(device)?;
+    let measured = measured.with_scales(scales);
     let mut best: BTreeMap<&str, f64> = BTreeMap::new();
     for _ in 0..=clock.repeat {
         let factor: Factor = factorize(&measured)?;
@@ -208,7 +229,10 @@ fn block(
         let (floor_seconds, floor) = floor(part, (n as f64, k as f64), variant, limits);
         Part { part, seconds, floor_seconds, floor }
     });
-    Ok(Block { out_features: n, in_features: k, parts: parts.collect(), cuda })
+    let shape = StageShape { out_features: &[n], in_features: k, weight_bytes: 2 };
+    let work = Work::of_stage(&shape, variant, scales, false, shared_memory).unwrap_or_default();
+    let (launches, bytes) = (work.launches(), work.bytes);
+    Ok(Block { out_features: n, in_features: k, launches, bytes, parts: parts.collect(), cuda })
 }
 
 /// The time of a part at the device's limits, and the work that takes it.

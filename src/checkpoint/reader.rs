@@ -412,6 +412,16 @@ impl Checkpoint {
         })
     }
 
+    /// As [`Checkpoint::load`], into a tensor of the shape and the kind that are expected.
+    pub fn load_into(&self, name: &str, to: &mut Tensor) -> Result<()> {
+        let shape: Vec<usize> = to.size().iter().map(|&size| size as usize).collect();
+        let view = self.view_shaped(name, &shape)?;
+        self.with_factors(view, |view| {
+            values::check(view, to.kind() == Kind::Half)?;
+            values::copy_to(view, to)
+        })
+    }
+
     /// Refuses the tensor `name` when it holds NaN, infinity or numbers beyond fp16.
     pub fn check_f16(&self, name: &str) -> Result<()> {
         self.with_factors(self.view(name)?, |view| values::check(view, true))

@@ -169,8 +169,17 @@ pub fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 
 /// A copy of the tensor as libtorch's `kind` on `device`. The values have been checked.
 pub(super) fn to_tensor(view: &TensorView<'_>, kind: Kind, device: Device) -> Result<Tensor> {
-    let stored = kind_of(view)?;
     let action = || format!("load tensor `{}` {:?} to {device:?}", view.name, view.shape);
+    let shape: Vec<i64> = view.shape.iter().map(|&size| size as i64).collect();
+    let mut tensor = Tensor::f_empty(&shape, (kind, device)).torch(&action())?;
+    copy_to(view, &mut tensor)?;
+    Ok(tensor)
+}
+
+/// Copies the tensor's values, which have been checked, into another of its shape.
+pub(super) fn copy_to(view: &TensorView<'_>, to: &mut Tensor) -> Result<()> {
+    let stored = kind_of(view)?;
+    let action = || format!("load tensor `{}` {:?} to {:?}", view.name, view.shape, to.device());
     let shape: Vec<i64> = view.shape.iter().map(|&size| size as i64).collect();
     let aligned = view.bytes.as_ptr().addr().is_multiple_of(stored.elt_size_in_bytes());
     let source = if aligned {
@@ -181,7 +190,6 @@ pub(super) fn to_tensor(view: &TensorView<'_>, kind: Kind, device: Device) -> Re
         Tensor::f_from_data_size(view.bytes, &shape, stored)
     };
     let source = source.torch(&action())?;
-    let mut tensor = Tensor::f_empty(&shape, (kind, device)).torch(&action())?;
-    tensor.f_copy_(&source).torch(&action())?;
-    Ok(tensor)
+    let action = action();
+    to.f_copy_(&source).torch(&action)
 }

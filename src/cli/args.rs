@@ -204,6 +204,19 @@ pub(super) struct QuantizeArgs {
     pub(super) cache: CacheArgs,
 }
 
+impl Command {
+    /// The device that it computes on, `cpu` where it needs no other; `None` if a plan may name it.
+    pub(super) fn device(&self) -> Option<&str> {
+        match self {
+            Self::Quantize(args) => args.device.as_deref(),
+            Self::Eval(args) => Some(&args.compute.device),
+            Self::Generate(args) => Some(&args.compute.device),
+            Self::Verify(args) => args.device.as_deref().or(Some("cpu")),
+            _ => Some("cpu"),
+        }
+    }
+}
+
 /// The device that runs a model, and the data type there.
 #[derive(Debug, Args)]
 pub(super) struct ComputeArgs {

@@ -37,6 +37,9 @@ const ERROR: u8 = 2;
 pub(crate) fn main() -> ExitCode {
     environment::prepare();
     let cli = Cli::parse();
+    if cli.command.device() != Some("cpu") {
+        gptq::device::open();
+    }
     let result = match &cli.command {
         Command::Quantize(args) => quantize::run(args, &cli.output),
         Command::Verify(args) => verify::run(args, &cli.output),

@@ -41,6 +41,41 @@ pub fn compile(source: &Source, architecture: &str, macros: &[Macro]) -> Result<
     }
 }
 
+/// Architectures that the compiler knows, in ascending order: 80 is compute capability 8.0.
+///
+/// # Errors
+/// When NVRTC is missing.
+pub fn known_architectures() -> Result<Vec<i32>> {
+    let failed =
+        |problem: String| Error::Cuda { action: "list the compiler's architectures".into(), problem };
+    if let Some(problem) = compiler_missing() {
+        return Err(failed(problem.to_owned()));
+    }
+    let list = || {
+        let mut count = 0;
+        // SAFETY: NVRTC is there, and writes a number, then so many numbers.
+        unsafe { sys::nvrtcGetNumSupportedArchs(&raw mut count) }.result()?;
+        let mut architectures = vec![0; count.max(0) as usize];
+        // SAFETY: as above.
+        unsafe { sys::nvrtcGetSupportedArchs(architectures.as_mut_ptr()) }.result()?;
+        Ok::<_, cudarc::nvrtc::result::NvrtcError>(architectures)
+    };
+    let mut architectures = list().map_err(|error| failed(format!("{error:?}")))?;
+    architectures.sort_unstable();
+    Ok(architectures)
+}
+
+/// The architecture to compile for, among those that are `known`, in ascending order. Hopper's has the instructions that
+/// only Hopper has. A device that is newer than all of them gets PTX of the newest one, which its driver compiles.
+pub fn architecture((major, minor): (i32, i32), known: &[i32]) -> String {
+    let own = 10 * major + minor;
+    match known.iter().rev().find(|&&known| known <= own) {
+        Some(90) if own == 90 => "compute_90a".to_owned(),
+        Some(nearest) => format!("compute_{nearest}"),
+        None => format!("compute_{own}"),
+    }
+}
+
 /// Why the compiler is missing; `None` if it is there.
 pub fn compiler_missing() -> Option<&'static str> {
     static PRESENT: OnceLock<bool> = OnceLock::new();
@@ -83,6 +118,34 @@ fn entries(source: &Source, architecture: &str, macros: &[Macro]) -> Vec<String>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_newer_than_the_compiler_get_the_newest_ptx() {
+        let known = [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121];
+        for (capability, expected) in [
+            ((8, 0), "compute_80"),
+            ((8, 6), "compute_86"),
+            ((9, 0), "compute_90a"),
+            ((10, 0), "compute_100"),
+            ((12, 0), "compute_120"),
+            // Not known: the newest that is not newer than the device.
+            ((12, 5), "compute_121"),
+            ((15, 0), "compute_121"),
+            ((9, 5), "compute_90"),
+            // Older than all: refused by the compiler, which names it.
+            ((7, 0), "compute_70"),
+        ] {
+            assert_eq!(architecture(capability, &known), expected, "{capability:?}");
+        }
+    }
+
+    #[test]
+    fn the_compiler_knows_all_generations_with_nvrtc() {
+        let known = known_architectures().unwrap();
+        for architecture in [80, 86, 89, 90, 100, 120] {
+            assert!(known.contains(&architecture), "{architecture} is not among {known:?}");
+        }
+    }
 
     #[test]
     fn a_mistake_is_named_with_its_line_with_nvrtc() {

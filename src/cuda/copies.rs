@@ -1,4 +1,4 @@
-//! Copies between pinned memory and a device on a separate stream, so that they overlap with libtorch's computations.
+//! Copies between page-locked memory and a device on a separate stream, so that they overlap with libtorch's computations.
 
 use std::sync::Arc;
 
@@ -8,20 +8,25 @@ use cudarc::driver::{
 };
 use tch::{Device, Tensor};
 
-use super::gpu::{Gpu, failed};
+use super::{
+    gpu::{Gpu, failed},
+    host_memory::{HostPool, HostTensor},
+};
 use crate::error::{Result, TorchContext};
 
 /// A stream for copies. Each copy waits for the work that libtorch had queued when the copy was requested.
 pub struct Copies {
     stream: Arc<CudaStream>,
     compute: Arc<CudaStream>,
+    pool: Arc<HostPool>,
     device: Device,
 }
 
-/// A running copy, which keeps its source alive.
+/// A running copy, which keeps both sides alive. When it is dropped, work that libtorch queues from then on waits for it: the
+/// memory on the device can be given to other tensors at once.
 pub struct Copy {
-    to: Tensor,
-    _from: Tensor,
+    on_device: Tensor,
+    on_host: HostTensor,
     done: CudaEvent,
     compute: Arc<CudaStream>,
 }
@@ -32,82 +37,79 @@ impl Copies {
     /// # Errors
     /// When the driver cannot create a stream.
     pub fn new(device: Device) -> Result<Self> {
-        let gpu = Gpu::of(device)?;
-        let stream = gpu.context().new_stream().map_err(failed("make a stream for copies"))?;
-        Ok(Self { stream, compute: gpu.context().default_stream(), device })
+        Self::on(&Gpu::of(device)?, device)
     }
 
-    /// Page-locked memory of a device tensor's size and kind, which can be copied while the device computes.
+    /// As [`Copies::new`], with the device that libtorch's tensors are on. It differs from `gpu` in tests, whose driver takes
+    /// the CPU's memory for a device's.
+    ///
+    /// # Errors
+    /// As [`Copies::new`].
+    pub fn on(gpu: &Arc<Gpu>, device: Device) -> Result<Self> {
+        let stream = gpu.context().new_stream().map_err(failed("make a stream for copies"))?;
+        let pool = HostPool::new(gpu, Arc::clone(&stream), false);
+        Ok(Self { stream, compute: gpu.compute_stream(), pool, device })
+    }
+
+    /// Page-locked memory of a tensor's size and kind.
     ///
     /// # Errors
     /// When it cannot be allocated.
-    pub fn pinned_like(&self, tensor: &Tensor) -> Result<Tensor> {
-        let empty = Tensor::f_empty(tensor.size(), (tensor.kind(), Device::Cpu));
-        empty.and_then(|t| t.f_pin_memory(self.device)).torch("lock memory for copies")
+    pub fn host_like(&self, tensor: &Tensor) -> Result<HostTensor> {
+        self.pool.empty(&tensor.size(), tensor.kind())
     }
 
-    /// Starts to copy a pinned tensor to the device.
+    /// Starts to copy a tensor to the device.
     ///
     /// # Errors
     /// When device memory is exhausted, or the driver refuses.
-    pub fn upload(&self, from: &Tensor) -> Result<Copy> {
-        assert!(from.is_contiguous() && from.device() == Device::Cpu, "uploads come from memory, row by row");
-        let to = Tensor::f_empty(from.size(), (from.kind(), self.device)).torch("allocate on the device")?;
-        self.copy(from.shallow_clone(), to, |from, to, stream| {
-            // SAFETY: both tensors live until the copy is waited for, and are as long as each other.
-            unsafe { memcpy_htod_async(to.data_ptr() as u64, bytes_of(from), stream.cu_stream()) }
+    pub fn upload(&self, from: &HostTensor) -> Result<Copy> {
+        let (size, kind) = (from.tensor().size(), from.tensor().kind());
+        let to = Tensor::f_empty(size, (kind, self.device)).torch("allocate on the device")?;
+        self.copy(to, from, |to, from, stream| {
+            // SAFETY: both tensors live until the copy has ended, and are as long as each other.
+            unsafe { memcpy_htod_async(to.data_ptr() as u64, from.bytes(), stream.cu_stream()) }
         })
     }
 
-    /// Starts to copy a tensor of the device into a pinned one of its size.
+    /// Starts to copy a tensor of the device into page-locked memory of its size.
     ///
     /// # Errors
     /// When the driver refuses.
-    pub fn download(&self, from: Tensor, to: &Tensor) -> Result<Copy> {
-        assert!(
-            from.is_contiguous() && to.is_contiguous() && to.size() == from.size(),
-            "downloads keep the shape"
-        );
-        self.copy(from, to.shallow_clone(), |from, to, stream| {
+    pub fn download(&self, from: Tensor, to: &HostTensor) -> Result<Copy> {
+        assert!(from.is_contiguous() && from.size() == to.tensor().size(), "downloads keep the shape");
+        assert_eq!(from.kind(), to.tensor().kind(), "downloads keep the kind");
+        self.copy(from, to, |from, to, stream| {
             // SAFETY: as above; `to` is not read before the copy is waited for.
-            unsafe { memcpy_dtoh_async(bytes_of_mut(to), from.data_ptr() as u64, stream.cu_stream()) }
+            unsafe { memcpy_dtoh_async(to.bytes_mut(), from.data_ptr() as u64, stream.cu_stream()) }
         })
-    }
-
-    /// Waits for all copies.
-    ///
-    /// # Errors
-    /// An error of the device.
-    pub fn synchronize(&self) -> Result<()> {
-        self.stream.synchronize().map_err(failed("wait for copies"))
     }
 
     fn copy(
         &self,
-        from: Tensor,
-        to: Tensor,
-        start: impl FnOnce(&Tensor, &Tensor, &CudaStream) -> Result<(), DriverError>,
+        on_device: Tensor,
+        on_host: &HostTensor,
+        start: impl FnOnce(&Tensor, &HostTensor, &CudaStream) -> Result<(), DriverError>,
     ) -> Result<Copy> {
         let copy = || {
             // Work that libtorch has queued may still use the memory.
             self.stream.join(&self.compute)?;
-            start(&from, &to, &self.stream)?;
+            start(&on_device, on_host, &self.stream)?;
             self.stream.record_event(None)
         };
         let done = copy().map_err(failed("copy to or from the device"))?;
-        Ok(Copy { to, _from: from, done, compute: Arc::clone(&self.compute) })
+        Ok(Copy { on_device, on_host: on_host.clone(), done, compute: Arc::clone(&self.compute) })
     }
 }
 
 impl Copy {
-    /// The copy, for use on the device: work that libtorch queues from now on waits for it.
+    /// The tensor on the device, for use there: work that libtorch queues from now on waits for the copy.
     ///
     /// # Errors
     /// When the driver refuses.
     pub fn on_device(self) -> Result<Tensor> {
         self.compute.wait(&self.done).map_err(failed("wait for a copy"))?;
-        // The source may be dropped once the event has occurred; a pinned source has another owner.
-        Ok(self.to.shallow_clone())
+        Ok(self.on_device.shallow_clone())
     }
 
     /// Whether it has ended.
@@ -115,29 +117,22 @@ impl Copy {
         self.done.is_complete()
     }
 
-    /// Waits until it has ended, for use on the host.
+    /// Waits until it has ended; the bytes on the host.
     ///
     /// # Errors
     /// An error of the device.
-    pub fn finish(self) -> Result<Tensor> {
+    pub fn finish(&self) -> Result<&[u8]> {
         self.done.synchronize().map_err(failed("wait for a copy"))?;
-        Ok(self.to.shallow_clone())
+        // SAFETY: the copy has ended, and the owner of the memory starts no other one while this one is held.
+        Ok(unsafe { self.on_host.bytes() })
     }
 }
 
-fn length(tensor: &Tensor) -> usize {
-    tensor.numel() * tensor.kind().elt_size_in_bytes()
-}
-
-/// A contiguous tensor's memory on the host.
-unsafe fn bytes_of(tensor: &Tensor) -> &[u8] {
-    // SAFETY: the caller guarantees that it is contiguous and on the host.
-    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast(), length(tensor)) }
-}
-
-/// As [`bytes_of`], to be written.
-#[expect(clippy::mut_from_ref, reason = "tensors own their memory behind a shared handle")]
-unsafe fn bytes_of_mut(tensor: &Tensor) -> &mut [u8] {
-    // SAFETY: as above, and it has no other user meanwhile.
-    unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast(), length(tensor)) }
+impl Drop for Copy {
+    fn drop(&mut self) {
+        if !self.ended() {
+            // An error is one of the device, which the next operation returns too.
+            let _ = self.compute.wait(&self.done);
+        }
+    }
 }

@@ -3,20 +3,17 @@
 use std::{
     collections::HashMap,
     ffi::c_void,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, DriverError,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
     result::{launch_cooperative_kernel, launch_kernel},
     sys::{CUdevice_attribute, CUfunction_attribute},
 };
 use tch::{Device, Tensor};
 
-use super::compile::{Macro, Source, compile};
+use super::compile::{Macro, Source, architecture, compile, known_architectures};
 use crate::error::{Error, Result};
 
 /// A device that kernels are launched on. Launches use libtorch's stream, so that they keep their order with its operations.
@@ -51,8 +48,8 @@ pub struct Memory {
 pub struct Kernel {
     function: CudaFunction,
     name: &'static str,
-    /// Dynamic shared memory that the driver allows, bytes.
-    allowed: AtomicUsize,
+    /// Static shared memory of a block, bytes.
+    static_shared: usize,
 }
 
 /// How many blocks of how many threads, and their dynamic shared memory.
@@ -108,11 +105,21 @@ impl Gpu {
     /// # Errors
     /// When the driver refuses it, or `device` is the CPU.
     pub fn of(device: Device) -> Result<Arc<Self>> {
+        match device {
+            Device::Cuda(index) => Self::numbered(index),
+            _ => {
+                let problem = "it is no CUDA device".into();
+                Err(Error::Device { device: format!("{device:?}"), problem })
+            }
+        }
+    }
+
+    /// The device with the driver's number, from 0, which is libtorch's number too.
+    ///
+    /// # Errors
+    /// When the driver refuses it.
+    pub fn numbered(index: usize) -> Result<Arc<Self>> {
         static OPEN: Mutex<Vec<(usize, Arc<Gpu>)>> = Mutex::new(Vec::new());
-        let Device::Cuda(index) = device else {
-            let problem = "it is no CUDA device".into();
-            return Err(Error::Device { device: format!("{device:?}"), problem });
-        };
         let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, gpu)) = open.iter().find(|(i, _)| *i == index) {
             return Ok(Arc::clone(gpu));
@@ -145,12 +152,9 @@ impl Gpu {
         &self.context
     }
 
-    /// NVRTC's name of this device's architecture, with the instructions that only Hopper has.
-    pub fn architecture(&self) -> String {
-        match self.capability {
-            (9, 0) => "compute_90a".to_owned(),
-            (major, minor) => format!("compute_{major}{minor}"),
-        }
+    /// libtorch's stream, which is the null stream.
+    pub(super) fn compute_stream(&self) -> Arc<CudaStream> {
+        self.context.default_stream()
     }
 
     /// Memory of the device now.
@@ -180,7 +184,7 @@ impl Gpu {
         let module = match modules.get(&key) {
             Some(module) => Arc::clone(module),
             None => {
-                let ptx = compile(source, &self.architecture(), macros)?;
+                let ptx = compile(source, &architecture(self.capability, &known_architectures()?), macros)?;
                 let load = self.context.load_module(ptx.into());
                 let module = load.map_err(failed(format!("load {}", source.name)))?;
                 modules.insert(key, Arc::clone(&module));
@@ -188,7 +192,21 @@ impl Gpu {
             }
         };
         let function = module.load_function(name).map_err(failed(format!("find kernel {name}")))?;
-        Ok(Kernel { function, name, allowed: AtomicUsize::new(ALLOWED_BY_DEFAULT) })
+        let static_shared = self.allow_shared_memory(&function).map_err(failed(format!("load {name}")))?;
+        Ok(Kernel { function, name, static_shared })
+    }
+
+    /// Lets a function have all the dynamic shared memory that the device has; returns its static shared memory. The driver
+    /// keeps the limit per function, and a function is shared by all that load it from a module. So the limit is the same
+    /// for all launches.
+    fn allow_shared_memory(&self, function: &CudaFunction) -> Result<usize, DriverError> {
+        use CUfunction_attribute::{
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+        };
+        let static_shared = function.get_attribute(CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?.max(0) as usize;
+        let dynamic = self.shared_memory.saturating_sub(static_shared);
+        function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic as i32)?;
+        Ok(static_shared)
     }
 
     /// Launches a kernel. The blocks of a cooperative kernel may wait for each other.
@@ -206,14 +224,21 @@ impl Gpu {
         cooperative: bool,
         arguments: &[Argument],
     ) -> Result<()> {
-        let refused = || failed(format!("launch {} as {grid:?}", kernel.name));
+        let action = || format!("launch {} as {grid:?}", kernel.name);
+        let refused = || failed(action());
+        if grid.shared + kernel.static_shared > self.shared_memory {
+            let problem = format!(
+                "{} bytes of dynamic and {} of static shared memory are more than the {} that a block can have",
+                grid.shared, kernel.static_shared, self.shared_memory
+            );
+            return Err(Error::Cuda { action: action(), problem });
+        }
         let dimension = |blocks: usize| u32::try_from(blocks).unwrap_or(u32::MAX);
         let blocks = (dimension(grid.blocks.0), dimension(grid.blocks.1), dimension(grid.blocks.2));
         let threads = (grid.threads.0, grid.threads.1, 1);
         let shared = grid.shared as u32;
         // A thread may launch on several devices.
         self.context.bind_to_thread().map_err(refused())?;
-        kernel.allow(grid.shared).map_err(refused())?;
         let mut addresses: Vec<*mut c_void> = arguments.iter().map(Argument::address).collect();
         let launch = if cooperative { launch_cooperative_kernel } else { launch_kernel };
         // libtorch uses the default stream.
@@ -230,26 +255,10 @@ impl Gpu {
     pub fn resident_blocks(&self, kernel: &Kernel, threads: u32, shared: usize) -> Result<usize> {
         let occupancy = || {
             self.context.bind_to_thread()?;
-            kernel.allow(shared)?;
             kernel.function.occupancy_max_active_blocks_per_multiprocessor(threads, shared, None)
         };
         let a_multiprocessor = occupancy().map_err(failed(format!("fit {} on the device", kernel.name)))?;
         Ok(a_multiprocessor as usize * self.multiprocessors as usize)
-    }
-}
-
-/// Dynamic shared memory that the driver allows by default, bytes.
-const ALLOWED_BY_DEFAULT: usize = 48 << 10;
-
-impl Kernel {
-    /// Makes the driver allow dynamic shared memory, once for each larger amount, because each call takes time.
-    fn allow(&self, shared: usize) -> Result<(), DriverError> {
-        let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        if shared > self.allowed.load(Ordering::Relaxed) {
-            self.function.set_attribute(attribute, shared as i32)?;
-            self.allowed.fetch_max(shared, Ordering::Relaxed);
-        }
-        Ok(())
     }
 }
 

@@ -4,9 +4,11 @@
 mod compile;
 mod copies;
 mod gpu;
+mod host_memory;
 
 #[cfg(test)]
 pub(crate) use compile::entries_by_generation;
-pub use compile::{Macro, Source, compile, compiler_missing};
+pub use compile::{Macro, Source, architecture, compile, compiler_missing, known_architectures};
 pub use copies::{Copies, Copy};
 pub use gpu::{Argument, Gpu, Grid, Kernel, Memory};
+pub use host_memory::{HostMemory, HostPool, HostTensor};

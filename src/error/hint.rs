@@ -87,12 +87,24 @@ impl Error {
     /// Whether a device has too little memory for an operation; smaller operations may still fit.
     pub fn is_out_of_device_memory(&self) -> bool {
         match self {
-            Self::Torch { source, .. } => source.to_string().contains("CUDA out of memory"),
+            Self::Torch { source, .. } => {
+                let text = source.to_string();
+                OUT_OF_DEVICE_MEMORY.iter().any(|reason| text.contains(reason))
+            }
             Self::Cuda { problem, .. } => problem == "out of memory",
             _ => false,
         }
     }
 }
+
+/// What libtorch's errors contain where a device's memory has ended: of its own allocator, of CUDA's run-time library, of cuBLAS
+/// and of cuSOLVER, whose workspaces are not libtorch's.
+const OUT_OF_DEVICE_MEMORY: [&str; 4] = [
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+];
 
 /// How to choose one of several weights files.
 pub(super) fn choose_weights(place: &dyn Display) -> String {
@@ -129,5 +141,7 @@ fn to_safetensors(folder: &Path, arguments: &str) -> String {
 
 fn is_out_of_memory(error: &tch::TchError) -> bool {
     let text = error.to_string();
-    text.contains("not enough memory") || text.contains("out of memory")
+    text.contains("not enough memory")
+        || text.contains("out of memory")
+        || OUT_OF_DEVICE_MEMORY.iter().any(|reason| text.contains(reason))
 }

@@ -108,6 +108,26 @@ fn texts_of_errors() {
 }
 
 #[test]
+fn memory_that_ends_on_a_device_is_known_whoever_allocates() {
+    let torch = |text: &str| Error::Torch { action: "multiply".into(), source: TchError::Torch(text.into()) };
+    for text in [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+    ] {
+        assert!(torch(text).is_out_of_device_memory(), "{text}");
+        assert!(torch(text).hint().is_some(), "{text}");
+    }
+    assert!(
+        Error::Cuda { action: "launch".into(), problem: "out of memory".into() }.is_out_of_device_memory()
+    );
+    for text in ["CUDA error: an illegal memory access was encountered", "sizes differ"] {
+        assert!(!torch(text).is_out_of_device_memory(), "{text}");
+    }
+}
+
+#[test]
 fn texts_of_errors_of_the_hub() {
     let repository = || "owner/name".to_owned();
     let endpoint = || "https://huggingface.co".to_owned();

@@ -71,8 +71,15 @@ impl CrossCovariance {
             off = off.f_mm(&weights.f_tr()?)?;
         }
         let first = self.tokens == 0;
-        self.tokens += x.size()[0] as u64;
+        let tokens = x.size()[0] as u64;
         self.bf16 = (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu);
+        self.add_product(&off, &x, first)?;
+        self.tokens += tokens;
+        Ok(())
+    }
+
+    fn add_product(&mut self, off: &Tensor, x: &Tensor, first: bool) -> Result<(), TchError> {
+        let k = self.matrix.size()[1];
         if self.bf16 && amx::has_bf16_products() {
             let (off, x) = (off.f_contiguous()?, x.f_contiguous()?);
             let (off, x) = (raw::bf16_bits(&off), raw::bf16_bits(&x));
@@ -80,10 +87,10 @@ impl CrossCovariance {
             return Ok(());
         }
         // The matrix is small beside H, so that its rounding errors need no check.
-        if tensor_cores::can_multiply(&x) {
+        if tensor_cores::can_multiply(x) {
             match first {
-                true => drop(off.f_tr()?.f_mm_dtype_out(&self.matrix, &x, Kind::Float)?),
-                false => drop(self.matrix.f_addmm_dtype_out(&self.matrix, &off.f_tr()?, &x, Kind::Float)?),
+                true => drop(off.f_tr()?.f_mm_dtype_out(&self.matrix, x, Kind::Float)?),
+                false => drop(self.matrix.f_addmm_dtype_out(&self.matrix, &off.f_tr()?, x, Kind::Float)?),
             }
             return Ok(());
         }

@@ -32,6 +32,8 @@ pub struct Hessian {
     /// `[K, K]` fp32. Before [`Hessian::finish`] only the lower block triangle is valid; before the first batch, nothing.
     matrix: Tensor,
     tokens: u64,
+    /// Blocks of rows that the batch was added to which the device's memory ended in.
+    added: usize,
     finished: bool,
     /// Why products do not run on tensor cores, if these inputs showed it.
     warning: Option<String>,
@@ -45,7 +47,7 @@ impl Hessian {
     pub fn new(in_features: usize, device: Device) -> Result<Self> {
         let k = in_features as i64;
         let matrix = Tensor::f_empty([k, k], (Kind::Float, device)).torch("allocate a Hessian")?;
-        Ok(Self { matrix, tokens: 0, finished: false, warning: None })
+        Ok(Self { matrix, tokens: 0, added: 0, finished: false, warning: None })
     }
 
     /// An empty Hessian for the same number of inputs, on the same device.
@@ -56,7 +58,8 @@ impl Hessian {
         Self::new(self.in_features(), self.matrix.device())
     }
 
-    /// Adds a batch of inputs `[…, K]`.
+    /// Adds a batch of inputs `[…, K]`. After an error it can be called again with the same batch: what was added of it is not
+    /// added twice.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -69,24 +72,30 @@ impl Hessian {
         let k = self.matrix.size()[0];
         let x = inputs.f_reshape([-1, k])?;
         let first = self.tokens == 0;
-        self.tokens += x.size()[0] as u64;
         if (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu) && amx::has_bf16_products() {
             let x = x.f_contiguous()?;
             amx::gram(raw::floats_mut(&mut self.matrix), k as usize, raw::bf16_bits(&x), !first);
-            return Ok(());
-        }
-        if !tensor_cores::can_multiply(&x) {
-            return self.add_products(&x.f_to_kind(Kind::Float)?, first);
-        }
-        self.add_products(&x, first)?;
-        if first && !tensor_cores::is_known(&x) {
-            let error = tensor_cores::largest_error(&self.matrix, &x, self.block())?;
-            self.warning = tensor_cores::judge(&x, error);
-            if self.warning.is_some() {
-                return self.add_products(&x.f_to_kind(Kind::Float)?, first);
+        } else if tensor_cores::can_multiply(&x) {
+            self.add_products(&x, first)?;
+            if first && !tensor_cores::is_known(&x) {
+                let error = tensor_cores::largest_error(&self.matrix, &x, self.block())?;
+                self.warning = tensor_cores::judge(&x, error);
+                if self.warning.is_some() {
+                    self.added = 0;
+                    self.add_products(&x.f_to_kind(Kind::Float)?, first)?;
+                }
             }
+        } else {
+            self.add_products(&x.f_to_kind(Kind::Float)?, first)?;
         }
+        self.added = 0;
+        self.tokens += x.size()[0] as u64;
         Ok(())
+    }
+
+    /// Whether a batch was added in part.
+    pub(crate) fn is_between_batches(&self) -> bool {
+        self.added == 0
     }
 
     fn block(&self) -> i64 {
@@ -96,7 +105,9 @@ impl Hessian {
     /// Adds `xᵀx`, on and below the blocks of the diagonal; of fp16 and bf16 on tensor cores.
     fn add_products(&mut self, x: &Tensor, first: bool) -> Result<(), TchError> {
         let k = self.matrix.size()[0];
-        for start in (0..k).step_by(self.block() as usize) {
+        for start in (0..k).step_by(self.block() as usize).skip(self.added) {
+            #[cfg(test)]
+            fault::check()?;
             let rows = self.block().min(k - start);
             let mut block = self.matrix.f_narrow(0, start, rows)?.f_narrow(1, 0, start + rows)?;
             let left = x.f_narrow(1, start, rows)?.f_tr()?;
@@ -107,6 +118,7 @@ impl Hessian {
                 (_, true) => drop(left.f_mm_dtype_out(&block, &right, Kind::Float)?),
                 (_, false) => drop(block.f_addmm_dtype_out(&block, &left, &right, Kind::Float)?),
             }
+            self.added += 1;
         }
         Ok(())
     }
@@ -134,7 +146,8 @@ impl Hessian {
         let mut sum: Option<Self> = None;
         for own in all {
             let matrix = own.matrix.f_add_scalar(0.0).torch("copy a Hessian")?;
-            let copy = Self { matrix, tokens: own.tokens, finished: false, warning: own.warning.clone() };
+            let warning = own.warning.clone();
+            let copy = Self { matrix, tokens: own.tokens, added: 0, finished: false, warning };
             match &mut sum {
                 Some(sum) => sum.absorb(copy)?,
                 none => *none = Some(copy),
@@ -210,13 +223,13 @@ impl Hessian {
     #[cfg(test)]
     pub(super) fn on(&self, device: Device) -> Self {
         let matrix = self.matrix.to_device(device);
-        Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
+        Self { matrix, tokens: self.tokens, added: 0, finished: self.finished, warning: None }
     }
 
     /// A second handle of the same matrix.
     pub(super) fn shared(&self) -> Self {
         let matrix = self.matrix.shallow_clone();
-        Self { matrix, tokens: self.tokens, finished: self.finished, warning: None }
+        Self { matrix, tokens: self.tokens, added: 0, finished: self.finished, warning: None }
     }
 
     /// `[K, K]` fp32, symmetric.
@@ -257,6 +270,36 @@ impl Hessian {
         let energy =
             if exact { self.exact_output_energy(weight) } else { self.estimated_output_energy(weight) };
         energy.torch("measure a linear's output")
+    }
+
+    /// [`Hessian::output_energy`] of several weights. On CUDA all of it is computed, by products of bf16 with fp32 sums: that takes few
+    /// launches and is within a thousandth.
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn output_energies(&self, weights: &[&Tensor]) -> Result<Vec<f64>> {
+        match self.matrix.device() {
+            Device::Cpu => weights.iter().map(|weight| self.output_energy(weight)).collect(),
+            _ => self.output_energies_in_bf16(weights).torch("measure a linear's output"),
+        }
+    }
+
+    /// `tr(W H Wᵀ)` with inputs scaled to unit size, so that bf16 rounds all of them alike.
+    pub(crate) fn output_energies_in_bf16(&self, weights: &[&Tensor]) -> Result<Vec<f64>, TchError> {
+        let sizes = self.matrix.f_diagonal(0, 0, 1)?.f_clamp_min(f64::from(f32::MIN_POSITIVE))?.f_sqrt()?;
+        let unit = self.matrix.f_div(&sizes)?.f_div_(&sizes.f_unsqueeze(1)?)?.f_to_kind(Kind::BFloat16)?;
+        let energies = weights.iter().map(|weight| {
+            let weight = weight.f_to_device(self.matrix.device())?;
+            let scaled = weight.f_mul(&sizes)?.f_to_kind(Kind::BFloat16)?;
+            let product = match self.matrix.device() {
+                // For tests; the product of bf16 with fp32 sums is CUDA's.
+                Device::Cpu => scaled.f_to_kind(Kind::Float)?.f_mm(&unit.f_to_kind(Kind::Float)?)?,
+                _ => scaled.f_mm_dtype(&unit, Kind::Float)?,
+            };
+            product.f_mul(&scaled)?.f_sum(Kind::Double)
+        });
+        let energies = energies.collect::<Result<Vec<_>, _>>()?;
+        Vec::try_from(Tensor::f_stack(&energies, 0)?)
     }
 
     fn exact_output_energy(&self, weight: &Tensor) -> Result<f64, TchError> {
@@ -312,4 +355,40 @@ fn signs(rows: i64, columns: i64) -> Result<Tensor, TchError> {
     let mut sign = || if generator.next_u32() & 1 == 0 { 1.0f32 } else { -1.0 };
     let signs: Vec<f32> = std::iter::repeat_with(&mut sign).take((rows * columns) as usize).collect();
     Tensor::f_from_slice(&signs)?.f_reshape([rows, columns])
+}
+
+/// Products that fail for want of memory, for tests.
+#[cfg(test)]
+pub(crate) mod fault {
+    use std::cell::Cell;
+
+    use tch::TchError;
+
+    thread_local! {
+        /// Products that this thread has left before one fails.
+        static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+
+    /// Makes a product of this thread fail after so many that do not.
+    pub(crate) fn after(products: usize) {
+        LEFT.set(Some(products));
+    }
+
+    /// Whether the product has not failed yet.
+    pub(crate) fn is_pending() -> bool {
+        LEFT.get().is_some()
+    }
+
+    pub(super) fn check() -> Result<(), TchError> {
+        match LEFT.get() {
+            Some(0) => {
+                LEFT.set(None);
+                Err(TchError::Torch("CUDA out of memory. (Of a test.)".into()))
+            }
+            left => {
+                LEFT.set(left.map(|left| left - 1));
+                Ok(())
+            }
+        }
+    }
 }

@@ -17,6 +17,8 @@ mod tensor_cores;
 pub use cross_covariance::CrossCovariance;
 pub use grid::{Grid, Step};
 pub use hessian::Hessian;
+#[cfg(test)]
+pub(crate) use hessian::fault;
 pub use order::{ColumnOrder, dead_columns, mean_alive};
 pub use output_hessian::{OutputHessian, output_blocks};
 pub use quantized::QuantizedLinear;

@@ -186,6 +186,7 @@ impl Attention<'_> {
         let (k, v) = (self.repeat(k)?, self.repeat(v)?);
         let usual = (self.config.head_dim as f64).powf(-0.5);
         let out = match self.config.softcap {
+            None if q.requires_grad() && q.device().is_cuda() => self.by_products(q, &k, &v, mask, causal)?,
             Some(cap) => {
                 let scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_mul_scalar(self.config.scale)?;
                 let mut scores = scores.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?;
@@ -203,11 +204,71 @@ impl Attention<'_> {
         out.f_transpose(1, 2)?.f_reshape([size[0], size[2], self.config.width() as i64])
     }
 
-    /// Grouped-query attention: each key and value head serves `heads/kv_heads` query heads.
+    /// Attention as products and a softmax. On CUDA the fused kernel's backward pass adds in any order, so that two runs differ;
+    /// that of products does not. It keeps the scores of all heads, `heads · S²` values a window, for the backward pass.
+    fn by_products(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        mask: Option<&Tensor>,
+        causal: bool,
+    ) -> Result<Tensor, TchError> {
+        let mut scores = q.f_matmul(&k.f_transpose(2, 3)?)?.f_mul_scalar(self.config.scale)?;
+        let future = match mask {
+            Some(mask) => Some(mask.f_logical_not()?),
+            None if causal => {
+                let s = q.size()[2];
+                Some(Tensor::f_ones([s, s], (Kind::Bool, q.device()))?.f_triu(1)?)
+            }
+            None => None,
+        };
+        if let Some(future) = future {
+            scores = scores.f_masked_fill(&future, f64::NEG_INFINITY)?;
+        }
+        scores.f_softmax(-1, Kind::Float)?.f_to_kind(v.kind())?.f_matmul(v)
+    }
+
+    /// Grouped-query attention: each key and value head serves `heads/kv_heads` query heads. Expanded, not repeated by index: the
+    /// backward pass is then a sum in a fixed order.
     fn repeat(&self, x: Tensor) -> Result<Tensor, TchError> {
-        match self.config.num_heads / self.config.num_kv_heads {
-            1 => Ok(x),
-            times => x.f_repeat_interleave_self_int(times as i64, 1, None),
+        let times = (self.config.num_heads / self.config.num_kv_heads) as i64;
+        if times == 1 {
+            return Ok(x);
+        }
+        let [b, heads, s, d] = x.size()[..] else { unreachable!("heads have four dimensions") };
+        x.f_unsqueeze(2)?.f_expand([b, heads, times, s, d], false)?.f_reshape([b, heads * times, s, d])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::architectures::tests::{parse, small_config};
+
+    /// The way that gradients take on CUDA computes the same as the fused kernel, forward and backward.
+    #[test]
+    fn attention_by_products_is_attention() {
+        tch::manual_seed(1);
+        let config = parse(&small_config()).unwrap();
+        let attention =
+            Attention { config: &config.layers[0].attention, qk_norms: None, rope: None, mask: None };
+        let (heads, d, s) = (attention.config.num_heads as i64, attention.config.head_dim as i64, 12);
+        let random = || Tensor::randn([2, heads, s, d], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let [q, k, v] = [random(), random(), random()];
+        let window = Tensor::ones([s, s], (Kind::Bool, Device::Cpu)).tril(0).triu(-3);
+        for (mask, causal) in [(None, true), (Some(&window), false), (None, false)] {
+            let scale = attention.config.scale;
+            let fused = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, 0.0, causal, scale, false);
+            let own = attention.by_products(&q, &k, &v, mask, causal).unwrap();
+            let gradients = |out: &Tensor| {
+                let sum = (out * out).sum(Kind::Float);
+                Tensor::run_backward(&[&sum], &[&q, &k, &v], false, false)
+            };
+            let pairs = gradients(&fused).into_iter().zip(gradients(&own));
+            for (expected, found) in pairs.chain([(fused, own)]) {
+                assert!((expected - found).abs().max().double_value(&[]) < 1e-4, "{causal}");
+            }
         }
     }
 }

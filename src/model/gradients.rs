@@ -108,7 +108,7 @@ fn sampled(config: &ModelConfig, normalized: &Tensor, head: &Dense, uniform: &Te
         let logits = shaped(config, head.forward(&inputs)?)?;
         let of_logits = || -> Result<_, TchError> {
             let probabilities = logits.f_softmax(-1, Kind::Float)?;
-            let sums = probabilities.f_cumsum(-1, Kind::Float)?;
+            let sums = running_sums(&probabilities)?;
             let last = probabilities.size()[1] - 1;
             let drawn = uniform.f_narrow(0, first, count)?.f_mul(&sums.f_narrow(1, last, 1)?)?;
             let y = drawn.f_searchsorted(&sums, false, true, "right", None::<&Tensor>)?.f_clamp(0, last)?;
@@ -132,12 +132,47 @@ fn sampled(config: &ModelConfig, normalized: &Tensor, head: &Dense, uniform: &Te
     Tensor::f_cat(&parts, 0).and_then(|all| all.f_view(&shape[..])).torch("join gradients")
 }
 
+/// Probabilities that are summed by one product.
+const SUMMED: i64 = 256;
+
+/// Sums of `x` `[T, V]` along each row up to each element.
+fn running_sums(x: &Tensor) -> Result<Tensor, TchError> {
+    // On CUDA libtorch's `cumsum` adds in any order.
+    if x.device().is_cuda() { sums_by_products(x) } else { x.f_cumsum(-1, Kind::Float) }
+}
+
+/// The same by products with triangles of ones, whose order is fixed: in blocks of a row, then over the blocks.
+fn sums_by_products(x: &Tensor) -> Result<Tensor, TchError> {
+    let [t, v] = x.size()[..] else { unreachable!("tokens by vocabulary") };
+    let blocks = (v + SUMMED - 1) / SUMMED;
+    let triangle = |size: i64, diagonal: i64| {
+        Tensor::f_ones([size, size], (x.kind(), x.device())).and_then(|ones| ones.f_triu(diagonal))
+    };
+    let padded = x.f_constant_pad_nd([0, blocks * SUMMED - v])?.f_view([t, blocks, SUMMED])?;
+    let within = padded.f_matmul(&triangle(SUMMED, 0)?)?;
+    let totals = within.f_select(2, SUMMED - 1)?;
+    let before = totals.f_mm(&triangle(blocks, 1)?)?;
+    within.f_add(&before.f_unsqueeze(2)?)?.f_view([t, blocks * SUMMED])?.f_narrow(1, 0, v)?.f_contiguous()
+}
+
 #[cfg(test)]
 mod tests {
     use tch::{Device, Kind};
 
     use super::*;
     use crate::architectures::tests::{parse, small_config};
+
+    #[test]
+    fn sums_by_products_are_running_sums() {
+        tch::manual_seed(1);
+        for v in [1, 255, 256, 1000] {
+            let x = Tensor::rand([3, v], (Kind::Float, Device::Cpu));
+            let (expected, found) = (x.cumsum(-1, Kind::Float), sums_by_products(&x).unwrap());
+            assert_eq!(found.size(), expected.size());
+            let error = ((found - &expected) / expected).abs().max().double_value(&[]);
+            assert!(error < 1e-5, "{v}: {error}");
+        }
+    }
 
     #[test]
     fn tokens_are_drawn_as_they_are_predicted() {

@@ -130,11 +130,31 @@ impl<'a> Transformer<'a> {
         let linear = &self.config().layers[layer].linears[position];
         let id = self.config().linear_id(layer, position);
         let weight = self.checkpoint.load(&id.weight(), &linear.shape, kind, self.device)?;
-        let bias = match linear.bias {
-            true => Some(self.checkpoint.load(&id.bias(), &linear.shape[..1], kind, self.device)?),
-            false => None,
-        };
-        Ok((weight, bias))
+        Ok((weight, self.bias(layer, position, kind)?))
+    }
+
+    /// As [`Transformer::weight`], with the weight in a tensor of its shape that `empty` makes for these sizes.
+    ///
+    /// # Errors
+    /// As for [`Transformer::weight`], and those of `empty`.
+    pub fn weight_into(
+        &self,
+        layer: usize,
+        position: usize,
+        kind: Kind,
+        empty: impl FnOnce(&[i64]) -> Result<Tensor>,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let shape = self.config().layers[layer].linears[position].shape;
+        let mut weight = empty(&shape.map(|size| size as i64))?;
+        self.checkpoint.load_into(&self.config().linear_id(layer, position).weight(), &mut weight)?;
+        Ok((weight, self.bias(layer, position, kind)?))
+    }
+
+    fn bias(&self, layer: usize, position: usize, kind: Kind) -> Result<Option<Tensor>> {
+        let linear = &self.config().layers[layer].linears[position];
+        let id = self.config().linear_id(layer, position);
+        let load = || self.checkpoint.load(&id.bias(), &linear.shape[..1], kind, self.device);
+        linear.bias.then(load).transpose()
     }
 
     /// Refuses a linear's weight that fp16 cannot hold, because readers of the quantized model compute in fp16.

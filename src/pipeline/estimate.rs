@@ -186,17 +186,20 @@ impl Shape<'_> {
     }
 
     /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the backward
-    /// pass, and its output Hessians.
-    fn taking_gradients(&self) -> u64 {
+    /// pass, and its output Hessians. On CUDA also attention's scores of all heads, which products keep (`model/attention.rs`): masked,
+    /// as a softmax, and their gradient.
+    fn taking_gradients(&self, cuda: bool) -> u64 {
         if self.gradient_windows == 0 {
             return 0;
         }
         let tokens = self.seq_len.max(GRADIENT_BATCH_TOKENS);
         // What a layer's operations keep of some tokens for the backward pass, in fp32.
         let kept = 3 * self.batch(tokens) / self.element() * FP32;
+        let scores = self.largest(|layer| layer.attention.num_heads) * (tokens * self.seq_len) as u64 * FP32;
         self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes)
             + 2 * largest_layer_bytes(self.config)
             + kept
+            + if cuda { 3 * scores } else { 0 }
     }
 
     /// What rotating takes before anything else: the embedding or the output layer in fp32, times the norm, rotated, and as bytes;
@@ -274,7 +277,7 @@ impl Shape<'_> {
         Need {
             working: fixed
                 + (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)))
-                    .max(self.taking_gradients())
+                    .max(self.taking_gradients(cuda))
                     .max(if cuda { 0 } else { self.rotating() }),
             activations: self.activations(),
         }

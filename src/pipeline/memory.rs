@@ -3,14 +3,17 @@
 use std::{
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
-use crate::{cuda::Copies, error::Result};
+use crate::{
+    cuda::{Copies, HostTensor},
+    error::Result,
+};
 
 /// Memory that a run may take, bytes; `None` is no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +79,8 @@ pub(super) struct ActivationStore {
     /// Folder for what fits neither.
     pub(super) spill: PathBuf,
     pub(super) copies: Option<Copies>,
+    /// Page-locked memory of discarded batches, for later ones of their size.
+    idle: Mutex<Vec<(HostTensor, Reserved)>>,
 }
 
 impl ActivationStore {
@@ -87,12 +92,32 @@ impl ActivationStore {
         in_memory: &Arc<MemoryBudget>,
         spill: &Path,
     ) -> Result<Arc<Self>> {
-        let in_memory = Arc::clone(in_memory);
         let (on_device, copies) = match device {
-            Device::Cpu => (Arc::clone(&in_memory), None),
+            Device::Cpu => (Arc::clone(in_memory), None),
             _ => (MemoryBudget::new(on_device), Some(Copies::new(device)?)),
         };
-        Ok(Arc::new(Self { device, kind, on_device, in_memory, spill: spill.into(), copies }))
+        Ok(Self::with(device, kind, on_device, in_memory, spill, copies))
+    }
+
+    /// With other copies, for tests.
+    pub(super) fn with(
+        device: Device,
+        kind: Kind,
+        on_device: Arc<MemoryBudget>,
+        in_memory: &Arc<MemoryBudget>,
+        spill: &Path,
+        copies: Option<Copies>,
+    ) -> Arc<Self> {
+        let in_memory = Arc::clone(in_memory);
+        Arc::new(Self {
+            device,
+            kind,
+            on_device,
+            in_memory,
+            spill: spill.into(),
+            copies,
+            idle: Mutex::default(),
+        })
     }
 
     /// Reserves bytes on the device.
@@ -100,9 +125,27 @@ impl ActivationStore {
         self.on_device.reserve(bytes)
     }
 
-    /// Reserves bytes of page-locked memory.
-    pub(super) fn reserve_in_memory(&self, bytes: u64) -> Option<Reserved> {
-        self.in_memory.reserve(bytes)
+    /// Page-locked memory for a batch of the device; `None` if the budget has no space for it, or the device is the CPU.
+    pub(super) fn host_like(&self, batch: &Tensor) -> Result<Option<(HostTensor, Reserved)>> {
+        let Some(copies) = &self.copies else { return Ok(None) };
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits =
+            |host: &HostTensor| (host.tensor().size(), host.tensor().kind()) == (batch.size(), batch.kind());
+        if let Some(at) = idle.iter().position(|(host, _)| fits(host)) {
+            return Ok(Some(idle.swap_remove(at)));
+        }
+        let bytes = (batch.numel() * batch.kind().elt_size_in_bytes()) as u64;
+        let reserved = self.in_memory.reserve(bytes).or_else(|| {
+            idle.clear();
+            self.in_memory.reserve(bytes)
+        });
+        drop(idle);
+        reserved.map(|reserved| Ok((copies.host_like(batch)?, reserved))).transpose()
+    }
+
+    /// Takes page-locked memory that is not used any more.
+    pub(super) fn give_back(&self, host: HostTensor, reserved: Reserved) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push((host, reserved));
     }
 
     /// Keeps no further activations on the device. False when it did so already.

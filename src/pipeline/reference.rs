@@ -57,6 +57,11 @@ impl<'a> ReferenceLayer<'a> {
         }
     }
 
+    /// Writes what [`ReferenceLayer::put`] has not written to the journal yet.
+    pub(super) fn finish_journal(&mut self) -> Result<()> {
+        self.next.finish_journal()
+    }
+
     /// The activations in front of a stage in some windows; `hidden` is the residual stream before the layer. The residual
     /// stream is read only if the stage's inputs depend on it, or if `whole` is set.
     pub(super) fn at(

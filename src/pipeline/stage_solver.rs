@@ -124,7 +124,7 @@ impl<'a> StageSolver<'a> {
         let (n, k) = shape_of(&self.config.layers[weights.layer], group);
         let phases = self.context.phases;
         let energies = phases.time(Phase::OutputEnergy, 0.0, || {
-            dense.iter().map(|w| hessian.output_energy(w.values)).collect::<Result<Vec<_>>>()
+            hessian.output_energies(&dense.iter().map(|w| w.values).collect::<Vec<_>>())
         })?;
         let mut hessian = Some(hessian);
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();

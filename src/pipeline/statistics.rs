@@ -15,6 +15,8 @@ pub(super) struct CalibrationStatistics {
     hessian: Hessian,
     /// With the reference model's inputs, where that is run.
     cross_covariance: Option<CrossCovariance>,
+    /// Whether the Hessian has the batch that the cross-covariance does not have yet.
+    ahead: bool,
 }
 
 impl CalibrationStatistics {
@@ -22,7 +24,7 @@ impl CalibrationStatistics {
     pub(super) fn new(width: usize, device: Device, weights: Option<&[&Tensor]>, kind: Kind) -> Result<Self> {
         let cross_covariance =
             weights.map(|weights| CrossCovariance::of_weights(weights, kind, device)).transpose()?;
-        Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance })
+        Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance, ahead: false })
     }
 
     /// Adds another device's sums over other tokens.
@@ -34,7 +36,8 @@ impl CalibrationStatistics {
         }
     }
 
-    /// Adds a batch of inputs `[…, K]`, and the reference model's inputs of the same tokens.
+    /// Adds a batch of inputs `[…, K]`, and the reference model's inputs of the same tokens. After an error it can be called again
+    /// with the same batch: what was added of it is not added twice.
     pub(super) fn add(
         &mut self,
         inputs: &Tensor,
@@ -46,14 +49,21 @@ impl CalibrationStatistics {
         }
         let k = self.hessian.in_features() as f64;
         let tokens = inputs.numel() as f64 / k;
-        phases.time(Phase::Hessian, tokens * k * k, || self.hessian.add(inputs))?;
-        match (&mut self.cross_covariance, reference) {
-            (Some(cross_covariance), Some(reference)) => {
-                let operations = tokens * cross_covariance.operations();
-                phases.time(Phase::CrossCovariance, operations, || cross_covariance.add(inputs, reference))
-            }
-            _ => Ok(()),
+        if !self.ahead {
+            phases.time(Phase::Hessian, tokens * k * k, || self.hessian.add(inputs))?;
         }
+        if let (Some(cross_covariance), Some(reference)) = (&mut self.cross_covariance, reference) {
+            self.ahead = true;
+            let operations = tokens * cross_covariance.operations();
+            phases.time(Phase::CrossCovariance, operations, || cross_covariance.add(inputs, reference))?;
+            self.ahead = false;
+        }
+        Ok(())
+    }
+
+    /// Whether no batch was added in part.
+    pub(super) fn is_between_batches(&self) -> bool {
+        self.hessian.is_between_batches() && !self.ahead
     }
 
     /// The Hessian, not yet finished, and the cross-covariance.

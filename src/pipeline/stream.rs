@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     checkpoint::to_bytes,
-    cuda::Copy,
+    cuda::{Copy, HostTensor},
     error::{Result, TorchContext},
 };
 
@@ -22,13 +22,22 @@ pub(super) struct Stream {
     slots: Vec<Slot>,
     /// `[S, width]`.
     window: [i64; 2],
-    /// Page-locked memory of discarded batches, for later ones.
-    free: Vec<(Tensor, Reserved)>,
     /// The batch that is being copied to the device before it is used.
     upload: Option<(usize, Copy)>,
     /// Copies from the device under way: their sources must live.
     downloads: Vec<Copy>,
+    /// The batch that is being copied from the device for a journal.
+    journaled: Option<Journaled>,
     scratch: Option<Arc<WindowFile>>,
+}
+
+/// A batch to be written to a file, from this window on, once it has been copied from the device.
+struct Journaled {
+    copy: Copy,
+    file: Arc<WindowFile>,
+    first: usize,
+    /// The memory, unless the batch stays in it.
+    memory: Option<(HostTensor, Reserved)>,
 }
 
 enum Slot {
@@ -36,7 +45,7 @@ enum Slot {
     /// On the device that computes.
     Device(Tensor, #[expect(dead_code, reason = "returned to the budget when dropped")] Reserved),
     /// In page-locked memory.
-    Pinned(Tensor, Reserved),
+    Pinned(HostTensor, Reserved),
     /// In a file, from this window on.
     File(Arc<WindowFile>, usize),
 }
@@ -65,9 +74,9 @@ impl Stream {
             slots: batches.iter().map(|_| Slot::Empty).collect(),
             batches,
             window: window.map(|size| size as i64),
-            free: Vec::new(),
             upload: None,
             downloads: Vec::new(),
+            journaled: None,
             scratch: None,
         }
     }
@@ -87,8 +96,8 @@ impl Stream {
             Some((index, copy)) if index == i => copy.on_device()?,
             _ => self.fetch(i)?,
         };
-        if let (Some(Slot::Pinned(tensor, _)), Some(copies)) = (self.slots.get(i + 1), &self.store.copies) {
-            self.upload = Some((i + 1, copies.upload(tensor)?));
+        if let (Some(Slot::Pinned(host, _)), Some(copies)) = (self.slots.get(i + 1), &self.store.copies) {
+            self.upload = Some((i + 1, copies.upload(host)?));
         }
         Ok(batch)
     }
@@ -114,8 +123,8 @@ impl Stream {
         match &self.slots[i] {
             Slot::Empty => unreachable!("batches are put before they are got"),
             Slot::Device(tensor, _) => Ok(tensor.shallow_clone()),
-            Slot::Pinned(tensor, _) => match &self.store.copies {
-                Some(copies) => copies.upload(tensor)?.on_device(),
+            Slot::Pinned(host, _) => match &self.store.copies {
+                Some(copies) => copies.upload(host)?.on_device(),
                 None => unreachable!("only devices other than the CPU have pinned batches"),
             },
             Slot::File(file, first) => self.read(i, file, *first, self.store.kind),
@@ -134,8 +143,8 @@ impl Stream {
 
     /// Drops batch `i`.
     pub(super) fn discard(&mut self, i: usize) {
-        if let Slot::Pinned(tensor, reserved) = std::mem::replace(&mut self.slots[i], Slot::Empty) {
-            self.free.push((tensor, reserved));
+        if let Slot::Pinned(host, reserved) = std::mem::replace(&mut self.slots[i], Slot::Empty) {
+            self.store.give_back(host, reserved);
         }
     }
 
@@ -152,12 +161,47 @@ impl Stream {
     }
 
     /// Keeps batch `i`, which is on the device that computes, and writes it to a `file` of all windows. Where the budgets have no
-    /// space for it, the file has the only copy.
+    /// space for it, the file has the only copy. A batch of a device is written while the device computes the next one, or by
+    /// [`Stream::finish_journal`].
     pub(super) fn put_in_journal(&mut self, i: usize, batch: Tensor, file: &Arc<WindowFile>) -> Result<()> {
         let first = self.batches[i].start;
-        file.write(first, &to_bytes(&batch)?)?;
-        self.slots[i] =
-            self.keep_in_memory(i, batch)?.unwrap_or_else(|_| Slot::File(Arc::clone(file), first));
+        let batch = batch.f_contiguous().torch("lay out activations")?;
+        let Some((host, reserved)) = self.store.host_like(&batch)? else {
+            file.write(first, &to_bytes(&batch)?)?;
+            self.slots[i] =
+                self.keep_in_memory(i, batch)?.unwrap_or_else(|_| Slot::File(Arc::clone(file), first));
+            return Ok(());
+        };
+        let copies = self.store.copies.as_ref().expect("page-locked memory is for copies");
+        let copy = copies.download(batch.shallow_clone(), &host)?;
+        self.discard(i);
+        let bytes = (batch.numel() * batch.kind().elt_size_in_bytes()) as u64;
+        let memory = match self.store.reserve_on_device(bytes) {
+            Some(on_device) => {
+                self.slots[i] = Slot::Device(batch, on_device);
+                Some((host, reserved))
+            }
+            None => {
+                self.slots[i] = Slot::Pinned(host, reserved);
+                None
+            }
+        };
+        let before = self.journaled.replace(Journaled { copy, file: Arc::clone(file), first, memory });
+        self.write(before)
+    }
+
+    /// Writes what [`Stream::put_in_journal`] has not written yet.
+    pub(super) fn finish_journal(&mut self) -> Result<()> {
+        let last = self.journaled.take();
+        self.write(last)
+    }
+
+    fn write(&self, journaled: Option<Journaled>) -> Result<()> {
+        let Some(Journaled { copy, file, first, memory }) = journaled else { return Ok(()) };
+        file.write(first, copy.finish()?)?;
+        if let Some((host, reserved)) = memory {
+            self.store.give_back(host, reserved);
+        }
         Ok(())
     }
 
@@ -184,20 +228,12 @@ impl Stream {
         if let Some(reserved) = self.store.reserve_on_device(bytes) {
             return Ok(Ok(Slot::Device(batch, reserved)));
         }
-        let store = Arc::clone(&self.store);
-        let Some(copies) = &store.copies else { return Ok(Err(batch)) };
-        let (pinned, reserved) = match self.free.iter().position(|(tensor, _)| tensor.size() == batch.size())
-        {
-            Some(at) => self.free.swap_remove(at),
-            None => match store.reserve_in_memory(bytes) {
-                Some(reserved) => (copies.pinned_like(&batch)?, reserved),
-                None => return Ok(Err(batch)),
-            },
-        };
+        let Some((host, reserved)) = self.store.host_like(&batch)? else { return Ok(Err(batch)) };
+        let copies = self.store.copies.as_ref().expect("page-locked memory is for copies");
         self.downloads.retain(|copy| !copy.ended());
         let batch = batch.f_contiguous().torch("lay out activations")?;
-        self.downloads.push(copies.download(batch, &pinned)?);
-        Ok(Ok(Slot::Pinned(pinned, reserved)))
+        self.downloads.push(copies.download(batch, &host)?);
+        Ok(Ok(Slot::Pinned(host, reserved)))
     }
 
     fn file(&mut self, i: usize, batch: &Tensor) -> Result<Arc<WindowFile>> {
@@ -229,7 +265,7 @@ impl Stream {
         }
         // Only then is their memory free.
         for copy in self.downloads.drain(..) {
-            drop(copy.finish()?);
+            copy.finish()?;
         }
         Ok(())
     }
@@ -263,10 +299,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Some(copies) = &self.store.copies {
-            // Dropped page-locked memory may be used again at once, so copies must end first. An error shows at the next operation too.
-            let _ = copies.synchronize();
-        }
+        (0..self.slots.len()).for_each(|i| self.discard(i));
     }
 }
 
@@ -275,7 +308,11 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::pipeline::memory::MemoryBudget;
+    use crate::{
+        cuda::{Copies, Gpu},
+        cuda_host::driver::{Driver, with_driver},
+        pipeline::memory::MemoryBudget,
+    };
 
     fn batch(from: f64, windows: i64) -> Tensor {
         (Tensor::arange(windows * 6, (Kind::Float, Device::Cpu)) + from).reshape([windows, 2, 3])
@@ -346,6 +383,75 @@ mod tests {
                 assert_eq!(second.get(i).unwrap(), batch(100.0 * i as f64, windows));
             }
         }
+    }
+
+    /// A store whose device is the tests' driver.
+    fn store_of(
+        driver: &Driver,
+        on_device: u64,
+        memory: u64,
+        folder: &std::path::Path,
+    ) -> Arc<ActivationStore> {
+        driver.add_device("NVIDIA H200", (9, 0), 132, 227 << 10);
+        let copies = Copies::on(&Gpu::numbered(0).unwrap(), Device::Cpu).unwrap();
+        let [on_device, memory] = [on_device, memory].map(|bytes| MemoryBudget::new(Some(bytes)));
+        ActivationStore::with(Device::Cpu, Kind::Float, on_device, &memory, folder, Some(copies))
+    }
+
+    /// The host does not wait for the copy of the batch that it puts, but writes the one before.
+    #[test]
+    fn journals_are_written_while_the_device_computes() {
+        with_driver("pipeline::stream::tests::journals_are_written_while_the_device_computes", |driver| {
+            let folder = tempfile::tempdir().unwrap();
+            // Batches stay on the device, or in page-locked memory.
+            for on_device in [10_000, 0] {
+                let store = store_of(driver, on_device, 10_000, folder.path());
+                let mut stream = Stream::new(&store, 0..6, 2, [2, 3]);
+                let file = Arc::new(WindowFile::create(folder.path().join("states"), 6, 24).unwrap());
+                let batch = |i: usize| batch(100.0 * i as f64, 2);
+                let written = |i: usize| file.read(2 * i, 2).ok();
+                for i in 0..3 {
+                    stream.put_in_journal(i, batch(i), &file).unwrap();
+                    assert!(driver.pending() > 0, "batch {i} is waited for");
+                    assert_eq!(written(i), None);
+                    for before in 0..i {
+                        assert_eq!(written(before), Some(to_bytes(&batch(before)).unwrap()));
+                    }
+                }
+                stream.finish_journal().unwrap();
+                assert_eq!(written(2), Some(to_bytes(&batch(2)).unwrap()));
+                for i in 0..3 {
+                    assert_eq!(stream.get(i).unwrap(), batch(i));
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn page_locked_memory_is_reused_within_its_budget() {
+        with_driver("pipeline::stream::tests::page_locked_memory_is_reused_within_its_budget", |driver| {
+            let folder = tempfile::tempdir().unwrap();
+            // Two batches of 48 bytes; the third goes to a file.
+            let store = store_of(driver, 0, 100, folder.path());
+            for round in 0..4 {
+                let mut stream = Stream::new(&store, 0..6, 2, [2, 3]);
+                for i in 0..3 {
+                    stream.put(i, batch(f64::from(round) + i as f64, 2)).unwrap();
+                }
+                for i in 0..3 {
+                    assert_eq!(stream.get(i).unwrap(), batch(f64::from(round) + i as f64, 2));
+                }
+                drop(stream);
+                assert_eq!((driver.calls("cuMemHostAlloc"), driver.alive().page_locked), (2, 2), "{round}");
+            }
+            // Batches of another size take what is not used.
+            let mut stream = Stream::new(&store, 0..3, 3, [2, 3]);
+            stream.put(0, batch(7.0, 3)).unwrap();
+            assert_eq!(stream.get(0).unwrap(), batch(7.0, 3));
+            assert_eq!(driver.alive().page_locked, 1);
+            drop((stream, store));
+            assert_eq!(driver.alive().page_locked, 0);
+        });
     }
 
     #[test]

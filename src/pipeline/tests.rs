@@ -26,7 +26,7 @@ use crate::{
     calibration::{Tokens, Windows},
     checkpoint::Checkpoint,
     error::{Error, Result},
-    gptq::solver::Solved,
+    gptq::{fault, solver::Solved},
     plan::{OnFailure, Plan},
     progress::{Event, Progress, Silent},
     report::{LinearReport, StageMemory},
@@ -112,6 +112,20 @@ fn batches_and_devices_solve_the_same() {
                 let equal = found.1.iter().zip(&expected.1).filter(|(a, b)| a == b).count();
                 assert!(equal * 100 >= expected.1.len() * 98, "{place}: {equal} of {}", expected.1.len());
             }
+        }
+    }
+}
+
+/// Memory of the device ends while Hessians are summed up: between groups, whose sums then go on, or before the first of them.
+#[test]
+fn memory_that_ends_in_a_hessian_changes_nothing() {
+    for name in ["llama3-gqa-rope", "mixtral"] {
+        let expected = first_layer(name, 1, 3 * SEQ_LEN);
+        for products in [0, 1, 4, 9, 11, 12, 13, 14, 15] {
+            fault::after(products);
+            let found = first_layer(name, 1, 3 * SEQ_LEN);
+            assert!(!fault::is_pending(), "{name} has more than {products} products");
+            assert!(found == expected, "{name}: out of memory after {products} products");
         }
     }
 }

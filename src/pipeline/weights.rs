@@ -1,9 +1,12 @@
 //! A layer's dense weights.
 
+use std::sync::Arc;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::{
     checkpoint::Checkpoint,
+    cuda::{HostMemory, HostPool},
     error::{Result, TorchContext},
     model::{DenseParts, Transformer},
 };
@@ -15,14 +18,20 @@ pub(super) struct Weights {
     pub(super) parts: DenseParts,
     /// Weight `[N, K]` and bias `[N]` of each of the layer's linears, in the checkpoint's own kind.
     linears: Vec<(Tensor, Option<Tensor>)>,
+    /// What the weights lie in, if it is page-locked.
+    memory: Vec<Arc<HostMemory>>,
 }
 
 impl Weights {
-    /// Reads a layer into memory, page-locked for copies to `pinned_for`, and releases its part of the memory map.
+    /// Reads a layer into memory, with its weights in `page_locked` memory if there is a pool, and releases its part of the memory map.
     ///
     /// # Errors
     /// When a tensor is missing, malformed, not finite, or beyond fp16.
-    pub(super) fn read(checkpoint: &Checkpoint, layer: usize, pinned_for: Option<Device>) -> Result<Self> {
+    pub(super) fn read(
+        checkpoint: &Checkpoint,
+        layer: usize,
+        page_locked: Option<&Arc<HostPool>>,
+    ) -> Result<Self> {
         let transformer = Transformer::new(checkpoint, 1, Kind::Float, Device::Cpu)?;
         let config = checkpoint.config();
         let source = transformer.source_kind(&config.linear_id(layer, 0))?;
@@ -31,21 +40,22 @@ impl Weights {
                 transformer.check_f16(&id)?;
             }
         }
-        let pin = |tensor: Tensor| match pinned_for {
-            Some(device) => tensor.f_pin_memory(device).torch("lock memory for copies"),
-            None => Ok(tensor),
-        };
+        let mut memory = Vec::new();
         let read = |position: usize| {
-            let (weight, bias) = transformer.weight(layer, position, source)?;
-            Ok((pin(weight)?, bias))
+            let Some(pool) = page_locked else { return transformer.weight(layer, position, source) };
+            transformer.weight_into(layer, position, source, |size| {
+                let locked = pool.empty(size, source)?;
+                memory.push(locked.memory());
+                Ok(locked.tensor().shallow_clone())
+            })
         };
         let linears = (0..config.layers[layer].linears.len()).map(read).collect::<Result<_>>()?;
-        let weights = Self { layer, parts: transformer.parts(layer)?, linears };
+        let weights = Self { layer, parts: transformer.parts(layer)?, linears, memory };
         checkpoint.release_layer(layer);
         Ok(weights)
     }
 
-    /// A copy on a device. Copies from page-locked memory are asynchronous.
+    /// A copy on a device. Copies from page-locked memory are asynchronous; the copy keeps that memory too.
     pub(super) fn on(&self, device: Device) -> Result<Self> {
         let on = |tensor: &Tensor| match device {
             Device::Cpu => Ok(tensor.shallow_clone()),
@@ -56,7 +66,7 @@ impl Weights {
             Ok((on(weight)?, bias))
         });
         let linears = linears.collect::<Result<_>>()?;
-        Ok(Self { layer: self.layer, parts: self.parts.try_map(&on)?, linears })
+        Ok(Self { layer: self.layer, parts: self.parts.try_map(&on)?, linears, memory: self.memory.clone() })
     }
 
     /// Weight and bias of the linear at a position in the layer.

@@ -209,7 +209,7 @@ impl<'a> Worker<'a> {
             )?;
         }
         self.linears.clear();
-        Ok(())
+        self.reference.as_mut().map_or(Ok(()), ReferenceLayer::finish_journal)
     }
 
     /// Ends the layer for the reference model: its hidden states, stream `reference`, are now those behind the layer.
@@ -253,7 +253,10 @@ impl<'a> Worker<'a> {
         let widths = config.stored_widths(stage).into_iter();
         self.next_stored = widths.map(|width| self.stream_like(stream, width)).collect();
         let changes = stage > 0 && config.stages[stage - 1].kind.writes();
-        self.each_batch(
+        // Groups that have the batch that is added.
+        let mut added = 0;
+        let phases = self.context.phases;
+        self.each_batch_added(
             stream,
             |worker, i| {
                 let mut at = worker.at(stream, i)?;
@@ -274,11 +277,17 @@ impl<'a> Worker<'a> {
                 let (inputs, others) = worker.context.phases.time(Phase::Forward, 0.0, both)?;
                 Ok((at, inputs, others))
             },
-            |worker, i, (at, inputs, others)| {
-                for (position, (statistics, x)) in statistics.iter_mut().zip(&inputs).enumerate() {
-                    statistics.add(x, others.get(position), worker.context.phases)?;
+            |(_, inputs, others)| {
+                while let (Some(statistics), Some(x)) = (statistics.get_mut(added), inputs.get(added)) {
+                    let result = statistics.add(x, others.get(added), phases);
+                    result.map_err(|error| (error, added > 0 || !statistics.is_between_batches()))?;
+                    added += 1;
                 }
-                drop(inputs);
+                added = 0;
+                Ok(())
+            },
+            |worker, i, (at, inputs, others)| {
+                drop((inputs, others));
                 worker.context.phases.time(Phase::Activations, 0.0, || {
                     worker.stored.iter_mut().for_each(|stream| stream.discard(i));
                     for (stream, tensor) in worker.next_stored.iter_mut().zip(at.stored) {
@@ -310,7 +319,7 @@ impl<'a> Worker<'a> {
             },
         )?;
         self.end();
-        Ok(())
+        self.hidden[stream].finish_journal()
     }
 
     /// Ends the last layer, whose outputs are dropped.
@@ -355,10 +364,23 @@ impl<'a> Worker<'a> {
         &mut self,
         stream: usize,
         compute: impl Fn(&mut Self, usize) -> Result<T>,
+        use_it: impl FnMut(&mut Self, usize, T) -> Result<()>,
+    ) -> Result<()> {
+        self.each_batch_added(stream, compute, |_| Ok(()), use_it)
+    }
+
+    /// As [`Worker::each_batch`], with sums that each value is added to before it is used. Where the device's memory ends while
+    /// adding, `add` is called again: with the same value if it was added in part, which the error says, else with values of
+    /// smaller batches.
+    fn each_batch_added<T>(
+        &mut self,
+        stream: usize,
+        compute: impl Fn(&mut Self, usize) -> Result<T>,
+        mut add: impl FnMut(&T) -> Result<(), (Error, bool)>,
         mut use_it: impl FnMut(&mut Self, usize, T) -> Result<()>,
     ) -> Result<()> {
         let mut i = 0;
-        while i < self.hidden[stream].len() {
+        'batches: while i < self.hidden[stream].len() {
             self.context.check_cancelled()?;
             let value = match compute(self, i) {
                 Err(error) if error.is_out_of_device_memory() && self.free_device_memory(stream, i)? => {
@@ -366,6 +388,22 @@ impl<'a> Worker<'a> {
                 }
                 value => value?,
             };
+            while let Err((error, in_part)) = add(&value) {
+                if !error.is_out_of_device_memory() {
+                    return Err(error);
+                }
+                if in_part {
+                    if !self.leave_device()? {
+                        return Err(error);
+                    }
+                } else {
+                    drop(value);
+                    if !self.free_device_memory(stream, i)? {
+                        return Err(error);
+                    }
+                    continue 'batches;
+                }
+            }
             use_it(self, i, value)?;
             self.context.progress.advance(1);
             i += 1;
@@ -373,17 +411,25 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
+    /// Moves activations from the device. False when they are elsewhere already.
+    fn leave_device(&mut self) -> Result<bool> {
+        if !self.store.close_device() {
+            return Ok(false);
+        }
+        let reference = self.reference.iter_mut().flat_map(ReferenceLayer::streams_mut);
+        let others = self.stored.iter_mut().chain(&mut self.next_stored).chain(reference);
+        for stream in self.hidden.iter_mut().chain(others) {
+            stream.leave_device()?;
+        }
+        let text =
+            format!("{:?}: out of memory; activations are kept outside of it from now on", self.device());
+        self.context.progress.event(&Event::Warning(&text));
+        Ok(true)
+    }
+
     /// Frees memory of the device: activations leave it, then batches are halved. False when neither is possible any more.
     fn free_device_memory(&mut self, stream: usize, i: usize) -> Result<bool> {
-        if self.store.close_device() {
-            let reference = self.reference.iter_mut().flat_map(ReferenceLayer::streams_mut);
-            let others = self.stored.iter_mut().chain(&mut self.next_stored).chain(reference);
-            for stream in self.hidden.iter_mut().chain(others) {
-                stream.leave_device()?;
-            }
-            let text =
-                format!("{:?}: out of memory; activations are kept outside of it from now on", self.device());
-            self.context.progress.event(&Event::Warning(&text));
+        if self.leave_device()? {
             return Ok(true);
         }
         let windows = self.hidden[stream].batches()[i].len();

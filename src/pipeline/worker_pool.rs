@@ -1,6 +1,6 @@
 //! All devices of a run: variants are spread over them first, then windows.
 
-use std::{ops::Range, path::Path, thread};
+use std::{ops::Range, path::Path, sync::Arc, thread};
 
 use tch::{Device, Kind};
 
@@ -11,7 +11,10 @@ use super::{
     worker::{RunContext, Worker},
     worker_group::{SharedSink, SharedStates, Task, WorkerGroup},
 };
-use crate::{calibration::Windows, checkpoint::Checkpoint, error::Result, model::Transformer, report::Phase};
+use crate::{
+    calibration::Windows, checkpoint::Checkpoint, cuda::HostPool, error::Result, model::Transformer,
+    report::Phase,
+};
 
 /// All worker groups of a run.
 pub(super) struct WorkerPool<'a> {
@@ -20,7 +23,8 @@ pub(super) struct WorkerPool<'a> {
     layers: usize,
     /// The next layer's weights, read while this one is solved. Only beside a device that is not the CPU, where it saves time.
     next: Option<Weights>,
-    pinned_for: Option<Device>,
+    /// Memory of weights, if a device other than the CPU copies them.
+    page_locked: Option<Arc<HostPool>>,
     context: RunContext<'a>,
 }
 
@@ -55,8 +59,9 @@ impl<'a> WorkerPool<'a> {
             group.begin(windows, kept)?;
             groups.push(group);
         }
-        let pinned_for = devices.iter().copied().find(|d| *d != Device::Cpu);
-        Ok(Self { checkpoint, groups, layers: task.layers, next: None, pinned_for, context })
+        let device = devices.iter().copied().find(|d| *d != Device::Cpu);
+        let page_locked = device.map(HostPool::for_libtorch).transpose()?;
+        Ok(Self { checkpoint, groups, layers: task.layers, next: None, page_locked, context })
     }
 
     pub(super) fn solver_name(&self) -> &'static str {
@@ -75,18 +80,18 @@ impl<'a> WorkerPool<'a> {
         sink: &SharedSink<'s>,
         next: Option<&SharedStates<'s>>,
     ) -> Result<()> {
-        let (checkpoint, pinned_for) = (self.checkpoint, self.pinned_for);
+        let (checkpoint, page_locked) = (self.checkpoint, self.page_locked.as_ref());
         let weights = match self.next.take() {
             Some(weights) => weights,
             None => {
-                let read = || Weights::read(checkpoint, layer, pinned_for);
+                let read = || Weights::read(checkpoint, layer, page_locked);
                 self.context.phases.time(Phase::Weights, 0.0, read)?
             }
         };
-        let prefetch = pinned_for.is_some() && layer + 1 < self.layers;
+        let prefetch = page_locked.is_some() && layer + 1 < self.layers;
         let (solved, ahead) = thread::scope(|scope| {
             let ahead =
-                prefetch.then(|| scope.spawn(move || Weights::read(checkpoint, layer + 1, pinned_for)));
+                prefetch.then(|| scope.spawn(move || Weights::read(checkpoint, layer + 1, page_locked)));
             let solved = solve_all(&mut self.groups, weights, sink, next);
             (solved, ahead.map(|thread| thread.join().expect("reading does not panic")))
         });

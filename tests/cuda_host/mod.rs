@@ -1,5 +1,7 @@
 //! Kernels on this machine: a `.cu` file of `src` compiled by the C++ compiler with the machine of this folder, and its
-//! kernels called as a device would be. See `docs/kernels.md`.
+//! kernels called as a device would be; `driver` is a CUDA driver for such kernels. See `docs/kernels.md`.
+
+pub(crate) mod driver;
 
 use std::{
     collections::HashMap,

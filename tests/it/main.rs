@@ -9,6 +9,7 @@
 //! | `bad_input` | every malformed checkpoint: its error, its hint, exit code 2, nothing left behind |
 //! | `bad_settings` | the same for plans, flags, texts and disks |
 //! | `cuda_device` | whole models on a CUDA device against the CPU (needs one) |
+//! | `cuda_driver` | the host code of CUDA on a driver of the tests' own: launches, attributes, copies, fences |
 //! | `resume` | runs that end early go on to the same bytes; what cannot be gone on with is refused, untouched |
 //! | `killed` | the same with the program killed, stopped by signals, and on disks that fill up |
 //! | `resources` | limits of memory and several devices make the same branches |
@@ -31,6 +32,8 @@
 //! | `publish_hub` | branches to a Hub on loopback with every fault, and the whole way from a Hub to a Hub |
 //! | `publish_git` | branches to a git remote with git-lfs, and cloned from there |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
+//! | `cuda_machine_code` | the same kernels through `ptxas` for every generation: registers, no spills (needs `ptxas`) |
+//! | `gpu_check` | `scripts/gpu-check` on made-up programs: order, lines, JSON, the README's section |
 //! | `documentation` | the tests that it names exist |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
 //!
@@ -44,9 +47,11 @@ mod bad_settings;
 mod card;
 mod chat;
 mod cuda_device;
+mod cuda_driver;
 #[path = "../cuda_host/mod.rs"]
 mod cuda_host;
 mod cuda_kernels;
+mod cuda_machine_code;
 mod documentation;
 mod evaluation;
 mod foreign;
@@ -54,6 +59,7 @@ mod fuzz_findings;
 mod gate;
 mod generate;
 mod golden;
+mod gpu_check;
 mod help;
 mod helpers;
 mod hub_cache;

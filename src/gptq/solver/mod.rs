@@ -22,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 
 pub use by_rows::{OutputFactor, solve_by_rows};
 pub use cpu::CpuSolver;
-pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes};
+pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes, StageShape, Work};
 pub use fallback::OrRounded;
 pub use rtn::RtnSolver;
 pub use solved::{Solution, Solved};

@@ -91,6 +91,38 @@ impl Rounding {
     }
 }
 
+/// A row rounded to nearest.
+pub(super) struct Rounded {
+    /// Which row of a stack of weights.
+    pub(super) row: usize,
+    pub(super) steps: Vec<Step>,
+    /// `[K]`, in the features' own order.
+    pub(super) codes: Vec<u8>,
+    /// `‖d‖²`.
+    pub(super) distance: f64,
+}
+
+/// Rounds the row `values` `[K]`, which become its differences, 0 for `dead` features.
+pub(super) fn round_alive(
+    grid: Grid,
+    g_idx: &[u32],
+    dead: &[u32],
+    row: usize,
+    groups: usize,
+    values: &mut [f32],
+) -> Rounded {
+    let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; groups];
+    let mut codes = vec![0; values.len()];
+    round_row(grid, g_idx, values, &mut steps, &mut codes);
+    for &feature in dead {
+        let feature = feature as usize;
+        values[feature] = 0.0;
+        codes[feature] = steps[g_idx[feature] as usize].zero;
+    }
+    let distance = values.iter().map(|&d| f64::from(d) * f64::from(d)).sum();
+    Rounded { row, steps, codes, distance }
+}
+
 /// Rounds a row of weights `[K]`: writes its groups' steps `[G]` and its codes `[K]`, and replaces the weights by `Ŵ − W`. A
 /// scale that fp16 cannot hold becomes infinite, and the differences of its group are then undefined.
 pub(super) fn round_row(grid: Grid, g_idx: &[u32], values: &mut [f32], steps: &mut [Step], codes: &mut [u8]) {

@@ -77,7 +77,15 @@ impl Workspace {
     /// # Errors
     /// When the device is not a usable CUDA device.
     pub fn new(device: Device) -> Result<Arc<Self>> {
-        let gpu = Gpu::of(device)?;
+        Self::on(Gpu::of(device)?, device)
+    }
+
+    /// As [`Workspace::new`], with the device that libtorch's tensors are on. It differs from `gpu` in tests, whose driver takes
+    /// the CPU's memory for a device's.
+    ///
+    /// # Errors
+    /// As [`Workspace::new`].
+    pub fn on(gpu: Arc<Gpu>, device: Device) -> Result<Arc<Self>> {
         if gpu.capability < (8, 0) {
             return Err(Error::Device {
                 device: format!("{device:?}"),

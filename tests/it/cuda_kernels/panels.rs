@@ -1,6 +1,9 @@
 //! The column loop: `gptq_solve_fitted`, `gptq_solve_given`, `gptq_compensate`, `gptq_fit_static`.
 
-use gptq::variant::{Bits, GroupSize, Variant};
+use gptq::{
+    accuracy::{ScaleSearch, Scales},
+    variant::{Bits, GroupSize, Variant},
+};
 
 use super::{
     problem::Problem,
@@ -70,6 +73,70 @@ fn given_scales() {
     for text in ["4bit--1g", "4bit--1g-act-asym"] {
         check(170, 20, text.parse().unwrap(), How { panel: 96, shift: 1, ..How::default() });
     }
+}
+
+const BLOCK: Scales = Scales { signed: true, search: ScaleSearch::Block };
+
+#[track_caller]
+fn check_searched(k: usize, n: usize, variant: Variant, scales: Scales, at_once: usize, how: How) {
+    let problem = Problem::new(n, k, (k * 31 + n) as u64);
+    let how = How { search: Some((scales, at_once)), ..how };
+    let solved = solve(&problem, &variant, how).unwrap_or_else(|error| panic!("{variant}, {how:?}: {error}"));
+    problem.check_scales_against_definition(&variant, &solved, scales);
+}
+
+/// Groups of one step and of several, that begin anywhere in a step, and partial ones; all finalists at the same time or some.
+#[test]
+fn searched_scales_are_those_of_the_definition() {
+    for (k, n, group, panel, text, at_once) in [
+        (290, 41, 128, 256, "4bit-16g-act", 8),
+        (200, 36, 64, 128, "4bit-16g", 4),
+        (130, 33, 32, 256, "3bit-16g-act", 8),
+        (150, 32, 48, 144, "4bit-16g", 2),
+        (110, 20, 100, 128, "2bit-16g-asym", 8),
+        (70, 5, 17, 64, "4bit-16g-asym", 1),
+        (64, 34, 16, 64, "8bit-16g-act", 8),
+    ] {
+        let how = How { panel, shift: k % 4, pad: n % 3, ..How::default() };
+        check_searched(k, n, variant(text, group), BLOCK, at_once, how);
+    }
+}
+
+#[test]
+fn scales_are_searched_by_the_diagonal_and_by_sign_alone() {
+    for (signed, search) in
+        [(true, ScaleSearch::Off), (true, ScaleSearch::Diagonal), (false, ScaleSearch::Diagonal)]
+    {
+        let scales = Scales { signed, search };
+        check_searched(140, 37, variant("4bit-16g-act", 64), scales, 1, How::default());
+        check_searched(140, 37, variant("3bit-16g-asym", 48), scales, 1, How { panel: 96, ..How::default() });
+        check_searched(200, 45, variant("4bit-16g-static", 16), scales, 1, How::default());
+        check_searched(
+            170,
+            20,
+            "4bit--1g-act-asym".parse().unwrap(),
+            scales,
+            1,
+            How { panel: 96, ..How::default() },
+        );
+    }
+}
+
+/// Neither the order of threads nor what is compared at the same time shows in the bytes of a search.
+#[test]
+fn no_order_and_no_number_of_finalists_at_once_shows() {
+    let problem = Problem::new(40, 150, 9);
+    let variant = variant("4bit-16g-act", 48);
+    let base = How { panel: 96, search: Some((BLOCK, 8)), ..How::default() };
+    let solve = |how: How| solve(&problem, &variant, how).unwrap_or_else(|e| panic!("{how:?}: {e}"));
+    let expected = solve(base);
+    for (at_once, warps, order) in
+        [(1, 8, Order::Reverse), (4, 8, Order::Random(1)), (8, 16, Order::Random(2)), (4, 4, Order::Forward)]
+    {
+        let how = How { search: Some((BLOCK, at_once)), warps, order, ..base };
+        assert_eq!(solve(how), expected, "{how:?}");
+    }
+    assert_eq!(solve(How { pad: 3, shift: 1, ..base }), expected, "not aligned");
 }
 
 #[test]

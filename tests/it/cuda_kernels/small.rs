@@ -38,6 +38,81 @@ fn packed_words_are_those_of_pack() {
     }
 }
 
+/// Codes and steps of a range of columns of a wider stack, in each type that forward passes run in.
+#[test]
+fn dense_weights_are_the_codes_values() {
+    let mut random = Random::new(6);
+    let (k, n, stride, first, groups) = (20usize, 300usize, 340usize, 8usize, 3usize);
+    let codes: Vec<u8> = (0..k * stride).map(|_| random.below(256) as u8).collect();
+    let scales: Vec<f16> = (0..groups * stride).map(|_| f16::from_f64(0.01 * random.normal())).collect();
+    let zeros: Vec<u8> = (0..groups * stride).map(|_| random.below(256) as u8).collect();
+    let g_idx: Vec<i32> = (0..k).map(|_| random.below(groups) as i32).collect();
+    let expected: Vec<f32> = (0..k * n)
+        .map(|i| {
+            let (row, column) = (i / n, i % n + first);
+            let step = g_idx[row] as usize * stride + column;
+            let offset = f32::from(codes[row * stride + column]) - f32::from(zeros[step]);
+            offset * scales[step].to_f32()
+        })
+        .collect();
+    let run = |name: &str, dense: &mut [u16]| {
+        let mut memory = Memory::default();
+        let codes = memory.read(&codes) + first as u64;
+        let (scales, zeros) = (memory.read(&scales) + 2 * first as u64, memory.read(&zeros) + first as u64);
+        let (groups, to) = (memory.read(&g_idx), memory.write(dense));
+        let (stride, n) = (stride as i64, n as i32);
+        let arguments = arguments![codes, stride, scales, zeros, stride, groups, to, n];
+        let launch = launch((2, k), (256, 1), Order::Random(3));
+        // SAFETY: the arguments of the kernel; `memory` has all that they point to.
+        unsafe { library().launch(name, launch, &memory, &arguments) }.unwrap();
+    };
+    let mut wide = vec![0u16; 2 * k * n];
+    run("gptq_dequantize_f32", &mut wide);
+    let wide: Vec<u32> = wide.chunks(2).map(|half| u32::from(half[0]) | u32::from(half[1]) << 16).collect();
+    assert_eq!(wide, expected.iter().map(|w| w.to_bits()).collect::<Vec<_>>());
+    let mut half = vec![0u16; k * n];
+    run("gptq_dequantize_f16", &mut half);
+    assert_eq!(half, expected.iter().map(|&w| f16::from_f32(w).to_bits()).collect::<Vec<_>>());
+    run("gptq_dequantize_bf16", &mut half);
+    assert_eq!(half, expected.iter().map(|&w| bf16::from_f32(w).to_bits()).collect::<Vec<_>>());
+}
+
+/// `Σ H_ii d_i²` of rounding each group to nearest.
+#[test]
+fn costs_of_rounding_are_those_of_the_grid() {
+    let mut random = Random::new(8);
+    let (k, n, group) = (70usize, 37usize, 32usize);
+    let weights: Vec<f32> = (0..k * n).map(|_| random.normal() as f32).collect();
+    let diagonal: Vec<f32> = (0..k).map(|_| (random.normal().exp()) as f32).collect();
+    let members: Vec<i32> = random.order(k).into_iter().map(|i| i as i32).collect();
+    for (bits, symmetric) in [(4u32, 1i32), (2, 0), (8, 1)] {
+        let mut costs = vec![-1f32; 3 * n];
+        let mut memory = Memory::default();
+        let (from, of, h) = (memory.read(&weights), memory.read(&members), memory.read(&diagonal));
+        let to = memory.write(&mut costs);
+        let sizes = (n as i32, k as i32, group as i32, bits as i32);
+        let arguments = arguments![from, of, h, to, sizes.0, sizes.1, sizes.2, sizes.3, symmetric];
+        // SAFETY: the arguments of the kernel; `memory` has all that they point to.
+        unsafe {
+            let launch = launch((2, 3), (32, 8), Order::Reverse);
+            library().launch("gptq_rounding_costs", launch, &memory, &arguments)
+        }
+        .unwrap();
+        let grid = Grid::new(Bits::new(bits).unwrap(), symmetric != 0);
+        for (i, &found) in costs.iter().enumerate() {
+            let own: Vec<(f64, f64)> = members[i / n * group..k.min((i / n + 1) * group)]
+                .iter()
+                .map(|&m| (f64::from(weights[m as usize * n + i % n]), f64::from(diagonal[m as usize])))
+                .collect();
+            let (low, high) =
+                own.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &(w, _)| (l.min(w), h.max(w)));
+            let step = grid.fit(low, high);
+            let cost: f64 = own.iter().map(|&(w, h)| h * (step.weight(grid.code(w, step)) - w).powi(2)).sum();
+            assert!((f64::from(found) - cost).abs() < 1e-4 * cost, "{bits} bits: {found} {cost}");
+        }
+    }
+}
+
 /// Ranges of every size and sign: of zeros, below and beyond what fp16 holds, on one side of zero.
 #[test]
 fn scales_are_those_of_the_grid() {

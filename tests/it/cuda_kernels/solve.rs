@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use gptq::{gptq::QuantizedLinear, variant::Variant};
+use gptq::{accuracy::Scales, gptq::QuantizedLinear, variant::Variant};
 use half::f16;
 
 use super::{
@@ -26,11 +26,13 @@ pub(crate) struct How {
     /// Floats before the first one of Ũ, weights and residuals.
     pub(crate) shift: usize,
     pub(crate) order: Order,
+    /// Scales to search for, and how many finalists are compared at the same time.
+    pub(crate) search: Option<(Scales, usize)>,
 }
 
 impl Default for How {
     fn default() -> Self {
-        Self { warps: 8, panel: 256, pad: 0, shift: 0, order: Order::Forward }
+        Self { warps: 8, panel: 256, pad: 0, shift: 0, order: Order::Forward, search: None }
     }
 }
 
@@ -51,6 +53,7 @@ struct PanelArguments {
     distance: u64,
     minima: u64,
     maxima: u64,
+    factors: u64,
     factor_stride: i64,
     n: i32,
     columns: i32,
@@ -58,11 +61,16 @@ struct PanelArguments {
     bits: i32,
     symmetric: i32,
     flags: i32,
+    candidates: i32,
+    finalists: i32,
+    at_once: i32,
+    unused: i32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Fitted,
+    Searched { candidates: usize, finalists: usize, at_once: usize },
     Given,
     Compensate(i32),
 }
@@ -71,6 +79,7 @@ impl Mode {
     fn kernel(self) -> &'static str {
         match self {
             Self::Fitted => "gptq_solve_fitted",
+            Self::Searched { .. } => "gptq_solve_searched",
             Self::Given => "gptq_solve_given",
             Self::Compensate(_) => "gptq_compensate",
         }
@@ -79,14 +88,21 @@ impl Mode {
     /// Dynamic shared memory, bytes.
     fn shared(self, columns: usize, group: usize) -> usize {
         let padded = columns.next_multiple_of(32);
-        let extra = match self {
-            Self::Given => 6144,
-            Self::Compensate(_) => 0,
-            Self::Fitted if group <= 32 => 0,
-            Self::Fitted if group.is_multiple_of(32) => 32 * padded.min(group),
-            Self::Fitted => 32 * padded.min((group + 31).next_multiple_of(32)),
+        let fitted = match group {
+            ..=32 => 0,
+            _ if group.is_multiple_of(32) => 32 * padded.min(group),
+            _ => 32 * padded.min((group + 31).next_multiple_of(32)),
         };
-        4 * (64 * padded + extra + 5376 + 3 * (padded + 32))
+        let rows = group.min(columns).next_multiple_of(32);
+        let (extra, search) = match self {
+            Self::Given => (6144, 0),
+            Self::Compensate(_) => (0, 0),
+            Self::Fitted => (fitted, 0),
+            Self::Searched { candidates, finalists, at_once } => {
+                (fitted.max(32 * candidates).max(8 * at_once * rows), 32 * (rows + 2 + 2 * finalists) + 4)
+            }
+        };
+        4 * (64 * padded + extra + 5376 + 3 * (padded + 32) + search)
     }
 }
 
@@ -112,6 +128,8 @@ struct Device<'a> {
     distance: Vec<f64>,
     minima: Vec<f32>,
     maxima: Vec<f32>,
+    /// Of the search.
+    factors: Vec<f64>,
     library: std::sync::Arc<Library>,
 }
 
@@ -124,6 +142,14 @@ pub(crate) fn solve(problem: &Problem, variant: &Variant, how: How) -> Result<So
     if variant.scales_known_beforehand() {
         device.fit_static(&problem.order(variant))?;
     }
+    let fitted = match how.search {
+        Some((scales, at_once)) => {
+            let candidates = device.factors.len();
+            let finalists = scales.finalists().clamp(1, candidates);
+            Mode::Searched { candidates, finalists, at_once: at_once.min(how.warps as usize) }
+        }
+        None => Mode::Fitted,
+    };
     let mut start = 0;
     while start < device.k {
         let wide = !variant.scales_known_beforehand() && device.group > how.panel;
@@ -136,7 +162,7 @@ pub(crate) fn solve(problem: &Problem, variant: &Variant, how: How) -> Result<So
             _ => start + how.panel / device.group * device.group,
         };
         let end = end.min(device.k);
-        let mode = if wide || variant.scales_known_beforehand() { Mode::Given } else { Mode::Fitted };
+        let mode = if wide || variant.scales_known_beforehand() { Mode::Given } else { fitted };
         let residuals = device.residuals(start, start..end);
         device.panel(mode, start..end, &residuals)?;
         start = end;
@@ -176,6 +202,7 @@ impl<'a> Device<'a> {
             distance: vec![0.0; n],
             minima: vec![f32::NAN; n],
             maxima: vec![f32::NAN; n],
+            factors: how.search.map_or(Vec::new(), |(s, _)| s.factors(variant.bits, variant.symmetric)),
             library: Library::of("gptq_block", &[("GPTQ_WARPS", i64::from(how.warps))]),
         }
     }
@@ -251,10 +278,27 @@ impl<'a> Device<'a> {
             factor_stride: stride as i64,
             n: n as i32,
             columns: p as i32,
-            group_size: if mode == Mode::Fitted { self.group as i32 } else { 0 },
+            factors: memory.read(&self.factors),
+            group_size: match mode {
+                Mode::Fitted | Mode::Searched { .. } => self.group as i32,
+                _ => 0,
+            },
             bits: self.variant.bits.get() as i32,
             symmetric: self.variant.symmetric.into(),
             flags: if let Mode::Compensate(flags) = mode { flags } else { 0 },
+            candidates: 0,
+            finalists: 0,
+            at_once: 0,
+            unused: 0,
+        };
+        let a = match mode {
+            Mode::Searched { candidates, finalists, at_once } => PanelArguments {
+                candidates: candidates as i32,
+                finalists: finalists as i32,
+                at_once: at_once as i32,
+                ..a
+            },
+            _ => a,
         };
         let launch = Launch {
             blocks: (n.div_ceil(LANES), 1, 1),
@@ -283,9 +327,20 @@ impl<'a> Device<'a> {
         let (bits, symmetric) = (self.variant.bits.get() as i32, i32::from(self.variant.symmetric));
         let weights = weights + 4 * self.how.shift as u64;
         let (n, k, group) = (self.n as i32, self.k as i32, self.group as i32);
-        let arguments = arguments![weights, positions, scales, zeros, n, k, group, bits, symmetric];
+        if self.factors.is_empty() {
+            let arguments = arguments![weights, positions, scales, zeros, n, k, group, bits, symmetric];
+            // SAFETY: the arguments of the kernel; `memory` has all that they point to.
+            return unsafe { self.library.launch("gptq_fit_static", launch, &memory, &arguments) };
+        }
+        // Rows of Ũ are K apart here.
+        assert_eq!((self.how.pad, self.how.shift), (0, 0));
+        let (factor, factors) = (memory.read(&self.factor), memory.read(&self.factors));
+        let candidates = self.factors.len() as i32;
+        let arguments = arguments![
+            weights, positions, factor, factors, scales, zeros, n, k, group, bits, symmetric, candidates
+        ];
         // SAFETY: the arguments of the kernel; `memory` has all that they point to.
-        unsafe { self.library.launch("gptq_fit_static", launch, &memory, &arguments) }
+        unsafe { self.library.launch("gptq_search_static", launch, &memory, &arguments) }
     }
 
     fn solved(self, problem: &Problem) -> Solved {

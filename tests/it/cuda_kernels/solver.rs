@@ -2,7 +2,7 @@
 //! what they are, together.
 
 use gptq::{
-    accuracy::AccuracyOptions,
+    accuracy::{AccuracyOptions, Quality, Scales},
     cuda::{Argument, Grid},
     error::{Error, Result},
     gptq::{
@@ -90,36 +90,34 @@ fn the_cuda_solver_agrees_with_the_definition() {
     let weights: Vec<Tensor> = [(32, Kind::Float), (40, Kind::BFloat16), (8, Kind::Half)]
         .map(|(n, kind)| (Tensor::randn([n, k], (Kind::Float, Device::Cpu)) * 0.02).to_kind(kind))
         .into();
-    for (i, text) in [
-        "4bit-128g",
-        "4bit-32g-act",
-        "3bit--1g-act-asym",
-        "8bit-48g-static",
-        "4bit-280g-act-asym",
-        "2bit-64g-asym",
+    let standard = Quality::Standard.options().scales;
+    for (i, (text, scales)) in [
+        ("4bit-128g", Scales::PLAIN),
+        ("4bit-32g-act", Scales::PLAIN),
+        ("3bit--1g-act-asym", Scales::PLAIN),
+        ("8bit-48g-static", Scales::PLAIN),
+        ("4bit-280g-act-asym", Scales::PLAIN),
+        ("2bit-64g-asym", Scales::PLAIN),
+        ("4bit-128g-act", standard),
+        ("4bit-64g", standard),
+        ("4bit-48g-static", standard),
     ]
     .into_iter()
     .enumerate()
     {
         let variant: Variant = text.parse().unwrap();
+        let accuracy = AccuracyOptions { scales, ..AccuracyOptions::NONE };
         // Of the larger one, panels have 256 columns.
         let shared_memory = [227 << 10, 99 << 10][i % 2];
         let order = [Order::Forward, Order::Random(5), Order::Reverse][i % 3];
         let solver = CudaSolver::with_kernels(Box::new(HostKernels { shared_memory, order })).unwrap();
+        let solver = solver.with_scales(scales);
         let factor = solver.factorize(&hessian, variant.sorting(false), DAMP, "test").unwrap();
         let stage: Vec<Weight<'_>> = weights.iter().map(|values| Weight { name: "weight", values }).collect();
         let solutions = factor.solve(&stage, &variant).unwrap_or_else(|error| panic!("{variant}: {error}"));
         for (solution, weight) in solutions.iter().zip(&weights) {
-            let definition = reference::solve(
-                &values(weight),
-                &h,
-                k as usize,
-                DAMP,
-                &variant,
-                &AccuracyOptions::NONE,
-                false,
-            )
-            .unwrap();
+            let definition =
+                reference::solve(&values(weight), &h, k as usize, DAMP, &variant, &accuracy, true).unwrap();
             let Solved::Device(device) = &solution.linear else { panic!("{variant}: not on the device") };
             let linear = device.to_host().unwrap();
             assert_eq!(linear.g_idx(), definition.linear.g_idx(), "{variant}");

@@ -3,7 +3,6 @@
 //! Compensation moves later weights, and the grid clips weights that move too far. For weights of one sign, or of one value,
 //! the error can then exceed that of plain rounding. Rows are independent, so that the better result is taken for each row.
 
-use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -11,20 +10,23 @@ use super::{CpuFactor, LANES, State};
 use crate::{
     error::{Result, TorchContext},
     gptq::{
-        Grid, Step,
+        Grid,
         raw::{Floats, floats, floats_mut},
-        solver::{Sums, Weight, rtn::round_row},
+        solver::{
+            Sums, Weight,
+            rtn::{Rounded, round_alive},
+        },
     },
     variant::Variant,
 };
 
 /// With independent errors of a row's weights, the error of rounding would be `Σ H_ii d_i²`. A compensated row with less than
 /// this part of it is not compared: errors of rounding do not cancel that well by chance.
-const CLEARLY_BETTER: f64 = 0.5;
+pub(in crate::gptq::solver) const CLEARLY_BETTER: f64 = 0.5;
 /// Relative error of the comparison itself, from fp32 sums on both sides.
-const UNSURE: f64 = 1e-4;
+pub(in crate::gptq::solver) const UNSURE: f64 = 1e-4;
 /// Rows compared together.
-const ROWS: usize = 512;
+pub(in crate::gptq::solver) const ROWS: usize = 512;
 /// Columns of the factor multiplied together.
 const BLOCK: i64 = 768;
 
@@ -36,16 +38,6 @@ struct Rounding<'a> {
     dead: &'a [u32],
     /// `[N]` of all weights.
     rows: Vec<Floats<'a>>,
-}
-
-/// A rounded row.
-struct Rounded {
-    row: usize,
-    steps: Vec<Step>,
-    /// `[K]`, in the features' own order.
-    codes: Vec<u8>,
-    /// `‖d‖²`.
-    distance: f64,
 }
 
 impl CpuFactor {
@@ -152,17 +144,8 @@ impl CpuFactor {
 impl Rounding<'_> {
     /// Rounds one row; `values` become its differences, 0 for dead features.
     fn round(&self, row: usize, values: &mut [f32]) -> Rounded {
-        let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; self.groups];
-        let mut codes = vec![0; values.len()];
         self.rows[row].widen(values);
-        round_row(self.grid, &self.g_idx, values, &mut steps, &mut codes);
-        for &feature in self.dead {
-            let feature = feature as usize;
-            values[feature] = 0.0;
-            codes[feature] = steps[self.g_idx[feature] as usize].zero;
-        }
-        let distance = values.iter().map(|&d| f64::from(d) * f64::from(d)).sum();
-        Rounded { row, steps, codes, distance }
+        round_alive(self.grid, &self.g_idx, self.dead, row, self.groups, values)
     }
 }
 

@@ -2,7 +2,7 @@
 //! the columns.
 
 mod cholesky;
-mod compare;
+pub(super) mod compare;
 mod instructions;
 mod kernel;
 mod panel;

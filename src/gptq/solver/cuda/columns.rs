@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use super::{
     CudaFactor,
     launch::{Compensation, Stacked},
-    panels::{Mode, Panel, Plan},
+    panels::{Mode, Panel, Plan, Search},
 };
 use crate::{
     accuracy::Scales,
@@ -28,7 +28,9 @@ pub(super) struct Columns<'a> {
     pub(super) stack: Stacked,
     /// `[K]` int: the group of each feature.
     pub(super) g_idx: Tensor,
-    /// Whether scales are searched for, in libtorch's operations.
+    /// `[N]` fp64: what rounding to nearest would cost with independent errors.
+    pub(super) independent: Tensor,
+    /// Whether scales are searched for.
     searched: bool,
     plan: Plan,
     scratch: Scratch,
@@ -55,8 +57,15 @@ impl<'a> Columns<'a> {
         let shared = launcher.shared_memory();
         let known = variant.scales_known_beforehand();
         let searched = factor.scales != Scales::PLAIN;
+        let factors = match searched {
+            true => Grid::new(variant.bits, variant.symmetric).factors(factor.scales),
+            false => Vec::new(),
+        };
         let plan = match searched && !known {
-            true => Plan::searched(k, size, shared),
+            true => {
+                let search = Search::new(factors.len(), factor.scales.finalists());
+                Plan::searched(k, size, search, shared)
+            }
             false => Plan::new(k, size, known, shared),
         };
         let plan = plan.ok_or_else(|| Error::Cuda {
@@ -70,9 +79,11 @@ impl<'a> Columns<'a> {
         let allocate = || -> Result<_, tch::TchError> {
             let of_positions = (0..k as usize).map(|i| order.group_at(i, variant) as i32);
             let of_features = order.g_idx(variant).into_iter().map(|g| g as i32);
-            let groups_of: Vec<i32> = of_positions.chain(of_features).collect();
+            let mut members: Vec<i32> = (0..k as i32).collect();
+            members.sort_by_key(|&i| order.group_at(i as usize, variant));
+            let groups_of: Vec<i32> = of_positions.chain(of_features).chain(members).collect();
             let compensated = if plan.wide_group > 0 { n } else { 0 };
-            let groups_of = Tensor::f_from_slice(&groups_of)?.f_reshape([2, k])?.f_to_device(device)?;
+            let groups_of = Tensor::f_from_slice(&groups_of)?.f_reshape([3, k])?.f_to_device(device)?;
             let sums = || Tensor::f_zeros([n], (Kind::Double, device));
             let stack = Stacked {
                 factor: factor.damped.factor.shallow_clone(),
@@ -84,13 +95,16 @@ impl<'a> Columns<'a> {
                 columns: factor.order.columns.shallow_clone(),
                 objective: sums()?,
                 distance: sums()?,
+                factors: Tensor::f_from_slice(&factors)?.f_to_device(device)?,
                 group_size: size,
                 variant: *variant,
             };
-            Ok(Self {
+            let (members, costs) = (groups_of.f_get(2)?, empty(&[groups, n], Kind::Float)?);
+            let columns = Self {
                 factor,
                 stack,
                 g_idx: groups_of.f_get(1)?,
+                independent: empty(&[n], Kind::Double)?,
                 scratch: Scratch {
                     residuals: empty(&[plan.width as i64, n], Kind::Float)?,
                     x: empty(&[plan.wide_group as i64, n], Kind::Float)?,
@@ -99,10 +113,16 @@ impl<'a> Columns<'a> {
                 },
                 searched,
                 plan,
-            })
+            };
+            Ok((columns, members, costs))
         };
-        let columns = allocate().torch("allocate a solve")?;
+        let (mut columns, members, costs) = allocate().torch("allocate a solve")?;
         columns.launch_stack(weights)?;
+        launcher.timed("panels", || {
+            launcher.rounding_costs(&columns.stack, &members, &factor.order.diagonal, &costs)
+        })?;
+        let independent = costs.f_sum_dim_intlist([0].as_slice(), false, Kind::Double);
+        columns.independent = independent.torch("sum up a solve")?;
         Ok(columns)
     }
 
@@ -130,14 +150,15 @@ impl<'a> Columns<'a> {
     pub(super) fn solve(&self) -> Result<()> {
         let launcher = &self.factor.launcher;
         let known = self.stack.variant.scales_known_beforehand();
+        let positions = &self.factor.order.positions;
         if known && self.searched {
-            launcher.timed("scales", || self.search_static()).torch("search for scales")?;
+            launcher.timed("scales", || launcher.search_static(&self.stack, positions))?;
         } else if known {
-            let positions = &self.factor.order.positions;
             launcher.timed("panels", || launcher.fit_static(&self.stack, positions))?;
         }
+        let searches = self.plan.searches_between(self.searched, known);
         for panel in &self.plan.panels {
-            if self.searched && !known && panel.is_first() {
+            if searches && panel.is_first() {
                 launcher.timed("scales", || self.search(&panel.group)).torch("search for scales")?;
             }
             let residuals =
@@ -176,21 +197,6 @@ impl<'a> Columns<'a> {
         let pivots = &block.f_diagonal(0, 0, 1)?;
         let at = self.factor.damped.order.group_at(group.start, &self.stack.variant);
         self.set_steps(at, &Group { weights: &weights, pivots, block: Some(&block) })
-    }
-
-    /// Searches for all scales from the original weights.
-    fn search_static(&self) -> Result<(), tch::TchError> {
-        let order = &self.factor.damped.order;
-        let Stacked { weights, factor, scales, variant, .. } = &self.stack;
-        let mut positions = vec![Vec::new(); scales.size()[0] as usize];
-        (0..order.columns().len()).for_each(|i| positions[order.group_at(i, variant)].push(i as i64));
-        let pivots = factor.f_diagonal(0, 0, 1)?;
-        for (group, positions) in positions.iter().enumerate() {
-            let index = Tensor::f_from_slice(positions)?.f_to_device(weights.device())?;
-            let (weights, pivots) = (weights.f_index_select(0, &index)?, pivots.f_index_select(0, &index)?);
-            self.set_steps(group, &Group { weights: &weights, pivots: &pivots, block: None })?;
-        }
-        Ok(())
     }
 
     fn set_steps(&self, at: usize, group: &Group<'_>) -> Result<(), tch::TchError> {

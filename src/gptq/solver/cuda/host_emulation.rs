@@ -6,7 +6,7 @@ use tch::Device;
 use super::{
     kernels::Kernels,
     launch::PanelArguments,
-    panels::{LANES, Mode},
+    panels::{LANES, Mode, Search},
 };
 use crate::{
     cuda::{Argument, Grid},
@@ -30,10 +30,13 @@ impl Kernels for PlainKernels {
 
     unsafe fn launch(&self, name: &'static str, grid: Grid, arguments: &[Argument]) -> Result<()> {
         assert!(grid.shared <= self.shared_memory);
-        let of_panel = [Mode::Fitted, Mode::Given, Mode::Compensate].into_iter().find(|m| m.kernel() == name);
-        if let Some(mode) = of_panel {
-            let [Argument::Struct(bytes)] = arguments else { panic!("{arguments:?}") };
+        if let [Argument::Struct(bytes)] = arguments {
             let a: PanelArguments = bytemuck::pod_read_unaligned(bytes);
+            let [candidates, finalists, at_once] =
+                [a.candidates, a.finalists, a.at_once].map(|count| count as usize);
+            let searched = Mode::Searched(Search { candidates, finalists, at_once });
+            let modes = [Mode::Fitted, searched, Mode::Given, Mode::Compensate];
+            let mode = modes.into_iter().find(|m| m.kernel() == name).expect("a panel kernel");
             assert_eq!((grid.blocks, grid.threads), (((a.n as usize).div_ceil(LANES), 1, 1), (256, 1)));
             assert_eq!(grid.shared, mode.shared_memory(a.columns as usize, a.group_size as usize));
             // SAFETY: the arguments are those of the kernel, which touches no more than this does.
@@ -45,6 +48,11 @@ impl Kernels for PlainKernels {
         unsafe {
             match name {
                 "gptq_fit_static" => fit_static(&arguments, grid),
+                "gptq_search_static" => search_static(&arguments, grid),
+                "gptq_rounding_costs" => rounding_costs(&arguments, grid),
+                "gptq_dequantize_f32" => dequantize(&arguments, grid, |v: f32| v),
+                "gptq_dequantize_f16" => dequantize(&arguments, grid, half::f16::from_f32),
+                "gptq_dequantize_bf16" => dequantize(&arguments, grid, half::bf16::from_f32),
                 "gptq_pack" => pack(&arguments, grid),
                 "gptq_reorder_hessian" => reorder_hessian(&arguments, grid),
                 "gptq_stack_f32" => stack(&arguments, grid, |v: f32| v),
@@ -101,8 +109,7 @@ unsafe fn solve_lane(mode: Mode, a: &PanelArguments, lane: usize) {
             }
             (x, min, max)
         };
-        let fit = |group: usize, min: f32, max: f32| {
-            let step = grid.fit(f64::from(min), f64::from(max));
+        let set = |group: usize, step: Step| {
             *(a.scales as *mut half::f16).add(group) = step.scale;
             *(a.zeros as *mut u8).add(group) = step.zero;
         };
@@ -115,14 +122,24 @@ unsafe fn solve_lane(mode: Mode, a: &PanelArguments, lane: usize) {
             (*minima, *maxima) = (min, max);
             x.iter().enumerate().for_each(|(c, &x)| *(a.differences as *mut f32).add(c * n + lane) = x);
             if a.flags & 2 != 0 {
-                fit(group(0), min, max);
+                set(group(0), grid.fit(f64::from(min), f64::from(max)));
             }
             return;
         }
         for c in 0..p {
-            if mode == Mode::Fitted && c.is_multiple_of(size) {
-                let (_, min, max) = compensated(&sums, c, (c + size).min(p));
-                fit(group(c), min, max);
+            if c.is_multiple_of(size) && matches!(mode, Mode::Fitted | Mode::Searched(_)) {
+                let end = (c + size).min(p);
+                let (x, min, max) = compensated(&sums, c, end);
+                let step = match mode {
+                    Mode::Searched(search) => {
+                        let weights: Vec<f32> = (c..end).map(|i| weight(i) - x[i - c]).collect();
+                        let block = |j: usize, i: usize| factor(c + j, c + i);
+                        let factors = std::slice::from_raw_parts(a.factors as *const f64, search.candidates);
+                        searched(grid, factors, search.finalists, &weights, block, true)
+                    }
+                    _ => grid.fit(f64::from(min), f64::from(max)),
+                };
+                set(group(c), step);
             }
             let step = Step {
                 scale: *(a.scales as *const half::f16).add(group(c)),
@@ -141,6 +158,50 @@ unsafe fn solve_lane(mode: Mode, a: &PanelArguments, lane: usize) {
             }
         }
     }
+}
+
+/// The best step for a group of `weights`: the best finalist by the block, if there is more than one, and `factor(j, i)` is
+/// `Ũ_gg`.
+fn searched(
+    grid: gptq::Grid,
+    factors: &[f64],
+    finalists: usize,
+    weights: &[f32],
+    factor: impl Fn(usize, usize) -> f32,
+    by_block: bool,
+) -> Step {
+    let wide = |w: f32| f64::from(w);
+    let (min, max) =
+        weights.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &w| (l.min(w), h.max(w)));
+    let quantized = |target: f32, step: Step| step.weight(grid.code(wide(target), step)) as f32;
+    let number = |cost: f32| cost.min(f32::INFINITY);
+    let mut tried: Vec<(f32, Step)> = factors
+        .iter()
+        .map(|&f| {
+            let step = grid.fit_scaled(wide(min), wide(max), f);
+            let costs =
+                weights.iter().enumerate().map(|(i, &w)| ((quantized(w, step) - w) * factor(i, i)).powi(2));
+            (number(costs.sum::<f32>()), step)
+        })
+        .collect();
+    tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+    if by_block && finalists > 1 {
+        tried.truncate(finalists);
+        for (cost, step) in &mut tried {
+            let mut differences: Vec<f32> = Vec::with_capacity(weights.len());
+            let mut sum = 0.0;
+            for (i, &w) in weights.iter().enumerate() {
+                let residual: f32 = differences.iter().enumerate().map(|(j, d)| factor(j, i) * d).sum();
+                let target = w - residual / factor(i, i);
+                let q = quantized(target, *step);
+                sum += ((q - target) * factor(i, i)).powi(2);
+                differences.push(q - w);
+            }
+            *cost = number(sum);
+        }
+        tried.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    tried[0].1
 }
 
 fn grid(bits: usize, symmetric: usize) -> gptq::Grid {
@@ -164,6 +225,77 @@ unsafe fn fit_static(a: &Arguments<'_>, launch: Grid) {
         unsafe {
             *scales.add(group * n + lane) = step.scale;
             *zeros.add(group * n + lane) = step.zero;
+        }
+    }
+}
+
+/// # Safety
+/// The kernel's arguments.
+unsafe fn search_static(a: &Arguments<'_>, launch: Grid) {
+    let (weights, positions, factor) = (a.pointer::<f32>(0), a.pointer::<i32>(1), a.pointer::<f32>(2));
+    let (scales, zeros) = (a.pointer::<half::f16>(4), a.pointer::<u8>(5));
+    let (n, k, size) = (a.int(6), a.int(7), a.int(8));
+    assert_eq!((launch.blocks, launch.threads), ((n.div_ceil(32), k.div_ceil(size), 1), (32, 8)));
+    // SAFETY: the caller's promise.
+    let factors = unsafe { std::slice::from_raw_parts(a.pointer::<f64>(3), a.int(11)) };
+    for (group, lane) in (0..k.div_ceil(size)).flat_map(|group| (0..n).map(move |lane| (group, lane))) {
+        let features = group * size..((group + 1) * size).min(k);
+        // SAFETY: the caller's promise.
+        let positions: Vec<usize> = features.map(|f| unsafe { *positions.add(f) } as usize).collect();
+        // SAFETY: the caller's promise.
+        let own: Vec<f32> = positions.iter().map(|p| unsafe { *weights.add(p * n + lane) }).collect();
+        // SAFETY: the caller's promise.
+        let pivot = |i: usize, _: usize| unsafe { *factor.add(positions[i] * (k + 1)) };
+        let step = searched(grid(a.int(9), a.int(10)), factors, 1, &own, pivot, false);
+        // SAFETY: the caller's promise.
+        unsafe {
+            *scales.add(group * n + lane) = step.scale;
+            *zeros.add(group * n + lane) = step.zero;
+        }
+    }
+}
+
+/// # Safety
+/// The kernel's arguments.
+unsafe fn rounding_costs(a: &Arguments<'_>, launch: Grid) {
+    let (weights, members, diagonal) = (a.pointer::<f32>(0), a.pointer::<i32>(1), a.pointer::<f32>(2));
+    let (n, k, size) = (a.int(4), a.int(5), a.int(6));
+    assert_eq!((launch.blocks, launch.threads), ((n.div_ceil(32), k.div_ceil(size), 1), (32, 8)));
+    let grid = grid(a.int(7), a.int(8));
+    for (group, lane) in (0..k.div_ceil(size)).flat_map(|group| (0..n).map(move |lane| (group, lane))) {
+        let members = (group * size..((group + 1) * size).min(k))
+            // SAFETY: the caller's promise.
+            .map(|i| unsafe { *members.add(i) } as usize);
+        // SAFETY: the caller's promise.
+        let own: Vec<(f32, f32)> =
+            members.map(|p| unsafe { (*weights.add(p * n + lane), *diagonal.add(p)) }).collect();
+        let (min, max) =
+            own.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), &(w, _)| (l.min(w), h.max(w)));
+        let step = grid.fit(f64::from(min), f64::from(max));
+        let cost = own.iter().map(|&(w, h)| {
+            let d = step.weight(grid.code(f64::from(w), step)) as f32 - w;
+            d * d * h
+        });
+        // SAFETY: the caller's promise.
+        unsafe { *a.pointer::<f32>(3).add(group * n + lane) = cost.sum() };
+    }
+}
+
+/// # Safety
+/// The kernel's arguments.
+unsafe fn dequantize<T>(a: &Arguments<'_>, launch: Grid, narrow: impl Fn(f32) -> T) {
+    let (Argument::Long(stride), Argument::Long(step_stride)) = (&a.0[1], &a.0[4]) else {
+        panic!("{:?}", a.0)
+    };
+    let (codes, scales, zeros) = (a.pointer::<u8>(0), a.pointer::<half::f16>(2), a.pointer::<u8>(3));
+    let (groups, dense, n) = (a.pointer::<i32>(5), a.pointer::<T>(6), a.int(7));
+    assert_eq!((launch.blocks.0, launch.threads), (n.div_ceil(256), (256, 1)));
+    for (row, column) in (0..launch.blocks.1).flat_map(|row| (0..n).map(move |column| (row, column))) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let step = *groups.add(row) as usize * *step_stride as usize + column;
+            let offset = f32::from(*codes.add(row * *stride as usize + column)) - f32::from(*zeros.add(step));
+            dense.add(row * n + column).write(narrow(offset * f32::from(*scales.add(step))));
         }
     }
 }

@@ -14,16 +14,22 @@ use crate::{
 };
 
 /// All kernels of the file.
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 15] = [
     "gptq_solve_fitted",
+    "gptq_solve_searched",
     "gptq_solve_given",
     "gptq_compensate",
     "gptq_fit_static",
+    "gptq_search_static",
+    "gptq_rounding_costs",
     "gptq_pack",
     "gptq_reorder_hessian",
     "gptq_stack_f32",
     "gptq_stack_f16",
     "gptq_stack_bf16",
+    "gptq_dequantize_f32",
+    "gptq_dequantize_f16",
+    "gptq_dequantize_bf16",
 ];
 
 /// Runs the kernels of `gptq_block.cu`: on a GPU, or in tests as a host build or as plain code that computes the same.
@@ -52,9 +58,8 @@ pub(super) struct Compiled {
 }
 
 impl Compiled {
-    /// Compiles them for a device.
-    pub(super) fn new(device: Device) -> Result<Self> {
-        let gpu = Gpu::of(device)?;
+    /// Compiles them for a device. `device` is where libtorch has the tensors.
+    pub(super) fn new(gpu: Arc<Gpu>, device: Device) -> Result<Self> {
         if gpu.capability.0 < 8 {
             let (major, minor) = gpu.capability;
             let problem = format!("its compute capability is {major}.{minor}, and the solver needs 8.0");

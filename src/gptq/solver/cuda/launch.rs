@@ -7,10 +7,10 @@ use tch::{Cuda, Device, Kind, Tensor};
 
 use super::{
     kernels::{Clock, Compiled, Kernels},
-    panels::{LANES, Mode},
+    panels::{LANES, Mode, Search},
 };
 use crate::{
-    cuda::{Argument, Grid},
+    cuda::{Argument, Gpu, Grid},
     error::Result,
     variant::{Bits, Variant},
 };
@@ -47,6 +47,7 @@ pub(super) struct PanelArguments {
     pub(super) distance: u64,
     pub(super) minima: u64,
     pub(super) maxima: u64,
+    pub(super) factors: u64,
     pub(super) factor_stride: i64,
     pub(super) n: i32,
     pub(super) columns: i32,
@@ -54,9 +55,13 @@ pub(super) struct PanelArguments {
     pub(super) bits: i32,
     pub(super) symmetric: i32,
     pub(super) flags: i32,
+    pub(super) candidates: i32,
+    pub(super) finalists: i32,
+    pub(super) at_once: i32,
+    pub(super) unused: i32,
 }
 
-const _: () = assert!(size_of::<PanelArguments>() == 136);
+const _: () = assert!(size_of::<PanelArguments>() == 160);
 
 /// The tensors of one stack of weights. `N` output features, `K` input features in quantization order, `G` groups.
 pub(super) struct Stacked {
@@ -78,6 +83,8 @@ pub(super) struct Stacked {
     pub(super) objective: Tensor,
     /// `[N]` fp64, a running sum.
     pub(super) distance: Tensor,
+    /// `[candidates]` fp64: the factors of a search, `[0]` without one.
+    pub(super) factors: Tensor,
     pub(super) group_size: usize,
     pub(super) variant: Variant,
 }
@@ -95,9 +102,9 @@ pub(super) struct Compensation<'a> {
 }
 
 impl Launcher {
-    /// Compiles the kernels for a device.
-    pub(super) fn new(device: Device, clock: Option<Arc<Clock>>) -> Result<Self> {
-        Ok(Self { kernels: Box::new(Compiled::new(device)?), clock })
+    /// Compiles the kernels for a device. `device` is where libtorch has the tensors.
+    pub(super) fn new(gpu: Arc<Gpu>, device: Device, clock: Option<Arc<Clock>>) -> Result<Self> {
+        Ok(Self { kernels: Box::new(Compiled::new(gpu, device)?), clock })
     }
 
     /// Launches kernels by other means.
@@ -164,6 +171,7 @@ impl Launcher {
             distance: self.vector(&stack.distance, Kind::Double, n),
             minima: 0,
             maxima: 0,
+            factors: 0,
             factor_stride: k,
             n: n as i32,
             columns: p as i32,
@@ -171,7 +179,17 @@ impl Launcher {
             bits: stack.variant.bits.get() as i32,
             symmetric: i32::from(stack.variant.symmetric),
             flags: 0,
+            candidates: 0,
+            finalists: 0,
+            at_once: 0,
+            unused: 0,
         };
+        if let Mode::Searched(Search { candidates, finalists, at_once }) = mode {
+            arguments.factors = self.vector(&stack.factors, Kind::Double, candidates as i64);
+            arguments.candidates = candidates as i32;
+            arguments.finalists = finalists as i32;
+            arguments.at_once = at_once as i32;
+        }
         if let Some(c) = compensation {
             arguments.differences = self.matrix_address(c.x, Kind::Float, [p, n]);
             arguments.minima = self.vector(c.minima, Kind::Float, n);
@@ -208,6 +226,100 @@ impl Launcher {
         ];
         // SAFETY: these are the kernel's arguments; shapes were checked above.
         unsafe { self.kernels.launch("gptq_fit_static", grid, &arguments) }
+    }
+
+    /// As [`Launcher::fit_static`], with the best of the stack's candidates.
+    pub(super) fn search_static(&self, stack: &Stacked, positions: &Tensor) -> Result<()> {
+        let [k, n] = self.matrix(&stack.weights, Kind::Float, [-1, -1]);
+        let groups = (k as usize).div_ceil(stack.group_size);
+        let candidates = stack.factors.size()[0];
+        assert!(candidates > 0);
+        let arguments = [
+            Argument::tensor(&stack.weights),
+            Argument::Pointer(self.vector(positions, Kind::Int, k)),
+            Argument::Pointer(self.matrix_address(&stack.factor, Kind::Float, [k, k])),
+            Argument::Pointer(self.vector(&stack.factors, Kind::Double, candidates)),
+            Argument::Pointer(self.matrix_address(&stack.scales, Kind::Half, [groups as i64, n])),
+            Argument::Pointer(self.matrix_address(&stack.zeros, Kind::Uint8, [groups as i64, n])),
+            Argument::Int(n as i32),
+            Argument::Int(k as i32),
+            Argument::Int(stack.group_size as i32),
+            Argument::Int(stack.variant.bits.get() as i32),
+            Argument::Int(i32::from(stack.variant.symmetric)),
+            Argument::Int(candidates as i32),
+        ];
+        let grid = Grid { blocks: ((n as usize).div_ceil(32), groups, 1), threads: (32, 8), shared: 0 };
+        // SAFETY: these are the kernel's arguments; shapes were checked above.
+        unsafe { self.kernels.launch("gptq_search_static", grid, &arguments) }
+    }
+
+    /// What rounding to nearest would cost with independent errors, `Σ H_ii d_i²` `[G, N]` fp32. `members` `[K]` int: positions,
+    /// sorted by group; `diagonal` `[K]` fp32: `H_ii` by position.
+    pub(super) fn rounding_costs(
+        &self,
+        stack: &Stacked,
+        members: &Tensor,
+        diagonal: &Tensor,
+        costs: &Tensor,
+    ) -> Result<()> {
+        let [k, n] = self.matrix(&stack.weights, Kind::Float, [-1, -1]);
+        let groups = (k as usize).div_ceil(stack.group_size);
+        let arguments = [
+            Argument::tensor(&stack.weights),
+            Argument::Pointer(self.vector(members, Kind::Int, k)),
+            Argument::Pointer(self.vector(diagonal, Kind::Float, k)),
+            Argument::Pointer(self.matrix_address(costs, Kind::Float, [groups as i64, n])),
+            Argument::Int(n as i32),
+            Argument::Int(k as i32),
+            Argument::Int(stack.group_size as i32),
+            Argument::Int(stack.variant.bits.get() as i32),
+            Argument::Int(i32::from(stack.variant.symmetric)),
+        ];
+        let grid = Grid { blocks: ((n as usize).div_ceil(32), groups, 1), threads: (32, 8), shared: 0 };
+        // SAFETY: these are the kernel's arguments; shapes were checked above, and `members` is a permutation.
+        unsafe { self.kernels.launch("gptq_rounding_costs", grid, &arguments) }
+    }
+
+    /// Dense weights `[K, N]` fp32, fp16 or bf16 of codes `[K, N]`, and of scales and zeros `[G, N]`, whose rows need not be
+    /// contiguous. `groups` `[K]` int, below `G`.
+    pub(super) fn dequantize(
+        &self,
+        codes: &Tensor,
+        scales: &Tensor,
+        zeros: &Tensor,
+        groups: &Tensor,
+        dense: &Tensor,
+    ) -> Result<()> {
+        let [k, n] = self.matrix(dense, dense.kind(), [-1, -1]);
+        let name = match dense.kind() {
+            Kind::Float => "gptq_dequantize_f32",
+            Kind::Half => "gptq_dequantize_f16",
+            Kind::BFloat16 => "gptq_dequantize_bf16",
+            kind => unreachable!("weights are floating-point numbers, not {kind:?}"),
+        };
+        let rows = |t: &Tensor, kind, count: i64| {
+            assert_eq!((t.kind(), t.device(), t.size()), (kind, self.device(), vec![count, n]));
+            assert_eq!(t.stride()[1], 1, "rows are contiguous");
+            (Argument::tensor(t), t.stride()[0])
+        };
+        let g = scales.size()[0];
+        let (codes, stride) = rows(codes, Kind::Uint8, k);
+        let (scales, step_stride) = rows(scales, Kind::Half, g);
+        let (zeros, stride_of_zeros) = rows(zeros, Kind::Uint8, g);
+        assert_eq!(step_stride, stride_of_zeros, "scales and zeros come from one stack");
+        let arguments = [
+            codes,
+            Argument::Long(stride),
+            scales,
+            zeros,
+            Argument::Long(step_stride),
+            Argument::Pointer(self.vector(groups, Kind::Int, k)),
+            Argument::tensor(dense),
+            Argument::Int(n as i32),
+        ];
+        let blocks = ((n as usize).div_ceil(THREADS as usize), k as usize, 1);
+        // SAFETY: these are the kernel's arguments; shapes were checked above.
+        unsafe { self.kernels.launch(name, Grid { blocks, threads: (THREADS, 1), shared: 0 }, &arguments) }
     }
 
     /// Packs codes `[K, N]`, whose rows need not be contiguous, into words `[K·b/32, N]` int.

@@ -12,9 +12,6 @@ use crate::{
     variant::Bits,
 };
 
-/// Rows that are dequantized together, which keeps the fp32 copies small.
-const DEQUANTIZED_ROWS: i64 = 2048;
-
 /// A [`QuantizedLinear`] on a device. It is packed there, so that only packed words are copied to the host.
 #[derive(Debug)]
 pub struct DeviceLinear {
@@ -126,20 +123,9 @@ impl DeviceLinear {
     /// When memory is exhausted.
     pub fn dequantize(&self, kind: Kind) -> Result<Tensor> {
         let (k, n) = (self.in_features() as i64, self.codes.size()[1]);
-        let compute = || -> Result<_, TchError> {
-            let dense = Tensor::f_empty([k, n], (kind, self.launcher.device()))?;
-            let (scales, zeros) = (self.scales.f_to_kind(Kind::Float)?, self.zeros.f_to_kind(Kind::Float)?);
-            for first in (0..k).step_by(DEQUANTIZED_ROWS as usize) {
-                let rows = |t: &Tensor| t.f_narrow(0, first, DEQUANTIZED_ROWS.min(k - first));
-                let groups = rows(&self.device_g_idx)?;
-                let mut weights = rows(&self.codes)?.f_to_kind(Kind::Float)?;
-                let _ = weights.f_sub_(&zeros.f_index_select(0, &groups)?)?;
-                let _ = weights.f_mul_(&scales.f_index_select(0, &groups)?)?;
-                rows(&dense)?.f_copy_(&weights)?;
-            }
-            Ok(dense)
-        };
-        compute().torch("dequantize a linear")
+        let dense = Tensor::f_empty([k, n], (kind, self.launcher.device())).torch("dequantize a linear")?;
+        self.launcher.dequantize(&self.codes, &self.scales, &self.zeros, &self.device_g_idx, &dense)?;
+        Ok(dense)
     }
 
     /// A copy on the host, with unpacked codes.

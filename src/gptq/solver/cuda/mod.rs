@@ -4,6 +4,7 @@
 //! groups are copied to the device in between, while it is idle.
 
 mod columns;
+mod compare;
 #[cfg(test)]
 mod host_emulation;
 mod kernels;
@@ -13,6 +14,7 @@ mod panels;
 pub(super) mod scale_search;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use std::sync::Arc;
 
@@ -20,6 +22,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 pub use kernels::{Clock, Kernels};
 pub use linear::{DeviceLinear, PackedCodes};
+pub use work::{StageShape, Work};
 
 use super::{
     Damped, Damping, Factor, Factorization, Factorized, Solution, Solved, Solver, Sums, Weight, check_scales,
@@ -27,12 +30,13 @@ use super::{
 };
 use crate::{
     accuracy::Scales,
-    cuda::Source,
+    cuda::{Gpu, Source},
     error::{Error, Result, TorchContext},
     gptq::Hessian,
     variant::{Sorting, Variant},
 };
 use columns::Columns;
+use compare::RowSums;
 use launch::Launcher;
 
 /// The kernels of the column loop, of stacking and of packing.
@@ -52,7 +56,16 @@ impl CudaSolver {
     /// When the device cannot be used, its compute capability is below 8.0, the kernels do not compile, or products are
     /// rounded to TF32.
     pub fn new(device: Device) -> Result<Self> {
-        Self::on(Launcher::new(device, None)?)
+        Self::on_gpu(Gpu::of(device)?, device)
+    }
+
+    /// As [`CudaSolver::new`], with the device that libtorch's tensors are on. It differs from `gpu` in tests, whose driver takes
+    /// the CPU's memory for a device's.
+    ///
+    /// # Errors
+    /// As [`CudaSolver::new`].
+    pub fn on_gpu(gpu: Arc<Gpu>, device: Device) -> Result<Self> {
+        Self::on(Launcher::new(gpu, device, None)?)
     }
 
     /// As [`CudaSolver::new`], but measures its parts, with a wait for the device before and after each.
@@ -61,7 +74,8 @@ impl CudaSolver {
     /// As [`CudaSolver::new`].
     pub fn with_clock(device: Device) -> Result<(Self, Arc<Clock>)> {
         let clock = Arc::new(Clock::default());
-        Ok((Self::on(Launcher::new(device, Some(Arc::clone(&clock)))?)?, clock))
+        let launcher = Launcher::new(Gpu::of(device)?, device, Some(Arc::clone(&clock)))?;
+        Ok((Self::on(launcher)?, clock))
     }
 
     fn on(launcher: Launcher) -> Result<Self> {
@@ -69,8 +83,8 @@ impl CudaSolver {
         Ok(Self { launcher: Arc::new(launcher), scales: Scales::PLAIN })
     }
 
-    /// The same solver with another choice of scales. Searches run in libtorch's operations, group by group, and the kernels
-    /// get the scales as input.
+    /// The same solver with another choice of scales. The kernels search; where a group is wider than a panel, libtorch's
+    /// operations do, group by group.
     #[must_use]
     pub fn with_scales(self, scales: Scales) -> Self {
         Self { scales, ..self }
@@ -159,6 +173,8 @@ struct DeviceOrder {
     positions: Tensor,
     /// `[K]` bytes: 1 where a feature is dead.
     dead: Tensor,
+    /// `[K]` fp32: the undamped Hessian's diagonal by position.
+    diagonal: Tensor,
 }
 
 impl DeviceOrder {
@@ -168,7 +184,10 @@ impl DeviceOrder {
         columns.iter().zip(0..).for_each(|(&column, position)| positions[column as usize] = position);
         let mut dead = vec![0u8; columns.len()];
         damped.dead.iter().for_each(|&feature| dead[feature as usize] = 1);
+        let diagonal: Vec<f32> =
+            damped.order.columns().iter().map(|&c| damped.diagonal[c as usize]).collect();
         Ok(Self {
+            diagonal: Tensor::f_from_slice(&diagonal)?.f_to_device(device)?,
             columns: Tensor::f_from_slice(&columns)?.f_to_device(device)?,
             positions: Tensor::f_from_slice(&positions)?.f_to_device(device)?,
             dead: Tensor::f_from_slice(&dead)?.f_to_device(device)?,
@@ -192,7 +211,11 @@ impl Factorized for CudaFactor {
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
         let columns = Columns::new(self, weights, variant)?;
         columns.solve()?;
-        self.split(&columns, weights, variant)
+        let mut sums = RowSums::of(&columns).torch("sum up a solve")?;
+        let uncompensated = self.round_where_better(&columns, &mut sums, weights, variant)?;
+        let mut solutions = self.split(&columns, &sums, weights, variant)?;
+        solutions.iter_mut().zip(uncompensated).for_each(|(solution, count)| solution.uncompensated = count);
+        Ok(solutions)
     }
 
     fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
@@ -205,6 +228,7 @@ impl CudaFactor {
     fn split(
         &self,
         columns: &Columns<'_>,
+        sums: &RowSums,
         weights: &[Weight<'_>],
         variant: &Variant,
     ) -> Result<Vec<Solution>> {
@@ -226,38 +250,23 @@ impl CudaFactor {
             Ok(linear)
         });
         let linears = linears.collect::<Result<Vec<_>, TchError>>().torch("take a stack apart")?;
-        let sums = sums(columns, weights).torch("sum up a solve")?;
-        let solutions =
-            linears.into_iter().zip(weights).zip(sums).map(|((linear, weight), (sums, broken))| {
-                if broken {
-                    check_scales(weight, linear.to_host()?.scales(), linear.out_features())?;
-                }
-                check_sums(weight, sums)?;
-                Ok(Solution {
-                    linear: Solved::Device(linear),
-                    squared_error: sums.undamped(self.damped.lambda),
-                    uncompensated: 0,
-                    fallback: None,
-                })
-            });
+        let mut first = 0;
+        let solutions = linears.into_iter().zip(weights).map(|(linear, weight)| {
+            let rows = first..first + linear.out_features();
+            first = rows.end;
+            let sum = |of: &[f64]| of[rows.clone()].iter().sum::<f64>();
+            if sum(&sums.broken) > 0.0 {
+                check_scales(weight, linear.to_host()?.scales(), linear.out_features())?;
+            }
+            let sums = Sums { objective: sum(&sums.objective), distance: sum(&sums.distance) };
+            check_sums(weight, sums)?;
+            Ok(Solution {
+                linear: Solved::Device(linear),
+                squared_error: sums.undamped(self.damped.lambda),
+                uncompensated: 0,
+                fallback: None,
+            })
+        });
         solutions.collect()
     }
-}
-
-/// Sums over each weight's rows, and whether any of its scales does not fit fp16: one copy to the host for all.
-fn sums(columns: &Columns<'_>, weights: &[Weight<'_>]) -> Result<Vec<(Sums, bool)>, TchError> {
-    const EACH: usize = 3;
-    let mut first = 0;
-    let mut sums = Vec::with_capacity(EACH * weights.len());
-    for weight in weights {
-        let rows = weight.values.size()[0];
-        let sum = |t: &Tensor| t.f_narrow(0, first, rows)?.f_sum(Kind::Double);
-        sums.extend([sum(&columns.stack.objective)?, sum(&columns.stack.distance)?]);
-        let finite = columns.stack.scales.f_narrow(1, first, rows)?.f_isfinite()?;
-        sums.push(finite.f_logical_not()?.f_sum(Kind::Double)?);
-        first += rows;
-    }
-    let sums = Vec::<f64>::try_from(Tensor::f_stack(&sums, 0)?)?;
-    let of_weight = |s: &[f64]| (Sums { objective: s[0], distance: s[1] }, s[2] > 0.0);
-    Ok(sums.chunks(EACH).map(of_weight).collect())
 }

@@ -11,11 +11,35 @@ const STEP: usize = 32;
 /// Columns of a panel, the widest first. The widest panel that fits the device's shared memory is used.
 const WIDTHS: [usize; 4] = [256, 192, 128, 64];
 
+/// Finalists that are compared at the same time, the most first: each takes a warp and shared memory.
+const AT_ONCE: [usize; 4] = [8, 4, 2, 1];
+
+/// A search for the scales of groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Search {
+    /// Factors of the range's scale that are tried.
+    pub(super) candidates: usize,
+    /// The best of them by the diagonal, which are compared by the block; 1 without that comparison.
+    pub(super) finalists: usize,
+    /// Finalists that are compared at the same time.
+    pub(super) at_once: usize,
+}
+
+impl Search {
+    /// All finalists at the same time, as far as a block has warps.
+    pub(super) fn new(candidates: usize, finalists: usize) -> Self {
+        let finalists = finalists.clamp(1, candidates);
+        Self { candidates, finalists, at_once: finalists.min(AT_ONCE[0]) }
+    }
+}
+
 /// A panel kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mode {
     /// Scales are fitted at the beginning of their groups; the panel has whole groups.
     Fitted,
+    /// The same, with scales searched for.
+    Searched(Search),
     /// Scales are given.
     Given,
     /// Compensates the weights of a group that is wider than a panel for the columns before it, and chooses no codes.
@@ -27,6 +51,7 @@ impl Mode {
     pub(super) fn kernel(self) -> &'static str {
         match self {
             Self::Fitted => "gptq_solve_fitted",
+            Self::Searched(_) => "gptq_solve_searched",
             Self::Given => "gptq_solve_given",
             Self::Compensate => "gptq_compensate",
         }
@@ -35,17 +60,23 @@ impl Mode {
     /// Dynamic shared memory of a block for a panel of `columns`, bytes: `layout` in `gptq_block.cu`.
     pub(super) fn shared_memory(self, columns: usize, group_size: usize) -> usize {
         let padded = columns.next_multiple_of(STEP);
+        // The columns of a group, in whole steps.
+        let rows = group_size.min(columns).next_multiple_of(STEP);
         let extra = match self {
             // Scales, their inverses and zeros of two steps.
             Self::Given => 2 * 3 * STEP * LANES,
             Self::Compensate => 0,
-            // A group of one step keeps its compensated weights in registers.
-            Self::Fitted if group_size <= STEP => 0,
-            // The steps that a group touches, wherever it begins.
-            Self::Fitted => {
-                let touched = if group_size.is_multiple_of(STEP) { 0 } else { STEP - 1 };
-                LANES * padded.min((group_size + touched).next_multiple_of(STEP))
+            Self::Fitted => sums_of_group(padded, group_size),
+            // The same memory has the costs of all candidates, then the finalists' codes.
+            Self::Searched(Search { candidates, at_once, .. }) => {
+                let codes = at_once * rows * LANES / size_of::<f32>();
+                sums_of_group(padded, group_size).max(LANES * candidates).max(codes)
             }
+        };
+        let search = match self {
+            // Compensated weights and their range; costs and numbers of the finalists; the place in the walk.
+            Self::Searched(search) => LANES * (rows + 2 + 2 * search.finalists) + 4,
+            _ => 0,
         };
         let residuals = padded * LANES;
         let factor = STEP * padded + 2 * STEP * STEP;
@@ -53,8 +84,19 @@ impl Mode {
         let changes = STEP * LANES;
         let of_columns = 3 * (padded + STEP);
         let codes = STEP * LANES / size_of::<f32>();
-        size_of::<f32>() * (residuals + extra + factor + weights + changes + of_columns + codes)
+        size_of::<f32>() * (residuals + extra + factor + weights + changes + of_columns + codes + search)
     }
+}
+
+/// fp32 values of a group's running sums while it is compensated, in a panel of `padded` columns.
+fn sums_of_group(padded: usize, group_size: usize) -> usize {
+    // A group of one step keeps them in registers.
+    if group_size <= STEP {
+        return 0;
+    }
+    // The steps that a group touches, wherever it begins.
+    let touched = if group_size.is_multiple_of(STEP) { 0 } else { STEP - 1 };
+    LANES * padded.min((group_size + touched).next_multiple_of(STEP))
 }
 
 /// One launch.
@@ -90,9 +132,25 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// As [`Plan::new`], if the scales of each group are given once all columns before it are solved: no panel has columns
-    /// of two groups.
-    pub(super) fn searched(k: usize, group_size: usize, shared_memory: usize) -> Option<Self> {
+    /// As [`Plan::new`] with unknown scales, if they are searched for. Groups that fit a panel are searched by the kernel; scales of
+    /// wider groups are given once all columns before them are solved, so that no panel has columns of two groups.
+    pub(super) fn searched(
+        k: usize,
+        group_size: usize,
+        search: Search,
+        shared_memory: usize,
+    ) -> Option<Self> {
+        let ways = AT_ONCE.into_iter().filter(|&at_once| at_once <= search.at_once);
+        let ways = ways.flat_map(|at_once| {
+            let mode = Mode::Searched(Search { at_once, ..search });
+            let widths = WIDTHS.into_iter().filter(|&width| group_size <= width);
+            widths.map(move |width| (mode, width / group_size * group_size))
+        });
+        let mut fitting =
+            ways.filter(|&(mode, width)| mode.shared_memory(width, group_size) <= shared_memory);
+        if let Some((mode, width)) = fitting.next() {
+            return Some(Self::of(mode, k, width));
+        }
         let fits = |width: &usize| Mode::Given.shared_memory(*width, group_size) <= shared_memory;
         let width = WIDTHS.into_iter().find(fits)?;
         let panels = by_group(k, width, group_size, &[Mode::Given]);
@@ -119,6 +177,11 @@ impl Plan {
             let panels = by_group(k, width, group_size, &[Mode::Compensate, Mode::Given]);
             Some(Self { panels, width: width.min(k), wide_group: group_size.min(k) })
         })
+    }
+
+    /// Whether scales of groups are searched for between panels.
+    pub(super) fn searches_between(&self, searched: bool, known: bool) -> bool {
+        searched && !known && self.panels.iter().all(|panel| panel.mode == Mode::Given)
     }
 
     fn of(mode: Mode, k: usize, width: usize) -> Self {
@@ -215,6 +278,39 @@ mod tests {
         assert_eq!((plan.width, plan.wide_group), (256, 600));
     }
 
+    /// The default preset: 92 candidates, of which 8 are compared by the block.
+    const STANDARD: Search = Search { candidates: 92, finalists: 8, at_once: 8 };
+
+    #[test]
+    fn searched_panels_have_whole_groups_and_as_many_finalists_as_fit() {
+        for (size, shared_memory, width, at_once) in [
+            (32, HOPPER, 256, 8),
+            (64, HOPPER, 256, 8),
+            (128, HOPPER, 256, 8),
+            (256, HOPPER, 256, 8),
+            (128, AMPERE, 256, 8),
+            (128, ADA, 128, 4),
+            (64, ADA, 192, 8),
+            (32, ADA, 192, 8),
+            (48, HOPPER, 240, 8),
+        ] {
+            let plan = Plan::searched(4096, size, STANDARD, shared_memory).unwrap();
+            let expected = Mode::Searched(Search { at_once, ..STANDARD });
+            assert_eq!((plan.panels[0].mode, plan.width), (expected, width), "{size} {shared_memory}");
+        }
+        // 4 · (64·256 + extra + 5376 + 3·288), of which the finalists' codes are 8·128·32 bytes; compensated weights, two ranges,
+        // two times 8 finalists, and a walk.
+        let bytes = Mode::Searched(STANDARD).shared_memory(256, 128);
+        assert_eq!(bytes, 4 * (64 * 256 + 8192 + 5376 + 3 * 288) + 4 * (32 * (128 + 2 + 16) + 4));
+        // Too wide: scales are searched for between panels.
+        let wide = Plan::searched(2048, 512, STANDARD, HOPPER).unwrap();
+        assert!(
+            wide.panels.iter().all(|panel| panel.mode == Mode::Given) && wide.searches_between(true, false)
+        );
+        assert_eq!(Search::new(1, 0), Search { candidates: 1, finalists: 1, at_once: 1 });
+        assert_eq!(Search::new(92, 0).finalists, 1);
+    }
+
     proptest! {
         /// Every column is solved once and in order; no group is cut; the device's memory suffices.
         #[test]
@@ -222,9 +318,14 @@ mod tests {
             k in 1usize..5000,
             group_size in 16usize..1025,
             known: bool,
+            search in prop::option::of((1usize..160, 1usize..9)),
             shared_memory in prop::sample::select(&[ADA, AMPERE, HOPPER][..]),
         ) {
-            let plan = plan(k, group_size, known, shared_memory);
+            let search = search.filter(|_| !known).map(|(c, finalists)| Search::new(c, finalists));
+            let plan = match search {
+                Some(search) => Plan::searched(k, group_size, search, shared_memory).unwrap(),
+                None => plan(k, group_size, known, shared_memory),
+            };
             let mut solved = 0;
             for panel in &plan.panels {
                 let columns = panel.columns.clone();
@@ -237,13 +338,13 @@ mod tests {
                         prop_assert!(panel.group.start <= columns.start && columns.end <= panel.group.end);
                         continue;
                     }
-                    Mode::Fitted => prop_assert!(columns.start.is_multiple_of(group_size)),
+                    Mode::Fitted | Mode::Searched(_) => prop_assert!(columns.start.is_multiple_of(group_size)),
                     Mode::Given => prop_assert!(known || columns.end <= panel.group.end),
                 }
                 prop_assert_eq!(columns.start, solved);
                 solved = columns.end;
                 let whole = solved == k || solved.is_multiple_of(group_size);
-                prop_assert!(panel.mode != Mode::Fitted || whole);
+                prop_assert!(!matches!(panel.mode, Mode::Fitted | Mode::Searched(_)) || whole);
             }
             prop_assert_eq!(solved, k);
             let compensated: usize =

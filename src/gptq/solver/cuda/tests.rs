@@ -7,9 +7,11 @@ use super::{
     CudaSolver, DeviceLinear, factor_of,
     host_emulation::PlainKernels,
     launch::{Compensation, Launcher, Stacked},
-    panels::Mode,
+    panels::{Mode, Search},
 };
 use crate::{
+    accuracy::{ScaleSearch, Scales},
+    cuda::Gpu,
     gptq::{
         QuantizedLinear,
         solver::{
@@ -32,7 +34,8 @@ fn plain() -> Launcher {
 }
 
 fn on_device() -> Launcher {
-    Launcher::new(cuda(), None).unwrap_or_else(|error| panic!("{error}"))
+    let gpu = Gpu::of(cuda()).unwrap_or_else(|error| panic!("{error}"));
+    Launcher::new(gpu, cuda(), None).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Does the same on the CPU by plain code and on the device by a kernel; what comes out must be equal to the bit.
@@ -110,6 +113,9 @@ fn cuda_device_packs_codes() {
     }
 }
 
+/// Scales of the default preset.
+const SEARCHED: Scales = Scales { signed: true, search: ScaleSearch::Block };
+
 /// Everything that a panel kernel reads or writes.
 struct Panel {
     stack: Stacked,
@@ -137,6 +143,7 @@ impl Panel {
             columns: permutation(k).0,
             objective: zeros(&[n], Kind::Double) + 0.5,
             distance: zeros(&[n], Kind::Double),
+            factors: Tensor::from_slice(&SEARCHED.factors(variant.bits, variant.symmetric)),
             group_size: size,
             variant,
         };
@@ -156,6 +163,7 @@ impl Panel {
             columns: copy(&self.stack.columns),
             objective: copy(&self.stack.objective),
             distance: copy(&self.stack.distance),
+            factors: copy(&self.stack.factors),
             ..self.stack
         };
         Self { stack, residuals: copy(&self.residuals) }
@@ -183,6 +191,28 @@ fn cuda_device_fits_scales_beforehand() {
     }
 }
 
+/// Static searches, costs of rounding and dense weights.
+#[test]
+#[ignore = "needs a CUDA device: scripts/gpu-check"]
+fn cuda_device_searches_and_rounds() {
+    for text in ["4bit-32g", "8bit-100g-asym", "4bit--1g"] {
+        let (columns, positions) = permutation(300);
+        let panel = Panel::new(text, (70, 300, 1));
+        let diagonal = random(&[300], 8).square();
+        let run = |launcher: &Launcher| {
+            let panel = panel.on(launcher);
+            let there = |t: &Tensor| t.to_device(launcher.device());
+            launcher.search_static(&panel.stack, &there(&positions)).unwrap();
+            let costs = Tensor::zeros(panel.stack.scales.size(), (Kind::Float, launcher.device()));
+            launcher.rounding_costs(&panel.stack, &there(&columns), &there(&diagonal), &costs).unwrap();
+            [panel.stack.scales, costs]
+        };
+        for (expected, found) in run(&plain()).iter().zip(&run(&on_device())) {
+            close(text, expected, found);
+        }
+    }
+}
+
 /// Each panel kernel for whole and partial tiles and steps, aligned rows and others, with residuals and without.
 #[test]
 #[ignore = "needs a CUDA device: scripts/gpu-check"]
@@ -195,8 +225,10 @@ fn cuda_device_solves_panels() {
         ("8bit-16g-asym", (31, 97, 97)),
         ("3bit-100g", (128, 200, 200)),
     ] {
+        let candidates = Panel::new(text, (1, 16, 16)).stack.factors.size()[0] as usize;
+        let searched = Mode::Searched(Search::new(candidates, SEARCHED.finalists()));
         for (mode, with_residuals) in
-            [Mode::Fitted, Mode::Given].into_iter().flat_map(|m| [(m, true), (m, false)])
+            [Mode::Fitted, searched, Mode::Given].into_iter().flat_map(|m| [(m, true), (m, false)])
         {
             let ((_, k, p), panel) = (shape, Panel::new(text, shape));
             let run = |launcher: &Launcher| {
@@ -340,7 +372,9 @@ fn a_device_with_little_shared_memory_is_refused() {
 #[test]
 fn the_solver_compiles_for_every_generation_with_nvrtc() {
     for found in crate::cuda::entries_by_generation(&super::GPTQ_BLOCK) {
-        for kernel in ["gptq_solve_fitted", "gptq_solve_given", "gptq_compensate", "gptq_pack"] {
+        for kernel in
+            ["gptq_solve_fitted", "gptq_solve_searched", "gptq_solve_given", "gptq_compensate", "gptq_pack"]
+        {
             assert!(found.iter().any(|name| name == kernel), "{kernel} is not among {found:?}");
         }
     }

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda};
-use crate::gptq::Hessian;
+use crate::gptq::{Hessian, fault};
 
 /// Largest error of an element, relative to `√(H_ii H_jj)`: what fp32 sums of a few thousand tokens may have.
 const TOLERANCE: f64 = 1e-5;
@@ -77,4 +77,39 @@ fn cuda_device_output_energy_is_that_of_the_cpu() {
     let problem = problem.on(cuda());
     let ratio = problem.hessian.output_energy(&problem.weight).unwrap() / on_cpu;
     assert!((ratio - 1.0).abs() < 1e-3, "{ratio}");
+}
+
+/// A batch that the memory ended in is not added twice: its blocks go on where they ended.
+#[test]
+fn a_batch_can_be_added_again() {
+    // Two blocks of rows.
+    let x = inputs(64, 1300, Kind::Float);
+    let expected = accumulated(&[x.shallow_clone(), x.shallow_clone()], Device::Cpu);
+    for products in 0..4 {
+        let mut hessian = Hessian::new(1300, Device::Cpu).unwrap();
+        fault::after(products);
+        for _ in 0..2 {
+            if let Err(error) = hessian.add(&x) {
+                assert!(error.is_out_of_device_memory(), "{error}");
+                assert_eq!(hessian.is_between_batches(), products % 2 == 0);
+                hessian.add(&x).unwrap();
+            }
+        }
+        assert!(!fault::is_pending() && hessian.tokens() == 128);
+        assert!(hessian.finish("test").unwrap().matrix().equal(expected.matrix()), "{products}");
+    }
+}
+
+/// The products that CUDA measures outputs by, with inputs of very different size and a dead one.
+#[test]
+fn energies_in_bf16_are_those_of_fp32() {
+    let x = inputs(600, 96, Kind::Float);
+    let _ = x.narrow(1, 7, 1).zero_();
+    let hessian = accumulated(&[x], Device::Cpu);
+    let weights = [200, 8].map(|n| Tensor::randn([n, 96], (Kind::Float, Device::Cpu)) * 0.02);
+    let found = hessian.output_energies_in_bf16(&[&weights[0], &weights[1].to_kind(Kind::Half)]).unwrap();
+    for (weight, found) in weights.iter().zip(found) {
+        let exact = hessian.output_energy(weight).unwrap();
+        assert!((found / exact - 1.0).abs() < 1e-3, "{found} {exact}");
+    }
 }

@@ -11,7 +11,7 @@ use crate::{
     error::{Error, NumericalError, Result},
     gptq::{
         Hessian, QuantizedLinear,
-        solver::{CpuSolver, OrRounded, RtnSolver, Solution, Solver, Weight},
+        solver::{CpuSolver, CudaSolver, OrRounded, RtnSolver, Solution, Solver, Weight},
     },
     variant::{Sorting, Variant},
 };
@@ -26,8 +26,13 @@ const VARIANTS: [&str; 6] =
 /// How much larger an error may be than that of rounding: both are computed from fp32 weights and inputs.
 const TOLERANCE: f64 = 1e-3;
 
-fn on_cpu() -> [CpuSolver; 2] {
-    [CpuSolver::with_amx(false), CpuSolver::with_amx(true)]
+/// The solvers of runs; that of CUDA with plain code in place of its kernels.
+fn on_cpu() -> [Box<dyn Solver>; 3] {
+    [
+        Box::new(CpuSolver::with_amx(false)),
+        Box::new(CpuSolver::with_amx(true)),
+        Box::new(CudaSolver::host_emulation(227 << 10)),
+    ]
 }
 
 /// Independent inputs `[tokens, K]`.
@@ -120,7 +125,7 @@ fn no_worse_than_rounding(name: &str, x: &Tensor, w: &Tensor, damp: f64) {
         let limit = objective(w, x, &rounded.linear.on_host().unwrap());
         for solver in on_cpu() {
             let name = format!("{name}, damp {damp}, {variant}, {}", solver.name());
-            let solution = match try_solve(&solver, &hessian, w, &variant, damp) {
+            let solution = match try_solve(&*solver, &hessian, w, &variant, damp) {
                 Err(error @ Error::Numerical(_)) if damp == 0.0 => {
                     let text = error.to_string();
                     assert!(text.contains("layer 3, down") || text.contains("`weight`"), "{name}: {text}");
@@ -192,7 +197,7 @@ fn rows_that_compensation_would_harm_are_rounded_and_counted() {
         .into_owned();
     let slow = problem.reference_or_rounded(&variant, 0.01, &AccuracyOptions::NONE);
     for solver in on_cpu() {
-        let solution = solved(&solver, &problem.hessian, &problem.weight, &variant, 0.01);
+        let solution = solved(&*solver, &problem.hessian, &problem.weight, &variant, 0.01);
         assert_eq!(solution.uncompensated, 4, "{}", solver.name());
         let linear = solution.linear.on_host().unwrap().into_owned();
         for row in 0..N {

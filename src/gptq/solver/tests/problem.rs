@@ -76,7 +76,7 @@ impl Problem {
         reference::solve(&self.weight(), &self.hessian(), self.k, damp, variant, accuracy, false).unwrap()
     }
 
-    /// With rows rounded to nearest where that is better, as the CPU solver does it.
+    /// With rows rounded to nearest where that is better, as the solvers of a run do it.
     pub(in crate::gptq) fn reference_or_rounded(
         &self,
         variant: &Variant,

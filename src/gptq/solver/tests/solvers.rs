@@ -7,7 +7,7 @@ use super::{
     torch::TorchSolver,
 };
 use crate::{
-    accuracy::{AccuracyOptions, ScaleSearch, Scales},
+    accuracy::{AccuracyOptions, Quality, ScaleSearch, Scales},
     error::Error,
     gptq::{
         Hessian,
@@ -114,9 +114,9 @@ fn agree_on_searched_scales<const N: usize>(
 
 fn agree(problem: &Problem, variants: &[Variant], solvers: &[Box<dyn Solver>], accuracy: &AccuracyOptions) {
     for (variant, solver) in variants.iter().flat_map(|v| solvers.iter().map(move |s| (v, s))) {
-        let slow = match solver.name().starts_with("cpu") {
-            true => problem.reference_or_rounded(variant, 0.01, accuracy),
-            false => problem.reference_with(variant, 0.01, accuracy),
+        let slow = match solver.name() {
+            "libtorch" => problem.reference_with(variant, 0.01, accuracy),
+            _ => problem.reference_or_rounded(variant, 0.01, accuracy),
         };
         let fast = problem.fast_with(&**solver, variant, 0.01, accuracy);
         let variant = format!("{variant}, {}, {accuracy}", solver.name());
@@ -276,4 +276,25 @@ fn a_quotient_solves_the_system() {
             assert!(difference.double_value(&[]) < 1e-5, "{difference:?}");
         }
     }
+}
+
+/// The column loop in libtorch's operations on a shape of `cargo bench --bench cuda`, measured for `scripts/gpu-check`: JSON on a line.
+#[test]
+#[ignore = "needs a CUDA device: scripts/gpu-check"]
+#[expect(clippy::print_stdout, reason = "figures for a script")]
+fn cuda_device_plain_loop_takes() {
+    let (n, k) = (4096, 11008);
+    let problem = Problem::new(n, k, 12_000, 8).on(cuda());
+    let variant: Variant = "4bit-128g".parse().unwrap();
+    let lines = [Quality::Fast, Quality::Standard].map(|quality| {
+        let solver = TorchSolver::new(quality.options().scales);
+        let factor = solver.factorize(&problem.hessian, Sorting::Stored, 0.01, "test").unwrap();
+        let begun = std::time::Instant::now();
+        factor.solve(&[weight(&problem.weight)], &variant).unwrap();
+        let seconds = begun.elapsed().as_secs_f64();
+        format!(
+            "{{\"quality\": \"{quality}\", \"out_features\": {n}, \"in_features\": {k}, \"seconds\": {seconds}}}"
+        )
+    });
+    println!("plain loop: [{}]", lines.join(", "));
 }
