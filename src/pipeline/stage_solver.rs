@@ -162,8 +162,11 @@ impl<'a> StageSolver<'a> {
                 let begun = Instant::now();
                 let solutions = match (&outputs, &hessian) {
                     (Some(outputs), Some(hessian)) => {
-                        let check = || self.context.check_cancelled();
-                        solve_by_rows(&*factor, hessian, &weights, outputs, variant, &check)?
+                        let solve = |rows: &[Weight<'_>]| {
+                            self.context.check_cancelled()?;
+                            factor.solve(rows, variant)
+                        };
+                        solve_by_rows(hessian, &weights, outputs, &solve)?
                     }
                     _ => factor.solve(&weights, variant)?,
                 };
