@@ -23,6 +23,7 @@ pub mod eval;
 pub mod folder;
 pub mod gate;
 pub mod generation;
+pub mod gguf;
 pub mod gptq;
 pub mod hub;
 pub mod json;

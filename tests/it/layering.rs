@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 32] = [
+const LAYERS: [&str; 33] = [
     "units",
     "error",
     "progress",
@@ -22,6 +22,7 @@ const LAYERS: [&str; 32] = [
     "accuracy",
     "architectures",
     "plan",
+    "gguf",
     "checkpoint",
     "rotation",
     "equalization",
