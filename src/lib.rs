@@ -25,6 +25,7 @@ pub mod fp16;
 pub mod gate;
 pub mod generation;
 pub mod ggml;
+pub mod gguf;
 pub mod gptq;
 pub mod hub;
 pub mod json;

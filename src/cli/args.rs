@@ -13,7 +13,7 @@ use gptq::{
 };
 use serde::de::{DeserializeOwned, IntoDeserializer, value::Error as WordError};
 
-use super::{cache::StoredArgs, card::CardArgs, gate::GateArgs, publish::PublishArgs};
+use super::{cache::StoredArgs, card::CardArgs, gate::GateArgs, gguf::GgufArgs, publish::PublishArgs};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -60,6 +60,8 @@ pub(super) enum Command {
     Report(ReportArgs),
     /// Fail when a run is too far from fp16, or worse than the baseline in a file
     Gate(GateArgs),
+    /// Write a branch as a GGUF file for llama.cpp, with the same codes
+    Gguf(GgufArgs),
     /// Generate text with a quantized or dense model
     Generate(GenerateArgs),
     /// Show a checkpoint's architecture, format and tensors

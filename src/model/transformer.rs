@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     architectures::{EmbeddingMultiplier, LayerConfig, LinearId, ModelConfig, StageKind},
-    checkpoint::{Checkpoint, Dtype, TensorView},
+    checkpoint::{Checkpoint, Dtype},
     error::{Error, Result, TorchContext},
 };
 
@@ -86,15 +86,10 @@ impl<'a> Transformer<'a> {
     /// When the embedding cannot be read.
     pub fn embed(&self, ids: &[i64], seq_len: usize) -> Result<Tensor> {
         let name = self.config().embedding();
-        let view = self.checkpoint.view(&name)?;
         let hidden = self.config().hidden_size;
-        let row_bytes = view.bytes.len() / self.config().vocab_size;
-        let mut rows = Vec::with_capacity(ids.len() * row_bytes);
-        for &id in ids {
-            rows.extend_from_slice(&view.bytes[id as usize * row_bytes..][..row_bytes]);
-        }
+        let (rows, dtype) = self.checkpoint.rows(&name, ids.iter().map(|&id| id as usize))?;
         let size = [(ids.len() / seq_len) as i64, seq_len as i64, hidden as i64];
-        let kind = tensor_kind(&view)?;
+        let kind = tensor_kind(&name, dtype)?;
         let gathered = Tensor::f_from_data_size(&rows, &size, kind)
             .and_then(|t| t.f_to_device(self.device)?.f_to_kind(self.kind))
             .torch("embed tokens")?;
@@ -150,7 +145,8 @@ impl<'a> Transformer<'a> {
     /// # Errors
     /// When the tensor is missing or of an unsupported kind.
     pub fn source_kind(&self, id: &LinearId) -> Result<Kind> {
-        tensor_kind(&self.checkpoint.view(&id.weight())?)
+        let view = self.checkpoint.view(&id.weight())?;
+        tensor_kind(view.name, view.number_type())
     }
 
     /// Lets the system drop a layer's part of the memory map.
@@ -484,7 +480,8 @@ fn rows(x: &Tensor, k: i64) -> Result<Tensor> {
 /// # Errors
 /// When the tensor is missing or of an unsupported kind.
 pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
-    tensor_kind(&checkpoint.view(&checkpoint.config().linear_id(0, 0).weight())?)
+    let name = checkpoint.config().linear_id(0, 0).weight();
+    tensor_kind(&name, checkpoint.view(&name)?.number_type())
 }
 
 /// The kind of the embedding, which is unquantized in every checkpoint.
@@ -492,17 +489,18 @@ pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
 /// # Errors
 /// When the tensor is missing or of an unsupported kind.
 pub(super) fn embedding_kind(checkpoint: &Checkpoint) -> Result<Kind> {
-    tensor_kind(&checkpoint.view(&checkpoint.config().embedding())?)
+    let name = checkpoint.config().embedding();
+    tensor_kind(&name, checkpoint.view(&name)?.number_type())
 }
 
 /// libtorch's name of a tensor's dtype.
-fn tensor_kind(view: &TensorView<'_>) -> Result<Kind> {
-    match view.dtype {
+fn tensor_kind(name: &str, dtype: Dtype) -> Result<Kind> {
+    match dtype {
         Dtype::F16 => Ok(Kind::Half),
         Dtype::BF16 => Ok(Kind::BFloat16),
         Dtype::F32 => Ok(Kind::Float),
         other => Err(Error::TensorDtype {
-            name: view.name.to_owned(),
+            name: name.to_owned(),
             expected: "F16, BF16 or F32",
             found: format!("{other:?}"),
         }),

@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 34] = [
+const LAYERS: [&str; 35] = [
     "units",
     "error",
     "progress",
@@ -24,6 +24,7 @@ const LAYERS: [&str; 34] = [
     "accuracy",
     "architectures",
     "plan",
+    "gguf",
     "checkpoint",
     "rotation",
     "equalization",
