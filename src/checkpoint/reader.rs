@@ -119,6 +119,16 @@ impl Checkpoint {
         Ok(checkpoint.with_names_as_stored())
     }
 
+    /// Opens one weights file of a model that `config` describes, in a folder without `config.json`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn of_file(path: &Path, config: ModelConfig) -> Result<Self> {
+        let mut checkpoint = Self::empty(path.parent().unwrap_or(Path::new(".")), config);
+        checkpoint.add_shard(path.into())?;
+        Ok(checkpoint)
+    }
+
     fn empty(dir: &Path, config: ModelConfig) -> Self {
         Self {
             dir: dir.into(),
@@ -296,7 +306,7 @@ impl Checkpoint {
         let bytes: Vec<u8> = rows.flat_map(|row| &view.bytes[row * width..][..width]).copied().collect();
         let Some(stored) = view.stored else { return Ok((bytes, view.dtype)) };
         let elements = bytes.len() / stored.kind.block_bytes() * stored.kind.block_len();
-        let numbers = Stored { heads: None, ..stored }.decode(&[elements], &bytes)?;
+        let numbers = Stored { heads: None, ..stored }.decode(&[elements], &bytes);
         Ok((bytemuck::cast_slice(&numbers).to_vec(), Dtype::F32))
     }
 
@@ -467,7 +477,7 @@ impl Checkpoint {
         use_it: impl FnOnce(&TensorView<'_>) -> Result<T>,
     ) -> Result<T> {
         if let Some(stored) = view.stored {
-            let numbers = stored.decode(view.shape, view.bytes)?;
+            let numbers = stored.decode(view.shape, view.bytes);
             let bytes = bytemuck::cast_slice(&numbers);
             return use_it(&TensorView { dtype: Dtype::F32, bytes, stored: None, ..view });
         }

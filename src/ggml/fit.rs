@@ -30,7 +30,8 @@ const SHRINK_STEP: f64 = 0.02;
 pub const D_FACTORS: [f64; 9] = [1.0, 0.96, 0.92, 0.88, 0.84, 1.04, 1.08, 1.12, 1.16];
 
 impl BlockGrid {
-    /// Factors of the scale of the weights' range that are tried, in order; the first of equal candidates wins. `search`: whether
+    /// Factors of the scale of the weights' range that are tried, in order; the first of equal candidates wins. None is 1, where the
+    /// largest weight may lie just between two levels. `search`: whether
     /// scales below that of the range are tried. `signed`: whether negative scales are tried, of grids without offsets.
     pub fn factors(&self, search: bool, signed: bool) -> Vec<f64> {
         let steps = match self.levels.count() {
@@ -42,7 +43,7 @@ impl BlockGrid {
             ..=64 => 10,
             _ => 5,
         };
-        let shrunk = (0..=steps).map(|i| 1.0 - SHRINK_STEP * f64::from(i));
+        let shrunk = (0..=steps).map(|i| 1.01 - SHRINK_STEP * f64::from(i));
         if signed && !self.has_offsets() { shrunk.flat_map(|f| [f, -f]).collect() } else { shrunk.collect() }
     }
 

@@ -1,11 +1,9 @@
 //! The numbers in a tensor's blocks, and the order of rows in llama.cpp's Llama.
 
-use candle_core::{Device, quantized::ggml_file::qtensor_from_ggml};
-use half::{bf16, f16};
+use half::bf16;
 use rayon::prelude::*;
 
 use super::TensorType;
-use crate::error::{Error, Result};
 
 /// Elements that one task dequantizes; a multiple of every block.
 const CHUNK: usize = 1 << 16;
@@ -21,67 +19,36 @@ pub struct Stored {
 
 impl Stored {
     /// The numbers of a whole tensor in the order of a Hugging Face folder, row by row.
-    ///
-    /// # Errors
-    /// When memory is exhausted.
-    pub fn decode(&self, shape: &[usize], bytes: &[u8]) -> Result<Vec<f32>> {
+    pub fn decode(&self, shape: &[usize], bytes: &[u8]) -> Vec<f32> {
         let elements: usize = shape.iter().product();
         let mut numbers = vec![0.0; elements];
-        dequantize(self.kind, bytes, &mut numbers)?;
-        Ok(match self.heads {
+        dequantize(self.kind, bytes, &mut numbers);
+        match self.heads {
             None => numbers,
             Some(heads) => {
                 let rows = shape.first().copied().unwrap_or(1).max(1);
                 reordered(&numbers, rows, |row| in_llama_cpp(row, rows / heads.max(1)))
             }
-        })
+        }
     }
 }
 
 /// Numbers of blocks. `bytes` holds just the blocks of `numbers`.
 ///
-/// # Errors
-/// When memory is exhausted.
-///
 /// # Panics
 /// When the lengths do not fit each other.
-pub fn dequantize(kind: TensorType, bytes: &[u8], numbers: &mut [f32]) -> Result<()> {
+pub fn dequantize(kind: TensorType, bytes: &[u8], numbers: &mut [f32]) {
     assert_eq!(kind.bytes(numbers.len()), Some(bytes.len()), "whole blocks");
     let chunk_bytes = CHUNK / kind.block_len() * kind.block_bytes();
-    numbers
-        .par_chunks_mut(CHUNK)
-        .zip(bytes.par_chunks(chunk_bytes))
-        .try_for_each(|(numbers, bytes)| dequantize_chunk(kind, bytes, numbers))
-}
-
-fn dequantize_chunk(kind: TensorType, bytes: &[u8], numbers: &mut [f32]) -> Result<()> {
-    fn plain<const N: usize>(bytes: &[u8], numbers: &mut [f32], number: impl Fn([u8; N]) -> f32) {
-        for (out, &bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
-            *out = number(bytes);
+    let chunks = numbers.par_chunks_mut(CHUNK).zip(bytes.par_chunks(chunk_bytes));
+    chunks.for_each(|(numbers, bytes)| match kind.block_type() {
+        Some(blocks) => blocks.decode(bytes, numbers),
+        None => {
+            for (out, &bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
+                *out = bf16::from_le_bytes(bytes).to_f32();
+            }
         }
-    }
-    match kind {
-        TensorType::F32 => plain(bytes, numbers, f32::from_le_bytes),
-        TensorType::F16 => plain(bytes, numbers, |bytes| f16::from_le_bytes(bytes).to_f32()),
-        TensorType::BF16 => plain(bytes, numbers, |bytes| bf16::from_le_bytes(bytes).to_f32()),
-        _ => {
-            let blocks = || -> candle_core::Result<Vec<f32>> {
-                // Blocks begin with fp16 numbers; candle reads them where they lie.
-                let copy: Vec<u16> =
-                    bytes.as_chunks().0.iter().map(|&pair| u16::from_le_bytes(pair)).collect();
-                let aligned = bytemuck::cast_slice(&copy);
-                let tensor = qtensor_from_ggml(kind.in_candle(), aligned, vec![numbers.len()], &Device::Cpu)?;
-                tensor.dequantize(&Device::Cpu)?.to_vec1()
-            };
-            let made = blocks().map_err(|error| Error::Value {
-                what: format!("blocks of {kind}"),
-                expected: "to be dequantized".into(),
-                found: error.to_string(),
-            })?;
-            numbers.copy_from_slice(&made);
-        }
-    }
-    Ok(())
+    });
 }
 
 /// The rows of q or k, of `row` bytes each, in the order of llama.cpp's Llama: features that are rotated together are
@@ -110,6 +77,8 @@ fn reordered<T: Copy>(values: &[T], rows: usize, source: impl Fn(usize) -> usize
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
+
     use super::*;
 
     #[test]
@@ -120,7 +89,7 @@ mod tests {
         assert_eq!(moved, [0, 2, 1, 3, 4, 6, 5, 7]);
         let shape = [8, 1];
         let floats: Vec<u8> = moved.iter().flat_map(|&row| f32::from(row).to_le_bytes()).collect();
-        let back = Stored { kind: TensorType::F32, heads: Some(2) }.decode(&shape, &floats).unwrap();
+        let back = Stored { kind: TensorType::F32, heads: Some(2) }.decode(&shape, &floats);
         assert_eq!(back, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     }
 
@@ -128,17 +97,17 @@ mod tests {
     fn plain_numbers_and_blocks() {
         let one = f16::ONE.to_le_bytes();
         let mut numbers = [0.0; 2];
-        dequantize(TensorType::F16, &[one, one].concat(), &mut numbers).unwrap();
-        dequantize(TensorType::BF16, &[0x80, 0x3F, 0x00, 0xC0], &mut numbers).unwrap();
+        dequantize(TensorType::F16, &[one, one].concat(), &mut numbers);
+        dequantize(TensorType::BF16, &[0x80, 0x3F, 0x00, 0xC0], &mut numbers);
         assert_eq!(numbers, [1.0, -2.0]);
         // Code 1 in the low half is element 0, code 15 in the high half element 16; the others are 8, which is zero.
         let mut block = [&f16::from_f32(-0.5).to_le_bytes()[..], &[0x88; 16]].concat();
         block[2] = 0xF1;
         let mut numbers = [1.0; 32];
-        dequantize(TensorType::Q4_0, &block, &mut numbers).unwrap();
+        dequantize(TensorType::Q4_0, &block, &mut numbers);
         assert_eq!((numbers[0], numbers[16], numbers[1]), (3.5, -3.5, 0.0));
         let block = [&f16::from_f32(0.25).to_le_bytes()[..], &[0x80; 32]].concat();
-        dequantize(TensorType::Q8_0, &block, &mut numbers).unwrap();
+        dequantize(TensorType::Q8_0, &block, &mut numbers);
         assert_eq!(numbers, [-32.0; 32]);
     }
 }

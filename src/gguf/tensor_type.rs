@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use candle_core::quantized::GgmlDType;
+use crate::ggml::BlockType;
 
 /// The element type of a tensor: plain numbers, or blocks of codes with their scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,10 +33,12 @@ pub enum TensorType {
     Q5K,
     /// 256 codes of 6 bits, 8-bit scales of 16 codes each.
     Q6K,
+    /// 32 codes of 4 bits for levels that are not evenly spaced, and a scale.
+    IQ4NL,
 }
 
 /// Type, number in files, elements and bytes of a block.
-const LAYOUTS: [(TensorType, u32, usize, usize); 13] = [
+const LAYOUTS: [(TensorType, u32, usize, usize); 14] = [
     (TensorType::F32, 0, 1, 4),
     (TensorType::F16, 1, 1, 2),
     (TensorType::BF16, 30, 1, 2),
@@ -50,17 +52,17 @@ const LAYOUTS: [(TensorType, u32, usize, usize); 13] = [
     (TensorType::Q4K, 12, 256, 144),
     (TensorType::Q5K, 13, 256, 176),
     (TensorType::Q6K, 14, 256, 210),
+    (TensorType::IQ4NL, 20, 32, 18),
 ];
 
 /// Numbers and names of types that are not read, for messages.
-const OTHERS: [(u32, &str); 22] = [
+const OTHERS: [(u32, &str); 21] = [
     (9, "Q8_1"),
     (15, "Q8_K"),
     (16, "IQ2_XXS"),
     (17, "IQ2_XS"),
     (18, "IQ3_XXS"),
     (19, "IQ1_S"),
-    (20, "IQ4_NL"),
     (21, "IQ3_S"),
     (22, "IQ2_S"),
     (23, "IQ4_XS"),
@@ -96,6 +98,11 @@ impl TensorType {
         })
     }
 
+    /// The layout of its blocks; `None` for bf16.
+    pub fn block_type(self) -> Option<BlockType> {
+        BlockType::from_id(self.id())
+    }
+
     /// Its number in files.
     pub fn id(self) -> u32 {
         self.layout().1
@@ -129,7 +136,7 @@ impl TensorType {
             Self::F16 | Self::BF16 => 16,
             Self::Q2K => 2,
             Self::Q3K => 3,
-            Self::Q4_0 | Self::Q4_1 | Self::Q4K => 4,
+            Self::Q4_0 | Self::Q4_1 | Self::Q4K | Self::IQ4NL => 4,
             Self::Q5_0 | Self::Q5_1 | Self::Q5K => 5,
             Self::Q6K => 6,
             Self::Q8_0 => 8,
@@ -153,33 +160,20 @@ impl TensorType {
         let found = LAYOUTS.into_iter().find(|layout| layout.0 == self);
         found.expect("each type has a layout")
     }
-
-    /// The type in candle, which dequantizes the blocks.
-    pub(super) fn in_candle(self) -> GgmlDType {
-        match self {
-            Self::F32 => GgmlDType::F32,
-            Self::F16 => GgmlDType::F16,
-            Self::BF16 => GgmlDType::BF16,
-            Self::Q4_0 => GgmlDType::Q4_0,
-            Self::Q4_1 => GgmlDType::Q4_1,
-            Self::Q5_0 => GgmlDType::Q5_0,
-            Self::Q5_1 => GgmlDType::Q5_1,
-            Self::Q8_0 => GgmlDType::Q8_0,
-            Self::Q2K => GgmlDType::Q2K,
-            Self::Q3K => GgmlDType::Q3K,
-            Self::Q4K => GgmlDType::Q4K,
-            Self::Q5K => GgmlDType::Q5K,
-            Self::Q6K => GgmlDType::Q6K,
-        }
-    }
 }
 
 impl fmt::Display for TensorType {
     /// `Q4_0`, `Q6_K`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (format!("{self:?}").strip_suffix('K'), self) {
-            (Some(start), _) => write!(f, "{start}_K"),
-            (None, other) => write!(f, "{other:?}"),
+        match self.block_type() {
+            Some(blocks) => blocks.fmt(f),
+            None => f.write_str("BF16"),
         }
+    }
+}
+
+impl From<BlockType> for TensorType {
+    fn from(blocks: BlockType) -> Self {
+        Self::from_id(blocks.id()).expect("all layouts of blocks are read")
     }
 }

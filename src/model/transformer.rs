@@ -1,5 +1,7 @@
 //! A decoder, computed layer by layer and stage by stage, as its config describes it.
 
+use std::collections::HashMap;
+
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
@@ -12,6 +14,7 @@ use crate::{
     architectures::{EmbeddingMultiplier, LayerConfig, LinearId, ModelConfig, StageKind},
     checkpoint::{Checkpoint, Dtype},
     error::{Error, Result, TorchContext},
+    ggml::{BlockType, round_rows},
 };
 
 /// The parts of the forward pass that all layers share: config, rotary tables and masks, kind and device of the computation.
@@ -85,14 +88,29 @@ impl<'a> Transformer<'a> {
     /// # Errors
     /// When the embedding cannot be read.
     pub fn embed(&self, ids: &[i64], seq_len: usize) -> Result<Tensor> {
+        self.embed_rounded(ids, seq_len, BlockType::F32)
+    }
+
+    /// [`Transformer::embed`] by the embedding's rows as [`round_rows`] rounds them to blocks of type `blocks`; fp32 leaves them.
+    ///
+    /// # Errors
+    /// When the embedding cannot be read.
+    ///
+    /// # Panics
+    /// When rows are not whole blocks.
+    pub fn embed_rounded(&self, ids: &[i64], seq_len: usize, blocks: BlockType) -> Result<Tensor> {
         let name = self.config().embedding();
         let hidden = self.config().hidden_size;
         let (rows, dtype) = self.checkpoint.rows(&name, ids.iter().map(|&id| id as usize))?;
         let size = [(ids.len() / seq_len) as i64, seq_len as i64, hidden as i64];
         let kind = tensor_kind(&name, dtype)?;
-        let gathered = Tensor::f_from_data_size(&rows, &size, kind)
-            .and_then(|t| t.f_to_device(self.device)?.f_to_kind(self.kind))
-            .torch("embed tokens")?;
+        let gathered = Tensor::f_from_data_size(&rows, &size, kind);
+        let gathered = match blocks {
+            BlockType::F32 => gathered,
+            _ => gathered.and_then(|rows| rounded(&rows, ids, blocks)),
+        };
+        let gathered =
+            gathered.and_then(|t| t.f_to_device(self.device)?.f_to_kind(self.kind)).torch("embed tokens")?;
         let total = gathered.numel() as u64;
         let finite = gathered.f_isfinite().and_then(|t| i64::try_from(t.f_sum(Kind::Int64)?));
         let broken = total - finite.torch("check the embedding")? as u64;
@@ -482,6 +500,29 @@ fn rows(x: &Tensor, k: i64) -> Result<Tensor> {
 pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
     let name = checkpoint.config().linear_id(0, 0).weight();
     tensor_kind(&name, checkpoint.view(&name)?.number_type())
+}
+
+/// The rows of `ids` `[B, S, hidden]` rounded to blocks, in fp32. Files are rounded from fp16.
+fn rounded(rows: &Tensor, ids: &[i64], blocks: BlockType) -> Result<Tensor, TchError> {
+    let size = rows.size();
+    let width = size[size.len() - 1] as usize;
+    let rows = rows.f_to_kind(Kind::Half)?.f_to_kind(Kind::Float)?.f_flatten(0, -1)?;
+    let mut rows = Vec::<f32>::try_from(rows)?;
+    // Most tokens occur many times.
+    let mut first: HashMap<i64, usize> = HashMap::new();
+    for (at, &id) in ids.iter().enumerate() {
+        first.entry(id).or_insert(at);
+    }
+    let mut places: Vec<usize> = first.values().copied().collect();
+    places.sort_unstable();
+    let distinct: Vec<f32> = places.iter().flat_map(|&at| rows[at * width..][..width].to_vec()).collect();
+    let mut decoded = vec![0.0; distinct.len()];
+    blocks.decode(&round_rows(blocks, &distinct, width, None), &mut decoded);
+    let place: HashMap<i64, usize> = places.iter().enumerate().map(|(i, &at)| (ids[at], i)).collect();
+    for (row, id) in rows.chunks_mut(width).zip(ids) {
+        row.copy_from_slice(&decoded[place[id] * width..][..width]);
+    }
+    Tensor::f_from_slice(&rows)?.f_view(&size[..])
 }
 
 /// The kind of the embedding, which is unquantized in every checkpoint.

@@ -255,7 +255,7 @@ impl ModelEvaluations {
     /// # Errors
     /// As [`Self::read_checked`].
     pub fn of_branches(report: &Report, dir: &Path) -> Result<Vec<Self>> {
-        let paths = report.branches.iter().map(|branch| dir.join(&branch.branch).join(EVALUATION_FILE));
+        let paths = report.branches.iter().map(|branch| evaluation_file(&dir.join(&branch.branch)));
         paths.filter(|path| path.exists()).map(|path| Self::read_checked(&path)).collect()
     }
 

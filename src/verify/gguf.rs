@@ -81,7 +81,7 @@ fn not_finite(view: &TensorView<'_>) -> Result<Option<String>> {
     let mut broken = 0;
     for bytes in view.bytes.chunks(CHUNK / kind.block_len() * kind.block_bytes()) {
         let mut numbers = vec![0.0; bytes.len() / kind.block_bytes() * kind.block_len()];
-        dequantize(kind, bytes, &mut numbers)?;
+        dequantize(kind, bytes, &mut numbers);
         broken += numbers.par_iter().filter(|number| !number.is_finite()).count();
     }
     let all: usize = view.shape.iter().product();

@@ -55,6 +55,7 @@ mod fuzz_findings;
 mod gate;
 mod generate;
 mod gguf;
+mod gguf_variants;
 mod golden;
 mod help;
 mod helpers;

@@ -2,9 +2,12 @@
 
 mod blocks;
 mod metadata;
+mod mix;
 mod tokenizer;
 
 use std::path::Path;
+
+pub use mix::{GgufBranchWriter, embedding_type, linear_type};
 
 use serde::Serialize;
 

@@ -15,7 +15,7 @@ use crate::{
     error::Result,
     ggml::{Block, BlockGrid, BlockType, SubStep},
     gptq::{
-        BlockLinear, Step,
+        BlockLinear, Step, mean_alive,
         raw::{Floats, floats},
         solver::{
             Solved, Sums, Weight, check_sums,
@@ -216,19 +216,35 @@ impl CpuFactor {
             if infinite.into_inner() {
                 return Err(refused_scale(weight, &format!("scale of a block of {kind}")));
             }
+            let linear = BlockLinear::new(kind, k, bytes);
             let sums = Sums {
-                objective: state.objective[rows.clone()].iter().sum(),
+                objective: state.objective[rows.clone()].iter().sum::<f64>() - self.cost_of_dead(&linear),
                 distance: state.distance[rows].iter().sum(),
             };
             check_sums(weight, sums)?;
             solutions.push(Solution {
-                linear: Solved::Blocks(BlockLinear::new(kind, k, bytes)),
+                linear: Solved::Blocks(linear),
                 squared_error: sums.undamped(self.damped.lambda),
                 uncompensated: 0,
                 fallback: None,
             });
         }
         Ok(solutions)
+    }
+}
+
+impl CpuFactor {
+    /// What the objective has for the weights of dead features, which not every block can hold as zero: their Hessian's diagonal was
+    /// set to the mean, but their errors cost nothing.
+    fn cost_of_dead(&self, linear: &BlockLinear) -> f64 {
+        let (dead, k) = (&self.damped.dead, linear.in_features());
+        if dead.is_empty() {
+            return 0.0;
+        }
+        let mean = mean_alive(&self.damped.diagonal, dead).unwrap_or(0.0);
+        let dense = linear.dequantize();
+        let weights = dense.chunks(k).flat_map(|row| dead.iter().map(|&column| row[column as usize]));
+        mean * weights.map(|weight| f64::from(weight).powi(2)).sum::<f64>()
     }
 }
 

@@ -22,7 +22,7 @@ use crate::{
 /// sub-block, and later sub-blocks are then fitted to other weights.
 const BYTES_THAT_MAY_DIFFER: f64 = 0.06;
 
-/// Where scales are searched for, several cost next to the same.
+/// Where scales are searched for, several cost next to the same; the objective then differs by up to a third of this.
 const SEARCHED_BYTES_THAT_MAY_DIFFER: f64 = 0.1;
 
 const KINDS: [BlockType; 11] = [
@@ -144,10 +144,7 @@ fn agree(problem: &Problem, scales: Scales, may_differ: f64) {
             let different = pairs.filter(|(a, b)| a != b).count() as f64 / slow.bytes().len() as f64;
             assert!(different <= may_differ, "{kind}, {amx}: {different} of the bytes differ");
             let ratio = error / least;
-            assert!(
-                (ratio - 1.0).abs() < 5.0 * OBJECTIVE_TOLERANCE,
-                "{kind}, {amx}: objective ratio {ratio}"
-            );
+            assert!((ratio - 1.0).abs() < 0.3 * may_differ, "{kind}, {amx}: objective ratio {ratio}");
             let ratio = error / measured(problem, &fast);
             assert!(
                 (ratio - 1.0).abs() < OBJECTIVE_TOLERANCE,
@@ -212,7 +209,7 @@ fn dead_columns_of_blocks_are_next_to_nothing() {
 #[test]
 fn a_weight_beyond_fp16_is_refused_in_blocks() {
     let problem = Problem::new(8, 256, 600, 6);
-    let huge = &problem.weight * 1e9;
+    let huge = &problem.weight * 1e15;
     for solver in [&CpuSolver::new() as &dyn Solver, &CpuSolver::new().with_scales(SEARCHED), &RtnSolver] {
         let factor = solver.factorize(&problem.hessian, Sorting::Stored, 0.01, "test").unwrap();
         for kind in [BlockType::Q4_0, BlockType::Q4_K, BlockType::Q6_K] {
