@@ -14,6 +14,8 @@ use gptq::{
     calibration::{Corpus, CorpusSource, SourceOptions},
     chat::{ChatTemplate, Message},
     checkpoint::{Checkpoint, QuantizationConfig, packed},
+    eval::describe,
+    gguf::{GgufPlan, GgufTensor, GgufWriter, Metadata, MetadataValue, TensorType, names},
     plan::Plan,
     progress::Silent,
     verify,
@@ -27,6 +29,7 @@ const QUANTIZE_CONFIG: &str = "quantize_config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const CHECKSUMS: &str = "checksums.json";
+const GGUF: &str = "model.gguf";
 const SHARDS: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
 
 /// `data` as the weights of a branch.
@@ -126,6 +129,24 @@ pub(crate) fn verify(data: &[u8]) {
         files.into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
         if let Ok(verification) = verify::verify(&folder.path(), None, None, &Silent) {
             let _ = serde_json::to_string(&verification);
+        }
+    });
+}
+
+/// `data` as a GGUF file.
+pub(crate) fn gguf(data: &[u8]) {
+    with_folder(|folder| {
+        folder.write(GGUF, data);
+        let path = folder.path().join(GGUF);
+        let _ = verify::verify(&path, None, None, &Silent);
+        match Checkpoint::open(&path) {
+            Ok(checkpoint) => {
+                let _ = (checkpoint.bytes_total(), describe(&checkpoint));
+                for name in checkpoint.names() {
+                    let _ = (checkpoint.bytes_f16(name), checkpoint.rows(name, 0..1));
+                }
+            }
+            Err(error) => drop((error.to_string(), error.hint())),
         }
     });
 }
@@ -267,6 +288,59 @@ pub(crate) fn branch() -> Vec<(&'static str, Vec<u8>)> {
         (WEIGHTS, file_of(&tensors())),
         (CHECKSUMS, sums.to_string().into_bytes()),
     ]
+}
+
+/// A good GGUF file of one layer.
+pub(crate) fn gguf_file() -> Vec<u8> {
+    let mut metadata = Metadata::default();
+    metadata.set("general.architecture", MetadataValue::String("llama".into()));
+    metadata.set("general.alignment", MetadataValue::U32(32));
+    for (key, size) in [
+        ("block_count", 1),
+        ("embedding_length", HIDDEN),
+        ("feed_forward_length", HIDDEN),
+        ("context_length", 64),
+        ("attention.head_count", 2),
+        ("attention.head_count_kv", 2),
+        ("rope.dimension_count", HIDDEN / 2),
+    ] {
+        metadata.set(format!("llama.{key}"), MetadataValue::U32(size as u32));
+    }
+    metadata.set("llama.attention.layer_norm_rms_epsilon", MetadataValue::F32(1e-5));
+    metadata.set("llama.rope.scaling.type", MetadataValue::String("none".into()));
+    metadata.set("tokenizer.ggml.tokens", MetadataValue::strings(["a", "b"]));
+    let mut tensors = vec![(names::ROPE_FREQS.to_owned(), TensorType::F32, vec![HIDDEN / 4])];
+    for (name, dtype, shape, _) in tensors_of_dense() {
+        let kind = match dtype {
+            Dtype::F16 if shape.len() > 1 => TensorType::Q8_0,
+            Dtype::F16 => TensorType::F32,
+            _ => TensorType::Q4_0,
+        };
+        tensors.push((names::in_gguf(&name).expect("a tensor of Llama"), kind, shape));
+    }
+    let tensors = tensors.into_iter().map(|(name, kind, shape)| GgufTensor { name, kind, shape });
+    let tensors: Vec<GgufTensor> = tensors.collect();
+    let plan = GgufPlan::new(metadata, tensors.clone()).expect("whole blocks");
+    let folder = TempDir::with_prefix("gptq-fuzz-").expect("a temporary folder");
+    let path = folder.path().join(GGUF);
+    let mut writer = GgufWriter::create(&path, plan).expect("the temporary folder can be written to");
+    for tensor in &tensors {
+        let bytes = vec![0x38; tensor.bytes().expect("whole blocks")];
+        writer.write(&tensor.name, &bytes).expect("it is planned");
+    }
+    writer.finish().expect("all tensors are written");
+    fs::read(path).expect("it is there")
+}
+
+/// The dense tensors of the branch, and a weight for each linear.
+fn tensors_of_dense() -> Tensors {
+    let all = tensors().into_iter();
+    all.filter_map(|(name, dtype, shape, bytes)| match name.strip_suffix(".qweight") {
+        Some(linear) => Some((format!("{linear}.weight"), dtype, vec![HIDDEN, HIDDEN], Vec::new())),
+        None if name.ends_with(".weight") => Some((name, dtype, shape, bytes)),
+        None => None,
+    })
+    .collect()
 }
 
 /// The same in two shards.

@@ -38,6 +38,8 @@ fn main() {
         }
     }
 
+    write("gguf", "model", &bodies::gguf_file());
+
     let models = project.join("tests/golden/models");
     for model in fs::read_dir(models).expect("golden models").flatten().map(|entry| entry.path()) {
         let name = model.file_name().expect("a folder").to_string_lossy().into_owned();

@@ -9,7 +9,7 @@ use crate::{
     architectures::ModelConfig,
     error::{Error, Result, toml_error},
     folder,
-    variant::{Variant, VariantSet},
+    variant::{Output, Variant, VariantSet},
 };
 
 /// The settings that decide the content of the branches, and how they are computed.
@@ -35,7 +35,7 @@ pub struct Plan {
     /// Seed of the windows' places in the text.
     pub seed: u64,
     /// The branches to make.
-    pub variants: Vec<Variant>,
+    pub variants: Vec<Output>,
     /// The variant of the branch `main`; by default `4bit-128g`, if it is made.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub main: Option<Variant>,
@@ -97,7 +97,7 @@ impl Default for Plan {
             seq_len: 2048,
             allow_long_windows: false,
             seed: 0,
-            variants: VariantSet::Card.variants(),
+            variants: VariantSet::Card.variants().into_iter().map(Output::Gptq).collect(),
             damp: None,
             main: None,
             quality: Quality::default(),
@@ -192,8 +192,8 @@ impl Plan {
     }
 
     /// The branch that a variant is published as.
-    pub fn branch(&self, variant: &Variant) -> String {
-        variant.branch(self.main)
+    pub fn branch(&self, output: &Output) -> String {
+        output.branch(self.main)
     }
 
     /// Checks the values that do not depend on the model.
@@ -246,7 +246,7 @@ impl Plan {
                 return refuse("variants", "each variant once", format!("{variant} twice"));
             }
         }
-        if let Some(main) = self.main.filter(|main| !self.variants.contains(main)) {
+        if let Some(main) = self.main.filter(|&main| !self.variants.contains(&main.into())) {
             let variants: Vec<String> = self.variants.iter().map(ToString::to_string).collect();
             return refuse("main", &format!("one of the variants {}", variants.join(", ")), main.to_string());
         }

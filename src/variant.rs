@@ -4,7 +4,10 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    ggml::{BlockGrid, Mix},
+};
 
 /// Bits a code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -209,6 +212,9 @@ impl fmt::Display for Variant {
     }
 }
 
+/// How a variant is written.
+const FORM: &str = "{bits}bit-{group}g[-act|-static][-asym], e.g. 4bit-32g-act";
+
 impl FromStr for Variant {
     type Err = Error;
 
@@ -218,10 +224,9 @@ impl FromStr for Variant {
             expected: expected.into(),
             found: text.into(),
         };
-        let form = "{bits}bit-{group}g[-act|-static][-asym], e.g. 4bit-32g-act";
-        let (bits, rest) = text.split_once("bit-").ok_or_else(|| fail(form))?;
+        let (bits, rest) = text.split_once("bit-").ok_or_else(|| fail(FORM))?;
         let bits = bits.parse().ok().and_then(Bits::new).ok_or_else(|| fail("2, 3, 4 or 8 bits"))?;
-        let end = rest.find('g').ok_or_else(|| fail(form))?;
+        let end = rest.find('g').ok_or_else(|| fail(FORM))?;
         let (group, flags) = (&rest[..end], &rest[end + 1..]);
         let group_size = match group.parse::<i64>() {
             Ok(-1) => GroupSize::PerChannel,
@@ -238,9 +243,126 @@ impl FromStr for Variant {
         let symmetric = match flags {
             "" => true,
             "-asym" => false,
-            _ => return Err(fail(form)),
+            _ => return Err(fail(FORM)),
         };
         Ok(Self { bits, group_size, order, symmetric })
+    }
+}
+
+/// One output of a run, written as its variant or its mix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Output {
+    /// A branch in GPTQ's format.
+    Gptq(Variant),
+    /// A GGUF file for llama.cpp.
+    Gguf(Mix),
+}
+
+impl Output {
+    /// The variant of a branch in GPTQ's format.
+    pub fn gptq(&self) -> Option<Variant> {
+        match self {
+            Self::Gptq(variant) => Some(*variant),
+            Self::Gguf(_) => None,
+        }
+    }
+
+    /// Its name in the output folder: [`Variant::branch`], or that of a GGUF file.
+    pub fn branch(&self, main: Option<Variant>) -> String {
+        match self {
+            Self::Gptq(variant) => variant.branch(main),
+            Self::Gguf(mix) => format!("model-{}.gguf", mix.name()),
+        }
+    }
+
+    /// The order that its features are quantized in. Blocks of ggml hold neighbouring features, and their scales are fitted in the
+    /// order of the blocks.
+    pub fn sorting(&self, group_aware: bool) -> Sorting {
+        match self {
+            Self::Gptq(variant) => variant.sorting(group_aware),
+            Self::Gguf(_) => Sorting::Stored,
+        }
+    }
+
+    /// Bits of a code; of most tensors of a GGUF file.
+    pub fn bits(&self) -> u32 {
+        match self {
+            Self::Gptq(variant) => variant.bits.get(),
+            Self::Gguf(mix) => main_grid(*mix).levels.count().next_power_of_two().ilog2(),
+        }
+    }
+
+    /// Input features that share a scale; in most tensors of a GGUF file.
+    pub fn group_size(&self) -> GroupSize {
+        match self {
+            Self::Gptq(variant) => variant.group_size,
+            Self::Gguf(mix) => GroupSize::Features(main_grid(*mix).sub_len),
+        }
+    }
+
+    /// Column order.
+    pub fn order(&self) -> Order {
+        self.gptq().map_or(Order::Sequential, |variant| variant.order)
+    }
+
+    /// Whether the grid is symmetric; of most tensors of a GGUF file.
+    pub fn symmetric(&self) -> bool {
+        match self {
+            Self::Gptq(variant) => variant.symmetric,
+            Self::Gguf(mix) => !main_grid(*mix).has_offsets(),
+        }
+    }
+}
+
+fn main_grid(mix: Mix) -> BlockGrid {
+    mix.main_type().grid().expect("a mix has codes")
+}
+
+impl From<Variant> for Output {
+    fn from(variant: Variant) -> Self {
+        Self::Gptq(variant)
+    }
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gptq(variant) => variant.fmt(f),
+            Self::Gguf(mix) => mix.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Output {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match (text.parse(), text.contains("bit")) {
+            (Ok(mix), _) => Ok(Self::Gguf(mix)),
+            (Err(_), true) => text.parse().map(Self::Gptq),
+            (Err(_), false) => {
+                let mixes = Mix::ALL.map(|mix| mix.to_string()).join(", ");
+                let what = "variant".into();
+                Err(Error::Value {
+                    what,
+                    expected: format!("{FORM}, or a GGUF file: {mixes}"),
+                    found: text.into(),
+                })
+            }
+        }
+    }
+}
+
+impl Serialize for Output {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Output {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -273,6 +395,26 @@ mod tests {
         for text in ["", "4bit", "5bit-128g", "4bit-0g", "4bit-8g", "4bit-2048g", "4bit-128", "4bit-32g-foo"]
         {
             assert!(text.parse::<Variant>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn outputs_are_variants_and_mixes() {
+        let output: Output = "4bit-32g-act".parse().unwrap();
+        assert_eq!(
+            (output.to_string().as_str(), output.bits(), output.order()),
+            ("4bit-32g-act", 4, Order::Act)
+        );
+        let shape = |text: &str| {
+            let output: Output = text.parse().unwrap();
+            assert_eq!((output.to_string().as_str(), output.gptq()), (text, None));
+            (output.bits(), output.group_size().as_config(), output.symmetric())
+        };
+        assert_eq!(["q4_k_m", "q3_k_m", "q8_0"].map(shape), [(4, 32, false), (3, 16, true), (8, 32, true)]);
+        assert_eq!("q4_k_m".parse::<Output>().unwrap().branch(None), "model-Q4_K_M.gguf");
+        for (text, part) in [("4bit-8g", "group size"), ("q4_k_x", "q4_k_m"), ("", "4bit-32g-act")] {
+            let error = text.parse::<Output>().unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
         }
     }
 

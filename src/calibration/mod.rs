@@ -26,6 +26,7 @@ mod windows;
 
 pub use corpus::{Corpus, Provenance, ProvenanceFile, Refused};
 pub use recipe::{Recipe, Sampling};
+pub use sentencepiece::sentencepiece_scores;
 pub use source::{CorpusSource, SourceOptions};
 pub use special_tokens::tokenizer_notes;
 pub use tokenizer::Tokenizer;

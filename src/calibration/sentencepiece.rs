@@ -161,6 +161,25 @@ pub(super) fn read(dir: &Path, path: &Path) -> Result<tokenizers::Tokenizer> {
         .map_err(|problem| Error::TokenizerModel { path: path.into(), problem: problem.to_string() })
 }
 
+/// Score of each piece of the file `tokenizer.model` in `dir`, and whether it is the unknown token; `None` without such a file.
+/// SentencePiece joins pieces by falling score, which `tokenizer.json` does not hold.
+///
+/// # Errors
+/// When the file cannot be read or is not of its format.
+pub fn sentencepiece_scores(dir: &Path) -> Result<Option<HashMap<String, (f32, bool)>>> {
+    let path = folder::file_in(dir, "tokenizer.model")?;
+    if !path.exists() {
+        return Ok(None);
+    }
+    let model = ModelProto::decode(&folder::read(&path, folder::TEXT_LIMIT)?[..]);
+    let model = model.map_err(|error| Error::TokenizerModel {
+        path,
+        problem: format!("it is not a SentencePiece model: {error}"),
+    })?;
+    let pieces = model.pieces.into_iter().map(|piece| (piece.text, (piece.score, piece.kind == UNKNOWN)));
+    Ok(Some(pieces.collect()))
+}
+
 fn build(bytes: &[u8], settings: Settings) -> tokenizers::Result<tokenizers::Tokenizer> {
     let broken = |error| format!("it is not a SentencePiece model: {error}");
     let ModelProto { pieces, trainer, normalizer } = ModelProto::decode(bytes).map_err(broken)?;

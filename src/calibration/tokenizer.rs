@@ -93,6 +93,28 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The tokenizer as `tokenizer.json` has it, also where it was read from `tokenizer.model`.
+    ///
+    /// # Errors
+    /// When it cannot be written as JSON.
+    pub fn to_json(&self) -> Result<serde_json::Value> {
+        serde_json::to_value(&self.inner)
+            .map_err(|error| self.problem(format!("it cannot be written as JSON: {error}")))
+    }
+
+    /// The special tokens that every text gets in front and at its end; `None` where they depend on the text.
+    ///
+    /// # Errors
+    /// When it cannot tokenize a text.
+    pub fn special_tokens_of_texts(&self) -> Result<Option<[Vec<u32>; 2]>> {
+        self.added(true).map_err(|error| self.problem(format!("it cannot tokenize a text: {error}")))
+    }
+
+    /// The file that it was read from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Bytes of memory that tokenizing a text takes for a while.
     pub(super) fn memory(&self, text: &str) -> u64 {
         pieces::memory(&self.inner, text)

@@ -8,9 +8,10 @@ use super::{Address, CardOptions, metadata, prompt, source::SourceCard};
 use crate::{
     emit::is_licence,
     error::Result,
+    ggml::Mix,
     report::{BranchReport, EvaluatedModel, Evaluation, Interval, Report, not_loaded_by},
     units::bytes,
-    variant::{GroupSize, Order},
+    variant::{GroupSize, Order, Output},
 };
 
 /// Reader of the column `ExLlama`.
@@ -27,13 +28,16 @@ pub(super) fn facts(
     source: &SourceCard,
     options: &CardOptions,
 ) -> Result<Value> {
-    let folder = run.join(&report.branches[at].branch);
+    // GGUF files have no folder; what is read there is the same in all of them.
+    let own = Some(&report.branches[at]).filter(|branch| branch.variant.gptq().is_some());
+    let folder = own.or(branches(report).next()).map_or(run.to_owned(), |branch| run.join(&branch.branch));
     let prompt = prompt::prompt(&folder, options.prompt_template.as_deref())?;
     let vllm = report.branches.iter().filter(|branch| takes(branch, VLLM) == Some(true));
     Ok(json!({
         "metadata": metadata::block(report, source, options),
         "branch": report.branches[at].branch,
-        "branches": report.branches.iter().map(|branch| row(report, branch)).collect::<Vec<_>>(),
+        "branches": branches(report).map(|branch| row(report, branch)).collect::<Vec<_>>(),
+        "gguf_files": report.branches.iter().filter_map(|file| gguf_row(report, file)).collect::<Vec<_>>(),
         "repository": options.repository.as_ref().map(Address::text),
         "on_hub": !matches!(options.repository, Some(Address::Git(_))),
         "quantized_by": options.quantized_by(),
@@ -64,15 +68,44 @@ pub(super) fn facts(
     }))
 }
 
+/// The branches in GPTQ's format.
+fn branches(report: &Report) -> impl Iterator<Item = &BranchReport> {
+    report.branches.iter().filter(|branch| branch.variant.gptq().is_some())
+}
+
+/// A row of the table of GGUF files, with the divergence of the first evaluation; `None` for branches.
+fn gguf_row(report: &Report, file: &BranchReport) -> Option<Value> {
+    let Output::Gguf(mix) = file.variant else { return None };
+    let measured = report.evaluations.first().and_then(|evaluation| evaluation.model_named(&file.branch));
+    let use_case = match mix {
+        Mix::Q2_K => "the smallest; a large loss of quality",
+        Mix::Q3_K_M => "small; a noticeable loss of quality",
+        Mix::Q4_0 => "the format that the most programs run fast; Q4_K_M is closer to the original",
+        Mix::Q4_K_M => "a good balance of size and quality",
+        Mix::Q5_K_M => "larger; a small loss of quality",
+        Mix::Q6_K => "large; hardly any loss of quality",
+        Mix::Q8_0 => "the largest; next to no loss of quality",
+    };
+    Some(json!({
+        "name": file.branch,
+        "method": mix.name(),
+        "bits": file.variant.bits(),
+        "bits_per_weight": format!("{:.2}", file.bits_per_weight),
+        "size": bytes(file.bytes),
+        "kl_divergence": measured.map(|model| shown(model.kl_divergence, 6)),
+        "use_case": use_case,
+    }))
+}
+
 /// A row of the table of branches, with the figures of the first evaluation.
 fn row(report: &Report, branch: &BranchReport) -> Value {
     let variant = branch.variant;
     let measured = report.evaluations.first().and_then(|evaluation| evaluation.model_named(&branch.branch));
-    let group_size = match variant.group_size {
+    let group_size = match variant.group_size() {
         GroupSize::PerChannel => "None".to_owned(),
         GroupSize::Features(size) => size.to_string(),
     };
-    let act_order = match variant.order {
+    let act_order = match variant.order() {
         Order::Sequential => "No",
         Order::Act => "Yes",
         Order::ActStatic => "Yes, static groups",
@@ -81,10 +114,10 @@ fn row(report: &Report, branch: &BranchReport) -> Value {
     json!({
         "branch": branch.branch,
         "variant": variant.to_string(),
-        "bits": variant.bits.get(),
+        "bits": variant.bits(),
         "group_size": group_size,
         "act_order": act_order,
-        "symmetric": variant.symmetric,
+        "symmetric": variant.symmetric(),
         "damp": report.plan.damp().to_string(),
         "dataset": report.calibration.names(),
         "seq_len": report.calibration.seq_len,
@@ -99,12 +132,12 @@ fn row(report: &Report, branch: &BranchReport) -> Value {
 
 /// Differences of a branch from the others: its format, and its size and divergence where they are the smallest.
 fn description(report: &Report, branch: &BranchReport) -> String {
-    let mut parts = vec![match branch.variant.order {
+    let mut parts = vec![match branch.variant.order() {
         Order::Sequential => "Groups of neighbouring features: `g_idx` is sequential.".to_owned(),
         Order::Act => "Act order: `g_idx` is permuted.".to_owned(),
         Order::ActStatic => "Act order with groups fixed beforehand: `g_idx` is sequential.".to_owned(),
     }];
-    if !branch.variant.symmetric {
+    if !branch.variant.symmetric() {
         parts.push("Asymmetric zero points.".into());
     }
     let others = || report.branches.iter().filter(|other| other.branch != branch.branch);
@@ -134,10 +167,10 @@ fn description(report: &Report, branch: &BranchReport) -> String {
 /// load the same branches share an item.
 fn recommendations(report: &Report) -> Vec<Value> {
     let mut choices: Vec<(Vec<&str>, Vec<&BranchReport>)> = Vec::new();
-    let readers = report.branches.first().map_or(&[][..], |first| &first.readers);
+    let readers = branches(report).next().map_or(&[][..], |first| &first.readers);
     for reader in readers.iter().filter(|reader| reader.living) {
         let loaded: Vec<&BranchReport> =
-            report.branches.iter().filter(|branch| takes(branch, &reader.name) == Some(true)).collect();
+            branches(report).filter(|branch| takes(branch, &reader.name) == Some(true)).collect();
         match choices.iter_mut().find(|known| known.1 == loaded) {
             Some(known) => known.0.push(&reader.name),
             None => choices.push((vec![&reader.name], loaded)),
@@ -192,7 +225,7 @@ fn evaluation(evaluation: &Evaluation) -> Value {
 
 /// Readers, each with its verdict on every branch.
 fn readers(report: &Report) -> Vec<Value> {
-    let Some(first) = report.branches.first() else { return Vec::new() };
+    let Some(first) = branches(report).next() else { return Vec::new() };
     let verdict = |branch: &BranchReport, name: &str| {
         let found = branch.readers.iter().find(|reader| reader.name == name);
         match found.map(|reader| &reader.refused) {
@@ -202,7 +235,7 @@ fn readers(report: &Report) -> Vec<Value> {
         }
     };
     let one = |name: &String| {
-        let verdicts: Vec<String> = report.branches.iter().map(|branch| verdict(branch, name)).collect();
+        let verdicts: Vec<String> = branches(report).map(|branch| verdict(branch, name)).collect();
         json!({ "name": name, "verdicts": verdicts })
     };
     first.readers.iter().map(|reader| one(&reader.name)).collect()

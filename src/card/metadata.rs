@@ -35,7 +35,7 @@ pub(super) fn block(report: &Report, source: &SourceCard, options: &CardOptions)
 /// The source model's tags, and those of a quantized model.
 fn tags(report: &Report, source: &SourceCard) -> Vec<String> {
     let mut tags = source.list_of("tags");
-    let bits = report.branches.iter().map(|branch| format!("{}-bit", branch.variant.bits.get()));
+    let bits = report.branches.iter().map(|branch| format!("{}-bit", branch.variant.bits()));
     for tag in ["gptq".to_owned(), "quantized".to_owned()].into_iter().chain(bits) {
         if !tags.contains(&tag) {
             tags.push(tag);

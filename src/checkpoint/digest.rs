@@ -21,7 +21,7 @@ impl Checkpoint {
         let mut hasher = Xxh3::new();
         for name in self.names() {
             let view = self.view(name)?;
-            hasher.update(format!("{name} {:?} {:?}\n", view.dtype, view.shape).as_bytes());
+            hasher.update(format!("{name} {} {:?}\n", view.type_name(), view.shape).as_bytes());
             hasher.update(view.bytes);
             self.release([name]);
         }
@@ -37,7 +37,7 @@ impl Checkpoint {
         let mut digest = Sha256::new();
         for name in self.names() {
             let view = self.view(name)?;
-            digest.update(format!("{name} {:?} {:?}\n", view.dtype, view.shape));
+            digest.update(format!("{name} {} {:?}\n", view.type_name(), view.shape));
             for start in (0..view.bytes.len()).step_by(STRIDE) {
                 digest.update(&view.bytes[start..(start + SPAN).min(view.bytes.len())]);
             }

@@ -1,7 +1,8 @@
 //! Checkpoint folders in the Hugging Face layout: `config.json` and safetensors, read by memory map and written
-//! by plan. The only place that knows file names.
+//! by plan; GGUF files are read as if they were such a folder. The only place that knows file names.
 
 mod digest;
+mod gguf_file;
 mod header;
 mod packed;
 mod pytorch_file;

@@ -45,7 +45,7 @@ pub(super) fn parse(path: &Path, bytes: usize, shard: usize) -> Result<Vec<(Stri
         match end {
             Some(end) if end as u64 <= entry.size() && start + end <= bytes => {
                 let range = start + offset..start + end;
-                tensors.push((info.name.clone(), Entry { shard, dtype, shape, range }));
+                tensors.push((info.name.clone(), Entry { shard, dtype, shape, range, stored: None }));
             }
             _ => {
                 let size = entry.size();

@@ -16,12 +16,13 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     architectures::{CONFIG_FILE, ModelConfig},
     checkpoint::{
-        header, pytorch_file, values,
+        gguf_file, header, pytorch_file, values,
         weights_file::{NoWeights, base_names, needs_base_name, weights_file},
         writer::TensorSpec,
     },
     error::{Error, Result, quoted},
     folder::{check_not_pointer, file_in, is_file_name},
+    gguf::{Header, Stored},
     json::{Fields, read_json},
 };
 
@@ -31,9 +32,10 @@ fn index_error(index: &Path, tensor: &str, shard: &str, problem: &'static str) -
     Error::Index { index: index.into(), tensor: tensor.into(), shard: shard.into(), problem }
 }
 
-/// A checkpoint folder. Its files must not be changed while this lives.
+/// A checkpoint: a folder, or a GGUF file. Files must not be changed while this lives.
 #[derive(Debug)]
 pub struct Checkpoint {
+    /// The folder or the GGUF file.
     dir: PathBuf,
     config: ModelConfig,
     shards: Vec<Shard>,
@@ -46,6 +48,8 @@ pub struct Checkpoint {
     index: PathBuf,
     /// What a tensor's numbers are multiplied by, for each element of its last axis.
     factors: BTreeMap<String, Vec<f32>>,
+    /// The header of a GGUF file.
+    gguf: Option<Header>,
 }
 
 #[derive(Debug)]
@@ -62,10 +66,12 @@ pub(super) struct Entry {
     pub(super) shape: Vec<usize>,
     /// Bytes in the shard's file; inside it.
     pub(super) range: Range<usize>,
+    /// How the numbers lie there, where `dtype` does not say it.
+    pub(super) stored: Option<Stored>,
 }
 
 /// A tensor as it lies in its file. `bytes` holds exactly `shape` elements of `dtype`, row-major,
-/// little-endian, at any alignment.
+/// little-endian, at any alignment; or else what `stored` says.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
     /// Name in the file.
@@ -76,27 +82,80 @@ pub struct TensorView<'a> {
     pub shape: &'a [usize],
     /// The elements.
     pub bytes: &'a [u8],
+    /// Blocks or permuted rows of a GGUF file, whose `dtype` is U8.
+    pub stored: Option<Stored>,
+}
+
+impl TensorView<'_> {
+    /// The element type, as files name it: `F16`, `Q4_0`.
+    pub fn type_name(&self) -> String {
+        self.stored.map_or_else(|| format!("{:?}", self.dtype), |stored| stored.kind.to_string())
+    }
+
+    /// The type of the numbers that are loaded: fp32 for what a GGUF file stores otherwise.
+    pub fn number_type(&self) -> Dtype {
+        if self.stored.is_some() { Dtype::F32 } else { self.dtype }
+    }
 }
 
 impl Checkpoint {
-    /// Opens the folder `dir`: reads `config.json` and the headers, maps the weights, reads none of them.
+    /// Opens the folder `dir`: reads `config.json` and the headers, maps the weights, reads none of them. `dir` can also be a
+    /// GGUF file; its tensors have the names that they have in a folder.
     ///
     /// [`weights_file`] says which file holds the weights.
     ///
     /// # Errors
     /// When `config.json` or a header cannot be read, or no file or several files could be the weights.
     pub fn open(dir: &Path) -> Result<Self> {
-        let config = ModelConfig::read(dir)?;
-        let (tensors, absent, factors) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (shards, index, metadata) = (Vec::new(), PathBuf::new(), BTreeMap::new());
-        let mut checkpoint =
-            Self { dir: dir.into(), config, shards, tensors, metadata, absent, index, factors };
+        if dir.is_file() {
+            return Self::open_gguf(dir);
+        }
+        let mut checkpoint = Self::empty(dir, ModelConfig::read(dir)?);
         let weights = file_in(dir, &chosen_weights(dir)?)?;
         match weights.extension().is_some_and(|extension| extension == "json") {
             true => checkpoint.add_indexed_shards(&weights)?,
             false => checkpoint.add_shard(weights)?,
         }
         Ok(checkpoint.with_names_as_stored())
+    }
+
+    /// Opens one weights file of a model that `config` describes, in a folder without `config.json`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn of_file(path: &Path, config: ModelConfig) -> Result<Self> {
+        let mut checkpoint = Self::empty(path.parent().unwrap_or(Path::new(".")), config);
+        checkpoint.add_shard(path.into())?;
+        Ok(checkpoint)
+    }
+
+    fn empty(dir: &Path, config: ModelConfig) -> Self {
+        Self {
+            dir: dir.into(),
+            config,
+            shards: Vec::new(),
+            tensors: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+            absent: BTreeMap::new(),
+            index: PathBuf::new(),
+            factors: BTreeMap::new(),
+            gguf: None,
+        }
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let map = mapped(path)?;
+        let (header, entries, config) = gguf_file::parse(path, &map)?;
+        let mut checkpoint = Self::empty(path, ModelConfig::from_json(path, &config)?);
+        checkpoint.tensors.extend(entries);
+        checkpoint.shards.push(Shard { path: path.into(), map });
+        checkpoint.gguf = Some(header);
+        Ok(checkpoint)
+    }
+
+    /// The header and the whole content of a GGUF file; `None` for a folder.
+    pub fn gguf(&self) -> Option<(&Header, &[u8])> {
+        Some((self.gguf.as_ref()?, &self.shards.first()?.map))
     }
 
     /// Decoders beside other encoders are stored under one of two names.
@@ -150,10 +209,7 @@ impl Checkpoint {
     }
 
     fn add_shard(&mut self, path: PathBuf) -> Result<()> {
-        let file = File::open(&path).map_err(Error::io("read", &path))?;
-        // SAFETY: the map is only read, and `Checkpoint` asks that the files stay as they are while it lives.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
-        check_not_pointer(&path, &map)?;
+        let map = mapped(&path)?;
         let shard = self.shards.len();
         let entries = if path.extension().is_some_and(|extension| extension == "bin") {
             pytorch_file::parse(&path, map.len(), shard)?
@@ -164,7 +220,10 @@ impl Checkpoint {
                 let info = metadata.info(&name)?;
                 let (start, end) = info.data_offsets;
                 let range = data_start + start..data_start + end;
-                Some((name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), range }))
+                Some((
+                    name,
+                    Entry { shard, dtype: info.dtype, shape: info.shape.clone(), range, stored: None },
+                ))
             };
             metadata.offset_keys().into_iter().filter_map(entry).collect()
         };
@@ -231,7 +290,24 @@ impl Checkpoint {
             None => Error::MissingTensor { name: name.into(), path: self.dir.clone() },
         })?;
         let bytes = &self.shards[entry.shard].map[entry.range.clone()];
-        Ok(TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes })
+        Ok(TensorView { name, dtype: entry.dtype, shape: &entry.shape, bytes, stored: entry.stored })
+    }
+
+    /// Rows of the matrix `name`, one after another, and their type; those of blocks become fp32.
+    ///
+    /// # Errors
+    /// When the tensor is missing or memory is exhausted.
+    ///
+    /// # Panics
+    /// When a row is not there.
+    pub fn rows(&self, name: &str, rows: impl Iterator<Item = usize>) -> Result<(Vec<u8>, Dtype)> {
+        let view = self.view(name)?;
+        let width = view.bytes.len() / view.shape.first().copied().unwrap_or(1).max(1);
+        let bytes: Vec<u8> = rows.flat_map(|row| &view.bytes[row * width..][..width]).copied().collect();
+        let Some(stored) = view.stored else { return Ok((bytes, view.dtype)) };
+        let elements = bytes.len() / stored.kind.block_bytes() * stored.kind.block_len();
+        let numbers = Stored { heads: None, ..stored }.decode(&[elements], &bytes);
+        Ok((bytemuck::cast_slice(&numbers).to_vec(), Dtype::F32))
     }
 
     /// The tensor `name`, which must have this shape, whatever its dtype. Reads the header only.
@@ -324,6 +400,9 @@ impl Checkpoint {
 
     /// Evidence that the model is quantized already, if there is any.
     pub fn quantization_mark(&self) -> Option<String> {
+        if self.gguf.is_some() {
+            return Some("a GGUF file".into());
+        }
         if let Some(quantization) = self.config.raw().get("quantization_config").filter(|v| !v.is_null()) {
             let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unnamed");
             return Some(format!("a quantized one (quant_method `{method}` in `config.json`)"));
@@ -391,12 +470,17 @@ impl Checkpoint {
         Ok(Self { factors, ..Self::open(&self.dir)? })
     }
 
-    /// Calls `use_it` with the tensor, multiplied by its factors if it has any.
+    /// Calls `use_it` with the tensor as plain numbers, multiplied by its factors if it has any.
     fn with_factors<T>(
         &self,
         view: TensorView<'_>,
         use_it: impl FnOnce(&TensorView<'_>) -> Result<T>,
     ) -> Result<T> {
+        if let Some(stored) = view.stored {
+            let numbers = stored.decode(view.shape, view.bytes);
+            let bytes = bytemuck::cast_slice(&numbers);
+            return use_it(&TensorView { dtype: Dtype::F32, bytes, stored: None, ..view });
+        }
         let Some(factors) = self.factors.get(view.name) else { return use_it(&view) };
         let bytes = values::scaled(&view, factors)?;
         use_it(&TensorView { dtype: Dtype::F32, bytes: &bytes, ..view })
@@ -431,7 +515,7 @@ impl Checkpoint {
     /// in [`Checkpoint::load`].
     pub fn bytes_f16(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         let view = self.view(name)?;
-        if self.factors.contains_key(name) {
+        if self.factors.contains_key(name) || view.stored.is_some() {
             return self.with_factors(view, |view| Ok(Cow::Owned(values::f16_bytes(view)?.into_owned())));
         }
         values::f16_bytes(&view)
@@ -469,6 +553,15 @@ impl Checkpoint {
         #[cfg(not(unix))]
         let _ = entry;
     }
+}
+
+/// The memory map of a file.
+fn mapped(path: &Path) -> Result<Mmap> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    // SAFETY: the map is only read, and `Checkpoint` asks that the files stay as they are while it lives.
+    let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?;
+    check_not_pointer(path, &map)?;
+    Ok(map)
 }
 
 /// The name of the folder's weights file, or of the index of its shards.

@@ -10,11 +10,11 @@ use clap_complete::Shell;
 use gptq::{
     accuracy::{Quality, ScaleSearch},
     plan::{ComputeDtype, DatasetShare, OnFailure},
-    variant::{Variant, VariantSet},
+    variant::{Output, Variant, VariantSet},
 };
 use serde::de::{DeserializeOwned, IntoDeserializer, value::Error as WordError};
 
-use super::{cache::StoredArgs, card::CardArgs, gate::GateArgs, publish::PublishArgs};
+use super::{cache::StoredArgs, card::CardArgs, gate::GateArgs, gguf::GgufArgs, publish::PublishArgs};
 
 /// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
 #[derive(Debug, Parser)]
@@ -61,6 +61,8 @@ pub(super) enum Command {
     Report(ReportArgs),
     /// Fail when a run is too far from fp16, or worse than the baseline in a file
     Gate(GateArgs),
+    /// Write a branch as a GGUF file for llama.cpp, with the same codes
+    Gguf(GgufArgs),
     /// Generate text with a quantized or dense model
     Generate(GenerateArgs),
     /// Show a checkpoint's architecture, format and tensors
@@ -121,9 +123,10 @@ pub(super) struct QuantizeArgs {
     /// unless --variant is given]
     #[arg(long, value_name = "SET", value_parser = words::<VariantSet>(&["card", "serve", "all"]))]
     pub(super) set: Option<VariantSet>,
-    /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static; repeatable
+    /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static, or a GGUF file for llama.cpp: q2_k, q3_k_m,
+    /// q4_0, q4_k_m, q5_k_m, q6_k or q8_0; repeatable
     #[arg(long = "variant", value_name = "VARIANT")]
-    pub(super) variants: Vec<Variant>,
+    pub(super) variants: Vec<Output>,
     /// A reader that must take every variant, e.g. vllm, sglang, transformers, gptqmodel or llama.cpp: otherwise the run is
     /// refused before any work; repeatable
     #[arg(long = "require-reader", value_name = "READER")]

@@ -40,7 +40,7 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let quantized = models.iter().map(|model| Checkpoint::open(&model.folder));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
     tokenizer_notes(reference.dir()).iter().for_each(|note| terminal::warning(output, note));
-    for (model, checkpoint) in models.iter().zip(&quantized) {
+    for (model, checkpoint) in models.iter().zip(&quantized).filter(|(_, found)| found.gguf().is_none()) {
         let notes = verify::notes(checkpoint, &QuantizationConfig::read(checkpoint)?)?;
         notes.iter().for_each(|note| terminal::warning(output, &format!("{}: {note}", model.label())));
     }

@@ -17,6 +17,14 @@ use super::{
 
 pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
+    if checkpoint.gguf().is_some() {
+        return Err(gptq::Error::CheckpointKind {
+            path: args.dir.clone(),
+            expected: "a folder with a tokenizer",
+            found: "a GGUF file, whose tokenizer is not read".into(),
+        }
+        .into());
+    }
     if checkpoint.quantization_mark().is_some() {
         let notes = verify::notes(&checkpoint, &QuantizationConfig::read(&checkpoint)?)?;
         notes.iter().for_each(|note| terminal::warning(output, note));

@@ -5,7 +5,8 @@ use std::fmt::Write;
 use anyhow::Result;
 use gptq::{
     checkpoint::{Checkpoint, QuantizationConfig},
-    eval::bits_per_weight,
+    eval::{bits_per_weight, gguf_types},
+    gguf::Header,
     report::{ReaderReport, SplitReport},
     units::bytes,
     verify::{notes, readers, tensor_parallel},
@@ -34,7 +35,20 @@ struct Inspection {
     max_position_embeddings: usize,
     bytes: u64,
     quantization: Option<Quantized>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gguf: Option<Gguf>,
     tensors: Vec<TensorLine>,
+}
+
+/// The quantization of a GGUF file.
+#[derive(Serialize)]
+struct Gguf {
+    /// Types of the linears, the most frequent first.
+    types: Vec<String>,
+    /// Of the linears.
+    bits_per_weight: f64,
+    /// Keys and values; of arrays their length.
+    metadata: Vec<(String, String)>,
 }
 
 #[derive(Serialize)]
@@ -74,14 +88,16 @@ pub(super) fn run(args: &InspectArgs, output: &OutputArgs) -> Result<bool> {
 fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
     let config = checkpoint.config();
     let first = &config.layers[0];
-    let quantization = checkpoint.quantization_mark().map(|_| quantized(checkpoint)).transpose()?;
+    let gguf = checkpoint.gguf().map(|(header, _)| gguf(checkpoint, header)).transpose()?;
+    let mark = checkpoint.quantization_mark().filter(|_| gguf.is_none());
+    let quantization = mark.map(|_| quantized(checkpoint)).transpose()?;
     let mut lines = Vec::new();
     if tensors {
         for name in checkpoint.names() {
             let view = checkpoint.view(name)?;
             lines.push(TensorLine {
                 name: name.to_owned(),
-                dtype: format!("{:?}", view.dtype),
+                dtype: view.type_name(),
                 shape: view.shape.to_vec(),
                 bytes: view.bytes.len(),
             });
@@ -99,7 +115,16 @@ fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
         max_position_embeddings: config.max_position_embeddings,
         bytes: checkpoint.bytes_total(),
         quantization,
+        gguf,
         tensors: lines,
+    })
+}
+
+fn gguf(checkpoint: &Checkpoint, header: &Header) -> gptq::Result<Gguf> {
+    Ok(Gguf {
+        types: gguf_types(checkpoint)?.iter().map(ToString::to_string).collect(),
+        bits_per_weight: bits_per_weight(checkpoint)?,
+        metadata: header.metadata.iter().map(|(key, value)| (key.to_owned(), value.shown())).collect(),
     })
 }
 
@@ -136,7 +161,21 @@ fn text(i: &Inspection) -> String {
         bytes(i.bytes)
     );
     match &i.quantization {
-        None => text.push_str("not quantized\n"),
+        None => match &i.gguf {
+            None => text.push_str("not quantized\n"),
+            Some(file) => {
+                let _ = writeln!(
+                    text,
+                    "GGUF: linears {}, {:.3} bits per weight",
+                    file.types.join(", "),
+                    file.bits_per_weight
+                );
+                for (key, value) in file.metadata.iter().filter(|_| !i.tensors.is_empty()) {
+                    let line = value.lines().next().unwrap_or_default();
+                    let _ = writeln!(text, "  {key}: {line:.100}");
+                }
+            }
+        },
         Some(q) => {
             let _ = writeln!(
                 text,

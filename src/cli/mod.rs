@@ -11,6 +11,7 @@ mod environment;
 mod eval;
 mod gate;
 mod generate;
+mod gguf;
 mod hub;
 mod inspect;
 mod manual;
@@ -46,6 +47,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Eval(args) => eval::run(args, &cli.output),
         Command::Report(args) => report::run(args, &cli.output),
         Command::Gate(args) => gate::run(args, &cli.output),
+        Command::Gguf(args) => gguf::run(args, &cli.output),
         Command::Generate(args) => generate::run(args, &cli.output),
         Command::Inspect(args) => inspect::run(args, &cli.output),
         Command::Cache(args) => cache::run(args, &cli.output),

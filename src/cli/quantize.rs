@@ -14,7 +14,7 @@ use gptq::{
     plan::{ComputeDtype, DatasetShare, Plan},
     progress::Progress,
     report::{Evaluation, Report, evaluation_table, run_table},
-    variant::{Variant, VariantSet},
+    variant::{Output, Variant, VariantSet},
     verify::{LostReader, lost_readers, require_readers},
 };
 
@@ -34,8 +34,9 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let place = Place { out: &args.out, journal_dir: args.journal_dir.as_deref(), restart: args.restart };
     pipeline::check(&plan, &checkpoint, &place)?;
     let config = checkpoint.config();
-    require_readers(config, &plan.variants, &args.require_readers)?;
-    for LostReader { text, by_shape } in lost_readers(config, &plan.variants) {
+    let variants: Vec<Variant> = plan.variants.iter().filter_map(Output::gptq).collect();
+    require_readers(config, &variants, &args.require_readers)?;
+    for LostReader { text, by_shape } in lost_readers(config, &variants) {
         match by_shape {
             true => terminal::warning(output, &text),
             false => terminal::note(output, &text),
@@ -226,11 +227,12 @@ fn plan(args: &QuantizeArgs) -> Result<Plan> {
     plan.split = args.places.split.clone().or(plan.split);
     plan.text_column = args.places.text_column.clone().or(plan.text_column);
     if args.set.is_some() || !args.variants.is_empty() {
-        plan.variants = args.set.map_or_else(Vec::new, VariantSet::variants);
+        let set = args.set.map_or_else(Vec::new, VariantSet::variants);
+        plan.variants = set.into_iter().map(Output::Gptq).collect();
         // A variant that a set holds already is skipped; one that is given twice is an error of the plan's check.
         let extra =
             args.variants.iter().filter(|variant| args.set.is_none() || !plan.variants.contains(variant));
-        let extra: Vec<Variant> = extra.copied().collect();
+        let extra: Vec<Output> = extra.copied().collect();
         plan.variants.extend(extra);
     }
     plan.allow_long_windows |= args.allow_long_windows;

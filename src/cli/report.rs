@@ -8,7 +8,7 @@ use gptq::{
     eval::{describe, folder_name, folder_names},
     report::{
         Comparison, EVALUATION_FILE, EVALUATION_SCHEMA, GENERATED_BY, ModelEvaluations, REPORT_FILE, Report,
-        RunInput, Source, comparison_table, html, markdown,
+        RunInput, Source, comparison_table, evaluation_file, html, markdown,
     },
 };
 
@@ -72,8 +72,9 @@ fn read_run(run: &Path) -> gptq::Result<RunInput> {
 
 /// A quantized folder or its figures; without figures, only the description of the checkpoint.
 fn read_quantized(path: &Path, output: &OutputArgs) -> gptq::Result<ModelEvaluations> {
-    let figures = inside(path, EVALUATION_FILE);
-    if figures.exists() || !path.is_dir() {
+    let is_gguf = path.extension().is_some_and(|end| end == "gguf");
+    let figures = if is_gguf { evaluation_file(path) } else { inside(path, EVALUATION_FILE) };
+    if figures.exists() || !(path.is_dir() || is_gguf) {
         return ModelEvaluations::read_checked(&figures);
     }
     let described = describe(&Checkpoint::open(path)?)?;

@@ -63,6 +63,53 @@ pub struct BranchWriter {
     keep: bool,
 }
 
+/// An output of a run while it is written.
+pub trait OutputWriter: Send {
+    /// Encodes and writes one linear.
+    ///
+    /// # Errors
+    /// When the disk is full, or the device that holds the linear fails.
+    fn encode(&mut self, id: &LinearId, linear: &Solved) -> Result<()>;
+
+    /// Makes the linears so far durable; from now on dropping keeps them. Returns the digests of what was written, by which it can
+    /// be reopened.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    fn commit(&mut self) -> Result<BTreeMap<String, String>>;
+
+    /// Writes everything else: dense tensors and configs of the `checkpoint` that was quantized; the tokenizer, licences and what is
+    /// passed through from the `original`; checksums. Returns what was written, not yet at its final place, for checking.
+    ///
+    /// # Errors
+    /// When a linear was left out, the source cannot be read, or the disk is full.
+    fn finish(
+        &mut self,
+        checkpoint: &Checkpoint,
+        original: &Checkpoint,
+        provenance: &Provenance,
+    ) -> Result<PathBuf>;
+}
+
+impl OutputWriter for BranchWriter {
+    fn encode(&mut self, id: &LinearId, linear: &Solved) -> Result<()> {
+        self.write_linear(id, linear)
+    }
+
+    fn commit(&mut self) -> Result<BTreeMap<String, String>> {
+        Self::commit(self)
+    }
+
+    fn finish(
+        &mut self,
+        checkpoint: &Checkpoint,
+        original: &Checkpoint,
+        provenance: &Provenance,
+    ) -> Result<PathBuf> {
+        self.seal(checkpoint, original, provenance).map(Path::to_path_buf)
+    }
+}
+
 impl BranchWriter {
     /// Creates `out/<branch>` with its weights files at full size; `passed_through` are tensors that are copied as they are.
     ///
@@ -207,12 +254,24 @@ pub fn is_licence(name: &str) -> bool {
     BEGIN.iter().any(|begin| name.starts_with(begin)) && !name.contains('/')
 }
 
-/// Moves a sealed branch to its final place, unless it is there already. Returns its size in bytes.
+/// Moves a sealed branch to its final place, unless it is there already; of a GGUF file, the file in its folder. Returns its size
+/// in bytes.
 ///
 /// # Errors
 /// When the move fails.
 pub fn publish(out: &Path, branch: &str) -> Result<u64> {
     let [path, partial] = places(out, branch);
+    let file = partial.join(branch);
+    if file.is_file() {
+        fs::rename(&file, &path).map_err(Error::io("rename", &file))?;
+        sync(out)?;
+    }
+    if path.is_file() {
+        if partial.exists() {
+            fs::remove_dir_all(&partial).map_err(Error::io("remove", &partial))?;
+        }
+        return Ok(fs::metadata(&path).map_err(Error::io("read", &path))?.len());
+    }
     if partial.exists() {
         fs::rename(&partial, &path).map_err(Error::io("rename", &partial))?;
         sync(out)?;

@@ -73,6 +73,8 @@ impl Error {
             Self::Journal(error) => error.hint().into(),
             Self::Resource(error) => error.hint(),
             Self::Report(error) => error.hint(),
+            Self::NotForGguf { instead, .. } => instead.clone(),
+            Self::Gguf { problem, .. } if problem.contains("cut short") => "download the file again".into(),
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
             Self::Torch { source, .. } if is_out_of_memory(source) => {
                 "use fewer --samples, a shorter --seq-len or fewer --variant".into()

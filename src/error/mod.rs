@@ -156,6 +156,24 @@ pub enum Error {
         /// What is wrong, with numbers.
         problem: String,
     },
+    /// A GGUF file is cut short, contradicts itself, or holds what is not read.
+    #[error("`{}` cannot be read as a GGUF file: {problem}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, with numbers.
+        problem: String,
+    },
+    /// A branch that no GGUF file can hold as it is.
+    #[error("`{}` cannot become a GGUF file as it is: {problem}", path.display())]
+    NotForGguf {
+        /// The branch.
+        path: PathBuf,
+        /// What stands against it.
+        problem: String,
+        /// What would do.
+        instead: String,
+    },
     /// A link, or a file name in an index, leads out of the model's folder.
     #[error("`{}` leads out of its folder, to `{}`", path.display(), target.display())]
     OutOfFolder {

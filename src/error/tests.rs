@@ -64,6 +64,8 @@ fn texts_of_errors() {
         LfsPointer { path: "model/model.safetensors".into() }
         LfsPointer { path: "model.safetensors".into() }
         Safetensors { path: "model/model.safetensors".into(), problem: "it has 0 bytes".into() }
+        Gguf { path: "m.gguf".into(), problem: "its name takes 9 bytes from byte 24, and 2 are left; the file is cut short".into() }
+        NotForGguf { path: "out/main".into(), problem: "`q_proj` is asymmetric".into(), instead: "make a symmetric branch".into() }
         OutOfFolder { path: "model/tokenizer.json".into(), target: "/etc/passwd".into() }
         MissingTensor { name: "model.norm.weight".into(), path: "model".into() }
         TensorShape { name: "model.norm.weight".into(), expected: vec![64], found: vec![64, 1] }

@@ -25,7 +25,7 @@ use crate::{
     },
 };
 pub use cache::{StoredPredictions, stored_predictions};
-pub use describe::{bits_per_weight, describe};
+pub use describe::{bits_per_weight, describe, gguf_types};
 use divergence::{WindowScores, mean_nll, score};
 use reference::Reference;
 pub use store::store;

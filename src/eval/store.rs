@@ -7,7 +7,7 @@ use crate::{
     checkpoint::{Checkpoint, write_file_atomically},
     error::{Error, Result},
     report::{
-        EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, GENERATED_BY, ModelEvaluations,
+        EVALUATION_SCHEMA, EvaluatedModel, Evaluation, GENERATED_BY, ModelEvaluations, evaluation_file,
     },
 };
 
@@ -17,7 +17,7 @@ use crate::{
 /// # Errors
 /// When the checkpoint is not a quantized one, or the file cannot be read or written.
 pub fn store(checkpoint: &Checkpoint, evaluation: &Evaluation, model: &EvaluatedModel) -> Result<PathBuf> {
-    let path = checkpoint.dir().join(EVALUATION_FILE);
+    let path = evaluation_file(checkpoint.dir());
     let described = describe(checkpoint)?;
     let known = if path.exists() { Some(ModelEvaluations::read(&path)?) } else { None };
     let mut known = match known {

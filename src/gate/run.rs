@@ -9,7 +9,7 @@ use super::{
     figures::{EvaluationFigures, Figures, ModelFigures},
     thresholds::Thresholds,
 };
-use crate::variant::Variant;
+use crate::variant::{Output, Variant};
 
 /// Settings of a plan that change what the branches hold; the device and the size of files do not.
 const PLAN: [&str; 8] =
@@ -30,9 +30,8 @@ pub(super) fn branches(checklist: &mut Checklist<'_>, run: &Figures) {
 /// The branches of the plan and of the baseline must be there.
 pub(super) fn missing_branches(checklist: &mut Checklist<'_>, run: &Figures, baseline: Option<&Figures>) {
     let variants = run.plan.get("variants").and_then(Value::as_array);
-    let variant = |value: &Value| value.as_str()?.parse::<Variant>().ok();
-    let main = run.plan.get("main").and_then(variant);
-    let branch = |value: &Value| Some(variant(value)?.branch(main));
+    let main = run.plan.get("main").and_then(|value| value.as_str()?.parse::<Variant>().ok());
+    let branch = |value: &Value| Some(value.as_str()?.parse::<Output>().ok()?.branch(main));
     let planned = variants.and_then(|variants| variants.iter().map(branch).collect::<Option<Vec<_>>>());
     let Some(planned) = planned.filter(|planned| !planned.is_empty()) else {
         let finding = "the report has no planned branches, or they cannot be read";

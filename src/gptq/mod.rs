@@ -3,6 +3,7 @@
 //! Letters used here and below: `N` output features, `K` input features, `G` groups, `T` tokens,
 //! `H` the Hessian `[K, K]`, `W` a weight `[N, K]`, `Ũ` the upper triangular factor with `H + λI = Ũ Ũᵀ`.
 
+mod block_linear;
 mod cross_covariance;
 mod grid;
 mod hessian;
@@ -14,6 +15,7 @@ mod shrinkage;
 pub mod solver;
 mod tensor_cores;
 
+pub use block_linear::BlockLinear;
 pub use cross_covariance::CrossCovariance;
 pub use grid::{Grid, Step};
 pub use hessian::Hessian;

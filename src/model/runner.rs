@@ -34,11 +34,14 @@ impl<'a> Runner<'a> {
         Self::new(checkpoint, seq_len, compute, None)
     }
 
-    /// A GPTQ checkpoint written by any tool.
+    /// A GPTQ checkpoint written by any tool, or a GGUF file, whose linears become dense.
     ///
     /// # Errors
     /// When it is no GPTQ checkpoint or incomplete, or its kernels do not run on this device in this kind.
     pub fn quantized(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
+        if checkpoint.gguf().is_some() {
+            return Self::new(checkpoint, seq_len, compute, None);
+        }
         let quantization = QuantizationConfig::read(checkpoint)?;
         checkpoint.check_undeclared()?;
         Self::new(checkpoint, seq_len, compute, Some((quantization, PackedLinears::new(compute)?)))

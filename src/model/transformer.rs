@@ -1,5 +1,7 @@
 //! A decoder, computed layer by layer and stage by stage, as its config describes it.
 
+use std::collections::HashMap;
+
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
@@ -10,8 +12,9 @@ use super::{
 };
 use crate::{
     architectures::{EmbeddingMultiplier, LayerConfig, LinearId, ModelConfig, StageKind},
-    checkpoint::{Checkpoint, Dtype, TensorView},
+    checkpoint::{Checkpoint, Dtype},
     error::{Error, Result, TorchContext},
+    ggml::{BlockType, round_rows},
 };
 
 /// The parts of the forward pass that all layers share: config, rotary tables and masks, kind and device of the computation.
@@ -85,19 +88,29 @@ impl<'a> Transformer<'a> {
     /// # Errors
     /// When the embedding cannot be read.
     pub fn embed(&self, ids: &[i64], seq_len: usize) -> Result<Tensor> {
+        self.embed_rounded(ids, seq_len, BlockType::F32)
+    }
+
+    /// [`Transformer::embed`] by the embedding's rows as [`round_rows`] rounds them to blocks of type `blocks`; fp32 leaves them.
+    ///
+    /// # Errors
+    /// When the embedding cannot be read.
+    ///
+    /// # Panics
+    /// When rows are not whole blocks.
+    pub fn embed_rounded(&self, ids: &[i64], seq_len: usize, blocks: BlockType) -> Result<Tensor> {
         let name = self.config().embedding();
-        let view = self.checkpoint.view(&name)?;
         let hidden = self.config().hidden_size;
-        let row_bytes = view.bytes.len() / self.config().vocab_size;
-        let mut rows = Vec::with_capacity(ids.len() * row_bytes);
-        for &id in ids {
-            rows.extend_from_slice(&view.bytes[id as usize * row_bytes..][..row_bytes]);
-        }
+        let (rows, dtype) = self.checkpoint.rows(&name, ids.iter().map(|&id| id as usize))?;
         let size = [(ids.len() / seq_len) as i64, seq_len as i64, hidden as i64];
-        let kind = tensor_kind(&view)?;
-        let gathered = Tensor::f_from_data_size(&rows, &size, kind)
-            .and_then(|t| t.f_to_device(self.device)?.f_to_kind(self.kind))
-            .torch("embed tokens")?;
+        let kind = tensor_kind(&name, dtype)?;
+        let gathered = Tensor::f_from_data_size(&rows, &size, kind);
+        let gathered = match blocks {
+            BlockType::F32 => gathered,
+            _ => gathered.and_then(|rows| rounded(&rows, ids, blocks)),
+        };
+        let gathered =
+            gathered.and_then(|t| t.f_to_device(self.device)?.f_to_kind(self.kind)).torch("embed tokens")?;
         let total = gathered.numel() as u64;
         let finite = gathered.f_isfinite().and_then(|t| i64::try_from(t.f_sum(Kind::Int64)?));
         let broken = total - finite.torch("check the embedding")? as u64;
@@ -170,7 +183,8 @@ impl<'a> Transformer<'a> {
     /// # Errors
     /// When the tensor is missing or of an unsupported kind.
     pub fn source_kind(&self, id: &LinearId) -> Result<Kind> {
-        tensor_kind(&self.checkpoint.view(&id.weight())?)
+        let view = self.checkpoint.view(&id.weight())?;
+        tensor_kind(view.name, view.number_type())
     }
 
     /// Lets the system drop a layer's part of the memory map.
@@ -504,7 +518,31 @@ fn rows(x: &Tensor, k: i64) -> Result<Tensor> {
 /// # Errors
 /// When the tensor is missing or of an unsupported kind.
 pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
-    tensor_kind(&checkpoint.view(&checkpoint.config().linear_id(0, 0).weight())?)
+    let name = checkpoint.config().linear_id(0, 0).weight();
+    tensor_kind(&name, checkpoint.view(&name)?.number_type())
+}
+
+/// The rows of `ids` `[B, S, hidden]` rounded to blocks, in fp32. Files are rounded from fp16.
+fn rounded(rows: &Tensor, ids: &[i64], blocks: BlockType) -> Result<Tensor, TchError> {
+    let size = rows.size();
+    let width = size[size.len() - 1] as usize;
+    let rows = rows.f_to_kind(Kind::Half)?.f_to_kind(Kind::Float)?.f_flatten(0, -1)?;
+    let mut rows = Vec::<f32>::try_from(rows)?;
+    // Most tokens occur many times.
+    let mut first: HashMap<i64, usize> = HashMap::new();
+    for (at, &id) in ids.iter().enumerate() {
+        first.entry(id).or_insert(at);
+    }
+    let mut places: Vec<usize> = first.values().copied().collect();
+    places.sort_unstable();
+    let distinct: Vec<f32> = places.iter().flat_map(|&at| rows[at * width..][..width].to_vec()).collect();
+    let mut decoded = vec![0.0; distinct.len()];
+    blocks.decode(&round_rows(blocks, &distinct, width, None), &mut decoded);
+    let place: HashMap<i64, usize> = places.iter().enumerate().map(|(i, &at)| (ids[at], i)).collect();
+    for (row, id) in rows.chunks_mut(width).zip(ids) {
+        row.copy_from_slice(&decoded[place[id] * width..][..width]);
+    }
+    Tensor::f_from_slice(&rows)?.f_view(&size[..])
 }
 
 /// The kind of the embedding, which is unquantized in every checkpoint.
@@ -512,17 +550,18 @@ pub fn source_kind(checkpoint: &Checkpoint) -> Result<Kind> {
 /// # Errors
 /// When the tensor is missing or of an unsupported kind.
 pub(super) fn embedding_kind(checkpoint: &Checkpoint) -> Result<Kind> {
-    tensor_kind(&checkpoint.view(&checkpoint.config().embedding())?)
+    let name = checkpoint.config().embedding();
+    tensor_kind(&name, checkpoint.view(&name)?.number_type())
 }
 
 /// libtorch's name of a tensor's dtype.
-fn tensor_kind(view: &TensorView<'_>) -> Result<Kind> {
-    match view.dtype {
+fn tensor_kind(name: &str, dtype: Dtype) -> Result<Kind> {
+    match dtype {
         Dtype::F16 => Ok(Kind::Half),
         Dtype::BF16 => Ok(Kind::BFloat16),
         Dtype::F32 => Ok(Kind::Float),
         other => Err(Error::TensorDtype {
-            name: view.name.to_owned(),
+            name: name.to_owned(),
             expected: "F16, BF16 or F32",
             found: format!("{other:?}"),
         }),

@@ -34,7 +34,7 @@ impl PackedLinear {
     /// When memory is exhausted or the device fails.
     ///
     /// # Panics
-    /// As [`PackedLinear::new`].
+    /// As [`PackedLinear::new`], and when the linear is in blocks of ggml.
     pub fn of_solved(linear: &Solved) -> Result<Self> {
         match linear {
             Solved::Host(linear) => Ok(Self::new(linear)),
@@ -42,6 +42,7 @@ impl PackedLinear {
                 let PackedCodes { words, scales, zeros } = linear.pack()?;
                 Ok(Self::of_words(linear.bits(), words, &scales, &zeros, linear.g_idx()))
             }
+            Solved::Blocks(linear) => panic!("a linear of {} is not in GPTQ's format", linear.kind()),
         }
     }
 

@@ -4,24 +4,25 @@ use std::{path::Path, time::Instant};
 
 use super::{
     journal::{BranchState, State},
+    output_format::{Job, format_of},
     worker_group::Sink,
 };
 use crate::{
     architectures::LinearId,
-    checkpoint::{Checkpoint, QuantizationConfig},
-    emit::{self, BranchWriter, Provenance},
+    checkpoint::Checkpoint,
+    emit::{self, OutputWriter, Provenance},
     error::Result,
     eval::bits_per_weight,
     gptq::solver::Solved,
     plan::Plan,
     progress::Progress,
     report::{BranchReport, LinearReport, StageSeconds},
-    verify,
+    variant::Output,
 };
 
 /// All branches of a run while they are written.
 pub(super) struct Branches {
-    writers: Vec<BranchWriter>,
+    writers: Vec<Box<dyn OutputWriter>>,
     reports: Vec<BranchReport>,
     warnings: Vec<String>,
     /// Seconds of solving, as reported with each linear, of packing and of finishing.
@@ -38,7 +39,7 @@ impl Branches {
         out: &Path,
         state: &State,
     ) -> Result<Self> {
-        let (config, passed_through) = (checkpoint.config(), original.passed_through()?);
+        let job = Job { original, config: checkpoint.config(), max_shard_size: plan.max_shard_size };
         let mut branches = Self {
             writers: Vec::new(),
             reports: Vec::new(),
@@ -46,17 +47,14 @@ impl Branches {
             seconds: state.stage_seconds(),
         };
         for (i, &variant) in plan.variants.iter().enumerate() {
-            let (branch, shard_size) = (plan.branch(&variant), plan.max_shard_size);
+            let branch = plan.branch(&variant);
+            let format = format_of(&variant);
             let (writer, report) = match state.branches.get(i).cloned() {
                 Some(BranchState { report, tensors }) => {
-                    let passed = &passed_through;
-                    let writer =
-                        BranchWriter::reopen(out, &branch, variant, config, passed, shard_size, tensors)?;
-                    (writer, report)
+                    (format.open(&job, out, &branch, Some(tensors))?, report)
                 }
                 None => {
-                    let writer =
-                        BranchWriter::create(out, &branch, variant, config, &passed_through, shard_size)?;
+                    let writer = format.open(&job, out, &branch, None)?;
                     let report = BranchReport {
                         branch,
                         variant,
@@ -80,7 +78,7 @@ impl Branches {
 
     /// Syncs the branches to the disk, so that a run can resume from them.
     pub(super) fn commit(&mut self) -> Result<Vec<BranchState>> {
-        let commit = |(writer, report): (&mut BranchWriter, &BranchReport)| {
+        let commit = |(writer, report): (&mut Box<dyn OutputWriter>, &BranchReport)| {
             Ok(BranchState { report: report.clone(), tensors: writer.commit()? })
         };
         self.writers.iter_mut().zip(&self.reports).map(commit).collect()
@@ -96,9 +94,10 @@ impl Branches {
         self.seconds
     }
 
-    /// Completes the branches and checks them.
+    /// Completes the branches in the folder `out` and checks them.
     pub(super) fn seal(
         &mut self,
+        out: &Path,
         checkpoint: &Checkpoint,
         original: &Checkpoint,
         provenance: &Provenance,
@@ -106,9 +105,9 @@ impl Branches {
     ) -> Result<()> {
         let begun = Instant::now();
         progress.begin("writing and checking", self.writers.len() as u64);
-        for writer in &mut self.writers {
-            let folder = writer.seal(checkpoint, original, provenance)?;
-            verify::written(folder)?;
+        for (writer, report) in self.writers.iter_mut().zip(&self.reports) {
+            writer.finish(checkpoint, original, provenance)?;
+            format_of(&report.variant).verify(out, &report.branch)?;
             progress.advance(1);
         }
         self.seconds.finishing = begun.elapsed().as_secs_f64();
@@ -131,9 +130,13 @@ pub(super) fn warnings(reports: &[BranchReport], as_they_came: &[String]) -> Vec
 
 /// Checks branches that an earlier part of the run completed but did not move to their places.
 pub(super) fn check_sealed(out: &Path, plan: &Plan) -> Result<()> {
-    let branches = plan.variants.iter().map(|variant| plan.branch(variant));
-    let partial = branches.map(|branch| emit::places(out, &branch)[1].clone());
-    partial.filter(|folder| folder.exists()).try_for_each(|folder| verify::written(&folder))
+    for variant in &plan.variants {
+        let branch = plan.branch(variant);
+        if emit::places(out, &branch)[1].exists() && !out.join(&branch).is_file() {
+            format_of(variant).verify(out, &branch)?;
+        }
+    }
+    Ok(())
 }
 
 /// Moves sealed branches to their places, if they are not there already. Returns their complete reports.
@@ -143,10 +146,11 @@ pub(super) fn publish(out: &Path, mut reports: Vec<BranchReport>) -> Result<Vec<
         let written = Checkpoint::open(&out.join(&report.branch))?;
         report.weight_bytes = written.bytes_total();
         report.bits_per_weight = bits_per_weight(&written)?;
-        report.scale_bits = written.scale_bits()?;
-        let quantization = QuantizationConfig::read(&written)?;
-        report.readers = verify::readers(written.config(), &quantization, &written);
-        report.tensor_parallel = verify::tensor_parallel(written.config(), &quantization, &written);
+        report.scale_bits = match report.variant {
+            Output::Gptq(_) => written.scale_bits()?,
+            Output::Gguf(_) => None,
+        };
+        (report.readers, report.tensor_parallel) = format_of(&report.variant).readers(&written)?;
     }
     Ok(reports)
 }
@@ -158,7 +162,7 @@ impl Sink for Branches {
 
     fn take(&mut self, variant: usize, id: &LinearId, linear: &Solved, report: LinearReport) -> Result<()> {
         let begun = Instant::now();
-        self.writers[variant].write_linear(id, linear)?;
+        self.writers[variant].encode(id, linear)?;
         let packing = begun.elapsed().as_secs_f64();
         self.seconds.solving += report.seconds;
         self.seconds.packing += packing;

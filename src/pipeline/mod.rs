@@ -8,6 +8,7 @@ mod layers;
 mod memory;
 mod needs;
 mod output_folder;
+mod output_format;
 mod output_hessians;
 mod phases;
 mod reference;
@@ -209,7 +210,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         let source = changed.unwrap_or(checkpoint);
         let mut branches = layers::solve(run, source, &windows, &mut journal, &mut folder, context)?;
         memory.enter(At::Finishing);
-        branches.seal(source, checkpoint, &provenance, progress)?;
+        branches.seal(place.out, source, checkpoint, &provenance, progress)?;
         journal.seal(branches.seconds(), memory.peaks())?;
     }
     let state = journal.state();
@@ -258,7 +259,13 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
 /// When something does not fit.
 pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<()> {
     plan.check()?;
-    device::resolve_all(&plan.device)?;
+    let devices = device::resolve_all(&plan.device)?;
+    if let Some(mix) = plan.variants.iter().find(|variant| variant.gptq().is_none())
+        && devices.iter().any(|device| device.device != Device::Cpu)
+    {
+        let expected = format!("cpu: {mix} is solved there alone");
+        return Err(Error::Value { what: "device".into(), expected, found: plan.device.clone() });
+    }
     checkpoint.check()?;
     let config = checkpoint.config();
     plan.check_for(config)?;

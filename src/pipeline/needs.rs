@@ -10,6 +10,7 @@ use super::{
     journal::{self, Begun},
     memory::Limits,
     output_folder::Place,
+    output_format::{Job, format_of},
 };
 use crate::{
     accuracy::ScaleSearch,
@@ -17,7 +18,6 @@ use crate::{
     checkpoint::Checkpoint,
     cuda::Gpu,
     device,
-    emit::planned_bytes,
     error::{ResourceError, Result},
     machine::{available_memory, product_speed, require_space, resident_memory},
     model::source_kind,
@@ -225,7 +225,8 @@ impl DiskNeed {
         let mut branches = 0;
         // Branches that were begun have their space on the disk already.
         for variant in plan.variants.iter().filter(|_| begun.is_none()) {
-            branches += planned_bytes(variant, config, checkpoint, plan.max_shard_size)?;
+            let job = Job { original: checkpoint, config, max_shard_size: plan.max_shard_size };
+            branches += format_of(variant).plan(&job)?;
         }
         // One set of states beside the one that is being written; behind the last layer there are none.
         let sets = match (checkpoint.config().num_layers(), begun) {

@@ -15,19 +15,21 @@ use super::{
 };
 use crate::{
     architectures::{GroupConfig, LinearId, ModelConfig},
+    emit::linear_type,
     error::Result,
+    ggml::BlockType,
     gptq::{
         CrossCovariance, Hessian,
         solver::{
-            CpuSolver, CudaSolver, Factorization, Factorized, OrRounded, Solved, Solver, Weight,
-            solve_by_rows, targets,
+            CpuSolver, CudaSolver, Factorization, Factorized, OrRounded, OutputFactor, Solution, Solved,
+            Solver, Weight, solve_by_rows, targets,
         },
     },
     machine::return_free_memory,
     plan::OnFailure,
     progress::Event,
     report::{LinearReport, Phase},
-    variant::{Sorting, Variant},
+    variant::{Output, Sorting, Variant},
 };
 
 /// Solves the stages of a layer on one device.
@@ -131,7 +133,7 @@ impl<'a> StageSolver<'a> {
 
         let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
         for (position, &variant) in variants.iter().enumerate() {
-            let order = self.task.accuracy.sorting(&self.task.variants[variant]);
+            let order = self.task.variants[variant].sorting(self.task.accuracy.group_aware);
             match by_order.iter_mut().find(|(o, _)| *o == order) {
                 Some((_, list)) => list.push(position),
                 None => by_order.push((order, vec![position])),
@@ -171,13 +173,10 @@ impl<'a> StageSolver<'a> {
                 self.context.check_cancelled()?;
                 let variant = &self.task.variants[variants[position]];
                 let begun = Instant::now();
-                let solutions = match (&outputs, &hessian) {
-                    (Some(outputs), Some(hessian)) => {
-                        let check = || self.context.check_cancelled();
-                        solve_by_rows(&*factor, hessian, &weights, outputs, variant, &check)?
-                    }
-                    _ => factor.solve(&weights, variant)?,
-                };
+                let formats = ids.iter().zip(&dense).map(|(id, w)| self.format(variant, id, w));
+                let formats = formats.collect::<Result<Vec<_>>>()?;
+                let outputs = outputs.as_deref().zip(hessian.as_ref());
+                let solutions = self.solve_formats(&*factor, &weights, &formats, outputs)?;
                 let solving = begun.elapsed().as_secs_f64();
                 phases.add(Phase::Solve, solving, n * k * k);
                 let seconds = solving + factor_seconds;
@@ -221,6 +220,52 @@ impl<'a> StageSolver<'a> {
         Ok(solved)
     }
 
+    /// The format of a linear in an output.
+    fn format(&self, output: &Output, id: &LinearId, weight: &Weight<'_>) -> Result<LinearFormat> {
+        Ok(match *output {
+            Output::Gptq(variant) => LinearFormat::Gptq(variant),
+            Output::Gguf(mix) => {
+                let columns = weight.values.size()[1] as usize;
+                LinearFormat::Blocks(linear_type(mix, self.config, id, columns)?)
+            }
+        })
+    }
+
+    /// Solves the weights of a group, those of one format together. With `outputs`, the factors of each weight's output Hessian and the
+    /// Hessian of the inputs, rows are solved in turn.
+    fn solve_formats(
+        &self,
+        factor: &dyn Factorized,
+        weights: &[Weight<'_>],
+        formats: &[LinearFormat],
+        outputs: Option<(&[&[OutputFactor]], &Hessian)>,
+    ) -> Result<Vec<Solution>> {
+        let mut solutions: Vec<Option<Solution>> = weights.iter().map(|_| None).collect();
+        for (first, &format) in formats.iter().enumerate() {
+            if solutions[first].is_some() {
+                continue;
+            }
+            let own: Vec<usize> = (first..weights.len()).filter(|&i| formats[i] == format).collect();
+            let of_format: Vec<Weight<'_>> = own.iter().map(|&i| weights[i]).collect();
+            let solve = |rows: &[Weight<'_>]| {
+                self.context.check_cancelled()?;
+                match format {
+                    LinearFormat::Gptq(variant) => factor.solve(rows, &variant),
+                    LinearFormat::Blocks(kind) => factor.solve_blocks(rows, kind),
+                }
+            };
+            let solved = match outputs {
+                Some((outputs, hessian)) => {
+                    let outputs: Vec<&[OutputFactor]> = own.iter().map(|&i| outputs[i]).collect();
+                    solve_by_rows(hessian, &of_format, &outputs, &solve)?
+                }
+                None => solve(&of_format)?,
+            };
+            own.into_iter().zip(solved).for_each(|(i, solution)| solutions[i] = Some(solution));
+        }
+        Ok(solutions.into_iter().flatten().collect())
+    }
+
     /// The damping that is tried first: the plan's, or the shrinkage where that is larger.
     fn damp(&self, hessian: &Hessian) -> Result<f64> {
         let least = self.task.damp;
@@ -240,16 +285,25 @@ impl<'a> StageSolver<'a> {
     }
 
     /// Warns where damping had to be raised above `damp` for the variants that share a column order.
-    fn warn(&self, stage: &str, variants: &[Variant], damp: f64, facts: &Factorization) {
+    fn warn(&self, stage: &str, variants: &[Output], damp: f64, facts: &Factorization) {
         if let Some(text) = raised(stage, variants, damp, facts) {
             self.context.progress.event(&Event::Warning(&text));
         }
     }
 }
 
+/// How a linear is quantized.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum LinearFormat {
+    /// On the grid of a variant.
+    Gptq(Variant),
+    /// In blocks of ggml.
+    Blocks(BlockType),
+}
+
 /// The warning where damping was raised above `damp`. Each column order is factorized by itself, so that the warning names the
 /// variants of the order.
-fn raised(stage: &str, variants: &[Variant], damp: f64, facts: &Factorization) -> Option<String> {
+fn raised(stage: &str, variants: &[Output], damp: f64, facts: &Factorization) -> Option<String> {
     let names: Vec<String> = variants.iter().map(ToString::to_string).collect();
     (facts.damp_raised > 0).then(|| {
         format!(
@@ -275,7 +329,7 @@ mod tests {
             condition_estimate: 1.0,
         };
         let warning = |names: &[&str], times| {
-            let variants: Vec<Variant> = names.iter().map(|name| name.parse().unwrap()).collect();
+            let variants: Vec<Output> = names.iter().map(|name| name.parse().unwrap()).collect();
             raised("layer 0, qkv", &variants, 0.0, &facts(times))
         };
         let [sequential, act] = [["4bit-128g", "4bit-64g"].as_slice(), &["4bit-32g-act"]];

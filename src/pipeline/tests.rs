@@ -30,7 +30,7 @@ use crate::{
     plan::{OnFailure, Plan},
     progress::{Event, Progress, Silent},
     report::{LinearReport, StageMemory},
-    variant::Variant,
+    variant::Output,
 };
 
 const SEQ_LEN: usize = 16;
@@ -71,7 +71,7 @@ fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
     let (checkpoint, windows) = (model(name), windows(13));
     let plan = Plan::default();
     let accuracy = plan.accuracy(checkpoint.config());
-    let variants: [Variant; 1] = ["4bit-16g-act".parse().unwrap()];
+    let variants: [Output; 1] = ["4bit-16g-act".parse().unwrap()];
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
     let context =
         RunContext { progress: &Silent, stop: &stop, memory: &memory, phases: &PhaseClock::begin(&[]) };

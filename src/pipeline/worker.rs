@@ -24,6 +24,7 @@ use crate::{
     architectures::{LayerConfig, ModelConfig},
     calibration::Windows,
     error::{Error, Result, TorchContext},
+    ggml::BlockType,
     model::{Between, Dense, Linear, Transformer},
     progress::{Event, Progress},
     report::Phase,
@@ -106,13 +107,13 @@ impl<'a> Worker<'a> {
         Stream::new(&self.store, self.windows.clone(), self.per_batch, window)
     }
 
-    /// Begins `streams` of hidden states with the embeddings.
-    pub(super) fn embed(&mut self, windows: &Windows, streams: usize) -> Result<()> {
-        for _ in 0..streams {
+    /// Begins streams of hidden states with the embeddings, those of each rounded to blocks of a type; fp32 leaves them.
+    pub(super) fn embed(&mut self, windows: &Windows, roundings: &[BlockType]) -> Result<()> {
+        for &blocks in roundings {
             let mut hidden = self.stream();
             for (i, batch) in hidden.batches().to_vec().into_iter().enumerate() {
                 let ids = &windows.ids()[batch.start * self.seq_len..batch.end * self.seq_len];
-                hidden.put(i, self.transformer.embed(ids, self.seq_len)?)?;
+                hidden.put(i, self.transformer.embed_rounded(ids, self.seq_len, blocks)?)?;
             }
             self.hidden.push(hidden);
         }

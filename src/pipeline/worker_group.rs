@@ -2,7 +2,6 @@
 //! weights.
 
 use std::{
-    slice,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
 };
@@ -21,12 +20,14 @@ use crate::{
     accuracy::AccuracyOptions,
     architectures::LinearId,
     calibration::Windows,
+    emit::embedding_type,
     error::{Error, Result},
+    ggml::BlockType,
     gptq::solver::Solved,
     plan::OnFailure,
     progress::Event,
     report::LinearReport,
-    variant::Variant,
+    variant::Output,
 };
 
 /// Takes solved linears, variant by variant.
@@ -48,7 +49,7 @@ pub(super) type SharedStates<'s> = Mutex<&'s mut NextStates>;
 #[derive(Clone, Copy)]
 pub(super) struct Task<'a> {
     /// All of the run's.
-    pub(super) variants: &'a [Variant],
+    pub(super) variants: &'a [Output],
     pub(super) damp: f64,
     pub(super) accuracy: AccuracyOptions,
     /// Where they are used.
@@ -98,7 +99,8 @@ impl<'a> WorkerGroup<'a> {
     pub(super) fn begin(&mut self, windows: &Windows, kept: Option<&Kept>) -> Result<()> {
         let streams = self.task.streams(self.variants.len());
         let Some(kept) = kept else {
-            return self.workers.iter_mut().try_for_each(|worker| worker.embed(windows, streams));
+            let roundings = self.roundings(streams)?;
+            return self.workers.iter_mut().try_for_each(|worker| worker.embed(windows, &roundings));
         };
         let reference = self.task.accuracy.runs_reference().then_some(self.task.variants.len());
         let files: Vec<_> = match self.task.shared_hessian {
@@ -108,6 +110,20 @@ impl<'a> WorkerGroup<'a> {
             }
         };
         self.workers.iter_mut().try_for_each(|worker| worker.resume_from(&files, kept.kind))
+    }
+
+    /// What the embeddings of each stream are rounded to: a GGUF file's have another type than fp32. Shared Hessians are those of the
+    /// unquantized model, and so are its hidden states.
+    fn roundings(&self, streams: usize) -> Result<Vec<BlockType>> {
+        let mut roundings = vec![BlockType::F32; streams];
+        if !self.task.shared_hessian {
+            for (rounding, &variant) in roundings.iter_mut().zip(&self.variants) {
+                if let Output::Gguf(mix) = self.task.variants[variant] {
+                    *rounding = embedding_type(mix, self.workers[0].config())?;
+                }
+            }
+        }
+        Ok(roundings)
     }
 
     /// Progress steps of a layer: each batch to every stage and, but in the last layer, out of the layer; and every solve.
@@ -120,8 +136,8 @@ impl<'a> WorkerGroup<'a> {
         let variants = self.variants.len();
         let mut steps = passes * batches * self.task.solved_streams(variants) + groups * variants;
         if layer == 0 && !self.task.shared_hessian {
-            // One capture for all.
-            steps -= batches * (variants - 1);
+            // One capture for all that have the same embeddings.
+            steps -= batches * with_embedding(&self.variants, self.task).count().saturating_sub(1);
         }
         if self.task.accuracy.runs_reference() {
             // The first stage's inputs are not captured.
@@ -204,14 +220,25 @@ impl LayerPass<'_, '_, '_> {
         if let Some(reference) = reference {
             self.run_reference(layer, reference)?;
         }
-        // Before the first layer all variants have the same hidden states, which are the reference model's too: one Hessian for all.
-        let mut first_stage = if layer == 0 { self.solve_stage(0, None, 0, None)? } else { None };
+        // Before the first layer all variants but GGUF files have the same hidden states, which are the reference model's too: one
+        // Hessian for all.
+        let same: Vec<(usize, usize)> = match layer {
+            0 => with_embedding(self.variants, self.task).collect(),
+            _ => Vec::new(),
+        };
+        let mut first_stage = match same.first() {
+            Some(&(stream, _)) => {
+                let variants: Vec<usize> = same.iter().map(|(_, variant)| *variant).collect();
+                self.solve_stage(0, &variants, stream, None)?.map(|all| all.into_iter())
+            }
+            None => None,
+        };
         for (stream, &variant) in self.variants.iter().enumerate() {
             for stage in 0..stages {
-                let solved = if layer == 0 && stage == 0 {
-                    first_stage.as_mut().map(|all| std::mem::take(&mut all[stream]))
+                let solved = if stage == 0 && same.contains(&(stream, variant)) {
+                    first_stage.as_mut().and_then(Iterator::next)
                 } else {
-                    let solved = self.solve_stage(stage, Some(variant), stream, reference)?;
+                    let solved = self.solve_stage(stage, &[variant], stream, reference)?;
                     solved.map(|mut all| all.swap_remove(0))
                 };
                 if stage + 1 < stages || self.next.is_some() {
@@ -230,23 +257,26 @@ impl LayerPass<'_, '_, '_> {
     /// Hessian a stage, one factorization a column order.
     fn solve_shared(&mut self) -> Result<()> {
         for stage in 0..self.worker.layer().stages.len() {
-            drop(self.solve_stage(stage, None, 0, None)?);
+            drop(self.solve_stage(stage, self.variants, 0, None)?);
             self.worker.set_dense(stage)?;
         }
         self.leave_layer(0, 0)
     }
 
-    /// Captures a stage's statistics on `stream` and solves it for one variant, or for all. The root gets the linears of each
+    /// Captures a stage's statistics on `stream` and solves it for some variants. The root gets the linears of each
     /// variant, the other workers `None`.
     fn solve_stage(
         &mut self,
         stage: usize,
-        variant: Option<usize>,
+        variants: &[usize],
         stream: usize,
         reference: Option<usize>,
     ) -> Result<Option<Vec<Vec<Solved>>>> {
         if self.root.is_some() {
-            let variant = variant.map_or("all variants".to_owned(), |v| self.task.variants[v].to_string());
+            let variant = match variants {
+                [one] => self.task.variants[*one].to_string(),
+                _ => "all variants".to_owned(),
+            };
             let stage = self.worker.layer().stages[stage].name();
             self.context.progress.event(&Event::Stage { variant: &variant, stage: &stage });
             self.context.memory.enter(At::Calibrating);
@@ -254,7 +284,6 @@ impl LayerPass<'_, '_, '_> {
         let own: Vec<CalibrationStatistics> = self.worker.capture(stage, stream, reference)?;
         let sums = self.collective.sum(own)?;
         let (Some((solver, sink)), Some(sums)) = (&self.root, sums) else { return Ok(None) };
-        let variants = variant.as_ref().map_or(self.variants, slice::from_ref);
         solver.solve_stage(self.worker.weights(), stage, sums, variants, sink).map(Some)
     }
 
@@ -300,6 +329,12 @@ impl LayerPass<'_, '_, '_> {
         }
         Ok(())
     }
+}
+
+/// Streams and variants whose hidden states begin with the embedding as it is.
+fn with_embedding<'v>(variants: &'v [usize], task: Task<'v>) -> impl Iterator<Item = (usize, usize)> + 'v {
+    let of_all = variants.iter().copied().enumerate();
+    of_all.filter(move |&(_, variant)| task.variants[variant].gptq().is_some())
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -38,10 +38,7 @@ fn refuses_values_that_make_no_sense() {
         Plan { output_hessian: Some(f64::NAN), ..Plan::default() },
         Plan { asymmetric: Some(0.5), shared_hessian: true, ..Plan::default() },
         Plan { variants: vec![], ..Plan::default() },
-        Plan {
-            variants: [VariantSet::Card.variants(), VariantSet::Card.variants()].concat(),
-            ..Plan::default()
-        },
+        Plan { variants: [Plan::default().variants, Plan::default().variants].concat(), ..Plan::default() },
         Plan { max_shard_size: 10, ..Plan::default() },
     ];
     for plan in cases {

@@ -43,8 +43,12 @@ pub enum Content {
     Bytes(Vec<u8>),
 }
 
+/// The branch of all GGUF files of a run.
+const GGUF_BRANCH: &str = "gguf";
+
 /// The `wanted` branches of a run, or all if none is named, each with its card: the one in its folder, else the one of
-/// `cards`, which are in the report's order. `main` comes first, since the Hub shows it by default.
+/// `cards`, which are in the report's order. `main` comes first, since the Hub shows it by default. GGUF files are in a branch of their own,
+/// `gguf`.
 ///
 /// # Errors
 /// If there is no such branch, or a folder cannot be read.
@@ -57,10 +61,24 @@ pub fn branches(report: &Report, run: &Path, wanted: &[String], cards: &[String]
     }
     let mut branches = Vec::new();
     for (branch, card) in report.branches.iter().zip(cards) {
-        if wanted.is_empty() || wanted.contains(&branch.branch) {
-            branches.push(Branch::read(&run.join(&branch.branch), &branch.branch, card)?);
+        if !wanted.is_empty() && !wanted.contains(&branch.branch) {
+            continue;
+        }
+        let path = run.join(&branch.branch);
+        if !path.is_file() {
+            branches.push(Branch::read(&path, &branch.branch, card)?);
+            continue;
+        }
+        let file = LocalFile::read(&path, &branch.branch)?;
+        match branches.iter_mut().find(|branch| branch.name == GGUF_BRANCH) {
+            Some(gguf) => gguf.files.push(file),
+            None => {
+                let files = vec![LocalFile::card(card), file];
+                branches.push(Branch { name: GGUF_BRANCH.to_owned(), files });
+            }
         }
     }
+    branches.iter_mut().for_each(|branch| branch.files.sort_by(|a, b| a.path.cmp(&b.path)));
     branches.sort_by_key(|branch| branch.name != crate::hub::DEFAULT_REVISION);
     Ok(branches)
 }
@@ -68,38 +86,48 @@ pub fn branches(report: &Report, run: &Path, wanted: &[String], cards: &[String]
 impl Branch {
     fn read(folder: &Path, name: &str, card: &str) -> Result<Self> {
         let mut files = Vec::new();
-        let like = ContentId::Sha256(String::new());
         for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
             let path = entry.map_err(Error::io("read", folder))?.path();
             let name = path.file_name().and_then(|name| name.to_str());
             // Hidden files belong to tools; branches have no folders.
             if let Some(name) = name.filter(|name| !name.starts_with('.') && path.is_file()) {
-                let (size, sha256) = of_file(&path, &like).map_err(Error::io("read", &path))?;
-                let (path, content) = (name.to_owned(), Content::File(path.clone()));
-                files.push(LocalFile { path, content, size, sha256: sha256.hex().to_owned() });
+                files.push(LocalFile::read(&path, name)?);
             }
         }
         if !files.iter().any(|file| file.path == CARD_FILE) {
-            files.push(LocalFile {
-                path: CARD_FILE.to_owned(),
-                content: Content::Bytes(card.as_bytes().to_vec()),
-                size: card.len() as u64,
-                sha256: of_bytes(card.as_bytes(), &like).hex().to_owned(),
-            });
+            files.push(LocalFile::card(card));
         }
-        files.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(Self { name: name.to_owned(), files })
     }
 
     /// Whether a file of the remote holds weights that this branch does not have. A reader would load them, so they are
     /// deleted; other files stay.
     pub(super) fn makes_stale(&self, path: &str) -> bool {
-        let weights = path.ends_with(".safetensors") || path == INDEX_FILE || path.ends_with(".bin");
+        let weights =
+            [".safetensors", ".bin", ".gguf"].iter().any(|end| path.ends_with(end)) || path == INDEX_FILE;
         weights && !path.contains('/') && !self.files.iter().any(|file| file.path == path)
     }
 }
 
 impl LocalFile {
+    /// A file on disk, as `name` in the repository.
+    fn read(path: &Path, name: &str) -> Result<Self> {
+        let like = ContentId::Sha256(String::new());
+        let (size, sha256) = of_file(path, &like).map_err(Error::io("read", path))?;
+        let content = Content::File(path.to_owned());
+        Ok(Self { path: name.to_owned(), content, size, sha256: sha256.hex().to_owned() })
+    }
+
+    fn card(text: &str) -> Self {
+        let like = ContentId::Sha256(String::new());
+        Self {
+            path: CARD_FILE.to_owned(),
+            content: Content::Bytes(text.as_bytes().to_vec()),
+            size: text.len() as u64,
+            sha256: of_bytes(text.as_bytes(), &like).hex().to_owned(),
+        }
+    }
+
     /// Whether the remote's file has the same content.
     pub(super) fn is(&self, listed: &Listed) -> Result<bool> {
         Ok(self.size == listed.size && self.id_like(&listed.id)? == listed.id)

@@ -196,6 +196,9 @@ fn percent(share: f64) -> String {
 
 fn in_words(entry: &Entry) -> String {
     let checkpoint = &entry.checkpoint;
+    if let Some(types) = &checkpoint.gguf {
+        return format!("GGUF, {types}");
+    }
     let groups = match checkpoint.group_size {
         -1 => "a group a row".to_owned(),
         size => format!("groups of {size}"),

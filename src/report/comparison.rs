@@ -274,11 +274,12 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
     let (variant, report) = (&branch.variant, &run.report);
     let checkpoint = CheckpointReport {
         quantizer: Some(report.generated_by.replace(' ', ":")),
-        bits: variant.bits.get(),
-        group_size: variant.group_size.as_config(),
+        gguf: None,
+        bits: variant.bits(),
+        group_size: variant.group_size().as_config(),
         digest: String::new(),
-        act_order: act_order(variant.order).into(),
-        symmetric: variant.symmetric,
+        act_order: act_order(variant.order()).into(),
+        symmetric: variant.symmetric(),
         damp: Some(report.plan.damp()),
         dataset: Some(report.calibration.names()),
         seq_len: Some(report.calibration.seq_len),
@@ -310,9 +311,10 @@ fn of_checkpoint(other: &ModelEvaluations, protocols: &[Evaluation]) -> Entry {
         other => format!("-{other}"),
     };
     let asymmetric = if checkpoint.symmetric { "" } else { "-asym" };
+    let variant = format!("{}bit-{}g{order}{asymmetric}", checkpoint.bits, checkpoint.group_size);
     Entry {
         name: other.name.clone(),
-        variant: format!("{}bit-{}g{order}{asymmetric}", checkpoint.bits, checkpoint.group_size),
+        variant: checkpoint.gguf.clone().unwrap_or(variant),
         tool: checkpoint.quantizer.as_ref().map_or_else(|| "unknown".into(), |q| q.replace(':', " ")),
         run: None,
         checkpoint: checkpoint.clone(),

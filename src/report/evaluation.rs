@@ -1,6 +1,9 @@
 //! Quality of quantized models: data of `eval.json` and `run.json`.
 
-use std::{fmt, path::Path};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +16,15 @@ use crate::{
 
 /// File of the evaluations in the folder of a quantized model. The checkpoint's checksums do not cover it.
 pub const EVALUATION_FILE: &str = "eval.json";
+
+/// File of the evaluations of a quantized model: [`EVALUATION_FILE`] in its folder, or `NAME.gguf.eval.json` beside a GGUF
+/// file.
+pub fn evaluation_file(model: &Path) -> PathBuf {
+    match model.file_name().filter(|_| model.is_file()) {
+        Some(name) => model.with_file_name(format!("{}.{EVALUATION_FILE}", name.display())),
+        None => model.join(EVALUATION_FILE),
+    }
+}
 
 /// Version of the file; it rises when a reader of older evaluations could misread a newer one.
 pub const EVALUATION_SCHEMA: &str = "gptq-eval/1";
@@ -38,7 +50,10 @@ pub struct CheckpointReport {
     /// The tool named in the checkpoint, e.g. `gptqmodel:7.7.0`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantizer: Option<String>,
-    /// Bits a code.
+    /// Types of a GGUF file's linears, the most frequent first: `Q4_K, Q6_K`. None for a GPTQ folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gguf: Option<String>,
+    /// Bits a code; of a GGUF file's most frequent type.
     pub bits: u32,
     /// Input features a group; -1 is one group a row.
     pub group_size: i64,
@@ -240,7 +255,7 @@ impl ModelEvaluations {
     /// # Errors
     /// As [`Self::read_checked`].
     pub fn of_branches(report: &Report, dir: &Path) -> Result<Vec<Self>> {
-        let paths = report.branches.iter().map(|branch| dir.join(&branch.branch).join(EVALUATION_FILE));
+        let paths = report.branches.iter().map(|branch| evaluation_file(&dir.join(&branch.branch)));
         paths.filter(|path| path.exists()).map(|path| Self::read_checked(&path)).collect()
     }
 
@@ -270,6 +285,14 @@ impl ModelEvaluations {
 /// When the weights are other ones, or cannot be read.
 pub fn check_weights_beside(path: &Path, digest: &str) -> Result<()> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().map(|name| name.to_string_lossy());
+    if let Some(file) = name.as_ref().and_then(|name| name.strip_suffix(&format!(".{EVALUATION_FILE}"))) {
+        let file = dir.join(file);
+        if file.is_file() && Checkpoint::open(&file)?.digest()? != digest {
+            return Err(ReportError::Stale { path: path.into() }.into());
+        }
+        return Ok(());
+    }
     if dir.join(CONFIG_FILE).exists() && Checkpoint::open(dir)?.digest()? != digest {
         return Err(ReportError::Stale { path: path.into() }.into());
     }

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Result},
     folder::{self, TEXT_LIMIT},
     plan::Plan,
-    variant::Variant,
+    variant::Output,
 };
 
 /// The report's file in the output folder.
@@ -275,7 +275,7 @@ pub struct BranchReport {
     /// Its folder and git branch.
     pub branch: String,
     /// Its variant.
-    pub variant: Variant,
+    pub variant: Output,
     /// Bytes of all files.
     pub bytes: u64,
     /// Bytes of all tensors.

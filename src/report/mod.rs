@@ -19,7 +19,7 @@ pub use comparison::{COMPARISON_SCHEMA, Comparison, Entry, RunInput, RunSummary,
 pub(crate) use evaluation::title;
 pub use evaluation::{
     CheckpointReport, EVALUATION_FILE, EVALUATION_SCHEMA, EvaluatedModel, Evaluation, Interval,
-    ModelEvaluations, ReaderReport, SplitReport, check_weights_beside,
+    ModelEvaluations, ReaderReport, SplitReport, check_weights_beside, evaluation_file,
 };
 pub use html::html;
 pub(crate) use json::read_schema;

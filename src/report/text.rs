@@ -29,9 +29,9 @@ pub fn run_table(report: &Report) -> String {
         let mean = errors().sum::<f64>() / branch.linears.len().max(1) as f64;
         vec![
             branch.branch.clone(),
-            branch.variant.bits.get().to_string(),
-            branch.variant.group_size.as_config().to_string(),
-            act_order(branch.variant.order).to_owned(),
+            branch.variant.bits().to_string(),
+            branch.variant.group_size().as_config().to_string(),
+            act_order(branch.variant.order()).to_owned(),
             bytes(branch.bytes),
             format!("{:.3}", branch.bits_per_weight),
             format!("{mean:.4}"),

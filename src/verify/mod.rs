@@ -1,5 +1,6 @@
 //! Reopens what is on disk and reports what is wrong with it, how far it is from the source, and which software loads it.
 
+mod gguf;
 mod kernel;
 mod numeric;
 mod readers;
@@ -19,6 +20,7 @@ use crate::{
     progress::{Event, Progress},
     report::{ReaderReport, SplitReport},
 };
+pub use gguf::llama_cpp;
 pub use kernel::{KERNEL_TOKENS, KernelError, KernelOptions, KernelReport, check_kernels};
 pub use numeric::LinearDistance;
 pub use readers::{LostReader, lost_readers, readers, readers_markdown, require_readers, tensor_parallel};
@@ -67,7 +69,7 @@ impl Verification {
     }
 }
 
-/// Verifies the checkpoint in `dir`, also against the dense source it was made from, and the matmul that runs it.
+/// Verifies the checkpoint in `dir`, a folder or a GGUF file, also against the dense source it was made from, and the matmul that runs it.
 ///
 /// # Errors
 /// When `dir` or the source cannot be read, or the device cannot be used. A defect *in* `dir` is a finding, not an error.
@@ -77,7 +79,7 @@ pub fn verify(
     kernel: Option<&KernelOptions<'_>>,
     progress: &dyn Progress,
 ) -> Result<Verification> {
-    std::fs::read_dir(dir).map_err(Error::io("read", dir))?;
+    std::fs::metadata(dir).map_err(Error::io("read", dir))?;
     let broken = |error: &Error| {
         let finding = Finding { subject: dir.display().to_string(), problem: error.to_string() };
         let (findings, readers, distances) = (vec![finding], Vec::new(), Vec::new());
@@ -98,6 +100,16 @@ pub fn verify(
         Ok(checkpoint) => checkpoint,
         Err(error) => return Ok(broken(&error)),
     };
+    if let Some((header, file)) = checkpoint.gguf() {
+        if kernel.is_some() {
+            return Err(Error::CheckpointKind {
+                path: dir.into(),
+                expected: "a GPTQ folder, whose codes the int4 matmul takes",
+                found: "a GGUF file".into(),
+            });
+        }
+        return gguf::verify(&checkpoint, header, file, against, progress);
+    }
     let quantization = match QuantizationConfig::read(&checkpoint) {
         Ok(quantization) => quantization,
         Err(error) => return Ok(broken(&error)),

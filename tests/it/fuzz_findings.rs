@@ -10,7 +10,7 @@ mod bodies;
 /// What a target does with an input.
 type Body = fn(&[u8]);
 
-const TARGETS: [(&str, Body); 9] = [
+const TARGETS: [(&str, Body); 10] = [
     ("safetensors_header", bodies::safetensors_header),
     ("safetensors_index", bodies::safetensors_index),
     ("config", bodies::config),
@@ -20,6 +20,7 @@ const TARGETS: [(&str, Body); 9] = [
     ("chat_template", bodies::chat_template),
     ("plan", bodies::plan),
     ("verify", bodies::verify),
+    ("gguf", bodies::gguf),
 ];
 
 /// Inputs of a target: files in a folder of its name.

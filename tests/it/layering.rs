@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 32] = [
+const LAYERS: [&str; 35] = [
     "units",
     "error",
     "progress",
@@ -18,10 +18,13 @@ const LAYERS: [&str; 32] = [
     "chat",
     "device",
     "cuda",
+    "fp16",
+    "ggml",
     "variant",
     "accuracy",
     "architectures",
     "plan",
+    "gguf",
     "checkpoint",
     "rotation",
     "equalization",
@@ -44,11 +47,13 @@ const LAYERS: [&str; 32] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 14] = [
+const WITHOUT_LIBTORCH: [&str; 16] = [
     "accuracy.rs",
     "amx",
     "calibration",
+    "fp16.rs",
     "gate",
+    "ggml",
     "gptq/grid.rs",
     "gptq/order.rs",
     "gptq/quantized.rs",

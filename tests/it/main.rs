@@ -22,6 +22,7 @@
 //! | `evaluation` | what `eval` keeps and takes again: predictions, `eval.json`; windows that overlap |
 //! | `reports` | the comparison of runs and other checkpoints, in all its forms; the page in a browser |
 //! | `gate` | its verdicts, forms and exit codes; ten ways to make a model worse, each seen; what must not fail |
+//! | `gguf` | branches as GGUF files; GGUF files of all kinds read, damaged and broken |
 //! | `generate` | text from the demo model and its branches |
 //! | `help` | what `--help` says, of the program and of every command |
 //! | `reference` | figures of a real model as transformers computes them (needs `GPTQ_TEST_DATA`) |
@@ -58,6 +59,8 @@ mod foreign;
 mod fuzz_findings;
 mod gate;
 mod generate;
+mod gguf;
+mod gguf_variants;
 mod golden;
 mod gpu_check;
 mod help;

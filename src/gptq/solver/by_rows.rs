@@ -8,11 +8,10 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{Factorized, Solution, Solved, Weight, damping_steps};
+use super::{Solution, Solved, Weight, damping_steps};
 use crate::{
     error::{NumericalError, Result, TorchContext},
     gptq::Hessian,
-    variant::Variant,
 };
 
 /// Rows of a row block, which are solved together.
@@ -81,17 +80,15 @@ impl OutputFactor {
 }
 
 /// Quantizes weights that share the inputs of `hessian` and its factorization, with feedback between the rows of each weight.
-/// `outputs` are the factors of each weight's output Hessian. `check_cancelled` is called before each row block.
+/// `outputs` are the factors of each weight's output Hessian. `solve` quantizes some rows without feedback between them.
 ///
 /// # Errors
-/// As for [`Factorized::solve`], and the errors of `check_cancelled`.
+/// Those of `solve`, and when libtorch fails.
 pub fn solve_by_rows(
-    factor: &dyn Factorized,
     hessian: &Hessian,
     weights: &[Weight<'_>],
     outputs: &[&[OutputFactor]],
-    variant: &Variant,
-    check_cancelled: &dyn Fn() -> Result<()>,
+    solve: &dyn Fn(&[Weight<'_>]) -> Result<Vec<Solution>>,
 ) -> Result<Vec<Solution>> {
     let device = hessian.matrix().device();
     // Those of each weight, one after another.
@@ -103,11 +100,10 @@ pub fn solve_by_rows(
     }
     let longest = strands.iter().map(|strand| strand.output.len()).max().unwrap_or(0);
     for start in (0..longest).step_by(ROWS as usize) {
-        check_cancelled()?;
         let mut unsolved: Vec<_> = strands.iter_mut().filter(|s| start < s.output.len()).collect();
         let targets = targets(&unsolved, start).torch("compute a target")?;
         let rows = unsolved.iter().zip(&targets).map(|(s, values)| Weight { name: s.name, values });
-        let solutions = factor.solve(&rows.collect::<Vec<_>>(), variant)?;
+        let solutions = solve(&rows.collect::<Vec<_>>())?;
         for (strand, solution) in unsolved.iter_mut().zip(solutions) {
             strand.take(start, solution)?;
         }
@@ -218,6 +214,7 @@ mod tests {
             CpuSolver, Solver,
             tests::problem::{Problem, solve, weight},
         },
+        variant::Variant,
     };
 
     /// What errors in 70 outputs cost that depend on each other.
@@ -233,9 +230,8 @@ mod tests {
         let factor = CpuSolver::new().factorize(&problem.hessian, sorting, 0.01, "test").unwrap();
         let outputs = OutputFactor::all(&[output.shallow_clone()], 0.01, Device::Cpu, "test").unwrap();
         let weights = [weight(&problem.weight)];
-        solve_by_rows(&*factor, &problem.hessian, &weights, &[&outputs[..]], variant, &|| Ok(()))
-            .unwrap()
-            .remove(0)
+        let solve = |rows: &[Weight<'_>]| factor.solve(rows, variant);
+        solve_by_rows(&problem.hessian, &weights, &[&outputs[..]], &solve).unwrap().remove(0)
     }
 
     /// `tr(G D H Dᵀ)`.
@@ -275,7 +271,8 @@ mod tests {
         let solve = |some: &[usize]| -> Vec<Solution> {
             let weights: Vec<Weight<'_>> = some.iter().map(|&i| weight(values[i])).collect();
             let outputs: Vec<&[OutputFactor]> = some.iter().map(|&i| &outputs[i][..]).collect();
-            solve_by_rows(&*factor, &problem.hessian, &weights, &outputs, &variant, &|| Ok(())).unwrap()
+            let solve = |rows: &[Weight<'_>]| factor.solve(rows, &variant);
+            solve_by_rows(&problem.hessian, &weights, &outputs, &solve).unwrap()
         };
         for (i, together) in solve(&[0, 1, 2, 3]).iter().enumerate() {
             let alone = solve(&[i]).remove(0);

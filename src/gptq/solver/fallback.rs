@@ -5,6 +5,7 @@ use tch::Tensor;
 use super::{Factor, Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
 use crate::{
     error::{Error, Result},
+    ggml::BlockType,
     gptq::Hessian,
     variant::{Sorting, Variant},
 };
@@ -41,19 +42,11 @@ impl Factorized for FactorOrRounded {
     }
 
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
-        let factor = match &self.solving {
-            Ok(factor) => factor,
-            Err(reason) => return self.round(weights, variant, reason),
-        };
-        match factor.solve(weights, variant) {
-            // One of them fails: solve each alone, so that only that one is rounded.
-            Err(Error::Numerical(_)) if weights.len() > 1 => {
-                let alone = weights.iter().map(|weight| self.solve(&[*weight], variant));
-                Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
-            }
-            Err(Error::Numerical(problem)) => self.round(weights, variant, &problem.to_string()),
-            other => other,
-        }
+        self.solve_or_round(weights, &|factor, weights| factor.solve(weights, variant))
+    }
+
+    fn solve_blocks(&self, weights: &[Weight<'_>], kind: BlockType) -> Result<Vec<Solution>> {
+        self.solve_or_round(weights, &|factor, weights| factor.solve_blocks(weights, kind))
     }
 
     fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
@@ -65,9 +58,28 @@ impl Factorized for FactorOrRounded {
     }
 }
 
+/// Quantizes weights with a factor.
+type Solve<'a> = &'a dyn Fn(&dyn Factorized, &[Weight<'_>]) -> Result<Vec<Solution>>;
+
 impl FactorOrRounded {
-    fn round(&self, weights: &[Weight<'_>], variant: &Variant, reason: &str) -> Result<Vec<Solution>> {
-        let mut solutions = self.rounding.solve(weights, variant)?;
+    fn solve_or_round(&self, weights: &[Weight<'_>], solve: Solve<'_>) -> Result<Vec<Solution>> {
+        let factor = match &self.solving {
+            Ok(factor) => factor,
+            Err(reason) => return self.round(weights, solve, reason),
+        };
+        match solve(&**factor, weights) {
+            // One of them fails: solve each alone, so that only that one is rounded.
+            Err(Error::Numerical(_)) if weights.len() > 1 => {
+                let alone = weights.iter().map(|weight| self.solve_or_round(&[*weight], solve));
+                Ok(alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+            }
+            Err(Error::Numerical(problem)) => self.round(weights, solve, &problem.to_string()),
+            other => other,
+        }
+    }
+
+    fn round(&self, weights: &[Weight<'_>], solve: Solve<'_>, reason: &str) -> Result<Vec<Solution>> {
+        let mut solutions = solve(&*self.rounding, weights)?;
         solutions.iter_mut().for_each(|solution| solution.fallback = Some(reason.to_owned()));
         Ok(solutions)
     }

@@ -30,6 +30,7 @@ pub use solved::{Solution, Solved};
 use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive};
 use crate::{
     error::{Error, NumericalError, Result, TorchContext},
+    ggml::BlockType,
     variant::{Sorting, Variant},
 };
 
@@ -60,6 +61,16 @@ pub trait Factorized {
     /// # Errors
     /// When a weight is NaN or infinite, a scale does not fit fp16, a result is NaN or infinite, or libtorch fails.
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>>;
+
+    /// Quantizes weights that share these inputs to blocks of ggml. The order of the factorization must be that of the file, and rows
+    /// must be whole blocks of a type with codes.
+    ///
+    /// # Errors
+    /// As for [`Factorized::solve`]; if the solver has no grids of ggml.
+    fn solve_blocks(&self, _weights: &[Weight<'_>], kind: BlockType) -> Result<Vec<Solution>> {
+        let expected = "cpu: the solvers of other devices have no grids of ggml".to_owned();
+        Err(Error::Value { what: format!("device for {kind}"), expected, found: "another".into() })
+    }
 
     /// `B (H + λI)⁻¹` fp32 of `B` `[N, K]` fp32; `None` if there is no factor because weights are rounded.
     ///
@@ -290,15 +301,21 @@ fn solution(
 /// Refuses a scale of `scales` `[G, N]` that does not fit fp16; the cause is the weight or its target.
 fn check_scales(weight: &Weight<'_>, scales: &[f16], n: usize) -> Result<()> {
     let Some(at) = scales.iter().position(|s| !s.is_finite()) else { return Ok(()) };
-    check_finite(weight)?;
-    let place = format!("scale of group {}, output feature {}", at / n, at % n);
-    let largest = largest(weight)?;
+    Err(refused_scale(weight, &format!("scale of group {}, output feature {}", at / n, at % n)))
+}
+
+/// The error for a scale that does not fit fp16.
+fn refused_scale(weight: &Weight<'_>, place: &str) -> Error {
+    let largest = match check_finite(weight).and_then(|()| largest(weight)) {
+        Ok(largest) => largest,
+        Err(error) => return error,
+    };
     if largest > f16::MAX.to_f32() {
         let place = format!("{}: {place}, from its largest weight", weight.name);
-        return Err(Error::Fp16Overflow { place, value: largest });
+        return Error::Fp16Overflow { place, value: largest };
     }
     let problem = format!("{place}: it does not fit fp16, though the largest weight, {largest}, does");
-    Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
+    NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into()
 }
 
 /// Refuses a solution whose sums are NaN or infinite; its codes alone would not show that.

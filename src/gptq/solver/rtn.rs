@@ -7,12 +7,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     Factor, Factorization, Factorized, Solution, Solved, Solver, Weight, check_finite, check_scales,
-    outlier_ratio,
+    outlier_ratio, refused_scale,
 };
 use crate::{
     error::{Result, TorchContext},
+    ggml::{BlockType, round_rows},
     gptq::{
-        ColumnOrder, Grid, Hessian, QuantizedLinear, Step, dead_columns,
+        BlockLinear, ColumnOrder, Grid, Hessian, QuantizedLinear, Step, dead_columns,
         raw::{floats, floats_mut},
     },
     variant::{Sorting, Variant},
@@ -55,12 +56,37 @@ impl Factorized for Rounding {
         weights.iter().map(|weight| self.round(weight, variant, &g_idx)).collect()
     }
 
+    fn solve_blocks(&self, weights: &[Weight<'_>], kind: BlockType) -> Result<Vec<Solution>> {
+        weights.iter().map(|weight| self.round_blocks(weight, kind)).collect()
+    }
+
     fn divide(&self, _b: &Tensor) -> Result<Option<Tensor>> {
         Ok(None)
     }
 }
 
 impl Rounding {
+    /// The cost of each column's errors is the diagonal of the Hessian.
+    fn round_blocks(&self, weight: &Weight<'_>, kind: BlockType) -> Result<Solution> {
+        check_finite(weight)?;
+        let host =
+            weight.values.f_to_device(Device::Cpu).and_then(|w| w.f_to_kind(Kind::Float)?.f_contiguous());
+        let host = host.torch("copy a weight")?;
+        let k = host.size()[1] as usize;
+        let linear = {
+            let values: Vec<f32> = host.f_flatten(0, -1).and_then(Vec::try_from).torch("copy a weight")?;
+            BlockLinear::new(kind, k, round_rows(kind, &values, k, Some(&self.hessian.diagonal()?)))
+        };
+        let mut differences = Tensor::f_zeros_like(&host).torch("allocate a linear's error")?;
+        floats_mut(&mut differences).copy_from_slice(&linear.dequantize());
+        let differences = differences.f_sub(&host).torch("compare a linear")?;
+        let squared_error = self.hessian.output_energy(&differences)?.max(0.0);
+        if !squared_error.is_finite() {
+            return Err(refused_scale(weight, &format!("scale of a block of {kind}")));
+        }
+        Ok(Solution { linear: Solved::Blocks(linear), squared_error, uncompensated: 0, fallback: None })
+    }
+
     fn round(&self, weight: &Weight<'_>, variant: &Variant, g_idx: &[u32]) -> Result<Solution> {
         check_finite(weight)?;
         let host = weight.values.f_to_device(Device::Cpu).and_then(|w| w.f_contiguous());

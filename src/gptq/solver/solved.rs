@@ -9,7 +9,7 @@ use super::DeviceLinear;
 use crate::{
     amx,
     error::{Result, TorchContext},
-    gptq::{QuantizedLinear, raw::values_mut},
+    gptq::{BlockLinear, QuantizedLinear, raw::values_mut},
 };
 
 /// One solved linear.
@@ -33,6 +33,8 @@ pub enum Solved {
     Host(QuantizedLinear),
     /// On a device.
     Device(DeviceLinear),
+    /// Blocks of ggml, in the machine's memory.
+    Blocks(BlockLinear),
 }
 
 impl Solved {
@@ -41,6 +43,7 @@ impl Solved {
         match self {
             Self::Host(linear) => linear.in_features(),
             Self::Device(linear) => linear.in_features(),
+            Self::Blocks(linear) => linear.in_features(),
         }
     }
 
@@ -49,11 +52,12 @@ impl Solved {
         match self {
             Self::Host(linear) => linear.out_features(),
             Self::Device(linear) => linear.out_features(),
+            Self::Blocks(linear) => linear.out_features(),
         }
     }
 
-    /// The dense weight, transposed: `[K, N]` on the linear's device. Values are exact in fp32, then rounded to `kind`, which is
-    /// fp32, fp16 or bf16.
+    /// The dense weight, transposed: `[K, N]` on the linear's device. Values are those in fp32 that a reader computes, then rounded to
+    /// `kind`, which is fp32, fp16 or bf16.
     ///
     /// # Errors
     /// When memory is exhausted.
@@ -61,6 +65,12 @@ impl Solved {
         match self {
             Self::Host(linear) => dequantized(linear, kind),
             Self::Device(linear) => linear.dequantize(kind),
+            Self::Blocks(linear) => {
+                let size = [linear.out_features() as i64, linear.in_features() as i64];
+                let dense = Tensor::f_from_slice(&linear.dequantize()).and_then(|w| w.f_view(size));
+                let dense = dense.and_then(|w| w.f_to_kind(kind)?.f_tr()?.f_contiguous());
+                dense.torch("dequantize a linear")
+            }
         }
     }
 
@@ -70,12 +80,17 @@ impl Solved {
     /// # Errors
     /// When memory is exhausted.
     pub(super) fn joined(parts: Vec<Self>, rows: &[i64]) -> Result<Self> {
-        let (mut on_host, mut on_device) = (Vec::new(), Vec::new());
+        let (mut on_host, mut on_device, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
         for part in parts {
             match part {
                 Self::Host(linear) => on_host.push(linear),
                 Self::Device(linear) => on_device.push(linear),
+                Self::Blocks(linear) => blocks.push(linear),
             }
+        }
+        if !blocks.is_empty() {
+            assert!(on_host.is_empty() && on_device.is_empty(), "parts have one format");
+            return Ok(Self::Blocks(BlockLinear::joined(&blocks, rows)));
         }
         if on_host.is_empty() {
             return DeviceLinear::joined(&on_device, rows).map(Self::Device);
@@ -91,10 +106,14 @@ impl Solved {
     ///
     /// # Errors
     /// When the copy from the device fails.
+    ///
+    /// # Panics
+    /// When it is in blocks of ggml.
     pub fn on_host(&self) -> Result<Cow<'_, QuantizedLinear>> {
         match self {
             Self::Host(linear) => Ok(Cow::Borrowed(linear)),
             Self::Device(linear) => linear.to_host().map(Cow::Owned),
+            Self::Blocks(linear) => panic!("a linear of {} is not in GPTQ's format", linear.kind()),
         }
     }
 }

@@ -46,6 +46,7 @@ impl CpuFactor {
         &self,
         weights: &[Weight<'_>],
         variant: &Variant,
+        grid: Grid,
         state: &mut State,
     ) -> Result<Vec<usize>> {
         let k = self.damped.order.columns().len();
@@ -57,7 +58,7 @@ impl CpuFactor {
             .collect();
         let count = rows.len();
         let (g_idx, dead) = (self.damped.order.g_idx(variant), self.damped.dead.as_slice());
-        let rounding = Rounding { grid: state.grid, groups: state.groups, g_idx, dead, rows };
+        let rounding = Rounding { grid, groups: state.groups, g_idx, dead, rows };
         let (diagonal, lambda, before) = (&self.damped.diagonal, self.damped.lambda, &*state);
         let doubtful: Vec<usize> = (0..count)
             .into_par_iter()

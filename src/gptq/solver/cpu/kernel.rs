@@ -6,7 +6,10 @@
 //! builds need no `target-cpu`.
 
 use super::instructions::{Instructions, on_best_instructions};
-use super::scale_search::{self, Search};
+use super::{
+    blocks::{self, BlockSearch, Uneven},
+    scale_search::{self, Search},
+};
 use crate::gptq::Grid;
 
 /// Rows of the weight handled together.
@@ -32,10 +35,52 @@ pub(super) struct Panel<'a> {
     pub(super) fits: &'a [usize],
     /// `Ũ_ii` of each column, `[P]`.
     pub(super) pivots: &'a [f32],
-    /// The candidates where a scale is fitted.
-    pub(super) search: &'a Search,
-    /// The grid.
-    pub(super) grid: Grid,
+    /// The grid, and the candidates where a scale is fitted.
+    pub(super) grid: PanelGrid<'a>,
+}
+
+/// A grid of the column loop.
+#[derive(Clone, Copy)]
+pub(super) enum PanelGrid<'a> {
+    /// Of a variant of GPTQ's format.
+    Gptq(Grid, &'a Search),
+    /// Of blocks of ggml. A panel is one block, or several whole ones of a single sub-block each.
+    Blocks(&'a BlockSearch),
+}
+
+/// How a compensated weight becomes a code, lane by lane.
+pub(super) trait Rounding: Copy {
+    /// The factor by which weights of this scale are multiplied before they are rounded.
+    fn inverse(scale: f32) -> f32;
+
+    /// The value that is nearest to `target`, and its code. `zero` is the zero point, or the offset.
+    fn round(self, target: f32, inverse: f32, scale: f32, zero: f32) -> (f32, f32);
+}
+
+/// Codes from 0 to `max_code`, with a zero point among them.
+#[derive(Clone, Copy)]
+pub(super) struct AroundZero {
+    max_code: f32,
+}
+
+impl AroundZero {
+    #[inline(always)]
+    pub(super) fn new(grid: Grid) -> Self {
+        Self { max_code: f32::from(grid.max_code()) }
+    }
+}
+
+impl Rounding for AroundZero {
+    #[inline(always)]
+    fn inverse(scale: f32) -> f32 {
+        1.0 / scale
+    }
+
+    #[inline(always)]
+    fn round(self, target: f32, inverse: f32, scale: f32, zero: f32) -> (f32, f32) {
+        let code = ((target * inverse).round_ties_even() + zero).clamp(0.0, self.max_code);
+        ((code - zero) * scale, code)
+    }
 }
 
 /// Buffers of one tile for one panel.
@@ -52,8 +97,10 @@ pub(super) struct Tile<'a> {
     pub(super) codes: &'a mut [[u8; LANES]],
     /// Scales `[G]`, as rounded to fp16; filled where the panel fits them.
     pub(super) scales: &'a mut [Lane],
-    /// Zero points `[G]`.
+    /// Zero points `[G]`; of blocks, offsets.
     pub(super) zeros: &'a mut [Lane],
+    /// Out: `d` and the minimum of the panel's block, of types with sub-blocks.
+    pub(super) units: &'a mut [Lane; 2],
     /// Adds `Σ ((ŵ_i − t_i) Ũ_ii)²`, the damped objective, lane by lane.
     pub(super) objective: &'a mut [f64; LANES],
     /// Adds `Σ d²`, lane by lane.
@@ -88,6 +135,17 @@ on_best_instructions! {
 
 #[inline(always)]
 fn solve<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+    match panel.grid {
+        PanelGrid::Gptq(grid, search) => solve_variant::<I>(panel, tile, grid, search),
+        PanelGrid::Blocks(search) => match search.even() {
+            Some(levels) => solve_blocks::<I, _>(panel, tile, search, levels),
+            None => solve_blocks::<I, _>(panel, tile, search, Uneven),
+        },
+    }
+}
+
+#[inline(always)]
+fn solve_variant<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, grid: Grid, search: &Search) {
     let columns = panel.groups.len();
     let mut start = 0;
     while start < columns {
@@ -95,9 +153,29 @@ fn solve<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
         let end = block_end(panel, start);
         if fit {
             compensate::<I>(panel, tile, start, end);
-            scale_search::fit_scales::<I>(panel, tile, start, end);
+            scale_search::fit_scales::<I>(panel, tile, search, start, end);
         }
-        quantize_block::<I>(panel, tile, start, end);
+        quantize_block::<I, _>(panel, tile, AroundZero::new(grid), start, end);
+        push_residuals::<I>(panel, tile, start, end);
+        start = end;
+    }
+}
+
+#[inline(always)]
+fn solve_blocks<I: Instructions, L: blocks::LevelRounding>(
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    search: &BlockSearch,
+    levels: L,
+) {
+    blocks::fit_block::<I, L>(panel, tile, search, levels);
+    let columns = panel.groups.len();
+    let mut start = 0;
+    while start < columns {
+        let end = block_end(panel, start);
+        compensate::<I>(panel, tile, start, end);
+        blocks::fit_sub_block::<I, L>(panel, tile, search, levels, start, end);
+        quantize_block::<I, L>(panel, tile, levels, start, end);
         push_residuals::<I>(panel, tile, start, end);
         start = end;
     }
@@ -116,7 +194,7 @@ fn block_end(panel: &Panel<'_>, start: usize) -> usize {
 
 /// `differences[c] = w_c − x_c` with `Ũ_ggᵀ x = r_g`: forward substitution.
 #[inline(always)]
-fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+pub(super) fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let x = &mut *tile.differences;
     let mut c = start;
     while c < end {
@@ -142,8 +220,13 @@ fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: us
 
 /// Quantizes the columns `start..end`; `residuals` already include the columns before `start`.
 #[inline(always)]
-fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
-    let max_code = f32::from(panel.grid.max_code());
+fn quantize_block<I: Instructions, R: Rounding>(
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    rounding: R,
+    start: usize,
+    end: usize,
+) {
     let d = &mut *tile.differences;
     let (mut objective, mut distance) = ([0.0f32; LANES], [0.0f32; LANES]);
     let (mut inverse_scale, mut inverse_of) = ([0.0; LANES], usize::MAX);
@@ -160,13 +243,12 @@ fn quantize_block<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
             let (scale, zero) = (&tile.scales[group], &tile.zeros[group]);
             if group != inverse_of {
                 inverse_of = group;
-                inverse_scale = scale.map(|s| 1.0 / s);
+                inverse_scale = scale.map(R::inverse);
             }
             let (weight, residual) = (&tile.weights[column], &tile.residuals[column]);
             for l in 0..LANES {
                 let target = weight[l] - (residual[l] + sum[l]) * inverse_pivot;
-                let code = ((target * inverse_scale[l]).round_ties_even() + zero[l]).clamp(0.0, max_code);
-                let quantized = (code - zero[l]) * scale[l];
+                let (quantized, code) = rounding.round(target, inverse_scale[l], scale[l], zero[l]);
                 let error = (quantized - target) * pivot;
                 d[column][l] = quantized - weight[l];
                 objective[l] += error * error;

@@ -1,6 +1,7 @@
 //! The solver of the CPU: matrix products for the cubic work (factorization, compensation between panels), a kernel for
 //! the columns.
 
+mod blocks;
 mod cholesky;
 pub(super) mod compare;
 mod instructions;
@@ -20,15 +21,17 @@ use crate::{
     accuracy::Scales,
     amx,
     error::{Result, TorchContext},
+    ggml::BlockType,
     gptq::{
         Grid, Hessian,
         raw::{Matrix, floats_mut},
     },
     variant::{Sorting, Variant},
 };
-use kernel::{LANES, Lane};
+use blocks::BlockSearch;
+use kernel::{LANES, Lane, PanelGrid};
 use scale_search::Search;
-use stack::Stack;
+use stack::{Layout, Stack};
 
 /// Columns solved between two matrix products, unless a group is wider.
 const PANEL: usize = 256;
@@ -125,31 +128,43 @@ impl Factorized for CpuFactor {
 
     fn solve(&self, weights: &[Weight<'_>], variant: &Variant) -> Result<Vec<Solution>> {
         let k = self.damped.order.columns().len();
+        let groups = Groups {
+            count: variant.group_size.groups(k),
+            size: variant.group_size.features(k),
+            fitted: !variant.scales_known_beforehand(),
+            of_columns: (0..k).map(|i| self.damped.order.group_at(i, variant) as u32).collect(),
+        };
         let width = panel_width(variant, k, PANEL);
         let mut stack = self.stack(weights, width).torch("stack weights")?;
-        let groups = variant.group_size.groups(k);
         let grid = Grid::new(variant.bits, variant.symmetric);
-        let mut state = State {
-            scales: vec![[0.0; LANES]; groups * stack.layout.tiles()],
-            zeros: vec![[0.0; LANES]; groups * stack.layout.tiles()],
-            codes: vec![0; k * stack.layout.n],
-            objective: vec![0.0; stack.layout.n],
-            distance: vec![0.0; stack.layout.n],
-            groups,
-            grid,
-            search: Search::new(grid, self.scales),
-        };
+        let search = Search::new(grid, self.scales);
+        let mut state = State::new(&stack, &groups);
         if variant.scales_known_beforehand() {
-            self.fit_static(&stack, variant, &mut state);
+            self.fit_static(&stack, variant, &search, &mut state);
         }
-        for start in (0..k).step_by(width) {
-            self.solve_panel(&mut stack, start..(start + width).min(k), variant, &mut state);
-        }
+        self.solve_columns(&mut stack, &groups, PanelGrid::Gptq(grid, &search), &mut state);
         drop(stack);
-        let uncompensated = self.round_where_better(weights, variant, &mut state)?;
+        let uncompensated = self.round_where_better(weights, variant, grid, &mut state)?;
         let mut solutions = self.split(weights, variant, state)?;
         solutions.iter_mut().zip(uncompensated).for_each(|(solution, count)| solution.uncompensated = count);
         Ok(solutions)
+    }
+
+    fn solve_blocks(&self, weights: &[Weight<'_>], kind: BlockType) -> Result<Vec<Solution>> {
+        let k = self.damped.order.columns().len();
+        let search = BlockSearch::new(kind, self.scales);
+        let size = search.grid.sub_len;
+        let groups = Groups {
+            count: k / size,
+            size,
+            fitted: true,
+            of_columns: (0..k as u32).map(|i| i / size as u32).collect(),
+        };
+        let mut stack = self.stack(weights, PANEL).torch("stack weights")?;
+        let mut state = State::new(&stack, &groups);
+        self.solve_columns(&mut stack, &groups, PanelGrid::Blocks(&search), &mut state);
+        drop(stack);
+        self.split_blocks(weights, kind, &search.grid, &state)
     }
 
     fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
@@ -157,16 +172,55 @@ impl Factorized for CpuFactor {
     }
 }
 
+impl CpuFactor {
+    /// Solves all columns of the quantization order, panel by panel.
+    fn solve_columns(&self, stack: &mut Stack, groups: &Groups, grid: PanelGrid<'_>, state: &mut State) {
+        let (k, width) = (stack.layout.k, stack.layout.width);
+        for start in (0..k).step_by(width) {
+            self.solve_panel(stack, start..(start + width).min(k), groups, grid, state);
+        }
+    }
+}
+
+/// Columns that share a scale.
+struct Groups {
+    /// `G`.
+    count: usize,
+    /// Columns of all groups but the last.
+    size: usize,
+    /// Whether scales are fitted where groups begin.
+    fitted: bool,
+    /// The group of each column of the quantization order, `[K]`.
+    of_columns: Vec<u32>,
+}
+
 /// Results that grow while the panels are solved. Per-row arrays are indexed by row of the stack, `[N]`.
 struct State {
     /// `[tile][G]`.
     scales: Vec<Lane>,
+    /// Zero points, or offsets of blocks.
     zeros: Vec<Lane>,
+    /// `d` and the minimum of blocks with sub-blocks, `[tile][panel]`.
+    units: Vec<[Lane; 2]>,
     /// `[K, N]`, original feature order.
     codes: Vec<u8>,
     objective: Vec<f64>,
     distance: Vec<f64>,
     groups: usize,
-    grid: Grid,
-    search: Search,
+}
+
+impl State {
+    fn new(stack: &Stack, groups: &Groups) -> Self {
+        let Layout { n, k, width } = stack.layout;
+        let tiles = stack.layout.tiles();
+        Self {
+            scales: vec![[0.0; LANES]; groups.count * tiles],
+            zeros: vec![[0.0; LANES]; groups.count * tiles],
+            units: vec![[[0.0; LANES]; 2]; k.div_ceil(width) * tiles],
+            codes: vec![0; k * n],
+            objective: vec![0.0; n],
+            distance: vec![0.0; n],
+            groups: groups.count,
+        }
+    }
 }

@@ -9,9 +9,11 @@ use crate::{
     amx::{self, Line, Operand, Parts, SIDE, Side, Square},
     gptq::{
         raw::{Matrix, SharedSlice},
-        solver::cpu::kernel::{self, COLUMNS, Columns, Panel, Tile},
+        solver::cpu::{
+            Groups,
+            kernel::{self, COLUMNS, Columns, Panel, PanelGrid, Tile},
+        },
     },
-    variant::Variant,
 };
 
 // A tile is a strip of an operand, and a panel's lanes fill just as much memory as its strip.
@@ -36,22 +38,19 @@ impl CpuFactor {
         &self,
         stack: &mut Stack,
         columns: Range<usize>,
-        variant: &Variant,
+        groups: &Groups,
+        grid: PanelGrid<'_>,
         state: &mut State,
     ) {
-        let (layout, amx, groups) = (stack.layout, self.amx, state.groups);
+        let (layout, amx) = (stack.layout, self.amx);
         let (p, order) = (columns.len(), self.damped.order.columns());
         let solved_factor = self.solved_factor(layout, &columns);
         let own_factor = self.own_factor(&columns);
-        let size = variant.group_size.features(layout.k);
-        let fits: Vec<usize> =
-            if variant.scales_known_beforehand() { Vec::new() } else { (0..p).step_by(size).collect() };
-        let groups_of: Vec<u32> =
-            columns.clone().map(|i| self.damped.order.group_at(i, variant) as u32).collect();
+        let fits: Vec<usize> = if groups.fitted { (0..p).step_by(groups.size).collect() } else { Vec::new() };
+        let groups_of = &groups.of_columns[columns.clone()];
         let pivots: Vec<f32> = columns.clone().map(|i| self.pivot(i)).collect();
-        let (grid, search) = (state.grid, &state.search);
-        let panel =
-            Panel { factor: &own_factor, groups: &groups_of, fits: &fits, pivots: &pivots, search, grid };
+        let panel = Panel { factor: &own_factor, groups: groups_of, fits: &fits, pivots: &pivots, grid };
+        let (groups, panels) = (groups.count, layout.k.div_ceil(layout.width));
 
         let codes = SharedSlice::new(&mut state.codes);
         let together = (layout.tiles() / (4 * rayon::current_num_threads())).clamp(1, MAX_TILES);
@@ -60,11 +59,12 @@ impl CpuFactor {
             .par_chunks_mut(layout.tile_lines() * together)
             .zip(state.scales.par_chunks_mut(groups * together))
             .zip(state.zeros.par_chunks_mut(groups * together))
+            .zip(state.units.par_chunks_mut(panels * together))
             .zip(state.objective.par_chunks_mut(LANES * together))
             .zip(state.distance.par_chunks_mut(LANES * together));
         blocks.enumerate().for_each_init(
             || Scratch::new(layout, together),
-            |scratch, (block, ((((lines, scales), zeros), objective), distance))| {
+            |scratch, (block, (((((lines, scales), zeros), units), objective), distance))| {
                 let Scratch { residuals, differences, trial, codes: tile_codes } = scratch;
                 let residuals: &mut [Lane] = bytemuck::cast_slice_mut(residuals);
                 solved_factor.multiply(layout, lines, residuals);
@@ -72,8 +72,11 @@ impl CpuFactor {
                     .chunks_mut(layout.tile_lines())
                     .zip(residuals.chunks_mut(layout.padded()))
                     .zip(scales.chunks_mut(groups).zip(zeros.chunks_mut(groups)))
+                    .zip(units.chunks_mut(panels))
                     .zip(objective.chunks_mut(LANES).zip(distance.chunks_mut(LANES)));
-                for (i, (((lines, residuals), (scales, zeros)), (objective, distance))) in tiles.enumerate() {
+                for (i, ((((lines, residuals), (scales, zeros)), units), (objective, distance))) in
+                    tiles.enumerate()
+                {
                     let tile = block * together + i;
                     let lanes = layout.lanes(tile);
                     for scales in scales.iter_mut() {
@@ -94,6 +97,7 @@ impl CpuFactor {
                             codes: &mut tile_codes[..p],
                             scales,
                             zeros,
+                            units: &mut units[columns.start / layout.width],
                             objective: &mut sum_objective,
                             distance: &mut sum_distance,
                         },

@@ -2,7 +2,7 @@
 
 use super::{
     instructions::{Instructions, on_best_instructions},
-    kernel::{LANES, Lane, Panel, Tile, span},
+    kernel::{AroundZero, LANES, Lane, Panel, Rounding, Tile, span},
 };
 use crate::{accuracy::Scales, gptq::Grid};
 
@@ -14,7 +14,7 @@ pub(super) struct Search {
 }
 
 /// The most candidates that are compared by the block.
-const MAX_FINALISTS: usize = 16;
+pub(super) const MAX_FINALISTS: usize = 16;
 
 impl Search {
     pub(super) fn new(grid: Grid, scales: Scales) -> Self {
@@ -27,18 +27,19 @@ impl Search {
 /// A step for each row, and what it costs.
 #[derive(Clone, Copy)]
 pub(super) struct Candidate {
-    cost: Lane,
+    pub(super) cost: Lane,
     pub(super) scale: Lane,
     pub(super) zero: Lane,
 }
 
 impl Candidate {
     /// Costs more than any candidate; its scale is refused.
-    const NONE: Self = Self { cost: [f32::INFINITY; LANES], scale: [f32::NAN; LANES], zero: [0.0; LANES] };
+    pub(super) const NONE: Self =
+        Self { cost: [f32::INFINITY; LANES], scale: [f32::NAN; LANES], zero: [0.0; LANES] };
 
     /// Swaps with `other` in the rows in which `other` costs less; ties keep the order.
     #[inline(always)]
-    fn sort_with(&mut self, other: &mut Self) {
+    pub(super) fn sort_with(&mut self, other: &mut Self) {
         for l in 0..LANES {
             let less = other.cost[l] < self.cost[l];
             let sorted = |a: f32, b: f32| if less { (b, a) } else { (a, b) };
@@ -51,15 +52,22 @@ impl Candidate {
 
 /// Fits scale and zero of the group at `start..end` to the compensated weights in the tile's differences.
 #[inline(always)]
-pub(super) fn fit_scales<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+pub(super) fn fit_scales<I: Instructions>(
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    search: &Search,
+    start: usize,
+    end: usize,
+) {
     let mut best = [Candidate::NONE; MAX_FINALISTS];
-    let best = &mut best[..panel.search.finalists.max(1)];
-    by_diagonal(panel.search, &tile.differences[start..end], &panel.pivots[start..end], best);
+    let best = &mut best[..search.finalists.max(1)];
+    by_diagonal(search, &tile.differences[start..end], &panel.pivots[start..end], best);
     let (first, others) = best.split_at_mut(1);
     if !others.is_empty() {
-        by_block::<I>(panel, tile, start, end, &mut first[0]);
+        let rounding = AroundZero::new(search.grid);
+        by_block::<I, _>(panel, tile, rounding, start, end, &mut first[0]);
         for other in others {
-            by_block::<I>(panel, tile, start, end, other);
+            by_block::<I, _>(panel, tile, rounding, start, end, other);
             first[0].sort_with(other);
         }
     }
@@ -134,16 +142,16 @@ fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate)
 
 /// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses.
 #[inline(always)]
-fn by_block<I: Instructions>(
+pub(super) fn by_block<I: Instructions, R: Rounding>(
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
+    rounding: R,
     start: usize,
     end: usize,
     step: &mut Candidate,
 ) {
-    let max_code = f32::from(panel.grid.max_code());
     let (weights, d) = (&*tile.differences, &mut *tile.trial);
-    let inverse = step.scale.map(|s| 1.0 / s);
+    let inverse = step.scale.map(R::inverse);
     step.cost = [0.0; LANES];
     let mut c = start;
     while c < end {
@@ -157,8 +165,7 @@ fn by_block<I: Instructions>(
             let inverse_pivot = 1.0 / pivot;
             for l in 0..LANES {
                 let target = weights[column][l] - sum[l] * inverse_pivot;
-                let code = ((target * inverse[l]).round_ties_even() + step.zero[l]).clamp(0.0, max_code);
-                let quantized = (code - step.zero[l]) * step.scale[l];
+                let (quantized, _) = rounding.round(target, inverse[l], step.scale[l], step.zero[l]);
                 let error = (quantized - target) * pivot;
                 d[column][l] = quantized - weights[column][l];
                 step.cost[l] += error * error;

@@ -1,5 +1,10 @@
 //! Stacks the weights that are solved together, and splits the results.
 
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+};
+
 use half::f16;
 use rayon::prelude::*;
 use tch::TchError;
@@ -8,10 +13,15 @@ use super::{CpuFactor, LANES, Lane, Solution, State};
 use crate::{
     amx::{Line, SIDE},
     error::Result,
+    ggml::{Block, BlockGrid, BlockType, SubStep},
     gptq::{
-        Step,
+        BlockLinear, Step, mean_alive,
         raw::{Floats, floats},
-        solver::{Sums, Weight, cpu::scale_search::best_by_diagonal, solution},
+        solver::{
+            Solved, Sums, Weight, check_sums,
+            cpu::scale_search::{Search, best_by_diagonal},
+            refused_scale, solution,
+        },
     },
     variant::Variant,
 };
@@ -110,9 +120,9 @@ impl CpuFactor {
     }
 
     /// Fits all scales to the original weights, for orders with static groups.
-    pub(super) fn fit_static(&self, stack: &Stack, variant: &Variant, state: &mut State) {
+    pub(super) fn fit_static(&self, stack: &Stack, variant: &Variant, search: &Search, state: &mut State) {
         let (order, layout) = (&self.damped.order, stack.layout);
-        let (groups, search) = (state.groups, &state.search);
+        let groups = state.groups;
         let mut columns_of: Vec<Vec<usize>> = vec![Vec::new(); groups];
         (0..layout.k).for_each(|i| columns_of[order.group_at(i, variant)].push(i));
         let pivots: Vec<Vec<f32>> =
@@ -175,4 +185,85 @@ impl CpuFactor {
         }
         Ok(solutions)
     }
+
+    /// Encodes the blocks of each weight.
+    pub(super) fn split_blocks(
+        &self,
+        weights: &[Weight<'_>],
+        kind: BlockType,
+        grid: &BlockGrid,
+        state: &State,
+    ) -> Result<Vec<Solution>> {
+        let (n, k) = (state.objective.len(), self.damped.order.columns().len());
+        let (len, size) = (kind.block_len(), kind.block_bytes());
+        let mut first = 0;
+        let mut solutions = Vec::with_capacity(weights.len());
+        for weight in weights {
+            let rows = first..first + weight.values.size()[0] as usize;
+            first = rows.end;
+            let mut bytes = vec![0; rows.len() * (k / len) * size];
+            let to = bytes.par_chunks_mut(k / len * size).zip(rows.clone());
+            let infinite = AtomicBool::new(false);
+            to.for_each(|(bytes, row)| {
+                for (i, bytes) in bytes.chunks_mut(size).enumerate() {
+                    let block = block(state, grid, row, i * len..(i + 1) * len, n);
+                    if !(block.d.is_finite() && block.min.is_finite()) {
+                        infinite.store(true, Relaxed);
+                    }
+                    block.write(kind, bytes);
+                }
+            });
+            if infinite.into_inner() {
+                return Err(refused_scale(weight, &format!("scale of a block of {kind}")));
+            }
+            let linear = BlockLinear::new(kind, k, bytes);
+            let sums = Sums {
+                objective: state.objective[rows.clone()].iter().sum::<f64>() - self.cost_of_dead(&linear),
+                distance: state.distance[rows].iter().sum(),
+            };
+            check_sums(weight, sums)?;
+            solutions.push(Solution {
+                linear: Solved::Blocks(linear),
+                squared_error: sums.undamped(self.damped.lambda),
+                uncompensated: 0,
+                fallback: None,
+            });
+        }
+        Ok(solutions)
+    }
+}
+
+impl CpuFactor {
+    /// What the objective has for the weights of dead features, which not every block can hold as zero: their Hessian's diagonal was
+    /// set to the mean, but their errors cost nothing.
+    fn cost_of_dead(&self, linear: &BlockLinear) -> f64 {
+        let (dead, k) = (&self.damped.dead, linear.in_features());
+        if dead.is_empty() {
+            return 0.0;
+        }
+        let mean = mean_alive(&self.damped.diagonal, dead).unwrap_or(0.0);
+        let dense = linear.dequantize();
+        let weights = dense.chunks(k).flat_map(|row| dead.iter().map(|&column| row[column as usize]));
+        mean * weights.map(|weight| f64::from(weight).powi(2)).sum::<f64>()
+    }
+}
+
+/// The block of a row at some columns, of `n` rows in all.
+fn block(state: &State, grid: &BlockGrid, row: usize, columns: Range<usize>, n: usize) -> Block {
+    let (tile, lane, panels) = (row / LANES, row % LANES, state.units.len() / n.div_ceil(LANES));
+    let mut block = Block::EMPTY;
+    if grid.has_sub_scales() {
+        let units = &state.units[tile * panels + columns.start / columns.len()];
+        [block.d, block.min] = [0, 1].map(|i| f16::from_f32(units[i][lane]));
+    }
+    let groups = columns.start / grid.sub_len..columns.end / grid.sub_len;
+    for (i, group) in groups.enumerate() {
+        let at = tile * state.groups + group;
+        let (scale, offset) = (f64::from(state.scales[at][lane]), f64::from(state.zeros[at][lane]));
+        block.set_step(&grid.scales, i, SubStep { scale, offset });
+    }
+    for (code, column) in block.codes.iter_mut().zip(columns) {
+        *code = state.codes[column * n + row];
+    }
+    block
 }

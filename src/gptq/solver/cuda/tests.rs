@@ -294,7 +294,7 @@ fn solved(solver: &CudaSolver, device: Device, text: &str) -> Vec<DeviceLinear> 
     let solutions = factor.solve(&[weight(&problem.weight), weight(&other)], &variant).unwrap();
     let linears = solutions.into_iter().map(|s| match s.linear {
         Solved::Device(linear) => linear,
-        Solved::Host(_) => panic!("{text}: on the host"),
+        Solved::Host(_) | Solved::Blocks(_) => panic!("{text}: on the host"),
     });
     linears.collect()
 }

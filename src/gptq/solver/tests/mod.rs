@@ -1,5 +1,6 @@
 //! The definition against the classical loop, and the solvers against the definition.
 
+mod blocks;
 mod hessian;
 mod numerics;
 pub(in crate::gptq) mod problem;

@@ -119,7 +119,7 @@ pub(crate) fn solve(
 }
 
 /// `d H dᵀ`.
-fn row_error(d: &[f64], hessian: &[f64]) -> f64 {
+pub(super) fn row_error(d: &[f64], hessian: &[f64]) -> f64 {
     let products = hessian.chunks(d.len()).map(|h| h.iter().zip(d).map(|(h, d)| h * d).sum::<f64>());
     products.zip(d).map(|(product, d)| product * d).sum()
 }
@@ -148,7 +148,7 @@ fn fit(grid: Grid, weights: impl Iterator<Item = f64>) -> Step {
 
 /// The weights of columns `start..end` as compensated for all columns before `start`:
 /// `w_g − (Ũ_ggᵀ)⁻¹ r_g` with `r_g = Σ_{j<start} Ũ_jg d_j`.
-fn compensated(w: &[f64], d: &[f64], u: &[f64], k: usize, start: usize, end: usize) -> Vec<f64> {
+pub(super) fn compensated(w: &[f64], d: &[f64], u: &[f64], k: usize, start: usize, end: usize) -> Vec<f64> {
     let mut x: Vec<f64> = Vec::with_capacity(end - start);
     for c in start..end {
         let before: f64 = (0..start).map(|j| u[j * k + c] * d[j]).sum();
@@ -159,7 +159,7 @@ fn compensated(w: &[f64], d: &[f64], u: &[f64], k: usize, start: usize, end: usi
 }
 
 /// The upper triangular `Ũ` `[K, K]` with `H = Ũ Ũᵀ`; `None` when `H` is not positive definite.
-fn upper_factor(h: &[f64], k: usize) -> Option<Vec<f64>> {
+pub(super) fn upper_factor(h: &[f64], k: usize) -> Option<Vec<f64>> {
     let mut u = vec![0.0; k * k];
     for j in (0..k).rev() {
         let pivot = h[j * k + j] - (j + 1..k).map(|m| u[j * k + m] * u[j * k + m]).sum::<f64>();
