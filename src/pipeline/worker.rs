@@ -48,6 +48,13 @@ impl RunContext<'_> {
     }
 }
 
+/// Why a value was not added to sums.
+struct NotAdded {
+    error: Box<Error>,
+    /// Whether some of the sums have it.
+    in_part: bool,
+}
+
 const REFERENCE_RUNS_FIRST: &str = "the reference model runs through a layer first";
 
 /// A device and the windows that are run on it.
@@ -281,7 +288,10 @@ impl<'a> Worker<'a> {
             |(_, inputs, others)| {
                 while let (Some(statistics), Some(x)) = (statistics.get_mut(added), inputs.get(added)) {
                     let result = statistics.add(x, others.get(added), phases);
-                    result.map_err(|error| (error, added > 0 || !statistics.is_between_batches()))?;
+                    result.map_err(|error| NotAdded {
+                        error: Box::new(error),
+                        in_part: added > 0 || !statistics.is_between_batches(),
+                    })?;
                     added += 1;
                 }
                 added = 0;
@@ -377,7 +387,7 @@ impl<'a> Worker<'a> {
         &mut self,
         stream: usize,
         compute: impl Fn(&mut Self, usize) -> Result<T>,
-        mut add: impl FnMut(&T) -> Result<(), (Error, bool)>,
+        mut add: impl FnMut(&T) -> Result<(), NotAdded>,
         mut use_it: impl FnMut(&mut Self, usize, T) -> Result<()>,
     ) -> Result<()> {
         let mut i = 0;
@@ -389,18 +399,18 @@ impl<'a> Worker<'a> {
                 }
                 value => value?,
             };
-            while let Err((error, in_part)) = add(&value) {
+            while let Err(NotAdded { error, in_part }) = add(&value) {
                 if !error.is_out_of_device_memory() {
-                    return Err(error);
+                    return Err(*error);
                 }
                 if in_part {
                     if !self.leave_device()? {
-                        return Err(error);
+                        return Err(*error);
                     }
                 } else {
                     drop(value);
                     if !self.free_device_memory(stream, i)? {
-                        return Err(error);
+                        return Err(*error);
                     }
                     continue 'batches;
                 }

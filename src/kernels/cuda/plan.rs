@@ -6,8 +6,8 @@ use crate::cuda::Macro;
 
 /// Output features of a block of `int4_matmul_many_*`.
 const MANY_FEATURES: usize = PADDED_FEATURES;
-/// Static shared memory of kernels.
-const STATIC_SHARED: usize = 16;
+/// Static shared memory of kernels, bytes: 16, which ptxas rounds up to the alignment of dynamic memory (docs/kernels.md).
+const STATIC_SHARED: usize = 128;
 /// Tokens of one launch of `int4_matmul_few_16`.
 const FEW_TOKENS: usize = 16;
 /// The most tokens for which the weights may be read once for each 16 tokens.

@@ -1,5 +1,5 @@
-//! The search for a group's scales in libtorch's operations, for all rows at once. `solver/tests/reference.rs` has the
-//! definition.
+//! The search for a group's scales in libtorch's operations, for all rows at once: of groups that are wider than a panel, which the
+//! kernels do not search. `solver/tests/reference.rs` has the definition.
 
 use tch::{Kind, TchError, Tensor};
 
