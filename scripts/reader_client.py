@@ -1,10 +1,14 @@
 """One program that loads a branch, run by scripts/interop in that program's own environment.
 
 usage: reader_client.py READER BRANCH DUMP RESULT [CONVERTER CONVERTER_PYTHON]
+       reader_client.py gguf FILE DUMP RESULT TYPE TEXTS
 
 DUMP is what `gptq eval --dump-logits` wrote: `tokens` int64 [W,S] and `logits` fp32 [W,S,V]. RESULT becomes a JSON object:
 the program and its version, how many positions have our most likely token, the largest and the mean difference of a logit, and
 64 greedy tokens after the first 32 of the first window.
+
+READER gguf is llama.cpp on FILE as it is (TYPE `own`), or with all tensors made fp32 by llama.cpp first (TYPE `f32`). TEXTS is a
+JSON list of texts with the ids of the model's tokenizer; the result says how many llama.cpp splits otherwise.
 """
 
 import json
@@ -101,21 +105,26 @@ def vllm(branch):
 
 def llamacpp(branch, converter, converter_python):
     """Converted to fp32 by llama.cpp's own converter, which is in the source of llama-cpp-python."""
-    import llama_cpp
-    import numpy
-
     work = tempfile.TemporaryDirectory()
     file = Path(work.name) / "model.gguf"
     command = [converter_python, converter, "--outtype", "f32", "--outfile", file, branch]
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit((done.stderr.strip().splitlines() or ["the converter failed"])[-1])
+    return llama_model(file, work)[0], f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}, converted to fp32"
+
+
+def llama_model(file, keep=None):
+    """Logits of a window and greedy tokens of llama.cpp, and the model itself."""
+    import llama_cpp
+    import numpy
+
     model = llama_cpp.Llama(
         str(file), n_ctx=512, n_batch=512, n_ubatch=512, n_threads=2, n_threads_batch=2, logits_all=True, flash_attn=False,
         type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, verbose=False,
     )
 
-    def logits(tokens, _keep=work):
+    def logits(tokens, _keep=keep):
         model.reset()
         model.eval(tokens)
         return numpy.array(model.scores[: len(tokens)], dtype=numpy.float32)
@@ -129,7 +138,40 @@ def llamacpp(branch, converter, converter_python):
             made += tokens
         return made
 
-    return (logits, greedy), f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}, converted to fp32"
+    return (logits, greedy), model
+
+
+def gguf(file, kind):
+    """A GGUF file as it is, or dequantized to fp32 by llama.cpp."""
+    import llama_cpp
+
+    name, work = f"llama.cpp of llama-cpp-python {version('llama-cpp-python')}", tempfile.TemporaryDirectory()
+    if kind == "f32":
+        wide = Path(work.name) / "wide.gguf"
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize, params.nthread = llama_cpp.LLAMA_FTYPE_ALL_F32, True, 2
+        if llama_cpp.llama_model_quantize(str(file).encode(), str(wide).encode(), params) != 0:
+            sys.exit("llama_model_quantize failed")
+        file, name = wide, f"{name}, dequantized to fp32"
+    functions, model = llama_model(file, work)
+    return functions, name, model
+
+
+def split_otherwise(model, texts):
+    """The texts for which llama.cpp's ids are not those of the model's tokenizer."""
+    import llama_cpp.llama_chat_format  # noqa: F401 - completes the package
+
+    return [text for text, ids in texts if model.tokenize(text.encode(), add_bos=True, special=False) != ids]
+
+
+def likelihood(logits, tokens):
+    """Sum over a window of the log-likelihoods of all tokens but the first."""
+    import numpy
+
+    wide = logits[:-1].astype(numpy.float64)
+    top = wide.max(-1, keepdims=True)
+    sums = numpy.log(numpy.exp(wide - top).sum(-1)) + top[:, 0]
+    return float((wide[numpy.arange(len(tokens) - 1), tokens[1:]] - sums).sum())
 
 
 READERS = {
@@ -147,17 +189,27 @@ def main():
     from safetensors.numpy import load_file
 
     ours = load_file(dump)
-    (logits, greedy), program = READERS[reader](branch, *rest)
+    extra = {}
+    if reader == "gguf":
+        kind, texts = rest
+        (logits, greedy), program, model = gguf(branch, kind)
+        extra["split otherwise"] = split_otherwise(model, json.loads(Path(texts).read_text()))
+    else:
+        (logits, greedy), program = READERS[reader](branch, *rest)
     same = worst = total = 0.0
+    likelihoods = numpy.zeros(2)
     for tokens, expected in zip(ours["tokens"], ours["logits"]):
         got = logits(tokens.tolist())
         if got.shape != expected.shape:
             raise ValueError(f"logits of shape {got.shape}, ours are {expected.shape}")
+        likelihoods += [likelihood(rows, tokens) for rows in (got, expected)]
         same += (got.argmax(-1) == expected.argmax(-1)).sum()
         difference = numpy.abs(got - expected)
         worst, total = max(worst, difference.max()), total + difference.mean()
     windows = len(ours["tokens"])
     row = {"program": program, "top1": float(same / ours["tokens"].size), "max": float(worst), "mean": float(total / windows)}
+    perplexities = numpy.exp(-likelihoods / (ours["tokens"].size - windows))
+    row |= {"perplexity": float(perplexities[0]), "ours": float(perplexities[1])} | extra
     row["greedy"] = greedy(ours["tokens"][0, :PROMPT].tolist())
     Path(result).write_text(json.dumps(row))
 

@@ -97,6 +97,10 @@ impl QuantizationConfig {
     /// When it is no GPTQ checkpoint, or a value is one that is not read.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self> {
         let dir = checkpoint.dir();
+        if checkpoint.gguf().is_some() {
+            let (path, found) = (dir.into(), "a GGUF file".into());
+            return Err(Error::CheckpointKind { path, expected: "a GPTQ checkpoint", found });
+        }
         let new_path = dir.join(CONFIG_FILE);
         let new = match checkpoint.config().raw().get(QUANTIZATION_KEY).filter(|value| !value.is_null()) {
             Some(value) => Some(Said::new(&Fields::new(&new_path, QUANTIZATION_KEY, value)?, true)?),

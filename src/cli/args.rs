@@ -260,7 +260,7 @@ pub(super) struct TextPlaces {
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
-    /// The quantized folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub
+    /// The quantized folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub, or a GGUF file
     pub(super) dir: PathBuf,
     /// The checkpoint it was made from: measure the distance of every linear
     #[arg(long, value_name = "MODEL")]
@@ -285,7 +285,7 @@ pub(super) struct EvalArgs {
     /// Folder of the unquantized checkpoint, or OWNER/NAME[@REVISION] on the Hub
     #[arg(long, value_name = "MODEL")]
     pub(super) model: PathBuf,
-    /// A quantized folder, or that of a run for all its branches, or OWNER/NAME:BRANCH on the Hub; repeatable
+    /// A quantized folder, or that of a run for all its branches, or OWNER/NAME:BRANCH on the Hub, or a GGUF file; repeatable
     #[arg(long, value_name = "MODEL")]
     pub(super) quantized: Vec<PathBuf>,
     /// A recipe (wikitext2-test, wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of parquet
@@ -324,7 +324,7 @@ pub(super) struct ReportArgs {
     /// Folder of a run (or its run.json); repeatable
     #[arg(value_name = "RUN", required_unless_present = "quantized")]
     pub(super) runs: Vec<PathBuf>,
-    /// A quantized folder with figures of `gptq eval` (or its eval.json); repeatable
+    /// A quantized folder or GGUF file with figures of `gptq eval` (or its eval.json); repeatable
     #[arg(long, value_name = "DIR")]
     pub(super) quantized: Vec<PathBuf>,
     /// The unquantized checkpoint, a folder or OWNER/NAME[@REVISION] on the Hub: check that all figures are against it
@@ -348,9 +348,10 @@ pub(super) struct ReportArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
-    /// A checkpoint, dense or quantized: a folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub
+    /// A checkpoint, dense or quantized: a folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub, or a
+    /// GGUF file
     pub(super) dir: PathBuf,
-    /// List every tensor
+    /// List every tensor, and the metadata of a GGUF file
     #[arg(long)]
     pub(super) tensors: bool,
 }

@@ -30,6 +30,11 @@ impl Error {
                 };
                 format!("convert the model: {command}")
             }
+            Self::WeightsFormat { path, found } if found.ends_with(".gguf") => format!(
+                "inspect, verify and eval --quantized read the file itself, {}; for all else convert it: {}",
+                path.join(found).display(),
+                conversion(path, found)
+            ),
             Self::WeightsFormat { path, found } => format!("convert it: {}", conversion(path, found)),
             Self::CheckpointKind { found, .. } if found.contains(".zeros`") => {
                 "no program reads it any more: quantize the dense model again: gptq quantize --model MODEL --out OUT".into()

@@ -134,7 +134,7 @@ fn counts_and_lengths_that_lie_are_refused_before_memory_is_taken() {
         refused(|raw| raw.counts = Some((3, huge)))
             .starts_with("it says it has 9223372036854775808 metadata keys")
     );
-    assert!(refused(|raw| raw.counts = Some((4, 2))).contains("cut short or its header is wrong"));
+    assert!(refused(|raw| raw.counts = Some((4, 2))).starts_with("the name of tensor 3 has "));
     let key_of = |length: u64| move |raw: &mut Raw| raw.entries[0] = length.to_le_bytes().to_vec();
     assert!(refused(key_of(huge)).contains("metadata key 0 has 9223372036854775808 bytes"));
     assert!(refused(key_of(60_000)).contains("metadata key 0 takes 60000 bytes"));

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    variant::Order,
+    variant::{Order, Output},
 };
 
 /// Version of the JSON; it rises when a reader of older comparisons could misread a newer one.
@@ -274,7 +274,10 @@ fn of_branch(index: usize, run: &RunInput, branch: &BranchReport, protocols: &[E
     let (variant, report) = (&branch.variant, &run.report);
     let checkpoint = CheckpointReport {
         quantizer: Some(report.generated_by.replace(' ', ":")),
-        gguf: None,
+        gguf: match variant {
+            Output::Gptq(_) => None,
+            Output::Gguf(mix) => Some(mix.name().to_owned()),
+        },
         bits: variant.bits(),
         group_size: variant.group_size().as_config(),
         digest: String::new(),

@@ -1,18 +1,18 @@
 //! Checks of a GGUF file: tensors, shapes, finite numbers, and checksums where the file has them.
 
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 use tch::{Device, Kind};
 
 use super::{Finding, LinearDistance, ScaleSigns, Verification};
 use crate::{
-    checkpoint::{Checkpoint, TensorView},
+    checkpoint::{Checkpoint, Dtype, TensorView},
     error::{Result, TorchContext},
     gguf::{HEADER_SHA256, Header, TENSOR_SHA256, TensorType, dequantize, header_digest},
     progress::Progress,
     report::ReaderReport,
     units::hex,
 };
-use sha2::{Digest, Sha256};
 
 /// Elements that are dequantized at a time; a multiple of every block.
 const CHUNK: usize = 1 << 20;
@@ -73,8 +73,8 @@ fn not_finite(view: &TensorView<'_>) -> Result<Option<String>> {
     let kind = match view.stored {
         Some(stored) => stored.kind,
         None => match view.dtype {
-            crate::checkpoint::Dtype::F16 => TensorType::F16,
-            crate::checkpoint::Dtype::BF16 => TensorType::BF16,
+            Dtype::F16 => TensorType::F16,
+            Dtype::BF16 => TensorType::BF16,
             _ => TensorType::F32,
         },
     };

@@ -186,7 +186,7 @@ fn a_disk_that_is_too_small_is_known_before_the_run() {
     let (before, after) = stderr.split_once(" free").unwrap_or_else(|| panic!("{stderr}"));
     assert!(before.starts_with("error: `[LAB]` has "), "{stderr}");
     let expected =
-        ", and the result needs 12800.06 GB\nhint: free some space or choose a folder on another disk\n";
+        ", and the result needs 12800.05 GB\nhint: free some space or choose a folder on another disk\n";
     assert_eq!((after, stdout.as_str(), code), (expected, "", Some(2)));
     assert!(!lab.out().exists());
 }

@@ -49,8 +49,11 @@ fn a_good_branch_passes_and_lists_its_readers() {
     let lab = Lab::with_branch("4bit-32g");
     let output = lab.verify(&lab.branch(), &[]).succeeds();
     assert_eq!(output.stderr, "");
-    insta::assert_snapshot!(output.stdout, @r"
-    1266 of 2560 scales are negative, which readers need not know of
+    // How many are negative differs between processors.
+    let (count, rest) = output.stdout.split_once(' ').unwrap();
+    assert!((1000..1500).contains(&count.parse().unwrap()), "{count}");
+    insta::assert_snapshot!(rest, @r"
+    of 2560 scales are negative, which readers need not know of
     transformers 5                       yes
     GPTQModel 7                          yes
     vLLM 0.30 and newer                  yes, on 1 or 2 GPUs (4 parts: attention has 2 query heads)

@@ -231,8 +231,8 @@ mod tests {
 
     #[test]
     fn parameters_are_rounded_to_two_digits() {
-        let labels = [5_114_112, 134_515_008, 1_100_048_384, 8_030_261_248, 950].map(size_label);
-        assert_eq!(labels, ["5.1M", "135M", "1.1B", "8.0B", "0.9K"]);
+        let labels = [5_114_112, 134_515_008, 1_100_048_384, 8_030_261_248, 12_345].map(size_label);
+        assert_eq!(labels, ["5.1M", "135M", "1.1B", "8.0B", "12K"]);
     }
 
     #[test]

@@ -257,3 +257,79 @@ fn pre_tokenizer(tokenizer: &Tokenizer) -> Result<&'static str> {
         ),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn demo() -> Value {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("calibration/demo/tokenizer.json");
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn tokens_have_types_and_the_order_of_merges() {
+        let mut json = demo();
+        let more = json!({"id": 4097, "content": "a▁b", "special": false});
+        json["added_tokens"].as_array_mut().unwrap().push(more);
+        let vocabulary = Vocabulary::read(&json, 4099).unwrap();
+        let of = |id: usize| (vocabulary.tokens[id].as_str(), vocabulary.types(None, true)[id]);
+        assert_eq!([of(0), of(1), of(3)], [("<unk>", CONTROL), ("<s>", CONTROL), ("<0x00>", BYTE)]);
+        assert_eq!([of(4096), of(4097)], [("[PAD4096]", UNUSED), ("a b", USER_DEFINED)]);
+        let scores = vocabulary.scores(&json, None);
+        let score = |token: &str| scores[vocabulary.tokens.iter().position(|known| known == token).unwrap()];
+        // The first five merges of the file.
+        assert_eq!(["▁t", "he", "▁a", "in", "▁the"].map(score), [0.0, -1.0, -2.0, -3.0, -4.0]);
+        assert_eq!((score("<s>"), score("<0x00>")), (-1000.0, NO_MERGE));
+        let own = HashMap::from([("▁t".to_owned(), (-7.5, false)), ("<unk>".to_owned(), (0.0, true))]);
+        assert_eq!(
+            vocabulary.scores(&json, Some(&own))[vocabulary.tokens.iter().position(|t| t == "▁t").unwrap()],
+            -7.5
+        );
+        assert_eq!(vocabulary.types(Some(&own), true)[0], UNKNOWN);
+        let error = Vocabulary::read(&json, 4000).err().unwrap();
+        assert!(error.ends_with(", and the model has 4000 embeddings"), "{error}");
+    }
+
+    #[test]
+    fn tokens_that_look_special_are_control_tokens() {
+        let control = |text: &str| Added { id: 0, text: text.to_owned(), special: false }.is_control();
+        assert!(["<|im_start|>", "<｜end｜>", "<unused7>", "<pad>"].into_iter().all(control));
+        assert!(!["<b>", "<|x", "unused7>"].into_iter().any(control));
+    }
+
+    #[test]
+    fn a_space_in_front_comes_from_the_normalizer_or_the_pre_tokenizer() {
+        let mut json = demo();
+        assert!(has_prefix_space(&json));
+        json["normalizer"] = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+        assert!(!has_prefix_space(&json));
+        for (scheme, prefix) in [("first", true), ("always", true), ("never", false)] {
+            json["pre_tokenizer"] =
+                json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme});
+            assert_eq!(has_prefix_space(&json), prefix, "{scheme}");
+        }
+    }
+
+    #[test]
+    fn merges_of_both_layouts_are_read() {
+        let expected = Some(vec![("a", "b"), ("ab", "c")]);
+        assert_eq!(merges(&json!({"model": {"merges": ["a b", "ab c"]}})), expected);
+        assert_eq!(merges(&json!({"model": {"merges": [["a", "b"], ["ab", "c"]]}})), expected);
+        assert_eq!(merges(&json!({"model": {"merges": ["ab"]}})), None);
+    }
+
+    #[test]
+    fn the_table_of_pre_tokenizers_is_whole() {
+        let lines: Vec<_> = PRE_TOKENIZERS.lines().filter(|line| !line.starts_with('#')).collect();
+        assert_eq!(lines.len(), 97);
+        let whole = |line: &&str| {
+            line.split_once(' ').is_some_and(|(digest, name)| digest.len() == 64 && !name.is_empty())
+        };
+        assert!(lines.iter().all(whole));
+        // Its own digest, by which another text would be seen.
+        assert_eq!(hex(&Sha256::digest(PROBE))[..16], *"a36179c1e2b1cfcf");
+    }
+}

@@ -80,11 +80,12 @@ impl Rounding {
         let mut differences = Tensor::f_zeros_like(&host).torch("allocate a linear's error")?;
         floats_mut(&mut differences).copy_from_slice(&linear.dequantize());
         let differences = differences.f_sub(&host).torch("compare a linear")?;
-        let squared_error = self.hessian.output_energy(&differences)?.max(0.0);
+        let squared_error = self.hessian.output_energy(&differences)?;
         if !squared_error.is_finite() {
             return Err(refused_scale(weight, &format!("scale of a block of {kind}")));
         }
-        Ok(Solution { linear: Solved::Blocks(linear), squared_error, uncompensated: 0, fallback: None })
+        let (linear, squared_error) = (Solved::Blocks(linear), squared_error.max(0.0));
+        Ok(Solution { linear, squared_error, uncompensated: 0, fallback: None })
     }
 
     fn round(&self, weight: &Weight<'_>, variant: &Variant, g_idx: &[u32]) -> Result<Solution> {
