@@ -36,11 +36,11 @@ impl BlockGrid {
     pub fn factors(&self, search: bool, signed: bool) -> Vec<f64> {
         let steps = match self.levels.count() {
             _ if !search => 0,
-            ..=4 => 36,
-            ..=8 => 30,
-            ..=16 => 22,
-            ..=32 => 15,
-            ..=64 => 10,
+            0..=4 => 36,
+            5..=8 => 30,
+            9..=16 => 22,
+            17..=32 => 15,
+            33..=64 => 10,
             _ => 5,
         };
         let shrunk = (0..=steps).map(|i| 1.01 - SHRINK_STEP * f64::from(i));
