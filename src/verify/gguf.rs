@@ -138,7 +138,7 @@ fn distances(
         let load = |model: &Checkpoint| model.load(&id.weight(), &linear.shape, Kind::Float, Device::Cpu);
         let (weight, own) = (load(source)?, load(checkpoint)?);
         let norm = |tensor: &tch::Tensor| {
-            tensor.f_norm().and_then(|norm| f64::try_from(norm)).torch("compare a weight with its source")
+            tensor.f_norm().and_then(f64::try_from).torch("compare a weight with its source")
         };
         let difference = weight.f_sub(&own).torch("compare a weight with its source")?;
         distances.push(LinearDistance {
