@@ -11,8 +11,11 @@ use crate::{
     gguf::{Header, LLAMA, Stored, TensorType, model_config, names},
 };
 
+/// Tensors by name.
+type Tensors = Vec<(String, Entry)>;
+
 /// Parses the whole file `map`; returns the tensors, and the `config.json` that it stands for.
-pub(super) fn parse(path: &Path, map: &[u8]) -> Result<(Header, Vec<(String, Entry)>, Value)> {
+pub(super) fn parse(path: &Path, map: &[u8]) -> Result<(Header, Tensors, Value)> {
     let header = Header::parse(path, map)?;
     let config = model_config(path, &header, map)?;
     let architecture = header.metadata.text("general.architecture");
