@@ -64,13 +64,20 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     }
     let larger = |larger: &Entry| {
         let more = larger.checkpoint.bytes as f64 / take.checkpoint.bytes as f64 - 1.0;
-        format!("{:.1}% larger, {:.1} times as close to fp16", more * 100.0, kl(take) / kl(larger))
+        let size = if more < 0.0 { "smaller" } else { "larger" };
+        let times = kl(take) / kl(larger);
+        format!("{:.1}% {size}, {times:.1} times as close to fp16", more.abs() * 100.0)
     };
     if choice.take != choice.closest {
         all.push(advice("If there is room", closest, larger(closest)));
     }
     if let Some(closer) = choice.closer.map(entry) {
-        let when = if choice.take == choice.closest { "If there is room" } else { "If there is more room" };
+        // A GGUF file's embedding is quantized, so that a file of more bits can be smaller than a branch.
+        let when = match choice.take == choice.closest {
+            _ if closer.checkpoint.bytes <= take.checkpoint.bytes => "If more bits will do",
+            true => "If there is room",
+            false => "If there is more room",
+        };
         all.push(advice(when, closer, larger(closer)));
     }
     for ForReaders { readers, entry: chosen } in &choice.for_readers {
