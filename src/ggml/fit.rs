@@ -23,7 +23,7 @@ pub struct SubBlock<'a> {
     pub costs: &'a [f64],
 }
 
-/// The difference of neighbouring factors in [`factors`].
+/// The difference of neighbouring factors in [`BlockGrid::factors`].
 const SHRINK_STEP: f64 = 0.02;
 
 /// Values of `d` that are compared for a block of sub-blocks, as factors of the value that just reaches the largest scale.
