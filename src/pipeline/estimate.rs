@@ -173,7 +173,17 @@ impl Shape<'_> {
             let targets = if self.reference { sums + n * k * FP32 * 2 } else { 0 };
             others + targets + most + self.feedback(n, k)
         };
-        groups.iter().map(of).max().unwrap_or(0)
+        groups.iter().map(of).max().unwrap_or(0) + self.waiting(layer, stage)
+    }
+
+    /// Codes of the first stage that wait for their variants' turn in the first layer, where one Hessian solves them for all.
+    fn waiting(&self, layer: &LayerConfig, stage: usize) -> u64 {
+        if stage == 0 || self.shared_hessian {
+            return 0;
+        }
+        let weights: usize =
+            layer.stages[0].linears().map(|position| layer.linears[position].weights()).sum();
+        (self.variants as u64).saturating_sub(1) * weights as u64
     }
 
     /// What feedback between rows takes more: the output Hessians of the layer, the factors of a stage's, targets and their errors,
