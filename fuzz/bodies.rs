@@ -15,7 +15,8 @@ use gptq::{
     chat::{ChatTemplate, Message},
     checkpoint::{Checkpoint, QuantizationConfig, packed},
     eval::describe,
-    gguf::{GgufPlan, GgufTensor, GgufWriter, Metadata, MetadataValue, TensorType, names},
+    ggml::BlockType,
+    gguf::{GgufPlan, GgufTensor, GgufWriter, Metadata, MetadataValue, names},
     plan::Plan,
     progress::Silent,
     verify,
@@ -309,12 +310,12 @@ pub(crate) fn gguf_file() -> Vec<u8> {
     metadata.set("llama.attention.layer_norm_rms_epsilon", MetadataValue::F32(1e-5));
     metadata.set("llama.rope.scaling.type", MetadataValue::String("none".into()));
     metadata.set("tokenizer.ggml.tokens", MetadataValue::strings(["a", "b"]));
-    let mut tensors = vec![(names::ROPE_FREQS.to_owned(), TensorType::F32, vec![HIDDEN / 4])];
+    let mut tensors = vec![(names::ROPE_FREQS.to_owned(), BlockType::F32, vec![HIDDEN / 4])];
     for (name, dtype, shape, _) in tensors_of_dense() {
         let kind = match dtype {
-            Dtype::F16 if shape.len() > 1 => TensorType::Q8_0,
-            Dtype::F16 => TensorType::F32,
-            _ => TensorType::Q4_0,
+            Dtype::F16 if shape.len() > 1 => BlockType::Q8_0,
+            Dtype::F16 => BlockType::F32,
+            _ => BlockType::Q4_0,
         };
         tensors.push((names::in_gguf(&name).expect("a tensor of Llama"), kind, shape));
     }

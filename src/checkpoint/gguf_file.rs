@@ -8,7 +8,8 @@ use serde_json::Value;
 use super::reader::Entry;
 use crate::{
     error::{Error, Result},
-    gguf::{Header, LLAMA, Stored, TensorType, model_config, names},
+    ggml::BlockType,
+    gguf::{Header, LLAMA, Stored, model_config, names},
 };
 
 /// Tensors by name.
@@ -41,9 +42,9 @@ pub(super) fn parse(path: &Path, map: &[u8]) -> Result<(Header, Tensors, Value)>
         }
         let stored = Stored { kind: tensor.kind, heads: permuted };
         let plain = match tensor.kind {
-            TensorType::F32 => Some(Dtype::F32),
-            TensorType::F16 => Some(Dtype::F16),
-            TensorType::BF16 => Some(Dtype::BF16),
+            BlockType::F32 => Some(Dtype::F32),
+            BlockType::F16 => Some(Dtype::F16),
+            BlockType::BF16 => Some(Dtype::BF16),
             _ => None,
         };
         let (dtype, stored) = match plain.filter(|_| permuted.is_none()) {

@@ -10,7 +10,7 @@ use clap::{
 use gptq::{
     checkpoint::Checkpoint,
     emit::{DENSE_TYPES, GgufOptions, write_gguf},
-    gguf::TensorType,
+    ggml::BlockType,
     report::{REPORT_FILE, Report},
     units::bytes,
 };
@@ -35,10 +35,10 @@ pub(super) struct GgufArgs {
     model: Option<PathBuf>,
     /// Type of the embedding
     #[arg(long, value_name = "TYPE", default_value = "q8_0", value_parser = dense_types())]
-    token_embedding: TensorType,
+    token_embedding: BlockType,
     /// Type of the output layer, where it is not the embedding [default: q8_0]
     #[arg(long, value_name = "TYPE", value_parser = dense_types())]
-    output: Option<TensorType>,
+    output: Option<BlockType>,
 }
 
 pub(super) fn run(args: &GgufArgs, output: &OutputArgs) -> Result<bool> {
@@ -80,7 +80,7 @@ fn name_in_report(branch: &Model) -> Option<String> {
         .map(|report| report.model.name)
 }
 
-fn dense_types() -> impl TypedValueParser<Value = TensorType> {
+fn dense_types() -> impl TypedValueParser<Value = BlockType> {
     let words = DENSE_TYPES.map(|kind| &*kind.to_string().to_ascii_lowercase().leak());
     PossibleValuesParser::new(words).map(|word| {
         DENSE_TYPES

@@ -7,7 +7,8 @@ use serde_json::Value;
 use crate::{
     checkpoint::{Checkpoint, QuantizationConfig},
     error::Result,
-    gguf::{Metadata, TensorType},
+    ggml::BlockType,
+    gguf::Metadata,
     report::CheckpointReport,
     verify::{llama_cpp, notes, readers, tensor_parallel},
 };
@@ -52,7 +53,7 @@ pub fn describe(checkpoint: &Checkpoint) -> Result<CheckpointReport> {
 
 fn describe_gguf(checkpoint: &Checkpoint, metadata: &Metadata) -> Result<CheckpointReport> {
     let types = gguf_types(checkpoint)?;
-    let main = types.first().copied().unwrap_or(TensorType::F32);
+    let main = types.first().copied().unwrap_or(BlockType::F32);
     let text = |key: &str| metadata.text(key).map(str::to_owned);
     let ours = text("gptq.quantization_config").and_then(|text| serde_json::from_str::<Value>(&text).ok());
     let ours = ours.unwrap_or(Value::Null);
@@ -83,14 +84,14 @@ fn describe_gguf(checkpoint: &Checkpoint, metadata: &Metadata) -> Result<Checkpo
 ///
 /// # Errors
 /// When a tensor is missing.
-pub fn gguf_types(checkpoint: &Checkpoint) -> Result<Vec<TensorType>> {
-    let mut weights: BTreeMap<TensorType, usize> = BTreeMap::new();
+pub fn gguf_types(checkpoint: &Checkpoint) -> Result<Vec<BlockType>> {
+    let mut weights: BTreeMap<BlockType, usize> = BTreeMap::new();
     for (id, linear) in checkpoint.config().linears() {
         let view = checkpoint.view(&id.weight())?;
-        let kind = TensorType::all().find(|kind| kind.to_string() == view.type_name());
-        *weights.entry(kind.unwrap_or(TensorType::F32)).or_default() += linear.weights();
+        let kind = BlockType::ALL.into_iter().find(|kind| kind.to_string() == view.type_name());
+        *weights.entry(kind.unwrap_or(BlockType::F32)).or_default() += linear.weights();
     }
-    let mut types: Vec<(TensorType, usize)> = weights.into_iter().collect();
+    let mut types: Vec<(BlockType, usize)> = weights.into_iter().collect();
     types.sort_by_key(|(_, weights)| Reverse(*weights));
     Ok(types.into_iter().map(|(kind, _)| kind).collect())
 }

@@ -47,10 +47,10 @@ pub enum ScaleForm {
 }
 
 impl BlockType {
-    /// The grid; `None` for fp32 and fp16.
+    /// The grid; `None` for plain numbers.
     pub fn grid(self) -> Option<BlockGrid> {
         let (sub_len, zero, codes, scales) = match self {
-            Self::F32 | Self::F16 => return None,
+            Self::F32 | Self::F16 | Self::BF16 => return None,
             Self::Q4_0 => (32, 8, 0..=15, ScaleForm::Scale),
             Self::Q4_1 => (32, 0, 0..=15, ScaleForm::ScaleAndMin),
             Self::Q5_0 => (32, 16, 0..=31, ScaleForm::Scale),

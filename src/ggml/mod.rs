@@ -34,6 +34,8 @@ pub enum BlockType {
     F32,
     /// fp16.
     F16,
+    /// bf16.
+    BF16,
     /// 32 weights, 4 bits, symmetric: 4.5 bits a weight.
     Q4_0,
     /// 32 weights, 4 bits, with a minimum: 5 bits a weight.
@@ -59,10 +61,11 @@ pub enum BlockType {
 }
 
 impl BlockType {
-    /// All types, in ggml's order.
-    pub const ALL: [Self; 13] = [
+    /// All types: plain numbers, then blocks in ggml's order.
+    pub const ALL: [Self; 14] = [
         Self::F32,
         Self::F16,
+        Self::BF16,
         Self::Q4_0,
         Self::Q4_1,
         Self::Q5_0,
@@ -81,6 +84,7 @@ impl BlockType {
         match self {
             Self::F32 => 0,
             Self::F16 => 1,
+            Self::BF16 => 30,
             Self::Q4_0 => 2,
             Self::Q4_1 => 3,
             Self::Q5_0 => 6,
@@ -105,6 +109,7 @@ impl BlockType {
         match self {
             Self::F32 => "F32",
             Self::F16 => "F16",
+            Self::BF16 => "BF16",
             Self::Q4_0 => "Q4_0",
             Self::Q4_1 => "Q4_1",
             Self::Q5_0 => "Q5_0",
@@ -122,7 +127,7 @@ impl BlockType {
     /// Weights a block; rows are whole blocks.
     pub fn block_len(self) -> usize {
         match self {
-            Self::F32 | Self::F16 => 1,
+            Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
             _ => 32,
         }
@@ -132,15 +137,38 @@ impl BlockType {
     pub fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
-            Self::F16 => 2,
+            Self::F16 | Self::BF16 => 2,
             _ => self.fields().iter().map(|field| field.bytes(self.block_len())).sum(),
         }
     }
 
-    /// Bytes of a row of `columns` weights; `None` if these are not whole blocks.
-    pub fn row_bytes(self, columns: usize) -> Option<usize> {
+    /// Bytes of so many weights; `None` if these are not whole blocks, or beyond any memory.
+    pub fn bytes(self, weights: usize) -> Option<usize> {
         let (len, bytes) = (self.block_len(), self.block_bytes());
-        if columns.is_multiple_of(len) { (columns / len).checked_mul(bytes) } else { None }
+        if weights.is_multiple_of(len) { (weights / len).checked_mul(bytes) } else { None }
+    }
+
+    /// Whether a weight is a number by itself.
+    pub fn is_plain(self) -> bool {
+        self.block_len() == 1
+    }
+
+    /// Bits of a code, or of a plain number.
+    pub fn bits(self) -> u32 {
+        match self.grid() {
+            Some(grid) => grid.levels.count().next_power_of_two().ilog2(),
+            None => 8 * self.block_bytes() as u32,
+        }
+    }
+
+    /// Codes that share a scale; 1 for plain numbers.
+    pub fn group_len(self) -> usize {
+        self.grid().map_or(1, |grid| grid.sub_len)
+    }
+
+    /// Whether scales have no minima beside them.
+    pub fn is_symmetric(self) -> bool {
+        self.grid().is_none_or(|grid| !grid.has_offsets())
     }
 
     /// Decodes whole blocks to weights in fp32, as ggml computes them.
@@ -159,6 +187,10 @@ impl BlockType {
                 let all = bytes.as_chunks().0.iter().map(|&bytes| half::f16::from_le_bytes(bytes).to_f32());
                 weights.iter_mut().zip(all).for_each(|(to, value)| *to = value);
             }
+            Self::BF16 => {
+                let all = bytes.as_chunks().0.iter().map(|&bytes| half::bf16::from_le_bytes(bytes).to_f32());
+                weights.iter_mut().zip(all).for_each(|(to, value)| *to = value);
+            }
             _ => {
                 let mut block = Block::EMPTY;
                 for (bytes, weights) in bytes.chunks_exact(size).zip(weights.chunks_exact_mut(len)) {
@@ -169,13 +201,13 @@ impl BlockType {
         }
     }
 
-    /// The parts of a block, in the order of its bytes; none for fp32 and fp16.
+    /// The parts of a block, in the order of its bytes; none for plain numbers.
     fn fields(self) -> &'static [Field] {
         const fn codes(first_bit: u8, bits: u8, stride: usize) -> Field {
             Field::Codes { first_bit, bits, stride }
         }
         match self {
-            Self::F32 | Self::F16 => &[],
+            Self::F32 | Self::F16 | Self::BF16 => &[],
             Self::Q4_0 | Self::IQ4_NL => const { &[Field::D, codes(0, 4, 16)] },
             Self::Q4_1 => const { &[Field::D, Field::Min, codes(0, 4, 16)] },
             Self::Q5_0 => const { &[Field::D, codes(4, 1, 1), codes(0, 4, 16)] },

@@ -9,7 +9,7 @@ use super::{Block, BlockGrid, BlockType, MAX_BLOCK, SubBlock};
 /// # Panics
 /// When a row is not a whole number of blocks, or `costs` has another length.
 pub fn round_rows(kind: BlockType, weights: &[f32], columns: usize, costs: Option<&[f32]>) -> Vec<u8> {
-    let row_bytes = kind.row_bytes(columns).expect("rows are whole blocks");
+    let row_bytes = kind.bytes(columns).expect("rows are whole blocks");
     assert!(costs.is_none_or(|costs| costs.len() == columns), "a cost for each column");
     let mut bytes = vec![0; weights.len() / columns * row_bytes];
     let rows = bytes.par_chunks_mut(row_bytes).zip(weights.par_chunks(columns));
@@ -18,6 +18,7 @@ pub fn round_rows(kind: BlockType, weights: &[f32], columns: usize, costs: Optio
             for (to, &weight) in to.chunks_mut(kind.block_bytes()).zip(row) {
                 match kind {
                     BlockType::F16 => to.copy_from_slice(&half::f16::from_f32(weight).to_le_bytes()),
+                    BlockType::BF16 => to.copy_from_slice(&half::bf16::from_f32(weight).to_le_bytes()),
                     _ => to.copy_from_slice(&weight.to_le_bytes()),
                 }
             }

@@ -61,6 +61,7 @@ fn candle_dtype(kind: BlockType) -> Result<GgmlDType, ()> {
     Ok(match kind {
         BlockType::F32 => GgmlDType::F32,
         BlockType::F16 => GgmlDType::F16,
+        BlockType::BF16 => GgmlDType::BF16,
         BlockType::Q4_0 => GgmlDType::Q4_0,
         BlockType::Q4_1 => GgmlDType::Q4_1,
         BlockType::Q5_0 => GgmlDType::Q5_0,
@@ -91,12 +92,34 @@ fn blocks_are_written_as_they_were_read() {
 fn sizes_are_those_of_ggml() {
     let bits = |kind: BlockType| kind.block_bytes() as f64 * 8.0 / kind.block_len() as f64;
     let found: Vec<f64> = BlockType::ALL.map(bits).into();
-    let expected = [32.0, 16.0, 4.5, 5.0, 5.5, 6.0, 8.5, 2.625, 3.4375, 4.5, 5.5, 6.5625, 4.5];
+    let expected = [32.0, 16.0, 16.0, 4.5, 5.0, 5.5, 6.0, 8.5, 2.625, 3.4375, 4.5, 5.5, 6.5625, 4.5];
     assert_eq!(found, expected);
-    assert_eq!(BlockType::Q4_K.row_bytes(512), Some(288));
-    assert_eq!(BlockType::Q4_K.row_bytes(384), None);
+    assert_eq!(BlockType::Q4_K.bytes(512), Some(288));
+    assert_eq!(BlockType::Q4_K.bytes(384), None);
     assert!(BlockType::ALL.iter().all(|&kind| BlockType::from_id(kind.id()) == Some(kind)));
     assert_eq!(BlockType::from_id(9), None);
+}
+
+#[test]
+fn bits_groups_and_symmetry_follow_from_the_grid() {
+    let found = BlockType::ALL.map(|kind| (kind.bits(), kind.group_len(), kind.is_symmetric()));
+    let expected = [
+        (32, 1, true),
+        (16, 1, true),
+        (16, 1, true),
+        (4, 32, true),
+        (4, 32, false),
+        (5, 32, true),
+        (5, 32, false),
+        (8, 32, true),
+        (2, 16, false),
+        (3, 16, true),
+        (4, 32, false),
+        (5, 32, false),
+        (6, 16, true),
+        (4, 32, true),
+    ];
+    assert_eq!(found, expected);
 }
 
 /// The largest error of uniform levels is half a step. The scale of the range, of candidates with less squared error, and of integers

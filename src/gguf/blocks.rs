@@ -1,9 +1,8 @@
 //! The numbers in a tensor's blocks, and the order of rows in llama.cpp's Llama.
 
-use half::bf16;
 use rayon::prelude::*;
 
-use super::TensorType;
+use crate::ggml::BlockType;
 
 /// Elements that one task dequantizes; a multiple of every block.
 const CHUNK: usize = 1 << 16;
@@ -12,7 +11,7 @@ const CHUNK: usize = 1 << 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
     /// Element type.
-    pub kind: TensorType,
+    pub kind: BlockType,
     /// Heads whose rows are permuted, if they are: the linear is q or k of a Llama.
     pub heads: Option<usize>,
 }
@@ -37,18 +36,11 @@ impl Stored {
 ///
 /// # Panics
 /// When the lengths do not fit each other.
-pub fn dequantize(kind: TensorType, bytes: &[u8], numbers: &mut [f32]) {
+pub fn dequantize(kind: BlockType, bytes: &[u8], numbers: &mut [f32]) {
     assert_eq!(kind.bytes(numbers.len()), Some(bytes.len()), "whole blocks");
     let chunk_bytes = CHUNK / kind.block_len() * kind.block_bytes();
     let chunks = numbers.par_chunks_mut(CHUNK).zip(bytes.par_chunks(chunk_bytes));
-    chunks.for_each(|(numbers, bytes)| match kind.block_type() {
-        Some(blocks) => blocks.decode(bytes, numbers),
-        None => {
-            for (out, &bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
-                *out = bf16::from_le_bytes(bytes).to_f32();
-            }
-        }
-    });
+    chunks.for_each(|(numbers, bytes)| kind.decode(bytes, numbers));
 }
 
 /// The rows of q or k, of `row` bytes each, in the order of llama.cpp's Llama: features that are rotated together are
@@ -89,7 +81,7 @@ mod tests {
         assert_eq!(moved, [0, 2, 1, 3, 4, 6, 5, 7]);
         let shape = [8, 1];
         let floats: Vec<u8> = moved.iter().flat_map(|&row| f32::from(row).to_le_bytes()).collect();
-        let back = Stored { kind: TensorType::F32, heads: Some(2) }.decode(&shape, &floats);
+        let back = Stored { kind: BlockType::F32, heads: Some(2) }.decode(&shape, &floats);
         assert_eq!(back, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
     }
 
@@ -97,17 +89,17 @@ mod tests {
     fn plain_numbers_and_blocks() {
         let one = f16::ONE.to_le_bytes();
         let mut numbers = [0.0; 2];
-        dequantize(TensorType::F16, &[one, one].concat(), &mut numbers);
-        dequantize(TensorType::BF16, &[0x80, 0x3F, 0x00, 0xC0], &mut numbers);
+        dequantize(BlockType::F16, &[one, one].concat(), &mut numbers);
+        dequantize(BlockType::BF16, &[0x80, 0x3F, 0x00, 0xC0], &mut numbers);
         assert_eq!(numbers, [1.0, -2.0]);
         // Code 1 in the low half is element 0, code 15 in the high half element 16; the others are 8, which is zero.
         let mut block = [&f16::from_f32(-0.5).to_le_bytes()[..], &[0x88; 16]].concat();
         block[2] = 0xF1;
         let mut numbers = [1.0; 32];
-        dequantize(TensorType::Q4_0, &block, &mut numbers);
+        dequantize(BlockType::Q4_0, &block, &mut numbers);
         assert_eq!((numbers[0], numbers[16], numbers[1]), (3.5, -3.5, 0.0));
         let block = [&f16::from_f32(0.25).to_le_bytes()[..], &[0x80; 32]].concat();
-        dequantize(TensorType::Q8_0, &block, &mut numbers);
+        dequantize(BlockType::Q8_0, &block, &mut numbers);
         assert_eq!(numbers, [-32.0; 32]);
     }
 }

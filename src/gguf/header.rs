@@ -6,11 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{
-    TensorType,
-    metadata::{ElementType, Metadata, MetadataValue},
+use super::metadata::{ElementType, Metadata, MetadataValue};
+use crate::{
+    error::{Error, Result},
+    ggml::BlockType,
 };
-use crate::error::{Error, Result};
 
 /// First bytes of a file.
 pub(super) const MAGIC: [u8; 4] = *b"GGUF";
@@ -26,6 +26,31 @@ const MAX_ALIGNMENT: u64 = 1 << 20;
 const MAX_AXES: u32 = 4;
 /// The longest name of a tensor that llama.cpp takes is 63; longer ones are not read either.
 const MAX_NAME: u64 = 1 << 16;
+
+/// Numbers and names of types that are not read, for messages.
+const UNREAD_TYPES: [(u32, &str); 21] = [
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (23, "IQ4_XS"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+    (4, "Q4_2"),
+    (5, "Q4_3"),
+];
 
 /// A parsed header.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,7 +69,7 @@ pub struct TensorInfo {
     /// Name in the file.
     pub name: String,
     /// Element type.
-    pub kind: TensorType,
+    pub kind: BlockType,
     /// Sizes, outermost first (files have them innermost first).
     pub shape: Vec<usize>,
     /// Bytes from the start of the file; inside it.
@@ -261,8 +286,13 @@ impl<'a> Reader<'a> {
             shape.push(self.u64("a tensor's shape")?);
         }
         shape.reverse();
-        let kind = TensorType::from_id(self.u32("a tensor's type")?).map_err(|found| {
-            let read = TensorType::all().map(|kind| kind.to_string()).collect::<Vec<_>>().join(", ");
+        let id = self.u32("a tensor's type")?;
+        let kind = BlockType::from_id(id).ok_or_else(|| {
+            let found = match UNREAD_TYPES.iter().find(|other| other.0 == id) {
+                Some((_, name)) => format!("type {id} ({name})"),
+                None => format!("type {id}, which is none of ggml's"),
+            };
+            let read = BlockType::ALL.map(BlockType::name).join(", ");
             self.error(format!("tensor `{name}` is of {found}; types that are read: {read}"))
         })?;
         let sizes: Option<Vec<usize>> = shape.iter().map(|&size| usize::try_from(size).ok()).collect();

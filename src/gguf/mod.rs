@@ -6,7 +6,6 @@ mod config;
 mod header;
 mod metadata;
 pub mod names;
-mod tensor_type;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -15,7 +14,6 @@ pub use blocks::{Stored, dequantize, permuted};
 pub use config::model_config;
 pub use header::{Header, TensorInfo};
 pub use metadata::{ElementType, Metadata, MetadataValue};
-pub use tensor_type::TensorType;
 pub use writer::{GgufPlan, GgufTensor, GgufWriter, HEADER_SHA256, TENSOR_SHA256, header_digest};
 
 /// The architecture of llama.cpp whose q and k have the rows of each head in another order.

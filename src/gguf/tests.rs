@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::{error::Error, units::hex};
+use crate::{error::Error, ggml::BlockType, units::hex};
 use sha2::{Digest, Sha256};
 
 /// A file, part by part.
@@ -87,7 +87,7 @@ fn a_good_file_is_read() {
     assert_eq!(header.metadata.get("x"), Some(&MetadataValue::U32(7)));
     let found: Vec<_> =
         header.tensors.iter().map(|t| (t.name.as_str(), t.kind, t.range.start - header.data_start)).collect();
-    let expected = [("a", TensorType::F32, 0), ("b", TensorType::F32, 128), ("c", TensorType::Q4_0, 256)];
+    let expected = [("a", BlockType::F32, 0), ("b", BlockType::F32, 128), ("c", BlockType::Q4_0, 256)];
     assert_eq!(found, expected);
     assert_eq!(header.tensor("c").unwrap().range.end, bytes.len());
     // The version before has the same layout.
@@ -200,9 +200,9 @@ fn written() -> (GgufPlan, Vec<(&'static str, Vec<u8>)>) {
     let tensor =
         |name: &str, kind, shape: &[usize]| GgufTensor { name: name.into(), kind, shape: shape.into() };
     let tensors = vec![
-        tensor("odd", TensorType::F16, &[3]),
-        tensor("blocks", TensorType::Q8_0, &[2, 32]),
-        tensor("last", TensorType::F32, &[1]),
+        tensor("odd", BlockType::F16, &[3]),
+        tensor("blocks", BlockType::Q8_0, &[2, 32]),
+        tensor("last", BlockType::F32, &[1]),
     ];
     let data = vec![("odd", vec![1; 6]), ("blocks", vec![2; 68]), ("last", vec![3; 4])];
     (GgufPlan::new(metadata, tensors).unwrap(), data)
@@ -256,7 +256,7 @@ fn a_file_appears_only_when_all_is_written() {
     assert_eq!(error(writer.write("odd", &data[0].1)), "cannot write tensor `odd`: it is written already");
     assert_eq!(error(writer.finish()), "cannot write tensor `blocks`: it never came");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
-    let tensors = vec![GgufTensor { name: "x".into(), kind: TensorType::Q8_0, shape: vec![2, 16] }];
+    let tensors = vec![GgufTensor { name: "x".into(), kind: BlockType::Q8_0, shape: vec![2, 16] }];
     let error = GgufPlan::new(Metadata::default(), tensors).unwrap_err().to_string();
     assert_eq!(error, "cannot write tensor `x`: shape [2, 16] is no whole number of blocks of Q8_0");
 }
@@ -279,7 +279,7 @@ fn a_model_is_described_by_its_metadata() {
         change(&mut metadata);
         let embedding = TensorInfo {
             name: names::TOKEN_EMBEDDING.into(),
-            kind: TensorType::F32,
+            kind: BlockType::F32,
             shape: vec![100, 64],
             range: 0..0,
         };

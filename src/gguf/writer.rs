@@ -10,12 +10,12 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 use super::{
-    TensorType,
     header::{ALIGNMENT, MAGIC, VERSION},
     metadata::{Metadata, MetadataValue, write_text},
 };
 use crate::{
     error::{Error, Result},
+    ggml::BlockType,
     units::hex,
 };
 
@@ -34,7 +34,7 @@ pub struct GgufTensor {
     /// Name in the file.
     pub name: String,
     /// Element type.
-    pub kind: TensorType,
+    pub kind: BlockType,
     /// Sizes, outermost first.
     pub shape: Vec<usize>,
 }

@@ -19,7 +19,7 @@ impl BlockLinear {
     /// # Panics
     /// When a row is not a whole number of blocks, or `bytes` are not whole rows.
     pub fn new(kind: BlockType, in_features: usize, bytes: Vec<u8>) -> Self {
-        let row = kind.row_bytes(in_features).expect("rows are whole blocks");
+        let row = kind.bytes(in_features).expect("rows are whole blocks");
         assert!(row > 0 && bytes.len().is_multiple_of(row), "whole rows");
         Self { kind, in_features, bytes }
     }
@@ -43,7 +43,7 @@ impl BlockLinear {
 
     /// Bytes of a row.
     fn row_bytes(&self) -> usize {
-        self.kind.row_bytes(self.in_features).expect("rows are whole blocks")
+        self.kind.bytes(self.in_features).expect("rows are whole blocks")
     }
 
     /// The type of the blocks.

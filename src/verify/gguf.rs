@@ -8,7 +8,8 @@ use super::{Finding, LinearDistance, ScaleSigns, Verification};
 use crate::{
     checkpoint::{Checkpoint, Dtype, TensorView},
     error::{Result, TorchContext},
-    gguf::{HEADER_SHA256, Header, TENSOR_SHA256, TensorType, dequantize, header_digest},
+    ggml::BlockType,
+    gguf::{HEADER_SHA256, Header, TENSOR_SHA256, dequantize, header_digest},
     progress::Progress,
     report::ReaderReport,
     units::hex,
@@ -73,9 +74,9 @@ fn not_finite(view: &TensorView<'_>) -> Result<Option<String>> {
     let kind = match view.stored {
         Some(stored) => stored.kind,
         None => match view.dtype {
-            Dtype::F16 => TensorType::F16,
-            Dtype::BF16 => TensorType::BF16,
-            _ => TensorType::F32,
+            Dtype::F16 => BlockType::F16,
+            Dtype::BF16 => BlockType::BF16,
+            _ => BlockType::F32,
         },
     };
     let mut broken = 0;

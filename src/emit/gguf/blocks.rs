@@ -7,7 +7,8 @@ use crate::{
     architectures::LinearId,
     checkpoint::{PackedTensors, stored_zeros},
     error::Result,
-    gguf::{TensorType, dequantize},
+    ggml::BlockType,
+    gguf::dequantize,
     pack::PackedView,
     variant::Bits,
 };
@@ -31,11 +32,11 @@ const SEQUENTIAL: &str = "make a branch with a sequential g_idx: gptq quantize -
 
 /// The type whose blocks hold the codes and scales of a linear as they are. Values of Q4_0 are `d · (q − 8)` and those of Q8_0
 /// `d · q`, both with an fp16 `d` of either sign: just the symmetric grids of 4 and 8 bits.
-pub(super) fn lossless_type(id: &LinearId, linear: &PackedTensors<'_>) -> Result<TensorType, Refusal> {
+pub(super) fn lossless_type(id: &LinearId, linear: &PackedTensors<'_>) -> Result<BlockType, Refusal> {
     let refuse = |problem: String, instead| Err(Refusal { problem: format!("`{id}` {problem}"), instead });
     let kind = match linear.bits {
-        Bits::Four => TensorType::Q4_0,
-        Bits::Eight => TensorType::Q8_0,
+        Bits::Four => BlockType::Q4_0,
+        Bits::Eight => BlockType::Q8_0,
         bits => {
             let problem = format!("has {} bits, and blocks with such codes have another grid", bits.get());
             return refuse(problem, "use 4 or 8 bits: gptq quantize --variant 4bit-128g");
@@ -64,7 +65,7 @@ pub(super) fn lossless_type(id: &LinearId, linear: &PackedTensors<'_>) -> Result
 }
 
 /// A linear's codes and scales in blocks of its [`lossless_type`], `[N, K]` row by row.
-pub(super) fn lossless(linear: &PackedTensors<'_>, kind: TensorType) -> Vec<u8> {
+pub(super) fn lossless(linear: &PackedTensors<'_>, kind: BlockType) -> Vec<u8> {
     let (n, k) = (linear.out_features, linear.in_features);
     let codes = PackedView::from(linear).unpack_codes();
     let row_bytes = k / BLOCK * kind.block_bytes();
@@ -80,7 +81,7 @@ pub(super) fn lossless(linear: &PackedTensors<'_>, kind: TensorType) -> Vec<u8> 
                 let code = |feature: usize| codes[(block * BLOCK + feature) * n + column];
                 for (at, byte) in out[2..].iter_mut().enumerate() {
                     *byte = match kind {
-                        TensorType::Q4_0 => code(at) | code(at + BLOCK / 2) << 4,
+                        BlockType::Q4_0 => code(at) | code(at + BLOCK / 2) << 4,
                         // From 0..=255 around 128 to a signed byte.
                         _ => code(at) ^ 0x80,
                     };
@@ -98,7 +99,7 @@ pub(super) fn lossless(linear: &PackedTensors<'_>, kind: TensorType) -> Vec<u8> 
 ///
 /// # Panics
 /// For other types, and when the numbers are no whole blocks.
-pub(super) fn converted(bytes: &[u8], from: TensorType, kind: TensorType) -> Result<Vec<u8>> {
+pub(super) fn converted(bytes: &[u8], from: BlockType, kind: BlockType) -> Result<Vec<u8>> {
     let elements = bytes.len() / from.block_bytes();
     let mut out = vec![0u8; kind.bytes(elements).expect("whole blocks")];
     let out_chunk = CHUNK / kind.block_len() * kind.block_bytes();
@@ -107,12 +108,12 @@ pub(super) fn converted(bytes: &[u8], from: TensorType, kind: TensorType) -> Res
             let mut numbers = vec![0.0; bytes.len() / from.block_bytes()];
             dequantize(from, bytes, &mut numbers);
             match kind {
-                TensorType::F32 => out.copy_from_slice(bytemuck::cast_slice(&numbers)),
-                TensorType::F16 => {
+                BlockType::F32 => out.copy_from_slice(bytemuck::cast_slice(&numbers)),
+                BlockType::F16 => {
                     let halves = numbers.iter().map(|number| f16::from_f32(*number).to_le_bytes());
                     out.as_chunks_mut().0.iter_mut().zip(halves).for_each(|(out, half)| *out = half);
                 }
-                TensorType::Q8_0 => {
+                BlockType::Q8_0 => {
                     let blocks = numbers.as_chunks().0.iter();
                     blocks.zip(out.as_chunks_mut().0).for_each(|(numbers, out)| *out = q8_0(numbers));
                 }

@@ -17,7 +17,7 @@ use crate::{
     emit::{OutputWriter, Provenance, places, remove_unfinished},
     error::{Error, Result},
     ggml::{BlockType, Mix, MixModel, round_rows},
-    gguf::{GgufPlan, GgufTensor, GgufWriter, LLAMA, MetadataValue, TensorType, names, permuted},
+    gguf::{GgufPlan, GgufTensor, GgufWriter, LLAMA, MetadataValue, names, permuted},
     gptq::solver::Solved,
 };
 
@@ -220,7 +220,7 @@ impl Types<'_> {
         let spec = |(id, linear): (LinearId, &LinearConfig)| {
             let [n, k] = linear.shape;
             let kind = linear_type(self.mix, self.config, &id, k)?;
-            let row_bytes = kind.row_bytes(k).expect("a linear's type fits its rows");
+            let row_bytes = kind.bytes(k).expect("a linear's type fits its rows");
             Ok(TensorSpec { name: id.weight(), dtype: Dtype::U8, shape: vec![n, row_bytes] })
         };
         self.config.linears().map(spec).collect()
@@ -240,7 +240,7 @@ impl Types<'_> {
                 [_, columns] => self.mix.type_of(&name, *columns, &model),
                 _ => BlockType::F32,
             };
-            tensors.push(GgufTensor { name, kind: kind.into(), shape: shape.to_vec() });
+            tensors.push(GgufTensor { name, kind, shape: shape.to_vec() });
             Ok(())
         };
         for (name, shape) in self.config.dense_tensors() {
@@ -255,7 +255,7 @@ impl Types<'_> {
         let factors = self.rope_factors();
         if !factors.is_empty() {
             let (name, shape) = (names::ROPE_FREQS.to_owned(), vec![factors.len()]);
-            tensors.push(GgufTensor { name, kind: TensorType::F32, shape });
+            tensors.push(GgufTensor { name, kind: BlockType::F32, shape });
         }
         Ok(tensors)
     }
@@ -284,12 +284,11 @@ fn dense(checkpoint: &Checkpoint, name: &str, tensor: &GgufTensor) -> Result<Vec
     const CHUNK: usize = 1 << 22;
     let halves = checkpoint.bytes_f16(name)?;
     let columns = tensor.shape.last().copied().unwrap_or(1);
-    let kind = tensor.kind.block_type().expect("dense tensors are not written in bf16");
     let mut bytes = Vec::with_capacity(tensor.bytes().unwrap_or_default());
     for halves in halves.chunks(2 * columns * (CHUNK / columns).max(1)) {
         let weights: Vec<f32> =
             halves.as_chunks().0.iter().map(|&half| f16::from_le_bytes(half).to_f32()).collect();
-        bytes.extend(round_rows(kind, &weights, columns, None));
+        bytes.extend(round_rows(tensor.kind, &weights, columns, None));
     }
     checkpoint.release([name]);
     Ok(bytes)

@@ -15,13 +15,14 @@ use crate::{
     architectures::ModelConfig,
     checkpoint::{Checkpoint, Dtype, QuantizationConfig, packed},
     error::{Error, Result},
-    gguf::{GgufPlan, GgufTensor, GgufWriter, LLAMA, TensorType, names, permuted},
+    ggml::BlockType,
+    gguf::{GgufPlan, GgufTensor, GgufWriter, LLAMA, names, permuted},
     progress::Progress,
     variant::Bits,
 };
 
 /// Types that the embedding and the output layer can have.
-pub const DENSE_TYPES: [TensorType; 3] = [TensorType::Q8_0, TensorType::F16, TensorType::F32];
+pub const DENSE_TYPES: [BlockType; 3] = [BlockType::Q8_0, BlockType::F16, BlockType::F32];
 
 /// Choices of a file.
 #[derive(Debug, Clone)]
@@ -29,9 +30,9 @@ pub struct GgufOptions {
     /// The model's name in the file.
     pub name: String,
     /// Type of the embedding, one of [`DENSE_TYPES`].
-    pub token_embedding: TensorType,
+    pub token_embedding: BlockType,
     /// Type of the output layer, one of [`DENSE_TYPES`]; `None`: Q8_0 where there is one.
-    pub output: Option<TensorType>,
+    pub output: Option<BlockType>,
 }
 
 /// A file that was written.
@@ -71,8 +72,8 @@ pub fn write_gguf(
     let tensors = parts.tensors()?;
     // Types of files, as llama.cpp numbers them.
     let (kind, file_type) = match parts.quantization.bits {
-        Bits::Four => (TensorType::Q4_0, 2),
-        _ => (TensorType::Q8_0, 7),
+        Bits::Four => (BlockType::Q4_0, 2),
+        _ => (BlockType::Q8_0, 7),
     };
     let elements = tensors.iter().map(|(tensor, _)| tensor.shape.iter().product::<usize>()).sum();
     let mut values = metadata::model(dir, config, architecture, &options.name, file_type, elements)?;
@@ -116,7 +117,7 @@ impl Parts<'_> {
     /// All tensors, each checked to fit.
     fn tensors(&self) -> Result<Vec<(GgufTensor, Content)>> {
         let mut tensors = Vec::new();
-        let mut add = |name: &str, kind: TensorType, shape: &[usize], content| {
+        let mut add = |name: &str, kind: BlockType, shape: &[usize], content| {
             let Some(name) = names::in_gguf(name) else {
                 let problem = format!("llama.cpp's `{}` has no tensor `{name}`", self.architecture);
                 return Err(self.refused(problem, "no file of this architecture computes the same"));
@@ -145,28 +146,28 @@ impl Parts<'_> {
                 }
                 None => {
                     self.branch.view_shaped(&id.weight(), &linear.shape)?;
-                    (TensorType::F16, Content::Dense(id.weight()))
+                    (BlockType::F16, Content::Dense(id.weight()))
                 }
             };
             add(&id.weight(), kind, &linear.shape, content)?;
             if linear.bias {
-                add(&id.bias(), TensorType::F32, &linear.shape[..1], Content::Dense(id.bias()))?;
+                add(&id.bias(), BlockType::F32, &linear.shape[..1], Content::Dense(id.bias()))?;
             }
         }
         if let Some(factors) = self.config.layers[0].attention.rope.as_ref().and_then(metadata::rope_factors)
         {
             let (name, shape) = (names::ROPE_FREQS.to_owned(), vec![factors.len()]);
-            tensors.push((GgufTensor { name, kind: TensorType::F32, shape }, Content::RopeFactors(factors)));
+            tensors.push((GgufTensor { name, kind: BlockType::F32, shape }, Content::RopeFactors(factors)));
         }
         Ok(tensors)
     }
 
-    fn dense_type(&self, name: &str) -> TensorType {
+    fn dense_type(&self, name: &str) -> BlockType {
         match name {
             name if name == self.config.embedding() => self.options.token_embedding,
-            name if name == self.config.lm_head => self.options.output.unwrap_or(TensorType::Q8_0),
+            name if name == self.config.lm_head => self.options.output.unwrap_or(BlockType::Q8_0),
             // Norms.
-            _ => TensorType::F32,
+            _ => BlockType::F32,
         }
     }
 
@@ -202,15 +203,15 @@ impl Parts<'_> {
     }
 
     /// A tensor of the branch, or of the source where that has more digits of the same numbers.
-    fn dense(&self, name: &str, kind: TensorType) -> Result<Vec<u8>> {
+    fn dense(&self, name: &str, kind: BlockType) -> Result<Vec<u8>> {
         // Checks that the numbers are finite and fit fp16, too.
         let own = self.branch.bytes_f16(name)?;
-        let (mut bytes, mut from) = (own, TensorType::F16);
+        let (mut bytes, mut from) = (own, BlockType::F16);
         if let Some(source) = self.source.filter(|source| source.contains(name)) {
             let view = source.view_shaped(name, self.branch.view(name)?.shape)?;
             let finer = match view.dtype {
-                Dtype::F32 => Some(TensorType::F32),
-                Dtype::BF16 => Some(TensorType::BF16),
+                Dtype::F32 => Some(BlockType::F32),
+                Dtype::BF16 => Some(BlockType::BF16),
                 _ => None,
             };
             if let Some(finer) =

@@ -58,9 +58,9 @@ fn reference(problem: &Problem, kind: BlockType, damp: f64, scales: Scales) -> (
     let grid = kind.grid().unwrap();
     let factors = grid.factors(scales.search != ScaleSearch::Off, scales.signed);
     let (len, sub_len) = (kind.block_len(), grid.sub_len);
-    let mut bytes = vec![0; problem.n * kind.row_bytes(k).unwrap()];
+    let mut bytes = vec![0; problem.n * kind.bytes(k).unwrap()];
     let mut squared_error = 0.0;
-    for (row, bytes) in bytes.chunks_mut(kind.row_bytes(k).unwrap()).enumerate() {
+    for (row, bytes) in bytes.chunks_mut(kind.bytes(k).unwrap()).enumerate() {
         let mut w = weight[row * k..][..k].to_vec();
         dead.iter().for_each(|&column| w[column as usize] = 0.0);
         let mut d = vec![0.0; k];
