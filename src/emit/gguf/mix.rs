@@ -10,14 +10,14 @@ use half::f16;
 use safetensors::Dtype;
 use serde_json::json;
 
-use super::{metadata, tokenizer};
+use super::{metadata, metadata_of, ordered, rope_factors};
 use crate::{
     architectures::{LinearConfig, LinearId, ModelConfig},
     checkpoint::{Checkpoint, ShardPlan, ShardWriter, TensorSpec},
     emit::{OutputWriter, Provenance, places, remove_unfinished},
     error::{Error, Result},
     ggml::{BlockType, Mix, MixModel, round_rows},
-    gguf::{GgufPlan, GgufTensor, GgufWriter, LLAMA, MetadataValue, names, permuted},
+    gguf::{GgufPlan, GgufTensor, GgufWriter, MetadataValue, names},
     gptq::solver::Solved,
 };
 
@@ -26,10 +26,7 @@ use crate::{
 /// # Errors
 /// When llama.cpp has no name for it, or its rows are not whole blocks.
 pub fn linear_type(mix: Mix, config: &ModelConfig, id: &LinearId, columns: usize) -> Result<BlockType> {
-    let problem = |problem: String| {
-        let instead = "leave out the GGUF variants".to_owned();
-        Error::NotForGguf { path: PathBuf::from(id.to_string()), problem, instead }
-    };
+    let problem = |problem: String| not_for_gguf(&id.to_string(), problem);
     let name =
         names::in_gguf(&id.weight()).ok_or_else(|| problem("llama.cpp has no tensor of that name".into()))?;
     let kind = mix.type_of(&name, columns, &mix_model(config));
@@ -45,12 +42,13 @@ pub fn linear_type(mix: Mix, config: &ModelConfig, id: &LinearId, columns: usize
 /// When llama.cpp has no name for it.
 pub fn embedding_type(mix: Mix, config: &ModelConfig) -> Result<BlockType> {
     let name = config.embedding();
-    let own = names::in_gguf(&name).ok_or_else(|| {
-        let instead = "leave out the GGUF variants".to_owned();
-        let problem = "llama.cpp has no tensor of that name".into();
-        Error::NotForGguf { path: PathBuf::from(&name), problem, instead }
-    })?;
+    let own = names::in_gguf(&name)
+        .ok_or_else(|| not_for_gguf(&name, "llama.cpp has no tensor of that name".into()))?;
     Ok(mix.type_of(&own, config.hidden_size, &mix_model(config)))
+}
+
+fn not_for_gguf(tensor: &str, problem: String) -> Error {
+    Error::NotForGguf { path: tensor.into(), problem, instead: "leave out the GGUF variants".to_owned() }
 }
 
 fn mix_model(config: &ModelConfig) -> MixModel {
@@ -84,8 +82,7 @@ impl GgufBranchWriter {
     pub fn planned_bytes(mix: Mix, original: &Checkpoint, config: &ModelConfig) -> Result<u64> {
         let types = Types { mix, config, architecture: metadata::architecture(original.dir(), config)? };
         let linears = ShardPlan::new(types.linears()?, u64::MAX)?.total_bytes();
-        let mut values = metadata::model(original.dir(), config, types.architecture, "", 0, 0)?;
-        tokenizer::add(&mut values, original.dir(), config.raw(), config.vocab_size)?;
+        let values = metadata_of(original.dir(), config, types.architecture, "", 0, 0)?;
         Ok(linears + GgufPlan::new(values, types.tensors()?)?.total_bytes())
     }
 
@@ -167,8 +164,7 @@ impl OutputWriter for GgufBranchWriter {
         let name = dir.canonicalize().map_err(Error::io("read", dir))?;
         let name = name.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         let file_type = self.mix.file_type();
-        let mut values = metadata::model(dir, config, types.architecture, &name, file_type, elements)?;
-        tokenizer::add(&mut values, dir, config.raw(), config.vocab_size)?;
+        let mut values = metadata_of(dir, config, types.architecture, &name, file_type, elements)?;
         let settings = json!({
             "quant_method": "gptq",
             "format": self.mix,
@@ -183,14 +179,12 @@ impl OutputWriter for GgufBranchWriter {
         let solved = Checkpoint::of_file(&self.partial.join(&written.files[0].0), config.clone())?;
         for tensor in &tensors {
             let own = names::in_folder(&tensor.name).unwrap_or_default();
-            let bytes = if tensor.name == names::ROPE_FREQS {
-                types.rope_factors().iter().flat_map(|factor| factor.to_le_bytes()).collect()
-            } else if solved.contains(&own) {
-                solved.view(&own)?.bytes.to_vec()
-            } else {
-                dense(checkpoint, &own, tensor)?
+            let bytes = match rope_factors(config).filter(|(factors, _)| factors.name == tensor.name) {
+                Some((_, bytes)) => bytes,
+                None if solved.contains(&own) => solved.view(&own)?.bytes.to_vec(),
+                None => dense(checkpoint, &own, tensor)?,
             };
-            writer.write(&tensor.name, &types.ordered(tensor, bytes))?;
+            writer.write(&tensor.name, &ordered(config, types.architecture, tensor, bytes))?;
         }
         writer.finish()?;
         Ok(path)
@@ -233,8 +227,7 @@ impl Types<'_> {
         let mut add = |name: &str, shape: &[usize]| -> Result<()> {
             let Some(name) = names::in_gguf(name) else {
                 let problem = format!("llama.cpp's `{}` has no tensor `{name}`", self.architecture);
-                let instead = "leave out the GGUF variants".to_owned();
-                return Err(Error::NotForGguf { path: PathBuf::from(name), problem, instead });
+                return Err(not_for_gguf(name, problem));
             };
             let kind = match shape {
                 [_, columns] => self.mix.type_of(&name, *columns, &model),
@@ -252,29 +245,8 @@ impl Types<'_> {
                 add(&id.bias(), &linear.shape[..1])?;
             }
         }
-        let factors = self.rope_factors();
-        if !factors.is_empty() {
-            let (name, shape) = (names::ROPE_FREQS.to_owned(), vec![factors.len()]);
-            tensors.push(GgufTensor { name, kind: BlockType::F32, shape });
-        }
+        tensors.extend(rope_factors(self.config).map(|(tensor, _)| tensor));
         Ok(tensors)
-    }
-
-    /// The factors of a Llama 3.1's rotary frequencies; empty for other models.
-    fn rope_factors(&self) -> Vec<f32> {
-        let rope = self.config.layers[0].attention.rope.as_ref();
-        rope.and_then(metadata::rope_factors).unwrap_or_default()
-    }
-
-    /// The bytes of a tensor with its rows in llama.cpp's order.
-    fn ordered(&self, tensor: &GgufTensor, bytes: Vec<u8>) -> Vec<u8> {
-        let attention = &self.config.layers[0].attention;
-        let heads = match &tensor.name {
-            name if names::is_q(name) => attention.num_heads,
-            name if names::is_k(name) => attention.num_kv_heads,
-            _ => return bytes,
-        };
-        if self.architecture == LLAMA { permuted(&bytes, tensor.shape[0], heads) } else { bytes }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     checkpoint::{Checkpoint, Dtype, QuantizationConfig, packed},
     error::{Error, Result},
     ggml::BlockType,
-    gguf::{GgufPlan, GgufTensor, GgufWriter, LLAMA, names, permuted},
+    gguf::{GgufPlan, GgufTensor, GgufWriter, LLAMA, Metadata, names, permuted},
     progress::Progress,
     variant::Bits,
 };
@@ -76,8 +76,7 @@ pub fn write_gguf(
         _ => (BlockType::Q8_0, 7),
     };
     let elements = tensors.iter().map(|(tensor, _)| tensor.shape.iter().product::<usize>()).sum();
-    let mut values = metadata::model(dir, config, architecture, &options.name, file_type, elements)?;
-    tokenizer::add(&mut values, dir, config.raw(), config.vocab_size)?;
+    let values = metadata_of(dir, config, architecture, &options.name, file_type, elements)?;
     let plan = GgufPlan::new(values, tensors.iter().map(|(tensor, _)| tensor.clone()).collect())?;
     let bytes = plan.total_bytes();
     let mut writer = GgufWriter::create(out, plan)?;
@@ -93,7 +92,7 @@ pub fn write_gguf(
 
 /// Where a tensor's numbers come from.
 enum Content {
-    RopeFactors(Vec<f32>),
+    RopeFactors(Vec<u8>),
     /// A packed linear, by layer and position.
     Codes(usize, usize),
     /// A tensor of the branch.
@@ -154,11 +153,8 @@ impl Parts<'_> {
                 add(&id.bias(), BlockType::F32, &linear.shape[..1], Content::Dense(id.bias()))?;
             }
         }
-        if let Some(factors) = self.config.layers[0].attention.rope.as_ref().and_then(metadata::rope_factors)
-        {
-            let (name, shape) = (names::ROPE_FREQS.to_owned(), vec![factors.len()]);
-            tensors.push((GgufTensor { name, kind: BlockType::F32, shape }, Content::RopeFactors(factors)));
-        }
+        let factors = rope_factors(self.config);
+        tensors.extend(factors.map(|(tensor, bytes)| (tensor, Content::RopeFactors(bytes))));
         Ok(tensors)
     }
 
@@ -173,7 +169,7 @@ impl Parts<'_> {
 
     fn bytes(&self, tensor: &GgufTensor, content: &Content) -> Result<Vec<u8>> {
         let bytes = match content {
-            Content::RopeFactors(factors) => factors.iter().flat_map(|factor| factor.to_le_bytes()).collect(),
+            Content::RopeFactors(bytes) => bytes.clone(),
             Content::Codes(layer, position) => {
                 let (id, linear) = (
                     self.config.linear_id(*layer, *position),
@@ -190,16 +186,7 @@ impl Parts<'_> {
             }
             Content::Dense(name) => self.dense(name, tensor.kind)?,
         };
-        let attention = &self.config.layers[0].attention;
-        let heads = match &tensor.name {
-            name if names::is_q(name) => attention.num_heads,
-            name if names::is_k(name) => attention.num_kv_heads,
-            _ => return Ok(bytes),
-        };
-        Ok(match self.architecture {
-            LLAMA => permuted(&bytes, tensor.shape[0], heads),
-            _ => bytes,
-        })
+        Ok(ordered(self.config, self.architecture, tensor, bytes))
     }
 
     /// A tensor of the branch, or of the source where that has more digits of the same numbers.
@@ -225,4 +212,38 @@ impl Parts<'_> {
         self.source.into_iter().for_each(|source| source.release([name]));
         made
     }
+}
+
+/// All metadata of a file, the tokenizer's with it.
+fn metadata_of(
+    dir: &Path,
+    config: &ModelConfig,
+    architecture: &str,
+    name: &str,
+    file_type: u32,
+    elements: usize,
+) -> Result<Metadata> {
+    let mut values = metadata::model(dir, config, architecture, name, file_type, elements)?;
+    tokenizer::add(&mut values, dir, config.raw(), config.vocab_size)?;
+    Ok(values)
+}
+
+/// The factors of a Llama 3.1's rotary frequencies, as a tensor and its bytes; none for other models.
+fn rope_factors(config: &ModelConfig) -> Option<(GgufTensor, Vec<u8>)> {
+    let factors = metadata::rope_factors(config.layers[0].attention.rope.as_ref()?)?;
+    let (name, shape) = (names::ROPE_FREQS.to_owned(), vec![factors.len()]);
+    let bytes = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
+    Some((GgufTensor { name, kind: BlockType::F32, shape }, bytes))
+}
+
+/// The bytes of a tensor with its rows in llama.cpp's order.
+fn ordered(config: &ModelConfig, architecture: &str, tensor: &GgufTensor, bytes: Vec<u8>) -> Vec<u8> {
+    let attention = &config.layers[0].attention;
+    let heads = match &tensor.name {
+        _ if architecture != LLAMA => return bytes,
+        name if names::is_q(name) => attention.num_heads,
+        name if names::is_k(name) => attention.num_kv_heads,
+        _ => return bytes,
+    };
+    permuted(&bytes, tensor.shape[0], heads)
 }
