@@ -36,15 +36,20 @@ impl CrossCovariance {
         Ok(Self { matrix, weights: None, bf16: false, tokens: 0 })
     }
 
-    /// An empty cross-covariance for weights `[N, K]` that share inputs of `kind`. For `K` inputs and fewer than `K / 2` rows in all, its
-    /// sums are those of `W D`.
+    /// Whether the sums for weights with so many rows and columns are those of `W D`.
+    pub fn sums_products(rows: u64, columns: u64) -> bool {
+        2 * rows < columns
+    }
+
+    /// An empty cross-covariance for weights `[N, K]` that share inputs of `kind`. Its sums are those of
+    /// `W D` where [`CrossCovariance::sums_products`] is true.
     ///
     /// # Errors
     /// When libtorch cannot allocate it or convert the weights.
     pub fn of_weights(weights: &[&Tensor], kind: Kind, device: Device) -> Result<Self> {
         let k = weights[0].size()[1];
         let rows: i64 = weights.iter().map(|weight| weight.size()[0]).sum();
-        if 2 * rows >= k {
+        if !Self::sums_products(rows as u64, k as u64) {
             return Self::new(k as usize, device);
         }
         let allocate = || -> Result<(Tensor, Tensor), TchError> {

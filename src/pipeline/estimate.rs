@@ -14,6 +14,7 @@ use super::{
 use crate::{
     architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
     error::{ResourceError, Result},
+    gptq::CrossCovariance,
     rotation::TURNED_TOGETHER,
     units::bytes,
 };
@@ -169,7 +170,8 @@ impl Shape<'_> {
             let capturing = n * k * self.element() + copies * next.max(matrix);
             let most = factoring.max(energy).max(solving).max(leaving).max(capturing);
             // The cross-covariance stays until the targets are computed; those take another copy and what is added to it.
-            let sums = if 2 * n < k { n * k * (FP32 + self.element()) } else { matrix };
+            let sums =
+                if CrossCovariance::sums_products(n, k) { n * k * (FP32 + self.element()) } else { matrix };
             let targets = if self.reference { sums + n * k * FP32 * 2 } else { 0 };
             others + targets + most + self.feedback(n, k)
         };

@@ -10,6 +10,7 @@ use tch::Kind;
 use crate::{
     architectures::{GroupConfig, LayerConfig},
     error::Result,
+    gptq::CrossCovariance,
     machine::product_speed,
     report::{Phase, PhaseReport},
 };
@@ -95,13 +96,17 @@ pub(super) fn per_token(layer: &LayerConfig, group: &GroupConfig) -> TokenOperat
         forward: part * 2.0 * n * k,
         // The lower triangle alone.
         hessian: part * k * k,
-        cross_covariance: part * if 2.0 * n < k { 4.0 * n * k } else { 2.0 * k * k },
+        cross_covariance: part * if sums_products(n, k) { 4.0 * n * k } else { 2.0 * k * k },
     }
+}
+
+fn sums_products(n: f64, k: f64) -> bool {
+    CrossCovariance::sums_products(n as u64, k as u64)
 }
 
 /// Operations of a group's targets: the product with the cross-covariance, and two triangular systems for the product or for the
 /// cross-covariance.
 pub(super) fn of_targets(n: f64, k: f64) -> f64 {
-    let product = if 2.0 * n < k { 0.0 } else { 2.0 * n * k * k };
+    let product = if sums_products(n, k) { 0.0 } else { 2.0 * n * k * k };
     product + 2.0 * n.min(k) * k * k
 }
