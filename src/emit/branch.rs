@@ -91,25 +91,6 @@ pub trait OutputWriter: Send {
     ) -> Result<PathBuf>;
 }
 
-impl OutputWriter for BranchWriter {
-    fn encode(&mut self, id: &LinearId, linear: &Solved) -> Result<()> {
-        self.write_linear(id, linear)
-    }
-
-    fn commit(&mut self) -> Result<BTreeMap<String, String>> {
-        Self::commit(self)
-    }
-
-    fn finish(
-        &mut self,
-        checkpoint: &Checkpoint,
-        original: &Checkpoint,
-        provenance: &Provenance,
-    ) -> Result<PathBuf> {
-        self.seal(checkpoint, original, provenance).map(Path::to_path_buf)
-    }
-}
-
 impl BranchWriter {
     /// Creates `out/<branch>` with its weights files at full size; `passed_through` are tensors that are copied as they are.
     ///
@@ -154,22 +135,13 @@ impl BranchWriter {
         Ok(Self { variant, partial, shards, keep: true })
     }
 
-    /// Makes the tensors so far durable; from now on dropping keeps the folder. Returns the digests of the tensors
-    /// so far, for [`BranchWriter::reopen`].
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub fn commit(&mut self) -> Result<BTreeMap<String, String>> {
-        let digests = self.shards().sync()?.clone();
-        self.keep = true;
-        Ok(digests)
+    fn shards(&mut self) -> &mut ShardWriter {
+        self.shards.as_mut().expect("written to before it is sealed")
     }
+}
 
-    /// Packs and writes one linear.
-    ///
-    /// # Errors
-    /// When the disk is full, or the device that holds the linear fails.
-    pub fn write_linear(&mut self, id: &LinearId, linear: &Solved) -> Result<()> {
+impl OutputWriter for BranchWriter {
+    fn encode(&mut self, id: &LinearId, linear: &Solved) -> Result<()> {
         let packed = PackedLinear::of_solved(linear)?;
         for (suffix, bytes) in packed.tensors() {
             self.shards().write(&format!("{id}.{suffix}"), bytes)?;
@@ -177,17 +149,18 @@ impl BranchWriter {
         Ok(())
     }
 
-    /// Writes everything else: dense tensors and configs of the `checkpoint` that was quantized; the tokenizer, licences and what is passed
-    /// through from the `original`; checksums. Returns the folder, not yet at its final place, for checking.
-    ///
-    /// # Errors
-    /// When a linear was left out, the source cannot be read, or the disk is full.
-    pub fn seal(
+    fn commit(&mut self) -> Result<BTreeMap<String, String>> {
+        let digests = self.shards().sync()?.clone();
+        self.keep = true;
+        Ok(digests)
+    }
+
+    fn finish(
         &mut self,
         checkpoint: &Checkpoint,
         original: &Checkpoint,
         provenance: &Provenance,
-    ) -> Result<&Path> {
+    ) -> Result<PathBuf> {
         let (config, source) = (checkpoint.config(), original.dir());
         for name in config.dense_tensors().into_iter().map(|(name, _)| name).chain(config.linear_biases()) {
             let bytes = checkpoint.bytes_f16(&name)?;
@@ -229,11 +202,7 @@ impl BranchWriter {
             .map_err(|source| Error::Json { path: self.partial.join(CHECKSUMS_FILE), source })?;
         write(CHECKSUMS_FILE, &pretty(&text))?;
         sync(&self.partial)?;
-        Ok(&self.partial)
-    }
-
-    fn shards(&mut self) -> &mut ShardWriter {
-        self.shards.as_mut().expect("written to before it is sealed")
+        Ok(self.partial.clone())
     }
 }
 
