@@ -269,8 +269,11 @@ impl ShardWriter {
             return Err(write_error(name, "it is written already".into()));
         }
         let path = self.dir.join(&self.plan.shards[place.shard].file);
-        write_at(&mut self.files[place.shard], &path, place.offset, bytes)?;
-        self.sha256.insert(name.to_owned(), hex(&Sha256::digest(bytes)));
+        let file = &mut self.files[place.shard];
+        let (written, digest) =
+            rayon::join(|| write_at(file, &path, place.offset, bytes), || Sha256::digest(bytes));
+        written?;
+        self.sha256.insert(name.to_owned(), hex(&digest));
         Ok(())
     }
 
