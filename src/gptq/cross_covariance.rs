@@ -160,12 +160,17 @@ impl CrossCovariance {
     /// # Errors
     /// When an input was NaN or infinite (`stage` names the inputs), or libtorch cannot compute it.
     pub(super) fn finish(&self, alpha: f64, stage: &str) -> Result<Tensor> {
-        let finite = || i64::try_from(self.matrix.f_isfinite()?.f_sum(Kind::Int64)?);
-        let (finite, total) =
-            (finite().torch("look at a cross-covariance")? as u64, self.matrix.numel() as u64);
-        if finite < total {
+        let total = self.matrix.numel() as u64;
+        let count = match self.matrix.device() {
+            Device::Cpu => raw::count_non_finite(&self.matrix),
+            _ => {
+                let finite = || i64::try_from(self.matrix.f_isfinite()?.f_sum(Kind::Int64)?);
+                total - finite().torch("look at a cross-covariance")? as u64
+            }
+        };
+        if count > 0 {
             let place = format!("inputs of {stage}, in the unquantized model or behind quantized layers");
-            return Err(Error::NonFinite { place, count: total - finite, total, computed: true });
+            return Err(Error::NonFinite { place, count, total, computed: true });
         }
         let scale = alpha / self.tokens.max(1) as f64;
         self.matrix.f_mul_scalar(scale).torch("scale a cross-covariance")

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// A contiguous fp32 CPU matrix, read only.
 pub(super) struct Matrix<'a> {
@@ -108,6 +108,66 @@ pub(super) fn bf16_bits(tensor: &Tensor) -> &[u16] {
     let (pointer, rows, columns) = check_kind::<u16>(tensor, Kind::BFloat16);
     // SAFETY: `check_kind` made sure that `rows·columns` values lie there; the tensor is borrowed meanwhile.
     unsafe { std::slice::from_raw_parts(pointer, rows * columns) }
+}
+
+/// Some columns of a fp32 CPU matrix, in the order given. libtorch's `index_select` copies them with one thread, value by value.
+pub(super) fn select_columns(matrix: &Tensor, columns: &[u32]) -> Result<Tensor, TchError> {
+    let matrix = matrix.f_contiguous()?;
+    let source = Matrix::new(&matrix);
+    let size = [matrix.size()[0], columns.len() as i64];
+    let mut selected = Tensor::f_empty(size, (Kind::Float, Device::Cpu))?;
+    floats_mut(&mut selected).par_chunks_mut(columns.len()).enumerate().for_each(|(row, to)| {
+        let from = source.row(row);
+        to.iter_mut().zip(columns).for_each(|(to, &column)| *to = from[column as usize]);
+    });
+    Ok(selected)
+}
+
+/// Adds a CPU matrix of fp16, bf16 or fp32 to a contiguous fp32 one of its shape. Returns whether all sums are finite.
+pub(super) fn add_finite(sums: &mut Tensor, matrix: &Tensor) -> Result<bool, TchError> {
+    let matrix = matrix.f_contiguous()?;
+    let k = matrix.size()[1] as usize;
+    let rows: Vec<Floats<'_>> =
+        (0..matrix.size()[0] as usize).map(|row| floats(&matrix, row * k, k)).collect();
+    let rows = floats_mut(sums).par_chunks_mut(k).zip(rows);
+    let add = |wide: &mut Vec<f32>, (sums, row): (&mut [f32], Floats<'_>)| {
+        row.widen(wide);
+        sums.iter_mut().zip(wide).for_each(|(sum, value)| *sum += *value);
+        largest_bits(sums) < f32::INFINITY.to_bits()
+    };
+    Ok(rows.map_init(|| vec![0.0; k], add).reduce(|| true, |a, b| a && b))
+}
+
+/// Number of values of a contiguous fp32 CPU matrix that are NaN or infinite.
+pub(super) fn count_non_finite(matrix: &Tensor) -> u64 {
+    let (matrix, rows) = (Matrix::new(matrix), matrix.size()[0] as usize);
+    let count = |row: usize| {
+        let row = matrix.row(row);
+        match largest_bits(row) < f32::INFINITY.to_bits() {
+            true => 0,
+            false => row.iter().filter(|value| !value.is_finite()).count() as u64,
+        }
+    };
+    (0..rows).into_par_iter().map(count).sum()
+}
+
+/// The largest magnitude as bits: those of infinity or more if a value is not finite.
+fn largest_bits(values: &[f32]) -> u32 {
+    values.iter().fold(0, |largest, value| largest.max(value.to_bits() & !(1 << 31)))
+}
+
+/// `‖M‖²` of a contiguous fp32 CPU matrix, in fp64. Rows are summed one after another, with any number of threads.
+pub(super) fn sum_of_squares(matrix: &Tensor) -> f64 {
+    let (matrix, rows) = (Matrix::new(matrix), matrix.size()[0] as usize);
+    let squares = |row: usize| {
+        let (chunks, rest) = matrix.row(row).as_chunks::<8>();
+        let mut sums = [0.0f64; 8];
+        for chunk in chunks {
+            sums.iter_mut().zip(chunk).for_each(|(sum, &value)| *sum += f64::from(value) * f64::from(value));
+        }
+        sums.iter().sum::<f64>() + rest.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>()
+    };
+    (0..rows).into_par_iter().map(squares).collect::<Vec<_>>().iter().sum()
 }
 
 /// Side of the square tiles in which a matrix is transposed: two of them fit the first-level cache.

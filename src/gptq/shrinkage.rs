@@ -1,8 +1,8 @@
 //! Damping of a Hessian by shrinkage, from its spectrum and its number of tokens.
 
-use tch::{Kind, TchError};
+use tch::{Device, Kind, TchError};
 
-use super::Hessian;
+use super::{Hessian, raw};
 use crate::error::{Result, TorchContext};
 
 /// Rows that are summed together in fp64.
@@ -30,6 +30,9 @@ impl Hessian {
 
     /// `‖H‖²`, in fp64: the squares alone may not fit fp32.
     fn sum_of_squares(&self) -> Result<f64, TchError> {
+        if self.matrix().device() == Device::Cpu {
+            return Ok(raw::sum_of_squares(self.matrix()));
+        }
         let k = self.in_features() as i64;
         let parts = (0..k).step_by(ROWS as usize).map(|first| {
             let rows = self.matrix().f_narrow(0, first, ROWS.min(k - first))?;
@@ -58,7 +61,7 @@ mod tests {
         ChaCha8Rng,
         rand_core::{RngCore, SeedableRng},
     };
-    use tch::{Device, Tensor};
+    use tch::Tensor;
 
     use super::*;
     use crate::gptq::solver::tests::problem::{Problem, to_vec};

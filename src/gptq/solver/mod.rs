@@ -18,7 +18,7 @@ pub(in crate::gptq) mod tests;
 use std::borrow::Borrow;
 
 use half::f16;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 pub use by_rows::{OutputFactor, solve_by_rows};
 pub use cpu::CpuSolver;
@@ -27,7 +27,7 @@ pub use fallback::OrRounded;
 pub use rtn::RtnSolver;
 pub use solved::{Solution, Solved};
 
-use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive};
+use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive, raw};
 use crate::{
     error::{Error, NumericalError, Result, TorchContext},
     ggml::BlockType,
@@ -195,16 +195,17 @@ pub fn targets(
         };
         let product = product().torch("compute a target")?;
         let shift = if shared && d.is_some() { Some(product) } else { factor.divide(&product)? };
-        let values = as_fp32(weight, device)?;
-        let Some(shift) = shift else { return Ok(values) };
-        let target = values.f_add(&shift).torch("compute a target")?;
-        let finite = || bool::try_from(target.f_isfinite()?.f_all()?);
-        if finite().torch("look at a target")? {
+        let Some(mut target) = shift else { return as_fp32(weight, device) };
+        let mut add = || match device {
+            Device::Cpu => raw::add_finite(&mut target, weight.values),
+            _ => bool::try_from(target.f_add_(&weight.values.f_to_device(device)?)?.f_isfinite()?.f_all()?),
+        };
+        if add().torch("compute a target")? {
             return Ok(target);
         }
         check_finite(weight)?;
         if factor.rounds_failures() {
-            return Ok(values);
+            return as_fp32(weight, device);
         }
         let problem = "its target is NaN or infinite".to_owned();
         Err(NumericalError::Unsolved { linear: weight.name.to_owned(), problem }.into())
@@ -224,16 +225,26 @@ fn divide_by(
     upper: bool,
     columns: impl Iterator<Item = u32>,
 ) -> Result<Option<Tensor>> {
-    let columns: Vec<i64> = columns.map(i64::from).collect();
+    let columns: Vec<u32> = columns.collect();
+    let mut places = vec![0; columns.len()];
+    columns.iter().zip(0..).for_each(|(&column, place)| places[column as usize] = place);
     let divide = || {
-        let columns = Tensor::f_from_slice(&columns)?.f_to_device(factor.device())?;
-        let b = b.f_index_select(1, &columns)?;
+        let b = select_columns(b, &columns)?;
         let half = factor.f_tr()?.f_linalg_solve_triangular(&b, !upper, false, false)?;
         drop(b);
         let divided = factor.f_linalg_solve_triangular(&half, upper, false, false)?;
-        divided.f_index_select(1, &columns.f_argsort(0, false)?)
+        drop(half);
+        select_columns(&divided, &places)
     };
     divide().torch("divide by a factor").map(Some)
+}
+
+fn select_columns(matrix: &Tensor, columns: &[u32]) -> Result<Tensor, TchError> {
+    if matrix.device() == Device::Cpu {
+        return raw::select_columns(matrix, columns);
+    }
+    let columns: Vec<i64> = columns.iter().map(|&column| i64::from(column)).collect();
+    matrix.f_index_select(1, &Tensor::f_from_slice(&columns)?.f_to_device(matrix.device())?)
 }
 
 /// Ratio of the largest to the median of the elements that are not zero; 0 if all are zero.
@@ -244,7 +255,7 @@ fn outlier_ratio(diagonal: &[f32]) -> f64 {
     alive.get(alive.len() / 2).map_or(0.0, |&median| largest / f64::from(median))
 }
 
-fn condition_estimate(factor: &Tensor) -> Result<f64, tch::TchError> {
+fn condition_estimate(factor: &Tensor) -> Result<f64, TchError> {
     let (smallest, largest) = factor.f_diagonal(0, 0, 1)?.f_aminmax(0, false)?;
     Ok((f64::try_from(largest)? / f64::try_from(smallest)?).powi(2))
 }
