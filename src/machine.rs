@@ -69,17 +69,18 @@ pub fn available_memory() -> Option<u64> {
     }
 }
 
-/// Floating-point operations per second of matrix products in `kind` on the CPU: the better of two measurements, which take a
-/// fraction of a second.
+/// Floating-point operations per second of matrix products in `kind` on the CPU: the best of several measurements, which take a
+/// fraction of a second together. Other programs slow some of them down.
 ///
 /// # Errors
 /// If libtorch cannot compute them.
 pub fn product_speed(kind: Kind) -> Result<f64> {
     const SIZE: i64 = 1024;
+    const REPEATS: usize = 12;
     let products = || {
         let x = Tensor::f_ones([SIZE, SIZE], (kind, Device::Cpu))?;
         let mut best = f64::INFINITY;
-        for _ in 0..2 {
+        for _ in 0..REPEATS {
             let begun = Instant::now();
             let _product = x.f_mm(&x)?;
             best = best.min(begun.elapsed().as_secs_f64());

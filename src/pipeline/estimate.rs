@@ -25,7 +25,7 @@ const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
 /// What the heaps of a program with threads take beside what is counted.
-const HEAPS: u64 = 48 << 20;
+const HEAPS: u64 = 208 << 20;
 /// What CUDA itself takes: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
@@ -37,14 +37,14 @@ const CUDA_BATCH_TOKENS: usize = 8192;
 const FORWARD: f64 = 0.74;
 const STATISTICS: f64 = 0.7;
 const FACTORIZATION: f64 = 0.56;
-const TARGETS: f64 = 0.9;
+const TARGETS: f64 = 1.05;
 const SOLVE: f64 = 0.47;
 /// How many times longer a solve takes with output Hessians.
 const ROW_BLOCKS: f64 = 3.1;
 /// Operations for each weight of a search for scales.
 const SEARCH: f64 = 2200.0;
 /// Time of a layer over the time of its products.
-const BESIDE_PRODUCTS: f64 = 1.2;
+const BESIDE_PRODUCTS: f64 = 1.15;
 
 /// Work of a layer: floating-point operations over the part of the speed of large products that they reach.
 #[derive(Debug, Clone, Copy, Default)]
@@ -159,21 +159,29 @@ impl Shape<'_> {
             // Where several variants are solved for one Hessian, it outlives a factor, and their codes pile up.
             let together = self.shared_hessian || stage == 0;
             let several = together && self.variants > 1;
-            let kept = u64::from(several) * matrix;
+            let kept = u64::from(several || self.gradient_windows > 0) * matrix;
             let codes = n * k * if several { self.variants as u64 } else { 1 };
             let factoring = if cuda { 4 * matrix } else { 2 * matrix + CHOLESKY_ROWS * k * FP32 };
             let energy = matrix + if cuda { n * k * (2 + FP32) } else { 0 };
-            let solving = kept + matrix + n * k * FP32 + codes + PANEL_ROWS * n * FP32;
+            // Row by row there are also targets and their errors.
+            let weights = if self.gradient_windows > 0 { 3 } else { 1 };
+            let solving = kept + matrix + weights * n * k * FP32 + codes + PANEL_ROWS * n * FP32;
             // Codes, packed words, and the dense weights that the windows leave the stage through.
             let leaving = kept + codes + n * k * self.element() + n * k / 2;
             // The next stage's statistics are accumulated with these weights.
             let capturing = n * k * self.element() + copies * next.max(matrix);
-            let most = factoring.max(energy).max(solving).max(leaving).max(capturing);
-            // The cross-covariance stays until the targets are computed; those take another copy and what is added to it.
-            let sums =
-                if CrossCovariance::sums_products(n, k) { n * k * (FP32 + self.element()) } else { matrix };
-            let targets = if self.reference { sums + n * k * FP32 * 2 } else { 0 };
-            others + targets + most + self.feedback(n, k)
+            // The cross-covariance stays until the weights are solved.
+            let product = CrossCovariance::sums_products(n, k);
+            let (sums, targets) = match (self.reference, product) {
+                (false, _) => (0, 0),
+                (true, true) => (n * k * (FP32 + self.element()), n * k * FP32),
+                (true, false) => (matrix, n * k * FP32),
+            };
+            // The scaled sums, and three copies while they are divided by the factor; or two, a product's, and the targets so far.
+            let dividing = if product { 4 * targets } else { 3 * matrix.min(targets) + targets + matrix };
+            let dividing = if self.reference { kept + matrix + dividing } else { 0 };
+            let with_sums = sums + factoring.max(energy).max(dividing).max(targets + solving);
+            others + with_sums.max(leaving).max(capturing) + self.output_factors()
         };
         groups.iter().map(of).max().unwrap_or(0) + self.waiting(layer, stage)
     }
@@ -188,13 +196,9 @@ impl Shape<'_> {
         (self.variants as u64).saturating_sub(1) * weights as u64
     }
 
-    /// What feedback between rows takes more: the output Hessians of the layer, the factors of a stage's, targets and their errors,
-    /// and the Hessian, which is kept.
-    fn feedback(&self, n: u64, k: u64) -> u64 {
-        if self.gradient_windows == 0 {
-            return 0;
-        }
-        2 * largest_layer_bytes(self.config) + (2 * n * k + k * k) * FP32
+    /// The output Hessians of a layer, and their factors.
+    fn output_factors(&self) -> u64 {
+        if self.gradient_windows == 0 { 0 } else { 2 * largest_layer_bytes(self.config) }
     }
 
     /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the backward

@@ -29,7 +29,7 @@ use crate::{
 /// Operations of a run below which its time is not estimated: they take seconds.
 const WORTH_ESTIMATING: f64 = 1e12;
 /// Time of gradients over the time of their matrix products.
-const BESIDE_PRODUCTS: f64 = 2.0;
+const BESIDE_PRODUCTS: f64 = 3.1;
 
 /// What a run needs.
 #[derive(Debug, Clone, Copy)]

@@ -91,6 +91,7 @@ impl<'a> StageSolver<'a> {
             let of_group = self.solve_group(weights, group, statistics, tokens, variants, sink)?;
             solved.iter_mut().zip(of_group).for_each(|(all, own)| all.extend(own));
         }
+        return_free_memory();
         Ok(solved)
     }
 
@@ -159,7 +160,9 @@ impl<'a> StageSolver<'a> {
             self.warn(&name, &of_order.collect::<Vec<_>>(), damp, factor.facts());
             let operations = if cross_covariance.is_some() { of_targets(n, k) } else { 0.0 };
             let targets = phases.time(Phase::Targets, operations, || {
-                self.targets(&*factor, cross_covariance.as_ref(), &dense, &name)
+                let targets = self.targets(&*factor, cross_covariance.as_ref(), &dense, &name);
+                return_free_memory();
+                targets
             })?;
             let weights: Vec<Weight<'_>> = match &targets {
                 Some(targets) => {
