@@ -16,7 +16,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer, value::Error as WordError};
 
 use super::{cache::StoredArgs, card::CardArgs, gate::GateArgs, gguf::GgufArgs, publish::PublishArgs};
 
-/// Quantize Llama checkpoints with GPTQ: calibrate, solve, pack, verify, evaluate.
+/// Quantize language models with GPTQ, and check, compare and publish the results.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub(super) struct Cli {
@@ -26,6 +26,16 @@ pub(super) struct Cli {
     pub(super) output: OutputArgs,
 }
 
+/// Place of the options that all commands have, in lists of options: after the command's own.
+const LAST: usize = 900;
+
+// Headings of the options of `quantize`.
+const TEXT: &str = "Calibration text";
+const VARIANTS: &str = "Variants";
+const ACCURACY: &str = "Accuracy";
+const MACHINE: &str = "Devices and memory";
+const EVALUATION: &str = "Evaluation";
+
 /// What is printed.
 #[derive(Debug, Args)]
 pub(super) struct OutputArgs {
@@ -34,6 +44,7 @@ pub(super) struct OutputArgs {
     #[arg(
         long,
         global = true,
+        display_order = LAST,
         value_name = "-",
         num_args = 0..=1,
         require_equals = true,
@@ -41,41 +52,41 @@ pub(super) struct OutputArgs {
         value_parser = standard_output
     )]
     pub(super) json: Option<PathBuf>,
-    /// A line for every linear
-    #[arg(short, long, global = true)]
+    /// Print a line for every linear
+    #[arg(short, long, global = true, display_order = LAST)]
     pub(super) verbose: bool,
-    /// No remarks, warnings or tables of readers: only errors and the result
-    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    /// Print only errors and the result: no progress, warnings or tables of readers
+    #[arg(short, long, global = true, display_order = LAST, conflicts_with = "verbose")]
     pub(super) quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Make all variants of a model in one run
+    /// Make GPTQ branches and GGUF files of a model
     Quantize(Box<QuantizeArgs>),
-    /// Check a quantized folder: tensors, ranges, checksums, and who can load it
+    /// Check quantized models, and list the programs that load them
     Verify(VerifyArgs),
-    /// Compare quantized folders with the unquantized model: perplexity, KL divergence, top-1
+    /// Measure perplexity and KL divergence of quantized models against the unquantized one
     Eval(EvalArgs),
-    /// Compare runs and other checkpoints on one page, and recommend a branch
+    /// Compare the results of runs and of other tools, and recommend one
     Report(ReportArgs),
-    /// Fail when a run is too far from fp16, or worse than the baseline in a file
+    /// Fail if a run is worse than a baseline or than fixed limits
     Gate(GateArgs),
-    /// Write a branch as a GGUF file for llama.cpp, with the same codes
+    /// Convert a branch to a GGUF file for llama.cpp without changing its codes
     Gguf(GgufArgs),
-    /// Generate text with a quantized or dense model
+    /// Generate text with a quantized or unquantized model
     Generate(GenerateArgs),
     /// Show a checkpoint's architecture, format and tensors
     Inspect(InspectArgs),
-    /// List or remove the unquantized models' predictions, which evaluations store
+    /// List or remove the predictions of unquantized models that `eval` stores
     Cache(StoredArgs),
     /// Write the model card of a run's branches
     Card(CardArgs),
-    /// Publish a run's branches on the Hub or on a git remote
+    /// Publish a run's branches to the Hub or to a git remote
     Publish(PublishArgs),
-    /// Quantize the built-in demo model into all four branches, verify and evaluate them
+    /// Quantize, verify and evaluate the built-in demo model
     Demo(DemoArgs),
-    /// Print a completion script for a shell
+    /// Print the completion script of a shell
     Completions(CompletionsArgs),
     /// Write the manual pages into a folder
     #[command(hide = true)]
@@ -84,126 +95,126 @@ pub(super) enum Command {
 
 #[derive(Debug, Args)]
 pub(super) struct QuantizeArgs {
-    /// Folder of the fp16, bf16 or fp32 checkpoint, or its repository on the Hub: OWNER/NAME[@REVISION]
+    /// The fp16, bf16 or fp32 model: a folder, or OWNER/NAME[@REVISION] on the Hub
     #[arg(long, value_name = "MODEL")]
     pub(super) model: PathBuf,
-    /// Folder for the branches; must not exist. The same command resumes an interrupted run
+    /// Folder for the results; must not exist. The same command resumes an interrupted run
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
-    /// Folder for the journal, from which an interrupted run resumes [default: in --out, until the run is complete]
+    /// Folder for the state that an interrupted run resumes from [default: in --out]
     #[arg(long, value_name = "DIR")]
     pub(super) journal_dir: Option<PathBuf>,
-    /// Discard what an interrupted run left in --out, and start again
+    /// Discard the state of an interrupted run in --out, and start again
     #[arg(long)]
     pub(super) restart: bool,
-    /// Settings from a TOML file; flags override them
+    /// TOML file with settings; options on the command line override them
     #[arg(long, value_name = "FILE")]
     pub(super) plan: Option<PathBuf>,
-    /// Calibration text: a recipe (wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of
-    /// parquet files; conversations go through the model's chat template. Repeatable, with a weight: wikitext2:3 chat.jsonl:1
-    /// [default: wikitext2]
-    #[arg(long = "dataset", value_name = "DATASET[:WEIGHT]")]
+    /// A recipe (wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of parquet files;
+    /// repeatable. Several texts share the windows, by weight if given: wikitext2:3 chat.jsonl:1. The model's chat template
+    /// renders conversations [default: wikitext2]
+    #[arg(long = "dataset", value_name = "DATASET[:WEIGHT]", help_heading = TEXT)]
     pub(super) datasets: Vec<DatasetShare>,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = TEXT)]
     pub(super) places: TextPlaces,
-    /// Calibration windows [default: 128]
-    #[arg(long, value_name = "N")]
+    /// Number of windows [default: 128]
+    #[arg(long, value_name = "N", help_heading = TEXT)]
     pub(super) samples: Option<usize>,
-    /// Tokens a window [default: 2048]
-    #[arg(long, value_name = "N")]
+    /// Tokens of a window [default: 2048]
+    #[arg(long, value_name = "N", help_heading = TEXT)]
     pub(super) seq_len: Option<usize>,
-    /// Allow windows that are longer than the model's max_position_embeddings, if its rotary embedding is scaled
-    #[arg(long)]
+    /// Allow windows longer than the model's max_position_embeddings, if its rotary embedding is scaled
+    #[arg(long, help_heading = TEXT)]
     pub(super) allow_long_windows: bool,
-    /// Where the windows begin [default: 0]
-    #[arg(long, value_name = "N")]
+    /// Seed of the windows' positions in the text [default: 0]
+    #[arg(long, value_name = "N", help_heading = TEXT)]
     pub(super) seed: Option<u64>,
-    /// A list of variants: card is 4bit-128g, and 32g, 64g and 128g with act order, as on the model cards of 2023; serve is
-    /// 4bit-128g, 4bit-64g, 4bit-32g and 8bit-128g, for vLLM and all other maintained servers; all is both [default: card,
-    /// unless --variant is given]
-    #[arg(long, value_name = "SET", value_parser = words::<VariantSet>(&["card", "serve", "all"]))]
+    /// A list of variants. card: 4bit-128g, and 4bit-32g-act, 4bit-64g-act and 4bit-128g-act. serve: 4bit-128g, 4bit-64g,
+    /// 4bit-32g and 8bit-128g, which every maintained server loads. all: both [default: card, unless --variant is given]
+    #[arg(long, value_name = "SET", help_heading = VARIANTS, value_parser = words::<VariantSet>(&["card", "serve", "all"]))]
     pub(super) set: Option<VariantSet>,
-    /// A variant such as 4bit-128g, 4bit-32g-act, 3bit--1g-asym, 4bit-128g-static, or a GGUF file for llama.cpp: q2_k, q3_k_m,
-    /// q4_0, q4_k_m, q5_k_m, q6_k or q8_0; repeatable
-    #[arg(long = "variant", value_name = "VARIANT")]
+    /// A branch, {2,3,4,8}bit-{16..1024 or -1}g[-act|-static][-asym], such as 4bit-32g-act; or a GGUF file: q2_k, q3_k_m, q4_0,
+    /// q4_k_m, q5_k_m, q6_k or q8_0. g: input features that share a scale, -1 for all. act: quantize columns by falling
+    /// activation size. static: the same, with a sequential g_idx. asym: a zero point for each group. Repeatable
+    #[arg(long = "variant", value_name = "VARIANT", help_heading = VARIANTS)]
     pub(super) variants: Vec<Output>,
-    /// A reader that must take every variant, e.g. vllm, sglang, transformers, gptqmodel or llama.cpp: otherwise the run is
-    /// refused before any work; repeatable
-    #[arg(long = "require-reader", value_name = "READER")]
+    /// A program that must load every variant, such as vllm, sglang, transformers, gptqmodel or llama.cpp. A variant that it
+    /// does not load is an error before the run begins. Repeatable
+    #[arg(long = "require-reader", value_name = "READER", help_heading = VARIANTS)]
     pub(super) require_readers: Vec<String>,
-    /// The variant of the branch `main`, which readers load by default [default: 4bit-128g, if it is made]
-    #[arg(long, value_name = "VARIANT")]
+    /// The variant of branch `main`, which programs load by default [default: 4bit-128g, if it is made]
+    #[arg(long, value_name = "VARIANT", help_heading = VARIANTS)]
     pub(super) main: Option<Variant>,
-    /// Damping as a fraction of the Hessian's mean diagonal [default: 0.01 with fast, 0.05 with standard and best]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    /// Damping, as a fraction of the mean of the Hessian's diagonal [default: 0.01 with fast, 0.05 with standard and best]
+    #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
     pub(super) damp: Option<f64>,
-    /// Preset of the accuracy options below; fast is plain GPTQ [default: standard]
-    #[arg(long, value_name = "PRESET", value_parser = words::<Quality>(&["fast", "standard", "best"]))]
+    /// Preset of all options below. fast: plain GPTQ. best: more accurate than standard, and slower [default: standard]
+    #[arg(long, value_name = "PRESET", help_heading = ACCURACY, value_parser = words::<Quality>(&["fast", "standard", "best"]))]
     pub(super) quality: Option<Quality>,
-    /// Let scales be negative, so that the side of the grid with one level more can be either [default: by --quality]
-    #[arg(long, conflicts_with = "unsigned_scales")]
+    /// Allow negative scales, so that the extra level of the grid can be on either side of zero [default: by --quality]
+    #[arg(long, help_heading = ACCURACY, conflicts_with = "unsigned_scales")]
     pub(super) signed_scales: bool,
     /// Keep all scales positive
-    #[arg(long)]
+    #[arg(long, help_heading = ACCURACY)]
     pub(super) unsigned_scales: bool,
-    /// How scales are searched for [default: by --quality]
-    #[arg(long, value_name = "SEARCH", value_parser = words::<ScaleSearch>(&["off", "diagonal", "block"]))]
+    /// Search for the scales with the smallest error. off: take the range of a group's weights. diagonal: compare candidates
+    /// by the Hessian's diagonal. block: also by the Hessian of the group [default: by --quality]
+    #[arg(long, value_name = "SEARCH", help_heading = ACCURACY, value_parser = words::<ScaleSearch>(&["off", "diagonal", "block"]))]
     pub(super) scale_search: Option<ScaleSearch>,
-    /// Sort features group by group in variants without act order; readers see no difference [default: by --quality]
-    #[arg(long, value_name = "BOOL")]
+    /// Group-aware order, in variants without act order: sort columns within groups, and groups among each other. g_idx stays
+    /// sequential [default: by --quality]
+    #[arg(long, value_name = "BOOL", help_heading = ACCURACY)]
     pub(super) act_group_aware: Option<bool>,
-    /// Strength of asymmetric calibration (GPTAQ), from 0 to 1: at 1 a linear's target is its output in the unquantized
+    /// Strength of asymmetric calibration (GPTAQ), from 0 to 1: at 1 each linear approximates its output in the unquantized
     /// model [default: by --quality]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
     pub(super) asymmetric: Option<f64>,
-    /// Part of the calibration windows, from 0 to 1, on which gradients measure the cost of output errors (YAQA); rows then
-    /// compensate the errors of the rows before them [default: by --quality]
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub(super) output_hessian: Option<f64>,
-    /// Fold rotations into the weights before they are quantized, which spreads outliers and leaves the model's function
-    /// unchanged [default: by --quality]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
-    pub(super) rotate: Option<bool>,
-    /// Scale channels of norms and of the linears behind them against each other until they are alike in size [default: by
+    /// Share of the calibration windows, from 0 to 1, whose gradients weight the errors of outputs (YAQA) [default: by
     /// --quality]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
+    pub(super) output_hessian: Option<f64>,
+    /// Fold rotations into the weights, which spread outliers and leave the model's function unchanged [default: by --quality]
+    #[arg(long, value_name = "BOOL", help_heading = ACCURACY, num_args = 0..=1, default_missing_value = "true")]
+    pub(super) rotate: Option<bool>,
+    /// Move scale between outlier channels of norms and the linears that read them, which leaves the model's function
+    /// unchanged [default: by --quality]
+    #[arg(long, value_name = "BOOL", help_heading = ACCURACY, num_args = 0..=1, default_missing_value = "true")]
     pub(super) equalize: Option<bool>,
-    /// Raise damping by the spectrum of each Hessian and the number of tokens [default: by --quality]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    /// Raise the damping of Hessians that come from few tokens [default: by --quality]
+    #[arg(long, value_name = "BOOL", help_heading = ACCURACY, num_args = 0..=1, default_missing_value = "true")]
     pub(super) shrinkage: Option<bool>,
-    /// Take all Hessians from the unquantized model: further variants cost little time, and some accuracy is lost
-    #[arg(long)]
+    /// Compute one set of Hessians, from the unquantized model, for all variants: faster, and less accurate
+    #[arg(long, help_heading = ACCURACY)]
     pub(super) shared_hessian: bool,
-    /// What to do with a linear that cannot be solved numerically: end the run, or round the linear to nearest (rtn) and
-    /// report that [default: error]
-    #[arg(long, value_name = "WHAT", value_parser = words::<OnFailure>(&["error", "rtn"]))]
+    /// If a linear cannot be solved numerically: stop with an error, or round it to nearest (rtn) and report it [default: error]
+    #[arg(long, value_name = "WHAT", help_heading = ACCURACY, value_parser = words::<OnFailure>(&["error", "rtn"]))]
     pub(super) on_failure: Option<OnFailure>,
-    /// Data type of forward passes [default: auto]
-    #[arg(long, value_name = "DTYPE", value_parser = dtypes())]
+    /// Data type of forward passes; auto is bf16 where the device has instructions for it [default: auto]
+    #[arg(long, value_name = "DTYPE", help_heading = MACHINE, value_parser = dtypes())]
     pub(super) compute_dtype: Option<ComputeDtype>,
-    /// Where to compute: auto, cpu, cuda, or several GPUs as cuda:0,cuda:1. auto is the CPU, because the CUDA code has not been
-    /// tested on a GPU yet [default: auto]
-    #[arg(long, value_name = "DEVICE")]
+    /// auto, cpu, cuda, or several GPUs as cuda:0,cuda:1. auto is the CPU, because the CUDA code has not been tested on a GPU
+    /// yet [default: auto]
+    #[arg(long, value_name = "DEVICE", help_heading = MACHINE)]
     pub(super) device: Option<String>,
-    /// Memory to use at most, e.g. 8GiB; activations that do not fit go to disk [default: no limit]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    /// Limit of memory, such as 8GiB; activations that do not fit are kept on disk [default: no limit]
+    #[arg(long, value_name = "SIZE", help_heading = MACHINE, value_parser = size)]
     pub(super) max_memory: Option<u64>,
-    /// Memory of each CUDA device to use at most; activations that do not fit go to memory [default: what is free]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    /// Limit of memory of each CUDA device; activations that do not fit are kept in main memory [default: what is free]
+    #[arg(long, value_name = "SIZE", help_heading = MACHINE, value_parser = size)]
     pub(super) max_device_memory: Option<u64>,
-    /// Largest weights file, e.g. 5GB [default: 10GB]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    /// Size of the largest weights file of a branch, such as 5GB [default: 10GB]
+    #[arg(long, value_name = "SIZE", help_heading = VARIANTS, value_parser = size)]
     pub(super) max_shard_size: Option<u64>,
-    /// Text to evaluate the branches on: recipe, file or folder; repeatable [default: the texts that the recipes name]
-    #[arg(long, value_name = "DATASET")]
+    /// Text to evaluate the branches on: a recipe, file or folder; repeatable [default: the test text of each recipe]
+    #[arg(long, value_name = "DATASET", help_heading = EVALUATION)]
     pub(super) eval: Vec<String>,
-    /// Windows to evaluate on
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    /// Number of windows to evaluate on
+    #[arg(long, value_name = "N", help_heading = EVALUATION, default_value_t = 16)]
     pub(super) eval_windows: usize,
-    /// Do not evaluate
-    #[arg(long, conflicts_with = "eval")]
+    /// Do not evaluate the branches
+    #[arg(long, help_heading = EVALUATION, conflicts_with = "eval")]
     pub(super) no_eval: bool,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = EVALUATION)]
     pub(super) cache: CacheArgs,
 }
 
@@ -223,10 +234,10 @@ impl Command {
 /// The device that runs a model, and the data type there.
 #[derive(Debug, Args)]
 pub(super) struct ComputeArgs {
-    /// Where to compute: auto, cpu, cuda, cuda:N. auto is the CPU, because the CUDA code has not been tested on a GPU yet
+    /// auto, cpu, cuda or cuda:N. auto is the CPU, because the CUDA code has not been tested on a GPU yet
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(super) device: String,
-    /// Data type to compute in: fp32 on the CPU, fp16 or bf16 on CUDA
+    /// Data type of the computation: fp32 on the CPU, fp16 or bf16 on CUDA
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtypes())]
     pub(super) compute_dtype: ComputeDtype,
 }
@@ -234,11 +245,11 @@ pub(super) struct ComputeArgs {
 /// The cache of the unquantized model's predictions.
 #[derive(Debug, Args)]
 pub(super) struct CacheArgs {
-    /// Folder for the unquantized model's predictions, so that it runs once for the same text [default: gptq in
+    /// Folder for predictions of the unquantized model, which are computed once for the same text [default: gptq in
     /// $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR")]
     pub(super) cache_dir: Option<PathBuf>,
-    /// Neither write nor read that cache
+    /// Neither read nor store these predictions
     #[arg(long, conflicts_with = "cache_dir")]
     pub(super) no_cache: bool,
 }
@@ -246,34 +257,34 @@ pub(super) struct CacheArgs {
 /// Where the files of a text are, and which part of them is read.
 #[derive(Debug, Args)]
 pub(super) struct TextPlaces {
-    /// Folder with the recipes' files, laid out as on the Hub; repeatable. The Hugging Face cache is searched too, and a file
-    /// that is in neither is fetched
+    /// Folder with the recipes' files, laid out as on the Hub; repeatable. Files that are neither here nor in the Hugging Face
+    /// cache are downloaded
     #[arg(long, value_name = "DIR")]
     pub(super) dataset_dir: Vec<PathBuf>,
     /// Split of a folder of parquet files
     #[arg(long, value_name = "NAME")]
     pub(super) split: Option<String>,
-    /// Column with the text or the messages [default: text, else messages, conversations, or prompt with completion]
+    /// Column with the text or the messages [default: text, messages, conversations, or prompt and completion]
     #[arg(long, value_name = "NAME")]
     pub(super) text_column: Option<String>,
 }
 
 #[derive(Debug, Args)]
 pub(super) struct VerifyArgs {
-    /// The quantized folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub, or a GGUF file
+    /// A branch, the folder of a run for all its branches, OWNER/NAME[:BRANCH] on the Hub, or a GGUF file
     pub(super) dir: PathBuf,
-    /// The checkpoint it was made from: measure the distance of every linear
+    /// The unquantized model: measure the distance of every linear from it
     #[arg(long, value_name = "MODEL")]
     pub(super) against: Option<PathBuf>,
-    /// Also put every linear through the int4 matmul of this device (auto, cpu, cuda, cuda:N) and compare it with fp64, on
-    /// activations of a bundled text or of --dataset
+    /// Also run the int4 matmul of this device (auto, cpu, cuda, cuda:N) on every linear, and compare it with fp64, on
+    /// activations of a built-in text or of --dataset
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
     /// Data type of that matmul: fp32 on the CPU, fp16 or bf16 on CUDA
     #[arg(long, value_name = "DTYPE", default_value = "auto", value_parser = dtypes(), requires = "device")]
     pub(super) compute_dtype: ComputeDtype,
-    /// A recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of
-    /// parquet files
+    /// Text for --device: a recipe (wikitext2, wikitext2-test, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file,
+    /// or a folder of parquet files
     #[arg(long, value_name = "DATASET")]
     pub(super) dataset: Option<String>,
     #[command(flatten)]
@@ -282,10 +293,10 @@ pub(super) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct EvalArgs {
-    /// Folder of the unquantized checkpoint, or OWNER/NAME[@REVISION] on the Hub
+    /// The unquantized model: a folder, or OWNER/NAME[@REVISION] on the Hub
     #[arg(long, value_name = "MODEL")]
     pub(super) model: PathBuf,
-    /// A quantized folder, or that of a run for all its branches, or OWNER/NAME:BRANCH on the Hub, or a GGUF file; repeatable
+    /// A branch, the folder of a run for all its branches, OWNER/NAME:BRANCH on the Hub, or a GGUF file; repeatable
     #[arg(long, value_name = "MODEL")]
     pub(super) quantized: Vec<PathBuf>,
     /// A recipe (wikitext2-test, wikitext2, c4, ultrachat, smoltalk), a .parquet, .txt, .json or .jsonl file, or a folder of parquet
@@ -294,25 +305,25 @@ pub(super) struct EvalArgs {
     pub(super) datasets: Vec<String>,
     #[command(flatten)]
     pub(super) places: TextPlaces,
-    /// Tokens a window; repeatable
+    /// Tokens of a window; repeatable
     #[arg(long, value_name = "N", default_value = "2048")]
     pub(super) seq_len: Vec<usize>,
     /// Allow windows that are longer than the model's max_position_embeddings, if its rotary embedding is scaled
     #[arg(long)]
     pub(super) allow_long_windows: bool,
-    /// Windows, from the front of the text [default: all]
+    /// Number of windows, from the start of the text [default: all]
     #[arg(long, value_name = "N")]
     pub(super) windows: Option<usize>,
-    /// Tokens from the start of one window to the start of the next; below --seq-len, windows overlap and only new tokens
-    /// are scored [default: --seq-len]
+    /// Distance between the starts of windows, in tokens. Below --seq-len windows overlap, and each token counts once [default:
+    /// --seq-len]
     #[arg(long, value_name = "N")]
     pub(super) stride: Option<usize>,
-    /// Do not write the figures into the quantized folders (eval.json)
+    /// Do not write the figures to eval.json in the branches
     #[arg(long)]
     pub(super) no_save: bool,
     #[command(flatten)]
     pub(super) cache: CacheArgs,
-    /// Also write tokens and the quantized model's logits to this safetensors file; one --quantized only
+    /// Also write tokens and the quantized model's logits to this safetensors file; for a single --quantized
     #[arg(long, value_name = "FILE")]
     pub(super) dump_logits: Option<PathBuf>,
     #[command(flatten)]
@@ -321,26 +332,26 @@ pub(super) struct EvalArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct ReportArgs {
-    /// Folder of a run (or its run.json); repeatable
+    /// The folder of a run, or its run.json; repeatable
     #[arg(value_name = "RUN", required_unless_present = "quantized")]
     pub(super) runs: Vec<PathBuf>,
-    /// A quantized folder or GGUF file with figures of `gptq eval` (or its eval.json); repeatable
+    /// A quantized folder or GGUF file that `gptq eval` has measured, or its eval.json; repeatable
     #[arg(long, value_name = "DIR")]
     pub(super) quantized: Vec<PathBuf>,
-    /// The unquantized checkpoint, a folder or OWNER/NAME[@REVISION] on the Hub: check that all figures are against it
+    /// The unquantized model, a folder or OWNER/NAME[@REVISION] on the Hub: require that all figures compare with it
     #[arg(long, value_name = "MODEL")]
     pub(super) model: Option<PathBuf>,
-    /// Recommend by the figures on this text; repeatable, the first decides [default: the text that most models were
-    /// evaluated on]
+    /// Text whose figures are shown; repeatable, and the first decides the recommendation [default: the text that most models
+    /// were evaluated on]
     #[arg(long = "dataset", value_name = "NAME")]
     pub(super) datasets: Vec<String>,
     /// Write the report as one HTML file
     #[arg(long, value_name = "FILE")]
     pub(super) html: Option<PathBuf>,
-    /// Write it as Markdown that fits a comment on a pull request
+    /// Write the report as Markdown that fits a comment on a pull request
     #[arg(long, value_name = "FILE")]
     pub(super) markdown: Option<PathBuf>,
-    /// Write it as JSON; `-` is standard output
+    /// Write the report as JSON; `-` is standard output
     // Replaces the global flag of this name, which takes no separate word.
     #[arg(id = "json", long, value_name = "FILE")]
     pub(super) _json: Option<PathBuf>,
@@ -348,8 +359,8 @@ pub(super) struct ReportArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
-    /// A checkpoint, dense or quantized: a folder, or that of a run for all its branches, or OWNER/NAME[:BRANCH] on the Hub, or a
-    /// GGUF file
+    /// A model, quantized or not: a folder, the folder of a run for all its branches, OWNER/NAME[:BRANCH] on the Hub, or a GGUF
+    /// file
     pub(super) dir: PathBuf,
     /// List every tensor, and the metadata of a GGUF file
     #[arg(long)]
@@ -358,29 +369,29 @@ pub(super) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
-    /// A GPTQ checkpoint, or a dense one: a folder, or OWNER/NAME[:BRANCH] on the Hub
+    /// A model, quantized or not: a folder, or OWNER/NAME[:BRANCH] on the Hub
     pub(super) dir: PathBuf,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
-    /// The text to continue, or with --chat the user's message; `-` reads it from standard input
+    /// Text to continue, or with --chat the user's message; `-` reads it from standard input
     #[arg(long, value_name = "TEXT")]
     pub(super) prompt: String,
-    /// Render the prompt with the model's chat template, as the message of a user
+    /// Render the prompt with the model's chat template, as a user's message
     #[arg(long)]
     pub(super) chat: bool,
-    /// Most tokens to generate
+    /// Number of tokens to generate at most
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(super) max_tokens: usize,
-    /// Sampling temperature: higher makes less likely tokens more frequent; 0 always takes the most likely one
+    /// Sampling temperature: higher gives more varied text, 0 always takes the most likely token
     #[arg(long, value_name = "X", default_value_t = 0.7, allow_negative_numbers = true)]
     pub(super) temperature: f64,
-    /// Sample from the most likely tokens that together have this probability
+    /// Sample only from the most likely tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     pub(super) top_p: f64,
-    /// Above 1, tokens that occurred before become less likely
+    /// Above 1, tokens that have occurred become less likely
     #[arg(long, value_name = "X", default_value_t = 1.1, allow_negative_numbers = true)]
     pub(super) repetition_penalty: f64,
-    /// Seed of the sampling; the same seed gives the same text
+    /// Seed of the sampling: the same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) seed: u64,
 }

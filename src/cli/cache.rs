@@ -11,9 +11,9 @@ use super::{args::OutputArgs, hub, terminal};
 /// The stored predictions.
 #[derive(Debug, Args)]
 pub(super) struct StoredArgs {
-    /// What to do with them
+    /// What to do with the files
     action: Action,
-    /// Their folder [default: gptq in $XDG_CACHE_HOME or ~/.cache]
+    /// Folder of the predictions [default: gptq in $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR")]
     cache_dir: Option<PathBuf>,
 }

@@ -18,12 +18,12 @@ use super::{args::OutputArgs, terminal};
 pub(super) struct CardArgs {
     /// The folder that `gptq quantize` made
     pub(super) run: PathBuf,
-    /// Future place of the branches: OWNER/NAME on the Hub, or a git address
+    /// Where the branches will be published: OWNER/NAME on the Hub, or a git address
     #[arg(long, value_name = "REPOSITORY")]
     repository: Option<String>,
     #[command(flatten)]
     texts: CardTexts,
-    /// Print the card of this branch and write nothing
+    /// Print the card of this branch, and write nothing
     #[arg(long, value_name = "BRANCH")]
     print: Option<String>,
 }
@@ -31,13 +31,13 @@ pub(super) struct CardArgs {
 /// Contents of a card that are not in the run's report.
 #[derive(Debug, Args)]
 pub(super) struct CardTexts {
-    /// Template of the card, in Jinja's language
+    /// Jinja template of the card
     #[arg(long = "card-template", value_name = "FILE")]
     template: Option<PathBuf>,
-    /// Format of a prompt for the model, with {prompt} in it [default: its chat template]
+    /// Format of a prompt, with {prompt} in it [default: the model's chat template]
     #[arg(long, value_name = "TEXT")]
     prompt_template: Option<String>,
-    /// The source model on the Hub, if it was not fetched from there
+    /// The source model on the Hub, if it was read from a folder
     #[arg(long, value_name = "OWNER/NAME")]
     base_model: Option<String>,
     /// The licence's identifier on the Hub, such as apache-2.0 [default: that of the source model's card]
@@ -46,11 +46,11 @@ pub(super) struct CardTexts {
     /// A language of the model, such as en; repeatable [default: those of the source model's card]
     #[arg(long = "language", value_name = "LANGUAGE")]
     languages: Vec<String>,
-    /// Take the figures on this text; repeatable [default: the texts of the run itself, else those that all branches
+    /// Text whose figures are shown; repeatable [default: the run's own texts, else those that all branches
     /// were evaluated on]
     #[arg(long = "dataset", value_name = "NAME")]
     datasets: Vec<String>,
-    /// Who quantized [default: the repository's owner]
+    /// Author of the branches [default: the repository's owner]
     #[arg(long, value_name = "NAME")]
     quantized_by: Option<String>,
 }

@@ -18,19 +18,19 @@ const STEP_SUMMARY: &str = "GITHUB_STEP_SUMMARY";
 
 #[derive(Debug, Args)]
 pub(super) struct GateArgs {
-    /// Folder of a run, with run.json and the branches; or a run.json by itself
+    /// The folder of a run, or its run.json
     pub(super) run: PathBuf,
-    /// The figures of a good run; written by --update
+    /// File with the figures of a good run; --update writes it
     #[arg(long, value_name = "FILE")]
     pub(super) baseline: PathBuf,
-    /// Limits in TOML: docs/ci.md has the keys and their defaults
+    /// TOML file with limits; docs/ci.md lists the keys and their defaults
     #[arg(long, value_name = "FILE")]
     pub(super) thresholds: Option<PathBuf>,
-    /// Judge the figures on this text; repeatable. Other evaluations are listed as not judged [default: the texts of the
-    /// run itself, else those that all branches were evaluated on; and the baseline's]
+    /// Text whose figures are checked; repeatable [default: the run's own texts, else those that all branches were evaluated
+    /// on; and the baseline's]
     #[arg(long = "dataset", value_name = "NAME")]
     pub(super) datasets: Vec<String>,
-    /// Make this run the baseline, if it passes against fp16
+    /// Write this run's figures as the baseline, if it passes the checks that need no baseline
     #[arg(long)]
     pub(super) update: bool,
     /// Format of the result; --json is --format json [default: text]

@@ -26,17 +26,17 @@ use super::{
 pub(super) struct GgufArgs {
     /// A symmetric branch of 4 or 8 bits with a sequential g_idx: its folder, or OWNER/NAME[:BRANCH] on the Hub
     branch: PathBuf,
-    /// File for llama.cpp; must not exist
+    /// The GGUF file to write; must not exist
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// The unquantized model: norms, embedding and output layer are taken from it in its own precision, and the file is named
-    /// after it
+    /// The unquantized model: norms, embedding and output layer are read from it in its own precision, and the file has its
+    /// name
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
     /// Type of the embedding
     #[arg(long, value_name = "TYPE", default_value = "q8_0", value_parser = dense_types())]
     token_embedding: BlockType,
-    /// Type of the output layer, where it is not the embedding [default: q8_0]
+    /// Type of the output layer, if it is not tied to the embedding [default: q8_0]
     #[arg(long, value_name = "TYPE", value_parser = dense_types())]
     output: Option<BlockType>,
 }

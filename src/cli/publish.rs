@@ -26,10 +26,10 @@ use super::{
 pub(super) struct PublishArgs {
     /// The folder that `gptq quantize` made
     run: PathBuf,
-    /// hub:OWNER/NAME, or git:ADDRESS or git:PATH of a repository
+    /// hub:OWNER/NAME, or git: with the address or path of a repository
     #[arg(long, value_name = "PLACE")]
     to: Place,
-    /// Only this branch; repeatable [default: all]
+    /// Publish only this branch; repeatable [default: all]
     #[arg(long = "branch", value_name = "BRANCH")]
     branches: Vec<String>,
     /// Make a new repository on the Hub private
@@ -38,10 +38,10 @@ pub(super) struct PublishArgs {
     /// List what would be sent, and send nothing
     #[arg(long)]
     dry_run: bool,
-    /// On a git remote: start the branches again and discard their history there
+    /// On a git remote: replace the branches, and discard their history there
     #[arg(long)]
     force: bool,
-    /// Name of a gated source's licence that you accept; repeatable
+    /// Name of the gated source model's licence, which you accept; repeatable
     #[arg(long, value_name = "LICENCE")]
     accept_license: Vec<String>,
     #[command(flatten)]

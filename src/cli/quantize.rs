@@ -113,7 +113,7 @@ fn say_what_is_kept(error: &gptq::Error, place: &Place<'_>, output: &OutputArgs)
         Some(begun) => {
             let (kept, resume) = (what_is_kept(&begun), command::resume());
             let out = place.out.display();
-            terminal::note(output, &format!("{kept} are kept in {out}; this resumes there: {resume}"));
+            terminal::note(output, &format!("{kept} are kept in {out}; resume with: {resume}"));
         }
         None if matches!(error, E::Interrupted) => {
             terminal::note(output, "nothing is kept: no layer was finished");

@@ -15,7 +15,7 @@ impl Error {
                     "if the model has biases, say so in `{}`: `attention_bias` or `mlp_bias` (or the key of its family)",
                     path.join("config.json").display()
                 ),
-                false => "is the config that of another model? It must describe every tensor of a layer".into(),
+                false => "check that the config belongs to this model: it must describe every tensor of a layer".into(),
             },
             Self::LfsPointer { path } => {
                 let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
@@ -55,7 +55,7 @@ impl Error {
             }
             Self::DatasetNotFound { fetch, .. } => fetch.clone(),
             Self::OutOfFolder { .. } => {
-                "copy the folder with what its links lead to, if you trust them: cp -rL FOLDER COPY".into()
+                "if you trust the targets of its links, copy the folder with them: cp -rL FOLDER COPY".into()
             }
             Self::MissingColumn { .. } => "name the column with --text-column".into(),
             Self::TooLittleText { .. } => "use fewer or shorter windows, or more text".into(),
@@ -66,14 +66,14 @@ impl Error {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }
             Self::ReaderRefuses { taken, .. } if taken.is_empty() => {
-                "it takes no variant of this model: leave --require-reader out".into()
+                "it loads no variant of this model: leave --require-reader out".into()
             }
-            Self::ReaderRefuses { taken, .. } => format!("it takes --variant {}", taken.join(", ")),
+            Self::ReaderRefuses { taken, .. } => format!("it loads --variant {}", taken.join(", ")),
             Self::Numerical(problem) => problem.hint().into(),
             Self::NonFinite { computed: true, .. } => {
-                "the model itself computes them: look at the weights of the layers before, or use --compute-dtype fp32".into()
+                "the model itself produces them: check the weights of the layers before, or use --compute-dtype fp32".into()
             }
-            Self::NonFinite { .. } => "the file holds them: download it again, or look for a better copy".into(),
+            Self::NonFinite { .. } => "the file contains them: download it again, or use another copy".into(),
             Self::OutputExists { .. } => "choose another folder, or remove this one".into(),
             Self::Journal(error) => error.hint().into(),
             Self::Resource(error) => error.hint(),

@@ -86,7 +86,7 @@ pub enum HubError {
     },
     /// Files are neither in the cache nor reachable on the network.
     #[error(
-        "{why}, and `{repository}` at revision `{revision}` is not whole in the cache: {missing} is missing"
+        "{why}, and `{repository}` at revision `{revision}` is incomplete in the cache: {missing} is missing"
     )]
     NotCached {
         /// Why the Hub was not asked, or its error.
@@ -126,7 +126,7 @@ pub enum HubError {
     },
     /// The server has no Xet, so large files can only be sent with git-lfs.
     #[error(
-        "{endpoint} offers `{found}` for large files, not Xet, which is how they are sent to `{repository}`"
+        "`{repository}`: large files are sent through Xet, and {endpoint} offers `{found}`"
     )]
     NoXet {
         /// The Hub's address.
@@ -145,7 +145,7 @@ pub enum HubError {
         known: String,
     },
     /// The source is gated, and its licence was not accepted.
-    #[error("`{model}` is gated under the licence `{licence}`, which holds for what is made from it")]
+    #[error("`{model}` is gated under the licence `{licence}`, which also holds for quantized copies")]
     Licence {
         /// The source model.
         model: String,
@@ -153,7 +153,7 @@ pub enum HubError {
         licence: String,
     },
     /// The remote does not have what was sent.
-    #[error("branch `{branch}` was published, but {place} says `{file}` is {found}, not {expected}")]
+    #[error("branch `{branch}` was published, but `{file}` on {place} is {found}: expected {expected}")]
     NotProven {
         /// The branch.
         branch: String,
@@ -177,7 +177,7 @@ pub enum HubError {
         hint: Option<&'static str>,
     },
     /// The template of a card cannot be used.
-    #[error("`{}` cannot be made into a card: {problem}", path.display())]
+    #[error("`{}` cannot be rendered as a card: {problem}", path.display())]
     Template {
         /// The template.
         path: PathBuf,
@@ -185,7 +185,7 @@ pub enum HubError {
         problem: String,
     },
     /// A transfer that was cut too many times in a row.
-    #[error("`{file}` of `{repository}` came only to {got} of {size} bytes: {problem}")]
+    #[error("the download of `{file}` of `{repository}` stopped after {got} of {size} bytes: {problem}")]
     Cut {
         /// `owner/name`.
         repository: String,
@@ -199,7 +199,7 @@ pub enum HubError {
         problem: String,
     },
     /// A received file differs from the Hub's listing.
-    #[error("`{file}` of `{repository}` is not what the Hub says it is: expected {expected}, found {found}")]
+    #[error("`{file}` of `{repository}` differs from the Hub's listing: expected {expected}, found {found}")]
     Content {
         /// `owner/name`.
         repository: String,
@@ -263,23 +263,23 @@ impl HubError {
             }
             Self::NotCached { offline: true, .. } => "unset HF_HUB_OFFLINE to fetch it".into(),
             Self::NotCached { .. } | Self::Unreachable { .. } => {
-                "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: what has come is kept"
+                "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: downloaded files are kept"
                     .into()
             }
             Self::RateLimited { .. } => {
-                "wait a while and start again: what has come is kept; a token (HF_TOKEN) allows more requests"
+                "wait a while and start again: downloaded files are kept; a token (HF_TOKEN) allows more requests"
                     .into()
             }
             Self::Cut { .. } => "start again: it resumes where it stopped".into(),
             Self::Content { .. } => {
-                "start again; if it stays, the file on the Hub or something on the way to it is damaged"
+                "start again; if the error stays, the file on the Hub is damaged, or a proxy changes it"
                     .into()
             }
             Self::NoXet { endpoint, repository, .. } => {
                 format!("send it with git-lfs: --to git:{endpoint}/{repository}")
             }
             Self::Licence { licence, .. } => {
-                format!("read it, and publish with --accept-license {licence} if you keep to it")
+                format!("read it; if you accept it, publish with --accept-license {licence}")
             }
             Self::NotProven { .. } => "publish again: only what differs is sent".into(),
             Self::Git { hint, .. } => return hint.map(str::to_owned),

@@ -127,7 +127,7 @@ pub enum Error {
         problem: &'static str,
     },
     /// A decoder layer has a tensor that is not in the config and would change what the model computes.
-    #[error("tensor `{name}` of `{}` is not zero, and the config has no such tensor: the model would compute something else", path.display())]
+    #[error("tensor `{name}` of `{}` is not zero, and the config does not describe it: the model would compute other results", path.display())]
     UndeclaredTensor {
         /// The tensor.
         name: String,
@@ -175,7 +175,7 @@ pub enum Error {
         instead: String,
     },
     /// A link, or a file name in an index, leads out of the model's folder.
-    #[error("`{}` leads out of its folder, to `{}`", path.display(), target.display())]
+    #[error("`{}` points outside its folder, to `{}`", path.display(), target.display())]
     OutOfFolder {
         /// The file as it is named.
         path: PathBuf,
@@ -329,7 +329,7 @@ pub enum Error {
         rows: usize,
     },
     /// The text is too short for the windows asked for.
-    #[error("{dataset} has {tokens} tokens; {windows} x {seq_len} need at least {needed}")]
+    #[error("{dataset} has {tokens} tokens; {windows} x {seq_len} tokens need at least {needed}")]
     TooLittleText {
         /// The dataset.
         dataset: String,
@@ -363,7 +363,7 @@ pub enum Error {
         vocab: usize,
     },
     /// A variant that a required reader does not take.
-    #[error("variant {variant}: {reader} must take it (--require-reader), and does not: it {why}")]
+    #[error("variant {variant}: {reader} (--require-reader) does not load it: it {why}")]
     ReaderRefuses {
         /// The reader.
         reader: String,
@@ -437,7 +437,7 @@ pub enum Error {
         problem: String,
     },
     /// The user asked to stop.
-    #[error("stopped as asked")]
+    #[error("stopped on request")]
     Interrupted,
     /// A device cannot be used.
     #[error("device `{device}` cannot be used: {problem}")]

@@ -10,7 +10,7 @@ use super::Error;
 pub enum NumericalError {
     /// The damped Hessian could not be factorized.
     #[error(
-        "the Hessian of {stage} is not positive definite, also with damping raised to {damp} of its mean diagonal"
+        "the Hessian of {stage} is not positive definite, even with damping raised to {damp} of its mean diagonal"
     )]
     NotPositiveDefinite {
         /// Layer and stage.
@@ -19,7 +19,7 @@ pub enum NumericalError {
         damp: f64,
     },
     /// The Hessian is zero after calibration.
-    #[error("the Hessian of {stage} is all zero: its inputs carried nothing")]
+    #[error("the Hessian of {stage} is zero: all its inputs were zero")]
     EmptyHessian {
         /// Layer and stage.
         stage: String,
@@ -88,7 +88,7 @@ impl JournalError {
     pub(super) fn hint(&self) -> &'static str {
         match self {
             Self::Broken { .. } => {
-                "--restart discards what was begun; if its journal is in another folder, name that with --journal-dir"
+                "--restart discards the unfinished run; if its journal is in another folder, name that with --journal-dir"
             }
             Self::Differs { .. } => {
                 "repeat its settings to resume it, choose another folder, or discard it with --restart"
@@ -157,13 +157,13 @@ impl ResourceError {
 #[non_exhaustive]
 pub enum ReportError {
     /// They were measured with other weights.
-    #[error("`{}` has figures of other weights than those beside it", path.display())]
+    #[error("`{}` was measured with other weights than those beside it", path.display())]
     Stale {
         /// The figures' file.
         path: PathBuf,
     },
     /// The baseline does not exist.
-    #[error("there is no baseline `{}`", path.display())]
+    #[error("the baseline `{}` does not exist", path.display())]
     NoBaseline {
         /// The file.
         path: PathBuf,
@@ -177,7 +177,7 @@ impl ReportError {
                 let folder = path.parent().unwrap_or(path).display();
                 format!("measure again: gptq eval --model MODEL --quantized {folder}")
             }
-            Self::NoBaseline { .. } => "make it from a run that is good, with --update".into(),
+            Self::NoBaseline { .. } => "write it from a good run: gptq gate RUN --baseline FILE --update".into(),
         }
     }
 }

@@ -111,7 +111,7 @@ impl Hub {
                 };
                 let commit = &snapshot.commit[..12];
                 progress.event(&Event::Warning(&format!(
-                    "{error}; going on with {reference} from the cache, as it was at commit {commit}"
+                    "{error}; using {reference} from the cache, as it was at commit {commit}"
                 )));
                 Ok(snapshot)
             }

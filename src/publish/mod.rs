@@ -81,7 +81,7 @@ fn message(branch: &Branch) -> String {
     format!("{} of {GENERATED_BY}", branch.name)
 }
 
-/// Requires that the licence of a gated source, which holds for what is made from it, was accepted by its name.
+/// Requires that the licence of a gated source, which also holds for quantized copies, was accepted by its name.
 ///
 /// A source is gated if the Hub said so at the fetch, or if its card has a prompt or fields for those who want its files.
 ///

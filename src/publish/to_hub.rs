@@ -78,7 +78,7 @@ fn send(hub: &Hub, place: &Reference, branch: &Branch, progress: &dyn Progress) 
             // The commit may have arrived all the same: the next round compares again.
             Err(Error::Hub(error)) if error.is_passing() && failures < hub.settings().retries => {
                 failures += 1;
-                progress.event(&Event::Warning(&format!("{error}; going on")));
+                progress.event(&Event::Warning(&format!("{error}; trying again")));
                 std::thread::sleep(hub.settings().pause_after(failures));
             }
             Err(error) => return Err(error),

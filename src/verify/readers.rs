@@ -730,7 +730,7 @@ mod tests {
         let refused = require("4bit-128g-act").unwrap_err();
         assert_eq!(
             refused.hint().unwrap(),
-            "it takes --variant 4bit--1g-act, 4bit-128g, 4bit-64g, 4bit-32g, 8bit-128g"
+            "it loads --variant 4bit--1g-act, 4bit-128g, 4bit-64g, 4bit-32g, 8bit-128g"
         );
     }
 

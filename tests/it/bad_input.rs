@@ -33,7 +33,7 @@ fn stopped(lab: &Lab, error: &str) {
 
 /// How an error ends that a file's numbers are to blame for.
 const BROKEN: &str =
-    "are NaN or infinite\nhint: the file holds them: download it again, or look for a better copy";
+    "are NaN or infinite\nhint: the file contains them: download it again, or use another copy";
 
 /// The tiny model in three shards.
 fn sharded() -> Lab {
@@ -246,7 +246,7 @@ fn inputs_that_carry_nothing() {
     let flags = [&VARIANT[..], &["--on-failure", "rtn"]].concat();
     refused(
         &lab,
-        "error: the Hessian of layer 0, q/k/v is all zero: its inputs carried nothing\nhint: look for a norm or a linear \
+        "error: the Hessian of layer 0, q/k/v is zero: all its inputs were zero\nhint: look for a norm or a linear \
          before it whose weights are all zero; --on-failure rtn rounds such linears to nearest",
     );
 
@@ -313,8 +313,8 @@ fn biases_that_the_config_does_not_announce() {
     };
     refused(
         &with(0.5),
-        "error: tensor `model.layers.1.self_attn.o_proj.bias` of `[LAB]/model` is not zero, and the config has no such tensor: \
-         the model would compute something else\n\
+        "error: tensor `model.layers.1.self_attn.o_proj.bias` of `[LAB]/model` is not zero, and the config does not describe \
+         it: the model would compute other results\n\
          hint: if the model has biases, say so in `[LAB]/model/config.json`: `attention_bias` or `mlp_bias` (or the key of its \
          family)",
     );

@@ -121,7 +121,7 @@ fn figures_of_later_evaluations_are_on_the_card() {
     figures["checkpoint"]["digest"] = "0".repeat(64).into();
     write_json(&branch.join("eval.json"), &figures);
     card_of(ACT).fails_with(&format!(
-        "error: `[LAB]/out/{ACT}/eval.json` has figures of other weights than those beside it\n\
+        "error: `[LAB]/out/{ACT}/eval.json` was measured with other weights than those beside it\n\
          hint: measure again: gptq eval --model MODEL --quantized [LAB]/out/{ACT}",
     ));
 }
@@ -200,7 +200,7 @@ fn a_template_of_ones_own_and_what_can_be_wrong_with_it() {
         let template = lab.write("bad.jinja", text);
         let failed = lab.run(&["card", &out, "--card-template", &template]);
         assert_eq!(failed.code, Some(2));
-        let expected = format!("error: `[LAB]/bad.jinja` cannot be made into a card: {problem}");
+        let expected = format!("error: `[LAB]/bad.jinja` cannot be rendered as a card: {problem}");
         assert!(failed.stderr.starts_with(&expected), "{}", failed.stderr);
     }
     lab.run(&["card", &out, "--card-template", "/none"])

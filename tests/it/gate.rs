@@ -48,7 +48,7 @@ fn change(path: &std::path::Path, change: impl FnOnce(&mut Value)) {
 fn from_the_first_baseline_to_a_red_job() {
     let lab = lab();
     gate(&lab, &[]).fails_with(
-        "error: there is no baseline `[LAB]/baseline.json`\nhint: make it from a run that is good, with --update",
+        "error: the baseline `[LAB]/baseline.json` does not exist\nhint: write it from a good run: gptq gate RUN --baseline FILE --update",
     );
     let output = gate(&lab, &["--update"]).succeeds();
     assert!(
@@ -206,7 +206,7 @@ fn what_cannot_be_read_is_exit_code_2() {
     });
     bad(
         &[],
-        "error: `[LAB]/out/gptq-4bit-32g-actorder_False/eval.json` has figures of other weights than those beside it",
+        "error: `[LAB]/out/gptq-4bit-32g-actorder_False/eval.json` was measured with other weights than those beside it",
     );
 
     fs::write(lab.path("baseline.json"), "{ \"schema\": \"gptq-baseline/1\", ").unwrap();

@@ -23,7 +23,7 @@ fn without_a_network_the_cache_serves() {
     assert!(matches!(error, Error::Hub(HubError::Unreachable { .. })), "{error}");
     assert_eq!(
         place.refused(offline.clone(), "some/llama"),
-        "HF_HUB_OFFLINE is set, and `some/llama` at revision `main` is not whole in the cache: all of it is missing \
+        "HF_HUB_OFFLINE is set, and `some/llama` at revision `main` is incomplete in the cache: all of it is missing \
          | unset HF_HUB_OFFLINE to fetch it"
     );
 
@@ -33,7 +33,7 @@ fn without_a_network_the_cache_serves() {
     let notes = Notes::default();
     assert_eq!(place.fetch_with(gone.clone(), "some/llama", &notes).unwrap(), cached);
     let notes = notes.0.into_inner().unwrap();
-    assert!(notes[0].contains("; going on with some/llama from the cache, as it was at commit"), "{notes:?}");
+    assert!(notes[0].contains("; using some/llama from the cache, as it was at commit"), "{notes:?}");
     assert_eq!(place.fetch_with(offline.clone(), "some/llama", &Notes::default()).unwrap(), cached);
     assert_eq!(place.server.take_seen().len(), 0);
     place.server.fault("/api/models", Fault::status(503, ""), 9);
@@ -41,7 +41,7 @@ fn without_a_network_the_cache_serves() {
 
     fs::remove_file(snapshot.folder.join("config.json")).unwrap();
     let refused = place.refused(offline, "some/llama");
-    assert!(refused.contains("is not whole in the cache: `config.json` is missing"), "{refused}");
+    assert!(refused.contains("is incomplete in the cache: `config.json` is missing"), "{refused}");
 }
 
 #[test]

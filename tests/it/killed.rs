@@ -119,9 +119,9 @@ fn a_signal_leaves_a_state_to_go_on_from_and_a_second_one_too() {
             assert_eq!(code, Some(130), "{said}");
         } else {
             assert_eq!(code, Some(143), "{said}");
-            assert!(said.contains("error: stopped as asked"), "{said}");
+            assert!(said.contains("error: stopped on request"), "{said}");
             assert!(said.contains(" of 4 layers are kept in "), "{said}");
-            assert!(said.contains("; this resumes there: gptq quantize "), "{said}");
+            assert!(said.contains("; resume with: gptq quantize "), "{said}");
         }
         let output = lab.run(&card(&lab, name, &[])).succeeds();
         assert!(output.stderr.contains("resuming: "), "{}", output.stderr);

@@ -164,7 +164,7 @@ fn a_publication_that_cannot_be_proven_is_an_error() {
     let error = failed.stderr.replace(&server.endpoint(), "[HUB]");
     assert!(
         error.contains(
-            "error: branch `main` was published, but [HUB] says `EXTRA.md` is missing, not 3 bytes"
+            "error: branch `main` was published, but `EXTRA.md` on [HUB] is missing: expected 3 bytes"
         ),
         "{error}"
     );
@@ -179,7 +179,7 @@ fn a_publication_that_cannot_be_proven_is_an_error() {
     server.fault("/tree/main", Fault::Pretend(other.to_string()), 1);
     let failed = publish(&lab, &server, &[]);
     assert_eq!(failed.code, Some(2), "{}", failed.stdout);
-    let found = format!("says `EXTRA.md` is 3 bytes, git blob {}, not 3 bytes, git blob ", "0".repeat(40));
+    let found = format!(" is 3 bytes, git blob {}: expected 3 bytes, git blob ", "0".repeat(40));
     assert!(failed.stderr.contains(&found), "{}", failed.stderr);
 }
 
@@ -215,8 +215,8 @@ fn a_gated_source_asks_for_its_licence_by_name() {
     let card = "---\nlicense: other\nlicense_name: llama2\nextra_gated_prompt: please\n---\n# Llama";
     fs::write(lab.out().join("source-card.md"), card).unwrap();
     publish(&lab, &server, &[]).fails_with(
-        "error: `model` is gated under the licence `llama2`, which holds for what is made from it\n\
-         hint: read it, and publish with --accept-license llama2 if you keep to it",
+        "error: `model` is gated under the licence `llama2`, which also holds for quantized copies\n\
+         hint: read it; if you accept it, publish with --accept-license llama2",
     );
     let other = publish(&lab, &server, &["--accept-license", "mit"]);
     assert_eq!(other.code, Some(2));

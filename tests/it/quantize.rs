@@ -288,8 +288,8 @@ fn a_bos_token_on_which_two_files_disagree_is_said_by_the_run_and_by_verify() {
 fn a_required_reader_is_checked_before_any_work() {
     let lab = Lab::new();
     lab.quantize(&["--variant", "4bit-32g-act", "--require-reader", "VLLM"]).fails_with(
-        "error: variant 4bit-32g-act: vLLM 0.30 and newer must take it (--require-reader), and does not: it refuses act \
-         order (desc_act)\nhint: it takes --variant 4bit--1g-act, 4bit-64g, 4bit-32g",
+        "error: variant 4bit-32g-act: vLLM 0.30 and newer (--require-reader) does not load it: it refuses act order \
+          (desc_act)\nhint: it loads --variant 4bit--1g-act, 4bit-64g, 4bit-32g",
     );
     lab.quantize(&["--variant", "4bit-32g", "--require-reader", "vlm"]).fails_with(
         "error: --require-reader: expected the name of a reader (transformers 5, GPTQModel 7, vLLM 0.30 and newer, SGLang \
@@ -339,7 +339,7 @@ fn what_a_run_without_a_journal_left_needs_a_word() {
     fs::write(partial.join("model.safetensors"), "half of it").unwrap();
     lab.quantize(&["--variant", "4bit-32g"]).fails_with(
         "error: `[LAB]/out` cannot be resumed: it holds a run that was begun, whose journal is not in \
-         `[LAB]/out/.journal.partial`\nhint: --restart discards what was begun; if its journal is in another folder, \
+         `[LAB]/out/.journal.partial`\nhint: --restart discards the unfinished run; if its journal is in another folder, \
          name that with --journal-dir",
     );
     lab.quantize(&["--variant", "4bit-32g", "--restart"]).succeeds();

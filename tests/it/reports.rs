@@ -117,7 +117,7 @@ fn a_run_is_reported_with_what_was_measured_later() {
         tensors.get_mut("model.norm.weight").unwrap().fill([0], 2.0)
     });
     lab.run(&["report", &out]).fails_with(
-        "error: `[LAB]/out/gptq-4bit-32g-actorder_True/eval.json` has figures of other weights than those beside it\n\
+        "error: `[LAB]/out/gptq-4bit-32g-actorder_True/eval.json` was measured with other weights than those beside it\n\
          hint: measure again: gptq eval --model MODEL --quantized [LAB]/out/gptq-4bit-32g-actorder_True",
     );
 }

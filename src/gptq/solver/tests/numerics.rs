@@ -275,7 +275,7 @@ fn inputs_that_are_all_zero_are_refused_or_rounded() {
     let solution = solved(&OrRounded(CpuSolver::new()), &hessian, &values, &variant, 0.01);
     assert_eq!(
         solution.fallback.as_deref(),
-        Some("the Hessian of layer 3, down is all zero: its inputs carried nothing")
+        Some("the Hessian of layer 3, down is zero: all its inputs were zero")
     );
     assert_eq!(solution.squared_error, 0.0);
     let alone = solved(&RtnSolver, &hessian, &values, &variant, 0.01);
