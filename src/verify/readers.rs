@@ -205,7 +205,7 @@ pub fn lost_readers(config: &ModelConfig, variants: &[Variant]) -> Vec<LostReade
     let text = |(reader, refusal, variants): (&Reader, Refusal, Vec<Variant>)| {
         let (name, names, why) = (&reader.name, list(&variants, "and"), &refusal.why);
         let Some([n, k]) = refusal.shape else {
-            return LostReader { text: format!("{name} does not take {names}: {why}"), by_shape: false };
+            return LostReader { text: format!("{name} does not load {names}: {why}"), by_shape: false };
         };
         let sizes = reader.group_sizes(config, &variants);
         let instead = match sizes.len() {
@@ -214,7 +214,7 @@ pub fn lost_readers(config: &ModelConfig, variants: &[Variant]) -> Vec<LostReade
             _ => format!("it takes group sizes {}", list(&sizes, "and")),
         };
         let linear = paths(config, [n, k]);
-        let text = format!("{name} does not take {names}: {linear} (N = {n}, K = {k}): {why}; {instead}");
+        let text = format!("{name} does not load {names}: {linear} (N = {n}, K = {k}): {why}; {instead}");
         LostReader { text, by_shape: true }
     };
     lost.into_iter().map(text).collect()
@@ -675,22 +675,22 @@ mod tests {
             texts(&model(320, 432, 5, 5), &["4bit-128g"]),
             [
                 format!(
-                    "vLLM 0.30 and newer does not take 4bit-128g: {attention}: needs whole groups, K = 320 ends in a \
+                    "vLLM 0.30 and newer does not load 4bit-128g: {attention}: needs whole groups, K = 320 ends in a \
                      partial one; it takes group size -1"
                 ),
-                format!("SGLang 0.5.20 and newer does not take 4bit-128g: {attention}: {kernel}"),
-                format!("mistral.rs 0.9 does not take 4bit-128g: {attention}: {kernel}"),
+                format!("SGLang 0.5.20 and newer does not load 4bit-128g: {attention}: {kernel}"),
+                format!("mistral.rs 0.9 does not load 4bit-128g: {attention}: {kernel}"),
             ]
         );
-        let down = "vLLM 0.30 and newer does not take 4bit-128g: mlp.down_proj (N = 1024, K = 1056): needs whole groups, \
+        let down = "vLLM 0.30 and newer does not load 4bit-128g: mlp.down_proj (N = 1024, K = 1056): needs whole groups, \
                     K = 1056 ends in a partial one; it takes group sizes 32 and -1";
         assert_eq!(texts(&model(1024, 1056, 16, 16), &["4bit-128g"])[0], down);
         // One line for all variants with the same reason.
         assert_eq!(
             texts(&model(4096, 11008, 32, 32), &["4bit-128g", "4bit-32g-act", "4bit-64g-act"]),
             [
-                "vLLM 0.30 and newer does not take 4bit-32g-act and 4bit-64g-act: refuses act order (desc_act)",
-                "mistral.rs 0.9 does not take 4bit-32g-act and 4bit-64g-act: computes wrong results with act order",
+                "vLLM 0.30 and newer does not load 4bit-32g-act and 4bit-64g-act: refuses act order (desc_act)",
+                "mistral.rs 0.9 does not load 4bit-32g-act and 4bit-64g-act: computes wrong results with act order",
             ]
         );
     }

@@ -200,7 +200,7 @@ impl Lab {
             .map(str::to_owned)
             .partition(|line| line.starts_with("memory: about "));
         let (readers, others): (Vec<String>, Vec<String>) =
-            others.into_iter().partition(|line| line.contains(" does not take "));
+            others.into_iter().partition(|line| line.contains(" does not load "));
         let (device, others): (Vec<String>, Vec<String>) =
             others.into_iter().partition(|line| line.starts_with("device auto: "));
         Output {

@@ -256,12 +256,12 @@ fn readers_that_do_not_take_a_variant_are_named_before_any_work() {
         "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj and self_attn.o_proj (N = 320, K = 320)";
     let lines: Vec<&str> = output.readers.lines().collect();
     let expected = format!(
-        "warning: vLLM 0.30 and newer does not take 4bit-128g: {linears}: needs whole groups, K = 320 ends in a \
+        "warning: vLLM 0.30 and newer does not load 4bit-128g: {linears}: needs whole groups, K = 320 ends in a \
          partial one; it takes group size -1"
     );
     assert!(lines.contains(&expected.as_str()), "{lines:#?}");
     let expected =
-        "GPTQModel 7 does not take 4bit-128g-asym: takes asymmetric v1 files only where GPTQModel wrote them";
+        "GPTQModel 7 does not load 4bit-128g-asym: takes asymmetric v1 files only where GPTQModel wrote them";
     assert!(lines.contains(&expected), "{lines:#?}");
     assert!(!output.readers.contains("transformers") && !output.readers.contains("llama.cpp"), "{lines:#?}");
     assert!(!lab.out().exists());
