@@ -63,7 +63,75 @@ pub struct BranchWriter {
     keep: bool,
 }
 
-/// An output of a run while it is written.
+/// An output of a run while it is written. A further format implements this trait. It gets each linear when it is solved, a commit
+/// after each layer, and the call of `finish` after the last one.
+///
+/// A format with one file of codes `[K, N]` for each linear:
+///
+/// ```
+/// use std::{collections::BTreeMap, fs, path::{Path, PathBuf}};
+///
+/// use gptq::{
+///     Error, Result,
+///     architectures::LinearId,
+///     checkpoint::Checkpoint,
+///     emit::{OutputWriter, Provenance},
+///     gptq::{Hessian, solver::{CpuSolver, Solved, Solver, Weight}},
+///     units::hex,
+///     variant::Variant,
+/// };
+/// use sha2::{Digest, Sha256};
+/// use tch::{Device, Kind, Tensor};
+///
+/// struct CodeFiles {
+///     folder: PathBuf,
+///     digests: BTreeMap<String, String>,
+/// }
+///
+/// impl OutputWriter for CodeFiles {
+///     fn encode(&mut self, id: &LinearId, linear: &Solved) -> Result<()> {
+///         let (name, linear) = (format!("{id}.codes"), linear.on_host()?);
+///         let path = self.folder.join(&name);
+///         fs::write(&path, linear.codes()).map_err(Error::io("write", &path))?;
+///         self.digests.insert(name, hex(&Sha256::digest(linear.codes())));
+///         Ok(())
+///     }
+///
+///     fn commit(&mut self) -> Result<BTreeMap<String, String>> {
+///         for name in self.digests.keys() {
+///             let path = self.folder.join(name);
+///             fs::File::open(&path).and_then(|file| file.sync_all()).map_err(Error::io("sync", &path))?;
+///         }
+///         Ok(self.digests.clone())
+///     }
+///
+///     fn finish(&mut self, _: &Checkpoint, original: &Checkpoint, _: &Provenance) -> Result<PathBuf> {
+///         let (from, to) = (original.dir().join("tokenizer.json"), self.folder.join("tokenizer.json"));
+///         fs::copy(&from, to).map_err(Error::io("copy", &from))?;
+///         Ok(self.folder.clone())
+///     }
+/// }
+///
+/// // The first linear of a model, solved with inputs from a normal distribution.
+/// let checkpoint = Checkpoint::open(Path::new("calibration/demo"))?;
+/// let (id, linear) = checkpoint.config().linears().next().expect("a linear");
+/// let weight = checkpoint.load(&id.weight(), &linear.shape, Kind::Float, Device::Cpu)?;
+/// let mut hessian = Hessian::new(linear.shape[1], Device::Cpu)?;
+/// hessian.add(&Tensor::randn([512, linear.shape[1] as i64], (Kind::Float, Device::Cpu)))?;
+/// let variant: Variant = "4bit-128g".parse()?;
+/// let factor = CpuSolver::new().factorize(&hessian.finish("q")?, variant.sorting(false), 0.01, "q")?;
+/// let solved = factor.solve(&[Weight { name: "q", values: &weight }], &variant)?;
+///
+/// let folder = tempfile::tempdir()?;
+/// let mut output = CodeFiles { folder: folder.path().into(), digests: BTreeMap::new() };
+/// output.encode(&id, &solved[0].linear)?;
+/// assert_eq!(output.commit()?.len(), 1);
+/// let codes = fs::read(folder.path().join("model.layers.0.self_attn.q_proj.codes"))?;
+/// assert!(codes.len() == linear.shape[0] * linear.shape[1] && codes.iter().all(|&code| code < 16));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// In a run the variant chooses the format: `pipeline/output_format.rs` has one line for each.
 pub trait OutputWriter: Send {
     /// Encodes and writes one linear.
     ///
@@ -71,18 +139,18 @@ pub trait OutputWriter: Send {
     /// When the disk is full, or the device that holds the linear fails.
     fn encode(&mut self, id: &LinearId, linear: &Solved) -> Result<()>;
 
-    /// Makes the linears so far durable; from now on dropping keeps them. Returns the digests of what was written, by which it can
-    /// be reopened.
+    /// Makes the linears so far durable; from now on dropping keeps them. Returns the digests of the written tensors, which
+    /// reopening needs.
     ///
     /// # Errors
     /// When the disk fails.
     fn commit(&mut self) -> Result<BTreeMap<String, String>>;
 
-    /// Writes everything else: dense tensors and configs of the `checkpoint` that was quantized; the tokenizer, licences and what is
-    /// passed through from the `original`; checksums. Returns what was written, not yet at its final place, for checking.
+    /// Writes everything else: dense tensors and configs of the quantized `checkpoint`; tokenizer, licences and copied tensors of the
+    /// `original`; checksums. Returns the written file or folder, not yet at its final place, for checking.
     ///
     /// # Errors
-    /// When a linear was left out, the source cannot be read, or the disk is full.
+    /// When a linear is missing, the source cannot be read, or the disk is full.
     fn finish(
         &mut self,
         checkpoint: &Checkpoint,
