@@ -29,8 +29,8 @@ pub struct AccuracyOptions {
     /// and features by theirs within each group. Groups stay runs of neighbouring features, so that readers see no order.
     #[serde(rename = "act_group_aware")]
     pub group_aware: bool,
-    /// Asymmetric calibration (GPTAQ, arXiv 2504.02692): the part of the way, from 0 to 1, from the weight to the target whose
-    /// outputs come nearest to those of the reference model.
+    /// Asymmetric calibration (GPTAQ, arXiv 2504.02692): strength from 0 to 1. At 0 the target is the weight, at 1 the one
+    /// whose outputs come nearest to the reference model's.
     pub asymmetric: f64,
     /// The part of the calibration windows, from 0 to 1, on which gradients of the reference model give output Hessians (YAQA,
     /// arXiv 2505.22988). Rows are then solved against targets that compensate the errors of the rows before them.
@@ -86,8 +86,8 @@ impl Default for AccuracyOptions {
 }
 
 impl Quality {
-    /// Damping, as a fraction of the mean diagonal of a Hessian: 0.01 as in GPTQ, and more in the presets that do more, because it lowers the
-    /// divergence of real models, most on text that they are not calibrated on (docs/accuracy.md).
+    /// Damping, as a fraction of the mean diagonal of a Hessian: 0.01 for `fast` as in GPTQ, 0.05 for the others. The larger
+    /// value lowers the divergence of real models, most on other text than the calibration's (docs/accuracy.md).
     pub fn damp(self) -> f64 {
         match self {
             Self::Fast => 0.01,
@@ -179,8 +179,8 @@ pub enum ScaleSearch {
     /// The scale of the weights' range.
     Off,
     /// That scale and smaller scales, which clip the largest weights and round all others more finely. The best scale has the
-    /// least `Σ Ũ_ii² (q_i − w_i)²`. That is the search of GPTQ's `mse` option and of Marlin's quantizer (arXiv 2408.11743),
-    /// weighted by the cost of each column's error after compensation by later columns.
+    /// least `Σ Ũ_ii² (q_i − w_i)²`. GPTQ's `mse` option and Marlin's quantizer (arXiv 2408.11743) search so too. Here the
+    /// weight is the cost of a column's error after compensation by later columns.
     Diagonal,
     /// The best few of those, each with the codes that the column loop chooses in this group. The best scale has the least
     /// `‖(q − w) Ũ_gg‖²`, the group's part of the objective.

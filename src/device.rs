@@ -92,7 +92,7 @@ pub fn resolve_all(names: &str) -> Result<Vec<Choice>> {
 }
 
 /// Opens libtorch's CUDA part, if it is installed. Call it before any other use of libtorch in a program that may use CUDA:
-/// libtorch looks for its CUDA part once, at the first operation that asks for it, and then keeps the answer.
+/// libtorch looks for its CUDA part only once, at the first operation that needs it.
 pub fn open() {
     // `resolve` returns the reason where it failed.
     let _ = opened();

@@ -17,8 +17,8 @@ const OUTLIER: f32 = 4.0;
 /// Changes of a model's channels.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Equalization {
-    /// By tensor, a power of two for each channel, which is the last axis: that of a norm, and its inverse for the weights that
-    /// read the norm's output.
+    /// By tensor, a power of two for each channel, which is the last axis. Weights that read a norm's output have the inverse
+    /// of the norm's factors.
     factors: BTreeMap<String, Vec<f32>>,
     /// Changed channels of all norms.
     channels: usize,

@@ -33,9 +33,9 @@ pub fn require_space(folder: &Path, needed: u64) -> Result<()> {
 
 /// Overrides a function of MKL, which libtorch contains, on processors that are not Intel's.
 ///
-/// MKL takes its AVX-512 code only where this function returns 1, and on all other processors its AVX2 code: on two cores of an AMD
-/// EPYC (Zen 5) that multiplies fp32 matrices at 0.19 TFLOP/s in place of 0.45. MKL reads the instructions that the processor
-/// has elsewhere, so that a processor without AVX-512 gets no AVX-512 code. The linker puts this definition before MKL's (`build.rs`).
+/// MKL runs its AVX-512 code only if this function returns 1, else its AVX2 code. On two cores of an AMD EPYC (Zen 5) that
+/// multiplies fp32 matrices at 0.19 TFLOP/s instead of 0.45. MKL checks the processor's instructions elsewhere, so a processor
+/// without AVX-512 runs no AVX-512 code. The linker puts this definition before MKL's (`build.rs`).
 #[unsafe(no_mangle)]
 extern "C" fn mkl_serv_intel_cpu_true() -> libc::c_int {
     1
@@ -106,8 +106,8 @@ fn kilobytes(path: &str, key: &str) -> Option<u64> {
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
 }
 
-/// Bytes that the control groups of this process leave it: the least from its own group up to the root, of version 2 or of
-/// version 1's memory controller.
+/// Bytes that this process can still allocate in its control groups: the least from its own group up to the root. Reads version
+/// 2, and version 1's memory controller.
 fn container_memory() -> Option<u64> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     let of_line = |line: &str| {

@@ -162,9 +162,9 @@ impl Plan {
         table.keys().cloned().collect()
     }
 
-    /// The accuracy options for this model: those of the preset that the model supports, with the plan's overrides. A preset does
-    /// not rotate a model whose output layer is tied to the embedding, because it would then need an output layer of its own and
-    /// its file would be larger.
+    /// The accuracy options for this model: those of the preset that the model supports, with the plan's overrides. A preset
+    /// does not rotate a model whose output layer is tied to the embedding. It would need an output layer of its own, which
+    /// makes its file larger.
     pub fn accuracy(&self, config: &ModelConfig) -> AccuracyOptions {
         let preset = self.quality.options();
         let scales = Scales {

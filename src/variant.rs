@@ -178,8 +178,8 @@ impl Variant {
         }
     }
 
-    /// The branch this variant is published as: `main` where it is the variant `main`, of which `None` is `4bit-128g`; else
-    /// `gptq-{bits}bit-{g}g-actorder_{True|False}` with `-static` and `-asym` appended where they apply.
+    /// The branch of this variant: `main` if it is the variant `main`, which is `4bit-128g` for `None`. Else
+    /// `gptq-{bits}bit-{g}g-actorder_{True|False}`, with `-static` and `-asym` if they apply.
     pub fn branch(&self, main: Option<Self>) -> String {
         if *self == main.unwrap_or_else(|| VariantSet::Card.variants()[0]) {
             return "main".into();

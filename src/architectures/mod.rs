@@ -286,8 +286,9 @@ impl ModelConfig {
         format!("{}{path}", self.layer_prefix(layer))
     }
 
-    /// The tensors of the decoder that are never quantized, without biases of linears, and their shapes: the embedding, each
-    /// layer's tensors beside its linears, the last norm and, if not tied, the output layer. In the order of the forward pass.
+    /// Names and shapes of the decoder's tensors that are never quantized, in the order of the forward pass: the embedding,
+    /// each layer's tensors beside its linears, the last norm and, if not tied, the output layer. Biases of linears are not
+    /// among them.
     pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, vocab) = (self.hidden_size, self.vocab_size);
         let mut tensors = vec![(self.embedding(), vec![vocab, hidden])];

@@ -14,10 +14,9 @@ pub(super) struct Located {
     pub(super) revision: Option<String>,
 }
 
-/// Looks for all files of a recipe below each root in turn. A root is a folder with the repository in it
-/// (`wikitext/` or `Salesforce/wikitext/`), the repository itself, or the `hub` folder of a Hugging Face
-/// cache, where the recipe's revision is looked for first and then the one that `main` was at when it was
-/// downloaded.
+/// Looks for all files of a recipe below each root in turn. A root is a folder with the repository in it (`wikitext/` or
+/// `Salesforce/wikitext/`), the repository itself, or the `hub` folder of a Hugging Face cache. In a cache the recipe's
+/// revision comes first, then the one of `main` at the download.
 pub(super) fn locate(recipe: &Recipe, roots: &[PathBuf]) -> Result<Located> {
     let paths = recipe.paths();
     let complete = |place: &Located| paths.iter().all(|path| place.root.join(path).is_file());
@@ -48,8 +47,8 @@ fn candidates(recipe: &Recipe, root: &Path) -> Vec<Located> {
 /// Depth of folders that are looked into: `CONFIGURATION/SPLIT/0000.parquet`.
 const DEEPEST: usize = 2;
 
-/// One file of a split: `train-00000-of-00001.parquet`, possibly with a hash after the count, as the Hub names them;
-/// `0000.parquet`, as its converter does; `part-00000-….parquet`, as Spark does; or `train.parquet`.
+/// One file of a split. The Hub names it `train-00000-of-00001.parquet`, possibly with a hash after the count; its converter
+/// `0000.parquet`; Spark `part-00000-….parquet`. It can also be `train.parquet`.
 #[derive(Debug, PartialEq, Eq)]
 struct Shard {
     /// `None` where only the folder's name can say it.

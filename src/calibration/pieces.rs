@@ -80,8 +80,8 @@ fn ids(tokenizer: &Tokenizer, text: &str) -> tokenizers::Result<Vec<u32>> {
     Ok(tokenizer.encode_fast(text, false)?.get_ids().to_vec())
 }
 
-/// The ids of a part of a text, tokenized behind the line break before it; `None` where those of the line break, `newline`, do not
-/// come first.
+/// The ids of a part of a text, tokenized with the line break before it. `None` if they do not begin with those of the line
+/// break, `newline`.
 fn behind_newline(
     tokenizer: &Tokenizer,
     text: &str,
@@ -179,8 +179,8 @@ mod tests {
     use crate::calibration::test_support::demo;
     use crate::progress::Silent;
 
-    /// Text with every kind of line: prose, indentation, blank lines with and without spaces, Windows' line ends, other scripts, and
-    /// what merges across a line break could make of them.
+    /// Text with every kind of line: prose, indentation, blank lines with and without spaces, Windows' line ends and other
+    /// scripts. Some could be merged across a line break.
     fn text() -> String {
         let lines = [
             "The old house stood by the river.\n",

@@ -43,9 +43,9 @@ pub struct CorpusSource {
 }
 
 impl CorpusSource {
-    /// Finds the files of a built-in recipe, a recipe file (`….toml`), a `.parquet`, `.txt`, `.jsonl` or
-    /// `.json` file (all but the first also with `.gz` or `.zst`), or a folder of parquet files laid out
-    /// as on the Hub. A recipe's name goes before a file of the same name: write `./wikitext2` for the file.
+    /// Finds the files of a built-in recipe, a recipe file (`….toml`), a text file, or a folder of parquet files laid out as on
+    /// the Hub. Text files are `.parquet`, `.txt`, `.jsonl` and `.json`, all but the first also with `.gz` or `.zst`. A
+    /// recipe's name goes before a file of the same name: write `./wikitext2` for the file.
     pub fn resolve(name_or_path: &str, options: &SourceOptions) -> Result<CorpusSource> {
         if let Some(recipe) = Recipe::builtin(name_or_path) {
             return Self::of_recipe(recipe, options);

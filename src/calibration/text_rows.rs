@@ -108,8 +108,8 @@ fn skip_byte_order_mark(reader: &mut impl BufRead) -> std::io::Result<()> {
     Ok(())
 }
 
-/// The first byte that is not white space, left in the reader; white space before it too, so that lines keep their numbers, unless
-/// a buffer holds nothing else.
+/// The first byte that is not white space. It stays in the reader with the white space before it, so that lines keep their
+/// numbers; a buffer of white space alone is consumed.
 fn first_byte(reader: &mut impl BufRead) -> std::io::Result<Option<u8>> {
     Ok(reader.fill_buf()?.iter().copied().find(|byte| !byte.is_ascii_whitespace()))
 }

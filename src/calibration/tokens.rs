@@ -21,8 +21,8 @@ pub(super) enum Text<'a> {
 }
 
 impl<'a> Tokens<'a> {
-    /// Tokenizes a corpus for a model whose embedding has `vocab_size` rows: its joined text as a whole, or,
-    /// when it is sampled by documents, nothing yet.
+    /// Tokenizes the joined text of a corpus for a model whose embedding has `vocab_size` rows. A corpus that is sampled by
+    /// documents is tokenized later.
     pub fn new(corpus: &'a Corpus, tokenizer: &'a Tokenizer, vocab_size: usize) -> Result<Self> {
         Self::shown(corpus, tokenizer, vocab_size, &Silent)
     }

@@ -36,22 +36,22 @@ pub fn check_seq_len(seq_len: usize, max_position_embeddings: usize) -> Result<(
 impl Windows {
     /// `samples` random windows of `seq_len` tokens.
     ///
-    /// Of a joined text, each window starts at a position drawn uniformly, and independently of the others,
-    /// from `0..=count - seq_len`; a text that they would cover more than [`MAX_OVERLAP`] times is refused.
-    /// Of a text sampled by documents, documents of at least `seq_len` bytes are drawn in random order, none
-    /// twice; each with more than `seq_len` tokens gives one window, whose start is drawn likewise inside it.
-    /// Conversations are drawn in random order, none twice; their tokens follow each other, and windows are cut from the front.
+    /// In a joined text each window starts at a position drawn uniformly from `0..=count - seq_len`, independently of the
+    /// others. It is an error if they would cover the text more than [`MAX_OVERLAP`] times. In a text sampled by documents,
+    /// documents of at least `seq_len` bytes are drawn in random order, none twice. Each with more than `seq_len` tokens gives
+    /// one window, whose start is drawn inside it. Conversations are drawn in random order, none twice; their tokens are
+    /// joined, and windows cut from the front.
     ///
-    /// The same seed gives the same windows on every platform: draws are those of ChaCha8 keyed with the
-    /// seed's 8 little-endian bytes and 24 zero bytes. A draw below `n` is `next_u64 % n`, drawn again while
-    /// `next_u64` is at or above the largest multiple of `n` up to 2⁶⁴.
+    /// The same seed gives the same windows on every platform: draws are those of ChaCha8, whose key is the seed's 8
+    /// little-endian bytes and 24 zero bytes. A draw below `n` is `next_u64 % n`, drawn again while `next_u64` is at or above
+    /// the largest multiple of `n` up to 2⁶⁴.
     pub fn random(tokens: &Tokens, samples: usize, seq_len: usize, seed: u64) -> Result<Windows> {
         Self::mixed(&[(tokens, samples)], seq_len, seed)
     }
 
-    /// Random windows of several texts, as many of each as stand beside it, drawn as in [`Windows::random`]; the key of the
-    /// draws holds the position of the text, from 0, after the seed. They are interleaved so that any number of the first
-    /// windows holds the texts in about these proportions.
+    /// Random windows of several texts, each with its number of windows, drawn as in [`Windows::random`]. The key of the draws
+    /// has the position of the text, from 0, after the seed. They are interleaved: any number of the first windows has the
+    /// texts in about these proportions.
     pub fn mixed(texts: &[(&Tokens, usize)], seq_len: usize, seed: u64) -> Result<Windows> {
         at_least_one("sequence length", seq_len)?;
         let (mut drawn, mut repeated) = (Vec::with_capacity(texts.len()), 0);
@@ -131,8 +131,8 @@ impl Windows {
         self.stride
     }
 
-    /// The first token of a window that is scored: its first one has nothing to be predicted from, and what overlaps the
-    /// window before was scored there.
+    /// The first scored token of a window. Its first token has no context, and tokens that overlap the window before were
+    /// scored there.
     pub fn first_scored(&self, index: usize) -> usize {
         if index == 0 { 1 } else { (self.seq_len - self.stride).max(1) }
     }

@@ -68,8 +68,8 @@ pub struct CardOptions {
     pub languages: Vec<String>,
     /// Prompt template of the model, with `{prompt}` in it.
     pub prompt_template: Option<String>,
-    /// Names of the texts whose figures are on the card; where there are none, the run's own evaluations, else those that every branch
-    /// shares, else all.
+    /// Names of the texts whose figures are on the card. If empty, these are the run's own evaluations, else those that every
+    /// branch shares, else all.
     pub datasets: Vec<String>,
     /// Another card template: its file, for messages, and its text.
     pub template: Option<(PathBuf, String)>,
@@ -117,9 +117,8 @@ pub struct Cards {
 
 /// The card of each branch of the run in `run`.
 ///
-/// # Errors
-/// When the source model's card cannot be read, figures are of other weights, nothing was evaluated on a dataset of `options`, or
-/// the template has an error.
+/// # Errors If the source model's card cannot be read, figures were measured with other weights, a dataset of `options` has no
+/// evaluation, or the template has an error.
 pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Cards> {
     let (evaluations, left_out) = evaluations(report, run, &options.datasets)?;
     let report = &Report { evaluations, ..report.clone() };
@@ -142,8 +141,8 @@ pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Cards
     Ok(Cards { texts, left_out })
 }
 
-/// The evaluations that are on the card, of those in the run's report and those in the branches' folders, and a remark on each
-/// other one. The first one decides recommendations.
+/// The evaluations for the card, from the run's report and the branches' folders, and a remark on each of the others. The first
+/// one decides recommendations.
 fn evaluations(report: &Report, run: &Path, datasets: &[String]) -> Result<(Vec<Evaluation>, Vec<String>)> {
     let measured = ModelEvaluations::of_branches(report, run)?;
     let input = RunInput { name: report.model.name.clone(), report: report.clone(), measured };

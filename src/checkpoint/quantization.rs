@@ -239,8 +239,8 @@ impl Said {
         Ok(Some(said))
     }
 
-    /// Fills what no file says from the tensors, and says so in a note: bits from the shapes of `qweight`, group size from those of
-    /// `scales`, act order from `g_idx`, and where no file says anything about the grid, that from `qzeros`.
+    /// Infers settings that are in no file from the tensors, with a note. Bits come from the shapes of `qweight`, group size
+    /// from those of `scales`, act order from `g_idx`, and the grid from `qzeros`.
     fn inferred(mut self, checkpoint: &Checkpoint, from_file: bool) -> Result<Self> {
         // A file that says bits and group size leaves keys out that have their defaults.
         let scant = !from_file || self.bits.is_none() || self.group_size.is_none();
@@ -381,8 +381,8 @@ impl<'a> Shown<'a> {
         })
     }
 
-    /// Whether the grid is symmetric, and how its zero points are stored: all of them alike, as one of the formats stores the
-    /// zero point of a symmetric grid. Asymmetric ones are `gptq`, as the tools of the time without configs wrote them.
+    /// Whether the grid is symmetric, and how its zero points are stored. In a symmetric grid all are alike, as one of the
+    /// formats stores them. Asymmetric ones are `gptq`, as tools wrote them when there were no configs.
     fn grid(&self, bits: Bits) -> (bool, CheckpointFormat) {
         let all = |format: CheckpointFormat| {
             let expected = bits.symmetric_zero() - format.zero_offset();

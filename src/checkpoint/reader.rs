@@ -323,8 +323,8 @@ impl Checkpoint {
         Ok(view)
     }
 
-    /// Checks, before any work, that this is a dense checkpoint with every tensor that the config asks for, in its
-    /// shape, as F16, BF16 or F32. Reads headers alone, and what [`Checkpoint::check_tied`] does.
+    /// Checks, before any work, that this is a dense checkpoint with every tensor of the config, in its shape, as F16, BF16 or
+    /// F32. It reads headers only, and the tensors of [`Checkpoint::check_tied`].
     pub fn check(&self) -> Result<()> {
         if let Some(found) = self.quantization_mark() {
             return Err(Error::CheckpointKind {
@@ -346,8 +346,8 @@ impl Checkpoint {
         self.check_tied()
     }
 
-    /// Checks that no decoder layer has a tensor that the config does not ask for and that is not zero: without it the model would compute
-    /// something else. Scales of a key-value cache and buffers of old files do not count.
+    /// Checks that no decoder layer has a nonzero tensor that is not in the config: the model needs it to compute its function.
+    /// Scales of a key-value cache and buffers of old files do not count.
     ///
     /// # Errors
     /// When there is one.
@@ -521,9 +521,8 @@ impl Checkpoint {
         values::f16_bytes(&view)
     }
 
-    /// Advises the system that these tensors' pages are not needed for now, so that the resident memory of a run
-    /// does not grow with what it has read. They can be read again at any time. Failures are ignored, and unknown names are
-    /// skipped.
+    /// Advises the system that these tensors' pages are not needed for now. The resident memory of a run then does not grow
+    /// with its reads. The tensors can be read again at any time. Failures are ignored, and unknown names are skipped.
     pub fn release<S: AsRef<str>>(&self, names: impl IntoIterator<Item = S>) {
         for name in names {
             if let Some(entry) = self.tensors.get(name.as_ref()) {

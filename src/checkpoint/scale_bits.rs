@@ -4,9 +4,8 @@ use super::{Checkpoint, Dtype};
 use crate::error::Result;
 
 impl Checkpoint {
-    /// Significant bits that the scales of each linear use, of the linear that uses the fewest; none without quantized
-    /// linears. Scales that were fitted in fp16 use its 11; those that were rounded to bf16 use 8 at most, a loss too small to
-    /// show in a divergence.
+    /// The fewest significant bits that the scales of a linear use; none without quantized linears. Scales that were fitted in
+    /// fp16 use its 11. Those that were rounded to bf16 use at most 8; the divergence does not show that loss.
     ///
     /// # Errors
     /// When a tensor is malformed.

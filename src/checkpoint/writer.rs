@@ -66,11 +66,11 @@ struct Place {
 }
 
 impl ShardPlan {
-    /// Lays the tensors out in the order given, in as few files as that order allows, none with more than
-    /// `max_shard_size` bytes of data but for a tensor larger than that, which is alone in its file.
+    /// Lays the tensors out in the given order, in as few files as that order allows. A file has at most `max_shard_size` bytes
+    /// of data; a larger tensor has a file of its own.
     ///
-    /// Data starts at a multiple of 8 bytes, and I32 tensors at multiples of 4: fp16 tensors with an odd number
-    /// of elements go to the end of their file, for the format allows no holes.
+    /// Data starts at a multiple of 8 bytes, and I32 tensors at multiples of 4. The format allows no holes, so fp16 tensors
+    /// with an odd number of elements go to the end of their file.
     pub fn new(tensors: Vec<TensorSpec>, max_shard_size: u64) -> Result<Self> {
         let mut groups: Vec<Vec<(TensorSpec, u64)>> = vec![Vec::new()];
         let (mut group_bytes, mut tensor_bytes) = (0u64, 0u64);
@@ -206,8 +206,8 @@ impl ShardWriter {
         Ok(Self { dir: dir.into(), plan, files, sha256: BTreeMap::new() })
     }
 
-    /// Reopens the files that an earlier writer of the same `plan` left in `dir`: `sha256` are the digests of the tensors
-    /// that it had written, all of which are read again and compared.
+    /// Reopens the files that an earlier writer of the same `plan` left in `dir`. `sha256` are the digests of the tensors that
+    /// it wrote; all are read again and compared.
     ///
     /// # Errors
     /// When a file is missing or is not what that writer left.

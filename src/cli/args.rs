@@ -276,8 +276,8 @@ pub(super) struct VerifyArgs {
     /// The unquantized model: measure the distance of every linear from it
     #[arg(long, value_name = "MODEL")]
     pub(super) against: Option<PathBuf>,
-    /// Also run the int4 matmul of this device (auto, cpu, cuda, cuda:N) on every linear, and compare it with fp64, on
-    /// activations of a built-in text or of --dataset
+    /// Also run the int4 matmul of this device (auto, cpu, cuda, cuda:N) on every linear, and compare it with fp64. Its inputs
+    /// are activations of a built-in text, or of --dataset
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
     /// Data type of that matmul: fp32 on the CPU, fp16 or bf16 on CUDA

@@ -84,7 +84,7 @@ pub(super) fn answer(
     if output.json.is_some() { json(value) } else { result(&text()) }
 }
 
-/// Prints the answer on each of some named folders: one as [`answer`] does; several as a JSON object by name, or as texts under
+/// Prints the results of named folders: a single one as [`answer`] does, several as a JSON object by name or as texts under
 /// their names.
 pub(super) fn answer_each<T: serde::Serialize>(
     output: &OutputArgs,

@@ -104,8 +104,8 @@ impl Error {
     }
 }
 
-/// What libtorch's errors contain where a device's memory has ended: of its own allocator, of CUDA's run-time library, of cuBLAS
-/// and of cuSOLVER, whose workspaces are not libtorch's.
+/// Texts of libtorch's errors when a device's memory has ended. They come from its own allocator, CUDA's run-time library,
+/// cuBLAS and cuSOLVER; the workspaces of the last two are not libtorch's.
 const OUT_OF_DEVICE_MEMORY: [&str; 4] = [
     "CUDA out of memory",
     "CUDA error: out of memory",

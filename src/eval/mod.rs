@@ -220,8 +220,8 @@ pub fn logits(checkpoint: &Checkpoint, windows: &Windows, compute: Compute) -> R
     Tensor::f_stack(&windows.collect::<Result<Vec<_>>>()?, 0).torch("join logits")
 }
 
-/// Tokens whose hidden states are kept at a time. Each chunk reads every layer of every model, and on CUDA copies it, so
-/// that there a chunk is as large as a quarter of the free memory holds.
+/// Tokens whose hidden states are kept at a time. Each chunk reads every layer of every model, and on CUDA copies it. So there
+/// a chunk fills a quarter of the free memory.
 fn chunk_tokens(compute: Compute, config: &ModelConfig, models: usize) -> Result<usize> {
     if compute.device == Device::Cpu {
         return Ok(CHUNK_TOKENS);

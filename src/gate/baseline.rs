@@ -63,8 +63,8 @@ fn rounded(number: f64) -> f64 {
     format!("{number:.*e}", DIGITS - 1).parse().expect("a number that was printed")
 }
 
-/// Writes JSON with one line for each element, and with lists and objects of plain values on one line, so that two baselines
-/// can be compared line by line.
+/// Writes JSON with a line for each element, so that two baselines can be compared line by line. Lists and objects of plain
+/// values are on one line.
 fn write_value(text: &mut String, value: &Value, depth: usize) {
     let nested = |value: &Value| value.is_array() || value.is_object();
     let elements: Vec<(Option<&String>, &Value)> = match value {

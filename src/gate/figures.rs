@@ -196,8 +196,8 @@ impl Figures {
         }
     }
 
-    /// Keeps the evaluations that are judged: those on `datasets` where these are given; of these the ones of the run's report, else those
-    /// that every branch shares, else all; and those that `baseline` has too. Returns a remark on each of the others.
+    /// Keeps the evaluations that are judged: on `datasets` if given, those of the run's report, else those that every branch
+    /// shares, else all. Evaluations that `baseline` has are kept too. Returns a remark on each of the others.
     ///
     /// # Errors
     /// When nothing was evaluated on one of `datasets`.

@@ -117,8 +117,8 @@ impl BlockGrid {
         errors.zip(part.costs).map(|(error, cost)| cost * error * error).sum()
     }
 
-    /// The steps that `factors` lead to, as `store` can store them, by ascending cost; the first of equals stays the first, and
-    /// equal steps are in the list once.
+    /// The steps of `factors`, rounded to what `store` can store, by ascending cost. The order is stable, and equal steps are
+    /// in the list once.
     pub fn candidates(
         &self,
         part: &SubBlock<'_>,
@@ -215,8 +215,8 @@ fn nearest(x: f64, unit: f64, lowest: f64, highest: f64) -> f64 {
     if unit == 0.0 { 0.0 } else { (x / unit).round_ties_even().clamp(lowest, highest) }
 }
 
-/// The unit in fp16 that represents `values`, each with the cost of a unit of squared error, with the least error by integers from
-/// one end of a range to the other. The first end is the one that is farther from zero; the largest value reaches it at the factor 1.
+/// The fp16 unit whose integer multiples, within a range, represent `values` with the least error. Each value has the cost of a
+/// unit of squared error. The first end is the one that is farther from zero; the largest value reaches it at the factor 1.
 fn best_unit(values: &[(f64, f64)], [far, near]: [f64; 2]) -> f16 {
     let largest = values.iter().fold(0.0f64, |best, &(x, _)| if x.abs() > best.abs() { x } else { best });
     let (lowest, highest) = (far.min(near), far.max(near));

@@ -43,8 +43,8 @@ pub fn dequantize(kind: BlockType, bytes: &[u8], numbers: &mut [f32]) {
     chunks.for_each(|(numbers, bytes)| kind.decode(bytes, numbers));
 }
 
-/// The rows of q or k, of `row` bytes each, in the order of llama.cpp's Llama: features that are rotated together are
-/// neighbours, where transformers has them half a head apart. `LlamaModel.permute` of llama.cpp's converter.
+/// The rows of q or k, of `row` bytes each, in the order of llama.cpp's Llama. Features that rotate together are neighbours; in
+/// transformers they are half a head apart. `LlamaModel.permute` of llama.cpp's converter.
 pub fn permuted(bytes: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     reordered(bytes, rows, |row| in_transformers(row, rows / heads.max(1)))
 }

@@ -44,10 +44,9 @@ impl Grid {
 
     /// Fits scale and zero to weights in `min..=max`.
     ///
-    /// Symmetric: `scale = 2·max|w|/(2^b−1)`, zero `2^(b−1)`. Asymmetric: the range is widened to hold 0, and the
-    /// zero point is kept in `1..=2^b−1`, since the v1 format stores `zero − 1` and readers disagree about −1.
-    /// A scale that fp16 would round to zero becomes the smallest fp16 number above zero. A scale above fp16's range becomes
-    /// infinite; the caller must refuse it.
+    /// Symmetric: `scale = 2·max|w|/(2^b−1)`, zero `2^(b−1)`. Asymmetric: the range is widened to contain 0, and the zero point
+    /// is in `1..=2^b−1`. The v1 format stores `zero − 1`, and readers disagree about −1. A scale that fp16 would round to zero
+    /// becomes the smallest fp16 number above zero. A scale above fp16's range becomes infinite; the caller must refuse it.
     pub fn fit(self, min: f64, max: f64) -> Step {
         let levels = f64::from(self.bits.max_code());
         if self.symmetric {

@@ -10,9 +10,9 @@ const BLOCK: usize = 2048;
 const GRAIN: usize = 128;
 
 /// `G = 1/T Σ g gᵀ` over calibration tokens; `g` is the gradient of `−log p(y)` with respect to a linear's output, and `y` is
-/// drawn from the model's own prediction. `G ⊗ H` approximates the Fisher information of the linear's weight (K-FAC,
-/// arXiv 1503.05671): an error `D` of the weight moves the model's predictions by a KL divergence of about `½ tr(G D H Dᵀ)`
-/// (used by YAQA, arXiv 2505.22988).
+/// drawn from the model's own prediction. `G ⊗ H` approximates the Fisher information of the linear's weight (K-FAC, arXiv
+/// 1503.05671; used by YAQA, arXiv 2505.22988). An error `D` of the weight moves the model's predictions by a KL divergence of
+/// about `½ tr(G D H Dᵀ)`.
 ///
 /// Only blocks on the diagonal are kept, one for each run of neighbouring output features.
 #[derive(Debug)]

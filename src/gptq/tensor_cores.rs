@@ -7,9 +7,9 @@ use tch::{Device, Kind, TchError, Tensor};
 
 /// Largest error of an element of `H`, relative to `√(H_ii H_jj)`, that has no effect on codes.
 ///
-/// Rounding errors of different elements are independent, so that the norm of the error matrix is about `2√K` times a typical
-/// error, which is at most a quarter of the largest. For `K` = 11008 that is a thousandth of the mean diagonal, a tenth of the
-/// default damping, and hardly changes solutions. Results rounded to fp16 or bf16, and sums in fp16, are far less exact.
+/// Rounding errors of different elements are independent. So the norm of the error matrix is about `2√K` times a typical error,
+/// which is at most a quarter of the largest. For `K` = 11008 that is a thousandth of the mean diagonal, a tenth of the default
+/// damping, and hardly changes solutions. Results rounded to fp16 or bf16, and sums in fp16, are far less exact.
 const TOLERANCE: f64 = 2e-5;
 
 /// Rows of each block that are compared with fp64.
@@ -40,8 +40,8 @@ pub(super) fn is_known(x: &Tensor) -> bool {
     judgement(x).is_some()
 }
 
-/// The largest error, relative to `√(H_ii H_jj)`, of `matrix` `[K, K]` against `xᵀx` in fp64, in some rows of each block
-/// of `block` rows, on and below the diagonal blocks. `x` is `[T, K]`.
+/// The largest error of `matrix` `[K, K]` against `xᵀx` in fp64, relative to `√(H_ii H_jj)`. It looks at some rows of each
+/// block of `block` rows, on and below the diagonal blocks. `x` is `[T, K]`.
 pub(super) fn largest_error(matrix: &Tensor, x: &Tensor, block: i64) -> Result<f64, TchError> {
     let k = x.size()[1];
     let mut largest = 0.0f64;

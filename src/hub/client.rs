@@ -85,8 +85,8 @@ impl Hub {
         self.runtime.block_on(future)
     }
 
-    /// Sends a request. It is repeated if the Hub asks to wait, if its response was cut, and after other transient
-    /// problems that `hf-hub` does not repeat a request for itself.
+    /// Sends a request. It repeats it after a 429 and a cut response, and after other transient faults for which `hf-hub` does
+    /// not repeat it.
     pub(super) async fn ask<T, E, F>(&self, about: &About<'_>, request: impl Fn() -> F) -> Result<T>
     where
         E: Into<Problem>,

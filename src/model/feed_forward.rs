@@ -62,8 +62,8 @@ impl Routing {
         route().torch("route tokens to experts")
     }
 
-    /// For each choice of `of`, the position in the flattened `[T·k]` of this routing's choice of the same expert for the same
-    /// token; −1 if there is none. `[T·k]`.
+    /// For each choice of `of`: the position of this routing's choice of the same expert for the same token, in the flattened
+    /// `[T·k]`; −1 if there is none.
     pub(super) fn matching(&self, of: &Self) -> Result<Tensor> {
         let find = || -> Result<Tensor, TchError> {
             let size = self.experts.size();

@@ -73,8 +73,8 @@ pub fn device_need(checkpoint: &Checkpoint, prompt: usize, capacity: usize) -> R
     Ok(DeviceNeed { weights, cache, working })
 }
 
-/// Compares the need with the free device memory and returns a note for the user; `None` on the CPU, where weights stay in
-/// the memory map.
+/// Compares the need with the free device memory, and returns a message. `None` on the CPU, where weights stay in the memory
+/// map.
 ///
 /// # Errors
 /// When the model does not fit, or the driver does not report the free memory.

@@ -207,8 +207,8 @@ impl<'a> Transformer<'a> {
     }
 
     /// The inputs of each group of a stage's linears, and the inputs of the same groups in the reference model, whose batch is
-    /// `reference`. If the reference model routes a token to other experts, an expert that it does not choose for the token
-    /// gets this model's input in both.
+    /// `reference`. The reference model may route a token to other experts. An expert that it does not choose has this model's
+    /// input in both.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -455,8 +455,8 @@ impl<'a> Transformer<'a> {
         }
     }
 
-    /// Runs a whole layer: hidden states `[B, S, hidden]` → the next ones. With the layer's `cache`, `B` is 1, the tokens
-    /// follow the cached ones and are added to the cache; `S` is 1 unless the cache is empty.
+    /// Runs a whole layer: hidden states `[B, S, hidden]` → the next ones. With the layer's `cache` `B` is 1. The tokens follow
+    /// the cached ones and are added to the cache; `S` is 1 unless the cache is empty.
     ///
     /// # Errors
     /// When libtorch fails.

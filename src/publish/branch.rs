@@ -46,9 +46,9 @@ pub enum Content {
 /// The branch of all GGUF files of a run.
 const GGUF_BRANCH: &str = "gguf";
 
-/// The `wanted` branches of a run, or all if none is named, each with its card: the one in its folder, else the one of
-/// `cards`, which are in the report's order. `main` comes first, since the Hub shows it by default. GGUF files are in a branch of their own,
-/// `gguf`.
+/// The `wanted` branches of a run, or all if none is named, each with its card. The card is the one in its folder, else the one
+/// of `cards`, which are in the report's order. `main` comes first, since the Hub shows it by default. GGUF files are in a
+/// branch of their own, `gguf`.
 ///
 /// # Errors
 /// If there is no such branch, or a folder cannot be read.

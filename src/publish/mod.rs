@@ -83,7 +83,8 @@ fn message(branch: &Branch) -> String {
 
 /// Requires that the licence of a gated source, which also holds for quantized copies, was accepted by its name.
 ///
-/// A source is gated if the Hub said so at the fetch, or if its card has a prompt or fields for those who want its files.
+/// A source is gated if the Hub listed it as gated at the download, or if its card has a prompt or fields for users of its
+/// files.
 ///
 /// # Errors
 /// If it was not accepted.

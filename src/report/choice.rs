@@ -12,8 +12,8 @@ pub(crate) struct Candidate<'a> {
     pub(crate) shared: bool,
 }
 
-/// Whether each evaluation is taken. Of all, or of those on `datasets` where these are given, the ones that the run made itself are
-/// taken; where there are none, those that every branch shares; where there are none either, all.
+/// Whether each evaluation is chosen. Candidates are all, or those on `datasets` if given. The run's own are chosen; if there
+/// are none, those that every branch shares; else all.
 ///
 /// # Errors
 /// When nothing was evaluated on one of `datasets`.

@@ -155,8 +155,8 @@ pub struct PhaseReport {
     pub seconds: f64,
     /// Floating-point operations of its matrix products; 0 where there are none.
     pub operations: f64,
-    /// `operations / seconds` over the speed of libtorch's largest matrix products on the same CPU, measured after the run; none on
-    /// other devices and in phases without products.
+    /// `operations / seconds` over the speed of libtorch's largest matrix products on the same CPU, measured after the run.
+    /// None on other devices, and in phases without products.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub of_limit: Option<f64>,
 }
@@ -312,7 +312,7 @@ pub struct LinearReport {
     /// Largest over median diagonal element of the Hessian, without dead features; 0 when all are dead.
     pub outlier_ratio: f64,
     /// A lower bound of the condition number of the damped Hessian: the square of the largest over the smallest diagonal
-    /// element of its Cholesky factor; 0 when there is none.
+    /// element of its Cholesky factor. 0 if there is no factor.
     pub condition_estimate: f64,
     /// Seconds of factorizing and solving.
     pub seconds: f64,

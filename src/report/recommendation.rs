@@ -16,9 +16,10 @@ pub const USUAL_BITS: u32 = 4;
 /// The recommended entries, by position.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recommendation {
-    /// The smallest file of the entries that are as good as `closest`, or that the windows cannot tell from it. Candidates are the
-    /// entries with at most [`USUAL_BITS`] bits, or all where there are none. As good is a mean KL divergence of at most [`CLOSE`] times
-    /// the smallest; not told apart is a paired 95% interval of the difference that includes 0, up to [`FACTOR`] times.
+    /// The smallest file of the candidates that are as good as `closest`, or that the windows cannot tell from it. Candidates
+    /// are the entries with at most [`USUAL_BITS`] bits, or all if there are none. As good: a mean KL divergence of at most
+    /// [`CLOSE`] times the smallest. Not told apart: at most [`FACTOR`] times, and the paired 95% interval of the difference
+    /// includes 0.
     pub take: usize,
     /// The candidate with the smallest mean KL divergence.
     pub closest: usize,

@@ -42,7 +42,7 @@ fn average(values: &[f64], weights: &[usize]) -> f64 {
     values.iter().zip(weights).map(|(v, &w)| v * w as f64).sum::<f64>() / total as f64
 }
 
-/// `value` with half its 95% interval: the standard error of a ratio of sums over windows, from the influence of each window
+/// `value` with half its 95% interval. It is the standard error of a ratio of sums over windows, from each window's influence
 /// on it (`influences`, whose weighted sum is zero). No margin for a single window.
 fn interval(value: f64, influences: impl Iterator<Item = f64>, weights: &[usize]) -> Interval {
     let n = weights.len();
@@ -55,8 +55,8 @@ fn interval(value: f64, influences: impl Iterator<Item = f64>, weights: &[usize]
     Interval { value, margin: Some(student(n - 1) * (variance / n as f64).sqrt()) }
 }
 
-/// The 97.5% quantile of Student's t with `freedom` degrees, by the Cornish–Fisher expansion about the normal
-/// quantile (Abramowitz and Stegun 26.7.5); the first degrees, where it is poor, are listed.
+/// The 97.5% quantile of Student's t with `freedom` degrees, by the Cornish–Fisher expansion about the normal quantile
+/// (Abramowitz and Stegun 26.7.5). Small degrees, where it is poor, are in a table.
 fn student(freedom: usize) -> f64 {
     const FIRST: [f64; 6] = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447];
     if let Some(&listed) = FIRST.get(freedom - 1) {

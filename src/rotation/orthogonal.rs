@@ -9,8 +9,8 @@ const LARGEST: usize = 64;
 /// Values that are turned together, in fp64.
 pub const TURNED_TOGETHER: i64 = 1 << 24;
 
-/// `Q = diag(s) (F₁ ⊗ F₂ ⊗ …)` `[n, n]`, with random signs `s`. For a power of two it is the randomized Hadamard matrix; the
-/// factor of the odd part of `n` is the matrix of the cosine transform.
+/// `Q = diag(s) (F₁ ⊗ F₂ ⊗ …)` `[n, n]`, with random signs `s`. For a power of two it is the randomized Hadamard matrix. The
+/// factor of the odd part of `n` is the cosine transform's matrix.
 pub(super) struct Orthogonal {
     /// `[n]` fp64.
     signs: Tensor,

@@ -69,7 +69,8 @@ impl Verification {
     }
 }
 
-/// Verifies the checkpoint in `dir`, a folder or a GGUF file, also against the dense source it was made from, and the matmul that runs it.
+/// Verifies the checkpoint in `dir`, a folder or a GGUF file. With its dense source, it also measures the distance of every
+/// linear; with `KernelOptions`, it runs the int4 matmul on them.
 ///
 /// # Errors
 /// When `dir` or the source cannot be read, or the device cannot be used. A defect *in* `dir` is a finding, not an error.
@@ -146,8 +147,8 @@ pub fn verify(
     })
 }
 
-/// What a user must know of how the quantized tensors are read, each a sentence: what was inferred because no file says it, and zero
-/// points that are stored as another format stores them, or that readers read differently. Reads `qzeros` alone.
+/// Remarks on how the quantized tensors are read, each a sentence: inferred settings, zero points in another format's
+/// convention, and zero points that readers read differently. Reads only `qzeros`.
 ///
 /// # Errors
 /// When `qzeros` is of another type.

@@ -25,9 +25,9 @@ pub struct LinearDistance {
     pub relative_error: f64,
 }
 
-/// A quantized weight is farther from its source than a rounded one, since later columns compensate the errors of
-/// earlier ones. On the tested models 4-bit linears lie at 0.08 to 0.2, and each bit less doubles that; a
-/// permuted, shifted or foreign weight lies near or above 1. The limits are about twice the largest good value.
+/// A quantized weight is farther from its source than a rounded one, since later columns compensate the errors of earlier ones.
+/// On the tested models 4-bit linears lie at 0.08 to 0.2, and each bit less doubles that. A permuted, shifted or foreign weight
+/// lies near or above 1. The limits are about twice the largest good value.
 fn limit(bits: Bits) -> f64 {
     match bits {
         Bits::Eight => 0.05,

@@ -31,7 +31,7 @@ pub(super) struct Refusal {
 const SEQUENTIAL: &str = "make a branch with a sequential g_idx: gptq quantize --variant 4bit-128g (or 32g, 64g; 8bit-128g for Q8_0)";
 
 /// The type whose blocks hold the codes and scales of a linear as they are. Values of Q4_0 are `d · (q − 8)` and those of Q8_0
-/// `d · q`, both with an fp16 `d` of either sign: just the symmetric grids of 4 and 8 bits.
+/// `d · q`, both with an fp16 `d` of either sign. These are the symmetric grids of 4 and 8 bits.
 pub(super) fn lossless_type(id: &LinearId, linear: &PackedTensors<'_>) -> Result<BlockType, Refusal> {
     let refuse = |problem: String, instead| Err(Refusal { problem: format!("`{id}` {problem}"), instead });
     let kind = match linear.bits {

@@ -14,7 +14,7 @@ use super::simd::{Isa, Kernel, LANES, Lanes, Simd, prefetch};
 use super::unpack::{TILE, unit_codes, unit_groups, with_width};
 use crate::pack::PackedView;
 
-/// The most rows of x that are multiplied with a panel: bounds the copy of x, and keeps x, panel and y in the L2 cache.
+/// Largest number of rows of x for one panel. It limits the copy of x, and keeps x, panel and y in the L2 cache.
 const CHUNK_ROWS: usize = 512;
 
 /// The fewest rows of a task if several tasks dequantize the same tile, because there are more threads than tiles.
@@ -205,7 +205,9 @@ mod tests {
     /// Half a unit in the last place of f32.
     const UNIT_ROUNDOFF: f64 = 1.0 / 16_777_216.0;
 
-    /// Largest difference of f32 from the exact sum whose terms' magnitudes add up to `magnitude`. Every term passes at most one rounding of its product, K of the additions, and one more for the panel or the scale (Higham 2002, §3.1, with room for the second-order part).
+    /// Largest difference of f32 from the exact sum whose terms' magnitudes add up to `magnitude`. Every term has at most one
+    /// rounding of its product, K of the additions, and one of the panel or the scale (Higham 2002, §3.1, with room for the
+    /// second-order part).
     fn tolerance(in_features: usize, magnitude: f64) -> f64 {
         (in_features + 4) as f64 * UNIT_ROUNDOFF * magnitude
     }
