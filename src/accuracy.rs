@@ -70,7 +70,7 @@ impl AccuracyOptions {
         variant.sorting(self.group_aware)
     }
 
-    /// How many of the calibration windows, from the first on, gradients are taken on: at least one, if any.
+    /// Number of calibration windows, from the first on, for gradients: at least one, if any.
     pub fn gradient_windows(&self, windows: usize) -> usize {
         match self.output_hessian {
             0.0 => 0,

@@ -21,7 +21,7 @@ pub struct Choice {
     pub note: Option<String>,
 }
 
-/// The device that `auto`, `cpu`, `cuda` or `cuda:N` stands for.
+/// The device of `auto`, `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
 /// If the device cannot be used; `auto` is the CPU then.
@@ -78,7 +78,7 @@ fn has_nvidia_gpu() -> bool {
     (0..16).any(|index| Path::new(&format!("/dev/nvidia{index}")).exists())
 }
 
-/// The devices that a list such as `cuda:0,cuda:1` stands for. A device that is named twice counts as two.
+/// The devices of a list such as `cuda:0,cuda:1`. A device that is named twice counts as two.
 ///
 /// # Errors
 /// As [`resolve`], and if the list mixes the CPU with others.
@@ -111,7 +111,7 @@ fn cuda_devices() -> std::result::Result<usize, String> {
         .clone()
 }
 
-/// The number of devices from what libtorch says once its CUDA part is open.
+/// The number of devices, by libtorch's counts with its CUDA part open.
 fn counted(has_cuda: bool, count: i64) -> std::result::Result<usize, String> {
     match count {
         _ if !has_cuda => {

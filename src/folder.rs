@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 /// Largest text file that is read, in bytes: configs, indices, tokenizers, plans.
 pub const TEXT_LIMIT: u64 = 256 << 20;
 
-/// Whether a path with `/` leads from a folder down: no `.` or `..`, no root, nothing empty.
+/// Whether a path with `/` leads from a folder down: no `.` or `..`, no root, no empty part.
 pub fn leads_down(path: &str) -> bool {
     path.split('/').all(|part| !["", ".", ".."].contains(&part))
 }
@@ -26,15 +26,14 @@ pub fn is_below(name: &str) -> bool {
     leads_down(name) && !name.contains('\\')
 }
 
-/// Whether `name` is the name of a file and nothing more.
+/// Whether `name` is a plain file name, without a folder.
 pub fn is_file_name(name: &str) -> bool {
     is_below(name) && !name.contains('/')
 }
 
 /// The path of the file `name` in `folder`; the file may be missing.
 ///
-/// # Errors
-/// If it is a link that leads out of the folder, or is neither a file nor a folder.
+/// # Errors If it is a link to a target outside the folder, or is neither a file nor a folder.
 pub fn file_in(folder: &Path, name: &str) -> Result<PathBuf> {
     let path = folder.join(name);
     let real = match path.canonicalize() {

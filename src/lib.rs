@@ -1,11 +1,8 @@
-//! GPTQ quantization of language models: from an fp16 checkpoint to packed branches that every popular loader takes.
+//! GPTQ quantization of language models: from an fp16 checkpoint to packed branches that popular programs load.
 //!
-//! The way of the data, each module using only what stands before it:
-//! [`checkpoint`] and [`calibration`] read; [`gptq`] solves, on [`amx`] or [`cuda`] where there is one;
-//! [`pack`] packs; [`kernels`] and [`model`] run;
-//! [`report`] holds what is known; [`emit`] writes, [`verify`] reopens, [`eval`] measures,
-//! [`generation`] lets the model speak; [`pipeline`] alone knows the
-//! order of the steps.
+//! The flow of the data; each module uses only those before it: [`checkpoint`] and [`calibration`] read; [`gptq`] solves, on
+//! [`amx`] or [`cuda`] where there is one; [`pack`] packs; [`kernels`] and [`model`] run; [`report`] has the results; [`emit`]
+//! writes, [`verify`] reopens, [`eval`] measures, [`generation`] generates text; [`pipeline`] has the order of the steps.
 
 pub mod accuracy;
 pub mod amx;

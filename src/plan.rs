@@ -256,7 +256,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Checks that the model supports the accuracy options that the plan asks for.
+    /// Checks that the model supports the plan's accuracy options.
     ///
     /// # Errors
     /// When it does not support one.

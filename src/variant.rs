@@ -23,7 +23,7 @@ pub enum Bits {
 }
 
 impl Bits {
-    /// All widths the format knows.
+    /// All widths of the format.
     pub const ALL: [Self; 4] = [Self::Two, Self::Three, Self::Four, Self::Eight];
 
     /// The width with `bits` bits, if the format has it.
@@ -168,8 +168,8 @@ impl Variant {
         self.order == Order::ActStatic || self.group_size == GroupSize::PerChannel
     }
 
-    /// The order that this variant's features are quantized in. Without act order they need not be taken as they are
-    /// stored: `group_aware` sorts them so that groups stay runs of neighbouring features.
+    /// The order that this variant's features are quantized in. Without act order `group_aware` can sort them; groups stay runs
+    /// of neighbouring features.
     pub fn sorting(&self, group_aware: bool) -> Sorting {
         match (self.order, group_aware, self.group_size) {
             (Order::Sequential, false, _) => Sorting::Stored,

@@ -25,7 +25,7 @@ pub struct RopeConfig {
 /// How inverse frequencies are scaled for long contexts. Lengths are in tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     None,
     /// Inverse frequencies divided by `factor`.
     Linear {

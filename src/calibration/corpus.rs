@@ -20,7 +20,7 @@ pub struct Corpus {
     provenance: Provenance,
 }
 
-/// Where a text comes from: what the report says about it. Names only, never a path on this machine.
+/// Origin of a text, for the report. It has names only, no paths of this machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Provenance {
     /// The recipe's name, or the name of the file or folder.
@@ -203,7 +203,7 @@ impl<'a> Rows<'a> {
         self.column = Some(name.to_owned());
     }
 
-    /// Appends a plain text; `place` says where in the file it stands: `line 3`.
+    /// Appends a plain text; `place` is its place in the file: `line 3`.
     ///
     /// # Errors
     /// When conversations came before.

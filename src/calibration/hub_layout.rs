@@ -1,4 +1,4 @@
-//! Where a dataset repository's files lie on this machine.
+//! Places of a dataset repository's files on this machine.
 
 use super::recipe::Recipe;
 use crate::error::{Error, Result, quoted};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// A recipe's files, found.
 pub(super) struct Located {
-    /// The folder that stands for the repository's root.
+    /// The folder of the repository's root.
     pub(super) root: PathBuf,
     /// The commit, if a Hugging Face cache records it.
     pub(super) revision: Option<String>,
@@ -51,11 +51,11 @@ const DEEPEST: usize = 2;
 /// `0000.parquet`; Spark `part-00000-….parquet`. It can also be `train.parquet`.
 #[derive(Debug, PartialEq, Eq)]
 struct Shard {
-    /// `None` where only the folder's name can say it.
+    /// `None` if the folder's name is the split.
     split: Option<String>,
     /// The number in the name, where numbers must be without gaps: Spark leaves some out.
     index: Option<usize>,
-    /// How many files there should be, if the name says it.
+    /// Number of files of the split, if the name has it.
     count: Option<usize>,
 }
 
@@ -91,8 +91,8 @@ impl Shard {
     }
 }
 
-/// The files of one split of a folder of parquet files, in order, as paths below `folder`. Without a split asked for it is
-/// `train`, or the only one there is.
+/// The files of one split of a folder of parquet files, in order, as paths below `folder`. The default split is `train`, or the
+/// only one.
 pub(super) fn split_files(folder: &Path, name: &str, split: Option<&str>) -> Result<Vec<String>> {
     let mut splits = splits_of(folder, name)?;
     let known = quoted(splits.keys());
@@ -154,7 +154,7 @@ fn splits_of(folder: &Path, name: &str) -> Result<Splits> {
 }
 
 /// The configurations in the folder at `below`, each with its path below `root`. `name` is the folder's, which is the split of
-/// files whose names say none.
+/// files without one in their names.
 fn layouts(root: &Path, name: &str, below: &str, deepest: usize) -> Result<Vec<(String, Splits)>> {
     let (files, folders) = entries(&root.join(below))?;
     let path = |name: &str| if below.is_empty() { name.to_owned() } else { format!("{below}/{name}") };

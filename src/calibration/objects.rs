@@ -59,7 +59,7 @@ pub(super) struct Objects<'a> {
 }
 
 impl<'a> Objects<'a> {
-    /// `named` is the column that the user asked for.
+    /// `named` is the column that the user chose.
     pub(super) fn new(path: &'a Path, named: Option<&'a str>) -> Self {
         Self { path, named, field: None }
     }
@@ -69,7 +69,7 @@ impl<'a> Objects<'a> {
         self.field.is_some()
     }
 
-    /// Appends the row of `object`; `place` says where it stands, for messages: `line 3`.
+    /// Appends the row of `object`; `place` is its place, for messages: `line 3`.
     pub(super) fn push(
         &mut self,
         object: &Map<String, Value>,
@@ -166,7 +166,7 @@ fn messages(items: &[Value]) -> Result<Option<Vec<Message>>, String> {
     items.iter().enumerate().map(one).collect()
 }
 
-/// ShareGPT's names of roles become those that templates know.
+/// ShareGPT's names of roles become those of chat templates.
 fn known_role(role: &str) -> String {
     match role {
         "human" => "user",

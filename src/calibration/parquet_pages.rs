@@ -1,8 +1,8 @@
 //! Checks the page headers of a parquet column before its pages are decoded. The decoder allocates the sizes that the headers
 //! state, so headers that state more than the file can hold are refused.
 //!
-//! Headers are Thrift structs in the compact protocol; `parquet.thrift` of the Parquet format says what is in them. Known
-//! fields must have their types, so that the decoder reads the same bytes in the same way.
+//! Headers are Thrift structs in the compact protocol; `parquet.thrift` of the Parquet format describes them. Known fields must
+//! have their types, so that the decoder reads the same bytes in the same way.
 
 use std::io::{Error, ErrorKind, Read, Result, Take};
 
@@ -15,7 +15,7 @@ const LARGEST_FACTOR: u64 = 256;
 /// Nesting depth of structs and lists.
 const DEEPEST: usize = 16;
 
-/// Fails, with the reason, when the pages of a column chunk cannot be what their headers say.
+/// Returns an error with the reason if the pages of a column chunk contradict their headers.
 pub(super) fn check(source: &impl ChunkReader, chunk: &ColumnChunkMetaData) -> Result<()> {
     let start = chunk.dictionary_page_offset().unwrap_or(chunk.data_page_offset());
     let (Ok(mut at), Ok(length)) = (u64::try_from(start), u64::try_from(chunk.compressed_size())) else {

@@ -203,7 +203,7 @@ mod tests {
     use parquet::schema::parser::parse_message_type;
     use std::sync::Arc;
 
-    /// Row groups of `n` (when the schema has it) and `text`, nullable or not as the schema says.
+    /// Row groups of `n` (when the schema has it) and `text`, nullable or not by the schema.
     fn parquet(schema: &str, groups: &[&[Option<&[u8]>]], dictionary: bool) -> Vec<u8> {
         let schema = Arc::new(parse_message_type(schema).unwrap());
         let properties = WriterProperties::builder()

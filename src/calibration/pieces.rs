@@ -8,7 +8,7 @@
 //!   on the words beside it, so the two lines at each cut are tokenized together and apart, and must agree.
 //! - Or no token of a BPE model holds a line break before another character. No merge then crosses a cut, and merges on its two
 //!   sides do not depend on each other. (In a Unigram model the rounding of sums from the start of a word decides between equal
-//!   segmentations, so it is never cut.) The lines are compared all the same.
+//!   segmentations, so it is never cut.) The lines are compared here too.
 //!
 //! A piece is tokenized behind the line break before it, whose ids are dropped: a prefix that is added to a text goes there.
 

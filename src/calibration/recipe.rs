@@ -22,7 +22,7 @@ pub struct Recipe {
 pub enum Sampling {
     /// The rows are joined into one text, tokenized once, and windows are cut from it anywhere.
     Stream {
-        /// What stands between two rows.
+        /// The text between two rows.
         join: String,
     },
     /// Each window is cut from one row that has more tokens than the window; only drawn rows are tokenized.

@@ -99,12 +99,12 @@ struct Normalizer {
     escape_whitespaces: bool,
 }
 
-/// What the JSON files of a folder say about its tokenizer.
+/// Settings of the tokenizer in the JSON files of a folder.
 #[derive(Debug, Default)]
 struct Settings {
     bos: Option<String>,
     eos: Option<String>,
-    /// Whether every text gets BOS in front, and EOS at its end.
+    /// Whether every text has BOS before it, and EOS after it.
     add: [bool; 2],
     legacy: bool,
     add_prefix_space: bool,
@@ -152,8 +152,7 @@ impl Settings {
 
 /// The tokenizer in the file `path` of the folder `dir`, with the settings of the folder's JSON files.
 ///
-/// # Errors
-/// When a file cannot be read, is not of its format, or asks for what is not supported.
+/// # Errors If a file cannot be read, is not of its format, or needs a feature that is not supported.
 pub(super) fn read(dir: &Path, path: &Path) -> Result<tokenizers::Tokenizer> {
     let settings = Settings::read(dir)?;
     let bytes = folder::read(path, folder::TEXT_LIMIT)?;

@@ -26,7 +26,7 @@ pub struct SourceOptions {
     pub roots: Vec<PathBuf>,
 }
 
-/// A dataset whose files are on this machine; nothing of them is read yet.
+/// A dataset whose files are on this machine, not read yet.
 #[derive(Debug, Clone)]
 pub struct CorpusSource {
     name: String,

@@ -22,8 +22,8 @@ struct TokenizerConfig {
     add_eos_token: Option<Value>,
 }
 
-/// What `tokenizer_config.json` in `dir` says otherwise than `tokenizer.json`, and what is used, each a sentence for the user. Programs
-/// differ in which of the two they follow. A file that cannot be read is such a sentence, too.
+/// Contradictions between `tokenizer_config.json` and `tokenizer.json` in `dir`, with the setting that is used; each a sentence
+/// for the user. Programs differ in which of the two they follow. A file that cannot be read is such a sentence, too.
 pub fn tokenizer_notes(dir: &Path) -> Vec<String> {
     disagreements(dir).unwrap_or_else(|error| vec![error.to_string()])
 }

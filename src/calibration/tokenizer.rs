@@ -102,7 +102,7 @@ impl Tokenizer {
             .map_err(|error| self.problem(format!("it cannot be written as JSON: {error}")))
     }
 
-    /// The special tokens that every text gets in front and at its end; `None` where they depend on the text.
+    /// The special tokens before and after every text; `None` if they depend on the text.
     ///
     /// # Errors
     /// When it cannot tokenize a text.

@@ -16,7 +16,7 @@ pub struct Tokens<'a> {
 pub(super) enum Text<'a> {
     /// The ids of the joined rows.
     Stream(Vec<u32>),
-    /// Rows that are tokenized one by one, when they are drawn: documents or conversations, as the corpus says.
+    /// Rows that are tokenized one by one, when they are drawn: documents or conversations.
     Rows { corpus: &'a Corpus, tokenizer: &'a Tokenizer },
 }
 

@@ -9,7 +9,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};
 
 /// Number of random windows that may cover a token, on average. In a shorter text the windows would overlap so much that
-/// calibration would use far fewer different tokens than asked for.
+/// calibration would use far fewer different tokens than requested.
 pub const MAX_OVERLAP: usize = 4;
 
 /// Windows of the same length over a text: token ids, i64 as libtorch indexes with them.
@@ -159,7 +159,8 @@ impl Windows {
     }
 }
 
-/// How many of `samples` windows each text gets, in proportion to its weight: the largest remainders get what rounding down leaves.
+/// Number of windows of each text, of `samples`, in proportion to its weight. Windows left by rounding down go to the largest
+/// remainders.
 ///
 /// # Errors
 /// When there are too few for every text to get one.

@@ -24,7 +24,7 @@ use crate::{
 };
 pub use source::{SOURCE_CARD_FILE, SourceCard, keep_source_card};
 
-/// The template that is used where none is given.
+/// The built-in template.
 pub const TEMPLATE: &str = include_str!("card.md.jinja");
 
 /// Place of the published branches.

@@ -12,7 +12,7 @@ const SPAN: usize = 4096;
 const STRIDE: usize = 4 << 20;
 
 impl Checkpoint {
-    /// A digest of all tensors: names, types, shapes and every byte. It tells models apart; it is no protection against
+    /// A digest of all tensors: names, types, shapes and every byte. It distinguishes models; it is no protection against
     /// models that were made to have the same digest.
     ///
     /// # Errors

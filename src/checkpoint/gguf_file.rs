@@ -15,7 +15,7 @@ use crate::{
 /// Tensors by name.
 type Tensors = Vec<(String, Entry)>;
 
-/// Parses the whole file `map`; returns the tensors, and the `config.json` that it stands for.
+/// Parses the whole file `map`; returns the tensors and the `config.json` of its model.
 pub(super) fn parse(path: &Path, map: &[u8]) -> Result<(Header, Tensors, Value)> {
     let header = Header::parse(path, map)?;
     let config = model_config(path, &header, map)?;

@@ -1,5 +1,5 @@
-//! Checkpoint folders in the Hugging Face layout: `config.json` and safetensors, read by memory map and written
-//! by plan; GGUF files are read as if they were such a folder. The only place that knows file names.
+//! Checkpoint folders in the Hugging Face layout: `config.json` and safetensors, read by memory map and written by plan; GGUF
+//! files are read as if they were such a folder. The only place with file names.
 
 mod digest;
 mod gguf_file;

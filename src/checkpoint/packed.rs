@@ -44,7 +44,7 @@ pub struct PackedTensors<'a> {
 
 /// The packed tensors of `linear`; `None` when it was left dense (it has a `weight` and no `qweight`).
 ///
-/// Shapes, dtypes, group indices and scales are checked; codes and zero points can hold nothing wrong.
+/// Shapes, dtypes, group indices and scales are checked; every code and zero point is valid.
 ///
 /// ```
 /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/branch.rs"));

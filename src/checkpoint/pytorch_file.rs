@@ -1,5 +1,5 @@
-//! Weights in PyTorch's own format, `pytorch_model.bin`: a zip of uncompressed storages, and a pickle that says which tensor lies
-//! where. candle reads the pickle into plain descriptions; nothing in it is run.
+//! Weights in PyTorch's own format, `pytorch_model.bin`: a zip of uncompressed storages, and a pickle with the place of each
+//! tensor. candle reads the pickle into plain descriptions; no code in it runs.
 
 use std::{fs::File, io::BufReader, path::Path};
 

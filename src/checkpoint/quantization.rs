@@ -1,6 +1,6 @@
 //! Quantization settings of a GPTQ checkpoint, whichever tool wrote it: `quantization_config` in `config.json`,
-//! `quantize_config.json`, or both; else optimum's `quantization_config.json`, else AutoGPTQ's texts in the header of the weights.
-//! What none of them says is inferred from the tensors.
+//! `quantize_config.json`, or both; else optimum's `quantization_config.json`, else AutoGPTQ's texts in the header of the
+//! weights. Settings in none of them are inferred from the tensors.
 
 use std::{borrow::Cow, fmt::Display, path::Path};
 
@@ -20,7 +20,7 @@ use crate::{
 
 /// The older of the two places, in the checkpoint folder.
 pub const QUANTIZE_CONFIG_FILE: &str = "quantize_config.json";
-/// Where optimum wrote it; read where neither of the two others says anything.
+/// Optimum's file; read if neither of the two others has settings.
 pub const OPTIMUM_CONFIG_FILE: &str = "quantization_config.json";
 /// The newer one, a key of `config.json`.
 pub(super) const QUANTIZATION_KEY: &str = "quantization_config";
@@ -71,7 +71,7 @@ pub struct QuantizationConfig {
     pub damp_percent: Option<f64>,
     /// Provenance, as written; null when there is none.
     pub meta: Value,
-    /// What was inferred because no file says it, and what other tools write for GPTQ, each a sentence for the user.
+    /// Inferred settings, and other tools' names for GPTQ, each a sentence for the user.
     pub notes: Vec<String>,
 }
 
@@ -91,7 +91,7 @@ struct Said {
 
 impl QuantizationConfig {
     /// Reads the settings in the folder of `checkpoint`. A key that `config.json` and `quantize_config.json` have must have the
-    /// same value in both. What no file says is inferred from the tensors' shapes, `g_idx` and `qzeros`, and is one of the notes.
+    /// same value in both. Settings in no file are inferred from the tensors' shapes, `g_idx` and `qzeros`, with a note.
     ///
     /// # Errors
     /// When it is no GPTQ checkpoint, or a value is one that is not read.

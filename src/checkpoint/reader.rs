@@ -66,12 +66,12 @@ pub(super) struct Entry {
     pub(super) shape: Vec<usize>,
     /// Bytes in the shard's file; inside it.
     pub(super) range: Range<usize>,
-    /// How the numbers lie there, where `dtype` does not say it.
+    /// The layout of the numbers, if `dtype` does not imply it.
     pub(super) stored: Option<Stored>,
 }
 
-/// A tensor as it lies in its file. `bytes` holds exactly `shape` elements of `dtype`, row-major,
-/// little-endian, at any alignment; or else what `stored` says.
+/// A tensor as it lies in its file. `bytes` holds exactly `shape` elements of `dtype`, row-major, little-endian, at any
+/// alignment; or else in the layout `stored`.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
     /// Name in the file.
@@ -102,7 +102,7 @@ impl Checkpoint {
     /// Opens the folder `dir`: reads `config.json` and the headers, maps the weights, reads none of them. `dir` can also be a
     /// GGUF file; its tensors have the names that they have in a folder.
     ///
-    /// [`weights_file`] says which file holds the weights.
+    /// [`weights_file`] chooses the file of the weights.
     ///
     /// # Errors
     /// When `config.json` or a header cannot be read, or no file or several files could be the weights.
@@ -377,8 +377,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Checks that an output layer that is tied, and stored all the same, is the embedding. If it is not,
-    /// transformers 5 takes what is stored, and others the embedding.
+    /// Checks that an output layer that is tied, but stored, is the embedding. If it is not, transformers 5 takes what is
+    /// stored, and others the embedding.
     pub fn check_tied(&self) -> Result<()> {
         let (lm_head, embed_tokens) = (&self.config.lm_head, &self.config.embedding());
         if !self.config.tie_word_embeddings || !self.contains(lm_head) {
@@ -411,8 +411,8 @@ impl Checkpoint {
         Some(format!("a quantized one (tensor `{name}`)"))
     }
 
-    /// Tensors that the config does not ask for, sorted: worth a warning, and not read. The
-    /// `rotary_emb.inv_freq` buffers of old files are not listed, nor what belongs to a packed linear.
+    /// Tensors that are not in the config, sorted: worth a warning, and not read. The `rotary_emb.inv_freq` buffers of old
+    /// files are not listed, nor what belongs to a packed linear.
     pub fn extra(&self) -> Vec<&str> {
         let mut known: HashSet<String> =
             self.config.dense_tensors().into_iter().map(|(name, _)| name).collect();

@@ -40,7 +40,7 @@ impl TensorSpec {
     }
 }
 
-/// Where every tensor goes: one `model.safetensors`, or numbered shards and an index.
+/// Place of every tensor: one `model.safetensors`, or numbered shards and an index.
 #[derive(Debug, Clone)]
 pub struct ShardPlan {
     shards: Vec<Shard>,
@@ -51,7 +51,7 @@ pub struct ShardPlan {
 #[derive(Debug, Clone)]
 struct Shard {
     file: String,
-    /// Length, JSON and padding: all that stands before the data.
+    /// Length, JSON and padding: everything before the data.
     header: Vec<u8>,
     /// Bytes of the whole file.
     bytes: u64,

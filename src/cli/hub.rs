@@ -51,7 +51,7 @@ impl Model {
     }
 }
 
-/// The given folder, or else the given repository, fetched.
+/// The given folder, else the given repository, downloaded.
 pub(super) fn model(given: &Path, output: &OutputArgs) -> Result<Model> {
     let local = || Model { folder: given.to_owned(), fetched: None };
     if given.exists() || given.starts_with(".") || given.starts_with("..") {
@@ -66,7 +66,7 @@ pub(super) fn model(given: &Path, output: &OutputArgs) -> Result<Model> {
     Ok(Model { folder: snapshot.folder.clone(), fetched: Some((reference, snapshot)) })
 }
 
-/// The branches of the run in the given folder; where that is no run's folder, the one given model.
+/// The branches of the run in the given folder; the model itself if it is not a run's folder.
 pub(super) fn models(given: &Path, output: &OutputArgs) -> Result<Vec<Model>> {
     let report = given.join(REPORT_FILE);
     if !report.is_file() {

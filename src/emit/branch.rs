@@ -63,8 +63,8 @@ pub struct BranchWriter {
     keep: bool,
 }
 
-/// An output of a run while it is written. A further format implements this trait. It gets each linear when it is solved, a commit
-/// after each layer, and the call of `finish` after the last one.
+/// An output of a run while it is written. A further format implements this trait. A run calls `encode` with each solved
+/// linear, `commit` after each layer, and `finish` after the last one.
 ///
 /// A format with one file of codes `[K, N]` for each linear:
 ///

@@ -13,7 +13,7 @@ use crate::{
     variant::{Order, Variant},
 };
 
-/// Where a branch comes from; goes into `meta`. Never a machine path, never a run-time setting.
+/// Origin of a branch, for `meta`. It has no machine paths and no run-time settings.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
     /// `gptq:0.1.0`, in a list, as GPTQModel writes its own.

@@ -76,7 +76,7 @@ pub enum HubError {
         /// One of its weights files.
         found: String,
     },
-    /// The repository has several weights files, and nothing says which one to fetch.
+    /// The repository has several weights files, and no setting chooses one.
     #[error("`{repository}` has several weights files: {found}")]
     SeveralWeights {
         /// `owner/name`.
@@ -89,7 +89,7 @@ pub enum HubError {
         "{why}, and `{repository}` at revision `{revision}` is incomplete in the cache: {missing} is missing"
     )]
     NotCached {
-        /// Why the Hub was not asked, or its error.
+        /// Why there was no request, or the Hub's error.
         why: String,
         /// `owner/name`.
         repository: String,
@@ -125,9 +125,7 @@ pub enum HubError {
         message: String,
     },
     /// The server has no Xet, so large files can only be sent with git-lfs.
-    #[error(
-        "`{repository}`: large files are sent through Xet, and {endpoint} offers `{found}`"
-    )]
+    #[error("`{repository}`: large files are sent through Xet, and {endpoint} offers `{found}`")]
     NoXet {
         /// The Hub's address.
         endpoint: String,

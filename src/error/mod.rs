@@ -106,7 +106,7 @@ pub enum Error {
         /// The file found.
         found: String,
     },
-    /// The folder has several weights files, and nothing says which one to read.
+    /// The folder has several weights files, and no setting chooses one.
     #[error("`{}` has several weights files: {found}", path.display())]
     SeveralWeights {
         /// The folder.
@@ -169,12 +169,12 @@ pub enum Error {
     NotForGguf {
         /// The branch.
         path: PathBuf,
-        /// What stands against it.
+        /// The obstacle.
         problem: String,
         /// What would do.
         instead: String,
     },
-    /// A link, or a file name in an index, leads out of the model's folder.
+    /// A link, or a file name in an index, points outside the model's folder.
     #[error("`{}` points outside its folder, to `{}`", path.display(), target.display())]
     OutOfFolder {
         /// The file as it is named.
@@ -313,7 +313,7 @@ pub enum Error {
     MissingColumn {
         /// The file.
         path: PathBuf,
-        /// The column asked for.
+        /// The requested column.
         column: String,
         /// The columns that exist.
         found: String,
@@ -328,14 +328,14 @@ pub enum Error {
         /// Rows read.
         rows: usize,
     },
-    /// The text is too short for the windows asked for.
+    /// The text is too short for the requested windows.
     #[error("{dataset} has {tokens} tokens; {windows} x {seq_len} tokens need at least {needed}")]
     TooLittleText {
         /// The dataset.
         dataset: String,
         /// Tokens it has.
         tokens: usize,
-        /// Windows asked for.
+        /// Requested windows.
         windows: usize,
         /// Tokens a window.
         seq_len: usize,
@@ -345,7 +345,7 @@ pub enum Error {
     /// A window longer than the model's context.
     #[error("sequence length {seq_len} is above the model's max_position_embeddings {max}")]
     SequenceTooLong {
-        /// Tokens asked for.
+        /// Requested tokens.
         seq_len: usize,
         /// The model's limit.
         max: usize,
@@ -393,7 +393,7 @@ pub enum Error {
     GroupSize {
         /// The linear.
         linear: String,
-        /// The group size asked for.
+        /// The requested group size.
         group_size: usize,
         /// Input features.
         in_features: usize,
@@ -436,7 +436,7 @@ pub enum Error {
         /// What differs.
         problem: String,
     },
-    /// The user asked to stop.
+    /// A signal or the caller stopped the run.
     #[error("stopped on request")]
     Interrupted,
     /// A device cannot be used.

@@ -177,7 +177,9 @@ impl ReportError {
                 let folder = path.parent().unwrap_or(path).display();
                 format!("measure again: gptq eval --model MODEL --quantized {folder}")
             }
-            Self::NoBaseline { .. } => "write it from a good run: gptq gate RUN --baseline FILE --update".into(),
+            Self::NoBaseline { .. } => {
+                "write it from a good run: gptq gate RUN --baseline FILE --update".into()
+            }
         }
     }
 }

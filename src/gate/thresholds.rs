@@ -1,4 +1,4 @@
-//! Limits of the gate: a TOML file, every key with a default. `docs/ci.md` says what each key bounds.
+//! Limits of the gate: a TOML file, every key with a default. `docs/ci.md` lists the keys.
 
 use std::{collections::BTreeMap, path::Path};
 

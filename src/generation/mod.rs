@@ -35,7 +35,7 @@ pub struct Request {
 pub enum Stop {
     /// The model ended its text.
     EndOfSequence,
-    /// As many tokens as asked for.
+    /// The requested number of tokens.
     MaxTokens,
     /// The model's context is full.
     Context,
@@ -64,7 +64,7 @@ pub struct Generated {
     pub tokens_per_second: Option<f64>,
 }
 
-/// Continues a prompt; `emit` gets each piece of text as it comes.
+/// Continues a prompt; `emit` is called with each piece of text.
 ///
 /// # Errors
 /// When the prompt has no tokens or does not fit the context, or the model cannot be run or does not fit the device.

@@ -30,7 +30,7 @@ pub enum Mix {
     Q8_0,
 }
 
-/// What the rules ask of a model.
+/// Facts of a model that the rules need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MixModel {
     /// Decoder layers.

@@ -1,4 +1,4 @@
-//! Rounding without a Hessian: each block gets the scales with the least squared error, and each weight the nearest level.
+//! Rounding without a Hessian: a block has the scales with the least squared error, and a weight has the nearest level.
 
 use rayon::prelude::*;
 

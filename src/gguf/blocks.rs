@@ -7,7 +7,7 @@ use crate::ggml::BlockType;
 /// Elements that one task dequantizes; a multiple of every block.
 const CHUNK: usize = 1 << 16;
 
-/// How a tensor lies in a GGUF file, where that is not as in a Hugging Face folder.
+/// Layouts of tensors in a GGUF file that differ from a Hugging Face folder's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stored {
     /// Element type.

@@ -1,4 +1,4 @@
-//! The `config.json` that a GGUF file stands for, so that the rest of the crate reads its model as any other.
+//! The `config.json` of a GGUF file's model, so that the rest of the crate reads it like any other.
 
 use std::path::Path;
 

@@ -16,11 +16,11 @@ use crate::{
 pub(super) const MAGIC: [u8; 4] = *b"GGUF";
 /// The newest version; the one before has the same layout.
 pub(super) const VERSION: u32 = 3;
-/// Where data may start, in bytes, unless the file says otherwise.
+/// Alignment of data in bytes, if the file has no other.
 pub(super) const ALIGNMENT: usize = 32;
-/// The key that says otherwise.
+/// The key of another alignment.
 const ALIGNMENT_KEY: &str = "general.alignment";
-/// The largest alignment that is taken.
+/// The largest accepted alignment.
 const MAX_ALIGNMENT: u64 = 1 << 20;
 /// Most axes of a tensor.
 const MAX_AXES: u32 = 4;

@@ -139,7 +139,7 @@ impl CrossCovariance {
         products * 2.0 * rows * k
     }
 
-    /// Calibration tokens seen.
+    /// Number of calibration tokens.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }

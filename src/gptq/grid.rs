@@ -78,7 +78,7 @@ impl Grid {
 }
 
 impl Step {
-    /// The weight that `code` stands for, exact in f64.
+    /// The weight of `code`, exact in f64.
     pub fn weight(self, code: u8) -> f64 {
         f64::from(self.scale) * (f64::from(code) - f64::from(self.zero))
     }

@@ -156,7 +156,7 @@ impl Hessian {
         Ok(sum.expect("at least one Hessian"))
     }
 
-    /// If this Hessian has seen fewer than `least` tokens, adds the mean of `pooled` for each missing token.
+    /// If this Hessian has fewer than `least` tokens, adds the mean of `pooled` for each missing token.
     ///
     /// # Errors
     /// When libtorch cannot compute it.
@@ -243,7 +243,7 @@ impl Hessian {
         self.matrix.size()[0] as usize
     }
 
-    /// Calibration tokens seen.
+    /// Number of calibration tokens.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
@@ -357,7 +357,7 @@ fn signs(rows: i64, columns: i64) -> Result<Tensor, TchError> {
     Tensor::f_from_slice(&signs)?.f_reshape([rows, columns])
 }
 
-/// Products that fail for want of memory, for tests.
+/// Products that fail for lack of memory, for tests.
 #[cfg(test)]
 pub(crate) mod fault {
     use std::cell::Cell;

@@ -11,11 +11,11 @@ use serde_json::Value;
 pub(super) struct Problem {
     /// The status of the response; `None` if no complete response came.
     pub(super) status: Option<u16>,
-    /// Error code of the Hub, which tells apart responses of one status; may be empty.
+    /// Error code of the Hub, which distinguishes responses of one status; may be empty.
     pub(super) code: String,
     /// `404 Not Found: no such thing`.
     pub(super) text: String,
-    /// How long the Hub asks to wait.
+    /// The wait that the Hub requests.
     pub(super) wait: Option<Duration>,
     /// Whether the same request may succeed later.
     pub(super) transient: bool,

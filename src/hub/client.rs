@@ -16,7 +16,7 @@ use super::{
 };
 use crate::error::{Error, HubError, Result};
 
-/// Longest wait that a Hub may ask for before a request counts as refused, seconds.
+/// Longest wait that a response can request, seconds; above it the request counts as refused.
 const LONGEST_WAIT: u64 = 120;
 
 /// A Hub, or a server with the same interface.

@@ -27,7 +27,7 @@ use crate::{
     units::bytes,
 };
 
-/// A revision of a repository in the cache, with the files that were asked for.
+/// A revision of a repository in the cache, with the requested files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Snapshot {
     /// The folder with its files.

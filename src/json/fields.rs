@@ -49,7 +49,7 @@ impl<'a> Fields<'a> {
         self.object.iter()
     }
 
-    /// Whether the key is there at all, even as `null`.
+    /// Whether the key exists, even as `null`.
     pub(crate) fn has(&self, key: &str) -> bool {
         self.object.contains_key(key)
     }

@@ -34,7 +34,7 @@ fn activation(activation: Activation, x: &Tensor) -> Result<Tensor, TchError> {
     }
 }
 
-/// Which experts each of `T` tokens goes through.
+/// The experts of each of `T` tokens.
 pub(super) struct Routing {
     /// `[T, k]`, the chosen experts.
     experts: Tensor,

@@ -66,7 +66,7 @@ impl RopeTable {
     }
 }
 
-/// `θ^(−2i/d)` for `i` in `0..d/2`, scaled as the config says.
+/// `θ^(−2i/d)` for `i` in `0..d/2`, scaled by the config's rule.
 fn inverse_frequencies(rope: &RopeConfig, seq_len: usize) -> Vec<f64> {
     let dim = rope.rotary_dim as f64;
     let theta = match rope.scaling {

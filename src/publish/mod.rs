@@ -1,7 +1,7 @@
 //! Publishing of a run's branches on the Hub or on a git remote.
 //!
 //! A published branch consists of the files in its folder and its card. Only files that differ from the remote's are sent, as
-//! one commit per branch. Afterwards the remote is asked for its files: a publication that cannot be proven is an error.
+//! one commit per branch. Afterwards the remote's files are listed and compared: a difference is an error.
 
 mod branch;
 mod git;

@@ -134,7 +134,7 @@ fn too_few(comparison: &Comparison) -> String {
     }
 }
 
-/// Where else there are figures, which decide nothing.
+/// The other evaluations, which do not decide the recommendation.
 pub(super) fn also_measured(comparison: &Comparison) -> Option<String> {
     let (first, others) = comparison.protocols.split_first()?;
     let other = |(at, protocol): (usize, &Evaluation)| {

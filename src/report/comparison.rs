@@ -35,7 +35,7 @@ pub struct RunInput {
 pub struct Source {
     /// Its folder's name.
     pub name: String,
-    /// Digest of its tensors; none where nothing was measured against it.
+    /// Digest of its tensors; none if no figures compare with it.
     pub digest: Option<String>,
     /// Parameters in all tensors.
     pub parameters: Option<u64>,
@@ -86,7 +86,7 @@ pub struct Entry {
     pub variant: String,
     /// The tool that made it.
     pub tool: String,
-    /// The run it comes from, by position; none for a checkpoint that was given by itself.
+    /// The run it comes from, by position; none for a single checkpoint.
     pub run: Option<usize>,
     /// Metadata of the checkpoint.
     pub checkpoint: CheckpointReport,
@@ -94,7 +94,7 @@ pub struct Entry {
     pub measured: Vec<Option<EvaluatedModel>>,
     /// Whether no other entry that was measured by the first protocol is both smaller and closer to the unquantized model.
     pub pareto: bool,
-    /// Statistics of every linear; empty for a checkpoint that was given by itself.
+    /// Statistics of every linear; empty for a single checkpoint.
     pub linears: Vec<LinearReport>,
 }
 
@@ -139,8 +139,7 @@ impl Comparison {
     /// Compares runs and other checkpoints. `source` describes the unquantized model; without it, the runs do. The evaluation that
     /// decides is on the first of `datasets`; without them, the one that has the most entries.
     ///
-    /// # Errors
-    /// When there is nothing to compare, not all are of the same model, or nothing was evaluated on one of `datasets`.
+    /// # Errors If the list is empty, not all are of the same model, or one of `datasets` has no evaluation.
     pub fn new(
         runs: Vec<RunInput>,
         others: Vec<ModelEvaluations>,

@@ -125,7 +125,7 @@ pub fn html(comparison: &Comparison) -> String {
     page.render().expect("writing to memory does not fail")
 }
 
-/// The columns of the first table in its order: what must be seen on a phone comes first.
+/// The columns of the first table in its order: the columns for a phone's width come first.
 const FIRST: [&str; 6] = ["mean KL", "size", "Δ to fp16", "same top-1", "bits/weight", "readers"];
 
 fn tables(comparison: &Comparison) -> Vec<Table> {

@@ -189,7 +189,7 @@ pub struct ModelSource {
     pub repository: String,
     /// The commit.
     pub commit: String,
-    /// Whether its files are given only to those who accepted conditions; none when the Hub was not asked.
+    /// Whether its files are only for users who accepted conditions; none without a request to the Hub.
     pub gated: Option<bool>,
 }
 

@@ -15,7 +15,7 @@ const SHOWN: [&str; 7] = ["size", "bits/weight", "mean KL", "p99 KL", "Δ to fp1
 /// Characters that a comment on GitHub may have, minus some for text around it.
 const LONGEST: usize = 60_000;
 
-/// The comparison as Markdown. Parts that do not fit a comment are left out from the end, and the text says so.
+/// The comparison as Markdown. Parts at the end that do not fit a comment are left out, with a message.
 pub fn markdown(comparison: &Comparison) -> String {
     let is_shown = |c: &Column| SHOWN.contains(&c.name.as_str()) || c.name.starts_with("perplexity");
     let (shown, folded): (Vec<_>, Vec<_>) = columns(comparison).into_iter().partition(is_shown);
@@ -124,7 +124,7 @@ fn every_provenance(comparison: &Comparison) -> String {
     out
 }
 
-/// Escapes plain text, for use in a cell: nothing of it is read as Markdown or HTML.
+/// Escapes plain text for a cell, so that it has no Markdown or HTML.
 pub(crate) fn text(raw: &str) -> String {
     let mut text = String::with_capacity(raw.len());
     for c in raw.chars() {

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::{Entry, Interval, statistics::difference_of_means};
 
-/// A smaller file is taken up to this many times the smallest KL divergence.
+/// A smaller file is recommended up to this many times the smallest KL divergence.
 pub const CLOSE: f64 = 1.25;
 
 /// Where a file must be smaller still, it is recommended up to this many times the smallest KL divergence.

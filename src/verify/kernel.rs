@@ -44,7 +44,7 @@ pub struct KernelReport {
     pub computed: String,
     /// The text.
     pub text: String,
-    /// Numbers of tokens that each linear was given.
+    /// Numbers of tokens that each linear was run with.
     pub tokens: Vec<usize>,
     /// Largest [`KernelError::rounding`] that passes.
     pub tolerance: f64,

@@ -45,7 +45,7 @@ pub struct Verification {
     pub findings: Vec<Finding>,
     /// Number of tensors that were checked.
     pub tensors: usize,
-    /// Whether the folder carries checksums; without them a flipped bit that leaves a valid code is not seen.
+    /// Whether the folder has checksums; without them a flipped bit that leaves a valid code is not found.
     pub checksums: bool,
     /// Whether scales are negative.
     pub scales: ScaleSigns,
@@ -53,17 +53,17 @@ pub struct Verification {
     pub readers: Vec<ReaderReport>,
     /// Over how many GPUs software can split it.
     pub tensor_parallel: Vec<SplitReport>,
-    /// What was inferred because no file says it, and what two files say differently, with what was used.
+    /// Inferred settings, and contradictions between files with the setting that was used.
     pub notes: Vec<String>,
-    /// Distance of every linear from the source, if that was given.
+    /// Distance of every linear from the source, if there is one.
     pub distances: Vec<LinearDistance>,
-    /// How exact the matmul with packed weights is, if that is checked and nothing else is wrong.
+    /// Errors of the int4 matmul, if it was checked and there is no other finding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelReport>,
 }
 
 impl Verification {
-    /// Whether nothing is wrong.
+    /// Whether there are no findings.
     pub fn passed(&self) -> bool {
         self.findings.is_empty()
     }

@@ -65,7 +65,7 @@ enum Layers {
     Mixed,
 }
 
-/// What one path through a reader takes; `readers.toml` says what each key means.
+/// Formats that one path through a reader loads; `readers.toml` explains each key.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Conditions {
@@ -106,7 +106,7 @@ enum Behaviour {
     Wrong,
 }
 
-/// Group sizes that are proposed where another is not taken.
+/// Group sizes to propose if another one is not loaded.
 const GROUP_SIZES: [GroupSize; 5] = [
     GroupSize::Features(128),
     GroupSize::Features(64),

@@ -72,7 +72,7 @@ pub(super) fn architecture(dir: &Path, config: &ModelConfig) -> Result<&'static 
     Ok(architecture)
 }
 
-/// What a user must know of a file: where llama.cpp computes something else than transformers.
+/// Warnings about a file: where llama.cpp computes something else than transformers.
 pub(super) fn notes(config: &ModelConfig) -> Vec<String> {
     let windows = config.layers.iter().filter_map(|layer| layer.attention.window);
     let shortest = windows.min().filter(|window| *window < config.max_position_embeddings);

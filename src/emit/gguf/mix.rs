@@ -1,4 +1,4 @@
-//! A GGUF file that a run solves: its linears lie in a folder while layers are finished, and the file is made of them at the end.
+//! A GGUF file that a run solves. During the run its linears are in a folder; the file is made of them at the end.
 
 use std::{
     collections::BTreeMap,
@@ -209,7 +209,7 @@ struct Types<'a> {
 }
 
 impl Types<'_> {
-    /// The linears, as they lie in the folder.
+    /// The linears, as stored in the folder.
     fn linears(&self) -> Result<Vec<TensorSpec>> {
         let spec = |(id, linear): (LinearId, &LinearConfig)| {
             let [n, k] = linear.shape;

@@ -17,7 +17,7 @@ use crate::{
 /// Digests of the ids of [`PROBE`], and names of pre-tokenizers.
 const PRE_TOKENIZERS: &str = include_str!("pre_tokenizers.txt");
 
-/// The text by whose ids llama.cpp's converter tells pre-tokenizers apart (`get_vocab_base_pre`).
+/// The text by whose ids llama.cpp's converter distinguishes pre-tokenizers (`get_vocab_base_pre`).
 const PROBE: &str = "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u{200d}🌫\u{fe0f} (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL";
 
 /// Types of tokens, as llama.cpp numbers them.
@@ -205,7 +205,8 @@ impl Vocabulary {
 }
 
 impl Added {
-    /// Whether it never stands in a text: special ones, and those that llama.cpp's converter takes for special by their look.
+    /// Whether a token never occurs in a text: special tokens, and those that llama.cpp's converter classifies as special by
+    /// their form.
     fn is_control(&self) -> bool {
         let text = self.text.as_str();
         let between = |start: &str, end: &str| text.starts_with(start) && text.ends_with(end);
@@ -228,7 +229,7 @@ fn merges(json: &Value) -> Option<Vec<(&str, &str)>> {
     json["model"]["merges"].as_array()?.iter().map(pair).collect()
 }
 
-/// Whether a text gets a space in front, by the normalizer or by the pre-tokenizer.
+/// Whether the normalizer or the pre-tokenizer puts a space before a text.
 fn has_prefix_space(json: &Value) -> bool {
     fn any(value: &Value, is: &dyn Fn(&Value) -> bool) -> bool {
         is(value)

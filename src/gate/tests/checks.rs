@@ -1,4 +1,4 @@
-//! Every check by itself: what breaches it, the line that says so, what is just allowed.
+//! Every check by itself: a breach, its message, and the largest allowed value.
 
 use serde_json::{Value, json};
 
@@ -179,7 +179,7 @@ fn a_trial_of_one_branch_on_another_text_is_not_judged() {
     assert!(found[0].contains("KL divergence on text, 6 windows of 31 tokens 0.1"), "{found:?}");
 }
 
-/// Experts, fused projections and parallel blocks: a layer has as many linears as the model says.
+/// Experts, fused projections and parallel blocks: a layer has as many linears as in the model.
 #[test]
 fn linears_are_counted_as_the_architecture_has_them() {
     let mut experts = run();

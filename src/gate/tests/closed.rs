@@ -24,7 +24,7 @@ fn an_empty_report_fails() {
     assert_ne!(empty.verdict(), Verdict::Pass);
 }
 
-/// Whatever is taken away from a good run makes it fail: each number, each text, each list that the gate looks at.
+/// A good run fails without any one of its parts: each number, text and list that the gate reads.
 #[test]
 fn whatever_is_missing_fails() {
     let limits = thresholds("max-seconds = 1000\nmax-memory = 1e10\nmax-size = 1e7\nsame-plan = true");

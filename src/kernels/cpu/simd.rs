@@ -1,7 +1,7 @@
 //! Vectors of 16 lanes for the CPU kernels, with the instruction set chosen at run time. All `unsafe` code of the CPU kernels is
 //! here and in `simd_x86`.
 //!
-//! A [`Kernel`] is written once over the trait [`Simd`] and compiled once for every instruction set that [`Isa::run`] knows.
+//! A [`Kernel`] is written once over the trait [`Simd`] and compiled once for every instruction set of [`Isa::run`].
 
 use std::sync::OnceLock;
 
