@@ -33,7 +33,8 @@ pub fn is_file_name(name: &str) -> bool {
 
 /// The path of the file `name` in `folder`; the file may be missing.
 ///
-/// # Errors If it is a link to a target outside the folder, or is neither a file nor a folder.
+/// # Errors
+/// If it is a link to a target outside the folder, or is neither a file nor a folder.
 pub fn file_in(folder: &Path, name: &str) -> Result<PathBuf> {
     let path = folder.join(name);
     let real = match path.canonicalize() {

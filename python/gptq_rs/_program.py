@@ -1,4 +1,4 @@
-"""The program `gptq` in this package: where it is, how it starts, what it answers."""
+"""The program `gptq` in this package: its place, its start and its results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GptqError(Exception):
         super().__init__(message if hint is None else f"{message}\nhint: {hint}")
         #: What failed, what was expected, and what was found.
         self.message = message
-        #: What helps, if that is known.
+        #: What helps, if known.
         self.hint = hint
         #: The program's exit code: 2 for an error, 143 after SIGTERM, negative for another signal.
         self.exit_code = exit_code
@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
     torch = PACKAGE.parent / "torch"
     beside = (torch / "lib/libtorch_cpu.so").exists()
     if not beside:
-        # `find_spec` finds the folder and runs nothing of it.
+        # `find_spec` finds the folder without running its code.
         spec = importlib.util.find_spec("torch")
         if spec is None or spec.origin is None:
             raise GptqError(f"PyTorch {NEEDED} is not installed for {sys.executable}", INSTALL_TORCH)
@@ -56,14 +56,14 @@ def environment() -> dict[str, str]:
     # The program would start itself again to set it, because OpenMP reads it at the start.
     variables = {"OMP_WAIT_POLICY": "passive", **os.environ}
     if not beside:
-        # The program knows the folder beside its own only.
+        # The path in the program covers only the folder beside its own.
         folders = [str(torch / "lib"), variables.get("LD_LIBRARY_PATH", "")]
         variables["LD_LIBRARY_PATH"] = ":".join(filter(None, folders))
     return variables
 
 
 def main() -> NoReturn:
-    """Becomes the program: the command `gptq`."""
+    """The command `gptq`: replaces this process by the program."""
     try:
         variables = environment()
     except GptqError as error:
@@ -73,9 +73,9 @@ def main() -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> Any:
-    """Runs the program with `--json`, and returns the JSON. What it prints on standard error goes to `sys.stderr`, line by line.
+    """Runs the program with `--json`, and returns the JSON. Its standard error goes to `sys.stderr`, line by line.
 
-    Ctrl-C stops the program as in a terminal: it ends the step that it is in and says what it keeps.
+    Ctrl-C stops the program as in a terminal: it finishes the current step, and prints what it keeps.
 
     Raises:
         GptqError: If the program reports an error.

@@ -1,4 +1,4 @@
-"""The program's JSON reports as dataclasses. `Report.json` and `Evaluation.json` hold all of the JSON."""
+"""The program's JSON reports as dataclasses. `Report.json` and `Evaluation.json` are the whole JSON."""
 
 from __future__ import annotations
 

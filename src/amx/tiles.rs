@@ -171,8 +171,9 @@ mod x86 {
         Config { palette: 1, start_row: 0, reserved: [0; 14], bytes_per_row, rows }
     };
 
-    /// # Safety AMX must be available. The slices must have one length, a multiple of `parts.chunk_len()`. `c` must point to 32
-    /// rows of 32 floats, `stride` floats apart, without other users.
+    /// # Safety
+    /// AMX must be available. The slices must have one length, a multiple of `parts.chunk_len()`. `c` must point to 32 rows of
+    /// 32 floats, `stride` floats apart, without other users.
     pub(super) unsafe fn multiply_add(
         left: &[Line],
         right: &[Line],

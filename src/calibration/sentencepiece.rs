@@ -152,7 +152,8 @@ impl Settings {
 
 /// The tokenizer in the file `path` of the folder `dir`, with the settings of the folder's JSON files.
 ///
-/// # Errors If a file cannot be read, is not of its format, or needs a feature that is not supported.
+/// # Errors
+/// If a file cannot be read, is not of its format, or needs a feature that is not supported.
 pub(super) fn read(dir: &Path, path: &Path) -> Result<tokenizers::Tokenizer> {
     let settings = Settings::read(dir)?;
     let bytes = folder::read(path, folder::TEXT_LIMIT)?;

@@ -117,7 +117,8 @@ pub struct Cards {
 
 /// The card of each branch of the run in `run`.
 ///
-/// # Errors If the source model's card cannot be read, figures were measured with other weights, a dataset of `options` has no
+/// # Errors
+/// If the source model's card cannot be read, figures were measured with other weights, a dataset of `options` has no
 /// evaluation, or the template has an error.
 pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Cards> {
     let (evaluations, left_out) = evaluations(report, run, &options.datasets)?;

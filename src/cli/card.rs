@@ -68,7 +68,8 @@ pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
         return Ok(true);
     }
     let mut written = Vec::new();
-    for (branch, card) in branches.zip(&made) {
+    // GGUF files have no folder; `publish` makes the card of their branch.
+    for (branch, card) in branches.zip(&made).filter(|(branch, _)| !args.run.join(branch).is_file()) {
         let path = args.run.join(branch).join(CARD_FILE);
         write_file_atomically(&path, card.as_bytes())?;
         written.push(path);

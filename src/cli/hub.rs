@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Result;
 use gptq::{
+    Error,
     eval::folder_name,
     hub::{Hub, Reference, Settings, Snapshot, Token},
     report::{ModelReport, ModelSource, REPORT_FILE, Report},
@@ -15,7 +16,7 @@ use gptq::{
 
 use super::{
     args::{CacheArgs, OutputArgs},
-    terminal::Terminal,
+    terminal::{self, Terminal},
 };
 
 /// A model's folder, local or fetched.
@@ -54,13 +55,23 @@ impl Model {
 /// The given folder, else the given repository, downloaded.
 pub(super) fn model(given: &Path, output: &OutputArgs) -> Result<Model> {
     let local = || Model { folder: given.to_owned(), fetched: None };
-    if given.exists() || given.starts_with(".") || given.starts_with("..") {
+    if given.exists() {
         return Ok(local());
     }
-    // What cannot be a repository is a missing folder, and opening it gives the error.
-    let Some(reference) = given.to_str().and_then(|text| text.parse::<Reference>().ok()) else {
-        return Ok(local());
+    let is_path = given.starts_with(".") || given.starts_with("..");
+    let reference = given.to_str().filter(|_| !is_path).and_then(|text| text.parse::<Reference>().ok());
+    let Some(reference) = reference else {
+        let (what, found) = ("model".into(), given.display().to_string());
+        let expected = "a folder or file that exists, or OWNER/NAME on the Hub".into();
+        return Err(Error::Value { what, expected, found }.into());
     };
+    if let Some(parent) = given.parent().filter(|parent| parent.is_dir()) {
+        let (given, parent) = (given.display(), parent.display());
+        terminal::note(
+            output,
+            &format!("`{given}` is not in the folder `{parent}`: looking for it on the Hub"),
+        );
+    }
     let terminal = Terminal::new(output);
     let snapshot = Hub::new(settings())?.fetch_model(&reference, &terminal)?;
     Ok(Model { folder: snapshot.folder.clone(), fetched: Some((reference, snapshot)) })

@@ -176,16 +176,23 @@ pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<
     for evaluation in &report.evaluations {
         terminal::result(&format!("{}\n", evaluation_table(evaluation)))?;
     }
-    let branches = match report.branches.len() {
-        1 => "1 branch".to_owned(),
-        count => format!("{count} branches"),
+    let files = report.branches.iter().filter(|branch| branch.branch.ends_with(".gguf")).count();
+    let counted = |count: usize, one: &str, several: &str| match count {
+        0 => None,
+        1 => Some(format!("1 {one}")),
+        _ => Some(format!("{count} {several}")),
     };
+    let made = [
+        counted(report.branches.len() - files, "branch", "branches"),
+        counted(files, "GGUF file", "GGUF files"),
+    ];
+    let made = made.into_iter().flatten().collect::<Vec<_>>().join(" and ");
     let rounded = match report.fallbacks().count() {
         0 => String::new(),
         1 => "; 1 linear could not be solved and was rounded to nearest".into(),
         count => format!("; {count} linears could not be solved and were rounded to nearest"),
     };
-    terminal::result(&format!("{branches} in {} ({:.1} s){rounded}", out.display(), report.seconds))?;
+    terminal::result(&format!("{made} in {} ({:.1} s){rounded}", out.display(), report.seconds))?;
     Ok(())
 }
 

@@ -39,6 +39,9 @@ impl Error {
             Self::CheckpointKind { found, .. } if found.contains(".zeros`") => {
                 "no program reads it any more: quantize the dense model again: gptq quantize --model MODEL --out OUT".into()
             }
+            Self::CheckpointKind { found, .. } if found.starts_with("a quantized one") => {
+                "name the unquantized model that it was made from".into()
+            }
             Self::SeveralWeights { path, .. } => choose_weights(&format_args!("`{}`", path.display())),
             Self::CheckpointKind { path, found, .. } if found.contains("`fp8`") => format!(
                 "make it bf16 first: python -c \"from transformers import AutoModelForCausalLM as M, FineGrainedFP8Config as C; \

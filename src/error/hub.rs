@@ -261,7 +261,8 @@ impl HubError {
             }
             Self::NotCached { offline: true, .. } => "unset HF_HUB_OFFLINE to fetch it".into(),
             Self::NotCached { .. } | Self::Unreachable { .. } => {
-                "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: downloaded files are kept"
+                "check the network, HTTPS_PROXY and HF_ENDPOINT, and start again: downloaded files are kept; a folder or a \
+                 text file on this machine needs no network"
                     .into()
             }
             Self::RateLimited { .. } => {

@@ -75,9 +75,15 @@ impl From<HFError> for Problem {
 
 impl From<&reqwest::Error> for Problem {
     fn from(error: &reqwest::Error) -> Self {
+        // Without a connection the last cause is the system's reason; the others name only the steps to it.
+        let text = if error.is_connect() { last_cause(error).to_string() } else { chain(error) };
         // A response that was cut is not requested again by `hf-hub`.
-        Self::without_response(chain(error), true, error.is_body() || error.is_decode())
+        Self::without_response(text, true, error.is_body() || error.is_decode())
     }
+}
+
+fn last_cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
+    std::iter::successors(Some(error), |&error| error.source()).last().unwrap_or(error)
 }
 
 /// An error with its causes; the texts of `hf-hub` name the last one alone.

@@ -114,14 +114,14 @@ pub(super) fn unserved(comparison: &Comparison) -> Option<String> {
 /// The rule of the recommendation.
 pub(super) fn rule(comparison: &Comparison) -> String {
     let Some(protocol) = comparison.protocols.first() else {
-        return "Nothing was measured, so nothing is recommended: run gptq eval first.".into();
+        return "There is no recommendation without figures: run gptq eval first.".into();
     };
     format!(
         "Rule: of the models with at most {USUAL_BITS} bits, the smallest file whose mean KL divergence from fp16 on {} \
-         ({} windows of {} tokens) is at most {CLOSE} times the smallest, or cannot be told from it (the 95% interval of the \
-         difference over paired windows includes 0, and it is at most {FACTOR} times). If it must be smaller: the smallest \
-         file with at most {FACTOR} times the smallest divergence. For a maintained program that does not load the first: \
-         the same among those that it loads.",
+         ({} windows of {} tokens) is at most {CLOSE} times the smallest. Up to {FACTOR} times counts too if the windows \
+         cannot tell the two apart: the 95% interval of their paired difference includes 0. If it must be smaller: the \
+         smallest file with at most {FACTOR} times the smallest divergence. For a maintained program that does not load \
+         the first: the same rule among those that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )
 }

@@ -139,7 +139,8 @@ impl Comparison {
     /// Compares runs and other checkpoints. `source` describes the unquantized model; without it, the runs do. The evaluation that
     /// decides is on the first of `datasets`; without them, the one that has the most entries.
     ///
-    /// # Errors If the list is empty, not all are of the same model, or one of `datasets` has no evaluation.
+    /// # Errors
+    /// If the list is empty, not all are of the same model, or one of `datasets` has no evaluation.
     pub fn new(
         runs: Vec<RunInput>,
         others: Vec<ModelEvaluations>,

@@ -564,7 +564,7 @@ pub fn readers_markdown() -> String {
         } else {
             "\n### Replaced by newer versions, no longer maintained, or without GPTQ now\n\n"
         };
-        text += "| reader | takes | read |\n|---|---|---|\n";
+        text += "| reader | loads | source |\n|---|---|---|\n";
         for reader in TABLE.iter().filter(|reader| reader.living == living) {
             let paths = reader.path.iter().map(Conditions::in_words).collect::<Vec<_>>().join("; or ");
             let takes = reader.never.clone().unwrap_or(paths);

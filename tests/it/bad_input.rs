@@ -371,7 +371,10 @@ fn a_vocabulary_smaller_than_the_tokenizers() {
 #[test]
 fn folders_that_are_not_checkpoints() {
     let lab = Lab::empty();
-    refused(&lab, "error: cannot read `[LAB]/model`: No such file or directory (os error 2)");
+    refused(
+        &lab,
+        "error: model: expected a folder or file that exists, or OWNER/NAME on the Hub, found `[LAB]/model`",
+    );
     fs::create_dir(lab.model()).unwrap();
     refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `config.json` not found in it");
 
@@ -416,7 +419,7 @@ fn a_model_that_is_quantized_already() {
     let again = |lab: &Lab| lab.quantize(&["--model", &branch, "--out", &out, "--variant", "4bit-32g"]);
     again(&lab).fails_with(
         "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected a dense fp16, bf16 or fp32 model, found a quantized \
-         one (quant_method `gptq` in `config.json`)",
+         one (quant_method `gptq` in `config.json`)\nhint: name the unquantized model that it was made from",
     );
     // Also when only the old config file says so.
     let path = lab.branch().join("config.json");
@@ -425,7 +428,7 @@ fn a_model_that_is_quantized_already() {
     write_json(&path, &config);
     again(&lab).fails_with(
         "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected a dense fp16, bf16 or fp32 model, found a quantized \
-         one (tensor `model.layers.0.mlp.down_proj.qweight`)",
+         one (tensor `model.layers.0.mlp.down_proj.qweight`)\nhint: name the unquantized model that it was made from",
     );
     assert!(!lab.path("again").exists());
 }

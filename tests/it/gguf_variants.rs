@@ -52,6 +52,9 @@ fn one_run_leaves_branches_and_gguf_files() {
     for name in files {
         lab.verify(&lab.out().join(name), &[]).succeeds();
     }
+    // Files have no folder for a card.
+    lab.run(&["card", &text_of(&lab.out())]).succeeds();
+    assert!(lab.out().join(branch).join("README.md").is_file());
     let paths = files.map(|name| lab.out().join(name));
     let evaluation = lab.eval(&paths.each_ref().map(|path| path.as_path()));
     let divergence = |i: usize| evaluation["models"][i]["kl_divergence"]["value"].as_f64().unwrap();

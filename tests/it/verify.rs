@@ -318,7 +318,7 @@ fn configs_that_disagree_are_named() {
 fn a_folder_that_is_not_there_is_an_error_and_a_dense_one_fails() {
     let lab = Lab::new();
     lab.verify(&lab.path("nothing"), &[])
-        .fails_with("error: cannot read `[LAB]/nothing`: No such file or directory (os error 2)");
+        .fails_with("error: model: expected a folder or file that exists, or OWNER/NAME on the Hub, found `[LAB]/nothing`");
     lab.verify(&lab.model(), &[]).finds(
         "[LAB]/model: `[LAB]/model`: expected a GPTQ checkpoint, found no `quantization_config` in `config.json` and no \
          `quantize_config.json`",
