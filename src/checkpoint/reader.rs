@@ -329,7 +329,7 @@ impl Checkpoint {
         if let Some(found) = self.quantization_mark() {
             return Err(Error::CheckpointKind {
                 path: self.dir.clone(),
-                expected: "a dense fp16, bf16 or fp32 model",
+                expected: "an unquantized fp16, bf16 or fp32 model",
                 found,
             });
         }

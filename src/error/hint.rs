@@ -37,7 +37,7 @@ impl Error {
             ),
             Self::WeightsFormat { path, found } => format!("convert it: {}", conversion(path, found)),
             Self::CheckpointKind { found, .. } if found.contains(".zeros`") => {
-                "no program reads it any more: quantize the dense model again: gptq quantize --model MODEL --out OUT".into()
+                "no program reads it any more: quantize the unquantized model again: gptq quantize --model MODEL --out OUT".into()
             }
             Self::CheckpointKind { found, .. } if found.starts_with("a quantized one") => {
                 "name the unquantized model that it was made from".into()

@@ -1,4 +1,4 @@
-//! Text generation with a quantized or dense model.
+//! Text generation with a quantized or unquantized model.
 
 mod sampler;
 

@@ -418,7 +418,7 @@ fn a_model_that_is_quantized_already() {
     let (branch, out) = (text_of(&lab.branch()), text_of(&lab.path("again")));
     let again = |lab: &Lab| lab.quantize(&["--model", &branch, "--out", &out, "--variant", "4bit-32g"]);
     again(&lab).fails_with(
-        "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected a dense fp16, bf16 or fp32 model, found a quantized \
+        "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected an unquantized fp16, bf16 or fp32 model, found a quantized \
          one (quant_method `gptq` in `config.json`)\nhint: name the unquantized model that it was made from",
     );
     // Also when only the old config file says so.
@@ -427,7 +427,7 @@ fn a_model_that_is_quantized_already() {
     config.as_object_mut().unwrap().remove("quantization_config");
     write_json(&path, &config);
     again(&lab).fails_with(
-        "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected a dense fp16, bf16 or fp32 model, found a quantized \
+        "error: `[LAB]/out/gptq-4bit-32g-actorder_False`: expected an unquantized fp16, bf16 or fp32 model, found a quantized \
          one (tensor `model.layers.0.mlp.down_proj.qweight`)\nhint: name the unquantized model that it was made from",
     );
     assert!(!lab.path("again").exists());

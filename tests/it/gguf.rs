@@ -360,7 +360,7 @@ fn a_broken_file_is_an_error_of_every_command() {
     ] {
         let output = lab.run(&args);
         assert!(
-            output.stderr.contains("expected a dense fp16, bf16 or fp32 model, found a GGUF file"),
+            output.stderr.contains("expected an unquantized fp16, bf16 or fp32 model, found a GGUF file"),
             "{output:?}"
         );
     }

@@ -187,7 +187,7 @@ fn every_tensor_is_checked_before_any_work() {
     unfit(
         |model| model.push(given("model.layers.0.self_attn.q_proj.qweight", Dtype::I32, &[1], vec![0; 4])),
         "CheckpointKind",
-        "`DIR`: expected a dense fp16, bf16 or fp32 model, found a quantized one \
+        "`DIR`: expected an unquantized fp16, bf16 or fp32 model, found a quantized one \
          (tensor `model.layers.0.self_attn.q_proj.qweight`)",
     );
 }
@@ -201,7 +201,7 @@ fn a_quantized_config_is_not_dense() {
         Checkpoint::open(dir.path()).unwrap().check(),
         dir.path(),
         "CheckpointKind",
-        "`DIR`: expected a dense fp16, bf16 or fp32 model, found a quantized one \
+        "`DIR`: expected an unquantized fp16, bf16 or fp32 model, found a quantized one \
          (quant_method `awq` in `config.json`)",
     );
 }
