@@ -145,12 +145,12 @@ pub(super) struct QuantizeArgs {
     /// The variant of branch `main`, which programs load by default [default: 4bit-128g, if it is made]
     #[arg(long, value_name = "VARIANT", help_heading = VARIANTS)]
     pub(super) main: Option<Variant>,
-    /// Damping, as a fraction of the mean of the Hessian's diagonal [default: 0.01 with fast, 0.05 with standard and best]
-    #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
-    pub(super) damp: Option<f64>,
     /// Preset of all options below. fast: plain GPTQ. best: more accurate than standard, and slower [default: standard]
     #[arg(long, value_name = "PRESET", help_heading = ACCURACY, value_parser = words::<Quality>(&["fast", "standard", "best"]))]
     pub(super) quality: Option<Quality>,
+    /// Damping, as a fraction of the mean of the Hessian's diagonal [default: 0.01 with fast, 0.05 with standard and best]
+    #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
+    pub(super) damp: Option<f64>,
     /// Allow negative scales, so that the extra level of the grid can be on either side of zero [default: by --quality]
     #[arg(long, help_heading = ACCURACY, conflicts_with = "unsigned_scales")]
     pub(super) signed_scales: bool,
@@ -189,7 +189,8 @@ pub(super) struct QuantizeArgs {
     /// If a linear cannot be solved numerically: stop with an error, or round it to nearest (rtn) and report it [default: error]
     #[arg(long, value_name = "WHAT", help_heading = ACCURACY, value_parser = words::<OnFailure>(&["error", "rtn"]))]
     pub(super) on_failure: Option<OnFailure>,
-    /// Data type of forward passes; auto is bf16 where the device has instructions for it [default: auto]
+    /// Data type of forward passes. auto: on the CPU bf16 if it has instructions for it, else fp32; on CUDA fp16 or bf16 [default:
+    /// auto]
     #[arg(long, value_name = "DTYPE", help_heading = MACHINE, value_parser = dtypes())]
     pub(super) compute_dtype: Option<ComputeDtype>,
     /// auto, cpu, cuda, or several GPUs as cuda:0,cuda:1. auto is the CPU, because the CUDA code has not been tested on a GPU

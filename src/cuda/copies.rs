@@ -22,8 +22,8 @@ pub struct Copies {
     device: Device,
 }
 
-/// A running copy, which keeps both sides alive. When it is dropped, work that libtorch queues from then on waits for it: the
-/// memory on the device can be given to other tensors at once.
+/// A running copy, which keeps both sides alive. After it is dropped, later work of libtorch waits for it, so other tensors can
+/// use the memory on the device at once.
 pub struct Copy {
     on_device: Tensor,
     on_host: HostTensor,

@@ -196,9 +196,8 @@ impl Gpu {
         Ok(Kernel { function, name, static_shared })
     }
 
-    /// Lets a function have all the dynamic shared memory that the device has; returns its static shared memory. The driver
-    /// keeps the limit per function, and a function is shared by all that load it from a module. So the limit is the same
-    /// for all launches.
+    /// Allows a function all dynamic shared memory of the device; returns its static shared memory. The driver keeps the limit
+    /// per function, and a function is shared by all that load it from a module. So the limit is the same for all launches.
     fn allow_shared_memory(&self, function: &CudaFunction) -> Result<usize, DriverError> {
         use CUfunction_attribute::{
             CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,

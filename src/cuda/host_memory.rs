@@ -12,8 +12,8 @@ use tch::{Device, Kind, Tensor};
 use super::gpu::{Gpu, failed};
 use crate::error::{Error, Result, TorchContext};
 
-/// Page-locked memory for the copies of one stream. Locking pages takes as long as reading them, so that a pool can keep
-/// buffers that are not used any more for later ones of their size.
+/// Page-locked memory for the copies of one stream. Locking pages takes as long as reading them, so a pool can keep unused
+/// buffers for later ones of their size.
 pub struct HostPool {
     gpu: Arc<Gpu>,
     stream: Arc<CudaStream>,

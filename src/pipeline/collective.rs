@@ -1,4 +1,4 @@
-//! The seam between the workers of a group: the sums and the weights that they exchange while they solve a layer.
+//! The interface between the workers of a group: the sums and weights that they exchange while they solve a layer.
 
 use std::{
     iter,
@@ -97,7 +97,7 @@ impl Collective for ThreadOther {
     }
 }
 
-/// The other end was dropped: its worker returned an error, which says why.
+/// The other end was dropped: its worker returned an error with the reason.
 fn stopped<E>(_disconnected: E) -> Error {
     Error::Interrupted
 }

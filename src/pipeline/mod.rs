@@ -105,9 +105,9 @@ impl Finished {
     }
 }
 
-/// Quantizes a model into all of the plan's variants, or resumes an interrupted run. Afterwards all branches are complete,
-/// or none is there: after an error the output folder holds what the same run resumes from, or nothing if neither a
-/// layer was finished nor gradients were kept.
+/// Quantizes a model into all of the plan's variants, or resumes an interrupted run. Afterwards all branches are complete, or
+/// none exists. After an error the output folder has the state that the same run resumes from, or nothing if neither a layer
+/// nor gradients were finished.
 ///
 /// ```
 /// use std::{fs, path::Path, sync::atomic::AtomicBool};

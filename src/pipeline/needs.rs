@@ -210,8 +210,8 @@ struct DiskNeed {
 }
 
 impl DiskNeed {
-    /// `config` is that of the branches; `states` are the bytes of all hidden states, `spilled` those of activations that do not fit
-    /// memory, and of whatever else lies beside the journal.
+    /// `config` is that of the branches. `states` are the bytes of all hidden states; `spilled` are those of activations that
+    /// do not fit memory, and of other files beside the journal.
     fn new(
         plan: &Plan,
         checkpoint: &Checkpoint,

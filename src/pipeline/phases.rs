@@ -52,8 +52,8 @@ impl PhaseClock {
     }
 }
 
-/// Adds to each phase which part it reached of the speed that libtorch's largest matrix products have on this CPU, in the kind that
-/// the phase computes in; `kind` is that of forward passes.
+/// Adds to each phase its share of the speed of libtorch's largest matrix products on this CPU, in the kind that the phase
+/// computes in. `kind` is that of forward passes.
 ///
 /// # Errors
 /// If libtorch cannot compute the products.

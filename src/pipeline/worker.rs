@@ -369,8 +369,8 @@ impl<'a> Worker<'a> {
         self.hidden[stream].empty_like([self.seq_len, width])
     }
 
-    /// Computes a value of each batch, then uses it. Where the device's memory ends while computing, memory is freed and the batch
-    /// is computed again; `use_it` changes the worker and is called once for each batch.
+    /// Computes a value of each batch, then uses it. If the device's memory ends meanwhile, memory is freed and the batch is
+    /// computed again. `use_it` changes the worker and is called once for each batch.
     fn each_batch<T>(
         &mut self,
         stream: usize,
@@ -380,8 +380,8 @@ impl<'a> Worker<'a> {
         self.each_batch_added(stream, compute, |_| Ok(()), use_it)
     }
 
-    /// As [`Worker::each_batch`], with sums that each value is added to before it is used. Where the device's memory ends while
-    /// adding, `add` is called again: with the same value if it was added in part, which the error says, else with values of
+    /// As [`Worker::each_batch`], with sums that each value is added to before it is used. If the device's memory ends in
+    /// `add`, it is called again: with the same value if the error states that it was added in part, else with values of
     /// smaller batches.
     fn each_batch_added<T>(
         &mut self,

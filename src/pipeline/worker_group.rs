@@ -253,8 +253,8 @@ impl LayerPass<'_, '_, '_> {
         Ok(())
     }
 
-    /// All variants with the Hessians of the reference model, whose hidden states are advanced: one forward pass and one
-    /// Hessian a stage, one factorization a column order.
+    /// Solves all variants with the Hessians of the reference model, whose hidden states are advanced. There is one forward
+    /// pass and one Hessian for a stage, and one factorization for a column order.
     fn solve_shared(&mut self) -> Result<()> {
         for stage in 0..self.worker.layer().stages.len() {
             drop(self.solve_stage(stage, self.variants, 0, None)?);

@@ -112,8 +112,8 @@ pub fn solve_by_rows(
     outputs.iter().map(|factors| joined(strands.by_ref().take(factors.len()), hessian)).collect()
 }
 
-/// The targets of the row blocks from `start` on, which do not depend on each other: the values that compensate the errors of all
-/// rows before them. Blocks of equal size share one triangular solve.
+/// The targets of the row blocks from `start` on: the values that compensate the errors of all rows before them. They do not
+/// depend on each other. Blocks of equal size share one triangular solve.
 fn targets(strands: &[&mut Strand<'_>], start: i64) -> Result<Vec<Tensor>, TchError> {
     let values = |s: &Strand<'_>| s.values.f_narrow(0, start, s.rows_at(start));
     if start == 0 {

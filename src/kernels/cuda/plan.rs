@@ -14,8 +14,8 @@ const FEW_TOKENS: usize = 16;
 const SLICED_TOKENS: usize = 64;
 /// `FEW_STRIPS` and `FEW_STAGES`, the most bytes in flight first. The first shape that fits the shared memory is used.
 const FEW_SHAPES: [(usize, usize); 7] = [(8, 3), (8, 2), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2)];
-/// Tokens of a block of `int4_matmul_many_*`, and the relative cost of a token: an estimate from the operands that are read
-/// from shared memory for each product.
+/// Tokens of a block of `int4_matmul_many_*`, and the relative cost of a token. It is an estimate from the operands in shared
+/// memory that each product reads.
 const MANY_SHAPES: [(usize, usize); 3] = [(256, 8), (128, 9), (64, 10)];
 
 /// Properties of a device that plans depend on.

@@ -145,8 +145,7 @@ impl Journal {
         Ok(Some(Kept { files: files.iter().map(open).collect::<Result<_>>()?, kind }))
     }
 
-    /// The output Hessians so far: a file with a layer in the place of each window, and the number of calibration windows that
-    /// are in the sums.
+    /// The output Hessians so far: a window file whose entries are layers, and the number of calibration windows in the sums.
     ///
     /// # Errors
     /// When they are not what was written.

@@ -8,9 +8,9 @@ use tch::{TchError, Tensor};
 /// Columns factorized together.
 const BLOCK: i64 = 768;
 
-/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L` with `L Lᵀ` the symmetric matrix it stood for.
-/// False, with the content destroyed, when that is not positive definite. What lies above the diagonal is neither read,
-/// outside the blocks on the diagonal, nor left as it was.
+/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle.
+/// False, with the content destroyed, when that is not positive definite. What lies above the diagonal is neither read, outside
+/// the blocks on the diagonal, nor left as it was.
 pub(super) fn in_place(matrix: &Tensor) -> Result<bool, TchError> {
     let k = matrix.size()[0];
     let part = |row: i64, rows: i64, column: i64, columns: i64| {

@@ -234,8 +234,8 @@ impl CpuFactor {
 }
 
 impl CpuFactor {
-    /// What the objective has for the weights of dead features, which not every block can hold as zero: their Hessian's diagonal was
-    /// set to the mean, but their errors cost nothing.
+    /// The objective's part of the weights of dead features, which not every block can store as zero. Their diagonal of the
+    /// Hessian was set to the mean, but their errors cost nothing.
     fn cost_of_dead(&self, linear: &BlockLinear) -> f64 {
         let (dead, k) = (&self.damped.dead, linear.in_features());
         if dead.is_empty() {

@@ -132,8 +132,8 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// As [`Plan::new`] with unknown scales, if they are searched for. Groups that fit a panel are searched by the kernel; scales of
-    /// wider groups are given once all columns before them are solved, so that no panel has columns of two groups.
+    /// As [`Plan::new`] with unknown scales, if they are searched for. The kernel searches groups that fit a panel. Scales of
+    /// wider groups are computed once all columns before them are solved, so no panel has columns of two groups.
     pub(super) fn searched(
         k: usize,
         group_size: usize,
@@ -157,8 +157,8 @@ impl Plan {
         Some(Self { panels, width: width.min(group_size).min(k), wide_group: 0 })
     }
 
-    /// Panels for `k` columns in groups of `group_size`, whose scales are `known` beforehand or fitted on the way, on a
-    /// device whose blocks can have `shared_memory` bytes; `None` if that is too little for any width.
+    /// Panels for `k` columns in groups of `group_size`, whose scales are `known` beforehand or fitted on the way. Blocks of
+    /// the device can have `shared_memory` bytes; `None` if that is too little for any width.
     pub(super) fn new(k: usize, group_size: usize, known: bool, shared_memory: usize) -> Option<Self> {
         let fits = |mode: Mode, width: usize| mode.shared_memory(width, group_size) <= shared_memory;
         WIDTHS.into_iter().find_map(|width| {

@@ -58,8 +58,8 @@ impl Work {
         self.kernels + self.products + self.operations
     }
 
-    /// What one variant of a stage costs: its factorization, targets (`asymmetric`), columns, packed words, and dense weights for
-    /// the next stage; `shared_memory` is that of a block. `None` if that is too little.
+    /// Work of one variant of a stage: factorization, targets (`asymmetric`), columns, packed words, and dense weights for the
+    /// next stage. `shared_memory` is that of a block; `None` if it is too little.
     pub fn of_stage(
         shape: &StageShape<'_>,
         variant: &Variant,

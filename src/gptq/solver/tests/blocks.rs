@@ -39,9 +39,9 @@ const KINDS: [BlockType; 11] = [
     BlockType::IQ4_NL,
 ];
 
-/// Columns are taken as they are stored. Where a block begins, its `d` and minimum are fitted to its weights as compensated for all
-/// columns before it; where a sub-block begins, its scale and offset to its weights as compensated for all columns before it, with
-/// what the block can store. Then its codes are chosen.
+/// Columns keep their stored order. Where a block begins, its `d` and minimum are fitted to its weights as compensated for all
+/// columns before it. Where a sub-block begins, its scale and offset are fitted in the same way, and rounded to what the block
+/// can store. Then its codes are chosen.
 fn reference(problem: &Problem, kind: BlockType, damp: f64, scales: Scales) -> (BlockLinear, f64) {
     let (weight, hessian, k) = (problem.weight(), problem.hessian(), problem.k);
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();

@@ -13,8 +13,8 @@ use crate::{
     variant::Variant,
 };
 
-/// fp32 arithmetic moves a value that lies on the border between two codes to either side, and every later column of
-/// that row then aims at another point; the objective says whether that was harmless.
+/// fp32 arithmetic moves a value on the border between two codes to either side. Every later column of that row then has
+/// another target. The objective shows whether that was harmless.
 pub(in crate::gptq) const CODES_THAT_MAY_DIFFER: f64 = 0.02;
 /// The objective is quadratic about its minimum, so ties do not show in it.
 pub(in crate::gptq) const OBJECTIVE_TOLERANCE: f64 = 1e-3;

@@ -16,8 +16,8 @@ use crate::{
     variant::{Sorting, Variant},
 };
 
-/// All that run here; the one for CUDA twice, with plain code in place of its kernels, on devices with much and with
-/// little shared memory.
+/// All solvers that run on the CPU. The CUDA solver runs twice, with plain code for its kernels, with much and with little
+/// shared memory.
 fn on_cpu(scales: Scales) -> [Box<dyn Solver>; 5] {
     [
         Box::new(CpuSolver::with_amx(false).with_scales(scales)),
