@@ -233,8 +233,8 @@ fn activations_that_overflow() {
     });
     stopped(
         &lab,
-        "error: inputs of layer 1, down: 128 of 128 values are NaN or infinite\nhint: the model itself computes them: look \
-         at the weights of the layers before, or use --compute-dtype fp32",
+        "error: inputs of layer 1, down: 128 of 128 values are NaN or infinite\nhint: the model itself produces them: check \
+         the weights of the layers before, or use --compute-dtype fp32",
     );
 }
 

@@ -141,7 +141,7 @@ fn an_interrupt_while_gradients_are_taken_keeps_them() {
     let (code, said) = ends_with(child);
     assert_eq!(code, Some(130), "{said}");
     assert!(said.contains("gradients of ") && said.contains(" of 16 windows are kept in "), "{said}");
-    let resume = said.split("this resumes there: gptq ").nth(1).unwrap().lines().next().unwrap();
+    let resume = said.split("resume with: gptq ").nth(1).unwrap().lines().next().unwrap();
     assert_eq!(resume, args.join(" "));
     assert_eq!(entries(&lab.path("out")), [".journal.partial"]);
 
