@@ -76,7 +76,7 @@ fn everything_that_is_known_is_on_the_card() {
         "- For SGLang 0.5.20 and newer, mistral.rs 0.9: none of these\n",
         "| llama.cpp's converter | Yes | Yes |",
         "- For transformers 5, GPTQModel 7, llama.cpp's converter: `",
-        "The tokenizer of this model has no chat template",
+        "This model has no chat template",
         of_report("/calibration/sha256"),
         of_report("/calibration/sources/0/files/0/sha256"),
         of_report("/evaluations/0/sha256"),
