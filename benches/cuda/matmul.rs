@@ -4,10 +4,11 @@
 //! take turns, each with a batch of launches between two synchronizations; the median batch counts. The time to enqueue a
 //! launch is kept too: where it equals the time of the launch, the host was measured.
 
-use std::{fmt, time::Instant};
+use std::{fmt, sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, ensure};
 use gptq::{
+    cuda::Gpu,
     error::TorchContext,
     kernels::{CudaMatmul, Workspace, repack},
     pack::PackedLinear,
@@ -19,6 +20,8 @@ use tch::{Device, Kind, Tensor};
 use super::{Args, random};
 
 const TOKENS: [usize; 5] = [1, 16, 64, 256, 2048];
+/// Tokens from which the plan prefers `wgmma` for both shapes.
+const WGMMA_TOKENS: usize = 2048;
 /// Size of all copies of the weights, in second-level caches.
 const CACHES: usize = 4;
 /// Time of one batch: long enough to make the synchronization at its end negligible.
@@ -47,6 +50,8 @@ struct Line {
     int4: Timing,
     /// The variant with act order.
     int4_act: Timing,
+    /// The variant by `wgmma`, with many tokens on compute capability 9.0.
+    wgmma: Option<Timing>,
     /// libtorch's product of the same shape with fp16 weights.
     fp16: Timing,
     /// A copy that reads and writes as many bytes as `int4` does.
@@ -57,6 +62,8 @@ struct Line {
     share_of_copy: f64,
     /// Time of `fp16` over that of `int4`.
     against_fp16: f64,
+    /// Time of `fp16` over that of `wgmma`.
+    wgmma_against_fp16: Option<f64>,
     /// Relative extra time of act order.
     act_cost: f64,
 }
@@ -78,12 +85,13 @@ type Contender<'a> = Box<dyn Fn(usize) -> gptq::Result<()> + 'a>;
 
 /// Measures the shape and its transpose.
 pub(crate) fn measure(args: &Args, device: Device) -> Result<Measured> {
-    let workspace = Workspace::new(device)?;
+    let workspace = Workspace::on(Gpu::of(device)?, device, false)?;
+    let asked = Workspace::on(Gpu::of(device)?, device, true)?;
     let gpu = workspace.gpu();
     let (n, k) = args.shape;
     let mut lines = Vec::new();
     for shape in [(n, k), (k, n)] {
-        let bench = Bench::new(&workspace, shape, &args.variant)?;
+        let bench = Bench::new(&workspace, &asked, shape, &args.variant)?;
         for tokens in TOKENS {
             lines.push(bench.line(tokens, args.repeat.max(3))?);
         }
@@ -105,18 +113,21 @@ struct Bench<'a> {
     shape: (usize, usize),
     int4: Vec<CudaMatmul>,
     int4_act: Vec<CudaMatmul>,
+    /// By `wgmma`; empty where the device has none.
+    wgmma: Vec<CudaMatmul>,
     /// `[N, K]` fp16.
     dense: Vec<Tensor>,
 }
 
 impl<'a> Bench<'a> {
     fn new(
-        workspace: &'a std::sync::Arc<Workspace>,
+        workspace: &'a Arc<Workspace>,
+        asked: &Arc<Workspace>,
         shape: (usize, usize),
         variant: &Variant,
     ) -> Result<Self> {
         let copies = |bytes: usize| (CACHES * workspace.gpu().l2_cache).div_ceil(bytes) + 1;
-        let packed = |order: Order| -> Result<Vec<CudaMatmul>> {
+        let packed = |order: Order, workspace: &Arc<Workspace>| -> Result<Vec<CudaMatmul>> {
             let packed = PackedLinear::new(&random::linear(shape, &Variant { order, ..*variant }));
             let repacked = repack(&packed.view()).context("this variant has no CUDA kernel")?;
             let made =
@@ -127,8 +138,12 @@ impl<'a> Bench<'a> {
         let dense = (0..copies(2 * shape.0 * shape.1))
             .map(|_| Tensor::f_randn([n, k], (Kind::Half, workspace.device())))
             .collect::<Result<_, _>>()?;
-        let (int4, int4_act) = (packed(Order::Sequential)?, packed(Order::Act)?);
-        Ok(Self { workspace, shape, int4, int4_act, dense })
+        let (int4, int4_act) = (packed(Order::Sequential, workspace)?, packed(Order::Act, workspace)?);
+        let wgmma = match asked.has_wgmma() {
+            true => packed(Order::Sequential, asked)?,
+            false => Vec::new(),
+        };
+        Ok(Self { workspace, shape, int4, int4_act, wgmma, dense })
     }
 
     fn line(&self, tokens: usize, repeat: usize) -> Result<Line> {
@@ -142,13 +157,18 @@ impl<'a> Bench<'a> {
         let count = (CACHES * self.workspace.gpu().l2_cache).div_ceil(bytes) + 1;
         let from = (0..count).map(buffer).collect::<Result<Vec<_>, _>>()?;
         let to = (0..count).map(buffer).collect::<Result<Vec<_>, _>>()?;
-        let contenders: [Contender<'_>; 4] = [
+        let mut contenders: Vec<Contender<'_>> = vec![
             Box::new(|i| self.int4[i % self.int4.len()].multiply(&x, &y)),
             Box::new(|i| self.int4_act[i % self.int4_act.len()].multiply(&x, &y)),
             Box::new(|i| dense(&x, &self.dense[i % self.dense.len()])),
             Box::new(|i| copy(&from[i % count], &to[i % count])),
         ];
-        let [int4, int4_act, fp16, copy] = self.time(&contenders, repeat)?;
+        if tokens >= WGMMA_TOKENS && !self.wgmma.is_empty() {
+            contenders.push(Box::new(|i| self.wgmma[i % self.wgmma.len()].multiply(&x, &y)));
+        }
+        let mut timings = self.time(&contenders, repeat)?.into_iter();
+        let mut next = || timings.next().context("a contender was not timed");
+        let (int4, int4_act, fp16, copy, wgmma) = (next()?, next()?, next()?, next()?, next().ok());
         ensure!(int4.median > 0.0, "the clock stood still");
         Ok(Line {
             out_features: n,
@@ -157,17 +177,19 @@ impl<'a> Bench<'a> {
             bytes,
             share_of_copy: copy.median / int4.median,
             against_fp16: fp16.median / int4.median,
+            wgmma_against_fp16: wgmma.as_ref().map(|wgmma| fp16.median / wgmma.median),
             act_cost: int4_act.median / int4.median - 1.0,
             int4,
             int4_act,
+            wgmma,
             fp16,
             copy,
         })
     }
 
     /// Batches of each contender in turn.
-    fn time<const N: usize>(&self, contenders: &[Contender<'_>; N], repeat: usize) -> Result<[Timing; N]> {
-        let mut launches = [0; N];
+    fn time(&self, contenders: &[Contender<'_>], repeat: usize) -> Result<Vec<Timing>> {
+        let mut launches = vec![0; contenders.len()];
         for (contender, launches) in contenders.iter().zip(&mut launches) {
             // The first compiles, fills caches and raises clocks.
             self.batch(contender, 50)?;
@@ -175,20 +197,20 @@ impl<'a> Bench<'a> {
             let wanted = (BATCH_SECONDS / (seconds / 50.0)) as usize;
             *launches = wanted.clamp(*BATCH_LAUNCHES.start(), *BATCH_LAUNCHES.end());
         }
-        let mut samples: [Vec<(f64, f64)>; N] = std::array::from_fn(|_| Vec::new());
+        let mut samples = vec![Vec::new(); contenders.len()];
         for _ in 0..repeat {
             for ((contender, &launches), samples) in contenders.iter().zip(&launches).zip(&mut samples) {
                 let (seconds, enqueue) = self.batch(contender, launches)?;
                 samples.push((seconds / launches as f64, enqueue / launches as f64));
             }
         }
-        let mut launches = launches.into_iter();
-        Ok(samples.map(|mut samples| {
+        let timing = |(mut samples, launches): (Vec<(f64, f64)>, usize)| {
             samples.sort_by(|a, b| a.0.total_cmp(&b.0));
             let (median, enqueue) = samples[samples.len() / 2];
             let (least, most) = (samples[0].0, samples[samples.len() - 1].0);
-            Timing { median, least, most, enqueue, launches: launches.next().unwrap_or_default() }
-        }))
+            Timing { median, least, most, enqueue, launches }
+        };
+        Ok(samples.into_iter().zip(launches).map(timing).collect())
     }
 
     /// Seconds of a batch, and seconds to enqueue it.
@@ -234,6 +256,17 @@ impl fmt::Display for Measured {
                 100.0 * line.act_cost,
                 if line.int4.enqueue > 0.9 * line.int4.median { " (the host's time)" } else { "" }
             )?;
+            if let Some(wgmma) = &line.wgmma {
+                let faster = if wgmma.median < line.int4.median { "wgmma" } else { "mma" };
+                writeln!(
+                    f,
+                    "{:>13} {:>6} {:>9.1} by wgmma, {:.1} TFLOP/s; {faster} is faster (WGMMA_VERIFIED in plan.rs decides)",
+                    "",
+                    line.tokens,
+                    wgmma.median * 1e6,
+                    flops / wgmma.median / 1e12
+                )?;
+            }
         }
         Ok(())
     }

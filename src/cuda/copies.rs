@@ -114,7 +114,8 @@ impl Copy {
 
     /// Whether it has ended.
     pub fn ended(&self) -> bool {
-        self.done.is_complete()
+        // The driver answers threads of the device's context only.
+        self.compute.context().bind_to_thread().is_ok() && self.done.is_complete()
     }
 
     /// Waits until it has ended; the bytes on the host.

@@ -9,7 +9,10 @@ use std::{
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
     result::{launch_cooperative_kernel, launch_kernel},
-    sys::{CUdevice_attribute, CUfunction_attribute},
+    sys::{
+        CUdevice_attribute, CUfunction_attribute, CUtensorMap, CUtensorMapDataType, CUtensorMapFloatOOBfill,
+        CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle, cuTensorMapEncodeTiled,
+    },
 };
 use tch::{Device, Tensor};
 
@@ -179,6 +182,8 @@ impl Gpu {
     /// # Errors
     /// When it does not compile or load.
     pub fn kernel(&self, source: &Source, macros: &[Macro], name: &'static str) -> Result<Kernel> {
+        // A module may have been loaded by another thread.
+        self.context.bind_to_thread().map_err(failed(format!("load {}", source.name)))?;
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (source.name, macros.to_vec());
         let module = match modules.get(&key) {
@@ -245,6 +250,43 @@ impl Gpu {
         // SAFETY: the caller's promise; the addresses are those of live values.
         unsafe { launch(kernel.function.cu_function(), blocks, threads, shared, stream, &mut addresses) }
             .map_err(refused())
+    }
+
+    /// A matrix of 16-bit values, row by row, for copies of boxes of rows and columns to shared memory. There, columns are swizzled
+    /// by 128 bytes; rows and columns beyond the matrix are zeros. Only compute capability 9.0 and later copies so.
+    ///
+    /// # Errors
+    /// When the driver refuses the matrix: its rows begin at multiples of 16 bytes.
+    pub fn matrix_16(
+        &self,
+        matrix: &Argument,
+        (rows, columns): (usize, usize),
+        (high, wide): (u32, u32),
+    ) -> Result<Argument> {
+        let Argument::Pointer(address) = *matrix else { unreachable!("a matrix is in device memory") };
+        let refused = || failed("map a matrix for copies");
+        self.context.bind_to_thread().map_err(refused())?;
+        let mut map = CUtensorMap { opaque: [0; 16] };
+        let (sizes, stride) = ([columns as u64, rows as u64], 2 * columns as u64);
+        // SAFETY: the driver reads two sizes, a stride and two sides, and writes the map; it does not read the matrix.
+        let made = unsafe {
+            cuTensorMapEncodeTiled(
+                &raw mut map,
+                CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                2,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                &raw const stride,
+                [wide, high].as_ptr(),
+                [1, 1].as_ptr(),
+                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        made.result().map_err(refused())?;
+        Ok(Argument::Struct(bytemuck::bytes_of(&map.opaque).to_vec()))
     }
 
     /// Blocks of a kernel that are resident on the device at the same time.

@@ -70,6 +70,22 @@ unsigned add_atomically(unsigned* to, unsigned value);
 // ld.acquire; may be called again and again until another thread has written.
 unsigned load_acquire(const unsigned* from);
 
+// A barrier in shared memory that counts arrivals, and bytes of copies: `count` arrivals end a phase once all bytes that were
+// expected have come. A wait is for the end of the phase with this parity.
+void barrier_init(unsigned address, unsigned count, int line);
+void barrier_publish();
+void barrier_arrive(unsigned address, unsigned expected, int line);
+void barrier_wait(unsigned address, unsigned parity, int line);
+// Copies that a barrier counts: bytes, or the box of a tensor map that begins at a column and a row.
+void copy_bytes(unsigned to, const void* from, unsigned bytes, unsigned barrier, int line);
+void copy_box(unsigned to, const void* map, unsigned column, unsigned row, unsigned barrier, int line);
+// A barrier of the first threads of a block.
+void part_barrier(unsigned threads, int line);
+// wgmma.m64n256k16 with a warp's 16 rows of A in registers, and B by its descriptor; d is [128]. The wait is for all.
+void wgmma_fence();
+void wgmma(float* d, const unsigned* a, uint64_t descriptor, float (*widen)(unsigned short), int line);
+void wgmma_wait(int line);
+
 // Numbers of 16 bits, rounded once, to the nearest, ties to even.
 unsigned short to_f16(double value);
 unsigned short to_bf16(double value);

@@ -18,6 +18,8 @@
 #include <string>
 #include <vector>
 
+#include "tensor_map.h"
+
 namespace {
 
 // CUresult.
@@ -197,6 +199,7 @@ int launch(Function* f, const unsigned (&grid)[3], const unsigned (&block)[3], u
         const char* text = run(&host);
         if (text == nullptr) return SUCCESS;
         error = text;
+        if (error.find("there is no such kernel") == std::string::npos) break;
     }
     fault(f->name + ": " + error);
     return LAUNCH_FAILED;
@@ -214,7 +217,7 @@ void driver_add_device(const char* name, int major, int minor, int multiprocesso
 }
 void driver_use_kernels(const char* library) {
     void* opened = dlopen(library, RTLD_NOW | RTLD_LOCAL);
-    kernels.assign(1, (const char* (*)(const HostLaunch*))dlsym(opened, "cuda_host_run"));
+    kernels.push_back((const char* (*)(const HostLaunch*))dlsym(opened, "cuda_host_run"));
 }
 // What was done that the API forbids, a line each.
 const char* driver_faults() {
@@ -290,6 +293,7 @@ int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
 }
 int cuMemFreeHost(void* memory) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     const auto found = page_locked.find(memory);
     if (found == page_locked.end()) return INVALID_VALUE;
     const Range range{static_cast<unsigned char*>(memory), found->second};
@@ -312,6 +316,20 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) 
     return copy(to, (const void*)from, bytes, stream, to);
 }
 
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* address, const uint64_t* sizes, const uint64_t* strides,
+                           const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int, int) {
+    LOCK;
+    calls["cuTensorMapEncodeTiled"] += 1;
+    if (current < 0) return INVALID_CONTEXT;
+    const bool plain = type == 1 && rank == 2 && interleave == 0 && steps[0] == 1 && steps[1] == 1; // 16 bits
+    const bool aligned = (uintptr_t)map % 64 == 0 && (uintptr_t)address % 16 == 0 && strides[0] % 16 == 0;
+    const bool fits = box[0] * 2 <= 128 && box[0] <= 256 && box[1] <= 256 && box[0] > 0 && box[1] > 0;
+    if (!plain || !aligned || !fits || swizzle != 3 || sizes[0] == 0 || sizes[1] == 0) return INVALID_VALUE;
+    *static_cast<HostTensorMap*>(map) =
+        {(uint64_t)address, sizes[0], sizes[1], strides[0], box[0], box[1], TENSOR_MAP_MARK, {}};
+    return SUCCESS;
+}
+
 int cuModuleLoadData(Module** module, const void* image) {
     LOCK;
     calls["cuModuleLoadData"] += 1;
@@ -322,6 +340,7 @@ int cuModuleLoadData(Module** module, const void* image) {
 }
 int cuModuleUnload(Module* module) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     if (modules.erase(module) == 0) return INVALID_HANDLE;
     for (auto& [name, function] : module->functions) delete function;
     delete module;
@@ -330,6 +349,7 @@ int cuModuleUnload(Module* module) {
 // The same function each time: its attributes are shared by all who ask for it.
 int cuModuleGetFunction(Function** function, Module* module, const char* name) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     if (modules.count(module) == 0) return INVALID_HANDLE;
     Function*& known = module->functions[name];
     if (known == nullptr) {
@@ -342,6 +362,7 @@ int cuModuleGetFunction(Function** function, Module* module, const char* name) {
     return SUCCESS;
 }
 int cuFuncGetAttribute(int* value, int attribute, Function* function) {
+    if (current < 0) return INVALID_CONTEXT;
     switch (attribute) {
         case 1: return *value = function->static_bytes, SUCCESS;
         case 8: return *value = function->dynamic_limit, SUCCESS;
@@ -350,6 +371,7 @@ int cuFuncGetAttribute(int* value, int attribute, Function* function) {
 }
 int cuFuncSetAttribute(Function* function, int attribute, int value) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     calls["cuFuncSetAttribute"] += 1;
     if (attribute != 8 || value < 0 || value + function->static_bytes > function->device->shared) return INVALID_VALUE;
     function->dynamic_limit = value;
@@ -357,6 +379,7 @@ int cuFuncSetAttribute(Function* function, int attribute, int value) {
 }
 int cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, Function* function, int threads, size_t dynamic,
                                                          unsigned) {
+    if (current < 0) return INVALID_CONTEXT;
     *blocks = blocks_of_multiprocessor(*function, threads, dynamic);
     return SUCCESS;
 }
@@ -390,12 +413,14 @@ int cuStreamDestroy_v2(Stream* stream) {
 }
 int cuStreamSynchronize(Stream* stream) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     if (!known(stream)) return INVALID_HANDLE;
     if (stream != nullptr) run_to(stream, stream->issued);
     return SUCCESS;
 }
 int cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     calls["cuStreamWaitEvent"] += 1;
     if (!known(stream) || events.count(event) == 0) return INVALID_HANDLE;
     Stream* other = event->stream;
@@ -421,17 +446,20 @@ int cuEventDestroy_v2(Event* event) {
 }
 int cuEventRecord(Event* event, Stream* stream) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     if (!known(stream) || events.count(event) == 0) return INVALID_HANDLE;
     *event = {stream, stream == nullptr ? 0 : stream->issued};
     return SUCCESS;
 }
 int cuEventQuery(Event* event) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     if (events.count(event) == 0) return INVALID_HANDLE;
     return event->stream == nullptr || event->stream->done >= event->ticket ? SUCCESS : NOT_READY;
 }
 int cuEventSynchronize(Event* event) {
     LOCK;
+    if (current < 0) return INVALID_CONTEXT;
     if (events.count(event) == 0) return INVALID_HANDLE;
     if (event->stream != nullptr) run_to(event->stream, event->ticket);
     return SUCCESS;

@@ -53,3 +53,42 @@ inline u32 load_acquire(const u32* from) { return cuda_host::load_acquire(from);
 // Launches follow one another here.
 inline void admit_next() {}
 inline void await_inputs() {}
+
+#if WGMMA
+inline void barrier_init(u32 barrier, u32 count, int line = __builtin_LINE()) {
+    cuda_host::barrier_init(barrier, count, line);
+}
+inline void barrier_publish() { cuda_host::barrier_publish(); }
+inline void barrier_arrive(u32 barrier, int line = __builtin_LINE()) { cuda_host::barrier_arrive(barrier, 0, line); }
+inline void barrier_arrive_expecting(u32 barrier, u32 bytes, int line = __builtin_LINE()) {
+    cuda_host::barrier_arrive(barrier, bytes, line);
+}
+inline void barrier_wait(u32 barrier, u32 parity, int line = __builtin_LINE()) {
+    cuda_host::barrier_wait(barrier, parity, line);
+}
+struct TensorMap {
+    u64 opaque[16];
+};
+inline void copy_box(u32 to, const TensorMap* map, u32 column, u32 row, u32 barrier, int line = __builtin_LINE()) {
+    cuda_host::copy_box(to, map, column, row, barrier, line);
+}
+inline void copy_bytes(u32 to, const void* from, u32 bytes, u32 barrier, int line = __builtin_LINE()) {
+    cuda_host::copy_bytes(to, from, bytes, barrier, line);
+}
+// Registers are not counted here.
+template <u32 COUNT>
+inline void keep_registers() {}
+template <u32 COUNT>
+inline void take_registers() {}
+inline void consumers_barrier(int line = __builtin_LINE()) { cuda_host::part_barrier(256, line); }
+
+template <u32 COUNT>
+inline void wgmma_fence(u32 (&)[COUNT][4]) {
+    cuda_host::wgmma_fence();
+}
+inline void wgmma(float (&d)[32][4], const u32 (&a)[4], u64 b, int line = __builtin_LINE()) {
+    cuda_host::wgmma(&d[0][0], a, b, BF16 ? cuda_host::from_bf16 : cuda_host::from_f16, line);
+}
+inline void wgmma_wait(int line = __builtin_LINE()) { cuda_host::wgmma_wait(line); }
+inline void wgmma_sums(float (&)[32][4]) {}
+#endif

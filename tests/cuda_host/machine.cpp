@@ -23,7 +23,7 @@ constexpr unsigned PATIENCE = 100;
 void fiber_main() {
     for (;;) {
         machine.kernel->call(machine.arguments);
-        if (!copies_are_over(*machine.current)) fail(name_of(*machine.current) + " ends with copies under way");
+        if (!copies_are_over(*machine.current)) fail(name_of(*machine.current) + " ends with copies or products under way");
         yield(State::Done);
     }
 }
@@ -104,9 +104,12 @@ Block* start_block(unsigned number) {
                     number / machine.grid.x / machine.grid.y};
     block->tick = ++machine.last_tick;
     block->clock.assign(size_t(machine.grid.x) * machine.grid.y * machine.grid.z, 0);
-    block->warps.assign(machine.thread_count / LANES, Warp{block->tick, 0});
+    block->warps.assign(machine.thread_count / LANES, Warp{block->tick, 0, 0});
     block->ready.assign((machine.thread_count + 63) / 64, 0);
-    block->waiting = block->done = 0;
+    block->waiting = block->done = block->part = block->part_waiting = 0;
+    block->barriers.clear();
+    block->reads.clear();
+    for (auto& issued : block->issued) issued.clear();
     block->fibers.clear();
     for (unsigned thread = 0; thread < machine.thread_count; ++thread) {
         Fiber* fiber;
@@ -127,6 +130,9 @@ Block* start_block(unsigned number) {
         fiber->seen.clear();
         fiber->unfenced.clear();
         fiber->published.clear();
+        fiber->known = {};
+        fiber->products.clear();
+        fiber->fenced = false;
         block->fibers.push_back(fiber);
         set_ready(fiber);
     }
@@ -135,6 +141,9 @@ Block* start_block(unsigned number) {
 }
 
 void end_block(Block* block) {
+    for (const Barrier& barrier : block->barriers) {
+        if (!barrier.copies.empty()) fail("block " + std::to_string(block->number) + " ends with copies that nothing waits for");
+    }
     machine.idle.insert(machine.idle.end(), block->fibers.rbegin(), block->fibers.rend());
     machine.idle_blocks.push_back(block);
     if (machine.installed == block) machine.installed = nullptr;
@@ -213,6 +222,13 @@ bool advance(Block* block) {
     case State::Done: ++block->done; break;
     case State::AtBlockBarrier:
         if (++block->waiting == machine.thread_count) release_block(block);
+        break;
+    case State::AtPartBarrier:
+        if (++block->part_waiting == block->part) {
+            release_part(block);
+            block->part_waiting = 0;
+            for (unsigned i = 0; i < block->part; ++i) set_ready(block->fibers[i]);
+        }
         break;
     case State::Together:
         if (++block->warps[fiber->thread / LANES].waiting == LANES) release_warp(block, fiber->thread / LANES);

@@ -1,5 +1,5 @@
 // A machine that runs blocks of threads as fibers of one thread of this process. Its parts: machine.cpp (fibers, barriers,
-// order), memory.cpp (who may touch what, when), launch.cpp (what Rust calls).
+// order), memory.cpp (who may touch what, when), asynchronous.cpp (what runs beside the threads), launch.cpp (what Rust calls).
 #pragma once
 
 #include <setjmp.h>
@@ -31,7 +31,40 @@ struct Copy {
 
 struct Block;
 
-enum class State { Ready, AtBlockBarrier, Together, Spinning, Done };
+enum class State { Ready, AtBlockBarrier, AtPartBarrier, Together, Spinning, Done };
+
+// What a thread knows to be over in its block, beyond what came before the last barrier of all: of each warp, accesses up to a
+// tick; of copies that a barrier counts, those up to a tick.
+struct Known {
+    std::vector<uint32_t> ticks;
+    uint32_t copies = 0;
+    void join(const Known& other);
+};
+
+// A barrier that counts arrivals and bytes.
+struct Barrier {
+    unsigned address, count, pending;
+    uint64_t expected; // bytes
+    uint32_t phase;
+    bool published; // to the engine that copies
+    std::vector<Copy> copies;
+    Known arriving, ended; // of those who have arrived in all phases, and in those that have ended
+};
+
+// A product of a warpgroup that has not been waited for.
+struct Product {
+    const unsigned* a;
+    unsigned values[4]; // of a
+    unsigned begin, stride; // of the other operand, in shared memory
+    float (*widen)(unsigned short);
+    int line;
+};
+
+// Shared memory that products of a warp read.
+struct Read {
+    unsigned begin, end, warp;
+    uint32_t over; // tick; 0: under way
+};
 
 struct Fiber {
     // The machine's.
@@ -54,6 +87,11 @@ struct Fiber {
     // What other blocks have published to this thread, beyond what its block knows (`seen`), what it read without an
     // acquiring fence yet (`unfenced`), and what its last fence publishes. Empty: nothing.
     Clock seen, unfenced, published;
+    Known known;
+    std::vector<Product> products;
+    std::vector<float> sums; // of the products, which its registers `result` get
+    float* result;
+    bool fenced;
 };
 
 // Who touched a byte last. A tick is unique to a block between two of its barriers, or to a warp between two of its own.
@@ -64,7 +102,7 @@ struct Touch {
 
 struct Warp {
     uint32_t tick;
-    unsigned waiting;
+    unsigned waiting, products;
 };
 
 struct Block {
@@ -74,7 +112,10 @@ struct Block {
     Clock clock;
     std::vector<Warp> warps;
     std::vector<uint64_t> ready; // a bit a thread
-    unsigned waiting, done;
+    unsigned waiting, done, part, part_waiting;
+    std::vector<Barrier> barriers;
+    std::vector<Read> reads;
+    std::vector<uint64_t> issued[MOST_THREADS / LANES / 4]; // descriptors of each warpgroup's products
     std::vector<Fiber*> fibers;
     std::vector<unsigned char> shared; // its shared memory while another block runs
     Touch* touches;                    // one for each byte of it
@@ -135,6 +176,20 @@ void poison(Block* block);
 void forget_touches(Block* block);
 void join(Clock& to, const Clock& from);
 bool copies_are_over(const Fiber& fiber);
+// A writer that is a copy which a barrier counts, once it has arrived.
+constexpr uint32_t BULK = 0xfffd0000;
+// Checks both sides of a copy to shared memory, and marks its destination.
+Copy begin_copy(unsigned char* to, const unsigned char* from, unsigned bytes, unsigned valid, int line);
+// Lets a copy arrive.
+void arrive(const Copy& copy, uint32_t writer, uint32_t tick);
+void access_shared(const void* at, unsigned bytes, bool writes, int line);
+// That this thread may read what was written there.
+void require_written(const void* at, int line);
+
+// asynchronous.cpp
+bool is_over(const Fiber& fiber, const Read& read);
+void release_part(Block* block);
+
 // Checks an access and remembers it. `place` is an address of code.
 void access(const void* at, unsigned bytes, bool writes, const void* place);
 

@@ -39,12 +39,16 @@ struct Now {
                    (!fiber.seen.empty() && other_tick <= fiber.seen[block]);
         }
         if (other_tick < block_tick) return true;
+        if (other == BULK) return other_tick <= fiber.known.copies;
+        const uint32_t warp = other >> 8 & 0xff;
+        if (warp < fiber.known.ticks.size() && other_tick <= fiber.known.ticks[warp]) return true;
         return (other & MANY_WARPS) == (who & MANY_WARPS) && other_tick < tick;
     }
 };
 
 std::string in_words(uint32_t other) {
     std::string text;
+    if (other == BULK) return "a copy";
     if ((other & MANY_LANES) == MANY_LANES || (other & MANY_WARPS) == MANY_WARPS) {
         text = "several threads";
     } else {
@@ -87,6 +91,14 @@ void touch(Touch* touches, unsigned bytes, bool writes, bool is_shared, const un
         fail("race: " + name_of(now.fiber) + does + (is_shared ? "shared memory" : "device memory") +
              place_of(place.code, place.line) + " that " + in_words(other) + did + ", and nothing orders the two");
     };
+    if (is_shared && writes) {
+        const unsigned begin = shared_address(at);
+        for (const Read& read : now.fiber.block->reads) {
+            if (begin < read.end && begin + bytes > read.begin && !is_over(now.fiber, read)) {
+                return race(" writes ", " reads by a product", now.fiber.block->number << 16 | read.warp << 8);
+            }
+        }
+    }
     for (unsigned i = 0; i < bytes; ++i) {
         Touch& last = touches[i];
         if (is_shared && last.writer == COPY && last.write_tick != 0) {
@@ -221,22 +233,51 @@ void* shared_pointer(unsigned address) { return machine.shared + address - 4096;
 
 // ---- asynchronous copies ----
 
-void copy_async(void* to, const void* from, unsigned bytes, unsigned valid, int line) {
-    Fiber& fiber = *machine.current;
-    Copy copy = {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, valid, line, {}};
-    if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (reinterpret_cast<uintptr_t>(from) % bytes != 0) || valid > bytes) {
-        return fail(name_of(fiber) + " copies with a wrong alignment or size at line " + std::to_string(line));
-    }
-    if (copy.to < machine.shared || copy.to >= machine.shared_end) {
-        return fail(name_of(fiber) + " copies to what is not shared memory at line " + std::to_string(line));
-    }
+Copy begin_copy(unsigned char* to, const unsigned char* from, unsigned bytes, unsigned valid, int line) {
+    Copy copy = {to, from, bytes, valid, line, {}};
     if (valid > 0) {
         check(from, valid, false, {nullptr, line});
         memcpy(copy.value, from, valid);
     }
     check(to, bytes, true, {nullptr, line});
-    for (unsigned i = 0; i < bytes; ++i) fiber.block->touches[copy.to - machine.shared + i].writer = COPY;
-    fiber.open.push_back(copy);
+    Touch* touches = machine.current->block->touches + (to - machine.shared);
+    for (unsigned i = 0; i < bytes; ++i) touches[i].writer = COPY;
+    return copy;
+}
+
+void arrive(const Copy& copy, uint32_t writer, uint32_t tick) {
+    if (copy.valid > 0) {
+        check(copy.from, copy.valid, false, {nullptr, copy.line});
+        if (memcmp(copy.value, copy.from, copy.valid) != 0) {
+            return fail("what is copied at line " + std::to_string(copy.line) + " changes meanwhile");
+        }
+    }
+    memcpy(copy.to, copy.value, copy.bytes);
+    Touch* touches = machine.current->block->touches + (copy.to - machine.shared);
+    for (unsigned i = 0; i < copy.bytes; ++i) touches[i].writer = writer, touches[i].write_tick = tick;
+}
+
+void access_shared(const void* at, unsigned bytes, bool writes, int line) { check(at, bytes, writes, {nullptr, line}); }
+
+void require_written(const void* pointer, int line) {
+    const Now now(*machine.current);
+    const auto* at = static_cast<const unsigned char*>(pointer);
+    const bool inside = at >= machine.dynamic && at < machine.dynamic + machine.dynamic_bytes;
+    const Touch* touch = inside ? now.fiber.block->touches + (at - machine.shared) : nullptr;
+    if (touch == nullptr || touch->write_tick == 0 || touch->writer == COPY || !now.comes_after(touch->writer, touch->write_tick, true)) {
+        fail(name_of(now.fiber) + " multiplies by what is not there yet at line " + std::to_string(line));
+    }
+}
+
+void copy_async(void* to, const void* from, unsigned bytes, unsigned valid, int line) {
+    Fiber& fiber = *machine.current;
+    if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || (reinterpret_cast<uintptr_t>(from) % bytes != 0) || valid > bytes) {
+        return fail(name_of(fiber) + " copies with a wrong alignment or size at line " + std::to_string(line));
+    }
+    if (to < machine.shared || to >= machine.shared_end) {
+        return fail(name_of(fiber) + " copies to what is not shared memory at line " + std::to_string(line));
+    }
+    fiber.open.push_back(begin_copy(static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), bytes, valid, line));
 }
 
 void commit_copies() {
@@ -248,28 +289,14 @@ void commit_copies() {
 void wait_for_copies(unsigned pending) {
     Fiber& fiber = *machine.current;
     while (fiber.groups.size() > pending) {
-        for (const Copy& copy : fiber.groups.front()) {
-            if (copy.valid > 0) {
-                check(copy.from, copy.valid, false, {nullptr, copy.line});
-                if (memcmp(copy.value, copy.from, copy.valid) != 0) {
-                    return fail("what " + name_of(fiber) + " copies at line " + std::to_string(copy.line) +
-                                " changes meanwhile");
-                }
-            }
-            memcpy(copy.to, copy.value, copy.bytes);
-            const Now now(fiber);
-            Touch* touches = fiber.block->touches + (copy.to - machine.shared);
-            for (unsigned i = 0; i < copy.bytes; ++i) {
-                touches[i].writer = now.who;
-                touches[i].write_tick = now.tick;
-            }
-        }
+        const Now now(fiber);
+        for (const Copy& copy : fiber.groups.front()) arrive(copy, now.who, now.tick);
         fiber.groups.pop_front();
     }
 }
 
 bool copies_are_over(const Fiber& fiber) {
-    return fiber.open.empty() && std::all_of(fiber.groups.begin(), fiber.groups.end(),
+    return fiber.open.empty() && fiber.products.empty() && std::all_of(fiber.groups.begin(), fiber.groups.end(),
                                              [](const auto& group) { return group.empty(); });
 }
 

@@ -121,6 +121,47 @@ extern "C" __global__ void hand_over(unsigned* word, int* value, int* out, int w
 // Every block writes the same.
 extern "C" __global__ void same_word(int* out, int wrong) { out[wrong ? 0 : blockIdx.x * 64 + threadIdx.x] = 1; }
 
+struct Map {
+    unsigned long long opaque[16];
+};
+
+// Two boxes one after another to the same memory, copied by the last warp and multiplied by the four before it; out [128] gets
+// sums. 1: the box is not waited for; 2: its reader is not; 3: no fence before the product; 4: its registers change; 5: fewer bytes
+// are expected; 6: the product is not waited for; 7: a lane arrives for its warp, which it has not waited for; 8: the barrier
+// is not published; 9: the last box is not used; 10: more bytes are expected.
+extern "C" __global__ void boxes(Map map, float* out, int wrong) {
+    extern __shared__ float memory[];
+    const unsigned box = cuda_host::shared_address(memory), full = box + 32768, empty = full + 8;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) {
+        cuda_host::barrier_init(full, 1, __LINE__);
+        cuda_host::barrier_init(empty, 4, __LINE__);
+        if (wrong != 8) cuda_host::barrier_publish();
+    }
+    __syncthreads();
+    if (warp == 4) {
+        for (unsigned i = 0; i < 2 && lane == 0; ++i) {
+            if (i > 0 && wrong != 2) cuda_host::barrier_wait(empty, 0, __LINE__);
+            cuda_host::barrier_arrive(full, 32768 + (wrong == 5 ? -16 : wrong == 10 ? 16 : 0), __LINE__);
+            cuda_host::copy_box(box, &map, i * 64, 0, full, __LINE__);
+        }
+        return;
+    }
+    float d[128] = {};
+    unsigned a[4] = {0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00};
+    const unsigned long long descriptor = 1ull << 62 | 64ull << 32 | 1ull << 16 | box / 16;
+    for (unsigned i = 0; i < (wrong == 9 ? 1u : 2u); ++i) {
+        if (wrong != 1) cuda_host::barrier_wait(full, i, __LINE__);
+        if (wrong != 3) cuda_host::wgmma_fence();
+        cuda_host::wgmma(d, a, descriptor, cuda_host::from_f16, __LINE__);
+        if (wrong == 4) a[2] += 1;
+        if (wrong != 6) cuda_host::wgmma_wait(__LINE__);
+        if (wrong != 7) __syncwarp();
+        if (lane == 0) cuda_host::barrier_arrive(empty, 0, __LINE__);
+    }
+    out[threadIdx.x] = d[4] + d[5];
+}
+
 // 16-bit arithmetic, for its own test.
 extern "C" __global__ void numbers(const unsigned short* a, const unsigned short* b, const unsigned short* c,
                                    const double* wide, unsigned short* out, int count) {

@@ -73,6 +73,21 @@ impl<'a> Memory<'a> {
     }
 }
 
+/// A tensor map as `tensor_map.h` has it: a matrix of 16-bit values in boxes of rows and columns.
+pub(crate) fn tensor_map(
+    address: u64,
+    (rows, columns): (usize, usize),
+    (high, wide): (usize, usize),
+) -> [u64; 16] {
+    const MARK: u64 = u64::from_be_bytes(*b"tesentmp");
+    let mut map = [0; 16];
+    let sizes = [columns, rows, 2 * columns, wide, high].map(|size| size as u64);
+    map[0] = address;
+    map[1..6].copy_from_slice(&sizes);
+    map[6] = MARK;
+    map
+}
+
 #[repr(C)]
 struct RawBuffer {
     begin: u64,
@@ -204,7 +219,8 @@ fn aligned(bytes: &[u8]) -> Vec<u128> {
 // ---- the build ----
 
 /// The machine, without the texts' own files.
-const MACHINE: [&str; 5] = ["machine.cpp", "memory.cpp", "numbers.cpp", "undefined.cpp", "launch.cpp"];
+const MACHINE: [&str; 6] =
+    ["machine.cpp", "memory.cpp", "asynchronous.cpp", "numbers.cpp", "undefined.cpp", "launch.cpp"];
 const FLAGS: [&str; 8] = [
     "-std=c++17",
     "-g1",

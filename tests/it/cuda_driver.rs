@@ -12,7 +12,7 @@ use gptq::{
     },
     kernels::{
         CudaMatmul, Workspace,
-        cuda::plan::{Build, Limits},
+        cuda::plan::{Build, Limits, Product, WGMMA_VERIFIED},
         repack,
     },
     pack::PackedLinear,
@@ -176,6 +176,38 @@ fn page_locked_memory_of_weights_is_reused() {
     });
 }
 
+/// The driver serves threads of a device's context only, and a new thread has none.
+#[test]
+fn any_thread_may_use_the_device_with_nvrtc() {
+    with_driver("cuda_driver::any_thread_may_use_the_device_with_nvrtc", |driver| {
+        let gpu = gpu(driver);
+        let text = "extern \"C\" __global__ void f(float* x) { x[0] = 1; }";
+        let source = Source { name: "f.cu", text };
+        let x = Tensor::zeros([64], (Kind::Half, Device::Cpu));
+        let use_it = || {
+            let kernel = gpu.kernel(&source, &[], "f").unwrap_or_else(|error| panic!("{error}"));
+            assert!(gpu.resident_blocks(&kernel, 32, 0).unwrap() > 0);
+            gpu.matrix_16(&Argument::tensor(&x), (8, 8), (8, 8)).unwrap_or_else(|error| panic!("{error}"));
+        };
+        use_it();
+        let in_new_thread = |work: &(dyn Fn() + Sync)| {
+            std::thread::scope(|scope| scope.spawn(work).join().expect("the driver serves the thread"));
+        };
+        in_new_thread(&|| drop(gpu.kernel(&source, &[], "f").unwrap_or_else(|error| panic!("{error}"))));
+        assert_eq!(driver.calls("cuModuleLoadData"), 1, "the thread found the module");
+
+        let copies = Copies::on(&gpu, Device::Cpu).unwrap();
+        let host = copies.host_like(&x).unwrap();
+        let copy = std::sync::Mutex::new(Some(copies.download(x.shallow_clone(), &host).unwrap()));
+        in_new_thread(&|| {
+            let copy = copy.lock().unwrap().take().unwrap();
+            assert!(!copy.ended());
+            copy.finish().unwrap_or_else(|error| panic!("{error}"));
+            assert!(copy.ended());
+        });
+    });
+}
+
 /// The product with packed weights through the driver: the arguments are those of the kernels, cooperative grids are resident.
 #[test]
 fn packed_products_are_launched_as_the_driver_takes_them_with_nvrtc() {
@@ -190,10 +222,12 @@ fn packed_products_are_launched_as_the_driver_takes_them_with_nvrtc() {
         let linear = solve(&*factor, &weight, "4bit-64g-act");
         let packed = PackedLinear::new(&linear);
         let repacked = repack(&packed.view()).unwrap();
-        let limits = Limits { multiprocessors: 132, shared_memory: HOPPER };
+        let limits = Limits { multiprocessors: 132, shared_memory: HOPPER, wgmma: true };
         let build = Build::new(&repacked, false, limits).unwrap();
-        driver.use_kernels(&Library::of("int4_matmul", &build.macros()));
-        let workspace = Workspace::on(gpu, Device::Cpu).unwrap();
+        for product in [Product::Few(8), Product::Wgmma] {
+            driver.use_kernels(&Library::of("int4_matmul", &build.macros(product)));
+        }
+        let workspace = Workspace::on(gpu, Device::Cpu, WGMMA_VERIFIED).unwrap();
         let product = CudaMatmul::new(&repacked, Kind::Half, &workspace).unwrap();
         let dense = Tensor::from_slice(&linear.dequantize(|w| w)).reshape([128, 64]);
         for tokens in [1, 9, 70] {
@@ -207,5 +241,18 @@ fn packed_products_are_launched_as_the_driver_takes_them_with_nvrtc() {
             (1, 1)
         );
         assert!(driver.calls("launch int4_gather") >= 1);
+
+        // Wgmma only where it is asked for, and then for many tokens.
+        let x = Tensor::randn([300, 128], (Kind::Float, Device::Cpu)).to_kind(Kind::Half);
+        let y = product.forward(&x).unwrap();
+        assert_eq!(driver.calls("launch int4_matmul_wgmma_256"), u64::from(WGMMA_VERIFIED));
+        // One multiprocessor: what is sooner done there is so with 2048 tokens on a whole device.
+        driver.add_device("NVIDIA H200", (9, 0), 1, HOPPER);
+        let workspace = Workspace::on(Gpu::numbered(1).unwrap(), Device::Cpu, true).unwrap();
+        let asked = CudaMatmul::new(&repacked, Kind::Half, &workspace).unwrap().forward(&x).unwrap();
+        assert_eq!(driver.calls("launch int4_matmul_wgmma_256"), 1);
+        assert_eq!(driver.calls("cuTensorMapEncodeTiled"), 1);
+        let difference = (asked - y).to_kind(Kind::Float).abs().max().double_value(&[]);
+        assert!(difference < 0.01, "off by {difference}");
     });
 }

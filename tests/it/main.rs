@@ -34,6 +34,7 @@
 //! | `publish_git` | branches to a git remote with git-lfs, and cloned from there |
 //! | `cuda_kernels` | the CUDA kernels, run on this machine by `tests/cuda_host`, against plain definitions |
 //! | `cuda_machine_code` | the same kernels through `ptxas` for every generation: registers, no spills (needs `ptxas`) |
+//! | `build_script` | which versions of libtorch a build takes (needs `rustc`) |
 //! | `gpu_check` | `scripts/gpu-check` on made-up programs: order, lines, JSON, the README's section |
 //! | `documentation` | the tests that it names exist |
 //! | `layering` | the rules of the source tree: layers, printing, plain Rust, file length, unsafe code |
@@ -45,6 +46,7 @@
 mod accuracy;
 mod bad_input;
 mod bad_settings;
+mod build_script;
 mod card;
 mod chat;
 mod cuda_device;

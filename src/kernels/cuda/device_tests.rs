@@ -4,15 +4,23 @@ use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{CudaMatmul, Workspace, repack};
-use crate::kernels::cpu::fixture::{Fixture, Order, Random, Spec};
+use super::{CudaMatmul, Workspace, layout::group_tiles, repack};
+use crate::{
+    cuda::Gpu,
+    kernels::cpu::fixture::{Fixture, Order, Random, Spec},
+};
 
 /// Of sums in fp32, relative to Σ|w·x|: far more than their additions' roundings.
 const SUMS: f64 = 1e-6;
 
 fn workspace() -> Arc<Workspace> {
+    workspace_with(false)
+}
+
+fn workspace_with(wgmma: bool) -> Arc<Workspace> {
     let device = crate::device::resolve("cuda").expect("a CUDA device").device;
-    Workspace::new(device).expect("a device that the kernels run on")
+    let gpu = Gpu::of(device).expect("a device that the driver opens");
+    Workspace::on(gpu, device, wgmma).expect("a device that the kernels run on")
 }
 
 fn multiply(fixture: &Fixture, x: &Tensor, kind: Kind, workspace: &Arc<Workspace>) -> Vec<f64> {
@@ -78,14 +86,14 @@ const PLAIN: Spec = Spec {
 
 const KINDS: [Kind; 2] = [Kind::Half, Kind::BFloat16];
 
+/// Each pair of width, type, zero points and tiles of a group: a build takes seconds.
 #[test]
 #[ignore = "needs a CUDA device: scripts/gpu-check"]
 fn cuda_device_all_widths_groups_and_orders() {
     let workspace = workspace();
     for (bits, kind) in [4, 8].into_iter().flat_map(|bits| KINDS.map(|kind| (bits, kind))) {
-        for (group_size, symmetric) in
-            [16, 20, 32, 48, 64, 128, 320].into_iter().flat_map(|g| [(g, false), (g, true)])
-        {
+        for group_size in [16, 20, 32, 48, 64, 128, 160, 320] {
+            let symmetric = (bits == 8) ^ (kind == Kind::BFloat16) ^ (group_tiles(group_size) == 2);
             for order in [Order::Sequential, Order::Act] {
                 let spec = Spec { bits, group_size, order, ..PLAIN };
                 check(spec, kind, symmetric, &[1, 7, 16, 67], &workspace);
@@ -113,6 +121,21 @@ fn cuda_device_any_number_of_tokens_and_features() {
     }
 }
 
+/// A sample of tokens of a large product: fp64 on the CPU is slow.
+fn check_sample(spec: Spec, kind: Kind, tokens: i64, workspace: &Arc<Workspace>) {
+    let mut random = Random(5);
+    let fixture = Fixture::random(spec, &mut random);
+    let (k, n) = (spec.in_features as i64, spec.out_features);
+    let x = Tensor::randn([tokens, k], (Kind::Float, Device::Cpu)).to_kind(kind);
+    let rows: Vec<i64> = (0..tokens).step_by((tokens as usize).div_ceil(16)).chain([tokens - 1]).collect();
+    let sample = x.index_select(0, &Tensor::from_slice(&rows)).to_kind(Kind::Float).flatten(0, 1);
+    let exact = fixture.multiply(&Vec::<f32>::try_from(sample).expect("numbers"));
+    let y = multiply(&fixture, &x, kind, workspace);
+    let y: Vec<f64> = rows.iter().flat_map(|&r| y[r as usize * n..][..n].to_vec()).collect();
+    let wrong = wrong(&y, &exact, tokens as usize, k as usize, kind);
+    assert_eq!(wrong, 0, "{spec:?} {kind:?} {tokens} tokens");
+}
+
 /// Large enough for stream-K over the whole chip, and for blocks of 256 tokens.
 #[test]
 #[ignore = "needs a CUDA device: scripts/gpu-check"]
@@ -120,17 +143,26 @@ fn cuda_device_real_sizes() {
     let workspace = workspace();
     for (kind, order) in KINDS.into_iter().zip([Order::Sequential, Order::Act]) {
         let spec = Spec { in_features: 4096, out_features: 4096, group_size: 128, order, ..PLAIN };
-        let mut random = Random(5);
-        let fixture = Fixture::random(spec, &mut random);
         for tokens in [1, 16, 64, 2048] {
-            let x = Tensor::randn([tokens, 4096], (Kind::Float, Device::Cpu)).to_kind(kind);
-            // A sample of tokens: fp64 on the CPU is slow.
-            let rows: Vec<i64> = (0..tokens).step_by((tokens as usize).div_ceil(16)).collect();
-            let sample = x.index_select(0, &Tensor::from_slice(&rows)).to_kind(Kind::Float).flatten(0, 1);
-            let exact = fixture.multiply(&Vec::<f32>::try_from(sample).expect("numbers"));
-            let y = multiply(&fixture, &x, kind, &workspace);
-            let y: Vec<f64> = rows.iter().flat_map(|&r| y[r as usize * 4096..][..4096].to_vec()).collect();
-            assert_eq!(wrong(&y, &exact, tokens as usize, 4096, kind), 0, "{kind:?} {tokens} tokens");
+            check_sample(spec, kind, tokens, &workspace);
+        }
+    }
+}
+
+/// Enough tokens and features that the plan prefers wgmma on a device of 132 multiprocessors, with tails of all.
+#[test]
+#[ignore = "needs a CUDA device: scripts/gpu-check"]
+#[expect(clippy::print_stdout, reason = "says what was left out")]
+fn cuda_device_wgmma() {
+    let workspace = workspace_with(true);
+    if !workspace.has_wgmma() {
+        println!("left out: {} is not of compute capability 9.0", workspace.gpu().name);
+        return;
+    }
+    for (bits, kind) in [4, 8].into_iter().zip(KINDS) {
+        for (group_size, order) in [(32, Order::Act), (64, Order::Sequential), (128, Order::Act)] {
+            let spec = Spec { bits, in_features: 328, out_features: 4104, group_size, order, ..PLAIN };
+            check_sample(spec, kind, 2053, &workspace);
         }
     }
 }

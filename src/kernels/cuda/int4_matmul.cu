@@ -1,7 +1,7 @@
 // y[M,N] = x[M,K] · dequant(W)ᵀ for 4- and 8-bit GPTQ weights, fp16 or bf16 in and out, fp32 accumulation.
 //
 // Compiled by NVRTC for sm_80 and later; includes nothing. The layout of weights and parameters is that of
-// kernels/cuda_layout.rs, whose functions have the names of those here; kernels/cuda_plan.rs chooses the configuration
+// kernels/cuda/layout.rs, whose functions have the names of those here; kernels/cuda/plan.rs chooses the configuration
 // and the launches.
 //
 // Configuration, by -D:
@@ -14,6 +14,7 @@
 //   FEW_STAGES    units of weights each warp of `few` keeps in flight
 //   MANY_STAGES   chunks a block of `many` keeps in flight (at least 3)
 //   PDL           1: built for launches with programmatic stream serialization (sm_90 and later)
+//   WGMMA         1: only int4_matmul_wgmma_256, which only compute capability 9.0 (sm_90a) runs
 //
 // Letters: M tokens, N output features, K input features, G groups. A *strip* is 16 output features, a *tile* 16 input
 // features, a *chunk* 64 input features; one strip by one tile is one A operand of mma.m16n8k16 and each lane holds its
@@ -28,17 +29,8 @@
 // is the published idea of FasterTransformer's int4 converters, and holding weights in operand order with a per-warp
 // pipeline that of Marlin (arXiv 2408.11743); the work split is stream-K (arXiv 2301.03598). All code here is our own.
 //
-// Registers and dynamic shared memory (bytes), the most over BF16, ZEROS and GROUP_TILES, with the strips and stages
-// that kernels/cuda_plan.rs chooses: few 8/3 (8/2 for small groups) on sm_90a and 4/3 or 4/2 at 8 bits there and on
-// sm_80, 4/2 to 2/2 on sm_89; MANY_STAGES 4, and 3 on sm_89 and for small groups at 8 bits on sm_80. ptxas 13.0.88 -v
-// after NVRTC: no spills and no stack in any of the 72. few has 4 static bytes more.
-//                              sm_80 4-bit    sm_80 8-bit    sm_89 4-bit    sm_89 8-bit    sm_90a 4-bit   sm_90a 8-bit
-//   int4_matmul_few_8          106  114688    126  114688     80   67584     80   65536    122  167936    117  163840
-//   int4_matmul_few_16         158  155648    153  147456    146  100352    110   90112    180  225280    162  204800
-//   int4_matmul_many_64        117   57344    127   67584    117   43008    127   55296    123   57344    127   73728
-//   int4_matmul_many_128       145   90112    148  100352    145   67584    149   79872    147   90112    148  106496
-//   int4_matmul_many_256       255  155648    255  165888    (needs more shared memory)    254  155648    255  172032
-//   int4_gather                 32       0     32       0     36       0     36       0     32       0     32       0
+// docs/kernels.md has the registers that each kernel takes; none spills. Dynamic shared memory is `shared_bytes` of
+// kernels/cuda/plan.rs; few has 4 static bytes more.
 
 #ifndef BITS
 #define BITS 4
@@ -64,6 +56,9 @@
 #ifndef PDL
 #define PDL 0
 #endif
+#ifndef WGMMA
+#define WGMMA 0
+#endif
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -84,7 +79,7 @@ constexpr u32 WARPS = THREADS / 32;
 static_assert(BITS == 4 || BITS == 8, "codes of 4 or 8 bits");
 static_assert(GROUP_TILES == 1 || GROUP_TILES == 2 || GROUP_TILES == 4, "parts of a chunk");
 
-// ---- Layout: mirrored in kernels/cuda_layout.rs ------------------------------------------------------------------
+// ---- Layout: mirrored in kernels/cuda/layout.rs ------------------------------------------------------------------
 
 // Bytes before the chunk of a strip.
 __device__ __forceinline__ u64 weight_offset(u32 strip, u32 chunk, u32 chunks) {
@@ -260,6 +255,99 @@ __device__ __forceinline__ void await_inputs() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+#if WGMMA
+// Barriers in shared memory, 8 bytes each. A phase ends when `count` threads have arrived and all bytes that were
+// expected have come; a wait ends when the phase with its parity has ended.
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Makes barriers and their first phase known to the engine that copies.
+__device__ __forceinline__ void barrier_publish() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    u32 ended;
+    do {
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(ended)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+    } while (!ended);
+}
+
+// A tensor's address, sizes and box, as cuTensorMapEncodeTiled makes it.
+struct __align__(128) TensorMap {
+    u64 opaque[16];
+};
+
+// The box of a map's tensor that begins at `column` and `row`, zeros beyond the tensor, to shared memory.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap *map, u32 column, u32 row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void copy_bytes(u32 to, const void *from, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// Moves registers between warpgroups: the most that a thread of this one may have from now on.
+template <u32 COUNT> __device__ __forceinline__ void keep_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <u32 COUNT> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+// Among the first THREADS threads of a block.
+__device__ __forceinline__ void consumers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+// wgmma reads registers and shared memory, and writes registers, until it is waited for.
+// `a` is complete before the fence: a register that is written between two products that are under way would make the
+// assembler run them one by one.
+template <u32 COUNT> __device__ __forceinline__ void wgmma_fence(u32 (&a)[COUNT][4]) {
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i++)
+        asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+// Waits for all products since the last wait.
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// d += a·b for 64 features, 256 tokens and one tile; b by its descriptor.
+#define TEN(DIGIT)                                                                                                     \
+    "%" #DIGIT "0,%" #DIGIT "1,%" #DIGIT "2,%" #DIGIT "3,%" #DIGIT "4,%" #DIGIT "5,%" #DIGIT "6,%" #DIGIT "7,%" #DIGIT \
+    "8,%" #DIGIT "9,"
+#define SUMS_4(I) "+f"(d[I][0]), "+f"(d[I][1]), "+f"(d[I][2]), "+f"(d[I][3])
+#define SUMS_16(I) SUMS_4(I), SUMS_4(I + 1), SUMS_4(I + 2), SUMS_4(I + 3)
+#define SUMS_128                                                                                                       \
+    SUMS_16(0), SUMS_16(4), SUMS_16(8), SUMS_16(12), SUMS_16(16), SUMS_16(20), SUMS_16(24), SUMS_16(28)
+#if BF16
+#define WGMMA_TYPES ".f32.bf16.bf16 "
+#else
+#define WGMMA_TYPES ".f32.f16.f16 "
+#endif
+__device__ __forceinline__ void wgmma(float (&d)[32][4], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n256k16" WGMMA_TYPES
+                 "{" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) TEN(6) TEN(7) TEN(8) TEN(9) TEN(10) TEN(11)
+                 "%120,%121,%122,%123,%124,%125,%126,%127}, {%128,%129,%130,%131}, %132, 1, 1, 1, 0;"
+                 : SUMS_128
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// Keeps the compiler from reading sums before the wait that precedes this.
+__device__ __forceinline__ void wgmma_sums(float (&d)[32][4]) { asm volatile("" : SUMS_128::"memory"); }
+#endif
 
 #endif // CUDA_HOST
 
@@ -580,6 +668,7 @@ __device__ __forceinline__ void few(const FewArguments &a) {
     }
 }
 
+#if !WGMMA
 // M <= 8 and M <= 16. Grid: any number of blocks, THREADS threads each; with perm, no more than are resident at once.
 #define FEW(NAME, BLOCKS)                                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, 1)                                                           \
@@ -609,6 +698,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                        row[from[1].x] | u32(row[from[1].y]) << 16, row[from[1].z] | u32(row[from[1].w]) << 16);
     }
 }
+#endif
 
 constexpr u32 MANY_STRIPS = 8; // of a block: 128 output features
 constexpr u32 MANY_FEATURES = MANY_STRIPS * STRIP;
@@ -647,6 +737,55 @@ __device__ __forceinline__ void apply_scale(u32 (&a)[4], const Scale &s) {
 #else
         a[i] = multiply_f16x2(a[i], i % 2 ? s.second : s.first);
 #endif
+    }
+}
+
+// What a lane holds of a strip between two tiles.
+struct Strip {
+    uint4 loaded;
+    Scale scale;
+    Zero zero;
+};
+
+// The A operand of a tile of a strip: s·(q - z). `words` and `param` are the chunk's, in shared memory.
+__device__ __forceinline__ void make_operand(u32 (&values)[4], Strip &strip, u32 words, u32 param, u32 t, u32 lane) {
+    if (t % LOADED_TILES == 0)
+        strip.loaded = load_16(words + word_offset(t, lane));
+    if (t % GROUP_TILES == 0) {
+        u32 at = param + t / GROUP_TILES * PARAM_BYTES + lane / 4 * 4;
+        strip.scale = scale_of(load_4(at));
+        strip.zero = ZEROS ? zero_of(load_4(at + 32)) : symmetric_zero();
+    }
+    u32 w[WORDS];
+    words_of(w, strip.loaded, t);
+    dequantize(values, w, strip.zero);
+    apply_scale(values, strip.scale);
+}
+
+// A warp's sums of `STRIPS` strips and `BLOCKS` blocks of 8 tokens, to the output tile in shared memory.
+template <u32 STRIPS, u32 BLOCKS>
+__device__ __forceinline__ void put_outputs(u8 *shared, const float (&acc)[STRIPS][BLOCKS][4], u32 strip, u32 token,
+                                            u32 lane) {
+#pragma unroll
+    for (u32 s = 0; s < STRIPS; s++)
+#pragma unroll
+        for (u32 i = 0; i < BLOCKS; i++)
+#pragma unroll
+            for (u32 c = 0; c < 4; c++) {
+                u32 row = token + i * 8 + accumulator_token(lane, c);
+                u32 feature = (strip + s) * STRIP + accumulator_feature(lane, c);
+                *reinterpret_cast<u16 *>(shared + row * OUTPUT_PITCH + feature * 2) = to_element(acc[s][i][c]);
+            }
+}
+
+// The output tile to y, 16 bytes at a time along N.
+template <u32 TOKENS>
+__device__ __forceinline__ void write_outputs(u32 base, u16 *y, u32 first_token, u32 first_feature, u32 m, u32 n) {
+    for (u32 i = threadIdx.x; i < TOKENS * (MANY_FEATURES / 8); i += THREADS) {
+        u32 token = i / (MANY_FEATURES / 8), feature = i % (MANY_FEATURES / 8) * 8;
+        if (first_token + token < m && first_feature + feature < n)
+            *reinterpret_cast<uint4 *>(y + u64(first_token + token) * n + first_feature + feature) =
+                load_16(base + token * OUTPUT_PITCH + feature * 2);
     }
 }
 
@@ -715,22 +854,10 @@ __device__ __forceinline__ void many(const u8 *weights, const u8 *params, const 
 
         const u32 from = base + chunk % MANY_STAGES * STAGE, words = from + TOKENS * 128 + strip_in_block * CHUNK_BYTES;
         const u32 param = from + TOKENS * 128 + MANY_STRIPS * CHUNK_BYTES + strip_in_block * PARTS * PARAM_BYTES;
-        uint4 loaded[WARP_STRIPS];
-        Scale scale[WARP_STRIPS];
-        Zero zero[WARP_STRIPS];
+        Strip strips[WARP_STRIPS];
         u32 values[WARP_STRIPS][4];
         auto make = [&](u32 s, u32 t) {
-            if (t % LOADED_TILES == 0)
-                loaded[s] = load_16(words + s * CHUNK_BYTES + word_offset(t, lane));
-            if (t % GROUP_TILES == 0) {
-                u32 at = param + (s * PARTS + t / GROUP_TILES) * PARAM_BYTES + lane / 4 * 4;
-                scale[s] = scale_of(load_4(at));
-                zero[s] = ZEROS ? zero_of(load_4(at + 32)) : symmetric_zero();
-            }
-            u32 w[WORDS];
-            words_of(w, loaded[s], t);
-            dequantize(values[s], w, zero[s]);
-            apply_scale(values[s], scale[s]);
+            make_operand(values[s], strips[s], words + s * CHUNK_BYTES, param + s * PARTS * PARAM_BYTES, t, lane);
         };
 #pragma unroll
         for (u32 s = 0; s < WARP_STRIPS; s++)
@@ -758,28 +885,14 @@ __device__ __forceinline__ void many(const u8 *weights, const u8 *params, const 
         }
     }
 
-    // Through shared memory, so that y is written 16 bytes at a time along N.
     copy_wait<0>();
+    __syncthreads(); // all are done with the pipeline, whose memory the output tile takes
+    put_outputs(shared, acc, strip_in_block, token_in_block, lane);
     __syncthreads();
-#pragma unroll
-    for (u32 s = 0; s < WARP_STRIPS; s++)
-#pragma unroll
-        for (u32 i = 0; i < BLOCKS; i++)
-#pragma unroll
-            for (u32 c = 0; c < 4; c++) {
-                u32 token = token_in_block + i * 8 + accumulator_token(lane, c);
-                u32 feature = (strip_in_block + s) * STRIP + accumulator_feature(lane, c);
-                *reinterpret_cast<u16 *>(shared + token * OUTPUT_PITCH + feature * 2) = to_element(acc[s][i][c]);
-            }
-    __syncthreads();
-    for (u32 i = threadIdx.x; i < TOKENS * (MANY_FEATURES / 8); i += THREADS) {
-        u32 token = i / (MANY_FEATURES / 8), feature = i % (MANY_FEATURES / 8) * 8;
-        if (first_token + token < m && first_strip * STRIP + feature < n)
-            *reinterpret_cast<uint4 *>(y + u64(first_token + token) * n + first_strip * STRIP + feature) =
-                load_16(base + token * OUTPUT_PITCH + feature * 2);
-    }
+    write_outputs<TOKENS>(base, y, first_token, first_strip * STRIP, m, n);
 }
 
+#if !WGMMA
 // Grid: (ceil(M / tokens), ceil(N / 128)), THREADS threads. x: already in the order of perm.
 #define MANY(NAME, TOKENS, RESIDENT)                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)                                                    \
@@ -789,3 +902,103 @@ __device__ __forceinline__ void many(const u8 *weights, const u8 *params, const 
 MANY(int4_matmul_many_64, 64, 2)
 MANY(int4_matmul_many_128, 128, 1)
 MANY(int4_matmul_many_256, 256, 1)
+#endif
+
+// ---- Many tokens on Hopper ---------------------------------------------------------------------------------------
+// Not verified on a GPU: see docs/kernels.md.
+
+#if WGMMA
+// 256 tokens by 128 output features. Warps 0 to 7 are two warpgroups of 64 features each: a warp makes its strip's A
+// operands of a chunk in registers while the tensor cores work on the other warpgroup's. Warp 8 copies; registers move by
+// warpgroups, so that it is one of four of which three end at once.
+constexpr u32 WGMMA_TOKENS = 256;
+constexpr u32 WGMMA_THREADS = THREADS + 128;
+constexpr u32 BOX_BYTES = WGMMA_TOKENS * 128; // of activations in a stage
+constexpr u32 REST_BYTES = MANY_STRIPS * CHUNK_BYTES + MANY_PARAM_BYTES;
+
+static_assert(MANY_STAGES * BOX_BYTES >= WGMMA_TOKENS * OUTPUT_PITCH, "the epilogue reuses the pipeline");
+
+// The B operand of a tile: 256 tokens by 16 features in rows of 128 bytes, swizzled as token_offset is, 8 rows 1024
+// bytes apart from the next 8. The hardware swizzles addresses, so that a step along the row is a plain sum.
+__device__ __forceinline__ u64 operand_descriptor(u32 address) {
+    return u64(1) << 62 | u64(1024 / 16) << 32 | u64(1) << 16 | (address & 0x3ffff) / 16;
+}
+
+// Grid: (ceil(M / 256), ceil(N / 128)), WGMMA_THREADS threads. `x` maps x[M, K], in the order of perm, in boxes of 64
+// features by 256 tokens, swizzled by 128 bytes.
+extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 1)
+    int4_matmul_wgmma_256(const u8 *weights, const u8 *params, const __grid_constant__ TensorMap x, u16 *y, u32 m,
+                          u32 n, u32 k, u32 group) {
+    extern __shared__ __align__(1024) u8 boxes[];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, base = shared_address(boxes);
+    const u32 rest = base + MANY_STAGES * BOX_BYTES, barriers = rest + MANY_STAGES * REST_BYTES;
+    const u32 first_token = blockIdx.x * WGMMA_TOKENS, first_strip = blockIdx.y * MANY_STRIPS;
+    const u32 chunks = (k + CHUNK - 1) / CHUNK, groups = (chunks * CHUNK + group - 1) / group;
+    auto full = [&](u32 chunk) { return barriers + chunk % MANY_STAGES * 16; };
+    auto empty = [&](u32 chunk) { return full(chunk) + 8; };
+    auto phase = [&](u32 chunk) { return chunk / MANY_STAGES & 1; };
+
+    if (threadIdx.x == 0) {
+        for (u32 stage = 0; stage < MANY_STAGES; stage++) {
+            barrier_init(full(stage), 1);
+            barrier_init(empty(stage), WARPS);
+        }
+        barrier_publish();
+    }
+    __syncthreads();
+    admit_next();
+    await_inputs();
+
+    if (warp >= WARPS) {
+        keep_registers<40>();
+        for (u32 chunk = 0; warp == WARPS && chunk < chunks; chunk++) {
+            if (chunk >= MANY_STAGES)
+                barrier_wait(empty(chunk), phase(chunk - MANY_STAGES));
+            if (lane == 0) {
+                barrier_arrive_expecting(full(chunk), BOX_BYTES + REST_BYTES);
+                copy_box(base + chunk % MANY_STAGES * BOX_BYTES, &x, chunk * CHUNK, first_token, full(chunk));
+            }
+            const u32 to = rest + chunk % MANY_STAGES * REST_BYTES;
+            for (u32 i = lane; i < MANY_STRIPS * (1 + PARTS); i += 32) {
+                if (i < MANY_STRIPS) {
+                    copy_bytes(to + i * CHUNK_BYTES, weights + weight_offset(first_strip + i, chunk, chunks),
+                               CHUNK_BYTES, full(chunk));
+                } else {
+                    const u32 j = i - MANY_STRIPS, part = j % PARTS;
+                    const u32 g = (chunk * CHUNK + part * GROUP_TILES * TILE) / group;
+                    copy_bytes(to + MANY_STRIPS * CHUNK_BYTES + j * PARAM_BYTES,
+                               params + param_offset(first_strip + j / PARTS, g, groups), PARAM_BYTES, full(chunk));
+                }
+            }
+        }
+        return;
+    }
+
+    take_registers<232>();
+    float acc[1][WGMMA_TOKENS / 8][4] = {};
+    for (u32 chunk = 0; chunk < chunks; chunk++) {
+        const u32 box = base + chunk % MANY_STAGES * BOX_BYTES, from = rest + chunk % MANY_STAGES * REST_BYTES;
+        const u32 words = from + warp * CHUNK_BYTES;
+        const u32 param = from + MANY_STRIPS * CHUNK_BYTES + warp * PARTS * PARAM_BYTES;
+        Strip strip;
+        u32 values[TILES][4];
+        barrier_wait(full(chunk), phase(chunk));
+#pragma unroll
+        for (u32 t = 0; t < TILES; t++)
+            make_operand(values[t], strip, words, param, t, lane);
+        wgmma_fence(values);
+#pragma unroll
+        for (u32 t = 0; t < TILES; t++)
+            wgmma(acc[0], values[t], operand_descriptor(box + t * TILE * 2));
+        wgmma_wait();
+        __syncwarp(); // all lanes have read their words
+        if (lane == 0)
+            barrier_arrive(empty(chunk));
+    }
+    wgmma_sums(acc[0]);
+    consumers_barrier(); // the last copies have been used by all
+    put_outputs(boxes, acc, warp, 0, lane);
+    consumers_barrier();
+    write_outputs<WGMMA_TOKENS>(base, y, first_token, first_strip * STRIP, m, n);
+}
+#endif

@@ -9,8 +9,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     INT4_MATMUL,
-    layout::{ROW_MULTIPLE, THREADS},
-    plan::{Build, Launch, Limits, Product},
+    layout::{CHUNK, ROW_MULTIPLE, THREADS},
+    plan::{Build, Launch, Limits, Product, WGMMA_TOKENS, WGMMA_VERIFIED},
     repack::{Features, Repacked},
 };
 use crate::{
@@ -28,6 +28,7 @@ const ALIGNMENT: usize = 16;
 pub struct Workspace {
     gpu: Arc<Gpu>,
     device: Device,
+    wgmma: bool,
     kernels: Mutex<HashMap<Build, Arc<Kernels>>>,
     scratch: Mutex<Scratch>,
 }
@@ -77,15 +78,15 @@ impl Workspace {
     /// # Errors
     /// When the device is not a usable CUDA device.
     pub fn new(device: Device) -> Result<Arc<Self>> {
-        Self::on(Gpu::of(device)?, device)
+        Self::on(Gpu::of(device)?, device, WGMMA_VERIFIED)
     }
 
     /// As [`Workspace::new`], with the device that libtorch's tensors are on. It differs from `gpu` in tests, whose driver takes
-    /// the CPU's memory for a device's.
+    /// the CPU's memory for a device's. With `wgmma`, a device of compute capability 9.0 uses [`Product::Wgmma`].
     ///
     /// # Errors
     /// As [`Workspace::new`].
-    pub fn on(gpu: Arc<Gpu>, device: Device) -> Result<Arc<Self>> {
+    pub fn on(gpu: Arc<Gpu>, device: Device, wgmma: bool) -> Result<Arc<Self>> {
         if gpu.capability < (8, 0) {
             return Err(Error::Device {
                 device: format!("{device:?}"),
@@ -97,7 +98,8 @@ impl Workspace {
         }
         let empty = |kind| Tensor::f_zeros([0], (kind, device)).torch("allocate scratch memory");
         let scratch = Mutex::new(Scratch { partials: empty(Kind::Float)?, counters: empty(Kind::Int)? });
-        Ok(Arc::new(Self { gpu, device, kernels: Mutex::default(), scratch }))
+        let wgmma = wgmma && gpu.capability == (9, 0);
+        Ok(Arc::new(Self { gpu, device, wgmma, kernels: Mutex::default(), scratch }))
     }
 
     /// The device.
@@ -110,8 +112,17 @@ impl Workspace {
         self.device
     }
 
+    /// Whether products with many tokens use [`Product::Wgmma`].
+    pub fn has_wgmma(&self) -> bool {
+        self.wgmma
+    }
+
     fn limits(&self) -> Limits {
-        Limits { multiprocessors: self.gpu.multiprocessors as usize, shared_memory: self.gpu.shared_memory }
+        Limits {
+            multiprocessors: self.gpu.multiprocessors as usize,
+            shared_memory: self.gpu.shared_memory,
+            wgmma: self.wgmma,
+        }
     }
 
     fn kernels(&self, build: Build) -> Result<Arc<Kernels>> {
@@ -119,12 +130,12 @@ impl Workspace {
         if let Some(found) = kernels.get(&build) {
             return Ok(Arc::clone(found));
         }
-        let load = |name| self.gpu.kernel(&INT4_MATMUL, &build.macros(), name);
+        let load = |product, name| self.gpu.kernel(&INT4_MATMUL, &build.macros(product), name);
         let mut products = HashMap::new();
         for product in Product::ALL.into_iter().filter(|product| build.fits(*product, self.limits())) {
-            let kernel = load(product.name())?;
+            let kernel = load(product, product.name())?;
             let shared = build.shared_bytes(product);
-            let resident = self.gpu.resident_blocks(&kernel, THREADS as u32, shared)?;
+            let resident = self.gpu.resident_blocks(&kernel, product.threads() as u32, shared)?;
             if resident == 0 {
                 return Err(Error::Cuda {
                     action: format!("run {} on {}", product.name(), self.gpu.name),
@@ -133,7 +144,7 @@ impl Workspace {
             }
             products.insert(product, (kernel, resident));
         }
-        let made = Arc::new(Kernels { products, gather: load("int4_gather")? });
+        let made = Arc::new(Kernels { products, gather: load(Product::Many(64), "int4_gather")? });
         kernels.insert(build, Arc::clone(&made));
         Ok(made)
     }
@@ -284,7 +295,8 @@ impl CudaMatmul {
         let (kernel, resident) = &self.kernels.products[&launch.product];
         let (blocks, blocks_y) = self.build.blocks(launch, self.columns, self.positions, *resident);
         let shared = self.build.shared_bytes(launch.product);
-        let grid = Grid { blocks: (blocks, blocks_y, 1), threads: (THREADS as u32, 1), shared };
+        let threads = (launch.product.threads() as u32, 1);
+        let grid = Grid { blocks: (blocks, blocks_y, 1), threads, shared };
         let gathered = || {
             let size = [tokens as i64, self.positions as i64];
             Tensor::f_empty(size, (self.kind, self.workspace.device)).torch("allocate gathered activations")
@@ -308,15 +320,21 @@ impl CudaMatmul {
                 // all of it is freed, if at all, to the allocator of the stream that this is launched on.
                 unsafe { self.workspace.gpu.launch(kernel, grid, gathered.is_some(), &arguments) }
             }
-            Product::Many(_) => {
+            Product::Many(_) | Product::Wgmma => {
                 let gathered = match &self.order {
                     Order::Permuted(perm) => Some(self.gather(x_rows.clone(), perm, gathered()?, tokens)?),
                     _ => None,
                 };
                 let x_rows = gathered.as_ref().map_or(x_rows, Argument::tensor);
-                let arguments: Vec<Argument> =
-                    weights.into_iter().chain([x_rows, y_rows]).chain(sizes).collect();
-                // SAFETY: the arguments of `int4_matmul_many_*`, with the same promises.
+                let x = match launch.product {
+                    Product::Wgmma => {
+                        let sides = (WGMMA_TOKENS as u32, CHUNK as u32);
+                        self.workspace.gpu.matrix_16(&x_rows, (tokens, self.positions), sides)?
+                    }
+                    _ => x_rows,
+                };
+                let arguments: Vec<Argument> = weights.into_iter().chain([x, y_rows]).chain(sizes).collect();
+                // SAFETY: the arguments of `int4_matmul_many_*` or `int4_matmul_wgmma_256`, with the same promises.
                 unsafe { self.workspace.gpu.launch(kernel, grid, false, &arguments) }
             }
         }

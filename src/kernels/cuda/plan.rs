@@ -1,11 +1,13 @@
 //! The plan for `int4_matmul.cu`: its macros and launches for a linear, a number of tokens and a device.
 
-use super::layout::{CHUNK, LANES, PADDED_FEATURES, STRIP, TILES, WARPS, chunk_bytes, param_bytes};
+use super::layout::{CHUNK, LANES, PADDED_FEATURES, STRIP, THREADS, TILES, WARPS, chunk_bytes, param_bytes};
 use super::repack::Repacked;
 use crate::cuda::Macro;
 
 /// Output features of a block of `int4_matmul_many_*`.
 const MANY_FEATURES: usize = PADDED_FEATURES;
+/// Tokens of a block of `int4_matmul_wgmma_256`.
+pub const WGMMA_TOKENS: usize = 256;
 /// Static shared memory of kernels, bytes: 16, which ptxas rounds up to the alignment of dynamic memory (docs/kernels.md).
 const STATIC_SHARED: usize = 128;
 /// Tokens of one launch of `int4_matmul_few_16`.
@@ -14,9 +16,14 @@ const FEW_TOKENS: usize = 16;
 const SLICED_TOKENS: usize = 64;
 /// `FEW_STRIPS` and `FEW_STAGES`, the most bytes in flight first. The first shape that fits the shared memory is used.
 const FEW_SHAPES: [(usize, usize); 7] = [(8, 3), (8, 2), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2)];
-/// Tokens of a block of `int4_matmul_many_*`, and the relative cost of a token. It is an estimate from the operands in shared
-/// memory that each product reads.
-const MANY_SHAPES: [(usize, usize); 3] = [(256, 8), (128, 9), (64, 10)];
+/// Kernels for many tokens, and the relative cost of a token: an estimate from the operands that are read from shared memory for
+/// each product, and from the published rate of `wgmma` beside that of `mma`.
+const MANY_SHAPES: [(Product, usize); 4] =
+    [(Product::Wgmma, 5), (Product::Many(256), 8), (Product::Many(128), 9), (Product::Many(64), 10)];
+
+/// Whether devices of compute capability 9.0 use [`Product::Wgmma`] by default. It has not run on a GPU: `scripts/gpu-check`
+/// tests it and prints which kernel is faster.
+pub const WGMMA_VERIFIED: bool = false;
 
 /// Properties of a device that plans depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +32,8 @@ pub struct Limits {
     pub multiprocessors: usize,
     /// Shared memory of a block at most, bytes: 99 KiB on sm_86 and sm_89, 163 on sm_80, 227 on sm_90.
     pub shared_memory: usize,
+    /// Whether [`Product::Wgmma`] may be used.
+    pub wgmma: bool,
 }
 
 /// Values of the macros of `int4_matmul.cu`.
@@ -46,12 +55,14 @@ pub enum Product {
     Few(usize),
     /// Blocks of 64, 128 or 256 tokens by 128 output features.
     Many(usize),
+    /// Blocks of 256 tokens by 128 output features, for compute capability 9.0 only.
+    Wgmma,
 }
 
 impl Product {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Few(8), Self::Few(16), Self::Many(64), Self::Many(128), Self::Many(256)];
+    pub const ALL: [Self; 6] =
+        [Self::Few(8), Self::Few(16), Self::Many(64), Self::Many(128), Self::Many(256), Self::Wgmma];
 
     /// The kernel's name.
     pub fn name(self) -> &'static str {
@@ -61,6 +72,24 @@ impl Product {
             Self::Many(64) => "int4_matmul_many_64",
             Self::Many(128) => "int4_matmul_many_128",
             Self::Many(_) => "int4_matmul_many_256",
+            Self::Wgmma => "int4_matmul_wgmma_256",
+        }
+    }
+
+    /// The most tokens of a launch, or the tokens of a block.
+    fn tokens(self) -> usize {
+        match self {
+            Self::Few(tokens) | Self::Many(tokens) => tokens,
+            Self::Wgmma => WGMMA_TOKENS,
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> usize {
+        match self {
+            Self::Few(_) | Self::Many(_) => THREADS,
+            // And a warpgroup of which a warp copies.
+            Self::Wgmma => THREADS + 128,
         }
     }
 }
@@ -100,8 +129,8 @@ impl Build {
             .find(|build| build.fits(Product::Few(16), limits) && build.fits(Product::Many(64), limits))
     }
 
-    /// Values of the source's macros.
-    pub fn macros(&self) -> Vec<Macro> {
+    /// Values of the source's macros, for the build that has a kernel.
+    pub fn macros(&self, product: Product) -> Vec<Macro> {
         vec![
             ("BITS", self.bits as i64),
             ("BF16", i64::from(self.bf16)),
@@ -110,6 +139,7 @@ impl Build {
             ("FEW_STRIPS", self.few_strips as i64),
             ("FEW_STAGES", self.few_stages as i64),
             ("MANY_STAGES", self.many_stages as i64),
+            ("WGMMA", i64::from(product == Product::Wgmma)),
         ]
     }
 
@@ -123,16 +153,20 @@ impl Build {
                 let stage = (weights + activations + params(self.few_strips)).next_multiple_of(128);
                 WARPS * (self.few_stages * stage + self.values(tokens) * LANES * size_of::<f32>())
             }
-            Product::Many(tokens) => {
+            Product::Many(_) | Product::Wgmma => {
                 let strips = MANY_FEATURES / STRIP;
-                self.many_stages * (tokens * CHUNK * 2 + strips * chunk_bytes(self.bits) + params(strips))
+                // Two barriers of 8 bytes.
+                let barriers = if product == Product::Wgmma { 16 } else { 0 };
+                let activations = product.tokens() * CHUNK * 2;
+                self.many_stages * (activations + strips * chunk_bytes(self.bits) + params(strips) + barriers)
             }
         }
     }
 
     /// Whether a block of this kernel fits the device.
     pub fn fits(&self, product: Product, limits: Limits) -> bool {
-        self.shared_bytes(product) + STATIC_SHARED <= limits.shared_memory
+        let allowed = product != Product::Wgmma || limits.wgmma;
+        allowed && self.shared_bytes(product) + STATIC_SHARED <= limits.shared_memory
     }
 
     /// Accumulators of a lane of `few`.
@@ -148,7 +182,7 @@ impl Build {
                 let units = n.div_ceil(self.few_strips * STRIP) * k.div_ceil(CHUNK);
                 (units.min(resident), 1)
             }
-            Product::Many(tokens) => (launch.tokens.1.div_ceil(tokens), n.div_ceil(MANY_FEATURES)),
+            product => (launch.tokens.1.div_ceil(product.tokens()), n.div_ceil(MANY_FEATURES)),
         }
     }
 
@@ -156,7 +190,7 @@ impl Build {
     pub fn partials(&self, launch: &Launch, blocks: usize) -> usize {
         match launch.product {
             Product::Few(tokens) => blocks * 2 * self.values(tokens) * LANES,
-            Product::Many(_) => 0,
+            Product::Many(_) | Product::Wgmma => 0,
         }
     }
 
@@ -175,13 +209,14 @@ impl Build {
             return (0..m).step_by(FEW_TOKENS).map(slice).collect();
         }
         // The longest time of a multiprocessor, in tokens.
-        let cost = |&(tokens, each): &(usize, usize)| {
+        let cost = |&(product, each): &(Product, usize)| {
+            let tokens = product.tokens();
             let blocks = m.div_ceil(tokens) * n.div_ceil(MANY_FEATURES);
             blocks.div_ceil(limits.multiprocessors) * tokens * each
         };
-        let fitting = MANY_SHAPES.iter().filter(|(tokens, _)| self.fits(Product::Many(*tokens), limits));
-        let (tokens, _) = *fitting.min_by_key(|shape| cost(shape)).expect("a build fits 64 tokens");
-        vec![Launch { product: Product::Many(tokens), tokens: (0, m) }]
+        let fitting = MANY_SHAPES.iter().filter(|(product, _)| self.fits(*product, limits));
+        let (product, _) = *fitting.min_by_key(|shape| cost(shape)).expect("a build fits 64 tokens");
+        vec![Launch { product, tokens: (0, m) }]
     }
 
     /// `many` reads the weights once, with a part of the chip; `few` once per 16 tokens, with all of it.
@@ -195,9 +230,10 @@ mod tests {
     use super::*;
     use crate::{cuda::compile, kernels::Features};
 
-    const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10 };
-    const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10 };
-    const L4: Limits = Limits { multiprocessors: 58, shared_memory: 99 << 10 };
+    const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10, wgmma: false };
+    const WGMMA: Limits = Limits { wgmma: true, ..H200 };
+    const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10, wgmma: false };
+    const L4: Limits = Limits { multiprocessors: 58, shared_memory: 99 << 10, wgmma: false };
 
     fn linear(bits: usize, zeros: bool, group_tiles: usize) -> Repacked {
         Repacked {
@@ -223,11 +259,12 @@ mod tests {
 
     #[test]
     fn every_device_has_a_build_that_fits() {
-        for (limits, widest) in [(H200, 256), (A100, 256), (L4, 128)] {
+        let (widest, wide) = (Product::Many(256), Product::Many(128));
+        for (limits, widest) in [(H200, widest), (A100, widest), (L4, wide), (WGMMA, Product::Wgmma)] {
             for linear in all() {
                 let build = Build::new(&linear, false, limits).unwrap();
                 let mut fitting = Product::ALL.into_iter().filter(|p| build.fits(*p, limits));
-                assert_eq!(fitting.next_back(), Some(Product::Many(widest)), "{limits:?} {build:?}");
+                assert_eq!(fitting.next_back(), Some(widest), "{limits:?} {build:?}");
                 assert!(build.fits(Product::Few(16), limits) && build.fits(Product::Few(8), limits));
             }
         }
@@ -244,24 +281,37 @@ mod tests {
         let h200 = build(4, H200);
         assert_eq!(h200.shared_bytes(Product::Few(16)), 8 * (3 * 6400 + 8192));
         assert_eq!(h200.shared_bytes(Product::Many(256)), 4 * (32768 + 4096 + 256));
-        assert!(h200.macros().contains(&("BF16", 1)) && h200.macros().contains(&("FEW_STRIPS", 8)));
+        assert_eq!(h200.shared_bytes(Product::Wgmma), 4 * (32768 + 4096 + 256 + 16));
+        let macros = h200.macros(Product::Few(8));
+        assert!(
+            ["BF16", "FEW_STRIPS", "WGMMA"].iter().zip([1, 8, 0]).all(|(&n, v)| macros.contains(&(n, v)))
+        );
+        assert!(h200.macros(Product::Wgmma).contains(&("WGMMA", 1)));
     }
 
     #[test]
     fn builds_compile_for_their_generation_with_nvrtc() {
-        for (limits, architecture) in [(H200, "compute_90a"), (A100, "compute_80"), (L4, "compute_89")] {
+        for (limits, architecture) in [(WGMMA, "compute_90a"), (A100, "compute_80"), (L4, "compute_89")] {
             for (bits, bf16, zeros, group_tiles) in
                 [(4, false, false, 4), (4, true, true, 1), (8, false, true, 2), (8, true, false, 4)]
             {
                 let build = Build::new(&linear(bits, zeros, group_tiles), bf16, limits).unwrap();
-                let ptx = compile(&super::super::INT4_MATMUL, architecture, &build.macros()).unwrap();
-                // Registers that do not suffice would show as local memory.
-                assert!(!ptx.contains(".local"), "{build:?} for {architecture}");
-                for name in Product::ALL.map(Product::name).into_iter().chain(["int4_gather"]) {
-                    assert!(
-                        ptx.contains(&format!(".entry {name}(")),
-                        "{name} of {build:?} for {architecture}"
-                    );
+                let compiled = |product| {
+                    let ptx =
+                        compile(&super::super::INT4_MATMUL, architecture, &build.macros(product)).unwrap();
+                    // Registers that do not suffice would show as local memory.
+                    assert!(!ptx.contains(".local"), "{build:?} for {architecture}");
+                    ptx
+                };
+                let has = |ptx: &str, name| {
+                    let entry = format!(".entry {name}(");
+                    assert!(ptx.contains(&entry), "{name} of {build:?} for {architecture}");
+                };
+                let ptx = compiled(Product::Few(8));
+                let plain = Product::ALL.into_iter().filter(|&product| product != Product::Wgmma);
+                plain.map(Product::name).chain(["int4_gather"]).for_each(|name| has(&ptx, name));
+                if limits.wgmma {
+                    has(&compiled(Product::Wgmma), Product::Wgmma.name());
                 }
             }
         }
@@ -286,13 +336,17 @@ mod tests {
         ] {
             assert_eq!(products(m, n), expected, "{m} tokens, {n} features");
         }
+        let asked = |m| build.launches(m, 4096, WGMMA)[0].product;
+        assert_eq!([64, 256, 2048].map(asked), [Product::Few(16), Product::Many(64), Product::Wgmma]);
+        assert_eq!(build.launches(2053, 4104, WGMMA)[0].product, Product::Wgmma, "as in device_tests.rs");
+        assert!(!WGMMA_VERIFIED, "the docs say that it has not run on a GPU");
         let small = Build::new(&linear(4, false, 4), false, L4).unwrap();
         assert_eq!(small.launches(4096, 4096, L4)[0].product, Product::Many(128), "256 does not fit");
     }
 
     #[test]
     fn launches_cover_every_token_once() {
-        for limits in [H200, A100, L4] {
+        for limits in [H200, A100, L4, WGMMA] {
             for linear in all() {
                 let build = Build::new(&linear, false, limits).unwrap();
                 for (m, n) in (1..70).chain([127, 2047, 2048]).flat_map(|m| [8, 4096, 11008].map(|n| (m, n)))

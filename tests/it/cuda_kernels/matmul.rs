@@ -12,9 +12,9 @@ use super::{
 };
 use crate::cuda_host::Order;
 
-const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10 };
-const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10 };
-const L4: Limits = Limits { multiprocessors: 58, shared_memory: 99 << 10 };
+const H200: Limits = Limits { multiprocessors: 132, shared_memory: 227 << 10, wgmma: false };
+const A100: Limits = Limits { multiprocessors: 108, shared_memory: 163 << 10, wgmma: false };
+const L4: Limits = Limits { multiprocessors: 58, shared_memory: 99 << 10, wgmma: false };
 
 /// Linears of every kind of build: bits, type, zero points, tiles that share a group, device. K and N are odd multiples
 /// of 8 but for one, whose groups fill no tiles; last groups are partial.
@@ -128,5 +128,50 @@ fn many_tokens_in_wide_blocks() {
         if case.linear.spec.k < 300 && case.product.fits(Product::Many(256)) {
             case.check(Product::Many(256), [40, 260][i % 2], 0, &[Order::Random(3)]);
         }
+    }
+}
+
+/// More than the pipeline's stages; one chunk; groups of 32, 64, 128, of all, and such that fill no tiles; tails of tokens,
+/// features and groups.
+fn wgmma_specs() -> Vec<Spec> {
+    let spec = |bits, bf16, zeros, act, k, n, group| Spec { bits, bf16, zeros, act, k, n, group };
+    let (four, eight) = (Bits::Four, Bits::Eight);
+    vec![
+        spec(four, false, false, false, 328, 136, 128),
+        spec(four, true, true, true, 392, 72, 64),
+        spec(four, false, true, true, 200, 72, 32),
+        spec(four, true, false, false, 152, 8, 48),
+        spec(four, false, false, false, 64, 128, 64),
+        spec(eight, false, false, true, 264, 136, 96),
+        spec(eight, true, true, false, 584, 40, 584),
+        spec(eight, false, true, false, 136, 72, 16),
+        spec(eight, true, true, true, 328, 136, 128),
+    ]
+}
+
+#[test]
+fn many_tokens_by_wgmma() {
+    let limits = Limits { wgmma: true, ..H200 };
+    let specs = wgmma_specs().into_iter().map(|spec| (spec, limits)).collect();
+    for (i, mut case) in cases(specs).enumerate() {
+        let orders = [Order::Forward, Order::Random(1), Order::Reverse];
+        case.check(Product::Wgmma, [1, 260, 256, 77][i % 4], 0, &orders[..2 + usize::from(i == 0)]);
+    }
+}
+
+/// Wgmma and `mma` have the same operands: sums differ by the order of additions alone.
+#[test]
+fn wgmma_and_mma_agree() {
+    let limits = Limits { wgmma: true, ..H200 };
+    let spec = wgmma_specs()[2];
+    for mut case in cases(vec![(spec, limits)]) {
+        let x = case.linear.activations(70, &mut case.random);
+        let how = How { blocks: 0, resident: 2, order: Order::Forward };
+        let [one, other] = [Product::Wgmma, Product::Many(64)].map(|product| {
+            case.product.multiply(product, &x, 70, how).unwrap_or_else(|error| panic!("{error}"))
+        });
+        let (one, other) = (one.iter(), other.iter());
+        let near = |(a, b): (&u16, &u16)| (case.linear.widen(*a) - case.linear.widen(*b)).abs() < 2e-3;
+        assert!(one.zip(other).all(near));
     }
 }

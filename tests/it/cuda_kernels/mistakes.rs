@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use super::{Random, arguments};
-use crate::cuda_host::{Launch, Library, Memory, Order};
+use crate::cuda_host::{Launch, Library, Memory, Order, tensor_map};
 
 const ORDERS: [Order; 3] = [Order::Forward, Order::Reverse, Order::Random(1)];
 
@@ -81,7 +81,7 @@ fn copies_that_are_used_too_early() {
             (1, "while an asynchronous copy to it is under way"),
             (2, "while an asynchronous copy to it is under way"),
             (4, "changes meanwhile"),
-            (5, "ends with copies under way"),
+            (5, "ends with copies or products under way"),
         ] {
             let error = copy(wrong, order).unwrap_err();
             assert!(error.contains(words), "{wrong}: {error}");
@@ -180,6 +180,49 @@ fn values_between_blocks() {
     };
     assert_eq!(same_word(0).unwrap(), [1; 128]);
     assert!(same_word(1).unwrap_err().contains("race: thread 1 of block 0 writes device memory"));
+}
+
+/// What Hopper does beside its threads: copies of boxes, barriers that count bytes, products of a warpgroup.
+#[test]
+fn boxes_that_are_copied_and_multiplied() {
+    let (rows, columns) = (200, 80);
+    let x: Vec<u16> =
+        (0..rows * columns).map(|i| f16::from_f32((i % 13 + i / columns % 5) as f32).to_bits()).collect();
+    let multiply = |wrong: i32, order| {
+        let mut out = vec![0f32; 128];
+        let mut memory = Memory::default();
+        let map = tensor_map(memory.read(&x), (rows, columns), (256, 64));
+        let to = memory.write(&mut out);
+        let launch = Launch { threads: (160, 1), shared: 32768 + 16, ..launch(order) };
+        run("boxes", launch, &memory, &arguments![map, to, wrong]).map(|()| out)
+    };
+    // The first 16 columns of both boxes; the second box's are the matrix's last.
+    let sum = |token: usize| {
+        let columns_of =
+            (0..16).chain(64..80).map(|column| f16::from_bits(x[token * columns + column]).to_f32());
+        columns_of.sum::<f32>()
+    };
+    // Of the second block of 8 tokens, two that are neighbours.
+    let expected: Vec<f32> = (0..128).map(|thread| 8 + thread % 4 * 2).map(|t| sum(t) + sum(t + 1)).collect();
+    for order in ORDERS {
+        assert_eq!(multiply(0, order).unwrap(), expected);
+        for (wrong, words) in [
+            (1, ["multiplies by what is not there yet", "copies over what a product reads"]),
+            (2, ["a copy has written, and nothing orders the two", "copies over what a product reads"]),
+            (3, ["multiplies without a fence"; 2]),
+            (4, ["changes registers that a product"; 2]),
+            (5, ["more bytes than a barrier expects"; 2]),
+            (6, ["copies over what a product reads", "ends with copies or products under way"]),
+            (7, ["copies over what a product reads"; 2]),
+            (8, ["by a barrier that was not published"; 2]),
+            (9, ["ends with copies that nothing waits for", "a copy to it is under way"]),
+            (10, ["the threads wait for ever", "a copy to it is under way"]),
+        ] {
+            let error = multiply(wrong, order).unwrap_err();
+            let error = error.replace("an asynchronous copy", "a copy");
+            assert!(words.iter().any(|words| error.contains(words)), "{wrong}, {order:?}: {error}");
+        }
+    }
 }
 
 #[test]

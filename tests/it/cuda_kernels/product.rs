@@ -1,21 +1,24 @@
 //! How the kernels of `int4_matmul.cu` are launched, by the plan that devices get too.
 
+use std::sync::Arc;
+
 use gptq::kernels::{
     Features, Repacked,
     cuda::plan::{Build, Launch as Planned, Limits, Product},
 };
 
 use super::{arguments, linear::Linear};
-use crate::cuda_host::{Launch, Library, Memory, Order};
+use crate::cuda_host::{Launch, Library, Memory, Order, tensor_map};
 
 const THREADS: usize = 256;
+/// Tokens and features of a box of activations.
+const BOX: (usize, usize) = (256, 64);
 
 /// A linear on a machine that is said to be such a device.
 pub(crate) struct Product16 {
     pub(crate) repacked: Repacked,
     build: Build,
     limits: Limits,
-    library: std::sync::Arc<Library>,
 }
 
 /// How a product is launched; only `blocks` may show in its bytes.
@@ -32,8 +35,11 @@ impl Product16 {
     pub(crate) fn new(linear: &Linear, limits: Limits) -> Self {
         let repacked = linear.repacked();
         let build = Build::new(&repacked, linear.spec.bf16, limits).expect("a build fits");
-        let library = Library::of("int4_matmul", &build.macros());
-        Self { repacked, build, limits, library }
+        Self { repacked, build, limits }
+    }
+
+    fn library(&self, product: Product) -> Arc<Library> {
+        Library::of("int4_matmul", &self.build.macros(product))
     }
 
     /// Whether the device has the memory for a kernel.
@@ -64,7 +70,7 @@ impl Product16 {
         let mut y = vec![0xffff; m * r.columns];
         match product {
             Product::Few(_) => self.few(product, x, &mut y, m, how)?,
-            Product::Many(_) => self.many(product, x, &mut y, m, how)?,
+            Product::Many(_) | Product::Wgmma => self.many(product, x, &mut y, m, how)?,
         }
         Ok(y.chunks(r.columns).flat_map(|row| &row[..r.out_features]).copied().collect())
     }
@@ -119,7 +125,7 @@ impl Product16 {
                 order: how.order,
             };
             // SAFETY: the arguments of the kernel; `memory` has all that they point to.
-            unsafe { self.library.launch(product.name(), launch, &memory, &arguments) }?;
+            unsafe { self.library(product).launch(product.name(), launch, &memory, &arguments) }?;
             if counters.iter().any(|&count| count != 0) {
                 return Err(format!("counters are left at {counters:?}"));
             }
@@ -133,7 +139,7 @@ impl Product16 {
         let planned = Planned { product, tokens: (0, m) };
         let (across, along) = self.build.blocks(&planned, r.columns, r.positions, 0);
         let mut memory = Memory::default();
-        let arguments = arguments![
+        let mut arguments = arguments![
             memory.read(&r.weights),
             memory.read(&r.params),
             memory.read(gathered.as_deref().unwrap_or(x)),
@@ -143,15 +149,19 @@ impl Product16 {
             r.positions as u32,
             r.group as u32,
         ];
+        if product == Product::Wgmma {
+            let address = *bytemuck::from_bytes(&arguments[2]);
+            arguments[2] = bytemuck::bytes_of(&tensor_map(address, (m, r.positions), BOX)).to_vec();
+        }
         let launch = Launch {
             blocks: (across, along, 1),
-            threads: (THREADS as u32, 1),
+            threads: (product.threads() as u32, 1),
             shared: self.build.shared_bytes(product),
             resident: how.resident,
             order: how.order,
         };
         // SAFETY: as above.
-        unsafe { self.library.launch(product.name(), launch, &memory, &arguments) }
+        unsafe { self.library(product).launch(product.name(), launch, &memory, &arguments) }
     }
 
     fn gather(&self, x: &[u16], perm: &[u32], m: usize, how: How) -> Result<Vec<u16>, String> {
@@ -169,7 +179,7 @@ impl Product16 {
             order: how.order,
         };
         // SAFETY: as above.
-        unsafe { self.library.launch("int4_gather", launch, &memory, &arguments) }?;
+        unsafe { self.library(Product::Few(8)).launch("int4_gather", launch, &memory, &arguments) }?;
         let expected = |i: usize| x[i / k * k + perm[i % k] as usize];
         match (0..m * k).position(|i| gathered[i] != expected(i)) {
             Some(i) => Err(format!("token {}, position {}: gathered from elsewhere", i / k, i % k)),

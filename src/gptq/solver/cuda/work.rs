@@ -194,6 +194,21 @@ mod tests {
         assert!(layer("4bit-128g", Quality::Standard, ADA).launches() <= 600);
     }
 
+    /// Groups that are wider than a panel are searched by operations of libtorch, group by group: see docs/kernels.md.
+    #[test]
+    fn searched_groups_wider_than_a_panel_take_many_launches() {
+        for (variant, shared_memory) in [("4bit--1g", HOPPER), ("4bit--1g", ADA), ("4bit-256g", HOPPER)] {
+            assert!(layer(variant, Quality::Standard, shared_memory).launches() <= 600, "{variant}");
+        }
+        for (variant, shared_memory, thousands) in
+            [("4bit-512g", HOPPER, 404), ("4bit-1024g", HOPPER, 378), ("4bit-256g", ADA, 450)]
+        {
+            let launches = layer(variant, Quality::Standard, shared_memory).launches();
+            assert!(launches / 1000 == thousands, "{variant}: {launches}");
+            assert!(layer(variant, Quality::Fast, shared_memory).launches() <= 1000, "{variant}");
+        }
+    }
+
     /// Counts launches.
     struct Counting(PlainKernels, Arc<AtomicUsize>);
 
