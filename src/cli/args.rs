@@ -358,8 +358,11 @@ pub(super) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
-    /// A GPTQ checkpoint, or a dense one: a folder, or OWNER/NAME[:BRANCH] on the Hub
+    /// A GPTQ checkpoint, or a dense one: a folder, or OWNER/NAME[:BRANCH] on the Hub; or a GGUF file
     pub(super) dir: PathBuf,
+    /// Folder or repository with the tokenizer [default: the checkpoint]; a GGUF file needs it, such as the dense model's
+    #[arg(long, value_name = "DIR")]
+    pub(super) tokenizer: Option<PathBuf>,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
     /// The text to continue, or with --chat the user's message; `-` reads it from standard input
