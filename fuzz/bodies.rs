@@ -7,13 +7,14 @@
 use std::{
     cell::OnceCell,
     fs,
+    io::{Cursor, Write},
     path::{Path, PathBuf},
 };
 
 use gptq::{
-    calibration::{Corpus, CorpusSource, SourceOptions},
+    calibration::{Corpus, CorpusSource, SourceOptions, Tokenizer, tokenizer_notes},
     chat::{ChatTemplate, Message},
-    checkpoint::{Checkpoint, QuantizationConfig, packed},
+    checkpoint::{Checkpoint, OPTIMUM_CONFIG_FILE, QuantizationConfig, packed},
     eval::describe,
     ggml::BlockType,
     gguf::{GgufPlan, GgufTensor, GgufWriter, Metadata, MetadataValue, names},
@@ -24,6 +25,7 @@ use gptq::{
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
 const CONFIG: &str = "config.json";
 const QUANTIZE_CONFIG: &str = "quantize_config.json";
@@ -43,18 +45,27 @@ pub(crate) fn safetensors_index(data: &[u8]) {
     read_with(sharded(), INDEX, data);
 }
 
-/// `data` as the config of a branch.
+/// `data` as the config of a branch, and as `generation_config.json`.
 pub(crate) fn config(data: &[u8]) {
     read_with(branch(), CONFIG, data);
+    with_folder(|folder| {
+        branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
+        folder.write("generation_config.json", data);
+        let checkpoint = Checkpoint::open(&folder.path()).expect("the branch is good");
+        let _ = checkpoint.stop_token_ids(&folder.path());
+    });
 }
 
-/// `data` as `quantize_config.json`, and as `quantization_config` in the config.
+/// `data` as `quantize_config.json`, as optimum's config, and as `quantization_config` in the config.
 pub(crate) fn quantize_config(data: &[u8]) {
     with_folder(|folder| {
         branch().into_iter().for_each(|(name, bytes)| folder.write(name, &bytes));
         let mut config = model_config();
         folder.write(CONFIG, config.to_string().as_bytes());
         folder.write(QUANTIZE_CONFIG, data);
+        read_all(&folder.path());
+        fs::remove_file(folder.path().join(QUANTIZE_CONFIG)).expect("it is ours");
+        folder.write(OPTIMUM_CONFIG_FILE, data);
         read_all(&folder.path());
         let Ok(value) = serde_json::from_slice::<Value>(data) else { return };
         config["quantization_config"] = value;
@@ -90,11 +101,48 @@ pub(crate) fn chat_template(data: &[u8]) {
     with_folder(|folder| {
         for name in ["tokenizer_config.json", "chat_template.jinja"] {
             folder.write(name, data);
+            let _ = tokenizer_notes(&folder.path());
             if let Ok(Some(template)) = ChatTemplate::read(&folder.path()) {
                 let _ = template.render(&[Message::new("user", "Hi"), Message::new("assistant", "Ho")], true);
             }
         }
     });
+}
+
+/// `data` without its first byte as a tokenizer, whose format that byte decides; a text is tokenized with it.
+pub(crate) fn tokenizer(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else { return };
+    with_folder(|folder| {
+        folder.write(if kind & 1 == 0 { "tokenizer.model" } else { "tokenizer.json" }, data);
+        let _ = tokenizer_notes(&folder.path());
+        match Tokenizer::open(&folder.path()) {
+            Ok(tokenizer) => {
+                drop((tokenizer.special_tokens_of_texts(), tokenizer.encode("The old\n\n café 你好")))
+            }
+            Err(error) => drop((error.to_string(), error.hint())),
+        }
+    });
+}
+
+/// `data` without its first byte as weights in PyTorch's format: the whole file, or the pickle in it.
+pub(crate) fn pytorch(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else { return };
+    let whole = if kind & 1 == 0 { data.to_vec() } else { pytorch_file(data) };
+    with_folder(|folder| {
+        folder.write(CONFIG, model_config().to_string().as_bytes());
+        folder.write("pytorch_model.bin", &whole);
+        read_all(&folder.path());
+    });
+}
+
+/// A file in PyTorch's format with this pickle and a storage of 64 bytes.
+fn pytorch_file(pickle: &[u8]) -> Vec<u8> {
+    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    for (name, bytes) in [("archive/data.pkl", pickle), ("archive/data/0", &[0x3C; 64])] {
+        zip.start_file(name, stored).and_then(|()| Ok(zip.write_all(bytes)?)).expect("memory takes it");
+    }
+    zip.finish().expect("memory takes it").into_inner()
 }
 
 /// `data` as a plan, and as a recipe.

@@ -40,6 +40,28 @@ fn main() {
 
     write("gguf", "model", &bodies::gguf_file());
 
+    let golden = project.join("tests/golden");
+    let pytorch = read(&golden.join("pytorch/pytorch_model.bin"));
+    write("pytorch", "file", &[&[0], &pytorch[..]].concat());
+    let mut archive = zip::ZipArchive::new(std::io::Cursor::new(&pytorch)).expect("a zip file");
+    let name = archive.file_names().find(|name| name.ends_with("data.pkl")).expect("a pickle").to_owned();
+    let mut pickle = vec![1];
+    std::io::copy(&mut archive.by_name(&name).expect("it is there"), &mut pickle).expect("it is read");
+    write("pytorch", "pickle", &pickle);
+    for model in ["bpe", "unigram"] {
+        let model_file = read(&golden.join("sentencepiece").join(model).join("tokenizer.model"));
+        write("tokenizer", model, &[&[0], &model_file[..]].concat());
+    }
+    let small = r#"{"version": "1.0", "added_tokens": [{"id": 0, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}, {"type": "Replace", "pattern": {"String": " "}, "content": "_"}]},
+        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}}},
+        "decoder": {"type": "ByteFallback"}, "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "o+"}, "behavior": "Isolated", "invert": false},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<s>", "fuse_unk": true, "byte_fallback": true,
+            "vocab": {"<s>": 0, "_": 1, "t": 2, "h": 3, "e": 4, "th": 5, "the": 6}, "merges": ["t h", "th e"]}}"#;
+    write("tokenizer", "json", &[&[1], small.as_bytes()].concat());
+
     let models = project.join("tests/golden/models");
     for model in fs::read_dir(models).expect("golden models").flatten().map(|entry| entry.path()) {
         let name = model.file_name().expect("a folder").to_string_lossy().into_owned();
@@ -58,7 +80,9 @@ fn main() {
                 max-memory = 1000\non-failure = \"rtn\"\n";
     write("plan", "plan", plan.as_bytes());
 
-    for (i, text) in ["{\"text\": \"a \\u00e9\"}\n\n{\"text\": null}\n{\"n\": [1, {}], \"text\": \"\"}\r\n", "[1]", "{\n"]
+    for (i, text) in ["{\"text\": \"a \\u00e9\"}\n\n{\"text\": null}\n{\"n\": [1, {}], \"text\": \"\"}\r\n", "[1]", "{\n",
+        r#"[{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, {"messages": null}]"#,
+        r#"{"messages": [{"role": "user", "content": "Hi"}]}"#, r#"[{"text": "a"}, {"text": "b"}]"#]
         .iter()
         .enumerate()
     {

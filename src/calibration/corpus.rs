@@ -3,8 +3,8 @@
 use super::parquet_rows;
 use super::recipe::Sampling;
 use crate::chat::{ChatTemplate, Message};
-use crate::error::{Error, Result};
-use crate::units::hex;
+use crate::error::{Error, ResourceError, Result};
+use crate::units::{bytes, hex};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -141,7 +141,7 @@ pub(super) fn unpacked_limit(packed: u64) -> u64 {
 
 /// What is wrong with a file that unpacks to more than `limit` bytes.
 pub(super) fn unpacks_to_too_much(limit: u64) -> String {
-    let [ordinary, limit] = [ORDINARY, limit].map(crate::units::bytes);
+    let [ordinary, limit] = [ORDINARY, limit].map(bytes);
     format!(
         "it unpacks to more than {limit}; at most {LARGEST_FACTOR} times the size of the file, or {ordinary}, is read: unpack it \
          yourself if that is right"
@@ -161,6 +161,8 @@ pub(super) struct Rows<'a> {
     column: Option<String>,
     /// Bytes of `text` and `rows` that the current file may fill them to, and that it may add.
     limit: [u64; 2],
+    /// Bytes that `text` and `rows` may take.
+    memory: u64,
 }
 
 impl<'a> Rows<'a> {
@@ -176,7 +178,33 @@ impl<'a> Rows<'a> {
             refused: None,
             column: None,
             limit: [u64::MAX; 2],
+            memory: u64::MAX,
         }
+    }
+
+    /// The same with a limit of memory, bytes.
+    pub(super) fn within(self, memory: Option<u64>) -> Self {
+        Self { memory: memory.unwrap_or(u64::MAX), ..self }
+    }
+
+    /// Refuses rows that take more than the memory they may, with `more` bytes that come.
+    pub(super) fn check_memory(&self, path: &Path, more: u64) -> Result<()> {
+        let needed = self.size().saturating_add(more);
+        if needed <= self.memory {
+            return Ok(());
+        }
+        Err(ResourceError::Memory {
+            memory: "memory".into(),
+            available: bytes(self.memory),
+            needed: format!("{} for the text of `{}`", bytes(needed), path.display()),
+            flag: None,
+        }
+        .into())
+    }
+
+    /// Bytes of a file that are worth reading: one more than the memory they may take.
+    pub(super) fn worth_reading(&self) -> u64 {
+        self.memory.saturating_sub(self.size()).saturating_add(1)
     }
 
     /// Begins a file of `packed` bytes that is compressed: it may add [`unpacked_limit`] to the rows.
@@ -209,17 +237,18 @@ impl<'a> Rows<'a> {
     /// When conversations came before.
     pub(super) fn push_text(&mut self, path: &Path, place: impl Display, text: &str) -> Result<()> {
         self.check_kind(false, path, place)?;
-        self.push(text);
-        Ok(())
+        self.push(path, text)
     }
 
-    fn push(&mut self, row: &str) {
+    fn push(&mut self, path: &Path, row: &str) -> Result<()> {
+        self.check_memory(path, row.len() as u64)?;
         if let (Sampling::Stream { join }, false) = (&self.sampling, self.rows.is_empty()) {
             self.text.push_str(join);
         }
         let start = self.text.len();
         self.text.push_str(row);
         self.rows.push(start..self.text.len());
+        Ok(())
     }
 
     pub(super) fn push_null(&mut self) {
@@ -241,7 +270,7 @@ impl<'a> Rows<'a> {
         self.check_kind(true, path, place)?;
         self.sampling = Sampling::Conversations;
         match template.render(messages, false) {
-            Ok(text) => self.push(&text),
+            Ok(text) => self.push(path, &text)?,
             Err(error) => {
                 let seen = self.rows.len() + self.nulls + self.refused.as_ref().map_or(0, |r| r.count);
                 let first = || Refused { count: 0, first: seen + 1, reason: error.to_string() };
@@ -299,7 +328,7 @@ mod tests {
         let mut rows = Rows::new(&Sampling::joined_by_empty_line(), None);
         for row in [Some(""), Some(" a \n"), None, Some(""), Some("b")] {
             match row {
-                Some(row) => rows.push(row),
+                Some(row) => rows.push(Path::new("mine"), row).unwrap(),
                 None => rows.push_null(),
             }
         }
@@ -313,7 +342,7 @@ mod tests {
     fn no_text_is_an_error_with_the_number_of_rows() {
         let empty = |column| {
             let mut rows = Rows::new(&Sampling::Documents, None);
-            rows.push(" \n");
+            rows.push(Path::new("mine"), " \n").unwrap();
             rows.push_null();
             rows.into_corpus(provenance(column)).unwrap_err().to_string()
         };

@@ -24,6 +24,8 @@ pub struct SourceOptions {
     /// Folders in which a recipe's files are looked for: dataset repositories or folders of them, or the
     /// `hub` folder of a Hugging Face cache.
     pub roots: Vec<PathBuf>,
+    /// Bytes of memory that the rows may take.
+    pub max_memory: Option<u64>,
 }
 
 /// A dataset whose files are on this machine, not read yet.
@@ -40,6 +42,7 @@ pub struct CorpusSource {
     /// As the user or the recipe names it.
     text_column: Option<String>,
     sampling: Sampling,
+    max_memory: Option<u64>,
 }
 
 impl CorpusSource {
@@ -47,6 +50,10 @@ impl CorpusSource {
     /// the Hub. Text files are `.parquet`, `.txt`, `.jsonl` and `.json`, all but the first also with `.gz` or `.zst`. A
     /// recipe's name goes before a file of the same name: write `./wikitext2` for the file.
     pub fn resolve(name_or_path: &str, options: &SourceOptions) -> Result<CorpusSource> {
+        Ok(Self { max_memory: options.max_memory, ..Self::find(name_or_path, options)? })
+    }
+
+    fn find(name_or_path: &str, options: &SourceOptions) -> Result<CorpusSource> {
         if let Some(recipe) = Recipe::builtin(name_or_path) {
             return Self::of_recipe(recipe, options);
         }
@@ -84,6 +91,7 @@ impl CorpusSource {
             files,
             text_column: Some(column),
             sampling: recipe.sampling().clone(),
+            max_memory: None,
             recipe: Some(recipe),
         })
     }
@@ -122,7 +130,8 @@ impl CorpusSource {
         text_column: Option<String>,
     ) -> Self {
         let sampling = Sampling::joined_by_empty_line();
-        Self { name, recipe: None, revision: None, root, single_file, files, text_column, sampling }
+        let (recipe, revision, max_memory) = (None, None, None);
+        Self { name, recipe, revision, root, single_file, files, text_column, sampling, max_memory }
     }
 
     /// The recipe's name, or the name of the file or folder without its path.
@@ -140,7 +149,7 @@ impl CorpusSource {
     /// # Errors
     /// When a file cannot be read or holds no text, or conversations are there and no template.
     pub fn load(&self, chat: Option<&ChatTemplate>) -> Result<Corpus> {
-        let mut rows = Rows::new(&self.sampling, chat);
+        let mut rows = Rows::new(&self.sampling, chat).within(self.max_memory);
         let mut files = Vec::new();
         for (name, format) in &self.files {
             // A file that the user named may be a link to anywhere; files of a folder may not.
@@ -239,7 +248,7 @@ mod tests {
 
     fn options(text_column: Option<&str>, split: Option<&str>) -> SourceOptions {
         let own = |option: Option<&str>| option.map(str::to_owned);
-        SourceOptions { text_column: own(text_column), split: own(split), roots: vec![] }
+        SourceOptions { text_column: own(text_column), split: own(split), ..Default::default() }
     }
 
     #[test]

@@ -69,7 +69,11 @@ const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 /// Appends a whole text file as one row, its line ends as Python's text mode reads them: all of them become `\n`.
 pub(super) fn read_text(path: &Path, packing: Packing, rows: &mut Rows<'_>) -> Result<()> {
     let mut bytes = Vec::new();
-    open(path, packing)?.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    open(path, packing)?
+        .take(rows.worth_reading())
+        .read_to_end(&mut bytes)
+        .map_err(Error::io("read", path))?;
+    rows.check_memory(path, bytes.len() as u64)?;
     let text = str::from_utf8(&bytes).map_err(|error| Error::Dataset {
         path: path.into(),
         problem: format!("byte {} of {} is not UTF-8", error.valid_up_to() + 1, bytes.len()),
@@ -230,6 +234,30 @@ mod tests {
         assert_eq!((corpus.name(), &corpus.provenance().text_column), ("a.txt", &None));
         assert_eq!(load("a.txt", b"ab\xffcd", None).unwrap_err(), "`a.txt`: byte 3 of 5 is not UTF-8");
         assert_eq!(load("a.txt", b" \n", None).unwrap_err(), "`a.txt`: it holds no text");
+    }
+
+    #[test]
+    fn a_text_that_takes_more_than_the_memory_is_refused_while_it_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = "a line of text\n".repeat(20_000);
+        let rows = "{\"text\": \"a line of text\"}\n".repeat(20_000);
+        for (name, content) in [
+            ("a.txt", text.clone().into_bytes()),
+            ("a.txt.gz", gzip(text.as_bytes())),
+            ("a.jsonl", rows.clone().into_bytes()),
+            ("a.jsonl.gz", gzip(rows.as_bytes())),
+        ] {
+            let path = folder.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            let load = |max_memory: Option<u64>| {
+                let options = SourceOptions { max_memory, ..Default::default() };
+                CorpusSource::resolve(path.to_str().unwrap(), &options).unwrap().load(None)
+            };
+            let error = load(Some(100_000)).unwrap_err().to_string();
+            let start = "memory: 100.0 kB are available, and at least 100.0 kB for the text of `";
+            assert!(error.starts_with(start) && error.contains(name), "{error}");
+            assert_eq!(load(Some(2_000_000)).unwrap().text(), load(None).unwrap().text());
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use serde_json::{Value, json};
 
-use super::{Address, CardOptions, metadata, prompt, source::SourceCard};
+use super::{Address, CardOptions, card_folder, metadata, prompt, published_branch, source::SourceCard};
 use crate::{
     emit::is_licence,
     error::Result,
@@ -28,16 +28,21 @@ pub(super) fn facts(
     source: &SourceCard,
     options: &CardOptions,
 ) -> Result<Value> {
-    // GGUF files have no folder; what is read there is the same in all of them.
-    let own = Some(&report.branches[at]).filter(|branch| branch.variant.gptq().is_some());
-    let folder = own.or(branches(report).next()).map_or(run.to_owned(), |branch| run.join(&branch.branch));
-    let prompt = prompt::prompt(&folder, options.prompt_template.as_deref())?;
+    let own = &report.branches[at];
+    let is_gguf = own.variant.gptq().is_none();
+    let folder = card_folder(run, own);
+    let prompt = match (&options.prompt_template, is_gguf) {
+        (None, true) => prompt::of_gguf(&run.join(&own.branch))?,
+        (given, _) => prompt::prompt(&folder, given.as_deref())?,
+    };
     let vllm = report.branches.iter().filter(|branch| takes(branch, VLLM) == Some(true));
     Ok(json!({
-        "metadata": metadata::block(report, source, options),
-        "branch": report.branches[at].branch,
+        "metadata": metadata::block(report, is_gguf, source, options),
+        "branch": published_branch(report, own),
+        "is_gguf": is_gguf,
         "branches": branches(report).map(|branch| row(report, branch)).collect::<Vec<_>>(),
-        "gguf_files": report.branches.iter().filter_map(|file| gguf_row(report, file)).collect::<Vec<_>>(),
+        "gguf_branch": gguf_files(report).next().map(|file| published_branch(report, file)),
+        "gguf_files": gguf_files(report).filter_map(|file| gguf_row(report, file)).collect::<Vec<_>>(),
         "repository": options.repository.as_ref().map(Address::text),
         "on_hub": !matches!(options.repository, Some(Address::Git(_))),
         "quantized_by": options.quantized_by(),
@@ -56,7 +61,7 @@ pub(super) fn facts(
             "id": source.text_of("license"),
             "name": source.licence(),
             "link": source.text_of("license_link"),
-            "files": licence_files(&folder),
+            "files": if is_gguf { Vec::new() } else { licence_files(&folder) },
         },
         "calibration": report.calibration,
         "plan": report.plan,
@@ -71,6 +76,10 @@ pub(super) fn facts(
 /// The branches in GPTQ's format.
 fn branches(report: &Report) -> impl Iterator<Item = &BranchReport> {
     report.branches.iter().filter(|branch| branch.variant.gptq().is_some())
+}
+
+fn gguf_files(report: &Report) -> impl Iterator<Item = &BranchReport> {
+    report.branches.iter().filter(|file| file.variant.gptq().is_none())
 }
 
 /// A row of the table of GGUF files, with the divergence of the first evaluation; `None` for branches.

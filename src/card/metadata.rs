@@ -6,7 +6,7 @@ use super::{CardOptions, source::SourceCard};
 use crate::report::Report;
 
 /// The lines between the `---`.
-pub(super) fn block(report: &Report, source: &SourceCard, options: &CardOptions) -> String {
+pub(super) fn block(report: &Report, is_gguf: bool, source: &SourceCard, options: &CardOptions) -> String {
     let mut lines = Lines::default();
     let base = options.base_model(report);
     if let Some(base) = base {
@@ -19,7 +19,9 @@ pub(super) fn block(report: &Report, source: &SourceCard, options: &CardOptions)
         }
     }
     lines.list("language", &source.list_of("language"));
-    lines.text("library_name", "transformers");
+    if !is_gguf {
+        lines.text("library_name", "transformers");
+    }
     lines.text("pipeline_tag", source.text_of("pipeline_tag").unwrap_or("text-generation"));
     lines.text("model_name", &report.model.name);
     if let Some(owner) = base.and_then(|base| base.split_once('/')).map(|(owner, _)| owner) {
@@ -36,7 +38,9 @@ pub(super) fn block(report: &Report, source: &SourceCard, options: &CardOptions)
 fn tags(report: &Report, source: &SourceCard) -> Vec<String> {
     let mut tags = source.list_of("tags");
     let bits = report.branches.iter().map(|branch| format!("{}-bit", branch.variant.bits()));
-    for tag in ["gptq".to_owned(), "quantized".to_owned()].into_iter().chain(bits) {
+    let gguf = report.branches.iter().find(|branch| branch.variant.gptq().is_none()).map(|_| "gguf");
+    let kinds = ["gptq", "quantized"].into_iter().chain(gguf).map(str::to_owned);
+    for tag in kinds.chain(bits) {
         if !tags.contains(&tag) {
             tags.push(tag);
         }

@@ -15,17 +15,36 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, value::Serde};
 use crate::{
     chat::syntax,
     error::{Error, HubError, Result},
-    hub::Reference,
+    hub::{DEFAULT_REVISION, Reference},
     report::{
-        Comparison, EvaluatedModel, Evaluation, ModelEvaluations, Report, RunInput,
+        BranchReport, Comparison, EvaluatedModel, Evaluation, ModelEvaluations, Report, RunInput,
         choice::{Candidate, taken},
         markdown_text,
     },
+    variant::Output,
 };
 pub use source::{SOURCE_CARD_FILE, SourceCard, keep_source_card};
 
 /// The built-in template.
 pub const TEMPLATE: &str = include_str!("card.md.jinja");
+
+/// The published branch of an output of a run: a branch's own name; one for all GGUF files, which is the default branch where there is
+/// nothing else.
+pub fn published_branch<'a>(report: &Report, output: &'a BranchReport) -> &'a str {
+    match output.variant {
+        Output::Gptq(_) => &output.branch,
+        Output::Gguf(_) if report.branches.iter().any(|other| other.variant.gptq().is_some()) => "gguf",
+        Output::Gguf(_) => DEFAULT_REVISION,
+    }
+}
+
+/// The folder in which an output's card lies: the branch's own; the run's for GGUF files.
+pub fn card_folder(run: &Path, output: &BranchReport) -> PathBuf {
+    match output.variant {
+        Output::Gptq(_) => run.join(&output.branch),
+        Output::Gguf(_) => run.to_owned(),
+    }
+}
 
 /// Place of the published branches.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::{
     chat::{ChatTemplate, Message},
+    checkpoint::Checkpoint,
     error::Result,
 };
 
@@ -36,6 +37,19 @@ pub(super) fn prompt(branch: &Path, given: Option<&str>) -> Result<Prompt> {
     Ok(match filled.ok().filter(|text| text.contains("{prompt}")) {
         Some(text) => Prompt { text, origin: "chat template" },
         None => Prompt { text: template.source().to_owned(), origin: "raw chat template" },
+    })
+}
+
+/// The chat template in a GGUF file, as it is.
+///
+/// # Errors
+/// When the file cannot be read.
+pub(super) fn of_gguf(file: &Path) -> Result<Prompt> {
+    let checkpoint = Checkpoint::open(file)?;
+    let header = checkpoint.gguf().map(|(header, _)| header);
+    Ok(match header.and_then(|header| header.metadata.text("tokenizer.chat_template")) {
+        Some(template) => Prompt { text: template.to_owned(), origin: "raw chat template" },
+        None => Prompt { text: "{prompt}".into(), origin: "none" },
     })
 }
 

@@ -239,14 +239,14 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The tokens that end a text: those of `config.json` and those of `generation_config.json`. Chat models often name the end of a
+    /// The tokens that end a text: those of `config.json` and those of `generation_config.json` in `folder`. Chat models often name the end of a
     /// turn in the second one alone.
     ///
     /// # Errors
     /// When `generation_config.json` is there and cannot be read.
-    pub fn stop_token_ids(&self) -> Result<Vec<u32>> {
+    pub fn stop_token_ids(&self, folder: &Path) -> Result<Vec<u32>> {
         let mut ids = self.config.eos_token_ids.clone();
-        let path = file_in(&self.dir, "generation_config.json")?;
+        let path = file_in(folder, "generation_config.json")?;
         if path.exists() {
             ids.extend(Fields::new(&path, "", &read_json(&path)?)?.token_ids("eos_token_id")?);
         }
@@ -365,7 +365,11 @@ impl Checkpoint {
             part.and_then(|start| start.strip_suffix('.'))
                 .is_some_and(|linear| self.config.linears().any(|(id, _)| id.to_string() == linear))
         };
-        for name in self.extra().into_iter().filter(own) {
+        // Packed files of 2023 have a bias for each linear, of zeros where the model has none.
+        let biases: Vec<String> =
+            self.config.linears().filter(|(_, linear)| !linear.bias).map(|(id, _)| id.bias()).collect();
+        let biases = biases.iter().map(String::as_str).filter(|name| self.contains(name));
+        for name in self.extra().into_iter().filter(own).chain(biases) {
             if of_packed(name) || HARMLESS.iter().any(|end| name.ends_with(end)) {
                 continue;
             }
@@ -568,8 +572,8 @@ fn chosen_weights(dir: &Path) -> Result<String> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(Error::io("read", dir))? {
         let entry = entry.map_err(Error::io("read", dir))?;
-        // Links to missing files, in an incomplete cache, do not count.
-        names.extend(entry.file_name().into_string().ok().filter(|_| entry.path().exists()));
+        // Folders do not count, nor links to missing files, in an incomplete cache.
+        names.extend(entry.file_name().into_string().ok().filter(|_| entry.path().is_file()));
     }
     names.sort();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();

@@ -23,6 +23,9 @@ const PYTORCH_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.
 const ENDINGS: [&str; 2] = [".safetensors", ".safetensors.index.json"];
 /// Name endings of weights in formats that are not read under these names.
 const OTHER_WEIGHTS: [&str; 8] = [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"];
+/// All forms of weights that are read from a folder, for messages.
+const FORMS: &str = "weights (`model.safetensors` or any other safetensors file, such as `gptq_model-4bit-128g.safetensors`; an index of \
+                     shards; `pytorch_model.bin`)";
 /// What trainers leave beside weights under such names.
 const NO_WEIGHTS: [&str; 4] = ["training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt"];
 
@@ -72,7 +75,7 @@ pub fn weights_file<'a>(names: &[&'a str], base_names: &[String]) -> Result<&'a 
     };
     Err(match names.iter().copied().find(other) {
         Some(other) => NoWeights::OtherFormat(other.into()),
-        None => NoWeights::Missing(format!("`{WEIGHTS_FILE}`")),
+        None => NoWeights::Missing(FORMS.into()),
     })
 }
 
@@ -155,7 +158,7 @@ mod tests {
             Ok(PYTORCH_FILES[1])
         );
         assert_eq!(find(&["pytorch_model-00001-of-00001.bin"]), missing(PYTORCH_FILES[1]));
-        assert_eq!(find(&["deep/model.safetensors", "README.md"]), missing(WEIGHTS_FILE));
+        assert_eq!(find(&["deep/model.safetensors", "README.md"]), Err(NoWeights::Missing(FORMS.into())));
         let other = |name: &str| Err(NoWeights::OtherFormat(name.into()));
         assert_eq!(find(&["optimizer.pt", "gptq_model-4bit.bin"]), other("gptq_model-4bit.bin"));
         assert_eq!(find(&["training_args.bin", "m.Q4.gguf", "original/x.bin"]), other("m.Q4.gguf"));

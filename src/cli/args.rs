@@ -370,8 +370,11 @@ pub(super) struct InspectArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct GenerateArgs {
-    /// A model, quantized or not: a folder, or OWNER/NAME[:BRANCH] on the Hub
+    /// A model, quantized or not: a folder, OWNER/NAME[:BRANCH] on the Hub, or a GGUF file
     pub(super) dir: PathBuf,
+    /// Folder or repository with the tokenizer [default: the model]. A GGUF file needs it
+    #[arg(long, value_name = "DIR")]
+    pub(super) tokenizer: Option<PathBuf>,
     #[command(flatten)]
     pub(super) compute: ComputeArgs,
     /// Text to continue, or with --chat the user's message; `-` reads it from standard input

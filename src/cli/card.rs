@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result};
 use clap::Args;
 use gptq::{
-    card::{Address, CardOptions, Cards, cards},
+    card::{Address, CardOptions, Cards, card_folder, cards, published_branch},
     checkpoint::write_file_atomically,
     hub::CARD_FILE,
     report::{REPORT_FILE, Report},
@@ -60,19 +60,21 @@ pub(super) fn run(args: &CardArgs, output: &OutputArgs) -> Result<bool> {
     let Cards { texts: made, left_out } =
         cards(&report, &args.run, &args.texts.options(args.repository.as_deref().map(Address::new))?)?;
     left_out.iter().for_each(|text| terminal::note(output, text));
-    let branches = report.branches.iter().map(|branch| &branch.branch);
+    let outputs = report.branches.iter().zip(&made);
     if let Some(wanted) = &args.print {
-        let found = branches.zip(&made).find(|(branch, _)| *branch == wanted);
+        let found = outputs.into_iter().find(|(output, _)| published_branch(&report, output) == wanted);
         let (_, card) = found.with_context(|| format!("the run has no branch `{wanted}`"))?;
         terminal::piece(card)?;
         return Ok(true);
     }
     let mut written = Vec::new();
-    // GGUF files have no folder; `publish` makes the card of their branch.
-    for (branch, card) in branches.zip(&made).filter(|(branch, _)| !args.run.join(branch).is_file()) {
-        let path = args.run.join(branch).join(CARD_FILE);
-        write_file_atomically(&path, card.as_bytes())?;
-        written.push(path);
+    for (output, card) in outputs {
+        let path = card_folder(&args.run, output).join(CARD_FILE);
+        // All GGUF files have one.
+        if !written.contains(&path) {
+            write_file_atomically(&path, card.as_bytes())?;
+            written.push(path);
+        }
     }
     let lines = || written.iter().map(|path| format!("{}\n", path.display())).collect();
     terminal::answer(output, &written, lines)?;

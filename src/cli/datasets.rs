@@ -20,7 +20,12 @@ use super::{
 pub(super) fn options(args: &TextPlaces) -> SourceOptions {
     let mut roots = args.dataset_dir.clone();
     roots.push(hub::cache());
-    SourceOptions { text_column: args.text_column.clone(), split: args.split.clone(), roots }
+    SourceOptions {
+        text_column: args.text_column.clone(),
+        split: args.split.clone(),
+        roots,
+        max_memory: None,
+    }
 }
 
 /// The rows of a dataset; conversations are rendered with the chat template of the model in `model`.

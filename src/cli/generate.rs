@@ -17,19 +17,24 @@ use super::{
 
 pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     let checkpoint = Checkpoint::open(&hub::model(&args.dir, output)?.folder)?;
-    if checkpoint.gguf().is_some() {
-        return Err(gptq::Error::CheckpointKind {
-            path: args.dir.clone(),
-            expected: "a folder with a tokenizer",
-            found: "a GGUF file, whose tokenizer is not read".into(),
+    let tokenizer = match &args.tokenizer {
+        Some(dir) => hub::model(dir, output)?.folder,
+        None if checkpoint.gguf().is_some() => {
+            return Err(gptq::Error::CheckpointKind {
+                path: args.dir.clone(),
+                expected: "a folder with a tokenizer, or --tokenizer DIR",
+                found: "a GGUF file, whose own tokenizer is not read".into(),
+            }
+            .into());
         }
-        .into());
-    }
-    if checkpoint.quantization_mark().is_some() {
+        None => checkpoint.dir().to_owned(),
+    };
+    if checkpoint.gguf().is_none() && checkpoint.quantization_mark().is_some() {
         let notes = verify::notes(&checkpoint, &QuantizationConfig::read(&checkpoint)?)?;
         notes.iter().for_each(|note| terminal::warning(output, note));
     }
-    tokenizer_notes(checkpoint.dir()).iter().for_each(|note| terminal::warning(output, note));
+    let notes = checkpoint.absent().into_iter().chain(tokenizer_notes(&tokenizer));
+    notes.for_each(|note| terminal::warning(output, &note));
     let compute = args.compute.resolve(&checkpoint, output)?;
     let given = match args.prompt.as_str() {
         "-" => std::io::read_to_string(std::io::stdin()).context("reading the prompt from standard input")?,
@@ -37,7 +42,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     };
     let prompt = match args.chat {
         true => {
-            let template = ChatTemplate::read(checkpoint.dir())?;
+            let template = ChatTemplate::read(&tokenizer)?;
             let template = template.ok_or_else(|| gptq::Error::NoChatTemplate { what: "--chat".into() })?;
             template.render(&[Message::new("user", &given)], true)?
         }
@@ -65,7 +70,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
         }
     };
     let terminal = Terminal::new(output);
-    let made = generate(&checkpoint, &request, compute, &terminal, &mut piece);
+    let made = generate(&checkpoint, &tokenizer, &request, compute, &terminal, &mut piece);
     drop(terminal);
     if begun {
         printed.and_then(|()| terminal::piece("\n"))?;

@@ -35,6 +35,8 @@ struct Inspection {
     max_position_embeddings: usize,
     bytes: u64,
     quantization: Option<Quantized>,
+    /// About tensors that the index lists and no shard holds, or that the config does not describe.
+    notes: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     gguf: Option<Gguf>,
     tensors: Vec<TensorLine>,
@@ -103,6 +105,9 @@ fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
             });
         }
     }
+    // A GGUF file has its own description of the model.
+    let undeclared =
+        checkpoint.check_undeclared().err().filter(|_| gguf.is_none()).map(|error| error.to_string());
     Ok(Inspection {
         architecture: config.class.to_owned(),
         layers: config.num_layers(),
@@ -115,6 +120,7 @@ fn inspect(checkpoint: &Checkpoint, tensors: bool) -> gptq::Result<Inspection> {
         max_position_embeddings: config.max_position_embeddings,
         bytes: checkpoint.bytes_total(),
         quantization,
+        notes: checkpoint.absent().into_iter().chain(undeclared).collect(),
         gguf,
         tensors: lines,
     })
@@ -198,6 +204,9 @@ fn text(i: &Inspection) -> String {
                 let _ = writeln!(text, "  {:<36} {}", reader.name, reader.verdict(&q.tensor_parallel));
             }
         }
+    }
+    for note in &i.notes {
+        let _ = writeln!(text, "  {note}");
     }
     for tensor in &i.tensors {
         let shape = tensor.shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");

@@ -1,11 +1,11 @@
 //! `gptq publish`.
 
-use std::{fmt::Write, path::PathBuf, str::FromStr};
+use std::{collections::BTreeSet, fmt::Write, path::PathBuf, str::FromStr};
 
 use anyhow::{Result, bail};
 use clap::Args;
 use gptq::{
-    card::{Address, Cards, SourceCard, cards},
+    card::{Address, Cards, SourceCard, cards, published_branch},
     hub::{CARD_FILE, DEFAULT_REVISION, Hub, Reference},
     progress::{Event, Progress},
     publish::{self, Outcome, PublishOptions},
@@ -92,18 +92,19 @@ pub(super) fn run(args: &PublishArgs, output: &OutputArgs) -> Result<bool> {
     let branches = publish::branches(&report, &args.run, &args.branches, &made)?;
     let terminal = Terminal::new(output);
     for branch in &branches {
-        let folder = args.run.join(&branch.name);
         // A damaged branch is not published.
-        verify::written(&folder)?;
-        if folder.join(CARD_FILE).exists() {
+        branch.checkpoints.iter().try_for_each(|path| verify::written(path))?;
+        if branch.folder.join(CARD_FILE).exists() {
             terminal::note(
                 output,
                 &format!("branch {}: its card is the {CARD_FILE} in its folder", branch.name),
             );
         }
     }
-    if !report.branches.iter().any(|branch| branch.branch == DEFAULT_REVISION) {
-        let names: Vec<&str> = report.branches.iter().map(|branch| branch.branch.as_str()).collect();
+    let names: BTreeSet<&str> =
+        report.branches.iter().map(|output| published_branch(&report, output)).collect();
+    if !names.contains(DEFAULT_REVISION) {
+        let names: Vec<&str> = names.into_iter().collect();
         terminal.event(&Event::Warning(&format!(
             "the run has no branch `{DEFAULT_REVISION}`, which readers load by default: they must name one of {}; \
              gptq quantize --main VARIANT makes one",

@@ -45,6 +45,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     let options = SourceOptions {
         split: plan.split.clone(),
         text_column: plan.text_column.clone(),
+        max_memory: plan.max_memory,
         ..datasets::options(&args.places)
     };
     let resolve = |dataset: &DatasetShare| datasets::resolve(&dataset.name, &options, output);
@@ -256,7 +257,7 @@ fn evaluation_sources(
     output: &OutputArgs,
 ) -> Result<Vec<CorpusSource>> {
     // Split and column are those of the calibration text.
-    let options = SourceOptions { roots: options.roots.clone(), split: None, text_column: None };
+    let options = SourceOptions { split: None, text_column: None, ..options.clone() };
     if args.no_eval {
         return Ok(Vec::new());
     }

@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     accuracy::{AccuracyOptions, Quality},
+    architectures::add_older_keys,
     checkpoint::CheckpointFormat,
     variant::{Order, Variant},
 };
@@ -78,41 +79,33 @@ pub fn quantized_config_json(source: &Value, variant: &Variant, provenance: &Pro
         "meta": provenance,
     });
     let mut config: Map<String, Value> = source.as_object().cloned().unwrap_or_default();
-    // transformers 5 writes `dtype`, 4 `torch_dtype`; a reader of one does not know the other.
-    if config.contains_key("dtype") {
-        config.insert("dtype".into(), "float16".into());
-    }
     config.insert("torch_dtype".into(), "float16".into());
-    add_older_rope_keys(&mut config);
+    add_older_spellings(&mut config);
+    // The decoder's part, where the model has other inputs too.
+    if let Some(decoder) = config.get_mut("text_config").and_then(Value::as_object_mut) {
+        add_older_spellings(decoder);
+    }
     config.insert("quantization_config".into(), quantization);
     config.into()
 }
 
-/// transformers 5 keeps the base and the scaling of RoPE in `rope_parameters`. Readers built on transformers 4 read only
-/// `rope_theta` and `rope_scaling`, and would silently compute with a base of 10000. Parameters by layer type have no older
-/// keys.
-fn add_older_rope_keys(config: &mut Map<String, Value>) {
-    let Some(Value::Object(parameters)) = config.get("rope_parameters") else { return };
-    let Some(theta) = parameters.get("rope_theta").cloned() else { return };
-    let kind = parameters.get("rope_type").or_else(|| parameters.get("type")).cloned();
-    let scaling = match kind {
-        Some(kind) if kind != "default" => {
-            let mut scaling = parameters.clone();
-            scaling.shift_remove("rope_theta");
-            // Until transformers 4.43 the key was `type`.
-            scaling.insert("type".into(), kind);
-            Value::Object(scaling)
-        }
-        _ => Value::Null,
-    };
-    config.entry("rope_theta").or_insert(theta);
-    config.entry("rope_scaling").or_insert(scaling);
+/// Writes what transformers 4 and 5 spell otherwise in both spellings, with fp16 as the type of the dense tensors.
+fn add_older_spellings(config: &mut Map<String, Value>) {
+    if config.contains_key("dtype") {
+        config.insert("dtype".into(), "float16".into());
+        config.insert("torch_dtype".into(), "float16".into());
+    } else if config.contains_key("torch_dtype") {
+        config.insert("torch_dtype".into(), "float16".into());
+    }
+    add_older_keys(config);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{collections::BTreeSet, fs, path::Path};
+
     use super::*;
-    use crate::variant::VariantSet;
+    use crate::{architectures::ModelConfig, variant::VariantSet};
 
     fn provenance() -> Provenance {
         Provenance {
@@ -140,29 +133,64 @@ mod tests {
         assert_eq!((&with_static["static_groups"], &with_static["desc_act"]), (&true.into(), &false.into()));
     }
 
+    /// `tests/golden/rope` has configs as transformers 5 saves them, those of their branches, and what transformers 4 and 5 read in
+    /// the latter; `scripts/make-golden-rope` makes it.
     #[test]
-    fn older_readers_find_the_rope_of_a_newer_config() {
-        let rope = |parameters: Value| {
-            let source = json!({"dtype": "bfloat16", "rope_parameters": parameters});
-            let config = quantized_config_json(&source, &VariantSet::Card.variants()[0], &provenance());
-            assert_eq!(config["rope_parameters"], source["rope_parameters"]);
-            assert_eq!((&config["dtype"], &config["torch_dtype"]), (&"float16".into(), &"float16".into()));
-            (config["rope_theta"].clone(), config["rope_scaling"].clone())
-        };
-        let plain = json!({"rope_type": "default", "rope_theta": 100000.0});
-        assert_eq!(rope(plain), (100000.0.into(), Value::Null));
-        let llama3 =
-            json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0});
-        let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "type": "llama3"});
-        assert_eq!(rope(llama3), (500000.0.into(), scaling));
-        // What the source spells itself stays as it is, and so do parameters by layer type.
+    fn transformers_4_and_5_read_the_same_rotary_embedding() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/rope");
+        let mut names = BTreeSet::new();
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let mut golden: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            let mut branch =
+                quantized_config_json(&golden["source"], &VariantSet::Card.variants()[0], &provenance());
+            branch.as_object_mut().unwrap().remove("quantization_config");
+            if std::env::var_os("GPTQ_UPDATE_GOLDEN").is_some() {
+                golden["branch"] = branch;
+                fs::write(&path, format!("{golden:#}\n")).unwrap();
+                continue;
+            }
+            assert_eq!(golden["branch"], branch, "{name}: run scripts/make-golden-rope");
+            let read: Vec<&Value> = golden["read"].as_object().unwrap().values().collect();
+            let [older, newer] = read[..] else { panic!("{name}: {read:?}") };
+            assert_eq!(older, newer, "{name}");
+            // And this program reads in the branch what it reads in the source.
+            let of = |config: &Value| -> Vec<_> {
+                let config = ModelConfig::from_json(&path, config).unwrap();
+                config.layers.iter().map(|layer| layer.attention.rope.clone()).collect()
+            };
+            let ropes = of(&branch);
+            assert_eq!(ropes, of(&golden["source"]), "{name}");
+            let read =
+                newer.as_object().unwrap().values().map(|of_layers| of_layers["base"].as_f64().unwrap());
+            let own = ropes.iter().flatten().map(|rope| rope.theta);
+            let sorted = |bases: &mut dyn Iterator<Item = f64>| -> BTreeSet<String> {
+                bases.map(|base| base.to_string()).collect()
+            };
+            assert_eq!(sorted(&mut own.into_iter()), sorted(&mut read.into_iter()), "{name}");
+            names.insert(name);
+        }
+        let expected = [
+            "default",
+            "dynamic",
+            "gemma3",
+            "gemma3-nested",
+            "linear",
+            "llama3",
+            "longrope",
+            "olmo3",
+            "partial",
+            "yarn",
+        ];
+        assert!(names.is_empty() || names.iter().eq(expected), "{names:?}");
+    }
+
+    #[test]
+    fn what_a_config_spells_for_older_readers_stays() {
         let both = json!({"rope_theta": 1.0, "rope_parameters": {"rope_type": "default", "rope_theta": 2.0}});
-        assert_eq!(
-            quantized_config_json(&both, &VariantSet::Card.variants()[0], &provenance())["rope_theta"],
-            1.0
-        );
-        let by_layer = rope(json!({"full_attention": {"rope_type": "default", "rope_theta": 3.0}}));
-        assert_eq!(by_layer, (Value::Null, Value::Null));
+        let config = quantized_config_json(&both, &VariantSet::Card.variants()[0], &provenance());
+        assert_eq!((&config["rope_theta"], &config["rope_scaling"]), (&1.0.into(), &Value::Null));
     }
 
     #[test]

@@ -83,6 +83,9 @@ impl Error {
             Self::Report(error) => error.hint(),
             Self::NotForGguf { instead, .. } => instead.clone(),
             Self::Gguf { problem, .. } if problem.contains("cut short") => "download the file again".into(),
+            Self::Gguf { path, problem } if problem.contains("expected `GGUF`") => {
+                format!("name the folder of other checkpoints: {}", path.parent().unwrap_or(path).display())
+            }
             Self::Index { .. } | Self::Safetensors { .. } => "download the file again".into(),
             Self::Torch { source, .. } if is_out_of_memory(source) => {
                 "use fewer --samples, a shorter --seq-len or fewer --variant".into()

@@ -2,7 +2,7 @@
 
 mod sampler;
 
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use serde::Serialize;
 
@@ -64,12 +64,14 @@ pub struct Generated {
     pub tokens_per_second: Option<f64>,
 }
 
-/// Continues a prompt; `emit` is called with each piece of text.
+/// Continues a prompt; `emit` is called with each piece of text. `folder` has the tokenizer, and perhaps `generation_config.json`: the
+/// checkpoint's own folder, or for a GGUF file another one.
 ///
 /// # Errors
 /// When the prompt has no tokens or does not fit the context, or the model cannot be run or does not fit the device.
 pub fn generate(
     checkpoint: &Checkpoint,
+    folder: &Path,
     request: &Request,
     compute: Compute,
     progress: &dyn Progress,
@@ -78,8 +80,8 @@ pub fn generate(
     let _guard = tch::no_grad_guard();
     let config = checkpoint.config();
     let mut sampler = Sampler::new(&request.sampling)?;
-    let tokenizer = Tokenizer::open(checkpoint.dir())?;
-    let stop_ids = checkpoint.stop_token_ids()?;
+    let tokenizer = Tokenizer::open(folder)?;
+    let stop_ids = checkpoint.stop_token_ids(folder)?;
     let mut ids = match request.rendered {
         true => tokenizer.encode_rendered(&request.prompt)?,
         false => tokenizer.encode(&request.prompt)?,

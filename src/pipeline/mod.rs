@@ -38,7 +38,7 @@ use crate::{
     emit::{Provenance, remove_unfinished},
     equalization::Equalization,
     error::{Error, ResourceError, Result},
-    machine::{fast_bf16, peak_memory, resident_memory},
+    machine::{available_memory, fast_bf16, peak_memory, resident_memory},
     model::kind_name,
     plan::{ComputeDtype, DatasetShare, Plan},
     progress::{Event, Progress},
@@ -276,7 +276,7 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
     Needs::of(plan, checkpoint, place, plan.accuracy(config).rotate, 0).map(drop)
 }
 
-/// Checks, when texts are read and before they are tokenized, that they fit `--max-memory` with the rest.
+/// Checks, when texts are read and before they are tokenized, that they fit `--max-memory` and the machine with the rest.
 ///
 /// # Errors
 /// When they do not.
@@ -289,8 +289,10 @@ pub fn check_texts(
 ) -> Result<()> {
     let memory = corpora.iter().map(|corpus| Tokens::memory(corpus, tokenizer));
     let [ids, tokenizing] = memory.fold([0, 0], |[ids, most], [own, now]| [ids + own, most.max(now)]);
-    let needed = resident_memory().unwrap_or(0).saturating_add(ids).saturating_add(tokenizing);
-    if let Some(limit) = plan.max_memory.filter(|&limit| limit < needed) {
+    let base = resident_memory().unwrap_or(0);
+    let needed = base.saturating_add(ids).saturating_add(tokenizing);
+    let machine = available_memory().map(|available| base.saturating_add(available));
+    if let Some(limit) = plan.max_memory.into_iter().chain(machine).min().filter(|&limit| limit < needed) {
         let needed = format!("{} to tokenize the text", bytes(needed));
         let (memory, available) = ("memory".to_owned(), bytes(limit));
         return Err(ResourceError::Memory { memory, available, needed, flag: None }.into());

@@ -19,7 +19,7 @@ use crate::{
     cuda::Gpu,
     device,
     error::{ResourceError, Result},
-    machine::{available_memory, product_speed, require_space, resident_memory},
+    machine::{available_memory, peak_memory, product_speed, require_space, resident_memory},
     model::source_kind,
     plan::Plan,
     rotation::rotated_bytes,
@@ -117,7 +117,9 @@ impl Needs {
         let config = if accuracy.rotate { config.untied() } else { config.clone() };
         let disk = DiskNeed::new(plan, checkpoint, &config, begun, shape.hidden_states(), spilled)?;
         disk.check(place)?;
-        let memory = (own + need.working).saturating_add(held);
+        // Texts are tokenized before, which may have taken more.
+        let before = if device == Device::Cpu { peak_memory().unwrap_or(0) } else { 0 };
+        let memory = (own + need.working).saturating_add(held).max(before);
         let taken = begun.map_or(0.0, |b| b.windows as f64 / b.total_windows.max(1) as f64);
         let gradient_operations = (1.0 - taken) * shape.gradient_operations();
         let layer = shape.layer_work();

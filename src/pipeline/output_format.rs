@@ -6,9 +6,8 @@ use crate::{
     architectures::ModelConfig,
     checkpoint::{Checkpoint, QuantizationConfig},
     emit::{self, BranchWriter, GgufBranchWriter, OutputWriter, places},
-    error::{Error, Result},
+    error::Result,
     ggml::Mix,
-    progress::Silent,
     report::{ReaderReport, SplitReport},
     variant::{Output, Variant},
     verify,
@@ -115,15 +114,7 @@ impl OutputFormat for Mix {
     }
 
     fn verify(&self, out: &Path, name: &str) -> Result<()> {
-        let path = places(out, name)[1].join(name);
-        let found = verify::verify(&path, None, None, &Silent)?;
-        match found.findings.into_iter().next() {
-            None => Ok(()),
-            Some(finding) => {
-                let problem = format!("{}: {} after writing", finding.subject, finding.problem);
-                Err(Error::Gguf { path, problem })
-            }
-        }
+        verify::written(&places(out, name)[1].join(name))
     }
 
     fn readers(&self, _written: &Checkpoint) -> Result<(Vec<ReaderReport>, Vec<SplitReport>)> {

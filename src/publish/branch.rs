@@ -1,11 +1,13 @@
 //! Branches of a run with the files to publish.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
 
 use crate::{
+    card::{card_folder, published_branch},
     checkpoint::INDEX_FILE,
     error::{Error, HubError, Result, quoted},
     hub::{CARD_FILE, ContentId, Listed, of_bytes, of_file},
@@ -19,6 +21,10 @@ pub struct Branch {
     pub name: String,
     /// Its files, sorted by path.
     pub files: Vec<LocalFile>,
+    /// The folder on disk in which its card may lie.
+    pub folder: PathBuf,
+    /// What it publishes: a folder, or GGUF files.
+    pub checkpoints: Vec<PathBuf>,
 }
 
 /// A file to publish.
@@ -43,38 +49,37 @@ pub enum Content {
     Bytes(Vec<u8>),
 }
 
-/// The branch of all GGUF files of a run.
-const GGUF_BRANCH: &str = "gguf";
-
 /// The `wanted` branches of a run, or all if none is named, each with its card. The card is the one in its folder, else the one
-/// of `cards`, which are in the report's order. `main` comes first, since the Hub shows it by default. GGUF files are in a
-/// branch of their own, `gguf`.
+/// of `cards`, which are in the report's order. `main` comes first, since the Hub shows it by default. All GGUF files are in one
+/// branch ([`published_branch`]).
 ///
 /// # Errors
 /// If there is no such branch, or a folder cannot be read.
 pub fn branches(report: &Report, run: &Path, wanted: &[String], cards: &[String]) -> Result<Vec<Branch>> {
-    for name in wanted {
-        if !report.branches.iter().any(|branch| branch.branch == *name) {
-            let known = quoted(report.branches.iter().map(|branch| &branch.branch));
-            return Err(HubError::Branch { branch: name.clone(), known }.into());
-        }
+    let names: Vec<&str> = report.branches.iter().map(|output| published_branch(report, output)).collect();
+    if let Some(name) = wanted.iter().find(|name| !names.contains(&name.as_str())) {
+        let known: BTreeSet<&str> = names.iter().copied().collect();
+        return Err(HubError::Branch { branch: name.clone(), known: quoted(known) }.into());
     }
-    let mut branches = Vec::new();
-    for (branch, card) in report.branches.iter().zip(cards) {
-        if !wanted.is_empty() && !wanted.contains(&branch.branch) {
+    let mut branches: Vec<Branch> = Vec::new();
+    for ((output, name), card) in report.branches.iter().zip(names).zip(cards) {
+        if !wanted.is_empty() && !wanted.iter().any(|wanted| wanted == name) {
             continue;
         }
-        let path = run.join(&branch.branch);
-        if !path.is_file() {
-            branches.push(Branch::read(&path, &branch.branch, card)?);
+        let (path, folder) = (run.join(&output.branch), card_folder(run, output));
+        if path == folder {
+            branches.push(Branch::read(&path, name, card)?);
             continue;
         }
-        let file = LocalFile::read(&path, &branch.branch)?;
-        match branches.iter_mut().find(|branch| branch.name == GGUF_BRANCH) {
-            Some(gguf) => gguf.files.push(file),
+        let file = LocalFile::read(&path, &output.branch)?;
+        match branches.iter_mut().find(|branch| branch.name == name) {
+            Some(gguf) => {
+                gguf.files.push(file);
+                gguf.checkpoints.push(path);
+            }
             None => {
-                let files = vec![LocalFile::card(card), file];
-                branches.push(Branch { name: GGUF_BRANCH.to_owned(), files });
+                let files = vec![LocalFile::card(&folder, card)?, file];
+                branches.push(Branch { name: name.to_owned(), files, folder, checkpoints: vec![path] });
             }
         }
     }
@@ -95,16 +100,17 @@ impl Branch {
             }
         }
         if !files.iter().any(|file| file.path == CARD_FILE) {
-            files.push(LocalFile::card(card));
+            files.push(LocalFile::card(folder, card)?);
         }
-        Ok(Self { name: name.to_owned(), files })
+        let (folder, checkpoints) = (folder.to_owned(), vec![folder.to_owned()]);
+        Ok(Self { name: name.to_owned(), files, folder, checkpoints })
     }
 
     /// Whether a file of the remote holds weights that this branch does not have. A reader would load them, so they are
     /// deleted; other files stay.
     pub(super) fn makes_stale(&self, path: &str) -> bool {
-        let weights =
-            [".safetensors", ".bin", ".gguf"].iter().any(|end| path.ends_with(end)) || path == INDEX_FILE;
+        // A GGUF file is named by its reader, and others of the repository stay.
+        let weights = [".safetensors", ".bin"].iter().any(|end| path.ends_with(end)) || path == INDEX_FILE;
         weights && !path.contains('/') && !self.files.iter().any(|file| file.path == path)
     }
 }
@@ -118,14 +124,19 @@ impl LocalFile {
         Ok(Self { path: name.to_owned(), content, size, sha256: sha256.hex().to_owned() })
     }
 
-    fn card(text: &str) -> Self {
+    /// The card in `folder`, or `text` where it has none.
+    fn card(folder: &Path, text: &str) -> Result<Self> {
+        let path = folder.join(CARD_FILE);
+        if path.exists() {
+            return Self::read(&path, CARD_FILE);
+        }
         let like = ContentId::Sha256(String::new());
-        Self {
+        Ok(Self {
             path: CARD_FILE.to_owned(),
             content: Content::Bytes(text.as_bytes().to_vec()),
             size: text.len() as u64,
             sha256: of_bytes(text.as_bytes(), &like).hex().to_owned(),
-        }
+        })
     }
 
     /// Whether the remote's file has the same content.

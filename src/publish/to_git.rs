@@ -128,7 +128,7 @@ fn publish(
 }
 
 fn is_large(file: &LocalFile) -> bool {
-    file.path.ends_with(".safetensors") || file.size >= LARGE
+    [".safetensors", ".gguf"].iter().any(|end| file.path.ends_with(end)) || file.size >= LARGE
 }
 
 /// The index's blobs by path.

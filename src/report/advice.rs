@@ -41,8 +41,11 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     };
     let measured = comparison.entries.iter().filter(|e| e.main().is_some()).count();
     let of = if measured > 1 { format!(" of the {measured} measured") } else { String::new() };
-    let bits = closest.checkpoint.bits;
-    let of = if choice.closer.is_some() { format!(" of those with {bits} bits or fewer") } else { of };
+    let of = if choice.closer.is_some() {
+        format!(" of those with {USUAL_BITS} bits or no larger a file")
+    } else {
+        of
+    };
     let kl = |entry: &Entry| entry.kl().unwrap_or(f64::NAN);
     let mut because = if choice.take == choice.closest {
         format!("Closest to fp16{of}")
@@ -72,9 +75,7 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
         all.push(advice("If there is room", closest, larger(closest)));
     }
     if let Some(closer) = choice.closer.map(entry) {
-        // A GGUF file's embedding is quantized, so that a file of more bits can be smaller than a branch.
         let when = match choice.take == choice.closest {
-            _ if closer.checkpoint.bytes <= take.checkpoint.bytes => "If more bits will do",
             true => "If there is room",
             false => "If there is more room",
         };
@@ -117,11 +118,11 @@ pub(super) fn rule(comparison: &Comparison) -> String {
         return "There is no recommendation without figures: run gptq eval first.".into();
     };
     format!(
-        "Rule: of the models with at most {USUAL_BITS} bits, the smallest file whose mean KL divergence from fp16 on {} \
-         ({} windows of {} tokens) is at most {CLOSE} times the smallest. Up to {FACTOR} times counts too if the windows \
-         cannot tell the two apart: the 95% interval of their paired difference includes 0. If it must be smaller: the \
-         smallest file with at most {FACTOR} times the smallest divergence. For a maintained program that does not load \
-         the first: the same rule among those that it loads.",
+        "Rule: of the models with at most {USUAL_BITS} bits and those whose file is no larger, the smallest file whose mean KL \
+         divergence from fp16 on {} ({} windows of {} tokens) is at most {CLOSE} times the smallest. Up to {FACTOR} times \
+         counts too if the windows cannot tell the two apart: the 95% interval of their paired difference includes 0. If it \
+         must be smaller: the smallest file with at most {FACTOR} times the smallest divergence. For a maintained program \
+         that does not load the first: the same rule among those that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )
 }

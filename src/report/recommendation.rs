@@ -10,22 +10,23 @@ pub const CLOSE: f64 = 1.25;
 /// Where a file must be smaller still, it is recommended up to this many times the smallest KL divergence.
 pub const FACTOR: f64 = 2.0;
 
-/// Models of more bits are not recommended first: all servers run 4 bits, at a quarter of fp16's size.
+/// Models of more bits are not recommended first, unless their file is no larger: all servers run 4 bits, at a quarter of fp16's size.
 pub const USUAL_BITS: u32 = 4;
 
 /// The recommended entries, by position.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recommendation {
     /// The smallest file of the candidates that are as good as `closest`, or that the windows cannot tell from it. Candidates
-    /// are the entries with at most [`USUAL_BITS`] bits, or all if there are none. As good: a mean KL divergence of at most
-    /// [`CLOSE`] times the smallest. Not told apart: at most [`FACTOR`] times, and the paired 95% interval of the difference
-    /// includes 0.
+    /// are the entries with at most [`USUAL_BITS`] bits and those whose file is no larger than the largest of these, or all if
+    /// none has so few bits. (A GGUF file's embedding is quantized, so that one of 8 bits can be smaller than a branch of 4.)
+    /// As good: a mean KL divergence of at most [`CLOSE`] times the smallest. Not told apart: at most [`FACTOR`] times, and the
+    /// paired 95% interval of the difference includes 0.
     pub take: usize,
     /// The candidate with the smallest mean KL divergence.
     pub closest: usize,
     /// Other candidates that the windows cannot tell from `take`.
     pub untold: Vec<usize>,
-    /// The entry with the smallest mean KL divergence of all, where it has more bits than `closest`.
+    /// The entry with the smallest mean KL divergence of all, where it is no candidate.
     pub closer: Option<usize>,
     /// The smallest file with at most [`FACTOR`] times the divergence of `closest`, where it is smaller than `take`.
     pub smaller: Option<usize>,
@@ -98,14 +99,17 @@ impl Recommendation {
     pub fn new(entries: &[Entry], window_tokens: &[usize]) -> Option<Self> {
         let of = Measured { entries, window_tokens };
         let measured: Vec<usize> = (0..entries.len()).filter(|&i| of.kl(i).is_finite()).collect();
-        let usual: Vec<usize> = measured.iter().copied().filter(|&i| of.bits(i) <= USUAL_BITS).collect();
-        let candidates = if usual.is_empty() { &measured } else { &usual };
-        let (take, closest) = of.choose(candidates)?;
+        let is_usual = |&i: &usize| of.bits(i) <= USUAL_BITS;
+        let largest = measured.iter().copied().filter(is_usual).map(|i| of.bytes(i)).max();
+        let (candidates, larger): (Vec<usize>, Vec<usize>) = measured
+            .iter()
+            .copied()
+            .partition(|i| is_usual(i) || largest.is_none_or(|largest| of.bytes(*i) <= largest));
+        let (take, closest) = of.choose(&candidates)?;
         let untold: Vec<usize> =
             candidates.iter().copied().filter(|&i| i != take && of.is_untold(i, take)).collect();
 
-        let closer = of.closest(measured.iter().copied());
-        let closer = closer.filter(|&i| of.kl(i) < of.kl(closest) && of.bits(i) > of.bits(closest));
+        let closer = of.closest(larger.into_iter()).filter(|&i| of.kl(i) < of.kl(closest));
         let smaller = measured.iter().copied().filter(|&i| of.kl(i) <= FACTOR * of.kl(closest));
         let smaller = of.smallest(smaller).filter(|&i| of.bytes(i) < of.bytes(take));
 
@@ -114,7 +118,7 @@ impl Recommendation {
             let loaded = |all: &[usize]| -> Vec<usize> {
                 all.iter().copied().filter(|&i| entries[i].is_loaded_by(reader)).collect()
             };
-            let choice = of.choose(&loaded(candidates)).or_else(|| of.choose(&loaded(&measured)));
+            let choice = of.choose(&loaded(&candidates)).or_else(|| of.choose(&loaded(&measured)));
             let entry = choice.map(|(take, _)| take);
             match for_readers.iter_mut().find(|known| known.entry == entry) {
                 Some(known) => known.readers.push(reader.to_owned()),
@@ -175,6 +179,16 @@ mod tests {
         // Of more bits, only beside it.
         let found = of(&[(8, 200, &[0.001; 4]), (4, 120, &[0.010; 4])]);
         assert_eq!((found.take, found.closer), (1, Some(0)));
+    }
+
+    #[test]
+    fn a_file_of_more_bits_that_is_no_larger_is_recommended_by_its_divergence() {
+        // As a GGUF file of 8 bits beside branches of 4, whose embedding is fp16.
+        let found = of(&[(4, 120, &[0.010; 4]), (4, 110, &[0.020; 4]), (8, 115, &[0.001; 4])]);
+        assert_eq!((found.take, found.closest, found.closer, found.smaller), (2, 2, None, None));
+        // One that is larger than all of them stays beside them.
+        let found = of(&[(4, 120, &[0.010; 4]), (8, 121, &[0.001; 4]), (8, 119, &[0.012; 4])]);
+        assert_eq!((found.take, found.closest, found.closer), (2, 0, Some(1)));
     }
 
     #[test]

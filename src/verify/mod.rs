@@ -17,7 +17,7 @@ use crate::{
     calibration::tokenizer_notes,
     checkpoint::{Checkpoint, QuantizationConfig},
     error::{Error, Result},
-    progress::{Event, Progress},
+    progress::{Event, Progress, Silent},
     report::{ReaderReport, SplitReport},
 };
 pub use gguf::llama_cpp;
@@ -157,18 +157,20 @@ pub fn notes(checkpoint: &Checkpoint, quantization: &QuantizationConfig) -> Resu
     Ok(quantization.notes.iter().cloned().chain(causes).collect())
 }
 
-/// Checks a branch that was just written; the first defect is an error.
+/// Checks a branch or a GGUF file that was written; the first defect is an error.
 ///
 /// # Errors
 /// When a check fails.
-pub fn written(dir: &Path) -> Result<()> {
-    let checkpoint = Checkpoint::open(dir)?;
-    let quantization = QuantizationConfig::read(&checkpoint)?;
-    let Structure { findings, .. } = structure::check(&checkpoint, &quantization, &crate::progress::Silent);
-    match findings.into_iter().next() {
-        None => Ok(()),
-        Some(Finding { subject, problem }) => {
-            Err(Error::Safetensors { path: dir.join(subject), problem: format!("{problem} after writing") })
-        }
-    }
+pub fn written(path: &Path) -> Result<()> {
+    let checkpoint = Checkpoint::open(path)?;
+    let findings = match checkpoint.gguf() {
+        Some((header, file)) => gguf::verify(&checkpoint, header, file, None, &Silent)?.findings,
+        None => structure::check(&checkpoint, &QuantizationConfig::read(&checkpoint)?, &Silent).findings,
+    };
+    let Some(Finding { subject, problem }) = findings.into_iter().next() else { return Ok(()) };
+    let problem = format!("{problem} after writing");
+    Err(match checkpoint.gguf() {
+        Some(_) => Error::Gguf { path: path.into(), problem: format!("{subject}: {problem}") },
+        None => Error::Safetensors { path: path.join(subject), problem },
+    })
 }

@@ -321,6 +321,40 @@ fn biases_that_the_config_does_not_announce() {
     with(0.0).quantize(&["--variant", "4bit-32g", "--quiet"]).succeeds();
 }
 
+/// `eval`, `generate` and `inspect` were silent about them: in a dense folder, and in a packed one, where zeros are usual.
+#[test]
+fn undeclared_biases_are_named_by_every_command() {
+    let dense = Lab::new();
+    let packed = Lab::with_branch("4bit-32g");
+    for (lab, dir) in [(&dense, dense.model()), (&packed, packed.branch())] {
+        let dir_text = text_of(&dir);
+        let text = text_of(&crate::helpers::demo("evaluation.parquet"));
+        let model = text_of(&lab.model());
+        let eval = ["eval", "--model", &model, "--quantized", &dir_text, "--dataset", &text];
+        let eval = [&eval[..], &["--seq-len", "64", "--windows", "1"]].concat();
+        let generate = ["generate", &dir_text, "--prompt", "The", "--max-tokens", "1"];
+        let with = |value: f32| {
+            safetensors_file::change(&dir, |tensors| {
+                let mut bias = tensors["model.norm.weight"].clone();
+                bias.fill(0..64, value);
+                tensors.insert(format!("{Q}.bias"), bias);
+            });
+        };
+        with(0.0);
+        lab.run(&generate).succeeds();
+        with(0.5);
+        let problem = format!("tensor `{Q}.bias` of `");
+        for args in [&eval[..], &generate] {
+            let output = lab.run(args);
+            assert!(output.stderr.contains(&problem) && output.code == Some(2), "{args:?} {output:?}");
+        }
+        let inspected = lab.run(&["inspect", &dir_text]).succeeds().stdout;
+        assert!(inspected.contains(&problem) && inspected.contains("is not zero"), "{inspected}");
+    }
+    let found = packed.verify(&packed.branch(), &[]);
+    assert!(found.code == Some(1) && found.stdout.contains(&format!("{Q}.bias")), "{found:?}");
+}
+
 #[test]
 fn configs_that_make_no_model() {
     refused(
@@ -380,7 +414,11 @@ fn folders_that_are_not_checkpoints() {
 
     let lab = Lab::new();
     fs::remove_file(lab.model().join("model.safetensors")).unwrap();
-    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `model.safetensors` not found in it");
+    refused(
+        &lab,
+        "error: `[LAB]/model` is not a checkpoint folder: weights (`model.safetensors` or any other safetensors file, such as \
+         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`) not found in it",
+    );
     fs::write(lab.model().join("tf_model.h5"), "PK").unwrap();
     refused(
         &lab,

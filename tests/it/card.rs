@@ -95,6 +95,77 @@ fn everything_that_is_known_is_on_the_card() {
 }
 
 #[test]
+fn gguf_files_have_a_table_and_a_card_of_their_own() {
+    let lab = Lab::new();
+    let eval = text_of(&demo("evaluation.parquet"));
+    let flags = ["--variant", "4bit-32g", "--variant", "q4_k_m", "--variant", "q2_k", "--eval", &eval];
+    lab.quantize(&[&flags[..], &["--eval-windows", "2"]].concat()).succeeds();
+    let out = text_of(&lab.out());
+    lab.run(&["card", &out, "--repository", "me/Tiny-GPTQ"]).succeeds();
+    let report = read_json(&lab.out().join("run.json"));
+    let row = |at: usize, method: &str, bits: u32, use_case: &str| {
+        let (file, measured) = (&report["branches"][at], &report["evaluations"][0]["models"][at]);
+        assert_eq!(measured["name"], file["branch"]);
+        let [value, margin] = ["value", "margin"].map(|key| measured["kl_divergence"][key].as_f64().unwrap());
+        let per_weight = file["bits_per_weight"].as_f64().unwrap();
+        let size = gptq::units::bytes(file["bytes"].as_u64().unwrap());
+        format!(
+            "| `model-{method}.gguf` | {method} | {bits} | {per_weight:.2} | {size} | {value:.6} ± {margin:.6} | {use_case} |"
+        )
+    };
+    let expected = [
+        "| Name | Quant method | Bits | Bits per weight | Size | KL divergence | Use case |".to_owned(),
+        "| ---- | ------------ | ---- | --------------- | ---- | ------------- | -------- |".to_owned(),
+        row(1, "Q4_K_M", 4, "a good balance of size and quality"),
+        row(2, "Q2_K", 2, "the smallest; a large loss of quality"),
+    ];
+    let of_files = fs::read_to_string(lab.out().join("README.md")).unwrap();
+    let of_branch = fs::read_to_string(lab.branch().join("README.md")).unwrap();
+    for card in [&of_files, &of_branch] {
+        let table: Vec<&str> = card
+            .lines()
+            .skip_while(|line| *line != expected[0])
+            .take_while(|line| !line.is_empty())
+            .collect();
+        assert_eq!(table, expected);
+        assert!(!card.contains("\n\n\n"), "{card}");
+    }
+    assert!(of_branch.contains(
+        "one a branch, and GGUF files in branch `gguf`. This is the card of branch `gptq-4bit-32g-"
+    ));
+    // What it says of its use is said of llama.cpp, and of the branch that `publish` makes.
+    for part in [
+        "# model - GGUF\n",
+        "This is the card of branch `gguf`.",
+        "hf download me/Tiny-GPTQ model-Q4_K_M.gguf --revision gguf --local-dir model-GGUF\n",
+        "llama-cli -m model-GGUF/model-Q4_K_M.gguf ",
+    ] {
+        assert!(of_files.contains(part), "{part}\n{of_files}");
+    }
+    assert!(
+        !of_files.contains("library_name")
+            && !of_files.contains("AutoModel")
+            && of_files.contains("\n- gguf\n")
+    );
+    let printed =
+        lab.run(&["card", &out, "--repository", "me/Tiny-GPTQ", "--print", "gguf"]).succeeds().stdout;
+    assert_eq!(printed, of_files);
+
+    // Alone they are in the default branch.
+    let alone = text_of(&lab.path("alone"));
+    lab.quantize(&["--variant", "q8_0", "--out", &alone]).succeeds();
+    let card = lab.run(&["card", &alone, "--print", "main"]).succeeds().stdout;
+    assert!(
+        card.contains("This repository holds GGUF files of model. This is the card of branch `main`."),
+        "{card}"
+    );
+    assert!(
+        card.contains("| `model-Q8_0.gguf` | Q8_0 | 8 | 8.50 | ") && !card.contains("Compatibility"),
+        "{card}"
+    );
+}
+
+#[test]
 fn figures_of_later_evaluations_are_on_the_card() {
     let lab = run(&[]);
     let branch = lab.out().join(ACT);

@@ -10,7 +10,7 @@ mod bodies;
 /// What a target does with an input.
 type Body = fn(&[u8]);
 
-const TARGETS: [(&str, Body); 10] = [
+const TARGETS: [(&str, Body); 12] = [
     ("safetensors_header", bodies::safetensors_header),
     ("safetensors_index", bodies::safetensors_index),
     ("config", bodies::config),
@@ -21,6 +21,8 @@ const TARGETS: [(&str, Body); 10] = [
     ("plan", bodies::plan),
     ("verify", bodies::verify),
     ("gguf", bodies::gguf),
+    ("tokenizer", bodies::tokenizer),
+    ("pytorch", bodies::pytorch),
 ];
 
 /// Inputs of a target: files in a folder of its name.

@@ -1,8 +1,13 @@
 //! `gptq generate`: what the demo model says, quantized or not.
 
-use serde_json::Value;
+use std::fs;
 
-use crate::helpers::{Lab, Output, copy, demo, read_json, text_of, write_json};
+use serde_json::{Map, Value};
+
+use crate::{
+    helpers::{Lab, Output, copy, demo, read_json, text_of, write_json},
+    safetensors_file,
+};
 
 const PROMPT: &str = "The";
 
@@ -37,6 +42,25 @@ fn a_model_and_its_branches_speak() {
     assert_eq!(made(&lab, &branch, &greedy)["text"], dense["text"]);
     let branch = text_of(&lab.out().join("gptq-4bit-32g-actorder_True"));
     assert!(!made(&lab, &branch, &greedy)["text"].as_str().unwrap().is_empty());
+}
+
+#[test]
+fn tensors_that_the_index_lists_in_vain_are_named_by_generate_and_inspect() {
+    let lab = Lab::with_branch("4bit-32g");
+    let (branch, index) = (lab.branch(), "model.safetensors.index.json");
+    let shard = "model-00001-of-00001.safetensors";
+    fs::rename(branch.join("model.safetensors"), branch.join(shard)).unwrap();
+    let dir = text_of(&branch);
+    let names = safetensors_file::read(&branch.join(shard)).into_keys().chain(["model.ghost".to_owned()]);
+    let map: Map<String, Value> = names.map(|name| (name, shard.into())).collect();
+    write_json(&branch.join(index), &serde_json::json!({ "weight_map": map }));
+    let note = format!(
+        "`{index}` lists tensors that no shard holds (1): `model.ghost`; the model does not need them"
+    );
+    let spoken = generate(&lab, &dir, &["--max-tokens", "1"]).succeeds();
+    assert!(spoken.stderr.contains(&format!("warning: {note}")), "{}", spoken.stderr);
+    assert!(lab.run(&["inspect", &dir]).succeeds().stdout.contains(&note));
+    assert_eq!(lab.run(&["inspect", &dir, "--json"]).json()["notes"], serde_json::json!([note]));
 }
 
 #[test]

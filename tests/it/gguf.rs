@@ -350,6 +350,14 @@ fn a_broken_file_is_an_error_of_every_command() {
     }
     let output = lab.verify(&lab.path("cut.gguf"), &[]);
     assert!(output.code == Some(1) && output.stdout.contains("cut short"), "{output:?}");
+    // A file of a folder.
+    let inspected = lab.run(&["inspect", &text_of(&lab.branch().join("model.safetensors"))]);
+    let branch = text_of(&lab.branch()).replace(&text_of(&lab.path("")), "[LAB]/");
+    assert!(
+        inspected.stderr.contains("expected `GGUF`\nhint: name the folder of other checkpoints: ")
+            && inspected.stderr.ends_with(&format!("{branch}\n")),
+        "{inspected:?}"
+    );
     // Where a folder is needed.
     let file = text_of(&lab.path("m.gguf"));
     let branch = text_of(&lab.branch());
@@ -365,9 +373,22 @@ fn a_broken_file_is_an_error_of_every_command() {
         );
     }
     let output = lab.run(&["generate", &file, "--prompt", "a"]);
-    assert!(output.stderr.contains("expected a folder with a tokenizer, found a GGUF file"), "{output:?}");
+    let problem = "expected a folder with a tokenizer, or --tokenizer DIR, found a GGUF file";
+    assert!(output.stderr.contains(problem), "{output:?}");
     let output = lab.run(&["gguf", &file, "--out", "x.gguf"]);
     assert!(output.stderr.contains("expected a GPTQ checkpoint, found a GGUF file"), "{output:?}");
+}
+
+#[test]
+fn a_file_speaks_as_its_branch_with_the_tokenizer_of_a_folder() {
+    let lab = Lab::with(&Model { heads: 4, kv_heads: 2, ..Model::default() });
+    lab.quantize(&["--variant", "8bit-32g"]).succeeds();
+    convert(&lab, &["--token-embedding", "f16", "--output", "f16"]).succeeds();
+    let (branch, file) = (text_of(&lab.branch()), text_of(&lab.path("m.gguf")));
+    let flags = ["--prompt", "The old", "--temperature", "0", "--max-tokens", "16", "--json"];
+    let tokens =
+        |args: &[&str]| lab.run(&[&["generate"], args, &flags[..]].concat()).json()["token_ids"].clone();
+    assert_eq!(tokens(&[&file, "--tokenizer", &branch]), tokens(&[&branch]));
 }
 
 /// Families and rotary embeddings: what is written for llama.cpp is read back as the same model.

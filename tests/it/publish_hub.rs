@@ -80,6 +80,66 @@ fn branches_are_made_sent_and_proven() {
 }
 
 #[test]
+fn gguf_files_are_published_in_a_branch_beside_the_others() {
+    let lab = Lab::with(&Model { hidden: 128, ..Model::default() });
+    lab.quantize(&["--variant", "4bit-128g", "--variant", "q4_0", "--variant", "q8_0"]).succeeds();
+    let server = HubServer::start().with_xet();
+    let outcome = publish(&lab, &server, &["--json"]).json();
+    let files = ["README.md", "model-Q4_0.gguf", "model-Q8_0.gguf"];
+    assert_eq!((&outcome[0]["branch"], &outcome[1]["branch"]), (&json!("main"), &json!("gguf")));
+    assert_eq!(outcome[1]["sent"], json!(files));
+    is_published(&lab, &server, ID, "main");
+    let published = |id: &str, branch: &str| {
+        let store = server.store();
+        let tree = store[id].tree(branch);
+        for file in &files[1..] {
+            assert!(*tree[*file].bytes == fs::read(lab.out().join(file)).unwrap(), "{branch}/{file}");
+        }
+        let card = String::from_utf8(tree["README.md"].bytes.to_vec()).unwrap();
+        assert!(card.contains(&format!("card of branch `{branch}`")), "{card}");
+    };
+    published(ID, "gguf");
+
+    // A file that someone put beside them stays; a card in the run's folder is taken.
+    fs::write(lab.out().join("README.md"), "of my own").unwrap();
+    let again = publish(&lab, &server, &["--json", "--branch", "gguf"]).json();
+    assert_eq!((again.as_array().unwrap().len(), &again[0]["sent"]), (1, &json!(["README.md"])));
+    fs::remove_file(lab.out().join("README.md")).unwrap();
+    let unknown = publish(&lab, &server, &["--branch", "model-Q4_0.gguf"]);
+    assert!(
+        unknown.stderr.contains("`model-Q4_0.gguf`") && unknown.stderr.contains("`gguf`, `main`"),
+        "{unknown:?}"
+    );
+
+    // A damaged file is not published.
+    let path = lab.out().join("model-Q4_0.gguf");
+    let good = fs::read(&path).unwrap();
+    let mut bad = good.clone();
+    let last = bad.len() - 40;
+    bad[last] ^= 1;
+    fs::write(&path, bad).unwrap();
+    let commits = server.store()[ID].log.len();
+    let refused = publish(&lab, &server, &[]);
+    assert_eq!(refused.code, Some(2));
+    assert!(
+        refused.stderr.contains("model-Q4_0.gguf` cannot be read as a GGUF file: "),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(server.store()[ID].log.len(), commits);
+    fs::write(&path, good).unwrap();
+
+    // Files alone are in the default branch.
+    fs::remove_dir_all(lab.out()).unwrap();
+    lab.quantize(&["--variant", "q4_0", "--variant", "q8_0"]).succeeds();
+    let out = text_of(&lab.out());
+    let to = ["publish", &out, "--to", "hub:me/tiny-GGUF"];
+    let outcome = on_hub(&lab, &server, TOKEN, &to).succeeds();
+    assert!(!outcome.stderr.contains("readers load by default"), "{}", outcome.stderr);
+    published("models/me/tiny-GGUF", "main");
+}
+
+#[test]
 fn weights_of_before_go_and_other_files_stay() {
     let (lab, server) = place();
     let before =

@@ -175,7 +175,8 @@ fn files_that_are_gone_or_cut_short_are_named() {
     lab.verify(&dir, &[]).finds(&format!("{Q}: tensor `{Q}.scales` is missing from `[LAB]/damaged`"));
     let dir = damaged_unsummed(&lab, |dir| fs::remove_file(dir.join("model.safetensors")).unwrap());
     lab.verify(&dir, &[]).finds(
-        "[LAB]/damaged: `[LAB]/damaged` is not a checkpoint folder: `model.safetensors` not found in it",
+        "[LAB]/damaged: `[LAB]/damaged` is not a checkpoint folder: weights (`model.safetensors` or any other safetensors file, such as \
+         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`) not found in it",
     );
 }
 

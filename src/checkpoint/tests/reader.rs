@@ -79,7 +79,8 @@ fn folders_without_weights() {
         Checkpoint::open(dir.path()),
         dir.path(),
         "NotACheckpoint",
-        "`DIR` is not a checkpoint folder: `model.safetensors` not found in it",
+        "`DIR` is not a checkpoint folder: weights (`model.safetensors` or any other safetensors file, such as \
+         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`) not found in it",
     );
     let dir = folder(&small_config(), &[("tf_model.h5", b"x"), ("training_args.bin", b"x")]);
     assert_error(
