@@ -41,10 +41,8 @@ impl DeviceNeed {
 /// When the checkpoint's quantization cannot be read.
 pub fn device_need(checkpoint: &Checkpoint, prompt: usize, capacity: usize) -> Result<DeviceNeed> {
     let config = checkpoint.config();
-    let quantization = match checkpoint.quantization_mark() {
-        Some(_) => Some(QuantizationConfig::read(checkpoint)?),
-        None => None,
-    };
+    let packed = checkpoint.gguf().is_none() && checkpoint.quantization_mark().is_some();
+    let quantization = packed.then(|| QuantizationConfig::read(checkpoint)).transpose()?;
     let mut weights = 0;
     for (id, linear) in config.linears() {
         let [n, k] = linear.shape;

@@ -131,7 +131,7 @@ fn gguf_files_have_a_table_and_a_card_of_their_own() {
         assert!(!card.contains("\n\n\n"), "{card}");
     }
     assert!(of_branch.contains(
-        "one a branch, and GGUF files in branch `gguf`. This is the card of branch `gptq-4bit-32g-"
+        "one in each branch, and GGUF files in branch `gguf`. This is the card of branch `gptq-4bit-32g-"
     ));
     // What it says of its use is said of llama.cpp, and of the branch that `publish` makes.
     for part in [
