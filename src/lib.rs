@@ -11,6 +11,7 @@ pub mod calibration;
 pub mod card;
 pub mod chat;
 pub mod checkpoint;
+pub mod cluster;
 pub mod cuda;
 pub mod device;
 pub mod emit;
@@ -46,4 +47,4 @@ pub mod verify;
 #[allow(dead_code, reason = "the integration tests use more of it")]
 mod cuda_host;
 
-pub use error::{Error, JournalError, NumericalError, ReportError, ResourceError, Result};
+pub use error::{ClusterError, Error, JournalError, NumericalError, ReportError, ResourceError, Result};

@@ -49,6 +49,13 @@ pub fn fast_bf16() -> bool {
     false
 }
 
+/// The processor's name, where the system has it.
+pub fn processor() -> Option<String> {
+    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
 /// Resident memory of this process now, bytes; `None` if the system does not state it.
 pub fn resident_memory() -> Option<u64> {
     kilobytes("/proc/self/status", "VmRSS:")

@@ -15,7 +15,7 @@ mod operand;
 mod tests;
 mod tiles;
 
-pub use forms::{cross_gram, gram};
+pub use forms::{BLOCK, cross_gram, gram};
 pub use operand::{Line, Operand, Parts, Side, Square, fill_from_f32, nearest_bf16};
 pub use tiles::{available, has_bf16_products, multiply_add};
 

@@ -70,8 +70,8 @@ fn gram_is_exact_up_to_fp32_sums() {
     for (tokens, k) in [(5, 3), (100, 70), (64, 300), (2100, 33)] {
         let x = bf16(&values(tokens * k, 4));
         let mut matrix = vec![f32::NAN; k * k];
-        gram(&mut matrix, k, &x, false);
-        gram(&mut matrix, k, &x, true);
+        gram(&mut matrix, k, 0..k, &x, false);
+        gram(&mut matrix, k, 0..k, &x, true);
         for i in 0..k {
             for j in 0..=i {
                 let terms = (0..tokens).map(|t| wide(x[t * k + i]) * wide(x[t * k + j]));
@@ -89,8 +89,8 @@ fn cross_gram_is_exact_up_to_fp32_sums() {
     for (tokens, k) in [(5, 3), (100, 70), (64, 300), (2100, 33)] {
         let (x, y) = (bf16(&values(tokens * k, 5)), bf16(&values(tokens * k, 6)));
         let mut matrix = vec![f32::NAN; k * k];
-        cross_gram(&mut matrix, k, &x, &y, false);
-        cross_gram(&mut matrix, k, &x, &y, true);
+        cross_gram(&mut matrix, k, 0..k, &x, &y, false);
+        cross_gram(&mut matrix, k, 0..k, &x, &y, true);
         for i in 0..k {
             for j in 0..k {
                 let terms = (0..tokens).map(|t| wide(x[t * k + i]) * wide(y[t * k + j]));
@@ -99,6 +99,28 @@ fn cross_gram_is_exact_up_to_fp32_sums() {
                 let found = f64::from(matrix[i * k + j]);
                 assert!((found - exact).abs() < 1e-5 * size, "{tokens} {k} {i} {j}: {found} {exact}");
             }
+        }
+    }
+}
+
+/// A rank that continues a sum block by block adds the same numbers in the same order.
+#[test]
+fn blocks_of_rows_are_the_same_as_all_rows() {
+    for (tokens, k) in [(70, 600), (2100, 520)] {
+        let (x, y) = (bf16(&values(tokens * k, 7)), bf16(&values(tokens * k, 8)));
+        let [mut whole, mut parts] = [vec![0.0; k * k], vec![0.0; k * k]];
+        let [mut whole_cross, mut parts_cross] = [vec![0.0; k * k], vec![0.0; k * k]];
+        for add in [false, true] {
+            gram(&mut whole, k, 0..k, &x, add);
+            cross_gram(&mut whole_cross, k, 0..k, &x, &y, add);
+            for rows in [512..k, 0..256, 256..512] {
+                gram(&mut parts, k, rows.clone(), &x, add);
+                cross_gram(&mut parts_cross, k, rows, &x, &y, add);
+            }
+        }
+        assert!(whole_cross == parts_cross, "{tokens} {k}");
+        for i in 0..k {
+            assert!(whole[i * k..=i * k + i] == parts[i * k..=i * k + i], "{tokens} {k} {i}");
         }
     }
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use gptq::{
     calibration::{Corpus, Tokenizer, Tokens, Windows},
     checkpoint::Checkpoint,
+    cluster::Cluster,
     model::Compute,
     pipeline::{self, CalibrationText, Place, Run},
     plan::Plan,
@@ -58,8 +59,8 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         seq_len: SEQ_LEN,
         ..Plan::default()
     };
-    let place = Place::new(&out);
-    pipeline::check(&plan, &checkpoint, &place)?;
+    let (place, cluster) = (Place::new(&out), &Cluster::alone());
+    pipeline::check(&plan, &checkpoint, &place, cluster)?;
     let [calibration, evaluation] =
         TEXTS.map(|(name, bytes)| Corpus::from_parquet_bytes(name, bytes, "text"));
     let (calibration, evaluation) = (calibration?, evaluation?);
@@ -77,6 +78,7 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
         place,
         command: &command::words(),
         stop: &*signals::stop_flag(output)?,
+        cluster,
     };
     let mut finished = pipeline::quantize(&run, &terminal)?;
     let report = &finished.report;

@@ -3,6 +3,7 @@
 mod args;
 mod cache;
 mod card;
+mod cluster;
 mod command;
 mod compute;
 mod datasets;
@@ -41,8 +42,15 @@ pub(crate) fn main() -> ExitCode {
     if cli.command.device() != Some("cpu") {
         gptq::device::open();
     }
+    let cluster = match cluster::join(&cli.command) {
+        Ok(cluster) => cluster,
+        Err(error) => {
+            terminal::error(&error);
+            return ExitCode::from(ERROR);
+        }
+    };
     let result = match &cli.command {
-        Command::Quantize(args) => quantize::run(args, &cli.output),
+        Command::Quantize(args) => quantize::run(args, &cli.output, &cluster),
         Command::Verify(args) => verify::run(args, &cli.output),
         Command::Eval(args) => eval::run(args, &cli.output),
         Command::Report(args) => report::run(args, &cli.output),
@@ -57,15 +65,19 @@ pub(crate) fn main() -> ExitCode {
         Command::Completions(args) => manual::completions(args),
         Command::Man(args) => manual::pages(args),
     };
+    let result = result.and_then(|passed| Ok((passed, cluster.barrier()?)));
     match result {
-        Ok(true) => ExitCode::from(DONE),
-        Ok(false) => ExitCode::from(FAILED),
+        Ok((passed, ())) => {
+            cluster.leave();
+            ExitCode::from(if passed { DONE } else { FAILED })
+        }
         Err(error) => {
-            terminal::error(&error);
-            match error.downcast_ref() {
-                Some(gptq::Error::Interrupted) => ExitCode::from(signals::exit_code()),
-                _ => ExitCode::from(ERROR),
-            }
+            let code = match error.downcast_ref() {
+                Some(gptq::Error::Interrupted) => signals::exit_code(),
+                _ => ERROR,
+            };
+            cluster::end_all(&cluster, &error, code);
+            ExitCode::from(code)
         }
     }
 }

@@ -7,6 +7,7 @@ use gptq::{
     calibration::{CorpusSource, Recipe, SourceOptions, Tokenizer, Tokens, Windows},
     card,
     checkpoint::Checkpoint,
+    cluster::Cluster,
     device,
     eval::{self, Candidate},
     model::Compute,
@@ -27,12 +28,16 @@ use super::{
 /// Tokens of a short window: the length at which perplexities are often compared.
 pub(super) const SHORT: usize = 512;
 
-pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
+pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs, cluster: &Cluster) -> Result<bool> {
+    // Only the root prints.
+    let silent = OutputArgs { json: None, verbose: false, quiet: true };
+    let output = if cluster.is_root() { output } else { &silent };
     let plan = plan(args)?;
-    let model = hub::model(&args.model, output)?;
+    // What the root fetches, the other ranks find in the cache.
+    let model = cluster.root_first(|| hub::model(&args.model, output))?;
     let checkpoint = Checkpoint::open(&model.folder)?;
     let place = Place { out: &args.out, journal_dir: args.journal_dir.as_deref(), restart: args.restart };
-    pipeline::check(&plan, &checkpoint, &place)?;
+    pipeline::check(&plan, &checkpoint, &place, cluster)?;
     let config = checkpoint.config();
     let variants: Vec<Variant> = plan.variants.iter().filter_map(Output::gptq).collect();
     require_readers(config, &variants, &args.require_readers)?;
@@ -49,13 +54,17 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         ..datasets::options(&args.places)
     };
     let resolve = |dataset: &DatasetShare| datasets::resolve(&dataset.name, &options, output);
-    let sources = plan.dataset.iter().map(resolve).collect::<Result<Vec<_>>>()?;
-    let evaluation_sources = evaluation_sources(args, &sources, &options, output)?;
+    let sources = cluster.root_first(|| plan.dataset.iter().map(resolve).collect::<Result<Vec<_>>>())?;
+    // The root evaluates.
+    let evaluation_sources = match cluster.is_root() {
+        true => evaluation_sources(args, &sources, &options, output)?,
+        false => Vec::new(),
+    };
     let tokenizer = Tokenizer::open(&model.folder)?;
     let vocab_size = checkpoint.config().vocab_size;
     let load = |source: &CorpusSource| datasets::load(source, &model.folder);
     let corpora = sources.iter().map(load).collect::<gptq::Result<Vec<_>>>()?;
-    pipeline::check_texts(&plan, &checkpoint, &place, &corpora, &tokenizer)?;
+    pipeline::check_texts(&plan, &checkpoint, &place, cluster, &corpora, &tokenizer)?;
     let terminal = Terminal::new(output);
     let text = |corpus| {
         let tokens = Tokens::shown(corpus, &tokenizer, vocab_size, &terminal)?;
@@ -65,7 +74,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
     // A text that cannot be evaluated on is an error before the run, not after it.
     let windows = |source: &CorpusSource| {
         let corpus = load(source)?;
-        pipeline::check_texts(&plan, &checkpoint, &place, slice::from_ref(&corpus), &tokenizer)?;
+        pipeline::check_texts(&plan, &checkpoint, &place, cluster, slice::from_ref(&corpus), &tokenizer)?;
         let tokens = Tokens::shown(&corpus, &tokenizer, vocab_size, &terminal)?;
         Ok((source.name().to_owned(), evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?))
     };
@@ -79,7 +88,12 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs) -> Result<bool> {
         place,
         command: &command::words(),
         stop: &stop,
+        cluster,
     };
+    if !cluster.is_root() {
+        pipeline::assist(&run, &terminal)?;
+        return Ok(true);
+    }
     let mut finished =
         pipeline::quantize(&run, &terminal).inspect_err(|error| say_what_is_kept(error, &place, output))?;
     model.sign(&mut finished.report.model);

@@ -9,6 +9,7 @@ impl Error {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Hub(error) => return error.hint(),
+            Self::Cluster(error) => error.hint().into(),
             Self::UnknownKey { nearest: Some(key), .. } => format!("did you mean `{key}`?"),
             Self::UndeclaredTensor { name, path } => match name.ends_with(".bias") {
                 true => format!(

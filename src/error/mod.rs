@@ -1,5 +1,6 @@
 //! The library's error type: every variant names the thing, what was expected and what was found.
 
+mod cluster;
 mod hint;
 mod hub;
 mod run;
@@ -9,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use cluster::ClusterError;
 pub use hub::HubError;
 pub use run::{JournalError, NumericalError, ReportError, ResourceError};
 
@@ -22,6 +24,9 @@ pub enum Error {
     /// The Hub or a git remote.
     #[error(transparent)]
     Hub(#[from] HubError),
+    /// The ranks of a run on several machines.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
     /// An operation on a file or folder failed.
     #[error("cannot {action} `{}`: {source}", path.display())]
     Io {

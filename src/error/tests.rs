@@ -20,7 +20,7 @@ macro_rules! every {
 /// `Variant`, or `Variant::Inner` for the enums within [`Error`].
 fn name(error: &Error) -> String {
     let debug = format!("{error:?}");
-    debug.split([' ', '{']).next().unwrap_or_default().replace('(', "::")
+    debug.split([' ', '{', ')']).next().unwrap_or_default().replace('(', "::")
 }
 
 #[track_caller]
@@ -101,6 +101,7 @@ fn texts_of_errors() {
         Torch { action: "multiply".into(), source: TchError::Torch("sizes differ\nException raised from add at x.cpp".into()) }
         Torch { action: "multiply".into(), source: TchError::Torch("CUDA out of memory".into()) }
         Hub { 0: hub() }
+        Cluster { 0: ClusterError::WithoutMpi }
         Numerical { 0: NumericalError::EmptyHessian { stage: "layer 0, q/k/v".into() } }
         Journal { 0: JournalError::Busy { path: "out".into() } }
         Resource { 0: ResourceError::DiskSpace { path: "out".into(), available: "1.0 GB".into(), needed: "4.0 GB".into() } }
@@ -185,6 +186,13 @@ fn texts_of_errors_of_a_run() {
         Broken { path: "out/journal.json".into(), problem: "it ends after 10 bytes".into() }
         Differs { path: "out".into(), layers: 3, total: 32, differences: "samples: 128 then, 64 now".into() }
         Busy { path: "out".into() }
+    });
+    errors.extend(every! { ClusterError:
+        WithoutMpi {}
+        Start { problem: "it runs already".into() }
+        Silent { name: "rank 1 (node-b)".into(), seconds: 60 }
+        Differs { name: "rank 1 (node-b)".into(), differences: "samples (128 on rank 0, 64 on rank 1)".into() }
+        NotShared { name: "rank 1 (node-b)".into(), folder: "out/.journal.partial".into() }
     });
     errors.extend(every! { ResourceError:
         DiskSpace { path: "out".into(), available: "1.0 GB".into(), needed: "4.0 GB".into() }

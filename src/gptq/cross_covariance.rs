@@ -1,8 +1,13 @@
 //! Cross-covariance of the quantized model's activations with their difference to the reference model's.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{hessian::add_sums, raw, tensor_cores};
+use super::{
+    hessian::{add_sums, bf16_block, blocks, takes_bf16_products},
+    raw, tensor_cores,
+};
 use crate::{
     amx,
     error::{Error, Result, TorchContext},
@@ -49,15 +54,16 @@ impl CrossCovariance {
     pub fn of_weights(weights: &[&Tensor], kind: Kind, device: Device) -> Result<Self> {
         let k = weights[0].size()[1];
         let rows: i64 = weights.iter().map(|weight| weight.size()[0]).sum();
+        let bf16 = (kind, device) == (Kind::BFloat16, Device::Cpu);
         if !Self::sums_products(rows as u64, k as u64) {
-            return Self::new(k as usize, device);
+            return Ok(Self { bf16, ..Self::new(k as usize, device)? });
         }
         let allocate = || -> Result<(Tensor, Tensor), TchError> {
             let weights = Tensor::f_cat(weights, 0)?.f_to_device(device)?.f_to_kind(kind)?;
             Ok((Tensor::f_empty([rows, k], (Kind::Float, device))?, weights))
         };
         let (matrix, weights) = allocate().torch("allocate a cross-covariance")?;
-        Ok(Self { matrix, weights: Some(weights), bf16: false, tokens: 0 })
+        Ok(Self { matrix, weights: Some(weights), bf16, tokens: 0 })
     }
 
     /// Adds a batch: `inputs` are `x` and `dense` are `x̂` of the same tokens, both `[…, K]` and of the same kind.
@@ -69,26 +75,42 @@ impl CrossCovariance {
     }
 
     fn accumulate(&mut self, inputs: &Tensor, dense: &Tensor) -> Result<(), TchError> {
-        let k = self.matrix.size()[1];
+        let off = self.off(inputs, dense)?;
+        let [rows, k] = self.shape();
         let x = inputs.f_reshape([-1, k])?;
-        let mut off = dense.f_reshape([-1, k])?.f_sub(&x)?;
-        if let Some(weights) = &self.weights {
-            off = off.f_mm(&weights.f_tr()?)?;
-        }
-        let first = self.tokens == 0;
-        let tokens = x.size()[0] as u64;
-        self.bf16 = (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu);
-        self.add_product(&off, &x, first)?;
-        self.tokens += tokens;
+        self.add_to_rows(&off, &x, &(0..rows), self.tokens == 0)?;
+        self.tokens += x.size()[0] as u64;
         Ok(())
     }
 
-    fn add_product(&mut self, off: &Tensor, x: &Tensor, first: bool) -> Result<(), TchError> {
-        let k = self.matrix.size()[1];
-        if self.bf16 && amx::has_bf16_products() {
+    /// `[rows, K]` of the sums.
+    fn shape(&self) -> [i64; 2] {
+        [self.matrix.size()[0], self.matrix.size()[1]]
+    }
+
+    /// `x̂ − x` `[T, K]` of a batch, or `W (x̂ − x)` `[T, N]`.
+    fn off(&self, inputs: &Tensor, dense: &Tensor) -> Result<Tensor, TchError> {
+        let k = self.shape()[1];
+        let off = dense.f_reshape([-1, k])?.f_sub(&inputs.f_reshape([-1, k])?)?;
+        match &self.weights {
+            Some(weights) => off.f_mm(&weights.f_tr()?),
+            None => Ok(off),
+        }
+    }
+
+    fn add_to_rows(
+        &mut self,
+        off: &Tensor,
+        x: &Tensor,
+        rows: &Range<i64>,
+        first: bool,
+    ) -> Result<(), TchError> {
+        self.bf16 = (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu);
+        if takes_bf16_products(x.kind(), x.device()) {
+            let (k, rows) = (x.size()[1] as usize, rows.start as usize..rows.end as usize);
             let (off, x) = (off.f_contiguous()?, x.f_contiguous()?);
             let (off, x) = (raw::bf16_bits(&off), raw::bf16_bits(&x));
-            amx::cross_gram(raw::floats_mut(&mut self.matrix), k as usize, off, x, !first);
+            amx::cross_gram(raw::floats_mut(&mut self.matrix), k, rows, off, x, !first);
             return Ok(());
         }
         // The matrix is small beside H, so that its rounding errors need no check.
@@ -104,6 +126,52 @@ impl CrossCovariance {
             true => self.matrix.f_copy_(&off.f_tr()?.f_mm(&x)?),
             false => self.matrix.f_addmm_(&off.f_tr()?, &x).map(drop),
         }
+    }
+
+    /// Blocks of rows that inputs of `kind` can be added to one after another, with [`CrossCovariance::add_to_block`]: all rows at once
+    /// where products are libtorch's. The sums are the same as those of [`CrossCovariance::add`].
+    pub fn row_blocks(&self, kind: Kind) -> Vec<Range<i64>> {
+        let rows = self.shape()[0];
+        let in_parts = takes_bf16_products(kind, self.matrix.device());
+        blocks(rows, if in_parts { bf16_block(rows) } else { rows })
+    }
+
+    /// The sums of one of the [`CrossCovariance::row_blocks`]: a view of its rows.
+    ///
+    /// # Errors
+    /// When libtorch cannot make it.
+    pub fn row_block(&self, rows: &Range<i64>) -> Result<Tensor> {
+        self.matrix.f_narrow(0, rows.start, rows.end - rows.start).torch("read a cross-covariance")
+    }
+
+    /// What is multiplied with the inputs of a batch: `[T, rows]` for inputs `[…, K]` of the quantized and of the reference model.
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn difference(&self, inputs: &Tensor, dense: &Tensor) -> Result<Tensor> {
+        self.off(inputs, dense).torch("accumulate a cross-covariance")
+    }
+
+    /// Adds a batch, by its [`CrossCovariance::difference`] and inputs `[…, K]`, to one of the [`CrossCovariance::row_blocks`]; `first`
+    /// if it has no tokens yet. The tokens are counted by [`CrossCovariance::count`].
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn add_to_block(
+        &mut self,
+        difference: &Tensor,
+        inputs: &Tensor,
+        rows: &Range<i64>,
+        first: bool,
+    ) -> Result<()> {
+        let x = inputs.f_reshape([-1, self.shape()[1]]);
+        let added = x.and_then(|x| self.add_to_rows(difference, &x, rows, first));
+        added.torch("accumulate a cross-covariance")
+    }
+
+    /// Sets the number of tokens in sums that were added block by block.
+    pub fn count(&mut self, tokens: u64) {
+        self.tokens = tokens;
     }
 
     /// Adds another device's sums over other tokens.

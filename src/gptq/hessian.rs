@@ -1,5 +1,7 @@
 //! `H = 1/T Σ x xᵀ` over the calibration tokens that reach a linear.
 
+use std::ops::Range;
+
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
@@ -17,6 +19,8 @@ use crate::{
 const BLOCK: i64 = 1024;
 /// The same on CUDA: fewer, larger products, each of which fills the device.
 const CUDA_BLOCK: i64 = 2048;
+/// Blocks of rows that sums are accumulated in one after another, about.
+const ROW_BLOCKS: i64 = 32;
 /// Rows of a weight that are multiplied together in fp32.
 const ROWS: i64 = 1024;
 /// Rows up to which the output energy is computed exactly.
@@ -72,9 +76,8 @@ impl Hessian {
         let k = self.matrix.size()[0];
         let x = inputs.f_reshape([-1, k])?;
         let first = self.tokens == 0;
-        if (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu) && amx::has_bf16_products() {
-            let x = x.f_contiguous()?;
-            amx::gram(raw::floats_mut(&mut self.matrix), k as usize, raw::bf16_bits(&x), !first);
+        if takes_bf16_products(x.kind(), x.device()) {
+            self.add_to_rows(&x, &(0..k), first)?;
         } else if tensor_cores::can_multiply(&x) {
             self.add_products(&x, first)?;
             if first && !tensor_cores::is_known(&x) {
@@ -105,22 +108,82 @@ impl Hessian {
     /// Adds `xᵀx`, on and below the blocks of the diagonal; of fp16 and bf16 on tensor cores.
     fn add_products(&mut self, x: &Tensor, first: bool) -> Result<(), TchError> {
         let k = self.matrix.size()[0];
-        for start in (0..k).step_by(self.block() as usize).skip(self.added) {
+        for rows in blocks(k, self.block()).into_iter().skip(self.added) {
             #[cfg(test)]
             fault::check()?;
-            let rows = self.block().min(k - start);
-            let mut block = self.matrix.f_narrow(0, start, rows)?.f_narrow(1, 0, start + rows)?;
-            let left = x.f_narrow(1, start, rows)?.f_tr()?;
-            let right = x.f_narrow(1, 0, start + rows)?;
-            match (x.kind(), first) {
-                (Kind::Float, true) => block.f_copy_(&left.f_mm(&right)?)?,
-                (Kind::Float, false) => drop(block.f_addmm_(&left, &right)?),
-                (_, true) => drop(left.f_mm_dtype_out(&block, &right, Kind::Float)?),
-                (_, false) => drop(block.f_addmm_dtype_out(&block, &left, &right, Kind::Float)?),
-            }
+            self.add_to_rows(x, &rows, first)?;
             self.added += 1;
         }
         Ok(())
+    }
+
+    /// Adds `xᵀx` to some rows, up to the end of their diagonal block.
+    fn add_to_rows(&mut self, x: &Tensor, rows: &Range<i64>, first: bool) -> Result<(), TchError> {
+        if takes_bf16_products(x.kind(), x.device()) {
+            let (k, rows) = (x.size()[1] as usize, rows.start as usize..rows.end as usize);
+            let x = x.f_contiguous()?;
+            amx::gram(raw::floats_mut(&mut self.matrix), k, rows, raw::bf16_bits(&x), !first);
+            return Ok(());
+        }
+        let mut block = self.rows(rows)?;
+        let left = x.f_narrow(1, rows.start, rows.end - rows.start)?.f_tr()?;
+        let right = x.f_narrow(1, 0, rows.end)?;
+        match (x.kind(), first) {
+            (Kind::Float, true) => block.f_copy_(&left.f_mm(&right)?)?,
+            (Kind::Float, false) => drop(block.f_addmm_(&left, &right)?),
+            (_, true) => drop(left.f_mm_dtype_out(&block, &right, Kind::Float)?),
+            (_, false) => drop(block.f_addmm_dtype_out(&block, &left, &right, Kind::Float)?),
+        }
+        Ok(())
+    }
+
+    /// A view of some rows, up to the end of their diagonal block.
+    fn rows(&self, rows: &Range<i64>) -> Result<Tensor, TchError> {
+        self.matrix.f_narrow(0, rows.start, rows.end - rows.start)?.f_narrow(1, 0, rows.end)
+    }
+
+    /// Blocks of rows that inputs of `kind` can be added to one after another, with [`Hessian::add_to_block`]. The sums are the same as
+    /// those of [`Hessian::add`].
+    pub fn row_blocks(&self, kind: Kind) -> Vec<Range<i64>> {
+        let k = self.in_features() as i64;
+        blocks(k, if takes_bf16_products(kind, self.matrix.device()) { bf16_block(k) } else { self.block() })
+    }
+
+    /// The sums of one of the [`Hessian::row_blocks`]: a view of its rows, up to the end of their diagonal block.
+    ///
+    /// # Errors
+    /// When libtorch cannot make it.
+    pub fn row_block(&self, rows: &Range<i64>) -> Result<Tensor> {
+        self.rows(rows).torch("read a Hessian")
+    }
+
+    /// Adds a batch of inputs `[…, K]` to one of the [`Hessian::row_blocks`]; `first` if it has no tokens yet. The tokens are
+    /// counted by [`Hessian::count`].
+    ///
+    /// # Errors
+    /// When libtorch cannot compute it.
+    pub fn add_to_block(&mut self, inputs: &Tensor, rows: &Range<i64>, first: bool) -> Result<()> {
+        let add = |own: &mut Self| {
+            let x = inputs.f_reshape([-1, own.matrix.size()[0]])?;
+            if tensor_cores::can_multiply(&x) && !tensor_cores::is_known(&x) {
+                // Another Hessian, which is compared with fp64.
+                let mut judged = Self { matrix: own.matrix.f_empty_like()?, ..own.shared() };
+                (judged.tokens, judged.finished) = (0, false);
+                judged.accumulate(&x)?;
+                own.warning = judged.warning;
+            }
+            let x = match x.kind() {
+                kind if takes_bf16_products(kind, x.device()) || tensor_cores::can_multiply(&x) => x,
+                _ => x.f_to_kind(Kind::Float)?,
+            };
+            own.add_to_rows(&x, rows, first)
+        };
+        add(self).torch("accumulate a Hessian")
+    }
+
+    /// Sets the number of tokens in sums that were added block by block.
+    pub fn count(&mut self, tokens: u64) {
+        self.tokens = tokens;
     }
 
     /// Adds another device's sums over other tokens.
@@ -339,6 +402,23 @@ impl Hessian {
     fn quadratic_forms(&self, z: &Tensor) -> Result<f64, TchError> {
         f64::try_from(self.matrix.f_mm(z)?.f_mul(z)?.f_sum(Kind::Double)?)
     }
+}
+
+/// Whether products of inputs are those of [`amx`].
+pub(super) fn takes_bf16_products(kind: Kind, device: Device) -> bool {
+    (kind, device) == (Kind::BFloat16, Device::Cpu) && amx::has_bf16_products()
+}
+
+/// Rows of a block that products of [`amx`] are computed for, of `count` rows. Each block takes the inputs' layout again, so that there
+/// are not too many.
+pub(super) fn bf16_block(count: i64) -> i64 {
+    let smallest = amx::BLOCK as i64;
+    smallest * (count as u64).div_ceil((smallest * ROW_BLOCKS) as u64) as i64
+}
+
+/// Rows `0..count` in blocks.
+pub(super) fn blocks(count: i64, block: i64) -> Vec<Range<i64>> {
+    (0..count).step_by(block as usize).map(|start| start..(start + block).min(count)).collect()
 }
 
 /// Adds `more` to the sums over `tokens` tokens, which are undefined before the first token.

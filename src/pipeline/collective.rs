@@ -7,21 +7,33 @@ use std::{
 
 use tch::Tensor;
 
-use super::statistics::CalibrationStatistics;
-use crate::error::{Error, Result};
+use super::{
+    phases::PhaseClock,
+    ring::RingMember,
+    statistics::{CalibrationStatistics, Captured},
+};
+use crate::{
+    cluster::Cluster,
+    error::{Error, Result},
+};
 
 /// Calibration statistics of a stage, one for each group of its linears.
-type StageStatistics = Vec<CalibrationStatistics>;
+pub(super) type StageStatistics = Vec<CalibrationStatistics>;
 
-/// One worker's connection to its group. All workers call the same operations in the same order. The first worker is the
+/// One worker's connection to its group. All workers call the same operations in the same order. The first worker of a process is its
 /// root: it alone has the sums, and solves.
 pub(super) trait Collective {
+    /// Whether [`Collective::sum`] takes batches that were kept, to continue the sums of the workers before with them.
+    fn continues_sums(&self) -> bool {
+        false
+    }
+
     /// Adds the statistics of all workers, always in the order of the workers. Returns the sums on the root and `None` on
     /// the other workers.
     ///
     /// # Errors
     /// When statistics cannot be copied between devices. [`Error::Interrupted`] when another worker has stopped.
-    fn sum(&mut self, own: StageStatistics) -> Result<Option<StageStatistics>>;
+    fn sum(&mut self, own: Captured) -> Result<Option<StageStatistics>>;
 
     /// Returns the root's tensors on every worker, on the root's device. `tensors` is `Some` on the root and `None` on the
     /// other workers.
@@ -30,18 +42,32 @@ pub(super) trait Collective {
     /// [`Error::Interrupted`] when another worker has stopped.
     fn broadcast(&mut self, tensors: Option<Vec<Tensor>>) -> Result<Vec<Tensor>>;
 
-    /// Returns when every worker has called it.
+    /// Returns when every worker of this process has called it.
     ///
     /// # Errors
     /// [`Error::Interrupted`] when another worker has stopped.
     fn barrier(&mut self) -> Result<()> {
-        let root = self.sum(Vec::new())?.is_some();
+        let root = self.sum(Captured::default())?.is_some();
         self.broadcast(root.then(Vec::new)).map(drop)
     }
 }
 
+/// Connects the workers of a group in this process: as many threads, or in a run of several processes the one worker of each. The
+/// first connection is the root's, or that of this process.
+pub(super) fn connect<'c>(
+    workers: usize,
+    cluster: &'c Cluster,
+    phases: &'c PhaseClock,
+) -> Vec<Box<dyn Collective + Send + 'c>> {
+    if cluster.ranks() > 1 {
+        assert_eq!(workers, 1, "a rank has one device");
+        return vec![Box::new(RingMember::new(cluster, phases))];
+    }
+    connect_threads(workers)
+}
+
 /// Connects as many workers, which are threads of this process. The first connection is the root's.
-pub(super) fn connect_threads(workers: usize) -> Vec<Box<dyn Collective + Send>> {
+fn connect_threads<'c>(workers: usize) -> Vec<Box<dyn Collective + Send + 'c>> {
     // Without a buffer no worker gets ahead of the root by more than the statistics of one stage.
     let pair = || {
         let (to_root, statistics) = sync_channel(0);
@@ -49,8 +75,8 @@ pub(super) fn connect_threads(workers: usize) -> Vec<Box<dyn Collective + Send>>
         ((statistics, tensors), ThreadOther { to_root, from_root })
     };
     let (others, ends): (Vec<_>, Vec<_>) = iter::repeat_with(pair).take(workers - 1).unzip();
-    let root: Box<dyn Collective + Send> = Box::new(ThreadRoot { others });
-    let ends = ends.into_iter().map(|end| -> Box<dyn Collective + Send> { Box::new(end) });
+    let root: Box<dyn Collective + Send + 'c> = Box::new(ThreadRoot { others });
+    let ends = ends.into_iter().map(|end| -> Box<dyn Collective + Send + 'c> { Box::new(end) });
     iter::once(root).chain(ends).collect()
 }
 
@@ -67,8 +93,8 @@ struct ThreadOther {
 }
 
 impl Collective for ThreadRoot {
-    fn sum(&mut self, own: StageStatistics) -> Result<Option<StageStatistics>> {
-        let mut sums = own;
+    fn sum(&mut self, own: Captured) -> Result<Option<StageStatistics>> {
+        let mut sums = own.sums;
         for (statistics, _) in &self.others {
             for (sum, other) in sums.iter_mut().zip(statistics.recv().map_err(stopped)?) {
                 sum.absorb(other)?;
@@ -87,8 +113,8 @@ impl Collective for ThreadRoot {
 }
 
 impl Collective for ThreadOther {
-    fn sum(&mut self, own: StageStatistics) -> Result<Option<StageStatistics>> {
-        self.to_root.send(own).map_err(stopped)?;
+    fn sum(&mut self, own: Captured) -> Result<Option<StageStatistics>> {
+        self.to_root.send(own.sums).map_err(stopped)?;
         Ok(None)
     }
 
@@ -112,10 +138,10 @@ mod tests {
     use crate::pipeline::phases::PhaseClock;
 
     /// Statistics of one token with these features.
-    fn statistics(values: [f32; 2]) -> Vec<CalibrationStatistics> {
+    fn statistics(values: [f32; 2]) -> Captured {
         let mut statistics = CalibrationStatistics::new(2, Device::Cpu, None, Kind::Float).unwrap();
         statistics.add(&Tensor::from_slice(&values).view([1, 2]), None, &PhaseClock::begin(&[])).unwrap();
-        vec![statistics]
+        Captured { sums: vec![statistics], batches: Vec::new() }
     }
 
     #[test]
@@ -148,7 +174,7 @@ mod tests {
         let mut connections = connect_threads(2);
         let mut other = connections.pop().unwrap();
         drop(connections);
-        assert!(matches!(other.sum(Vec::new()), Err(Error::Interrupted)));
+        assert!(matches!(other.sum(Captured::default()), Err(Error::Interrupted)));
         assert!(matches!(other.broadcast(None), Err(Error::Interrupted)));
 
         let mut root = connect_threads(2).remove(0);

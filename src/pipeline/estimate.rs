@@ -12,7 +12,8 @@ use super::{
     phases::{of_targets, per_token, shape_of},
 };
 use crate::{
-    architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
+    amx::BLOCK,
+    architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig, StageConfig},
     error::{ResourceError, Result},
     gptq::CrossCovariance,
     rotation::TURNED_TOGETHER,
@@ -52,6 +53,8 @@ pub(super) struct Work {
     /// In the kind of forward passes.
     pub(super) forward: f64,
     pub(super) fp32: f64,
+    /// Of these in fp32, what every rank of a run does: factors and targets.
+    pub(super) on_every_rank: f64,
 }
 
 /// The sizes of a run that its memory depends on.
@@ -62,7 +65,10 @@ pub(super) struct Shape<'a> {
     pub(super) source_bytes: u64,
     /// Of weights and activations in forward passes.
     pub(super) kind: Kind,
+    /// Of this rank.
     pub(super) windows: usize,
+    /// Processes of the run.
+    pub(super) ranks: usize,
     pub(super) seq_len: usize,
     pub(super) variants: usize,
     pub(super) shared_hessian: bool,
@@ -246,9 +252,16 @@ impl Shape<'_> {
     pub(super) fn layer_work(&self) -> Work {
         let layers = self.config.num_layers() as f64;
         let all = self.config.layers.iter().map(|layer| self.work_of(layer));
-        let sum =
-            all.fold(Work::default(), |a, b| Work { forward: a.forward + b.forward, fp32: a.fp32 + b.fp32 });
-        Work { forward: sum.forward / layers, fp32: sum.fp32 / layers }
+        let sum = all.fold(Work::default(), |a, b| Work {
+            forward: a.forward + b.forward,
+            fp32: a.fp32 + b.fp32,
+            on_every_rank: a.on_every_rank + b.on_every_rank,
+        });
+        Work {
+            forward: sum.forward / layers,
+            fp32: sum.fp32 / layers,
+            on_every_rank: sum.on_every_rank / layers,
+        }
     }
 
     /// Floating-point operations of taking gradients through all layers, in fp32.
@@ -276,11 +289,67 @@ impl Shape<'_> {
             work.forward += (streams + references) * tokens * token.forward / FORWARD
                 + streams * tokens * token.hessian / STATISTICS
                 + references * variants * tokens * token.cross_covariance / STATISTICS;
-            work.fp32 += streams * k.powi(3) / 3.0 / FACTORIZATION
-                + references * variants * of_targets(n, k) / TARGETS
-                + row_blocks * variants * n * k * (k + search) / SOLVE;
+            let alone = streams * k.powi(3) / 3.0 / FACTORIZATION
+                + references * variants * of_targets(n, k) / TARGETS;
+            let solves = row_blocks * variants * n * k * (k + search) / SOLVE;
+            work.fp32 += alone + solves;
+            // Rows that are solved in turn are not shared.
+            work.on_every_rank += if self.gradient_windows > 0 { alone + solves } else { alone };
         }
-        Work { forward: BESIDE_PRODUCTS * work.forward, fp32: BESIDE_PRODUCTS * work.fp32 }
+        Work {
+            forward: BESIDE_PRODUCTS * work.forward,
+            fp32: BESIDE_PRODUCTS * work.fp32,
+            on_every_rank: BESIDE_PRODUCTS * work.on_every_rank,
+        }
+    }
+
+    /// Bytes that a rank of several sends to the next rank in a layer, on the average: sums that it continues, complete sums that it
+    /// passes on, and codes.
+    pub(super) fn sent_per_layer(&self, ranks: usize) -> f64 {
+        if ranks == 1 {
+            return 0.0;
+        }
+        let streams = if self.shared_hessian { 1.0 } else { self.variants as f64 };
+        let times = if ranks == 2 { 1.0 } else { 2.0 };
+        let of = |layer: &LayerConfig, group: &GroupConfig| {
+            let (n, k) = shape_of(layer, group);
+            let cross_covariance = match self.reference {
+                true if CrossCovariance::sums_products(n as u64, k as u64) => n * k,
+                true => k * k,
+                false => 0.0,
+            };
+            let sums = (k * (k + BLOCK as f64) / 2.0 + cross_covariance) * FP32 as f64;
+            let codes = if self.gradient_windows > 0 { 0.0 } else { self.variants as f64 * n * k };
+            streams * times * sums + codes * (ranks as f64 - 1.0) / ranks as f64
+        };
+        let layers = self.config.layers.iter();
+        let groups =
+            layers.flat_map(|layer| layer.stages.iter().flat_map(|s| &s.groups).map(move |g| (layer, g)));
+        groups.map(|(layer, group)| of(layer, group)).sum::<f64>() / self.config.num_layers() as f64
+    }
+
+    /// What a rank of several keeps until the sums of the ranks before have come: the inputs of a stage, of this rank's windows, and
+    /// what is multiplied with them; and sums that wait to be sent.
+    fn kept_for_sums(&self) -> u64 {
+        if self.ranks == 1 {
+            return 0;
+        }
+        let of_group = |layer: &LayerConfig, group: &GroupConfig| {
+            let (n, k) = shape_of(layer, group);
+            let difference = if self.reference { n.min(k) } else { 0.0 };
+            let part = match &layer.feed_forward.routing {
+                Some(routing) if group.expert.is_some() => routing.per_token as f64 / routing.experts as f64,
+                _ => 1.0,
+            };
+            let sums = k * k / 2.0 + if self.reference { k * n.min(k) } else { 0.0 };
+            self.of_tokens((part * (k + difference)) as u64).saturating_add(sums as u64 * FP32)
+        };
+        let layers = self.config.layers.iter();
+        let stages = layers.flat_map(|layer| layer.stages.iter().map(move |stage| (layer, stage)));
+        let of_stage = |(layer, stage): (&LayerConfig, &StageConfig)| {
+            stage.groups.iter().map(|group| of_group(layer, group)).sum::<u64>()
+        };
+        stages.map(of_stage).max().unwrap_or(0)
     }
 
     /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
@@ -292,9 +361,12 @@ impl Shape<'_> {
         let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS };
         Need {
             working: fixed
-                + (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)))
-                    .max(self.taking_gradients(cuda))
-                    .max(if cuda { 0 } else { self.rotating() }),
+                + (self.layer_weights()
+                    + solving
+                    + self.batch(tokens.max(self.seq_len))
+                    + self.kept_for_sums())
+                .max(self.taking_gradients(cuda))
+                .max(if cuda { 0 } else { self.rotating() }),
             activations: self.activations(),
         }
     }
@@ -369,6 +441,7 @@ pub(super) mod tests {
             source_bytes: 2,
             kind: Kind::Half,
             windows: 128,
+            ranks: 1,
             seq_len: 2048,
             variants: 4,
             shared_hessian: false,

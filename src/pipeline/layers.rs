@@ -1,29 +1,33 @@
 //! The layers of a run, one after another, from the first that is not finished.
 
-use std::{sync::Mutex, time::Instant};
+use std::{ops::Range, sync::Mutex, time::Instant};
 
 use tch::Device;
 
 use super::{
     Run,
     branches::Branches,
-    journal::{Journal, LayerCosts},
+    journal::{Journal, LayerCosts, NextStates},
     needs::Needs,
     output_folder::OutputFolder,
     output_hessians::{GradientWindows, OutputHessians},
     worker::RunContext,
-    worker_group::Task,
-    worker_pool::WorkerPool,
+    worker_group::{Sink, Task},
+    worker_pool::{WorkerPool, windows_of_ranks},
 };
 use crate::{
+    architectures::LinearId,
     calibration::Windows,
     checkpoint::Checkpoint,
-    device,
-    error::Result,
+    cluster::Cluster,
+    device::{self, Choice},
+    error::{Error, Result},
+    gptq::solver::Solved,
     machine::resident_memory,
     model::kind_name,
+    plan::Plan,
     progress::Event,
-    report::{ComputeReport, Phase},
+    report::{ComputeReport, LinearReport, Phase},
 };
 
 /// Solves the unfinished layers of `source`, which is the run's model, or that model equalized or rotated. After each layer the
@@ -53,66 +57,37 @@ pub(super) fn solve(
         return Ok(branches);
     }
 
-    let choices = device::resolve_all(&plan.device)?;
-    choices.iter().filter_map(|c| c.note.as_ref()).for_each(|text| progress.event(&Event::Note(text)));
-    let _guard = tch::no_grad_guard();
-    let devices: Vec<Device> = choices.iter().map(|choice| choice.device).collect();
-    let needs = Needs::of(plan, checkpoint, place, false, 0)?;
+    let setup = Setup::new(run, windows)?;
+    setup.notes.iter().for_each(|text| progress.event(&Event::Note(text)));
+    let needs = &setup.needs;
     let time = needs.time(total - journal.layers())?;
     progress.event(&Event::Note(&format!("{needs}{}", time.map_or_else(String::new, |t| format!("; {t}")))));
-    let kind = needs.kind;
+    if let Some(speed) = network_speed(context.cluster)? {
+        progress.event(&Event::Note(&needs.of_more_ranks(speed)?));
+    }
     let accuracy = plan.accuracy(checkpoint.config());
     progress.event(&Event::Note(&format!("quality {}: {accuracy}", plan.quality)));
     for text in plan.left_out(checkpoint.config()) {
         progress.event(&Event::Note(&text));
     }
-    let spill = journal.folder().to_owned();
-    let output_hessians = match accuracy.gradient_windows(plan.samples) {
-        0 => None,
-        count => {
-            let windows = GradientWindows { windows, count, at_once: needs.gradients_at_once };
-            let device = devices[0];
-            let measured = context.phases.time(Phase::Gradients, needs.gradient_operations, || {
-                OutputHessians::measure(source, device, windows, plan.seed, needs.limits, journal, context)
-            });
-            if journal.holds_work() {
-                folder.hold();
-            }
-            Some(measured?)
-        }
-    };
-    let task = Task {
-        variants: &plan.variants,
-        damp: plan.damp(),
-        accuracy,
-        output_hessians: output_hessians.as_ref(),
-        shared_hessian: plan.shared_hessian,
-        on_failure: plan.on_failure,
-        layers: total,
-    };
-    let kept = journal.kept()?;
-    let limits = needs.limits;
-    let mut pool =
-        WorkerPool::new(source, &devices, kind, windows, task, limits, &spill, kept.as_ref(), context)?;
-    drop(kept);
+    let _guard = tch::no_grad_guard();
+    let output_hessians = setup.output_hessians(run, source, journal, context);
+    if journal.holds_work() {
+        folder.hold();
+    }
+    let output_hessians = output_hessians?;
+    let task = setup.task(run, output_hessians.as_ref());
+    let mut pool = setup.pool(source, task, journal, context)?;
     let compute = ComputeReport {
-        device: choices.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(","),
+        device: setup.device.clone(),
         solver: pool.solver_name().to_owned(),
-        dtype: kind_name(kind).into(),
+        dtype: kind_name(needs.kind).into(),
         threads: rayon::current_num_threads(),
     };
-    let window_bytes = checkpoint.config().hidden_size * windows.seq_len() * kind.elt_size_in_bytes();
-    let streams = task.streams(plan.variants.len());
     for layer in journal.layers()..total {
         let layer_begun = Instant::now();
         progress.begin(&format!("layer {}/{total}", layer + 1), pool.steps(layer));
-        // The last layer has no next layer, so its outputs are dropped.
-        let mut next = match layer + 1 < total {
-            true => Some(journal.next(streams, windows.count(), window_bytes, kind)?),
-            false => None,
-        };
-        let states = next.as_mut().map(Mutex::new);
-        pool.solve_layer(layer, &Mutex::new(&mut branches), states.as_ref())?;
+        let next = setup.solve_layer(&mut pool, layer, &mut branches, task, journal, context)?;
         let committed = branches.commit()?;
         let layer_seconds = layer_begun.elapsed().as_secs_f64();
         let costs = LayerCosts {
@@ -126,4 +101,167 @@ pub(super) fn solve(
         report_layer(layer + 1, Some(layer_seconds));
     }
     Ok(branches)
+}
+
+/// Takes part in the unfinished layers of another process, the root: with the windows of this rank.
+pub(super) fn assist(
+    run: &Run<'_>,
+    source: &Checkpoint,
+    windows: &Windows,
+    journal: &mut Journal,
+    context: RunContext<'_>,
+) -> Result<()> {
+    let total = run.checkpoint.config().num_layers();
+    if journal.layers() == total {
+        return Ok(());
+    }
+    let setup = Setup::new(run, windows)?;
+    network_speed(context.cluster)?;
+    let _guard = tch::no_grad_guard();
+    let output_hessians = setup.output_hessians(run, source, journal, context)?;
+    let task = setup.task(run, output_hessians.as_ref());
+    let mut pool = setup.pool(source, task, journal, context)?;
+    for layer in journal.layers()..total {
+        setup.solve_layer(&mut pool, layer, &mut NoSink, task, journal, context)?;
+    }
+    Ok(())
+}
+
+/// What a rank computes with.
+struct Setup<'a> {
+    windows: &'a Windows,
+    /// Those of each rank.
+    of_ranks: Vec<Range<usize>>,
+    devices: Vec<Device>,
+    /// Their names.
+    device: String,
+    notes: Vec<String>,
+    needs: Needs,
+}
+
+impl<'a> Setup<'a> {
+    fn new(run: &Run<'_>, windows: &'a Windows) -> Result<Self> {
+        let Run { plan, checkpoint, place, cluster, .. } = run;
+        let choices = devices(plan, cluster)?;
+        let needs = Needs::of(plan, checkpoint, place, cluster, false, 0)?;
+        let per_batch = needs.limits.windows_per_batch(windows.seq_len());
+        Ok(Self {
+            windows,
+            of_ranks: windows_of_ranks(windows.count(), per_batch, cluster.ranks()),
+            devices: choices.iter().map(|choice| choice.device).collect(),
+            device: choices.iter().map(|choice| choice.name.as_str()).collect::<Vec<_>>().join(","),
+            notes: choices.iter().filter_map(|choice| choice.note.clone()).collect(),
+            needs,
+        })
+    }
+
+    /// Output Hessians, where they are used.
+    fn output_hessians(
+        &self,
+        run: &Run<'_>,
+        source: &Checkpoint,
+        journal: &mut Journal,
+        context: RunContext<'_>,
+    ) -> Result<Option<OutputHessians>> {
+        let count = run.plan.accuracy(run.checkpoint.config()).gradient_windows(run.plan.samples);
+        if count == 0 {
+            return Ok(None);
+        }
+        let Needs { limits, gradients_at_once: at_once, gradient_operations, .. } = self.needs;
+        let windows = GradientWindows { windows: self.windows, count, at_once };
+        let (device, seed) = (self.devices[0], run.plan.seed);
+        let measure =
+            || OutputHessians::measure(source, device, windows, seed, limits, journal, context).map(Some);
+        context.phases.time(Phase::Gradients, gradient_operations, measure)
+    }
+
+    fn task<'t>(&self, run: &Run<'t>, output_hessians: Option<&'t OutputHessians>) -> Task<'t> {
+        let (plan, config) = (run.plan, run.checkpoint.config());
+        Task {
+            variants: &plan.variants,
+            damp: plan.damp(),
+            accuracy: plan.accuracy(config),
+            output_hessians,
+            shared_hessian: plan.shared_hessian,
+            on_failure: plan.on_failure,
+            layers: config.num_layers(),
+        }
+    }
+
+    fn pool<'p>(
+        &self,
+        source: &'p Checkpoint,
+        task: Task<'p>,
+        journal: &Journal,
+        context: RunContext<'p>,
+    ) -> Result<WorkerPool<'p>> {
+        let kept = journal.kept(self.of_ranks[context.cluster.rank()].clone())?;
+        let (devices, spill, Needs { kind, limits, .. }) = (&self.devices, journal.folder(), self.needs);
+        WorkerPool::new(source, devices, kind, self.windows, task, limits, spill, kept.as_ref(), context)
+    }
+
+    /// Solves a layer. Returns the hidden states behind it.
+    fn solve_layer(
+        &self,
+        pool: &mut WorkerPool<'_>,
+        layer: usize,
+        sink: &mut (dyn Sink + Send),
+        task: Task<'_>,
+        journal: &Journal,
+        context: RunContext<'_>,
+    ) -> Result<Option<NextStates>> {
+        // The last layer has no next layer, so its outputs are dropped.
+        let mut next = match layer + 1 < task.layers {
+            true => Some(self.next(pool, layer + 1, task, journal, context)?),
+            false => None,
+        };
+        let states = next.as_mut().map(Mutex::new);
+        pool.solve_layer(layer, &Mutex::new(sink), states.as_ref())?;
+        next.iter_mut().try_for_each(|next| next.gather(context.cluster, &self.of_ranks))?;
+        Ok(next)
+    }
+
+    /// Files for the hidden states in front of a layer.
+    fn next(
+        &self,
+        pool: &WorkerPool<'_>,
+        layer: usize,
+        task: Task<'_>,
+        journal: &Journal,
+        context: RunContext<'_>,
+    ) -> Result<NextStates> {
+        let kind = self.needs.kind;
+        let window_bytes = pool.hidden_size() * self.windows.seq_len() * kind.elt_size_in_bytes();
+        let streams = task.streams(task.variants.len());
+        journal.next(context.cluster, layer, streams, self.windows.count(), window_bytes, kind)
+    }
+}
+
+/// The speed of the network on the root of a run of several ranks. All ranks call it.
+fn network_speed(cluster: &Cluster) -> Result<Option<f64>> {
+    if cluster.ranks() == 1 { Ok(None) } else { cluster.measure_speed() }
+}
+
+/// The devices of this rank: all that the plan names, or in a run of several processes one of them, by the rank's number on its machine.
+pub(super) fn devices(plan: &Plan, cluster: &Cluster) -> Result<Vec<Choice>> {
+    let mut all = device::resolve_all(&plan.device)?;
+    if cluster.ranks() == 1 || all.len() == 1 {
+        return Ok(all);
+    }
+    if cluster.local_rank() >= all.len() {
+        let expected = format!("a device for each rank on {}", cluster.host());
+        return Err(Error::Value { what: "device".into(), expected, found: plan.device.clone() });
+    }
+    Ok(vec![all.swap_remove(cluster.local_rank())])
+}
+
+/// The root alone writes.
+struct NoSink;
+
+impl Sink for NoSink {
+    fn take(&mut self, _: usize, _: &LinearId, _: &Solved, _: LinearReport) -> Result<()> {
+        Ok(())
+    }
+
+    fn warn(&mut self, _: String) {}
 }

@@ -26,6 +26,13 @@ pub(super) struct Limits {
     pub(super) batch_tokens: usize,
 }
 
+impl Limits {
+    /// Windows of so many tokens that go through the model together.
+    pub(super) fn windows_per_batch(&self, seq_len: usize) -> usize {
+        (self.batch_tokens / seq_len).max(1)
+    }
+}
+
 /// Bytes of one kind of memory that may still be reserved.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {

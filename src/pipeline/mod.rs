@@ -12,6 +12,8 @@ mod output_format;
 mod output_hessians;
 mod phases;
 mod reference;
+mod ring;
+mod shared_rows;
 mod stage_memory;
 mod stage_solver;
 mod statistics;
@@ -29,16 +31,18 @@ use std::{
     sync::atomic::AtomicBool,
 };
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
 use crate::{
     calibration::{self, Corpus, Tokenizer, Tokens, Windows, check_seq_len, shares},
     checkpoint::Checkpoint,
+    cluster::Cluster,
     device,
     emit::{Provenance, remove_unfinished},
     equalization::Equalization,
-    error::{Error, ResourceError, Result},
-    machine::{available_memory, fast_bf16, peak_memory, resident_memory},
+    error::{ClusterError, Error, ResourceError, Result},
+    machine::{available_memory, fast_bf16, peak_memory, processor, resident_memory},
     model::kind_name,
     plan::{ComputeDtype, DatasetShare, Plan},
     progress::{Event, Progress},
@@ -74,6 +78,8 @@ pub struct Run<'a> {
     pub command: &'a [String],
     /// Set to stop the run; it then ends at the next batch or linear.
     pub stop: &'a AtomicBool,
+    /// The processes of the run, of which this is the root or the only one in [`quantize`], and another one in [`assist`].
+    pub cluster: &'a Cluster,
 }
 
 /// One calibration text.
@@ -116,6 +122,7 @@ impl Finished {
 ///     accuracy::Quality,
 ///     calibration::{Corpus, Tokenizer, Tokens},
 ///     checkpoint::Checkpoint,
+///     cluster::Cluster,
 ///     pipeline::{self, CalibrationText, Place, Run},
 ///     plan::Plan,
 ///     progress::Silent,
@@ -145,6 +152,7 @@ impl Finished {
 ///     place: Place::new(&out),
 ///     command: &[],
 ///     stop: &AtomicBool::new(false),
+///     cluster: &Cluster::alone(),
 /// };
 /// let report = pipeline::quantize(&run, &Silent)?.complete()?;
 ///
@@ -156,23 +164,14 @@ impl Finished {
 /// # Errors
 /// When the model, the plan, memory or the disk do not fit, before the work where possible; when the work fails.
 pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
-    let Run { plan, checkpoint, texts, place, command, .. } = run;
-    check(plan, checkpoint, place)?;
-    let weights: Vec<u32> = plan.dataset.iter().map(DatasetShare::weight).collect();
-    let shares = shares(&weights, plan.samples)?;
-    let drawn: Vec<(&Tokens<'_>, usize)> =
-        texts.iter().map(|text| &text.tokens).zip(shares.iter().copied()).collect();
-    let windows = Windows::mixed(&drawn, plan.seq_len, plan.seed)?;
-    check_dense(checkpoint)?;
-    let mut warnings = warnings(checkpoint, plan, &windows, texts);
-    // A local text was given by its path on this machine.
-    let plan = &Plan { dataset: without_paths(&plan.dataset, texts), ..(*plan).clone() };
-    let dataset = text_names(&drawn);
+    let Run { checkpoint, texts, place, command, cluster, .. } = run;
+    let Prepared { ref plan, ref shares, ref windows, ref dataset, mut warnings, identity } = prepare(run)?;
+    warnings.extend(compare_ranks(cluster, &identity)?);
     warnings.iter().for_each(|text| progress.event(&Event::Warning(text)));
 
     let mut folder = OutputFolder::create(place)?;
-    let identity = Identity::new(plan, checkpoint, &windows)?;
     let mut journal = Journal::open(place, identity, checkpoint.config().num_layers())?;
+    journal.share(cluster)?;
     if journal.layers() == 0 {
         folder.empty()?;
     }
@@ -182,7 +181,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     let accuracy = plan.accuracy(checkpoint.config());
     let provenance = Provenance {
         quantizer: vec![GENERATED_BY.replace(' ', ":")],
-        dataset,
+        dataset: dataset.clone(),
         dataset_sha256: windows.digest().to_owned(),
         samples: plan.samples,
         seq_len: plan.seq_len,
@@ -197,7 +196,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     } else {
         let memory = MemoryWatch::begin(journal.state().stage_memory);
         let phases = PhaseClock::begin(&journal.state().phases);
-        let context = RunContext { progress, stop: run.stop, memory: &memory, phases: &phases };
+        let context = RunContext { progress, stop: run.stop, memory: &memory, phases: &phases, cluster };
         let rotated = match accuracy.rotate {
             true => Some(rotate(checkpoint, journal.folder(), context)?),
             false => None,
@@ -208,7 +207,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         };
         let changed = rotated.as_ref().map(Rotated::checkpoint).or(equalized.as_ref());
         let source = changed.unwrap_or(checkpoint);
-        let mut branches = layers::solve(run, source, &windows, &mut journal, &mut folder, context)?;
+        let mut branches = layers::solve(run, source, windows, &mut journal, &mut folder, context)?;
         memory.enter(At::Finishing);
         branches.seal(place.out, source, checkpoint, &provenance, progress)?;
         journal.seal(branches.seconds(), memory.peaks())?;
@@ -230,7 +229,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         accuracy,
         model: model_report(checkpoint)?,
         calibration: CalibrationReport {
-            sources: texts.iter().zip(&shares).map(|(text, &samples)| source_report(text, samples)).collect(),
+            sources: texts.iter().zip(shares).map(|(text, &samples)| source_report(text, samples)).collect(),
             sha256: windows.digest().to_owned(),
             samples: windows.count(),
             seq_len: windows.seq_len(),
@@ -253,11 +252,102 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     Ok(Finished { report, out: place.out.into(), journal })
 }
 
+/// Takes part in a run of several processes, of which another one, the root, calls [`quantize`]. The run is the same, but that this
+/// process writes nothing but the hidden states of its windows.
+///
+/// # Errors
+/// Those of [`quantize`], and when this rank has another model or text than the root, or does not see its journal.
+pub fn assist(run: &Run<'_>, progress: &dyn Progress) -> Result<()> {
+    let Run { plan, checkpoint, place, cluster, .. } = run;
+    let Prepared { windows, identity, .. } = prepare(run)?;
+    compare_ranks(cluster, &identity)?;
+    let mut journal = Journal::of_root(place, cluster)?;
+    if journal.state().sealed {
+        return Ok(());
+    }
+    let (memory, phases) = (MemoryWatch::begin(journal.state().stage_memory), PhaseClock::begin(&[]));
+    let context = RunContext { progress, stop: run.stop, memory: &memory, phases: &phases, cluster };
+    let equalized = match plan.accuracy(checkpoint.config()).equalize {
+        true => equalize(checkpoint, context)?,
+        false => None,
+    };
+    layers::assist(run, equalized.as_ref().unwrap_or(checkpoint), &windows, &mut journal, context)
+}
+
+/// What all ranks of a run make of its plan and texts.
+struct Prepared {
+    /// With the names of the texts, which may be given by their paths on this machine.
+    plan: Plan,
+    /// Windows of each text.
+    shares: Vec<usize>,
+    windows: Windows,
+    /// The texts' names.
+    dataset: String,
+    warnings: Vec<String>,
+    identity: Identity,
+}
+
+fn prepare(run: &Run<'_>) -> Result<Prepared> {
+    let Run { plan, checkpoint, texts, place, cluster, .. } = run;
+    check(plan, checkpoint, place, cluster)?;
+    let weights: Vec<u32> = plan.dataset.iter().map(DatasetShare::weight).collect();
+    let shares = shares(&weights, plan.samples)?;
+    let drawn: Vec<(&Tokens<'_>, usize)> =
+        texts.iter().map(|text| &text.tokens).zip(shares.iter().copied()).collect();
+    let windows = Windows::mixed(&drawn, plan.seq_len, plan.seed)?;
+    check_dense(checkpoint)?;
+    let warnings = warnings(checkpoint, plan, &windows, texts);
+    let dataset = text_names(&drawn);
+    let plan = Plan { dataset: without_paths(&plan.dataset, texts), ..(*plan).clone() };
+    let identity = Identity::new(&plan, checkpoint, &windows)?;
+    Ok(Prepared { plan, shares, windows, dataset, warnings, identity })
+}
+
+/// What must be the same on all ranks.
+#[derive(Serialize, Deserialize)]
+struct Introduction {
+    identity: Identity,
+    threads: usize,
+    processor: Option<String>,
+}
+
+/// Compares what each rank makes of the plan with what the root does. The result is the root's: the other ranks do not wait for it.
+/// Returns a warning if processors differ.
+fn compare_ranks(cluster: &Cluster, identity: &Identity) -> Result<Option<String>> {
+    let json = |source| Error::Json { path: "identity".into(), source };
+    let own = Introduction {
+        identity: identity.clone(),
+        threads: tch::get_num_threads() as usize,
+        processor: processor(),
+    };
+    let mut warning = None;
+    let all = cluster.gather(serde_json::to_vec(&own).map_err(json)?)?;
+    for (rank, other) in all.into_iter().flatten().enumerate() {
+        let other: Introduction = serde_json::from_slice(&other).map_err(json)?;
+        let mut differences = identity.differences_of_rank(&other.identity, rank);
+        if own.threads != other.threads {
+            differences
+                .push(format!("threads ({} on rank 0, {} on rank {rank})", own.threads, other.threads));
+        }
+        let name = cluster.name(rank);
+        if !differences.is_empty() {
+            return Err(ClusterError::Differs { name, differences: differences.join("; ") }.into());
+        }
+        if own.processor != other.processor {
+            let text = format!(
+                "{name} has another processor than rank 0: another number of ranks may make other bytes"
+            );
+            warning.get_or_insert(text);
+        }
+    }
+    Ok(warning)
+}
+
 /// Everything that can be refused before text is read: plan, model, output folder, disk.
 ///
 /// # Errors
 /// When something does not fit.
-pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<()> {
+pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, cluster: &Cluster) -> Result<()> {
     plan.check()?;
     let devices = device::resolve_all(&plan.device)?;
     if let Some(mix) = plan.variants.iter().find(|variant| variant.gptq().is_none())
@@ -269,11 +359,15 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>) -> Result<
     checkpoint.check()?;
     let config = checkpoint.config();
     plan.check_for(config)?;
+    if cluster.ranks() > 1 && plan.accuracy(config).rotate {
+        let expected = "off in a run of several processes: the rotated model is one process's".into();
+        return Err(Error::Value { what: "rotate".into(), expected, found: "on".into() });
+    }
     check_seq_len(plan.seq_len, config.longest_window(plan.allow_long_windows))?;
     if !place.is_free() {
         return Err(Error::OutputExists { path: place.out.into() });
     }
-    Needs::of(plan, checkpoint, place, plan.accuracy(config).rotate, 0).map(drop)
+    Needs::of(plan, checkpoint, place, cluster, plan.accuracy(config).rotate, 0).map(drop)
 }
 
 /// Checks, when texts are read and before they are tokenized, that they fit `--max-memory` and the machine with the rest.
@@ -284,6 +378,7 @@ pub fn check_texts(
     plan: &Plan,
     checkpoint: &Checkpoint,
     place: &Place<'_>,
+    cluster: &Cluster,
     corpora: &[Corpus],
     tokenizer: &Tokenizer,
 ) -> Result<()> {
@@ -297,7 +392,7 @@ pub fn check_texts(
         let (memory, available) = ("memory".to_owned(), bytes(limit));
         return Err(ResourceError::Memory { memory, available, needed, flag: None }.into());
     }
-    Needs::of(plan, checkpoint, place, plan.accuracy(checkpoint.config()).rotate, ids).map(drop)
+    Needs::of(plan, checkpoint, place, cluster, plan.accuracy(checkpoint.config()).rotate, ids).map(drop)
 }
 
 /// Writes the rotated model to a folder below `place`.

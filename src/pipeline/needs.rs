@@ -16,6 +16,7 @@ use crate::{
     accuracy::ScaleSearch,
     architectures::ModelConfig,
     checkpoint::Checkpoint,
+    cluster::Cluster,
     cuda::Gpu,
     device,
     error::{ResourceError, Result},
@@ -30,6 +31,11 @@ use crate::{
 const WORTH_ESTIMATING: f64 = 1e12;
 /// Time of gradients over the time of their matrix products.
 const BESIDE_PRODUCTS: f64 = 3.1;
+
+/// Numbers of ranks that a run's time is estimated for.
+const RANKS: [usize; 5] = [1, 2, 4, 8, 16];
+/// Blocks of rows that a sum is continued in, about: the last rank begins that much later for each rank before it.
+const ROW_BLOCKS: f64 = 24.0;
 
 /// What a run needs.
 #[derive(Debug, Clone, Copy)]
@@ -46,8 +52,12 @@ pub(super) struct Needs {
     /// Activations that do not fit it.
     elsewhere: u64,
     disk: DiskNeed,
-    /// Work of a layer.
+    /// Work of a layer, of all ranks together.
     layer: Work,
+    /// Processes of the run.
+    ranks: usize,
+    /// Bytes that a rank sends to the next one in a layer, for each of [`RANKS`] and for [`Needs::ranks`].
+    sent: [f64; RANKS.len() + 1],
     /// Floating-point operations of the gradients that are still to be taken.
     pub(super) gradient_operations: f64,
 }
@@ -62,6 +72,7 @@ impl Needs {
         plan: &Plan,
         checkpoint: &Checkpoint,
         place: &Place<'_>,
+        cluster: &Cluster,
         rotates: bool,
         later: u64,
     ) -> Result<Self> {
@@ -74,7 +85,8 @@ impl Needs {
             config,
             source_bytes: source.elt_size_in_bytes() as u64,
             kind,
-            windows: plan.samples,
+            windows: plan.samples.div_ceil(cluster.ranks()),
+            ranks: cluster.ranks(),
             seq_len: plan.seq_len,
             variants: plan.variants.len(),
             shared_hessian: plan.shared_hessian,
@@ -104,7 +116,9 @@ impl Needs {
             Device::Cpu => need.working.saturating_add(held),
             _ => shape.host_beside_cuda().saturating_add(elsewhere - spilled),
         };
-        fits_machine(available_memory(), on_host, &shape, device, base, plan)?;
+        let available = available_memory().map(|bytes| bytes / cluster.ranks_here() as u64);
+        fits_machine(available, on_host, &shape, device, base, plan)?;
+        let whole = Shape { windows: plan.samples, ..shape };
         let rotated = if rotates { rotated_bytes(config) } else { 0 };
         let begun = if place.restart { None } else { journal::begun(place) };
         // Sums that are committed lie beside those that are being written.
@@ -115,14 +129,17 @@ impl Needs {
         let sums = shape.output_hessians().saturating_mul(sets);
         let spilled = spilled.saturating_add(sums).saturating_add(rotated);
         let config = if accuracy.rotate { config.untied() } else { config.clone() };
-        let disk = DiskNeed::new(plan, checkpoint, &config, begun, shape.hidden_states(), spilled)?;
+        let disk = DiskNeed::new(plan, checkpoint, &config, begun, whole.hidden_states(), spilled)?;
         disk.check(place)?;
         // Texts are tokenized before, which may have taken more.
         let before = if device == Device::Cpu { peak_memory().unwrap_or(0) } else { 0 };
         let memory = (own + need.working).saturating_add(held).max(before);
         let taken = begun.map_or(0.0, |b| b.windows as f64 / b.total_windows.max(1) as f64);
-        let gradient_operations = (1.0 - taken) * shape.gradient_operations();
-        let layer = shape.layer_work();
+        let gradient_operations = (1.0 - taken) * whole.gradient_operations();
+        let layer = whole.layer_work();
+        let sent = |ranks: usize| whole.sent_per_layer(ranks);
+        let mut all = [sent(cluster.ranks()); RANKS.len() + 1];
+        RANKS.iter().zip(&mut all).for_each(|(&ranks, bytes)| *bytes = sent(ranks));
         let gradients_at_once = shape.gradients_at_once();
         Ok(Self {
             kind,
@@ -133,6 +150,8 @@ impl Needs {
             elsewhere,
             disk,
             layer,
+            ranks: cluster.ranks(),
+            sent: all,
             gradient_operations,
         })
     }
@@ -140,22 +159,58 @@ impl Needs {
     /// The time that gradients and so many `layers` will take, in words: their products at the speed that one product has here.
     /// None where it is too little to be worth measuring, and on devices other than the CPU.
     pub(super) fn time(&self, layers: usize) -> Result<Option<String>> {
-        let Work { forward, fp32 } = self.layer;
+        let Work { forward, fp32, .. } = self.layer;
         let operations = layers as f64 * (forward + fp32) + self.gradient_operations;
         if self.device != Device::Cpu || operations < WORTH_ESTIMATING {
             return Ok(None);
         }
         let speed = product_speed(Kind::Float)?;
-        let layer = forward / product_speed(self.kind)? + fp32 / speed;
+        let layer = self.layer_seconds(self.ranks, [product_speed(self.kind)?, speed]);
         let all = duration(layers as f64 * layer);
         let gradients = match self.gradient_operations > 0.0 {
             true => {
-                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speed;
+                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speed / self.ranks as f64;
                 format!("{} for gradients and ", duration(seconds))
             }
             false => String::new(),
         };
         Ok(Some(format!("time: roughly {gradients}{all} for {layers} layers, {} each", duration(layer))))
+    }
+}
+
+impl Needs {
+    /// Seconds of computation in a layer on so many ranks, each with these speeds of products in the kind of forward passes and in
+    /// fp32, operations a second.
+    fn layer_seconds(&self, ranks: usize, [forward, fp32]: [f64; 2]) -> f64 {
+        let Work { forward: products, fp32: all, on_every_rank } = self.layer;
+        let (ranks, late) = (ranks as f64, (ranks as f64 - 1.0) / ROW_BLOCKS);
+        // About a third of the products are those of sums, which begin later on later ranks.
+        products / forward / ranks * (1.0 + late / 3.0)
+            + (on_every_rank + (all - on_every_rank) / ranks) / fp32
+    }
+
+    /// What more ranks would bring: a line for each number of ranks, for a network of `network` bytes a second between neighbours.
+    ///
+    /// # Errors
+    /// If libtorch cannot compute the products that are timed.
+    pub(super) fn of_more_ranks(&self, network: f64) -> Result<String> {
+        let mut text = format!(
+            "network: each rank sends about {} to the next one in a layer, at {} a second",
+            bytes(self.sent[RANKS.len()] as u64),
+            bytes(network as u64),
+        );
+        if self.device != Device::Cpu || self.layer.forward + self.layer.fp32 < WORTH_ESTIMATING {
+            return Ok(text);
+        }
+        let speeds = [product_speed(self.kind)?, product_speed(Kind::Float)?];
+        text += "\nestimated for a layer\nranks  computing    sending  speed-up";
+        let alone = self.layer_seconds(1, speeds);
+        for (&ranks, &sent) in RANKS.iter().zip(&self.sent) {
+            let (computing, sending) = (self.layer_seconds(ranks, speeds), sent / network);
+            let speed_up = alone / (computing + sending);
+            text += &format!("\n{ranks:>5}  {computing:>7.1} s  {sending:>7.1} s  {speed_up:>8.1}");
+        }
+        Ok(text)
     }
 }
 
@@ -185,6 +240,7 @@ fn fits_machine(
 impl fmt::Display for Needs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (whose, elsewhere) = match self.device {
+            Device::Cpu if self.ranks > 1 => ("memory of each rank", "on disk"),
             Device::Cpu => ("memory", "on disk"),
             _ => ("device memory", "in memory or on disk"),
         };

@@ -7,9 +7,11 @@ use tch::{Device, Kind, Tensor};
 use super::{
     journal::Journal,
     memory::{ActivationStore, Limits, MemoryBudget},
+    ring::{bytes_of, numbers},
     stream::Stream,
     window_file::WindowFile,
     worker::RunContext,
+    worker_pool::windows_of_ranks,
 };
 use crate::{
     architectures::{LayerConfig, ModelConfig},
@@ -68,6 +70,9 @@ impl OutputHessians {
     /// Takes gradients on some `windows`, except on those whose gradients `journal` holds. The sums are committed to it from time to
     /// time, always between whole batches, so that neither these times nor an interruption change a byte. `seed` draws the tokens
     /// that are predicted.
+    ///
+    /// All ranks of a run call it. Each takes gradients on some windows of a part; a layer's sums are passed from rank to rank, and the
+    /// last one writes them.
     pub(super) fn measure(
         checkpoint: &Checkpoint,
         device: Device,
@@ -90,20 +95,39 @@ impl OutputHessians {
         let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
         let per_batch = (BATCH_TOKENS / seq_len).max(1);
         let task = Gradients { checkpoint, runner, windows, per_batch, seed, store, context };
-        let steps = (count - done).div_ceil(per_batch) * (1 + 2 * layers);
+        let cluster = context.cluster;
+        let ranks = cluster.ranks();
+        let steps = (count - done).div_ceil(per_batch).div_ceil(ranks) * (1 + 2 * layers);
         context.progress.begin("gradients", steps as u64);
         // The first part is small, to measure the time of a batch and of a commit.
-        let mut batches = 1;
+        let mut batches = ranks;
         while done < count {
             let begun = Instant::now();
-            let part = done..count.min(done + batches.min((at_once / per_batch).max(1)) * per_batch);
-            let mut states = task.forward(&part)?;
+            let most = ranks * (at_once / per_batch).max(1);
+            let end = count.min(done + batches.min(most) * per_batch);
+            // The root knows how long the part before took.
+            let end = cluster.broadcast(cluster.is_root().then(|| bytes_of(&[end as u64])))?;
+            let part = done..numbers(&end)[0] as usize;
+            let own = windows_of_ranks(part.len(), per_batch, ranks).swap_remove(cluster.rank());
+            let own = done + own.start..done + own.end;
+            let mut states = task.forward(&own)?;
             let last = states.pop().expect("the last layer has outputs");
             let gradients = task.at_the_end(last)?;
-            let next = journal.next_gradients(part.end, layers, largest_layer_bytes(config) as usize)?;
-            task.back(&part, states, gradients, Sums { before: sums.as_ref(), next: &next, count })?;
+            let layer_bytes = largest_layer_bytes(config) as usize;
+            let next = journal.next_gradients(cluster, part.end, layers, layer_bytes)?;
+            let files = Sums { before: sums.as_ref(), next: &next, count };
+            task.back(&own, part.end, states, gradients, files)?;
+            if ranks > 1 {
+                next.sync()?;
+                let written = if task.is_last() { next.checksums_of(0..layers) } else { Vec::new() };
+                if let Some(mut all) = cluster.gather(written)? {
+                    next.take_checksums(0..layers, &all.swap_remove(ranks - 1));
+                }
+            }
             let work = begun.elapsed().as_secs_f64();
-            journal.commit_gradients(&next, part.end, count)?;
+            if cluster.is_root() {
+                journal.commit_gradients(&next, part.end, count)?;
+            }
             let commit = begun.elapsed().as_secs_f64() - work + next.seconds();
             batches = batches_between_commits(part.len().div_ceil(per_batch), work, commit);
             let rest = match (count - part.end) as f64 / part.len() as f64 * begun.elapsed().as_secs_f64() {
@@ -114,12 +138,17 @@ impl OutputHessians {
             context.progress.event(&Event::Note(&text));
             (sums, done) = (Some(next), part.end);
         }
+        // The last rank has written the file that the others read from now on.
+        journal.share(cluster)?;
+        if ranks > 1 {
+            sums = journal.gradients()?.map(|(file, _)| file);
+        }
         Ok(Self { file: sums.expect("gradients are taken on at least one window") })
     }
 
     /// The output Hessians of a layer's linears, on the CPU.
     pub(super) fn blocks(&self, config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
-        read_blocks(&self.file, config, layer)
+        blocks_of(&self.file.read(layer, 1)?, config, layer)
     }
 
     /// The output Hessians of a layer, factorized on `device` once for all variants.
@@ -202,7 +231,8 @@ impl Gradients<'_> {
     /// Takes gradients back through the layers and adds their outer products to the sums; after the last part these become means.
     fn back(
         &self,
-        part: &Range<usize>,
+        own: &Range<usize>,
+        part_end: usize,
         mut states: Vec<Stream>,
         mut gradients: Stream,
         files: Sums<'_>,
@@ -213,7 +243,7 @@ impl Gradients<'_> {
             let packed = self.runner.packed_layer(layer)?;
             let ready = self.runner.layer(layer, &packed)?;
             let mut states = states.pop().expect("every layer has inputs");
-            let mut sums = self.sums(layer, before, part.start)?;
+            let mut sums = self.sums(layer, before, own.start)?;
             for i in 0..gradients.len() {
                 let back =
                     self.runner.transformer().layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
@@ -225,7 +255,7 @@ impl Gradients<'_> {
             }
             let mut bytes = Vec::with_capacity(next.window_bytes());
             for (position, sum) in sums.into_iter().enumerate() {
-                let blocks = match part.end == count {
+                let blocks = match part_end == count && self.is_last() {
                     true => sum.finish(&config.linear_id(layer, position).to_string())?,
                     false => sum.into_sums(),
                 };
@@ -233,24 +263,37 @@ impl Gradients<'_> {
                     bytes.extend(to_bytes(&block)?);
                 }
             }
-            // Layers may differ in size.
-            bytes.resize(next.window_bytes(), 0);
-            next.write(layer, &bytes)?;
+            if self.is_last() {
+                // Layers may differ in size.
+                bytes.resize(next.window_bytes(), 0);
+                next.write(layer, &bytes)?;
+            } else {
+                self.context.cluster.send(bytes)?;
+            }
             self.checkpoint.release_layer(layer);
         }
         Ok(())
     }
 
-    /// Sums over the `done` windows in front, of the outputs of each linear: those in the file, or zeros.
+    /// Sums over the `done` windows in front, of the outputs of each linear: those of the rank before, those in the file, or zeros.
     fn sums(&self, layer: usize, file: Option<&WindowFile>, done: usize) -> Result<Vec<OutputHessian>> {
         let (config, device) = (self.checkpoint.config(), self.store.device);
-        let Some(file) = file else {
-            let linears = config.layers[layer].linears.iter();
-            return linears.map(|linear| OutputHessian::new(linear.shape[0], device)).collect();
+        let bytes = match file {
+            _ if !self.context.cluster.is_root() => self.context.cluster.receive()?,
+            Some(file) => file.read(layer, 1)?,
+            None => {
+                let linears = config.layers[layer].linears.iter();
+                return linears.map(|linear| OutputHessian::new(linear.shape[0], device)).collect();
+            }
         };
         let tokens = (done * self.windows.seq_len()) as u64;
         let of = |blocks| OutputHessian::from_sums(blocks, tokens, device);
-        read_blocks(file, config, layer)?.into_iter().map(of).collect()
+        blocks_of(&bytes, config, layer)?.into_iter().map(of).collect()
+    }
+
+    /// Whether this rank is the last, or the only one.
+    fn is_last(&self) -> bool {
+        self.context.cluster.rank() + 1 == self.context.cluster.ranks()
     }
 
     fn stream(&self, part: &Range<usize>) -> Stream {
@@ -269,10 +312,9 @@ impl Gradients<'_> {
     }
 }
 
-/// The blocks of a layer's linears, on the CPU.
-fn read_blocks(file: &WindowFile, config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
-    let bytes = file.read(layer, 1)?;
-    let mut rest = &bytes[..];
+/// The blocks of a layer's linears, on the CPU, from their bytes.
+fn blocks_of(bytes: &[u8], config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
+    let mut rest = bytes;
     let mut block = |n: usize| {
         let (own, others) = rest.split_at(4 * n * n);
         rest = others;

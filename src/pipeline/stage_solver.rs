@@ -7,6 +7,7 @@ use tch::{Device, Tensor};
 use super::{
     output_hessians::LayerFactors,
     phases::{of_targets, shape_of},
+    shared_rows::{is_worth_sharing, solve_shared},
     stage_memory::At,
     statistics::{CalibrationStatistics, blend_experts},
     weights::Weights,
@@ -262,7 +263,17 @@ impl<'a> StageSolver<'a> {
                     let outputs: Vec<&[OutputFactor]> = own.iter().map(|&i| outputs[i]).collect();
                     solve_by_rows(hessian, &of_format, &outputs, &solve)?
                 }
-                None => solve(&of_format)?,
+                None => match format {
+                    // A linear that cannot be solved is rounded as a whole, and the codes of a device stay there.
+                    LinearFormat::Gptq(variant)
+                        if self.device == Device::Cpu
+                            && !factor.rounds_failures()
+                            && is_worth_sharing(&of_format, self.context.cluster) =>
+                    {
+                        solve_shared(&of_format, variant.bits, self.context.cluster, solve)?
+                    }
+                    _ => solve(&of_format)?,
+                },
             };
             own.into_iter().zip(solved).for_each(|(i, solution)| solutions[i] = Some(solution));
         }

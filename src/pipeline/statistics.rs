@@ -1,5 +1,7 @@
 //! Calibration statistics of one group of linears: the Hessian of their inputs and the cross-covariance with the reference model's.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use super::phases::PhaseClock;
@@ -17,6 +19,8 @@ pub(super) struct CalibrationStatistics {
     cross_covariance: Option<CrossCovariance>,
     /// Whether the Hessian has the batch that the cross-covariance does not have yet.
     ahead: bool,
+    /// The kind of inputs.
+    kind: Kind,
 }
 
 impl CalibrationStatistics {
@@ -24,7 +28,7 @@ impl CalibrationStatistics {
     pub(super) fn new(width: usize, device: Device, weights: Option<&[&Tensor]>, kind: Kind) -> Result<Self> {
         let cross_covariance =
             weights.map(|weights| CrossCovariance::of_weights(weights, kind, device)).transpose()?;
-        Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance, ahead: false })
+        Ok(Self { hessian: Hessian::new(width, device)?, cross_covariance, ahead: false, kind })
     }
 
     /// Adds another device's sums over other tokens.
@@ -61,6 +65,70 @@ impl CalibrationStatistics {
         Ok(())
     }
 
+    /// Keeps a batch instead of adding it; none if it has no tokens.
+    pub(super) fn keep(&self, inputs: &Tensor, reference: Option<&Tensor>) -> Result<Option<Batch>> {
+        let both = self.cross_covariance.as_ref().zip(reference);
+        let difference = || both.map(|(sums, reference)| sums.difference(inputs, reference)).transpose();
+        let keep = || Ok(Batch { inputs: inputs.shallow_clone(), difference: difference()? });
+        (inputs.numel() > 0).then(keep).transpose()
+    }
+
+    /// Tokens of a batch that was kept.
+    pub(super) fn tokens_of(&self, batch: &Batch) -> u64 {
+        (batch.inputs.numel() / self.hessian.in_features()) as u64
+    }
+
+    /// All parts of the sums, each of which batches are added to by itself.
+    pub(super) fn parts(&self) -> Vec<Part> {
+        let kind = self.kind;
+        let own = self.hessian.row_blocks(kind).into_iter().map(|rows| Part { of_hessian: true, rows });
+        let others = self.cross_covariance.iter().flat_map(move |sums| sums.row_blocks(kind));
+        own.chain(others.map(|rows| Part { of_hessian: false, rows })).collect()
+    }
+
+    /// A view of a part of the sums, fp32; of the Hessian only the triangle in whole blocks.
+    pub(super) fn part(&self, part: &Part) -> Result<Tensor> {
+        match (part.of_hessian, &self.cross_covariance) {
+            (false, Some(sums)) => sums.row_block(&part.rows),
+            _ => self.hessian.row_block(&part.rows),
+        }
+    }
+
+    /// Adds batches to a part of the sums, which has the tokens of batches before if `begun`.
+    pub(super) fn add_to_part(
+        &mut self,
+        part: &Part,
+        batches: &[Batch],
+        begun: bool,
+        phases: &PhaseClock,
+    ) -> Result<()> {
+        let (k, rows) = (self.hessian.in_features() as f64, part.rows.end - part.rows.start);
+        for (i, batch) in batches.iter().enumerate() {
+            let (inputs, first) = (&batch.inputs, !begun && i == 0);
+            let tokens = inputs.numel() as f64 / k;
+            match (&batch.difference, &mut self.cross_covariance) {
+                (Some(difference), Some(sums)) if !part.of_hessian => {
+                    let operations = tokens * 2.0 * rows as f64 * k;
+                    let add = || sums.add_to_block(difference, inputs, &part.rows, first);
+                    phases.time(Phase::CrossCovariance, operations, add)?;
+                }
+                _ => {
+                    let columns = (part.rows.start + part.rows.end) as f64 / 2.0;
+                    let operations = tokens * 2.0 * rows as f64 * columns;
+                    let add = || self.hessian.add_to_block(inputs, &part.rows, first);
+                    phases.time(Phase::Hessian, operations, add)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the number of tokens in sums that were added part by part.
+    pub(super) fn count(&mut self, tokens: u64) {
+        self.hessian.count(tokens);
+        self.cross_covariance.iter_mut().for_each(|sums| sums.count(tokens));
+    }
+
     /// Whether no batch was added in part.
     pub(super) fn is_between_batches(&self) -> bool {
         self.hessian.is_between_batches() && !self.ahead
@@ -70,6 +138,28 @@ impl CalibrationStatistics {
     pub(super) fn into_parts(self) -> (Hessian, Option<CrossCovariance>) {
         (self.hessian, self.cross_covariance)
     }
+}
+
+/// A batch that is kept until the sums come to it.
+pub(super) struct Batch {
+    /// `[…, K]`.
+    inputs: Tensor,
+    /// What is multiplied with them for the cross-covariance.
+    difference: Option<Tensor>,
+}
+
+/// Some rows of a Hessian or of a cross-covariance.
+pub(super) struct Part {
+    of_hessian: bool,
+    rows: Range<i64>,
+}
+
+/// What a worker has captured of a stage, for each group of its linears: sums over its own batches, or batches that are kept because the
+/// sums over the batches before are not there yet.
+#[derive(Default)]
+pub(super) struct Captured {
+    pub(super) sums: Vec<CalibrationStatistics>,
+    pub(super) batches: Vec<Vec<Batch>>,
 }
 
 /// Fills up the Hessians of experts with fewer tokens than input features to that number of tokens, with the mean Hessian of all

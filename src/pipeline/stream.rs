@@ -375,7 +375,7 @@ mod tests {
                 first.put_in_journal(i, batch(100.0 * i as f64, windows), &file).unwrap();
             }
             let sums = file.checksums().unwrap();
-            let again = Arc::new(WindowFile::open(file.path().into(), &sums, 24).unwrap());
+            let again = Arc::new(WindowFile::open(file.path().into(), &sums, 24, 3..10).unwrap());
             let mut second = stream(memory, folder.path());
             second.take_from_journal(&again, Kind::Float).unwrap();
             for (i, windows) in [2, 2, 2, 1].into_iter().enumerate() {

@@ -25,6 +25,7 @@ use crate::{
     architectures::LinearId,
     calibration::{Tokens, Windows},
     checkpoint::Checkpoint,
+    cluster::{Cluster, tests::on_all},
     error::{Error, Result},
     gptq::{fault, solver::Solved},
     plan::{OnFailure, Plan},
@@ -68,13 +69,24 @@ impl Sink for Kept {
 
 /// The first layer's linears, as some devices solve them with `batch_tokens` going through together.
 fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
+    layer_of_rank(name, devices, batch_tokens, Kind::Float, &Cluster::alone())
+}
+
+/// The same on one of several ranks.
+fn layer_of_rank(
+    name: &str,
+    devices: usize,
+    batch_tokens: usize,
+    kind: Kind,
+    cluster: &Cluster,
+) -> Vec<Taken> {
     let (checkpoint, windows) = (model(name), windows(13));
     let plan = Plan::default();
     let accuracy = plan.accuracy(checkpoint.config());
     let variants: [Output; 1] = ["4bit-16g-act".parse().unwrap()];
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
-    let context =
-        RunContext { progress: &Silent, stop: &stop, memory: &memory, phases: &PhaseClock::begin(&[]) };
+    let phases = &PhaseClock::begin(&[]);
+    let context = RunContext { progress: &Silent, stop: &stop, memory: &memory, phases, cluster };
     let folder = tempfile::tempdir().unwrap();
     let task = Task {
         variants: &variants,
@@ -90,8 +102,7 @@ fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
     let _guard = tch::no_grad_guard();
     let folder = folder.path();
     let mut pool =
-        WorkerPool::new(&checkpoint, &devices, Kind::Float, &windows, task, limits, folder, None, context)
-            .unwrap();
+        WorkerPool::new(&checkpoint, &devices, kind, &windows, task, limits, folder, None, context).unwrap();
     let mut kept = Kept::default();
     pool.solve_layer(0, &Mutex::new(&mut kept), None).unwrap();
     kept.0
@@ -111,6 +122,23 @@ fn batches_and_devices_solve_the_same() {
                 assert_eq!(found.0, expected.0, "{place}");
                 let equal = found.1.iter().zip(&expected.1).filter(|(a, b)| a == b).count();
                 assert!(equal * 100 >= expected.1.len() * 98, "{place}: {equal} of {}", expected.1.len());
+            }
+        }
+    }
+}
+
+/// Sums that one rank continues for another are those of one process, bit by bit, also where a rank has no windows, or no tokens of an
+/// expert.
+#[test]
+fn ranks_solve_exactly_the_same() {
+    for name in ["llama3-gqa-rope", "cohere", "mixtral"] {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let expected = layer_of_rank(name, 1, 3 * SEQ_LEN, kind, &Cluster::alone());
+            for ranks in [2, 3, 7] {
+                let all = on_all(ranks, |rank| layer_of_rank(name, 1, 3 * SEQ_LEN, kind, &rank));
+                for (rank, found) in all.iter().enumerate() {
+                    assert!(*found == expected, "{name}, {kind:?}, rank {rank} of {ranks}");
+                }
             }
         }
     }
@@ -154,7 +182,8 @@ fn gradients(folder: &Path, count: usize, at_once: usize, interrupt: bool) -> Re
     let (memory, stop) = (MemoryWatch::begin(StageMemory::default()), AtomicBool::new(false));
     let stopping = StopAfterGradients(&stop);
     let progress: &dyn Progress = if interrupt { &stopping } else { &Silent };
-    let context = RunContext { progress, stop: &stop, memory: &memory, phases: &PhaseClock::begin(&[]) };
+    let (phases, cluster) = (&PhaseClock::begin(&[]), &Cluster::alone());
+    let context = RunContext { progress, stop: &stop, memory: &memory, phases, cluster };
     let mut journal = Journal::open(&Place::new(folder), Identity::default(), config.num_layers())?;
     let _guard = tch::no_grad_guard();
     let (device, limits) = (Device::Cpu, limits(1024));

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
@@ -43,11 +44,23 @@ impl WindowFile {
         Ok(Self::of(path, file, vec![None; windows], window_bytes))
     }
 
-    /// A file that was created and written before, with these checksums. All of it is read and compared.
+    /// A file that another process of the run has created, to write other windows.
+    pub(super) fn share(path: PathBuf, windows: usize, window_bytes: usize) -> Result<Self> {
+        let file = File::options().read(true).write(true).open(&path);
+        let file = file.map_err(Error::io("open", &path))?;
+        Ok(Self::of(path, file, vec![None; windows], window_bytes))
+    }
+
+    /// A file that was created and written before, with these checksums. Those `windows` that will be used are read and compared.
     ///
     /// # Errors
     /// When it is not what was written.
-    pub(super) fn open(path: PathBuf, checksums: &[u128], window_bytes: usize) -> Result<Self> {
+    pub(super) fn open(
+        path: PathBuf,
+        checksums: &[u128],
+        window_bytes: usize,
+        windows: Range<usize>,
+    ) -> Result<Self> {
         let file = File::open(&path).map_err(Error::io("open", &path))?;
         let found = file.metadata().map_err(Error::io("read", &path))?.len();
         let expected = (checksums.len() * window_bytes) as u64;
@@ -57,8 +70,8 @@ impl WindowFile {
         }
         let checksums: Vec<_> = checksums.iter().copied().map(Some).collect();
         let opened = Self::of(path, file, checksums, window_bytes);
-        let windows = opened.windows();
-        (0..windows).try_for_each(|window| opened.read(window, 1).map(drop))?;
+        let mut windows = windows;
+        windows.try_for_each(|window| opened.read(window, 1).map(drop))?;
         Ok(opened)
     }
 
@@ -68,10 +81,6 @@ impl WindowFile {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn windows(&self) -> usize {
-        self.lock().checksums.len()
     }
 
     /// Its path.
@@ -116,6 +125,20 @@ impl WindowFile {
             }
         }
         Ok(bytes)
+    }
+
+    /// The checksums of some windows, as a message; all of them were written here.
+    pub(super) fn checksums_of(&self, windows: Range<usize>) -> Vec<u8> {
+        let inner = self.lock();
+        let written = inner.checksums[windows].iter().map(|sum| sum.expect("a window that was written"));
+        written.flat_map(u128::to_le_bytes).collect()
+    }
+
+    /// Takes the checksums of some windows, which another process has written.
+    pub(super) fn take_checksums(&self, windows: Range<usize>, message: &[u8]) {
+        let sums = message.chunks_exact(size_of::<u128>());
+        let sums = sums.map(|bytes| u128::from_le_bytes(bytes.try_into().expect("16 bytes")));
+        self.lock().checksums[windows].iter_mut().zip(sums).for_each(|(own, sum)| *own = Some(sum));
     }
 
     /// Seconds spent on writing so far.
@@ -171,10 +194,16 @@ mod tests {
         file.write(0, &[1, 2, 3, 4, 5, 6, 7, 8]).unwrap();
         file.sync().unwrap();
         let sums = file.checksums().unwrap();
-        assert_eq!(WindowFile::open(path.clone(), &sums, 4).unwrap().read(1, 1).unwrap(), [5, 6, 7, 8]);
+        assert_eq!(
+            WindowFile::open(path.clone(), &sums, 4, 0..sums.len()).unwrap().read(1, 1).unwrap(),
+            [5, 6, 7, 8]
+        );
         for broken in [&[1, 2, 3, 4, 5, 6, 7][..], &[1, 2, 3, 4, 5, 6, 7, 9]] {
             std::fs::write(&path, broken).unwrap();
-            assert!(matches!(WindowFile::open(path.clone(), &sums, 4), Err(Error::Journal(_))));
+            assert!(matches!(
+                WindowFile::open(path.clone(), &sums, 4, 0..sums.len()),
+                Err(Error::Journal(_))
+            ));
         }
     }
 }

@@ -15,7 +15,7 @@ use super::{
     phases::{PhaseClock, per_token},
     reference::ReferenceLayer,
     stage_memory::MemoryWatch,
-    statistics::CalibrationStatistics,
+    statistics::{CalibrationStatistics, Captured},
     stream::Stream,
     weights::Weights,
     window_file::WindowFile,
@@ -23,6 +23,7 @@ use super::{
 use crate::{
     architectures::{LayerConfig, ModelConfig},
     calibration::Windows,
+    cluster::Cluster,
     error::{Error, Result, TorchContext},
     ggml::BlockType,
     model::{Between, Dense, Linear, Transformer},
@@ -38,6 +39,8 @@ pub(super) struct RunContext<'a> {
     pub(super) stop: &'a AtomicBool,
     pub(super) memory: &'a MemoryWatch,
     pub(super) phases: &'a PhaseClock,
+    /// The processes of the run.
+    pub(super) cluster: &'a Cluster,
 }
 
 impl RunContext<'_> {
@@ -241,13 +244,15 @@ impl<'a> Worker<'a> {
     }
 
     /// Advances windows to a stage, through the linears of the stage before. Returns the statistics of its inputs, one for each group
-    /// of its linears; with the cross-covariance where the reference model is run, as stream `reference`.
+    /// of its linears; with the cross-covariance where the reference model is run, as stream `reference`. With `keep` batches are kept
+    /// instead of added.
     pub(super) fn capture(
         &mut self,
         stage: usize,
         stream: usize,
         reference: Option<usize>,
-    ) -> Result<Vec<CalibrationStatistics>> {
+        keep: bool,
+    ) -> Result<Captured> {
         let config = self.layer();
         let device = self.device();
         let kind = self.kind();
@@ -258,6 +263,7 @@ impl<'a> Worker<'a> {
             CalibrationStatistics::new(group.width, device, weights.as_deref(), kind)
         });
         let mut statistics = statistics.collect::<Result<Vec<_>>>()?;
+        let mut batches: Vec<Vec<_>> = statistics.iter().map(|_| Vec::new()).collect();
         let widths = config.stored_widths(stage).into_iter();
         self.next_stored = widths.map(|width| self.stream_like(stream, width)).collect();
         let changes = stage > 0 && config.stages[stage - 1].kind.writes();
@@ -287,7 +293,12 @@ impl<'a> Worker<'a> {
             },
             |(_, inputs, others)| {
                 while let (Some(statistics), Some(x)) = (statistics.get_mut(added), inputs.get(added)) {
-                    let result = statistics.add(x, others.get(added), phases);
+                    let result = match keep {
+                        true => {
+                            statistics.keep(x, others.get(added)).map(|batch| batches[added].extend(batch))
+                        }
+                        false => statistics.add(x, others.get(added), phases),
+                    };
                     result.map_err(|error| NotAdded {
                         error: Box::new(error),
                         in_part: added > 0 || !statistics.is_between_batches(),
@@ -310,7 +321,7 @@ impl<'a> Worker<'a> {
         )?;
         self.stored = std::mem::take(&mut self.next_stored);
         self.linears.clear();
-        Ok(statistics)
+        Ok(Captured { sums: statistics, batches })
     }
 
     /// Hidden states behind the layer, with the linears of its last stage; also into the journal's `file`.

@@ -7,12 +7,11 @@ use std::{
 };
 
 use super::{
-    collective::{Collective, connect_threads},
+    collective::{Collective, connect},
     journal::{Kept, NextStates},
     output_hessians::OutputHessians,
     stage_memory::At,
     stage_solver::StageSolver,
-    statistics::CalibrationStatistics,
     weights::Weights,
     worker::{RunContext, Worker},
 };
@@ -161,7 +160,7 @@ impl<'a> WorkerGroup<'a> {
         self.workers.iter_mut().try_for_each(|worker| worker.enter_layer(weights))?;
         self.solver.enter_layer(weights.layer)?;
         let (variants, task, context) = (&self.variants[..], self.task, self.context);
-        let connections = connect_threads(self.workers.len());
+        let connections = connect(self.workers.len(), context.cluster, context.phases);
         let mut passes = self.workers.iter_mut().zip(connections).map(|(worker, collective)| LayerPass {
             worker,
             collective,
@@ -197,7 +196,7 @@ impl<'a> WorkerGroup<'a> {
 /// One worker's way through one layer. All workers of a group take the same steps, and the root also solves.
 struct LayerPass<'w, 's, 'a> {
     worker: &'w mut Worker<'a>,
-    collective: Box<dyn Collective + Send>,
+    collective: Box<dyn Collective + Send + 'w>,
     /// What the root has beside the others.
     root: Option<(&'w mut StageSolver<'a>, &'w SharedSink<'s>)>,
     /// Indices of the group's variants.
@@ -281,7 +280,8 @@ impl LayerPass<'_, '_, '_> {
             self.context.progress.event(&Event::Stage { variant: &variant, stage: &stage });
             self.context.memory.enter(At::Calibrating);
         }
-        let own: Vec<CalibrationStatistics> = self.worker.capture(stage, stream, reference)?;
+        let keep = self.collective.continues_sums();
+        let own = self.worker.capture(stage, stream, reference, keep)?;
         let sums = self.collective.sum(own)?;
         let (Some((solver, sink)), Some(sums)) = (&self.root, sums) else { return Ok(None) };
         solver.solve_stage(self.worker.weights(), stage, sums, variants, sink).map(Some)

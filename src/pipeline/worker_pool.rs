@@ -43,10 +43,14 @@ impl<'a> WorkerPool<'a> {
         context: RunContext<'a>,
     ) -> Result<Self> {
         let memory = MemoryBudget::new(limits.in_memory);
-        let per_batch = (limits.batch_tokens / windows.seq_len()).max(1);
+        let per_batch = limits.windows_per_batch(windows.seq_len());
         let mut groups = Vec::new();
+        let cluster = context.cluster;
+        let of_rank =
+            windows_of_ranks(windows.count(), per_batch, cluster.ranks()).swap_remove(cluster.rank());
         for (devices, own) in spread(devices, task.solved_streams(task.variants.len())) {
-            let parts = split(windows.count(), devices.len());
+            let parts = split(of_rank.len(), devices.len()).into_iter();
+            let parts = parts.map(|part| of_rank.start + part.start..of_rank.start + part.end);
             let worker = |(&device, part): (&Device, Range<usize>)| {
                 let store = ActivationStore::new(device, kind, limits.on_device, &memory, spill)?;
                 let transformer = Transformer::new(checkpoint, windows.seq_len(), kind, device)?;
@@ -66,6 +70,11 @@ impl<'a> WorkerPool<'a> {
 
     pub(super) fn solver_name(&self) -> &'static str {
         self.groups[0].solver_name()
+    }
+
+    /// Width of the hidden states.
+    pub(super) fn hidden_size(&self) -> usize {
+        self.checkpoint.config().hidden_size
     }
 
     /// Progress steps of a layer.
@@ -133,8 +142,15 @@ fn spread(devices: &[Device], streams: usize) -> Vec<(Vec<Device>, Range<usize>)
     devices.zip(own).collect()
 }
 
+/// The windows of each rank: whole batches, so that these are the same for any number of ranks.
+pub(super) fn windows_of_ranks(count: usize, per_batch: usize, ranks: usize) -> Vec<Range<usize>> {
+    let windows =
+        |batches: Range<usize>| (batches.start * per_batch).min(count)..(batches.end * per_batch).min(count);
+    split(count.div_ceil(per_batch), ranks).into_iter().map(windows).collect()
+}
+
 /// Splits `count` things into `parts` ranges of nearly equal length, the longer ones first.
-fn split(count: usize, parts: usize) -> Vec<Range<usize>> {
+pub(super) fn split(count: usize, parts: usize) -> Vec<Range<usize>> {
     let start = |part: usize| part * (count / parts) + part.min(count % parts);
     (0..parts).map(|part| start(part)..start(part + 1)).collect()
 }

@@ -8,9 +8,10 @@ use crate::{
 };
 
 /// The library's modules, each using only what stands before it.
-const LAYERS: [&str; 35] = [
+const LAYERS: [&str; 36] = [
     "units",
     "error",
+    "cluster",
     "progress",
     "machine",
     "folder",
@@ -47,10 +48,11 @@ const LAYERS: [&str; 35] = [
 ];
 
 /// Plain Rust: what these say can be read, tested and reused without libtorch.
-const WITHOUT_LIBTORCH: [&str; 16] = [
+const WITHOUT_LIBTORCH: [&str; 17] = [
     "accuracy.rs",
     "amx",
     "calibration",
+    "cluster",
     "fp16.rs",
     "gate",
     "ggml",
@@ -90,6 +92,7 @@ const UNSAFE: &[&str] = &[
     "amx/tiles.rs",
     "checkpoint/reader.rs",
     "checkpoint/values.rs",
+    "cluster/mpi_link.rs",
     "cuda/compile.rs",
     "cuda/copies.rs",
     "cuda/gpu.rs",

@@ -79,7 +79,7 @@ impl Solved {
     ///
     /// # Errors
     /// When memory is exhausted.
-    pub(super) fn joined(parts: Vec<Self>, rows: &[i64]) -> Result<Self> {
+    pub fn joined(parts: Vec<Self>, rows: &[i64]) -> Result<Self> {
         let (mut on_host, mut on_device, mut blocks) = (Vec::new(), Vec::new(), Vec::new());
         for part in parts {
             match part {

@@ -47,15 +47,24 @@ impl Identity {
 
     /// What differs between a run that was begun and this one, in words; empty when nothing does.
     pub(super) fn differences(&self, now: &Self) -> Vec<String> {
+        self.differences_in_words(now, ["then", "now"])
+    }
+
+    /// What differs between the root's run and another rank's, in words; empty when nothing does.
+    pub(in crate::pipeline) fn differences_of_rank(&self, other: &Self, rank: usize) -> Vec<String> {
+        self.differences_in_words(other, ["on rank 0", &format!("on rank {rank}")])
+    }
+
+    fn differences_in_words(&self, now: &Self, [of_self, of_other]: [&str; 2]) -> Vec<String> {
         let mut found = Vec::new();
         if self.version != now.version {
-            found.push(format!("version ({} then, {} now)", self.version, now.version));
+            found.push(format!("version ({} {of_self}, {} {of_other})", self.version, now.version));
         }
         let keys = self.plan.keys().chain(now.plan.keys().filter(|key| !self.plan.contains_key(*key)));
         for key in keys {
             let show = |plan: &Map<String, Value>| plan.get(key).map_or("unset".to_owned(), plain);
             if self.plan.get(key) != now.plan.get(key) {
-                found.push(format!("{key} ({} then, {} now)", show(&self.plan), show(&now.plan)));
+                found.push(format!("{key} ({} {of_self}, {} {of_other})", show(&self.plan), show(&now.plan)));
             }
         }
         for (what, then, now) in [
@@ -64,7 +73,7 @@ impl Identity {
             ("the model's weights", &self.weights, &now.weights),
         ] {
             if then != now {
-                found.push(format!("{what} ({:.12}… then, {:.12}… now)", then, now));
+                found.push(format!("{what} ({then:.12}… {of_self}, {now:.12}… {of_other})"));
             }
         }
         found

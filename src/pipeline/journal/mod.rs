@@ -7,10 +7,11 @@ mod state;
 
 use std::{
     fs::{self, File, TryLockError},
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
     thread::{self, JoinHandle},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tch::Kind;
@@ -24,8 +25,9 @@ use super::{
     window_file::WindowFile,
 };
 use crate::{
+    cluster::Cluster,
     emit::is_partial,
-    error::{Error, JournalError, Result},
+    error::{ClusterError, Error, JournalError, Result},
     machine::peak_memory,
     model::kind_name,
     report::{ComputeReport, LayersComputed, PhaseReport, StageMemory, StageSeconds},
@@ -33,6 +35,8 @@ use crate::{
 
 /// Locked by a run, so that no second run uses the same output folder.
 const LOCK_FILE: &str = "lock";
+/// How long another rank waits until it sees the folder.
+const SHOWN_WITHIN: Duration = Duration::from_secs(10);
 
 /// The journal of a run. Its folder is removed if this is dropped before anything is committed.
 pub(super) struct Journal {
@@ -117,6 +121,38 @@ impl Journal {
         Ok(journal)
     }
 
+    /// Takes the root's state on the other ranks.
+    pub(super) fn share(&mut self, cluster: &Cluster) -> Result<()> {
+        let json = |source| Error::Json { path: self.folder.join(state::STATE_FILE), source };
+        let own = cluster.is_root().then(|| serde_json::to_vec(&self.state)).transpose().map_err(json)?;
+        let state = cluster.broadcast(own)?;
+        if !cluster.is_root() {
+            self.state = serde_json::from_slice(&state).map_err(json)?;
+        }
+        Ok(())
+    }
+
+    /// The root's journal on another rank, which reads its hidden states and never changes it.
+    ///
+    /// # Errors
+    /// When this rank's machine does not have the folder.
+    pub(super) fn of_root(place: &Place<'_>, cluster: &Cluster) -> Result<Self> {
+        let folder = place.journal()?;
+        let begun = (Instant::now(), 0.0);
+        let mut journal = Self { folder, lock: None, state: State::default(), has_committed: false, begun };
+        journal.share(cluster)?;
+        // A file system of several machines may take a while to show it.
+        let shared = Instant::now();
+        while !journal.folder.join(LOCK_FILE).exists() {
+            if shared.elapsed() > SHOWN_WITHIN {
+                let (name, folder) = (cluster.name(cluster.rank()), journal.folder.display().to_string());
+                return Err(ClusterError::NotShared { name, folder }.into());
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(journal)
+    }
+
     /// Layers finished.
     pub(super) fn layers(&self) -> usize {
         self.state.layers
@@ -132,16 +168,16 @@ impl Journal {
         &self.folder
     }
 
-    /// The hidden states behind the last finished layer; none before the first and after the last.
+    /// The hidden states of some windows behind the last finished layer; none before the first and after the last.
     ///
     /// # Errors
     /// When they are not what was written.
-    pub(super) fn kept(&self) -> Result<Option<Kept>> {
+    pub(super) fn kept(&self, windows: Range<usize>) -> Result<Option<Kept>> {
         let Some(HiddenFiles { dtype, window_bytes, files }) = &self.state.hidden else { return Ok(None) };
         let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
         let kind = kinds.into_iter().find(|&kind| kind_name(kind) == dtype);
         let kind = kind.ok_or_else(|| self.broken(format!("hidden states in `{dtype}`")))?;
-        let open = |file: &CheckedFile| file.open(&self.folder, *window_bytes).map(Arc::new);
+        let open = |file: &CheckedFile| file.open(&self.folder, *window_bytes, windows.clone()).map(Arc::new);
         Ok(Some(Kept { files: files.iter().map(open).collect::<Result<_>>()?, kind }))
     }
 
@@ -151,17 +187,22 @@ impl Journal {
     /// When they are not what was written.
     pub(super) fn gradients(&self) -> Result<Option<(WindowFile, usize)>> {
         let Some(sums) = &self.state.gradients else { return Ok(None) };
-        Ok(Some((sums.file.open(&self.folder, sums.layer_bytes)?, sums.windows)))
+        let layers = 0..self.state.total_layers;
+        Ok(Some((sums.file.open(&self.folder, sums.layer_bytes, layers)?, sums.windows)))
     }
 
-    /// A new file for the output Hessians of all `layers`, with the gradients of so many `windows`.
+    /// A new file for the output Hessians of all `layers`, with the gradients of so many `windows`. The root creates it, and the last
+    /// rank writes to it.
     pub(super) fn next_gradients(
         &self,
+        cluster: &Cluster,
         windows: usize,
         layers: usize,
         layer_bytes: usize,
     ) -> Result<WindowFile> {
-        WindowFile::create(self.folder.join(format!("gradients-{windows}")), layers, layer_bytes)
+        let open = if cluster.is_root() { WindowFile::create } else { WindowFile::share };
+        let path = self.folder.join(format!("gradients-{windows}"));
+        cluster.root_first(|| open(path, layers, layer_bytes))
     }
 
     /// Commits output Hessians with the gradients of `windows` of `total_windows`; they replace those committed before.
@@ -201,21 +242,24 @@ impl Journal {
         Error::journal(&self.folder, format!("it holds {what}"))
     }
 
-    /// New files for the hidden states behind the next layer: one for each of so many `streams`, each of so many `windows`.
+    /// New files for the hidden states in front of a layer: one for each of so many `streams`, each of so many `windows`. The root
+    /// creates them, and all ranks write to them.
     pub(super) fn next(
         &self,
+        cluster: &Cluster,
+        layer: usize,
         streams: usize,
         windows: usize,
         window_bytes: usize,
         kind: Kind,
     ) -> Result<NextStates> {
-        let layers = self.state.layers + 1;
-        let create = |stream: usize| {
-            let path = self.folder.join(format!("hidden-{layers}-{stream}"));
-            WindowFile::create(path, windows, window_bytes).map(Arc::new)
+        let open = if cluster.is_root() { WindowFile::create } else { WindowFile::share };
+        let open = |stream: usize| {
+            let path = self.folder.join(format!("hidden-{layer}-{stream}"));
+            open(path, windows, window_bytes).map(Arc::new)
         };
-        let files = (0..streams).map(create).collect::<Result<_>>()?;
-        Ok(NextStates { files, kind, syncing: Vec::new(), committed: false })
+        let files = cluster.root_first(|| (0..streams).map(open).collect::<Result<_>>())?;
+        Ok(NextStates { files, kind, syncing: Vec::new(), committed: !cluster.is_root() })
     }
 
     /// Commits one more layer. `branches` must be on the disk already; `next` is `None` after the last layer.
@@ -292,7 +336,9 @@ impl Journal {
             files.chain(sums).map(|file| file.name.as_str()).chain([state::STATE_FILE, LOCK_FILE]).collect();
         for entry in fs::read_dir(&self.folder).map_err(Error::io("read", &self.folder))? {
             let entry = entry.map_err(Error::io("read", &self.folder))?;
-            if !known.iter().any(|name| entry.file_name() == *name) {
+            // NFS keeps files under such names that are removed while another process has them open.
+            let in_use = entry.file_name().as_encoded_bytes().starts_with(b".nfs");
+            if !in_use && !known.iter().any(|name| entry.file_name() == *name) {
                 let path = entry.path();
                 let remove = if path.is_dir() { fs::remove_dir_all } else { fs::remove_file };
                 remove(&path).map_err(Error::io("remove", path))?;
@@ -335,11 +381,30 @@ impl NextStates {
         self.syncing.push(thread::spawn(move || file.sync()));
     }
 
-    fn finish(&mut self) -> Result<HiddenFiles> {
-        // The system reports a failed write once, so that no result may be dropped.
-        for thread in self.syncing.drain(..) {
-            thread.join().expect("syncing does not panic")?;
+    /// Sends the checksums of the windows that each rank has written to the root; `windows` are those of all ranks.
+    pub(super) fn gather(&mut self, cluster: &Cluster, windows: &[Range<usize>]) -> Result<()> {
+        if cluster.ranks() == 1 {
+            return Ok(());
         }
+        let own = windows[cluster.rank()].clone();
+        self.finish_syncing()?;
+        let sums = self.files.iter().flat_map(|file| file.checksums_of(own.clone())).collect();
+        for (windows, sums) in windows.iter().zip(cluster.gather(sums)?.into_iter().flatten()).skip(1) {
+            let of_file = (size_of::<u128>() * windows.len()).max(1);
+            for (file, sums) in self.files.iter().zip(sums.chunks_exact(of_file)) {
+                file.take_checksums(windows.clone(), sums);
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_syncing(&mut self) -> Result<()> {
+        // The system reports a failed write once, so that no result may be dropped.
+        self.syncing.drain(..).try_for_each(|thread| thread.join().expect("syncing does not panic"))
+    }
+
+    fn finish(&mut self) -> Result<HiddenFiles> {
+        self.finish_syncing()?;
         let files = self.files.iter().map(|file| CheckedFile::of(file));
         Ok(HiddenFiles {
             dtype: kind_name(self.kind).into(),

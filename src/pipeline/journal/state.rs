@@ -1,6 +1,6 @@
 //! The one file that says how far a run is: its first line holds the checksum of the rest.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, fs, ops::Range, path::Path};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -99,16 +99,21 @@ impl CheckedFile {
         })
     }
 
-    /// Opens the file in a journal's folder.
+    /// Opens the file in a journal's folder, to use some of its windows.
     ///
     /// # Errors
     /// When it is not what was written.
-    pub(super) fn open(&self, folder: &Path, window_bytes: usize) -> Result<WindowFile> {
+    pub(super) fn open(
+        &self,
+        folder: &Path,
+        window_bytes: usize,
+        windows: Range<usize>,
+    ) -> Result<WindowFile> {
         let sums = self.checksums.iter().map(|sum| u128::from_str_radix(sum, 16));
         let sums = sums.collect::<std::result::Result<Vec<_>, _>>();
         let problem = || format!("it holds a checksum of `{}` that is no number", self.name);
         let sums = sums.map_err(|_| Error::journal(folder, problem()))?;
-        WindowFile::open(folder.join(&self.name), &sums, window_bytes)
+        WindowFile::open(folder.join(&self.name), &sums, window_bytes, windows)
     }
 }
 
