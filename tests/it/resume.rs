@@ -11,6 +11,7 @@ use gptq::{
     accuracy::Quality,
     calibration::{CorpusSource, SourceOptions, Tokenizer, Tokens},
     checkpoint::Checkpoint,
+    cluster::Cluster,
     pipeline::{self, Begun, CalibrationText, Place, Run},
     plan::{ComputeDtype, Plan},
     progress::{Event, Progress},
@@ -67,6 +68,7 @@ fn run(model: &Path, plan: &Plan, place: &Place<'_>, stop_after: Option<usize>) 
         place: *place,
         command: &[],
         stop: &stop,
+        cluster: &Cluster::alone(),
     };
     pipeline::quantize(&run, &StopAfter { layers: stop_after, stop: &stop })?.complete()
 }
