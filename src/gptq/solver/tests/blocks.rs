@@ -62,9 +62,9 @@ struct Choices {
     codes: usize,
 }
 
-/// Columns are taken as they are stored. Where a block begins, its `d` and minimum are fitted to its weights as compensated for all
-/// columns before it; where a sub-block begins, its scale and offset to its weights as compensated for all columns before it, with
-/// what the block can store. Then its codes are chosen.
+/// Columns keep their stored order. Where a block begins, its `d` and minimum are fitted to its weights as compensated for all
+/// columns before it. Where a sub-block begins, its scale and offset are fitted in the same way, and rounded to what the block
+/// can store. Then its codes are chosen.
 ///
 /// With a linear to `follow`, each of its choices is compared with the one made here for the same choices before it, and then taken in its
 /// place.
