@@ -26,7 +26,9 @@ const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
 /// What the heaps of a program with threads take beside what is counted.
-const HEAPS: u64 = 208 << 20;
+const HEAPS: u64 = 48 << 20;
+/// Freed buffers that the heaps keep for the next ones: at most this, and a twelfth of what is counted.
+const RETAINED: u64 = 160 << 20;
 /// What CUDA itself takes: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
@@ -358,17 +360,12 @@ impl Shape<'_> {
         let of =
             |layer: &LayerConfig| (0..layer.stages.len()).map(|stage| self.solving(layer, stage, cuda)).max();
         let solving = self.config.layers.iter().filter_map(of).max().unwrap_or(0);
-        let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS };
-        Need {
-            working: fixed
-                + (self.layer_weights()
-                    + solving
-                    + self.batch(tokens.max(self.seq_len))
-                    + self.kept_for_sums())
+        let counted =
+            (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)) + self.kept_for_sums())
                 .max(self.taking_gradients(cuda))
-                .max(if cuda { 0 } else { self.rotating() }),
-            activations: self.activations(),
-        }
+                .max(if cuda { 0 } else { self.rotating() });
+        let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS + RETAINED.min(counted / 12) };
+        Need { working: fixed + counted, activations: self.activations() }
     }
 
     /// Memory of the machine beside a CUDA device: this layer's weights and the next one's, page-locked; or what rotating takes before.

@@ -58,7 +58,8 @@ pub enum Content {
 pub fn branches(report: &Report, run: &Path, wanted: &[String], cards: &[String]) -> Result<Vec<Branch>> {
     let names: Vec<&str> = report.branches.iter().map(|output| published_branch(report, output)).collect();
     if let Some(name) = wanted.iter().find(|name| !names.contains(&name.as_str())) {
-        let known: BTreeSet<&str> = names.iter().copied().collect();
+        let mut seen = BTreeSet::new();
+        let known = names.iter().copied().filter(|name| seen.insert(*name));
         return Err(HubError::Branch { branch: name.clone(), known: quoted(known) }.into());
     }
     let mut branches: Vec<Branch> = Vec::new();

@@ -199,8 +199,9 @@ impl Lab {
             .split_inclusive('\n')
             .map(str::to_owned)
             .partition(|line| line.starts_with("memory: about "));
-        let (readers, others): (Vec<String>, Vec<String>) =
-            others.into_iter().partition(|line| line.contains(" does not load "));
+        let (readers, others): (Vec<String>, Vec<String>) = others
+            .into_iter()
+            .partition(|line| line.contains(" does not load ") && !line.starts_with("error: "));
         let (device, others): (Vec<String>, Vec<String>) =
             others.into_iter().partition(|line| line.starts_with("device auto: "));
         Output {
