@@ -87,7 +87,7 @@ fn write(message: &mut Vec<u8>, solution: Option<Solution>) -> Result<()> {
 /// Takes the next rows from a rank's message; `None` if the rank has none of this weight.
 fn read<'m>(rest: &mut &'m [u8], bits: Bits) -> Option<Solution> {
     let mut take = |count: usize| {
-        let all: &'m [u8] = *rest;
+        let all: &'m [u8] = rest;
         let (own, others) = all.split_at(count);
         *rest = others;
         own
