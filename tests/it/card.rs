@@ -156,7 +156,7 @@ fn gguf_files_have_a_table_and_a_card_of_their_own() {
     lab.quantize(&["--variant", "q8_0", "--out", &alone]).succeeds();
     let card = lab.run(&["card", &alone, "--print", "main"]).succeeds().stdout;
     assert!(
-        card.contains("This repository holds GGUF files of model. This is the card of branch `main`."),
+        card.contains("This repository has GGUF files of model. This is the card of branch `main`."),
         "{card}"
     );
     assert!(
