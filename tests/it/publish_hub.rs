@@ -107,7 +107,7 @@ fn gguf_files_are_published_in_a_branch_beside_the_others() {
     fs::remove_file(lab.out().join("README.md")).unwrap();
     let unknown = publish(&lab, &server, &["--branch", "model-Q4_0.gguf"]);
     assert!(
-        unknown.stderr.contains("`model-Q4_0.gguf`") && unknown.stderr.contains("`gguf`, `main`"),
+        unknown.stderr.contains("`model-Q4_0.gguf`") && unknown.stderr.contains("`main`, `gguf`"),
         "{unknown:?}"
     );
 
