@@ -23,6 +23,7 @@ fn branch(out: &std::path::Path) -> gptq::Result<std::path::PathBuf> {
         place: p::Place::new(out),
         command: &[],
         stop: &std::sync::atomic::AtomicBool::new(false),
+        cluster: &gptq::cluster::Cluster::alone(),
     };
     p::quantize(&run, &gptq::progress::Silent)?.complete()?;
     Ok(out.join("main"))
