@@ -87,6 +87,11 @@ impl Cluster {
         self.rank == 0
     }
 
+    /// Whether this process is the last rank, or the only one.
+    pub fn is_last(&self) -> bool {
+        self.rank + 1 == self.ranks()
+    }
+
     /// A rank for messages: `rank 2 (node-b)`.
     pub fn name(&self, rank: usize) -> String {
         name(rank, &self.hosts[rank])
@@ -154,13 +159,12 @@ impl Cluster {
     /// Those of [`Cluster::send`] and [`Cluster::receive`].
     pub fn broadcast(&self, message: Option<Vec<u8>>) -> Result<Vec<u8>> {
         let Some(link) = &self.link else { return Ok(message.expect("the root has a message")) };
-        let is_last = self.rank + 1 == self.ranks();
         if let Some(message) = message {
             link.send(message.len().to_le_bytes().to_vec())?;
             message.chunks(PIECE).try_for_each(|piece| link.send(piece.to_vec()))?;
             return Ok(message);
         }
-        let pass_on = |message: &[u8]| if is_last { Ok(()) } else { link.send(message.to_vec()) };
+        let pass_on = |message: &[u8]| if self.is_last() { Ok(()) } else { link.send(message.to_vec()) };
         let length = link.receive()?;
         pass_on(&length)?;
         let length = number(&length);

@@ -64,19 +64,23 @@ pub(super) fn join() -> Result<Cluster> {
     let (commands, to_do) = channel();
     let (messages, received) = channel();
     let (started, start) = channel();
-    let (ended, end) = channel();
+    let (at_the_end, end) = channel();
     thread::Builder::new()
         .name("mpi".into())
         .spawn(move || {
-            let _ended: Sender<()> = ended;
+            let _at_the_end: Sender<()> = at_the_end;
             run(&to_do, &messages, &started);
         })
         .map_err(|source| ClusterError::Start { problem: source.to_string() })?;
-    let no_start = |_| ClusterError::Start { problem: "its thread has ended".into() };
-    let (rank, hosts) = start.recv().map_err(no_start)??;
+    let (rank, hosts) = start.recv().map_err(ended)??;
     let link =
         MpiLink { commands: Mutex::new(commands), received: Mutex::new(received), ended: Mutex::new(end) };
     Ok(Cluster::of(rank, hosts, Box::new(link)))
+}
+
+/// The error where the other end of a channel is gone.
+fn ended<E>(_disconnected: E) -> ClusterError {
+    ClusterError::Start { problem: "its thread has ended".into() }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -85,7 +89,6 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl MpiLink {
     fn command(&self, command: Command) -> Result<()> {
-        let ended = |_| ClusterError::Start { problem: "its thread has ended".into() };
         Ok(lock(&self.commands).send(command).map_err(ended)?)
     }
 }
@@ -96,7 +99,6 @@ impl Link for MpiLink {
     }
 
     fn receive(&self) -> Result<Vec<u8>> {
-        let ended = |_| ClusterError::Start { problem: "its thread has ended".into() };
         lock(&self.received).recv().map_err(ended)?
     }
 

@@ -119,7 +119,7 @@ impl OutputHessians {
             task.back(&own, part.end, states, gradients, files)?;
             if ranks > 1 {
                 next.sync()?;
-                let written = if task.is_last() { next.checksums_of(0..layers) } else { Vec::new() };
+                let written = if cluster.is_last() { next.checksums_of(0..layers) } else { Vec::new() };
                 if let Some(mut all) = cluster.gather(written)? {
                     next.take_checksums(0..layers, &all.swap_remove(ranks - 1));
                 }
@@ -255,7 +255,7 @@ impl Gradients<'_> {
             }
             let mut bytes = Vec::with_capacity(next.window_bytes());
             for (position, sum) in sums.into_iter().enumerate() {
-                let blocks = match part_end == count && self.is_last() {
+                let blocks = match part_end == count && self.context.cluster.is_last() {
                     true => sum.finish(&config.linear_id(layer, position).to_string())?,
                     false => sum.into_sums(),
                 };
@@ -263,7 +263,7 @@ impl Gradients<'_> {
                     bytes.extend(to_bytes(&block)?);
                 }
             }
-            if self.is_last() {
+            if self.context.cluster.is_last() {
                 // Layers may differ in size.
                 bytes.resize(next.window_bytes(), 0);
                 next.write(layer, &bytes)?;
@@ -289,11 +289,6 @@ impl Gradients<'_> {
         let tokens = (done * self.windows.seq_len()) as u64;
         let of = |blocks| OutputHessian::from_sums(blocks, tokens, device);
         blocks_of(&bytes, config, layer)?.into_iter().map(of).collect()
-    }
-
-    /// Whether this rank is the last, or the only one.
-    fn is_last(&self) -> bool {
-        self.context.cluster.rank() + 1 == self.context.cluster.ranks()
     }
 
     fn stream(&self, part: &Range<usize>) -> Stream {

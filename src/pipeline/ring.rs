@@ -64,15 +64,14 @@ impl Collective for RingMember<'_> {
         }
         drop(batches);
         // The last rank has the sums; they go around until the rank before it has them too.
-        let is_last = cluster.rank() + 1 == cluster.ranks();
         let passes_on = cluster.rank() + 2 < cluster.ranks();
-        let all = if is_last { now } else { numbers(&cluster.receive()?) };
+        let all = if cluster.is_last() { now } else { numbers(&cluster.receive()?) };
         if passes_on {
             cluster.send(bytes_of(&all))?;
         }
         for (sums, &tokens) in sums.iter_mut().zip(&all) {
             sums.count(tokens);
-            for part in sums.parts().iter().filter(|_| tokens > 0 && !is_last) {
+            for part in sums.parts().iter().filter(|_| tokens > 0 && !cluster.is_last()) {
                 let message = cluster.receive()?;
                 take(&sums.part(part)?, &message)?;
                 if passes_on {
