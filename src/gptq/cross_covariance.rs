@@ -229,13 +229,7 @@ impl CrossCovariance {
     /// When an input was NaN or infinite (`stage` names the inputs), or libtorch cannot compute it.
     pub(super) fn finish(&self, alpha: f64, stage: &str) -> Result<Tensor> {
         let total = self.matrix.numel() as u64;
-        let count = match self.matrix.device() {
-            Device::Cpu => raw::count_non_finite(&self.matrix),
-            _ => {
-                let finite = || i64::try_from(self.matrix.f_isfinite()?.f_sum(Kind::Int64)?);
-                total - finite().torch("look at a cross-covariance")? as u64
-            }
-        };
+        let count = raw::count_non_finite(&self.matrix).torch("look at a cross-covariance")?;
         if count > 0 {
             let place = format!("inputs of {stage}, in the unquantized model or behind quantized layers");
             return Err(Error::NonFinite { place, count, total, computed: true });

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
+use super::raw;
 use crate::error::{Error, Result, TorchContext};
 
 /// Output features of a block; more output features are split into blocks of about this size.
@@ -92,11 +93,9 @@ impl OutputHessian {
         let (mut broken, mut total) = (0, 0);
         let tokens = self.tokens.max(1) as f64;
         for block in &self.blocks {
-            let divide = || {
-                i64::try_from(block.shallow_clone().f_div_scalar_(tokens)?.f_isfinite()?.f_sum(Kind::Int64)?)
-            };
+            let divide = || raw::count_non_finite(&block.shallow_clone().f_div_scalar_(tokens)?);
             total += block.numel() as u64;
-            broken += block.numel() as u64 - divide().torch("scale an output Hessian")? as u64;
+            broken += divide().torch("scale an output Hessian")?;
         }
         if broken > 0 {
             let place = format!("gradients of the outputs of {linear}");

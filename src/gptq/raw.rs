@@ -138,9 +138,17 @@ pub(super) fn add_finite(sums: &mut Tensor, matrix: &Tensor) -> Result<bool, Tch
     Ok(rows.map_init(|| vec![0.0; k], add).reduce(|| true, |a, b| a && b))
 }
 
-/// Number of values of a contiguous fp32 CPU matrix that are NaN or infinite.
-pub(super) fn count_non_finite(matrix: &Tensor) -> u64 {
-    let (matrix, rows) = (Matrix::new(matrix), matrix.size()[0] as usize);
+/// Number of values that are NaN or infinite. libtorch makes a tensor of truth values first; a contiguous fp32 matrix on the CPU is read
+/// once instead.
+pub(super) fn count_non_finite(values: &Tensor) -> Result<u64, TchError> {
+    if (values.kind(), values.device()) != (Kind::Float, Device::Cpu)
+        || values.dim() != 2
+        || !values.is_contiguous()
+    {
+        let finite = i64::try_from(values.f_isfinite()?.f_sum(Kind::Int64)?)?;
+        return Ok(values.numel() as u64 - finite as u64);
+    }
+    let (matrix, rows) = (Matrix::new(values), values.size()[0] as usize);
     let count = |row: usize| {
         let row = matrix.row(row);
         match largest_bits(row) < f32::INFINITY.to_bits() {
@@ -148,7 +156,7 @@ pub(super) fn count_non_finite(matrix: &Tensor) -> u64 {
             false => row.iter().filter(|value| !value.is_finite()).count() as u64,
         }
     };
-    (0..rows).into_par_iter().map(count).sum()
+    Ok((0..rows).into_par_iter().map(count).sum())
 }
 
 /// The largest magnitude as bits: those of infinity or more if a value is not finite.

@@ -35,13 +35,15 @@ impl Compute {
             (Device::Cpu, _) => return Err(refused("fp32 on the CPU", dtype)),
             (_, ComputeDtype::Fp16) => Kind::Half,
             (_, ComputeDtype::Bf16) => Kind::BFloat16,
-            (_, ComputeDtype::Auto) => match embedding_kind(checkpoint)? {
-                Kind::Half => Kind::Half,
-                _ => Kind::BFloat16,
-            },
+            (_, ComputeDtype::Auto) => Self::half_of(embedding_kind(checkpoint)?),
             (_, ComputeDtype::Fp32) => return Err(refused("fp16 or bf16 on CUDA", dtype)),
         };
         Ok(Self { device, kind })
+    }
+
+    /// The 16-bit kind that keeps most of values of kind `source`: fp16 for fp16, else bf16, which has the range of fp32.
+    pub fn half_of(source: Kind) -> Kind {
+        if source == Kind::Half { Kind::Half } else { Kind::BFloat16 }
     }
 }
 

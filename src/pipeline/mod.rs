@@ -43,7 +43,7 @@ use crate::{
     equalization::Equalization,
     error::{ClusterError, Error, ResourceError, Result},
     machine::{available_memory, fast_bf16, peak_memory, processor, resident_memory},
-    model::kind_name,
+    model::{Compute, kind_name},
     plan::{ComputeDtype, DatasetShare, Plan},
     progress::{Event, Progress},
     report::{
@@ -446,10 +446,7 @@ pub fn compute_kind(dtype: ComputeDtype, device: Device, source: Kind) -> Kind {
         ComputeDtype::Fp32 => Kind::Float,
         ComputeDtype::Bf16 => Kind::BFloat16,
         ComputeDtype::Fp16 => Kind::Half,
-        ComputeDtype::Auto if device != Device::Cpu => match source {
-            Kind::Half => Kind::Half,
-            _ => Kind::BFloat16,
-        },
+        ComputeDtype::Auto if device != Device::Cpu => Compute::half_of(source),
         ComputeDtype::Auto if fast_bf16() => Kind::BFloat16,
         ComputeDtype::Auto => Kind::Float,
     }

@@ -150,11 +150,12 @@ pub(super) fn round_alive(
     Rounded { row, steps, codes, distance }
 }
 
+/// Added to a small number and taken away again, this leaves the nearest integer, ties to even.
+const INTEGERS: f32 = 12_582_912.0;
+
 /// Rounds a row of weights `[K]`: writes its groups' steps `[G]` and its codes `[K]`, and replaces the weights by `Ŵ − W`. A
 /// scale that fp16 cannot hold becomes infinite, and the differences of its group are then undefined.
 pub(super) fn round_row(grid: Grid, g_idx: &[u32], values: &mut [f32], steps: &mut [Step], codes: &mut [u8]) {
-    /// Added to a small number and taken away again, this leaves the nearest integer, ties to even.
-    const INTEGERS: f32 = 12_582_912.0;
     fit(grid, g_idx, values, steps);
     let wide = |step: &Step| (step.scale.to_f32(), f32::from(step.zero));
     let (steps, max_code): (Vec<_>, _) = (steps.iter().map(wide).collect(), f32::from(grid.max_code()));
@@ -166,12 +167,62 @@ pub(super) fn round_row(grid: Grid, g_idx: &[u32], values: &mut [f32], steps: &m
     }
 }
 
+/// `Σ H_ii d_i²` for the differences that rounding a row of weights `[K]` leaves, or a part of it if that is more than `enough`.
+pub(super) fn independent_error(
+    grid: Grid,
+    g_idx: &[u32],
+    weights: &[f32],
+    diagonal: &[f32],
+    steps: &mut [Step],
+    enough: f64,
+) -> f64 {
+    fit(grid, g_idx, weights, steps);
+    let max_code = f32::from(grid.max_code());
+    let (mut total, mut start) = (0.0, 0);
+    for run in runs(g_idx) {
+        let columns = start..start + run.len();
+        start = columns.end;
+        let step = steps[run[0] as usize];
+        let (scale, zero) = (step.scale.to_f32(), f32::from(step.zero));
+        let mut sums = [0.0f32; 8];
+        let pairs = weights[columns.clone()].chunks(8).zip(diagonal[columns].chunks(8));
+        for (weights, diagonal) in pairs {
+            for ((sum, weight), h) in sums.iter_mut().zip(weights).zip(diagonal) {
+                let offset = ((weight / scale).clamp(-zero, max_code - zero) + INTEGERS) - INTEGERS;
+                let d = offset * scale - weight;
+                *sum += h * d * d;
+            }
+        }
+        total += sums.iter().map(|&sum| f64::from(sum)).sum::<f64>();
+        if total > enough {
+            break;
+        }
+    }
+    total
+}
+
+/// Neighbouring features of the same group.
+fn runs(g_idx: &[u32]) -> impl Iterator<Item = &[u32]> {
+    g_idx.chunk_by(|a, b| a == b)
+}
+
 /// The steps of a row's groups.
 fn fit(grid: Grid, g_idx: &[u32], weights: &[f32], steps: &mut [Step]) {
     let mut ranges = vec![(f32::INFINITY, f32::NEG_INFINITY); steps.len()];
-    for (&group, &weight) in g_idx.iter().zip(weights) {
-        let (min, max) = &mut ranges[group as usize];
-        (*min, *max) = (min.min(weight), max.max(weight));
+    let mut left = weights;
+    for run in runs(g_idx) {
+        let (weights, others) = left.split_at(run.len());
+        left = others;
+        let (mut least, mut largest) = ([f32::INFINITY; 8], [f32::NEG_INFINITY; 8]);
+        for weights in weights.chunks(8) {
+            for ((least, largest), &weight) in least.iter_mut().zip(&mut largest).zip(weights) {
+                *least = if weight < *least { weight } else { *least };
+                *largest = if weight > *largest { weight } else { *largest };
+            }
+        }
+        let (min, max) = &mut ranges[run[0] as usize];
+        *min = least.into_iter().fold(*min, f32::min);
+        *max = largest.into_iter().fold(*max, f32::max);
     }
     for (step, (min, max)) in steps.iter_mut().zip(ranges) {
         *step = grid.fit(f64::from(min), f64::from(max));

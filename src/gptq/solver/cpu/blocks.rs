@@ -197,9 +197,9 @@ pub(super) fn fit_sub_block<I: Instructions, L: LevelRounding>(
     by_diagonal(search, levels, Some(&*tile.units), weights, pivots, best);
     let (first, others) = best.split_at_mut(1);
     if !others.is_empty() {
-        by_block::<I, L>(panel, tile, levels, start, end, &mut first[0]);
+        by_block::<I, L>(panel, tile, levels, start, end, &mut first[0], &[f32::INFINITY; LANES]);
         for other in others {
-            by_block::<I, L>(panel, tile, levels, start, end, other);
+            by_block::<I, L>(panel, tile, levels, start, end, other, &first[0].cost);
             first[0].sort_with(other);
         }
     }

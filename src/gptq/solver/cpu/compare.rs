@@ -3,6 +3,7 @@
 //! Compensation moves later weights, and the grid clips weights that move too far. For weights of one sign, or of one value,
 //! the error can then exceed that of plain rounding. Rows are independent, so that the better result is taken for each row.
 
+use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -10,11 +11,11 @@ use super::{CpuFactor, LANES, State};
 use crate::{
     error::{Result, TorchContext},
     gptq::{
-        Grid,
+        Grid, Step,
         raw::{Floats, floats, floats_mut},
         solver::{
             Sums, Weight,
-            rtn::{Rounded, round_alive},
+            rtn::{Rounded, independent_error, round_alive},
         },
     },
     variant::Variant,
@@ -63,13 +64,14 @@ impl CpuFactor {
         let doubtful: Vec<usize> = (0..count)
             .into_par_iter()
             .map_init(
-                || vec![0.0; k],
-                |values, row| {
-                    rounding.round(row, values);
-                    let each = values.iter().zip(diagonal);
-                    let independent: f64 =
-                        each.map(|(&d, &h)| f64::from(h) * f64::from(d) * f64::from(d)).sum();
-                    (error(before, row, lambda) > CLEARLY_BETTER * independent).then_some(row)
+                || (vec![0.0; k], vec![Step { scale: f16::ZERO, zero: 0 }; before.groups]),
+                |(values, steps), row| {
+                    rounding.rows[row].widen(values);
+                    let error = error(before, row, lambda);
+                    let enough = error / CLEARLY_BETTER;
+                    let independent =
+                        independent_error(grid, &rounding.g_idx, values, diagonal, steps, enough);
+                    (enough > independent).then_some(row)
                 },
             )
             .flatten_iter()

@@ -65,9 +65,9 @@ pub(super) fn fit_scales<I: Instructions>(
     let (first, others) = best.split_at_mut(1);
     if !others.is_empty() {
         let rounding = AroundZero::new(search.grid);
-        by_block::<I, _>(panel, tile, rounding, start, end, &mut first[0]);
+        by_block::<I, _>(panel, tile, rounding, start, end, &mut first[0], &[f32::INFINITY; LANES]);
         for other in others {
-            by_block::<I, _>(panel, tile, rounding, start, end, other);
+            by_block::<I, _>(panel, tile, rounding, start, end, other, &first[0].cost);
             first[0].sort_with(other);
         }
     }
@@ -98,18 +98,25 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
             max[l] = if weights[l] > max[l] { weights[l] } else { max[l] };
         }
     }
+    let mut fitted = Candidate::NONE;
     for (i, &factor) in search.factors.iter().enumerate() {
-        let mut candidate = Candidate::NONE;
-        for l in 0..LANES {
-            let step = search.grid.fit_scaled(f64::from(min[l]), f64::from(max[l]), factor);
-            candidate.scale[l] = step.scale.to_f32();
-            candidate.zero[l] = f32::from(step.zero);
+        // The negative factor of a pair has the scales of the positive one before it, negated.
+        if i > 0 && factor == -search.factors[i - 1] {
+            fitted.scale = fitted.scale.map(|scale| -scale);
+        } else {
+            for l in 0..LANES {
+                let step = search.grid.fit_scaled(f64::from(min[l]), f64::from(max[l]), factor);
+                fitted.scale[l] = step.scale.to_f32();
+                fitted.zero[l] = f32::from(step.zero);
+            }
         }
         if search.factors.len() == 1 {
-            best[0] = candidate;
+            best[0] = fitted;
             return;
         }
-        candidate.cost = diagonal_cost(search.grid, weights, pivots, &candidate);
+        let limit = best.last().map_or([f32::INFINITY; LANES], |last| last.cost);
+        let mut candidate =
+            Candidate { cost: diagonal_cost(search.grid, weights, pivots, &fitted, &limit), ..fitted };
         if i == 0 {
             // If no scale fits fp16, no cost is a number: this candidate stays and is refused.
             best[0] = Candidate { cost: candidate.cost.map(|c| c.min(f32::INFINITY)), ..candidate };
@@ -121,8 +128,18 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
     }
 }
 
+/// Whether no cost of `costs` is below its limit. Costs only grow, so that such candidates need not be added up to the end.
 #[inline(always)]
-fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate) -> Lane {
+fn all_reach(costs: &Lane, limits: &Lane) -> bool {
+    costs.iter().zip(limits).fold(true, |all, (cost, limit)| all & (cost >= limit))
+}
+
+/// Columns whose costs are added between two looks at the limit.
+const CHUNK: usize = 16;
+
+/// `Σ Ũ_ii² (q_i − w_i)²`, or a part of it if no row's part is below its limit.
+#[inline(always)]
+fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate, limits: &Lane) -> Lane {
     let max_code = f32::from(grid.max_code());
     let (mut inverse, mut lowest, mut highest) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     for l in 0..LANES {
@@ -130,17 +147,23 @@ fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate)
         (lowest[l], highest[l]) = (-step.zero[l], max_code - step.zero[l]);
     }
     let mut cost = [0.0f32; LANES];
-    for (weights, pivot) in weights.iter().zip(pivots) {
-        for l in 0..LANES {
-            let offset = (weights[l] * inverse[l]).round_ties_even().max(lowest[l]).min(highest[l]);
-            let error = (offset * step.scale[l] - weights[l]) * pivot;
-            cost[l] += error * error;
+    for (weights, pivots) in weights.chunks(CHUNK).zip(pivots.chunks(CHUNK)) {
+        for (weights, pivot) in weights.iter().zip(pivots) {
+            for l in 0..LANES {
+                let offset = (weights[l] * inverse[l]).round_ties_even().max(lowest[l]).min(highest[l]);
+                let error = (offset * step.scale[l] - weights[l]) * pivot;
+                cost[l] += error * error;
+            }
+        }
+        if all_reach(&cost, limits) {
+            break;
         }
     }
     cost
 }
 
-/// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses.
+/// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses, or to a part of it if no row's part is below its
+/// limit.
 #[inline(always)]
 pub(super) fn by_block<I: Instructions, R: Rounding>(
     panel: &Panel<'_>,
@@ -149,6 +172,7 @@ pub(super) fn by_block<I: Instructions, R: Rounding>(
     start: usize,
     end: usize,
     step: &mut Candidate,
+    limits: &Lane,
 ) {
     let (weights, d) = (&*tile.differences, &mut *tile.trial);
     let inverse = step.scale.map(R::inverse);
@@ -170,6 +194,9 @@ pub(super) fn by_block<I: Instructions, R: Rounding>(
                 d[column][l] = quantized - weights[column][l];
                 step.cost[l] += error * error;
             }
+        }
+        if all_reach(&step.cost, limits) {
+            return;
         }
         c = next;
     }
