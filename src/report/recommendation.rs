@@ -30,7 +30,8 @@ pub struct Recommendation {
     pub closer: Option<usize>,
     /// The smallest file with at most [`FACTOR`] times the divergence of `closest`, where it is smaller than `take`.
     pub smaller: Option<usize>,
-    /// For the maintained readers that do not load `take`: the choice by the same rule among the entries that they load.
+    /// For the maintained readers of any entry that do not load `take`: the choice by the same rule among the entries that they load.
+    /// (The readers of GPTQ branches and those of GGUF files are others.)
     pub for_readers: Vec<ForReaders>,
 }
 
@@ -114,7 +115,14 @@ impl Recommendation {
         let smaller = of.smallest(smaller).filter(|&i| of.bytes(i) < of.bytes(take));
 
         let mut for_readers: Vec<ForReaders> = Vec::new();
-        for reader in entries[take].not_loaded_by() {
+        let mut readers: Vec<&str> = Vec::new();
+        for reader in entries.iter().flat_map(|entry| &entry.checkpoint.readers) {
+            let name = reader.name.as_str();
+            if reader.living && !entries[take].is_loaded_by(name) && !readers.contains(&name) {
+                readers.push(name);
+            }
+        }
+        for reader in readers {
             let loaded = |all: &[usize]| -> Vec<usize> {
                 all.iter().copied().filter(|&i| entries[i].is_loaded_by(reader)).collect()
             };
@@ -134,6 +142,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::report::ReaderReport;
 
     /// Entries of `(bits, bytes)` with the KL divergence of each window.
     fn entries(all: &[(u32, u64, &[f64])]) -> Vec<Entry> {
@@ -189,6 +198,20 @@ mod tests {
         // One that is larger than all of them stays beside them.
         let found = of(&[(4, 120, &[0.010; 4]), (8, 121, &[0.001; 4]), (8, 119, &[0.012; 4])]);
         assert_eq!((found.take, found.closest, found.closer), (2, 0, Some(1)));
+    }
+
+    #[test]
+    fn readers_of_another_format_get_a_recommendation_of_their_own() {
+        let reader = |name: &str| ReaderReport { name: name.into(), living: true, refused: None };
+        let refusing = |name: &str| ReaderReport { refused: Some("why".into()), ..reader(name) };
+        let mut all = entries(&[(4, 120, &[0.010; 4]), (4, 110, &[0.005; 4]), (4, 130, &[0.008; 4])]);
+        all[0].checkpoint.readers = vec![reader("servers"), refusing("strict")];
+        all[1].checkpoint.readers = vec![reader("llama.cpp")];
+        all[2].checkpoint.readers = vec![reader("servers"), refusing("strict")];
+        let found = Recommendation::new(&all, &[63; 4]).unwrap();
+        let expected = |name: &str, entry| ForReaders { readers: vec![name.into()], entry };
+        assert_eq!(found.take, 1);
+        assert_eq!(found.for_readers, [expected("servers", Some(0)), expected("strict", None)]);
     }
 
     #[test]
