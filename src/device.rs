@@ -91,8 +91,10 @@ pub fn resolve_all(names: &str) -> Result<Vec<Choice>> {
     Ok(choices)
 }
 
-/// Opens libtorch's CUDA part, if it is installed. Call it before any other use of libtorch in a program that may use CUDA:
-/// libtorch looks for its CUDA part only once, at the first operation that needs it.
+/// Opens libtorch's CUDA part, if it is installed.
+///
+/// A program that may use CUDA must call it before any other use of libtorch. libtorch looks for its CUDA part only once, at the
+/// first operation that needs it.
 pub fn open() {
     // `resolve` returns the reason where it failed.
     let _ = opened();

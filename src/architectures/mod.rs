@@ -286,9 +286,10 @@ impl ModelConfig {
         format!("{}{path}", self.layer_prefix(layer))
     }
 
-    /// Names and shapes of the decoder's tensors that are never quantized, in the order of the forward pass: the embedding,
-    /// each layer's tensors beside its linears, the last norm and, if not tied, the output layer. Biases of linears are not
-    /// among them.
+    /// Names and shapes of the decoder's tensors that are never quantized, without biases of linears.
+    ///
+    /// The order is that of the forward pass: embedding, tensors of each layer, last norm. An output layer that is not tied comes
+    /// last.
     pub fn dense_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, vocab) = (self.hidden_size, self.vocab_size);
         let mut tensors = vec![(self.embedding(), vec![vocab, hidden])];

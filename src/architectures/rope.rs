@@ -168,8 +168,8 @@ fn rotary_dim(fields: &Fields<'_>, defaults: RopeDefaults, part: Option<f64>) ->
 /// transformers 4 read only `rope_theta`, `rope_scaling` and `partial_rotary_factor`, and would compute with a base of 10000 without a
 /// word. Keys that are there stay as they are.
 ///
-/// Where layers with a window have parameters of their own, transformers 4 reads those of the other layers, and of the former the
-/// base alone (`rope_local_base_freq`, in Gemma 3).
+/// Layers with a window can have parameters of their own. Of these, transformers 4 reads the base alone (`rope_local_base_freq`, in
+/// Gemma 3), so the older keys describe the other layers.
 pub fn add_older_keys(decoder: &mut Map<String, Value>) {
     let Some(Value::Object(parameters)) = decoder.get("rope_parameters").cloned() else { return };
     let section = |key: &str| parameters.get(key).and_then(Value::as_object);

@@ -46,8 +46,10 @@ pub struct CorpusSource {
 }
 
 impl CorpusSource {
-    /// Finds the files of a built-in recipe, a recipe file (`….toml`), a text file, or a folder of parquet files laid out as on
-    /// the Hub. Text files are `.parquet`, `.txt`, `.jsonl` and `.json`, all but the first also with `.gz` or `.zst`. A
+    /// Finds the files of a recipe or a text.
+    ///
+    /// It takes the name of a built-in recipe, a recipe file (`….toml`), a text file, or a folder of parquet files with the Hub's
+    /// names. Text files are `.parquet`, `.txt`, `.jsonl` and `.json`, all but the first also with `.gz` or `.zst`. A
     /// recipe's name goes before a file of the same name: write `./wikitext2` for the file.
     pub fn resolve(name_or_path: &str, options: &SourceOptions) -> Result<CorpusSource> {
         Ok(Self { max_memory: options.max_memory, ..Self::find(name_or_path, options)? })

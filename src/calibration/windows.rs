@@ -42,9 +42,9 @@ impl Windows {
     /// one window, whose start is drawn inside it. Conversations are drawn in random order, none twice; their tokens are
     /// joined, and windows cut from the front.
     ///
-    /// The same seed gives the same windows on every platform: draws are those of ChaCha8, whose key is the seed's 8
-    /// little-endian bytes and 24 zero bytes. A draw below `n` is `next_u64 % n`, drawn again while `next_u64` is at or above
-    /// the largest multiple of `n` up to 2⁶⁴.
+    /// The same seed gives the same windows on every platform. Draws come from ChaCha8; its key is the seed's 8 little-endian
+    /// bytes and 24 zero bytes. A draw below `n` is `next_u64 % n`. It is repeated while `next_u64` is at or above the largest
+    /// multiple of `n` up to 2⁶⁴.
     pub fn random(tokens: &Tokens, samples: usize, seq_len: usize, seed: u64) -> Result<Windows> {
         Self::mixed(&[(tokens, samples)], seq_len, seed)
     }

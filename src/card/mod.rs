@@ -28,8 +28,9 @@ pub use source::{SOURCE_CARD_FILE, SourceCard, keep_source_card};
 /// The built-in template.
 pub const TEMPLATE: &str = include_str!("card.md.jinja");
 
-/// The published branch of an output of a run: a branch's own name; one for all GGUF files, which is the default branch where there is
-/// nothing else.
+/// Name of the branch that an output of a run is published in.
+///
+/// A branch keeps its name. All GGUF files share one branch: `gguf`, or the default branch if the run has nothing else.
 pub fn published_branch<'a>(report: &Report, output: &'a BranchReport) -> &'a str {
     match output.variant {
         Output::Gptq(_) => &output.branch,
@@ -137,8 +138,10 @@ pub struct Cards {
 /// The card of each branch of the run in `run`.
 ///
 /// # Errors
-/// If the source model's card cannot be read, figures were measured with other weights, a dataset of `options` has no
-/// evaluation, or the template has an error.
+/// - The source model's card cannot be read.
+/// - Figures belong to other weights.
+/// - A dataset of `options` has no evaluation.
+/// - The template has an error.
 pub fn cards(report: &Report, run: &Path, options: &CardOptions) -> Result<Cards> {
     let (evaluations, left_out) = evaluations(report, run, &options.datasets)?;
     let report = &Report { evaluations, ..report.clone() };

@@ -6,8 +6,8 @@ use std::{env, os::unix::process::CommandExt, process::Command, thread};
 ///
 /// - OpenMP threads that wait spin for milliseconds. On a machine with other load, or beside the program's own threads, that
 ///   costs up to three quarters of the time.
-/// - libtorch and glibc take large buffers from the system and return them at once: page faults and cleared pages take 15% of a
-///   run's processor time. With huge pages of 2 MB there are 512 times fewer faults, and buffers of up to 256 MB are used again.
+/// - libtorch and glibc take large buffers from the system and return them at once. Page faults and cleared pages then take 15% of
+///   a run's processor time. With huge pages of 2 MB there are 512 times fewer faults, and buffers of up to 256 MB are used again.
 const SETTINGS: [(&str, &str); 3] = [
     ("OMP_WAIT_POLICY", "passive"),
     ("THP_MEM_ALLOC_ENABLE", "1"),

@@ -34,12 +34,12 @@ pub(super) enum Field {
     /// A byte for each sub-block: the scale in the low, the minimum in the high 4 bits.
     FourBitPairs,
     /// 12 bytes with 8 scales and 8 minima of 6 bits. The low 6 bits of bytes 0 to 3 are scales 0 to 3, those of bytes 4 to 7
-    /// minima 0 to 3. Bytes 8 to 11 have the low 4 bits of scales 4 to 7 in their low half, and of minima 4 to 7 in their high
-    /// half. The upper 2 bits of these are the highest bits of the bytes 0 to 3 and 4 to 7.
+    /// minima 0 to 3. Bytes 8 to 11 have the low 4 bits of scales 4 to 7 in their low half. Those of minima 4 to 7 are in
+    /// their high half. The upper 2 bits of these are the highest bits of the bytes 0 to 3 and 4 to 7.
     SixBitPairs,
-    /// 12 bytes with 16 scales of 6 bits, each plus 32. Bytes 0 to 7 have the low 4 bits of scales 0 to 7 in their low half,
-    /// and of scales 8 to 15 in their high half. Two bits of the byte `8 + i` are the upper bits of the scales `i`, `4 + i`, `8
-    /// + i` and `12 + i`, the first the lowest.
+    /// 12 bytes with 16 scales of 6 bits, each plus 32. Bytes 0 to 7 have the low 4 bits of scales 0 to 7 in their low half.
+    /// Those of scales 8 to 15 are in their high half. Byte `8 + i` has the upper 2 bits of scales `i`, `4 + i`, `8 + i` and `12 + i`, the
+    /// first in its lowest bits.
     SixBitSigned,
     /// A byte for each sub-block: the scale.
     EightBitSigned,

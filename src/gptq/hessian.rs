@@ -322,9 +322,9 @@ impl Hessian {
 
     /// `‖W X‖² / T = tr(W H Wᵀ)` of a weight `[N, K]`: the mean squared length of the linear's output.
     ///
-    /// Exact for at most 256 rows. For more rows it is an estimate by Hutch++ (arXiv 2010.09649) with fixed probes. It adds the
-    /// trace on the subspace that `W H Wᵀ` maps the first probes to, and the mean of quadratic forms of the other probes on the
-    /// rest. The estimate is within about 2% and costs a small part of the exact product, which takes as long as a solve.
+    /// Exact for at most 256 rows. For more rows it is an estimate by Hutch++ (arXiv 2010.09649) with fixed probes. `W H Wᵀ`
+    /// maps the first probes to a subspace, whose trace is exact. The other probes estimate the rest, by the mean of their quadratic
+    /// forms. The estimate is within about 2% and costs a small part of the exact product, which takes as long as a solve.
     ///
     /// # Errors
     /// When libtorch cannot compute it.

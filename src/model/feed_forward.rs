@@ -62,8 +62,8 @@ impl Routing {
         route().torch("route tokens to experts")
     }
 
-    /// For each choice of `of`: the position of this routing's choice of the same expert for the same token, in the flattened
-    /// `[T·k]`; −1 if there is none.
+    /// Position `[T·k]` in this routing of each choice of the routing `of`. A choice is an expert for a token; −1 marks one that this
+    /// routing does not have.
     pub(super) fn matching(&self, of: &Self) -> Result<Tensor> {
         let find = || -> Result<Tensor, TchError> {
             let size = self.experts.size();

@@ -146,8 +146,8 @@ impl Shape<'_> {
         tokens.saturating_mul(values * self.element())
     }
 
-    /// The largest of what the steps of a stage take beside the layer's weights: for the group of linears that takes the most, with
-    /// the Hessians of the stage's other groups.
+    /// Peak bytes of a stage's steps beside the layer's weights. It belongs to the group of linears that takes the most, with the
+    /// Hessians of the stage's other groups.
     fn solving(&self, layer: &LayerConfig, stage: usize, cuda: bool) -> u64 {
         let groups = &layer.stages[stage].groups;
         let hessian = |width: usize| (width * width) as u64 * FP32;
@@ -209,9 +209,11 @@ impl Shape<'_> {
         if self.gradient_windows == 0 { 0 } else { 2 * largest_layer_bytes(self.config) }
     }
 
-    /// What gradients take before the first layer is solved: a layer in fp32, what its operations keep of a batch for the backward
-    /// pass, and its output Hessians. On CUDA also attention's scores of all heads, which products keep (`model/attention.rs`): masked,
-    /// as a softmax, and their gradient.
+    /// Bytes of the gradient pass before the first layer: a layer in fp32, a batch's tensors for the backward pass, and output
+    /// Hessians.
+    ///
+    /// On CUDA the products of attention (`model/attention.rs`) also keep scores of all heads: masked, as a softmax, and their
+    /// gradient.
     fn taking_gradients(&self, cuda: bool) -> u64 {
         if self.gradient_windows == 0 {
             return 0;
@@ -226,8 +228,8 @@ impl Shape<'_> {
             + if cuda { 3 * scores } else { 0 }
     }
 
-    /// What rotating takes before anything else: the embedding or the output layer in fp32, times the norm, rotated, and as bytes;
-    /// and the rows in fp64 that are rotated together.
+    /// Bytes of the rotation before the first layer. They hold the embedding or the output layer in fp32, times the norm, rotated,
+    /// and as bytes. In addition come the rows in fp64 of one rotation.
     fn rotating(&self) -> u64 {
         if !self.rotates {
             return 0;
@@ -236,8 +238,9 @@ impl Shape<'_> {
         4 * numbers * FP32 + 3 * 2 * FP32 * numbers.min(TURNED_TOGETHER as u64)
     }
 
-    /// Number of windows that gradients are taken on at a time, so that they take no more than the activations later: the inputs
-    /// of every layer, the outputs of the last, and the gradients are kept together.
+    /// Number of windows of one gradient pass, so that it takes no more memory than the activations later.
+    ///
+    /// The pass keeps the inputs of every layer, the outputs of the last one, and the gradients.
     pub(super) fn gradients_at_once(&self) -> usize {
         let values = (self.config.num_layers() as u64 + 2) * self.config.hidden_size as u64;
         let window = (self.seq_len as u64).saturating_mul(values * FP32).max(1);
@@ -305,7 +308,7 @@ impl Shape<'_> {
         }
     }
 
-    /// Bytes that a rank of several sends to the next rank in a layer, on the average: sums that it continues, complete sums that it
+    /// Average bytes that a rank of several sends to the next rank in a layer. They are sums that it continues, complete sums that it
     /// passes on, and codes.
     pub(super) fn sent_per_layer(&self, ranks: usize) -> f64 {
         if ranks == 1 {
@@ -330,8 +333,8 @@ impl Shape<'_> {
         groups.map(|(layer, group)| of(layer, group)).sum::<f64>() / self.config.num_layers() as f64
     }
 
-    /// What a rank of several keeps until the sums of the ranks before have come: the inputs of a stage, of this rank's windows, and
-    /// what is multiplied with them; and sums that wait to be sent.
+    /// Bytes that a rank of several keeps until the sums of the ranks before arrive. They are the inputs of a stage on this rank's
+    /// windows, their factors in the products, and sums that are not sent yet.
     fn kept_for_sums(&self) -> u64 {
         if self.ranks == 1 {
             return 0;

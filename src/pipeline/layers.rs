@@ -242,7 +242,8 @@ fn network_speed(cluster: &Cluster) -> Result<Option<f64>> {
     if cluster.ranks() == 1 { Ok(None) } else { cluster.measure_speed() }
 }
 
-/// The devices of this rank: all that the plan names, or in a run of several processes one of them, by the rank's number on its machine.
+/// The devices of this rank: all that the plan names. In a run of several processes it is one of them, by the rank's number on its
+/// machine.
 pub(super) fn devices(plan: &Plan, cluster: &Cluster) -> Result<Vec<Choice>> {
     let mut all = device::resolve_all(&plan.device)?;
     if cluster.ranks() == 1 || all.len() == 1 {

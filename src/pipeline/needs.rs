@@ -179,8 +179,8 @@ impl Needs {
 }
 
 impl Needs {
-    /// Seconds of computation in a layer on so many ranks, each with these speeds of products in the kind of forward passes and in
-    /// fp32, operations a second.
+    /// Seconds of computation in a layer on `ranks` equal ranks. The speeds are operations a second, in the data type of forward
+    /// passes and in fp32.
     fn layer_seconds(&self, ranks: usize, [forward, fp32]: [f64; 2]) -> f64 {
         let Work { forward: products, fp32: all, on_every_rank } = self.layer;
         let (ranks, late) = (ranks as f64, (ranks as f64 - 1.0) / ROW_BLOCKS);

@@ -64,8 +64,10 @@ pub(super) fn solve_shared(
     weights.iter().map(join).collect()
 }
 
-/// Appends the rows of a rank to its message: the number of its rows; then columns, groups, the squared error and the count of
-/// uncompensated features, and codes, scales, zeros and groups as they are.
+/// Appends the rows of a rank to its message.
+///
+/// The order is: number of rows, columns, groups, squared error, count of uncompensated features; then codes, scales, zeros and
+/// groups as raw bytes.
 fn write(message: &mut Vec<u8>, solution: Option<Solution>) -> Result<()> {
     let Some(solution) = solution else {
         message.extend(0u64.to_le_bytes());

@@ -154,8 +154,8 @@ pub(super) struct Part {
     rows: Range<i64>,
 }
 
-/// What a worker has captured of a stage, for each group of its linears: sums over its own batches, or batches that are kept because the
-/// sums over the batches before are not there yet.
+/// Calibration statistics of a stage on one worker, for each group of its linears: sums over its own batches. Batches are kept until
+/// the sums over the earlier batches arrive.
 #[derive(Default)]
 pub(super) struct Captured {
     pub(super) sums: Vec<CalibrationStatistics>,

@@ -127,8 +127,8 @@ fn batches_and_devices_solve_the_same() {
     }
 }
 
-/// Sums that one rank continues for another are those of one process, bit by bit, also where a rank has no windows, or no tokens of an
-/// expert.
+/// Sums that one rank continues for another equal those of one process, bit by bit. This holds also for a rank without windows, or
+/// without tokens of an expert.
 #[test]
 fn ranks_solve_exactly_the_same() {
     for name in ["llama3-gqa-rope", "cohere", "mixtral"] {

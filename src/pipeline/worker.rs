@@ -391,9 +391,10 @@ impl<'a> Worker<'a> {
         self.each_batch_added(stream, compute, |_| Ok(()), use_it)
     }
 
-    /// As [`Worker::each_batch`], with sums that each value is added to before it is used. If the device's memory ends in
-    /// `add`, it is called again: with the same value if the error states that it was added in part, else with values of
-    /// smaller batches.
+    /// Like [`Worker::each_batch`], with sums that `add` adds each value to before its use.
+    ///
+    /// If the device runs out of memory in `add`, it is called again. It gets the same value if the error states that a part of it
+    /// was added, else values of smaller batches.
     fn each_batch_added<T>(
         &mut self,
         stream: usize,

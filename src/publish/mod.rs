@@ -81,10 +81,10 @@ fn message(branch: &Branch) -> String {
     format!("{} of {GENERATED_BY}", branch.name)
 }
 
-/// Requires that the licence of a gated source, which also holds for quantized copies, was accepted by its name.
+/// Requires that `accepted` names the licence of a gated source. The licence also holds for quantized copies.
 ///
-/// A source is gated if the Hub listed it as gated at the download, or if its card has a prompt or fields for users of its
-/// files.
+/// A source is gated if the Hub listed it as gated at the download. It is also gated if its card has a prompt or fields for users
+/// of its files.
 ///
 /// # Errors
 /// If it was not accepted.

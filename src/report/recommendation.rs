@@ -17,8 +17,8 @@ pub const USUAL_BITS: u32 = 4;
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Recommendation {
     /// The smallest file of the candidates that are as good as `closest`, or that the windows cannot tell from it. Candidates
-    /// are the entries with at most [`USUAL_BITS`] bits and those whose file is no larger than the largest of these, or all if
-    /// none has so few bits. (A GGUF file's embedding is quantized, so that one of 8 bits can be smaller than a branch of 4.)
+    /// are the entries with at most [`USUAL_BITS`] bits, and those whose file is no larger than the largest of these. If no entry
+    /// has so few bits, all are candidates. (A GGUF file's embedding is quantized, so that one of 8 bits can be smaller than a branch of 4.)
     /// As good: a mean KL divergence of at most [`CLOSE`] times the smallest. Not told apart: at most [`FACTOR`] times, and the
     /// paired 95% interval of the difference includes 0.
     pub take: usize,

@@ -147,8 +147,8 @@ pub fn verify(
     })
 }
 
-/// Remarks on how the quantized tensors are read, each a sentence: inferred settings, zero points in another format's
-/// convention, and zero points that readers read differently. Reads only `qzeros`.
+/// Remarks on the quantized tensors, each a sentence. They name inferred settings, zero points in another format's convention, and
+/// zero points that programs read differently. Reads only `qzeros`.
 ///
 /// # Errors
 /// When `qzeros` is of another type.

@@ -205,9 +205,10 @@ mod tests {
     /// Half a unit in the last place of f32.
     const UNIT_ROUNDOFF: f64 = 1.0 / 16_777_216.0;
 
-    /// Largest difference of f32 from the exact sum whose terms' magnitudes add up to `magnitude`. Every term has at most one
-    /// rounding of its product, K of the additions, and one of the panel or the scale (Higham 2002, §3.1, with room for the
-    /// second-order part).
+    /// Largest difference of f32 from the exact sum whose terms' magnitudes add up to `magnitude`.
+    ///
+    /// Every term has at most one rounding of its product, K of the additions, and one of the panel or the scale. Source: Higham
+    /// 2002, §3.1, with room for the second-order part.
     fn tolerance(in_features: usize, magnitude: f64) -> f64 {
         (in_features + 4) as f64 * UNIT_ROUNDOFF * magnitude
     }

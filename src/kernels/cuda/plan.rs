@@ -16,8 +16,8 @@ const FEW_TOKENS: usize = 16;
 const SLICED_TOKENS: usize = 64;
 /// `FEW_STRIPS` and `FEW_STAGES`, the most bytes in flight first. The first shape that fits the shared memory is used.
 const FEW_SHAPES: [(usize, usize); 7] = [(8, 3), (8, 2), (4, 3), (4, 2), (2, 3), (2, 2), (1, 2)];
-/// Kernels for many tokens, and the relative cost of a token: an estimate from the operands that are read from shared memory for
-/// each product, and from the published rate of `wgmma` beside that of `mma`.
+/// Kernels for many tokens, and the relative cost of a token. It is an estimate from the reads of shared memory for each product, and
+/// from the published rates of `wgmma` and `mma`.
 const MANY_SHAPES: [(Product, usize); 4] =
     [(Product::Wgmma, 5), (Product::Many(256), 8), (Product::Many(128), 9), (Product::Many(64), 10)];
 

@@ -162,8 +162,8 @@ fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate,
     cost
 }
 
-/// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses, or to a part of it if no row's part is below its
-/// limit.
+/// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses. It stops with a part of the cost if no row's part
+/// is below its limit.
 #[inline(always)]
 pub(super) fn by_block<I: Instructions, R: Rounding>(
     panel: &Panel<'_>,

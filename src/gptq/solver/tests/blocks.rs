@@ -24,8 +24,8 @@ const STEP_TOLERANCE: f64 = 0.001;
 /// How much farther than the nearest a code may be, in units of the scale: rounding in fp32, or in bf16 parts on AMX.
 const CODE_TOLERANCE: f64 = 0.01;
 
-/// A step that costs the same as another moves the codes of its sub-block, and all that follows is then fitted to other weights: the objective
-/// of a linear differs by up to this.
+/// Largest difference of a linear's objective after a tie. Of two steps with the same error, the other one moves the codes of its
+/// sub-block, and all later blocks are fitted to other weights.
 const FITTED_OTHERWISE: f64 = 0.02;
 
 const KINDS: [BlockType; 11] = [
@@ -66,8 +66,8 @@ struct Choices {
 /// columns before it. Where a sub-block begins, its scale and offset are fitted in the same way, and rounded to what the block
 /// can store. Then its codes are chosen.
 ///
-/// With a linear to `follow`, each of its choices is compared with the one made here for the same choices before it, and then taken in its
-/// place.
+/// With a linear to `follow`, each of its choices replaces the one made here. Both follow the same earlier choices, and the error of
+/// both is compared.
 fn walk(problem: &Problem, kind: BlockType, damp: f64, scales: Scales, follow: Option<&BlockLinear>) -> Walk {
     let mut other = Choices::default();
     let (weight, hessian, k) = (problem.weight(), problem.hessian(), problem.k);
