@@ -22,7 +22,7 @@ pub enum Quality {
 /// Accuracy options: everything beyond plain GPTQ.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct AccuracyOptions {
-    /// How the scale of a group is chosen.
+    /// Choice of a group's scale.
     #[serde(flatten)]
     pub scales: Scales,
     /// Group-aware order for variants without act order, as in GPTQModel: groups are sorted by their largest Hessian diagonal,
@@ -160,7 +160,7 @@ impl fmt::Display for Quality {
     }
 }
 
-/// How the scale of a group is chosen.
+/// Choice of a group's scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scales {
     /// Whether the scale of a symmetric grid may be negative. Such a grid has one level more on one side of zero; the sign
@@ -199,7 +199,7 @@ impl Scales {
         if self.signed && symmetric { shrunk.flat_map(|f| [f, -f]).collect() } else { shrunk.collect() }
     }
 
-    /// How many of the best candidates by the diagonal are compared by the block; 0 without that comparison.
+    /// Number of the best candidates by the diagonal that the block compares; 0 without that comparison.
     pub fn finalists(self) -> usize {
         if self.search == ScaleSearch::Block { FINALISTS } else { 0 }
     }
@@ -211,7 +211,7 @@ const SHRINK_STEP: f64 = 0.01;
 /// Candidates that are compared by the block.
 const FINALISTS: usize = 8;
 
-/// How often a scale shrinks. With fewer levels, the best scale clips more of a group's range.
+/// Number of smaller scales. With fewer levels, the best scale clips more of a group's range.
 fn shrink_steps(bits: Bits) -> u32 {
     match bits {
         Bits::Two => 75,

@@ -47,7 +47,7 @@ pub struct Plan {
     /// Whether scales may be negative; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub signed_scales: Option<bool>,
-    /// How scales are searched for; overrides the preset.
+    /// Search for scales; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_search: Option<ScaleSearch>,
     /// Whether groups are sorted in variants without act order; overrides the preset.
@@ -70,11 +70,11 @@ pub struct Plan {
     pub shrinkage: Option<bool>,
     /// Whether all variants are solved with the Hessians of the unquantized model.
     pub shared_hessian: bool,
-    /// What to do with a linear that cannot be solved numerically.
+    /// Reaction to a linear without a numerical solution.
     pub on_failure: OnFailure,
     /// Data type of forward passes.
     pub compute_dtype: ComputeDtype,
-    /// Where to compute: `auto`, `cpu`, `cuda:N`, or several CUDA devices with commas between them.
+    /// Device: `auto`, `cpu`, `cuda:N`, or several CUDA devices with commas between them.
     pub device: String,
     /// Largest weights file, bytes.
     pub max_shard_size: u64,
@@ -378,7 +378,7 @@ pub(crate) fn refuse_unknown(path: &Path, place: &str, table: &toml::Table, know
     Err(Error::UnknownKey { path: path.into(), key: format!("{place}{key}"), nearest })
 }
 
-/// What to do with a linear that cannot be solved numerically.
+/// Reaction to a linear without a numerical solution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {

@@ -1,4 +1,4 @@
-//! What one output is: bits, group size, column order and grid, and the branch name that follows from them.
+//! One output: bits, group size, column order and grid, and the branch name that follows from them.
 
 use std::{fmt, str::FromStr};
 
@@ -103,7 +103,7 @@ pub enum Order {
     ActStatic,
 }
 
-/// How input features are sorted before they are quantized.
+/// Order of input features before quantization.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sorting {
     /// As stored.
@@ -212,7 +212,7 @@ impl fmt::Display for Variant {
     }
 }
 
-/// How a variant is written.
+/// Text form of a variant.
 const FORM: &str = "{bits}bit-{group}g[-act|-static][-asym], e.g. 4bit-32g-act";
 
 impl FromStr for Variant {

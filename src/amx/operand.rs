@@ -12,7 +12,7 @@ pub(super) const TILE: usize = 16;
 /// Lines of one part of a chunk, [`SIDE`] rows of [`SIDE`] columns: two tiles, of 16 columns each.
 pub(super) const CHUNK: usize = 2 * TILE;
 
-/// How many bf16 values represent a value.
+/// Number of bf16 values that represent a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parts {
     /// The value is bf16.

@@ -327,7 +327,7 @@ impl ModelConfig {
         self.expert_layers() > 0
     }
 
-    /// How many layers have experts.
+    /// Number of layers with experts.
     pub fn expert_layers(&self) -> usize {
         self.layers.iter().filter(|layer| layer.feed_forward.routing.is_some()).count()
     }

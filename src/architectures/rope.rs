@@ -16,13 +16,13 @@ pub struct RopeConfig {
     pub theta: f64,
     /// Scaling of the inverse frequencies.
     pub scaling: RopeScaling,
-    /// How many features of a head are rotated, the first ones; even.
+    /// Number of rotated features of a head, the first ones; even.
     pub rotary_dim: usize,
     /// Whether neighbouring features are rotated together, rather than feature `i` with `i + rotary_dim/2`.
     pub interleaved: bool,
 }
 
-/// How inverse frequencies are scaled for long contexts. Lengths are in tokens.
+/// Scaling of inverse frequencies for long contexts. Lengths are in tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// No scaling.
@@ -144,7 +144,7 @@ impl RopeConfig {
     }
 }
 
-/// How many features of a head are rotated.
+/// Number of rotated features of a head.
 fn rotary_dim(fields: &Fields<'_>, defaults: RopeDefaults, part: Option<f64>) -> Result<usize> {
     let key = "partial_rotary_factor";
     match (defaults.partial, part) {

@@ -33,7 +33,7 @@ pub struct Provenance {
     pub files: Vec<ProvenanceFile>,
     /// The column (or JSON key) of the text; plain text has none.
     pub text_column: Option<String>,
-    /// How windows are taken from the rows.
+    /// Rule that makes windows of the rows.
     #[serde(flatten)]
     pub sampling: Sampling,
     /// Rows with a text, an empty one included.
@@ -48,7 +48,7 @@ pub struct Provenance {
 /// Conversations that are left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refused {
-    /// How many.
+    /// Their number.
     pub count: usize,
     /// The first of them, counted from 1.
     pub first: usize,
@@ -118,12 +118,12 @@ impl Corpus {
         &self.text
     }
 
-    /// How windows are taken from the rows.
+    /// Rule that makes windows of the rows.
     pub fn sampling(&self) -> &Sampling {
         &self.provenance.sampling
     }
 
-    /// Where the text comes from.
+    /// Source of the text.
     pub fn provenance(&self) -> &Provenance {
         &self.provenance
     }
@@ -139,7 +139,7 @@ pub(super) fn unpacked_limit(packed: u64) -> u64 {
     ORDINARY.max(packed.saturating_mul(LARGEST_FACTOR))
 }
 
-/// What is wrong with a file that unpacks to more than `limit` bytes.
+/// Problem of a file that unpacks to more than `limit` bytes.
 pub(super) fn unpacks_to_too_much(limit: u64) -> String {
     let [ordinary, limit] = [ORDINARY, limit].map(bytes);
     format!(

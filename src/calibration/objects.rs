@@ -192,7 +192,7 @@ fn content(value: &Value) -> Result<Option<String>, &'static str> {
     }
 }
 
-/// What a JSON value is, for messages.
+/// Kind of a JSON value, for messages.
 pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

@@ -8,7 +8,7 @@ use crate::folder;
 use serde::{Deserialize, Serialize};
 use std::path::{Component, Path};
 
-/// What a dataset is: a repository on the Hub, its files, and the rule that turns them into windows.
+/// A dataset: a repository on the Hub, its files, and the rule that turns them into windows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recipe {
     name: String,
@@ -16,7 +16,7 @@ pub struct Recipe {
     sampling: Sampling,
 }
 
-/// How windows are taken from the rows of a dataset.
+/// Rule that makes windows of the rows of a dataset.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase", tag = "sampling")]
 pub enum Sampling {
@@ -171,7 +171,7 @@ impl Recipe {
         &self.keys.text_column
     }
 
-    /// How windows are taken from its rows.
+    /// Rule that makes windows of its rows.
     pub fn sampling(&self) -> &Sampling {
         &self.sampling
     }

@@ -30,7 +30,7 @@ use crate::{
     json::{Fields, read_json},
 };
 
-/// What a space becomes.
+/// Replacement of a space.
 const SPACE: &str = "▁";
 
 /// Bytes of the longest piece. Trained models stay far below; the time to derive merges grows with the square.

@@ -1,4 +1,4 @@
-//! Where `tokenizer_config.json` and `tokenizer.json` disagree about the special tokens around a text.
+//! Contradictions of `tokenizer_config.json` and `tokenizer.json` about the special tokens around a text.
 
 use std::path::Path;
 

@@ -116,7 +116,7 @@ impl Windows {
         Ok(windows.finish())
     }
 
-    /// How many windows there are.
+    /// Number of windows.
     pub fn count(&self) -> usize {
         self.ids.len() / self.seq_len
     }

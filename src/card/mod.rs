@@ -96,7 +96,7 @@ pub struct CardOptions {
 }
 
 impl CardOptions {
-    /// Who quantized.
+    /// Author of the branches.
     fn quantized_by(&self) -> Option<&str> {
         let owner = || match &self.repository {
             Some(Address::Hub(reference)) => Some(reference.owner()),

@@ -22,7 +22,7 @@ use crate::{
 pub struct PackedTensors<'a> {
     /// Bits a code, `b`.
     pub bits: Bits,
-    /// How `qzeros` are stored.
+    /// Format of `qzeros`.
     pub format: CheckpointFormat,
     /// `K`, a multiple of the packing factor.
     pub in_features: usize,

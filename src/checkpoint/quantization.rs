@@ -25,7 +25,7 @@ pub const OPTIMUM_CONFIG_FILE: &str = "quantization_config.json";
 /// The newer one, a key of `config.json`.
 pub(super) const QUANTIZATION_KEY: &str = "quantization_config";
 
-/// How zero points are stored.
+/// Format of zero points.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CheckpointFormat {
     /// `gptq`, the default: files hold the zero point minus 1.
@@ -35,7 +35,7 @@ pub enum CheckpointFormat {
 }
 
 impl CheckpointFormat {
-    /// What is added to a stored zero point.
+    /// Number that is added to a stored zero point.
     pub fn zero_offset(self) -> u8 {
         match self {
             Self::Gptq => 1,
@@ -52,7 +52,7 @@ impl CheckpointFormat {
     }
 }
 
-/// How the linears of a GPTQ checkpoint were quantized. Made only by [`QuantizationConfig::read`], which checks every value.
+/// Quantization of a GPTQ checkpoint's linears. Made only by [`QuantizationConfig::read`], which checks every value.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizationConfig {
     /// Bits a code.
@@ -65,7 +65,7 @@ pub struct QuantizationConfig {
     pub sym: bool,
     /// Whether groups stay runs of neighbouring features under act order; false if missing.
     pub static_groups: bool,
-    /// How zero points are stored.
+    /// Format of zero points.
     pub format: CheckpointFormat,
     /// Damping, as a part of the mean Hessian diagonal.
     pub damp_percent: Option<f64>,
@@ -340,7 +340,7 @@ impl Said {
     }
 }
 
-/// What the tensors of a checkpoint show of its settings.
+/// Settings that the tensors of a checkpoint show.
 struct Shown<'a> {
     /// Of all quantized linears; none where they differ.
     bits: Option<Bits>,

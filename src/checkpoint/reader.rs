@@ -46,7 +46,7 @@ pub struct Checkpoint {
     absent: BTreeMap<String, String>,
     /// The index, if there is one.
     index: PathBuf,
-    /// What a tensor's numbers are multiplied by, for each element of its last axis.
+    /// Factors of a tensor's numbers, for each element of its last axis.
     factors: BTreeMap<String, Vec<f32>>,
     /// The header of a GGUF file.
     gguf: Option<Header>,
@@ -58,7 +58,7 @@ struct Shard {
     map: Mmap,
 }
 
-/// Where a tensor lies.
+/// Place of a tensor.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) shard: usize,

@@ -1,4 +1,4 @@
-//! How precise a quantized model's scales are, whatever type they are stored in.
+//! Precision of a quantized model's scales, whatever type they are stored in.
 
 use super::{Checkpoint, Dtype};
 use crate::error::Result;

@@ -26,7 +26,7 @@ const OTHER_WEIGHTS: [&str; 8] = [".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5"
 /// All forms of weights that are read from a folder, for messages.
 const FORMS: &str = "weights (`model.safetensors` or any other safetensors file, such as `gptq_model-4bit-128g.safetensors`; an index of \
                      shards; `pytorch_model.bin`)";
-/// What trainers leave beside weights under such names.
+/// Files of trainers beside weights with such names.
 const NO_WEIGHTS: [&str; 4] = ["training_args.bin", "optimizer.pt", "optimizer.bin", "scheduler.pt"];
 
 /// Why files hold no weights that can be read.

@@ -168,7 +168,7 @@ impl ShardPlan {
     }
 }
 
-/// What was written.
+/// Files and bytes that the writer wrote.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Written {
     /// Every file's name and bytes, the index included.

@@ -18,7 +18,7 @@ use super::{args::OutputArgs, terminal};
 pub(super) struct CardArgs {
     /// The folder that `gptq quantize` made
     pub(super) run: PathBuf,
-    /// Where the branches will be published: OWNER/NAME on the Hub, or a git address
+    /// Later place of the branches: OWNER/NAME on the Hub, or a git address
     #[arg(long, value_name = "REPOSITORY")]
     repository: Option<String>,
     #[command(flatten)]
@@ -37,7 +37,7 @@ pub(super) struct CardTexts {
     /// Format of a prompt, with {prompt} in it [default: the model's chat template]
     #[arg(long, value_name = "TEXT")]
     prompt_template: Option<String>,
-    /// The source model on the Hub, if it was read from a folder
+    /// The source model on the Hub, if the run read it from a folder
     #[arg(long, value_name = "OWNER/NAME")]
     base_model: Option<String>,
     /// The licence's identifier on the Hub, such as apache-2.0 [default: that of the source model's card]
@@ -46,8 +46,8 @@ pub(super) struct CardTexts {
     /// A language of the model, such as en; repeatable [default: those of the source model's card]
     #[arg(long = "language", value_name = "LANGUAGE")]
     languages: Vec<String>,
-    /// Text whose figures are shown; repeatable [default: the run's own texts, else those that all branches
-    /// were evaluated on]
+    /// Text whose figures to show; repeatable [default: the texts of the run; without evaluations of its own, those of all its
+    /// branches]
     #[arg(long = "dataset", value_name = "NAME")]
     datasets: Vec<String>,
     /// Author of the branches [default: the repository's owner]

@@ -1,4 +1,4 @@
-//! Where a command runs a model.
+//! Device on which a command runs a model.
 
 use gptq::{checkpoint::Checkpoint, device, model::Compute};
 use tch::Device;

@@ -1,4 +1,4 @@
-//! Where datasets are looked for.
+//! Places of datasets.
 
 use std::path::Path;
 

@@ -22,7 +22,7 @@ use super::{
     terminal::{self, Terminal},
 };
 
-/// What `--json` prints.
+/// Output of `--json`.
 #[derive(Serialize)]
 struct Evaluations {
     schema: &'static str,

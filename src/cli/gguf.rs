@@ -29,8 +29,7 @@ pub(super) struct GgufArgs {
     /// The GGUF file to write; must not exist
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// The unquantized model: norms, embedding and output layer are read from it in its own precision, and the file has its
-    /// name
+    /// The unquantized model. The file has its name, and its norms, embedding and output layer in their own precision
     #[arg(long, value_name = "MODEL")]
     model: Option<PathBuf>,
     /// Type of the embedding

@@ -67,7 +67,7 @@ struct Quantized {
     readers: Vec<ReaderReport>,
     /// The numbers of GPUs over which readers can split it.
     tensor_parallel: Vec<SplitReport>,
-    /// What was inferred about it, or is ambiguous in it, and what is used.
+    /// Inferred and ambiguous settings, with the choice for each.
     notes: Vec<String>,
 }
 

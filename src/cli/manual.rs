@@ -1,4 +1,4 @@
-//! What is made from the arguments' own descriptions: `gptq completions` and `gptq man`.
+//! `gptq completions` and `gptq man`, which follow from the descriptions of the arguments.
 
 use std::fs;
 

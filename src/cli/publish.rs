@@ -35,7 +35,7 @@ pub(super) struct PublishArgs {
     /// Make a new repository on the Hub private
     #[arg(long)]
     private: bool,
-    /// List what would be sent, and send nothing
+    /// List the files to send, and send nothing
     #[arg(long)]
     dry_run: bool,
     /// On a git remote: replace the branches, and discard their history there
@@ -48,7 +48,7 @@ pub(super) struct PublishArgs {
     texts: CardTexts,
 }
 
-/// Where to publish.
+/// Place to publish to.
 #[derive(Debug, Clone)]
 enum Place {
     Hub(Reference),

@@ -55,7 +55,7 @@ pub struct Kernel {
     static_shared: usize,
 }
 
-/// How many blocks of how many threads, and their dynamic shared memory.
+/// Numbers of blocks and threads, and the dynamic shared memory of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Grid {
     /// Blocks, x, y and z.

@@ -321,7 +321,7 @@ pub fn publish(out: &Path, branch: &str) -> Result<u64> {
     Ok(bytes)
 }
 
-/// Where a branch is, and where it is while it is being written.
+/// Final and temporary place of a branch.
 pub fn places(out: &Path, branch: &str) -> [PathBuf; 2] {
     [out.join(branch), out.join(format!(".{branch}.partial"))]
 }

@@ -1,11 +1,11 @@
-//! What the user can do about an error.
+//! Hints: the user's remedy for an error.
 
 use std::{fmt::Display, path::Path};
 
 use super::Error;
 
 impl Error {
-    /// What the user can do about it, if anything.
+    /// The user's remedy, if there is one.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Hub(error) => return error.hint(),

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 8] = b"gptqprd2";
 
-/// How the files' names begin.
+/// Beginning of the files' names.
 const PREFIX: &str = "predictions-";
 
 /// A file of stored predictions.
@@ -51,7 +51,7 @@ pub fn stored_predictions(dir: &Path) -> Result<Vec<StoredPredictions>> {
     Ok(found)
 }
 
-/// What predictions depend on.
+/// Inputs that predictions depend on.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Key {
     /// Digest of the tensors.
@@ -73,7 +73,7 @@ impl Key {
         serde_json::to_vec(self).expect("texts and numbers are JSON")
     }
 
-    /// Where its file is or will be.
+    /// Path of its file, which may not exist yet.
     pub(super) fn path(&self, dir: &Path) -> PathBuf {
         dir.join(format!("{PREFIX}{:032x}", xxh3_128(&self.json())))
     }

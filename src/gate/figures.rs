@@ -29,7 +29,7 @@ pub struct Figures {
     pub plan: BTreeMap<String, Value>,
     /// The calibration text.
     pub calibration: CalibrationFigures,
-    /// How it was computed.
+    /// Device and data type of the computation.
     pub compute: ComputeFigures,
     /// The branches.
     pub branches: Vec<BranchFigures>,
@@ -66,7 +66,7 @@ pub struct CalibrationFigures {
     pub sha256: String,
 }
 
-/// How it was computed.
+/// Device and data type of the computation.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ComputeFigures {
@@ -102,7 +102,7 @@ pub struct LinearFigures {
     pub name: String,
     /// `‖(W−Ŵ)X‖/‖WX‖` on the calibration tokens.
     pub relative_error: Option<f64>,
-    /// How often damping had to be raised.
+    /// Number of times that damping rose.
     #[serde(skip_serializing)]
     pub damp_raised: Option<u32>,
     /// Input features that are zero for all calibration tokens.

@@ -25,7 +25,7 @@ pub struct Request {
     pub rendered: bool,
     /// Largest number of generated tokens.
     pub max_tokens: usize,
-    /// How tokens are chosen.
+    /// Choice of tokens.
     pub sampling: Sampling,
 }
 

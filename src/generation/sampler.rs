@@ -7,7 +7,7 @@ use rand_chacha::{
 
 use crate::error::{Error, Result};
 
-/// How the next token is chosen from its logits.
+/// Choice of the next token from its logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
     /// Logits are divided by it; 0 takes the most likely token always.
@@ -111,7 +111,7 @@ mod tests {
 
     const PLAIN: Sampling = Sampling { temperature: 1.0, top_p: 1.0, repetition_penalty: 1.0, seed: 1 };
 
-    /// How often each of four tokens is chosen in 20 000 draws.
+    /// Counts of four tokens in 20 000 draws.
     fn frequencies(sampling: Sampling, history: &[u32]) -> [f64; 4] {
         let probabilities = [0.5f32, 0.1, 0.3, 0.1];
         let mut sampler = Sampler::new(&sampling).unwrap();

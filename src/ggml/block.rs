@@ -4,7 +4,7 @@ use half::f16;
 
 use super::{BlockType, MAX_BLOCK, MAX_SUB_BLOCKS, ScaleForm};
 
-/// What a block holds. Sub-blocks and codes beyond those of its type are not used.
+/// Contents of a block. Sub-blocks and codes beyond those of its type are unused.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Block {
     /// The scale.

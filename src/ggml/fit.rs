@@ -182,7 +182,7 @@ impl BlockGrid {
 }
 
 impl Levels {
-    /// How many there are.
+    /// Their number.
     pub fn count(&self) -> usize {
         match self {
             Self::Uniform { codes, .. } => codes.len(),

@@ -15,7 +15,7 @@ pub struct BlockGrid {
     pub sub_len: usize,
     /// The levels of the codes.
     pub levels: Levels,
-    /// How scale and offset are stored.
+    /// Format of scale and offset.
     pub scales: ScaleForm,
 }
 
@@ -33,7 +33,7 @@ pub enum Levels {
     Table(&'static [i8; 16]),
 }
 
-/// How the scale and the offset of a sub-block are stored.
+/// Format of the scale and the offset of a sub-block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ScaleForm {
     /// The scale is `d` in fp16, of either sign; there is no offset.

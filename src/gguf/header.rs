@@ -59,7 +59,7 @@ pub struct Header {
     pub metadata: Metadata,
     /// Tensors in the order of the file.
     pub tensors: Vec<TensorInfo>,
-    /// Where the data starts, bytes from the start of the file.
+    /// Start of the data, bytes from the start of the file.
     pub data_start: usize,
 }
 

@@ -74,7 +74,7 @@ pub enum MetadataValue {
     Array {
         /// Their type, which is no array.
         kind: ElementType,
-        /// How many.
+        /// Their number.
         count: usize,
         /// Their bytes.
         bytes: Vec<u8>,

@@ -90,7 +90,7 @@ impl GgufPlan {
         self.total as u64
     }
 
-    /// Everything before the data, padded.
+    /// All bytes before the data, padded.
     fn header(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
         out.extend(VERSION.to_le_bytes());

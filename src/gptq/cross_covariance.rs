@@ -144,7 +144,7 @@ impl CrossCovariance {
         self.matrix.f_narrow(0, rows.start, rows.end - rows.start).torch("read a cross-covariance")
     }
 
-    /// What is multiplied with the inputs of a batch: `[T, rows]` for inputs `[…, K]` of the quantized and of the reference model.
+    /// Factor of the inputs of a batch: `[T, rows]` for inputs `[…, K]` of the quantized and of the reference model.
     ///
     /// # Errors
     /// When libtorch cannot compute it.

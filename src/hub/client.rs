@@ -27,7 +27,7 @@ pub struct Hub {
     runtime: Runtime,
 }
 
-/// What a request is about: for its address, and for messages.
+/// Subject of a request: for its address, and for messages.
 pub(super) struct About<'a> {
     /// Model or dataset.
     pub(super) kind: RepoTypeAny,

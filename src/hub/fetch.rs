@@ -41,7 +41,7 @@ pub struct Snapshot {
 
 /// The wanted files of a repository.
 enum Wish<'a> {
-    /// What a model needs.
+    /// Files that a model needs.
     Model,
     /// These.
     Files(&'a [String]),

@@ -192,7 +192,7 @@ impl<'a> Part<'a> {
         Ok(())
     }
 
-    /// What the Hub lists and what came instead; `None` if they are the same.
+    /// The Hub's listing and the different content that came; `None` if they are the same.
     fn mismatch(&self) -> Option<(String, String)> {
         if self.length != self.listed.size {
             return Some((format!("{} bytes", self.listed.size), "more".into()));

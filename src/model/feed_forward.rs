@@ -40,7 +40,7 @@ pub(super) struct Routing {
     experts: Tensor,
     /// `[T·k]` fp32, the factors of their outputs.
     pub(super) weights: Tensor,
-    /// Where each expert was chosen: positions in the flattened `[T·k]`.
+    /// Choices of each expert: positions in the flattened `[T·k]`.
     pub(super) chosen: Vec<Tensor>,
 }
 

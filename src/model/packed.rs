@@ -20,7 +20,7 @@ pub(super) struct PackedLinears {
     workspace: Option<Arc<Workspace>>,
     /// Why linears run dense: each reason once, with the first linear that it holds for.
     dense: RefCell<Vec<(RepackError, LinearId)>>,
-    /// How many of those [`PackedLinears::notes`] has returned.
+    /// Number of those that [`PackedLinears::notes`] has returned.
     noted: RefCell<usize>,
 }
 

@@ -78,7 +78,7 @@ impl<'a> Transformer<'a> {
         self.kind
     }
 
-    /// Where it runs.
+    /// Its device.
     pub fn device(&self) -> Device {
         self.device
     }

@@ -170,7 +170,7 @@ impl<'a> PackedView<'a> {
         self.g_idx
     }
 
-    /// How `qzeros` stores zero points.
+    /// Format of zero points in `qzeros`.
     pub fn format(&self) -> CheckpointFormat {
         self.format
     }

@@ -127,7 +127,7 @@ pub(super) fn assist(
     Ok(())
 }
 
-/// What a rank computes with.
+/// Inputs and devices of a rank.
 struct Setup<'a> {
     windows: &'a Windows,
     /// Those of each rank.

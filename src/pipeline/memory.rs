@@ -1,4 +1,4 @@
-//! Where activations lie: memory budgets and the activation store of a device.
+//! Places of activations: memory budgets and the activation store of a device.
 
 use std::{
     path::{Path, PathBuf},
@@ -75,7 +75,7 @@ impl Drop for Reserved {
     }
 }
 
-/// Where the activations of a device lie: on the device while its budget lasts, else in page-locked memory, else in a file.
+/// Store of a device's activations: on the device while its budget lasts, else in page-locked memory, else in a file.
 pub(super) struct ActivationStore {
     pub(super) device: Device,
     pub(super) kind: Kind,

@@ -66,13 +66,13 @@ const LARGEST_OVERLAP: usize = 2;
 
 /// A run: the plan and what it needs beside it.
 pub struct Run<'a> {
-    /// What to make.
+    /// Settings.
     pub plan: &'a Plan,
     /// The dense source.
     pub checkpoint: &'a Checkpoint,
     /// The calibration texts, as many as the plan has datasets and in their order.
     pub texts: &'a [CalibrationText<'a>],
-    /// Where the branches go; an interrupted run there resumes.
+    /// Folder of the branches; an interrupted run there resumes.
     pub place: Place<'a>,
     /// The command, for the report: without paths of this machine.
     pub command: &'a [String],
@@ -86,13 +86,13 @@ pub struct Run<'a> {
 pub struct CalibrationText<'a> {
     /// Its tokens.
     pub tokens: Tokens<'a>,
-    /// Where it comes from, for the report.
+    /// Its source, for the report.
     pub provenance: &'a calibration::Provenance,
 }
 
 /// A run whose branches are in their places. Until it is completed, the same run resumes from here.
 pub struct Finished {
-    /// What was made.
+    /// The result, with its figures.
     pub report: Report,
     out: PathBuf,
     journal: Journal,
@@ -274,7 +274,7 @@ pub fn assist(run: &Run<'_>, progress: &dyn Progress) -> Result<()> {
     layers::assist(run, equalized.as_ref().unwrap_or(checkpoint), &windows, &mut journal, context)
 }
 
-/// What all ranks of a run make of its plan and texts.
+/// Plan and calibration windows of a run, on every rank.
 struct Prepared {
     /// With the names of the texts, which may be given by their paths on this machine.
     plan: Plan,
@@ -303,7 +303,7 @@ fn prepare(run: &Run<'_>) -> Result<Prepared> {
     Ok(Prepared { plan, shares, windows, dataset, warnings, identity })
 }
 
-/// What must be the same on all ranks.
+/// Inputs that must be the same on all ranks.
 #[derive(Serialize, Deserialize)]
 struct Introduction {
     identity: Identity,
@@ -343,7 +343,7 @@ fn compare_ranks(cluster: &Cluster, identity: &Identity) -> Result<Option<String
     Ok(warning)
 }
 
-/// Everything that can be refused before text is read: plan, model, output folder, disk.
+/// All checks before any text is read: plan, model, output folder, disk.
 ///
 /// # Errors
 /// When something does not fit.

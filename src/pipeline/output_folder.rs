@@ -16,7 +16,7 @@ use crate::{
 /// The journal's folder in the output folder. By its name it counts as unfinished.
 pub(super) const JOURNAL_FOLDER: &str = ".journal.partial";
 
-/// Where a run writes its branches, and the journal that it resumes from.
+/// Place of a run's branches, and of the journal that it resumes from.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
     /// The folder for the branches.
@@ -53,7 +53,7 @@ impl<'a> Place<'a> {
     }
 }
 
-/// What this run may do with the output folder.
+/// Permitted use of the output folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum FolderState {
     /// It is not, or not yet, this run's: its content stays as it is.

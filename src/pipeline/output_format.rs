@@ -13,7 +13,7 @@ use crate::{
     verify,
 };
 
-/// What a format needs to plan and to open an output.
+/// Inputs of a format to plan and to open an output.
 pub(super) struct Job<'a> {
     /// The checkpoint that it is made of, before it was changed.
     pub(super) original: &'a Checkpoint,

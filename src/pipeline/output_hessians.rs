@@ -43,7 +43,7 @@ pub(super) struct OutputHessians {
 #[derive(Clone, Copy)]
 pub(super) struct GradientWindows<'a> {
     pub(super) windows: &'a Windows,
-    /// How many of them, from the first on.
+    /// Their number, from the first on.
     pub(super) count: usize,
     /// At most about how many go through all layers and back together. The results do not depend on it: sums are continued.
     pub(super) at_once: usize,

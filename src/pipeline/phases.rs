@@ -1,4 +1,4 @@
-//! Where a run's time goes: seconds and arithmetic of each phase.
+//! Time of a run: seconds and arithmetic of each phase.
 
 use std::{
     sync::{Mutex, PoisonError},

@@ -306,7 +306,7 @@ impl<'a> StageSolver<'a> {
     }
 }
 
-/// How a linear is quantized.
+/// Format of a quantized linear.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum LinearFormat {
     /// On the grid of a variant.

@@ -144,7 +144,7 @@ impl CalibrationStatistics {
 pub(super) struct Batch {
     /// `[…, K]`.
     inputs: Tensor,
-    /// What is multiplied with them for the cross-covariance.
+    /// Their factors in the cross-covariance.
     difference: Option<Tensor>,
 }
 

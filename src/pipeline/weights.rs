@@ -18,7 +18,7 @@ pub(super) struct Weights {
     pub(super) parts: DenseParts,
     /// Weight `[N, K]` and bias `[N]` of each of the layer's linears, in the checkpoint's own kind.
     linears: Vec<(Tensor, Option<Tensor>)>,
-    /// What the weights lie in, if it is page-locked.
+    /// Page-locked memory of the weights; empty without it.
     memory: Vec<Arc<HostMemory>>,
 }
 

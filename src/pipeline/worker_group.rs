@@ -51,7 +51,7 @@ pub(super) struct Task<'a> {
     pub(super) variants: &'a [Output],
     pub(super) damp: f64,
     pub(super) accuracy: AccuracyOptions,
-    /// Where they are used.
+    /// Output Hessians; `None` without that option.
     pub(super) output_hessians: Option<&'a OutputHessians>,
     pub(super) shared_hessian: bool,
     pub(super) on_failure: OnFailure,
@@ -197,7 +197,7 @@ impl<'a> WorkerGroup<'a> {
 struct LayerPass<'w, 's, 'a> {
     worker: &'w mut Worker<'a>,
     collective: Box<dyn Collective + Send + 'w>,
-    /// What the root has beside the others.
+    /// Solver and output of the root; `None` on other workers.
     root: Option<(&'w mut StageSolver<'a>, &'w SharedSink<'s>)>,
     /// Indices of the group's variants.
     variants: &'w [usize],

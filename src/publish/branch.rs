@@ -23,7 +23,7 @@ pub struct Branch {
     pub files: Vec<LocalFile>,
     /// The folder on disk in which its card may lie.
     pub folder: PathBuf,
-    /// What it publishes: a folder, or GGUF files.
+    /// Published paths: a folder, or GGUF files.
     pub checkpoints: Vec<PathBuf>,
 }
 

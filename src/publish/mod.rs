@@ -20,14 +20,14 @@ use crate::{
     report::{GENERATED_BY, Report},
 };
 
-/// How to publish.
+/// Options of a publication.
 #[derive(Debug, Clone, Default)]
 pub struct PublishOptions {
     /// On the Hub: a new repository is private.
     pub private: bool,
     /// On a git remote: branches start anew, and the remote's history of them is thrown away.
     pub force: bool,
-    /// Nothing is sent.
+    /// List the files, and send nothing.
     pub dry_run: bool,
 }
 

@@ -87,7 +87,7 @@ pub struct CheckpointReport {
     /// Over how many GPUs software can split it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tensor_parallel: Vec<SplitReport>,
-    /// What was inferred about it, or is ambiguous in it, and what was used.
+    /// Inferred and ambiguous settings, with the choice for each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
 }
@@ -129,7 +129,7 @@ pub struct SplitReport {
 }
 
 impl fmt::Display for SplitReport {
-    /// `1 or 2 GPUs (4 parts: mlp.down_proj has 86 groups of 128)`.
+    /// `1 or 2 GPUs (not on 4: mlp.down_proj has 86 groups of 128)`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let parts: Vec<String> = self.parts.iter().map(ToString::to_string).collect();
         match &parts[..] {

@@ -166,7 +166,7 @@ pub struct PhaseReport {
 pub struct ModelReport {
     /// Its folder's name, or its repository's.
     pub name: String,
-    /// Where on the Hub it comes from, if it was fetched from there.
+    /// Its repository on the Hub, if it was fetched from there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<ModelSource>,
     /// Decoder layers.
@@ -210,7 +210,7 @@ pub struct CalibrationReport {
 /// One calibration text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SourceReport {
-    /// Where the text comes from: recipe or file name, repository, revision, files and their digests.
+    /// Source of the text: recipe or file name, repository, revision, files and their digests.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// Windows drawn from it; none in reports of versions that took one text.

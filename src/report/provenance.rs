@@ -1,4 +1,4 @@
-//! What reproduces a run or an evaluation: commands, models, texts and their digests.
+//! Provenance of a run or an evaluation: commands, models, texts and their digests.
 
 use super::{Comparison, ComputeReport, Evaluation, LayersComputed, RunSummary, SourceReport};
 use crate::calibration::ProvenanceFile;

@@ -69,7 +69,7 @@ pub fn llama_cpp() -> ReaderReport {
     ReaderReport { name: "llama.cpp".into(), living: true, refused: None }
 }
 
-/// What is wrong with a tensor's numbers, if anything: a scale that is not finite makes numbers that are not.
+/// Fault of a tensor's numbers, if there is one: a scale that is not finite makes numbers that are not.
 fn not_finite(view: &TensorView<'_>) -> Result<Option<String>> {
     let kind = match view.stored {
         Some(stored) => stored.kind,

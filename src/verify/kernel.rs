@@ -37,7 +37,7 @@ pub struct KernelOptions<'a> {
     pub corpus: &'a Corpus,
 }
 
-/// How exact the packed linears of a checkpoint are.
+/// Errors of the int4 matmul over a checkpoint's packed linears.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct KernelReport {
     /// `fp16 on cuda:0`.
@@ -52,7 +52,7 @@ pub struct KernelReport {
     pub linears: Vec<KernelError>,
 }
 
-/// How exact one linear is: the largest figures over all numbers of tokens.
+/// Errors of one linear: the largest figures over all numbers of tokens.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct KernelError {
     /// `model.layers.0.self_attn.q_proj`.
@@ -135,7 +135,7 @@ pub fn check_kernels(
     })
 }
 
-/// What is wrong, as findings.
+/// Errors beyond the tolerance, as findings.
 pub(super) fn findings(report: &KernelReport) -> impl Iterator<Item = Finding> {
     let wrong = report.linears.iter().filter(|linear| linear.rounding > report.tolerance);
     wrong.map(|linear| Finding {

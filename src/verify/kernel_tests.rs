@@ -1,4 +1,4 @@
-//! What the tolerance lets pass and what it does not: numbers rounded as the CUDA kernels round them, with and without a
+//! The tolerance of `verify --device`: numbers rounded as the CUDA kernels round them, with and without a
 //! fault. Real branches and the CPU's kernel are in tests/it/kernel.rs.
 
 use std::borrow::Cow;

@@ -34,14 +34,14 @@ use zero_points::ZeroPoints;
 pub struct Finding {
     /// The file or tensor.
     pub subject: String,
-    /// What is wrong with it, with numbers.
+    /// The problem, with numbers.
     pub problem: String,
 }
 
-/// What was found in a quantized checkpoint.
+/// Result of the checks of a quantized checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Verification {
-    /// Everything that is wrong.
+    /// All faults.
     pub findings: Vec<Finding>,
     /// Number of tensors that were checked.
     pub tensors: usize,

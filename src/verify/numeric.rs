@@ -1,4 +1,4 @@
-//! How far every linear is from the source it was made from.
+//! Distance of every linear from its source.
 
 use rayon::prelude::*;
 use serde::Serialize;

@@ -89,7 +89,7 @@ impl Exact {
         made().torch("multiply in fp64")
     }
 
-    /// What rounding explains of each output of a product of all these tokens at once, `[M, N]`.
+    /// Largest error by rounding of each output of a product of all these tokens at once, `[M, N]`.
     pub(super) fn allowed(&self, outputs: &Outputs, compute: Compute) -> Result<Tensor> {
         let Outputs { y, product, magnitude, input } = outputs;
         let rounding = Rounding::new(compute, self.in_features, y.size()[0] as usize);

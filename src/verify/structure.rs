@@ -89,7 +89,7 @@ fn linear(
     found(id.scales(), scales(tensors));
 }
 
-/// What is wrong with `g_idx`, if anything.
+/// Fault of `g_idx`, if there is one.
 fn groups(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Option<String> {
     let size = quantization.group_size.features(tensors.in_features);
     if quantization.sequential_groups() {
@@ -109,7 +109,7 @@ fn groups(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Opt
     Some(format!("group {g} has {count} features, expected {}", full(g)))
 }
 
-/// What is wrong with the zero points of a symmetric grid, if anything.
+/// Fault of a symmetric grid's zero points, if there is one.
 fn zeros(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Option<String> {
     let n = tensors.out_features;
     let offset = u32::from(quantization.format.zero_offset());
@@ -129,7 +129,7 @@ fn zeros(tensors: &PackedTensors<'_>, quantization: &QuantizationConfig) -> Opti
     ))
 }
 
-/// What is wrong with the scales, if anything; that they are finite has been checked on reading.
+/// Fault of the scales, if there is one. The reader has checked that they are finite.
 fn scales(tensors: &PackedTensors<'_>) -> Option<String> {
     let zero = tensors.scales.iter().filter(|s| s.to_f32() == 0.0).count();
     (zero > 0).then(|| format!("{zero} of {} scales are zero", tensors.scales.len()))

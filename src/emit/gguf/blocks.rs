@@ -27,7 +27,7 @@ pub(super) struct Refusal {
     pub(super) instead: &'static str,
 }
 
-/// What makes a branch that can be converted.
+/// Hint with variants that convert to a GGUF file.
 const SEQUENTIAL: &str = "make a branch with a sequential g_idx: gptq quantize --variant 4bit-128g (or 32g, 64g; 8bit-128g for Q8_0)";
 
 /// The type whose blocks hold the codes and scales of a linear as they are. Values of Q4_0 are `d · (q − 8)` and those of Q8_0

@@ -91,7 +91,7 @@ pub(super) fn notes(config: &ModelConfig) -> Vec<String> {
     notes
 }
 
-/// Everything but the tokenizer. `parameters` is the number of all tensors' elements.
+/// All keys but those of the tokenizer. `parameters` is the number of all tensors' elements.
 ///
 /// # Errors
 /// When `generation_config.json` cannot be read.

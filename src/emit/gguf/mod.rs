@@ -44,7 +44,7 @@ pub struct GgufFile {
     pub tensors: usize,
     /// Its bytes.
     pub bytes: u64,
-    /// Where llama.cpp computes something else than the branch, each a sentence for the user.
+    /// Differences between llama.cpp's computation and the branch's, each a sentence for the user.
     pub notes: Vec<String>,
 }
 
@@ -90,7 +90,7 @@ pub fn write_gguf(
     Ok(GgufFile { quantization, tensors: tensors.len(), bytes, notes: metadata::notes(config) })
 }
 
-/// Where a tensor's numbers come from.
+/// Source of a tensor's numbers.
 enum Content {
     RopeFactors(Vec<u8>),
     /// A packed linear, by layer and position.

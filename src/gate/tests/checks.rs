@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{MAIN, OTHER, WINDOWS, changed, figures, judged, lines, run, thresholds};
 use crate::gate::{Thresholds, Verdict, judge, judge_alone};
 
-/// What `run` fails for under `limits`, against the good run.
+/// Breaches of `run` under `limits`, against the good run.
 fn breaches(run: &Value, limits: &str) -> Vec<String> {
     lines(&judge(&figures(run), &figures(&super::run()), &thresholds(limits)))
 }

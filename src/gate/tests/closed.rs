@@ -1,4 +1,4 @@
-//! What is missing, or cannot be compared, is a reason to fail.
+//! Missing or incomparable figures are a reason to fail.
 
 use serde_json::{Value, json};
 

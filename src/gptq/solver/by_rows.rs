@@ -217,7 +217,7 @@ mod tests {
         variant::Variant,
     };
 
-    /// What errors in 70 outputs cost that depend on each other.
+    /// Cost of errors in 70 outputs that depend on each other.
     fn output_hessian(n: i64) -> Tensor {
         let options = (Kind::Float, Device::Cpu);
         let mix = Tensor::randn([n, n], options) + Tensor::eye(n, options) * 4.0;

@@ -98,7 +98,7 @@ pub struct Weight<'a> {
 pub struct Factorization {
     /// Damping used, as a fraction of the mean diagonal of the features that are not dead.
     pub damp: f64,
-    /// How often it had to be raised.
+    /// Number of times that it had to rise.
     pub damp_raised: u32,
     /// Input features that are zero in all calibration tokens; their weights are set to zero.
     pub dead_columns: usize,
@@ -120,7 +120,7 @@ struct Damped<F> {
     facts: Factorization,
 }
 
-/// How to damp a Hessian: its rows and columns are taken in `order`, and `lambda` is added to its diagonal. A diagonal
+/// Order and damping of a Hessian: its rows and columns follow `order`, and `lambda` is added to its diagonal. A diagonal
 /// element that is zero, of a dead feature, becomes `mean + lambda`.
 struct Damping<'a> {
     order: &'a ColumnOrder,

@@ -18,7 +18,7 @@ use crate::pack::PackedView;
 /// The most rows of x here.
 pub(super) const MAX_ROWS: usize = 4;
 
-/// How many units ahead words are prefetched. Of 1, 2, 4 and 8 the fastest for memory-bound matrices: twice as fast as without
+/// Distance of the prefetch of words, in units. Of 1, 2, 4 and 8 the fastest for memory-bound matrices: twice as fast as without
 /// prefetches.
 const PREFETCH_UNITS: usize = 8;
 

@@ -19,7 +19,7 @@ const CHUNK_ROWS: usize = 512;
 
 /// The fewest rows of a task if several tasks dequantize the same tile, because there are more threads than tiles.
 const MIN_TASK_ROWS: usize = 64;
-/// How far ahead x is prefetched, in values.
+/// Distance of the prefetch of x, in values.
 const AHEAD: usize = 256;
 
 /// Multiplies: y `[M, N]` = x `[M, K]` · Wᵀ, all f32 and row-major, with `M = rows`, K and N of `w`.
@@ -220,7 +220,7 @@ mod tests {
         y
     }
 
-    /// How many elements of y are out of tolerance.
+    /// Number of elements of y out of tolerance.
     fn wrong(y: &[f32], expected: &[(f64, f64)], in_features: usize) -> usize {
         let right = |(y, (exact, magnitude)): (&f32, &(f64, f64))| {
             (f64::from(*y) - exact).abs() <= tolerance(in_features, *magnitude)

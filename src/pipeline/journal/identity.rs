@@ -1,4 +1,4 @@
-//! What the content of the branches depends on. A run resumes from a journal only if all of it is the same.
+//! All inputs that the content of the branches depends on. A run resumes from a journal only if they are the same.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -14,7 +14,7 @@ use crate::{
 /// Settings that do not change the content of finished layers: they may differ when a run resumes.
 const FREE: [&str; 4] = ["device", "max-memory", "max-device-memory", "on-failure"];
 
-/// What a run makes, and from what.
+/// Identity of a run: program, settings and digests of its inputs.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(in crate::pipeline) struct Identity {
     /// `gptq 0.1.0`.
@@ -45,12 +45,12 @@ impl Identity {
         })
     }
 
-    /// What differs between a run that was begun and this one, in words; empty when nothing does.
+    /// Differences between the interrupted run and this one, in words; empty if there are none.
     pub(super) fn differences(&self, now: &Self) -> Vec<String> {
         self.differences_in_words(now, ["then", "now"])
     }
 
-    /// What differs between the root's run and another rank's, in words; empty when nothing does.
+    /// Differences between the root's run and another rank's, in words; empty if there are none.
     pub(in crate::pipeline) fn differences_of_rank(&self, other: &Self, rank: usize) -> Vec<String> {
         self.differences_in_words(other, ["on rank 0", &format!("on rank {rank}")])
     }

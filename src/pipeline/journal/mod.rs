@@ -1,4 +1,4 @@
-//! What an interrupted run resumes from: which layers are finished, what their branches hold, and the hidden states behind
+//! The state that an interrupted run resumes from: the finished layers, their branches' contents, and the hidden states behind
 //! them; before the first layer, the output Hessians as far as their gradients are taken. Committed after every layer, in an order in
 //! which no file that is referred to is ever missing.
 
@@ -35,7 +35,7 @@ use crate::{
 
 /// Locked by a run, so that no second run uses the same output folder.
 const LOCK_FILE: &str = "lock";
-/// How long another rank waits until it sees the folder.
+/// Time that another rank waits for the folder.
 const SHOWN_WITHIN: Duration = Duration::from_secs(10);
 
 /// The journal of a run. Its folder is removed if this is dropped before anything is committed.
@@ -49,7 +49,7 @@ pub(super) struct Journal {
     begun: (Instant, f64),
 }
 
-/// How far an interrupted run is.
+/// Progress of an interrupted run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Begun {
     /// Layers finished.
@@ -163,7 +163,7 @@ impl Journal {
         &self.state
     }
 
-    /// Where it is.
+    /// Its folder.
     pub(super) fn folder(&self) -> &Path {
         &self.folder
     }
@@ -427,7 +427,7 @@ impl Drop for NextStates {
     }
 }
 
-/// How far the interrupted run in `place` is; `None` if there is no run to resume.
+/// Progress of the interrupted run in `place`; `None` if there is no run to resume.
 pub fn begun(place: &Place<'_>) -> Option<Begun> {
     let state = State::read(&place.journal().ok()?).ok()??;
     let sums = state.gradients.as_ref();

@@ -14,13 +14,13 @@ use crate::{
 
 /// The file's name.
 pub(super) const STATE_FILE: &str = "state.json";
-/// How it begins; the number goes up when a reader of older ones could misread a newer one.
+/// Its beginning. The number rises when a reader of older states could misread a newer one.
 const MAGIC: &str = "gptq-journal/2 ";
 
-/// How far a run is.
+/// Progress of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(in crate::pipeline) struct State {
-    /// What is being made.
+    /// The outputs and their inputs.
     pub(super) identity: Identity,
     /// Layers finished.
     pub(super) layers: usize,
@@ -49,7 +49,7 @@ pub(in crate::pipeline) struct State {
     pub(in crate::pipeline) journal_seconds: f64,
     /// Largest resident memory of all parts of the run, bytes.
     pub(in crate::pipeline) peak_memory_bytes: Option<u64>,
-    /// How the finished layers were computed, by part of the run.
+    /// Device and data type of the finished layers, by part of the run.
     pub(super) parts: Vec<LayersComputed>,
     /// Whether all branches are written and checked, and need only be moved to their places.
     pub(in crate::pipeline) sealed: bool,
@@ -179,12 +179,12 @@ impl State {
         StageSeconds { calibrating: (layers - solving - packing).max(0.0), ..self.stage_seconds }
     }
 
-    /// How the layers of each part of the run were computed; empty if the run was not interrupted.
+    /// Device and data type of the layers, by part of the run; empty if there was no interruption.
     pub(in crate::pipeline) fn interrupted(&self) -> &[LayersComputed] {
         if self.parts.len() > 1 { &self.parts } else { &[] }
     }
 
-    /// How the last layers were computed.
+    /// Device and data type of the last layers.
     pub(in crate::pipeline) fn compute(&self) -> &ComputeReport {
         &self.parts.last().expect("a layer is finished").compute
     }

@@ -31,7 +31,7 @@ pub(super) struct Panel<'a> {
     pub(super) factor: &'a [Columns],
     /// Group of each column, `[P]`.
     pub(super) groups: &'a [u32],
-    /// Where a scale is fitted to the compensated weights; ascending, empty when all scales are known.
+    /// Columns where the kernel fits a scale to the compensated weights; ascending, empty when all scales are known.
     pub(super) fits: &'a [usize],
     /// `Ũ_ii` of each column, `[P]`.
     pub(super) pivots: &'a [f32],
@@ -48,7 +48,7 @@ pub(super) enum PanelGrid<'a> {
     Blocks(&'a BlockSearch),
 }
 
-/// How a compensated weight becomes a code, lane by lane.
+/// Rounding of compensated weights to codes, lane by lane.
 pub(super) trait Rounding: Copy {
     /// The factor by which weights of this scale are multiplied before they are rounded.
     fn inverse(scale: f32) -> f32;

@@ -26,7 +26,7 @@ pub(super) struct RowSums {
     pub(super) objective: Vec<f64>,
     /// `‖d‖²` `[N]`.
     pub(super) distance: Vec<f64>,
-    /// What rounding to nearest would cost with independent errors, `[N]`.
+    /// Cost of rounding to nearest with independent errors, `[N]`.
     independent: Vec<f64>,
     /// Scales that do not fit fp16, `[N]`.
     pub(super) broken: Vec<f64>,

@@ -116,7 +116,7 @@ fn cuda_device_packs_codes() {
 /// Scales of the default preset.
 const SEARCHED: Scales = Scales { signed: true, search: ScaleSearch::Block };
 
-/// Everything that a panel kernel reads or writes.
+/// All buffers that a panel kernel reads or writes.
 struct Panel {
     stack: Stacked,
     residuals: Tensor,

@@ -18,10 +18,10 @@ use crate::{
     variant::Sorting,
 };
 
-/// How much more a step may cost than the best one, as a part of it: rounding in fp32.
+/// Largest cost of a step above the best one, as a part of it: rounding in fp32.
 const STEP_TOLERANCE: f64 = 0.001;
 
-/// How much farther than the nearest a code may be, in units of the scale: rounding in fp32, or in bf16 parts on AMX.
+/// Largest distance of a code beyond the nearest, in units of the scale: rounding in fp32, or in bf16 parts on AMX.
 const CODE_TOLERANCE: f64 = 0.01;
 
 /// Largest difference of a linear's objective after a tie. Of two steps with the same error, the other one moves the codes of its

@@ -23,7 +23,7 @@ const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);
 const VARIANTS: [&str; 6] =
     ["4bit-32g", "4bit-64g-act", "4bit-128g-static", "4bit--1g", "2bit-32g-act-asym", "8bit-64g-asym"];
 
-/// How much larger an error may be than that of rounding: both are computed from fp32 weights and inputs.
+/// Largest ratio of an error to that of rounding: both are computed from fp32 weights and inputs.
 const TOLERANCE: f64 = 1e-3;
 
 /// The solvers of runs; that of CUDA with plain code in place of its kernels.

@@ -1,4 +1,4 @@
-//! What solvers are tested on.
+//! Problems for tests of solvers.
 
 use tch::{Device, Kind, Tensor};
 

@@ -1,4 +1,4 @@
-//! What every solver must do, on the CPU and on a CUDA device.
+//! Requirements on every solver, on the CPU and on a CUDA device.
 
 use tch::{Device, Kind, Tensor};
 
@@ -28,7 +28,7 @@ fn on_cpu(scales: Scales) -> [Box<dyn Solver>; 5] {
     ]
 }
 
-/// All that run on a CUDA device.
+/// All solvers of a CUDA device.
 fn on_cuda(scales: Scales) -> [Box<dyn Solver>; 2] {
     let ours = CudaSolver::new(cuda()).unwrap_or_else(|error| panic!("{error}"));
     [Box::new(ours.with_scales(scales)), Box::new(TorchSolver::new(scales))]
