@@ -254,7 +254,7 @@ mod tests {
                 CorpusSource::resolve(path.to_str().unwrap(), &options).unwrap().load(None)
             };
             let error = load(Some(100_000)).unwrap_err().to_string();
-            let start = "memory: 100.0 kB are available, and at least 100.0 kB for the text of `";
+            let start = "too little memory: available 100.0 kB, needed at least 100.0 kB for the text of `";
             assert!(error.starts_with(start) && error.contains(name), "{error}");
             assert_eq!(load(Some(2_000_000)).unwrap().text(), load(None).unwrap().text());
         }

@@ -282,7 +282,7 @@ mod tests {
         let path = folder.path().display();
         assert_eq!(
             open().to_string(),
-            format!("`{path}` is not a checkpoint folder: `tokenizer.json` not found in it")
+            format!("`{path}` is not a checkpoint folder: it has no `tokenizer.json`")
         );
         std::fs::write(folder.path().join("tokenizer.model"), "").unwrap();
         let problem = "it is not a SentencePiece model: it has no pieces";

@@ -90,14 +90,20 @@ fn distinct_tokens_are_counted_once() {
 fn too_little_text_is_an_error_with_the_numbers() {
     let random =
         |count, samples, seq_len| Windows::random(&counting(count), samples, seq_len, 0).unwrap_err();
-    assert_eq!(random(9, 1, 10).to_string(), "mine has 9 tokens; 1 x 10 tokens need at least 10");
-    assert_eq!(random(319, 128, 10).to_string(), "mine has 319 tokens; 128 x 10 tokens need at least 320");
+    assert_eq!(
+        random(9, 1, 10).to_string(),
+        "mine has 9 tokens; the windows (1 of 10 tokens) need at least 10"
+    );
+    assert_eq!(
+        random(319, 128, 10).to_string(),
+        "mine has 319 tokens; the windows (128 of 10 tokens) need at least 320"
+    );
     assert!(Windows::random(&counting(320), 128, 10, 0).is_ok());
     assert_eq!(random(9, 0, 10).to_string(), "samples: expected at least 1, found `0`");
     assert_eq!(random(9, 1, 0).to_string(), "sequence length: expected at least 1, found `0`");
 
     let sequential = Windows::sequential(&counting(9), 10, None).unwrap_err();
-    assert_eq!(sequential.to_string(), "mine has 9 tokens; 1 x 10 tokens need at least 10");
+    assert_eq!(sequential.to_string(), "mine has 9 tokens; the windows (1 of 10 tokens) need at least 10");
     let none = Windows::sequential(&counting(9), 3, Some(0)).unwrap_err();
     assert_eq!(none.to_string(), "windows: expected at least 1, found `0`");
 }

@@ -69,7 +69,7 @@ pub enum HubError {
         file: String,
     },
     /// The repository has weights only in formats that are not read.
-    #[error("`{repository}` has only `{found}`; safetensors or `pytorch_model.bin` are needed")]
+    #[error("`{repository}` has only `{found}`; expected safetensors or `pytorch_model.bin`")]
     WeightsFormat {
         /// `owner/name`.
         repository: String,
@@ -109,7 +109,7 @@ pub enum HubError {
         problem: String,
     },
     /// Too many requests, even after the requested pauses.
-    #[error("{endpoint} refuses further requests for now (429){}", after.map_or_else(String::new, |s| format!(": it asks to wait {s} s")))]
+    #[error("{endpoint} refuses further requests for now (429){}", after.map_or_else(String::new, |s| format!(": it requests a pause of {s} s")))]
     RateLimited {
         /// The Hub's address.
         endpoint: String,
@@ -159,9 +159,9 @@ pub enum HubError {
         place: String,
         /// The file, or the branch itself.
         file: String,
-        /// What was sent.
+        /// Size or digest of the sent file.
         expected: String,
-        /// What the remote has.
+        /// Size or digest of the remote's file.
         found: String,
     },
     /// git or git-lfs failed.
@@ -171,7 +171,7 @@ pub enum HubError {
         action: String,
         /// Its message.
         problem: String,
-        /// What helps, if known.
+        /// A remedy, if known.
         hint: Option<&'static str>,
     },
     /// The template of a card cannot be used.
@@ -222,7 +222,7 @@ impl HubError {
         }
     }
 
-    /// What the user can do about it, if anything.
+    /// The user's remedy, if there is one.
     pub(super) fn hint(&self) -> Option<String> {
         const LOG_IN: &str = "set HF_TOKEN, or log in: hf auth login";
         Some(match self {

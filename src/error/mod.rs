@@ -30,7 +30,7 @@ pub enum Error {
     /// An operation on a file or folder failed.
     #[error("cannot {action} `{}`: {source}", path.display())]
     Io {
-        /// What was tried: `read`, `create`, `write`, …
+        /// The attempted action: `read`, `create`, `write`, …
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
@@ -68,9 +68,9 @@ pub enum Error {
     Value {
         /// The option or key.
         what: String,
-        /// What it must be.
+        /// The expected value.
         expected: String,
-        /// What it was.
+        /// The found value.
         found: String,
     },
     /// The checkpoint holds a model of another family.
@@ -90,13 +90,13 @@ pub enum Error {
         path: PathBuf,
         /// The key.
         key: String,
-        /// What it must be.
+        /// The expected value.
         expected: String,
-        /// What it was.
+        /// The found value.
         found: String,
     },
     /// A folder that should be a checkpoint is not one.
-    #[error("`{}` is not a checkpoint folder: {missing} not found in it", path.display())]
+    #[error("`{}` is not a checkpoint folder: it has no {missing}", path.display())]
     NotACheckpoint {
         /// The folder.
         path: PathBuf,
@@ -104,7 +104,7 @@ pub enum Error {
         missing: String,
     },
     /// The folder has weights, but none in a format that is read.
-    #[error("`{}` has only `{found}`; safetensors or `pytorch_model.bin` are needed", path.display())]
+    #[error("`{}` has only `{found}`; expected safetensors or `pytorch_model.bin`", path.display())]
     WeightsFormat {
         /// The folder.
         path: PathBuf,
@@ -128,7 +128,7 @@ pub enum Error {
         tensor: String,
         /// The shard named.
         shard: String,
-        /// What is wrong there.
+        /// The problem there.
         problem: &'static str,
     },
     /// A decoder layer has a tensor that is not in the config and would change what the model computes.
@@ -144,7 +144,7 @@ pub enum Error {
     PytorchFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
     /// A clone without git-lfs has pointers in place of large files.
@@ -158,7 +158,7 @@ pub enum Error {
     Safetensors {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with numbers.
+        /// The problem, with numbers.
         problem: String,
     },
     /// A GGUF file is cut short, contradicts itself, or holds what is not read.
@@ -166,7 +166,7 @@ pub enum Error {
     Gguf {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with numbers.
+        /// The problem, with numbers.
         problem: String,
     },
     /// A branch that no GGUF file can hold as it is.
@@ -176,7 +176,7 @@ pub enum Error {
         path: PathBuf,
         /// The obstacle.
         problem: String,
-        /// What would do.
+        /// What to make instead.
         instead: String,
     },
     /// A link, or a file name in an index, points outside the model's folder.
@@ -222,9 +222,9 @@ pub enum Error {
         name: String,
         /// Position, counted row by row from 0.
         index: usize,
-        /// What it must be.
+        /// The expected value.
         expected: String,
-        /// What it was.
+        /// The found value.
         found: String,
     },
     /// A tensor given to the writer differs from the planned one.
@@ -232,7 +232,7 @@ pub enum Error {
     TensorWrite {
         /// The tensor.
         name: String,
-        /// What is wrong, with numbers.
+        /// The problem, with numbers.
         problem: String,
     },
     /// NaN or infinity where numbers are needed.
@@ -240,7 +240,7 @@ pub enum Error {
     NonFinite {
         /// The tensor, or the activation and its layer.
         place: String,
-        /// How many are not finite.
+        /// Number of values that are not finite.
         count: u64,
         /// Of how many.
         total: u64,
@@ -260,7 +260,7 @@ pub enum Error {
     Tokenizer {
         /// `tokenizer.json` or `tokenizer.model`.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
     /// A SentencePiece `tokenizer.model` without `tokenizer.json` beside it, which cannot be used.
@@ -268,7 +268,7 @@ pub enum Error {
     TokenizerModel {
         /// `tokenizer.model`.
         path: PathBuf,
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
     /// A chat template is broken, or refuses a conversation.
@@ -300,7 +300,7 @@ pub enum Error {
         name: String,
         /// The files looked for.
         files: String,
-        /// Where.
+        /// The searched folders.
         places: String,
         /// The command that fetches them.
         fetch: String,
@@ -310,7 +310,7 @@ pub enum Error {
     Dataset {
         /// The file.
         path: PathBuf,
-        /// What is wrong, with numbers.
+        /// The problem, with numbers.
         problem: String,
     },
     /// The text column does not exist.
@@ -334,7 +334,9 @@ pub enum Error {
         rows: usize,
     },
     /// The text is too short for the requested windows.
-    #[error("{dataset} has {tokens} tokens; {windows} x {seq_len} tokens need at least {needed}")]
+    #[error(
+        "{dataset} has {tokens} tokens; the windows ({windows} of {seq_len} tokens) need at least {needed}"
+    )]
     TooLittleText {
         /// The dataset.
         dataset: String,
@@ -426,9 +428,9 @@ pub enum Error {
     CheckpointKind {
         /// The folder.
         path: PathBuf,
-        /// What is needed.
+        /// The expected kind.
         expected: &'static str,
-        /// What it is.
+        /// The found kind.
         found: String,
     },
     /// Two models that cannot be compared.
@@ -438,7 +440,7 @@ pub enum Error {
         left: PathBuf,
         /// The other.
         right: PathBuf,
-        /// What differs.
+        /// The differences.
         problem: String,
     },
     /// A signal or the caller stopped the run.
@@ -455,7 +457,7 @@ pub enum Error {
     /// An operation of the CUDA driver or compiler failed.
     #[error("CUDA could not {action}: {problem}")]
     Cuda {
-        /// What was tried.
+        /// The attempted action.
         action: String,
         /// Its reason.
         problem: String,
@@ -463,7 +465,7 @@ pub enum Error {
     /// An operation of libtorch failed.
     #[error("libtorch could not {action}: {}", without_backtrace(source))]
     Torch {
-        /// What was tried.
+        /// The attempted action.
         action: String,
         /// libtorch's reason.
         source: tch::TchError,

@@ -29,7 +29,7 @@ pub enum NumericalError {
     Unsolved {
         /// The linear.
         linear: String,
-        /// What is wrong with the result, with numbers.
+        /// The problem of the result, with numbers.
         problem: String,
     },
 }
@@ -58,7 +58,7 @@ pub enum JournalError {
     Broken {
         /// The file or folder.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
     /// Its settings differ.
@@ -120,7 +120,7 @@ pub enum ResourceError {
         needed: String,
     },
     /// The work does not fit the memory allowed for it.
-    #[error("{memory}: {available} are available, and at least {needed} are needed")]
+    #[error("too little {memory}: available {available}, needed at least {needed}")]
     Memory {
         /// The kind of memory and its place.
         memory: String,

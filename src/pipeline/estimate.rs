@@ -1,4 +1,4 @@
-//! How much memory a run takes, from shapes alone, before any work.
+//! Memory of a run, from shapes alone, before any work.
 //!
 //! Everything is counted in bytes by what is alive at the same time: a layer's weights always; then, stage by stage, Hessian,
 //! factor, stacked weights, codes, and the activations of one batch; and the activations of all windows, which may be
@@ -25,11 +25,11 @@ const FP32: u64 = 4;
 const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
-/// What the heaps of a program with threads take beside what is counted.
+/// Bytes of the heaps of a program with threads, beside what is counted.
 const HEAPS: u64 = 48 << 20;
 /// Freed buffers that the heaps keep for the next ones: at most this, and a twelfth of what is counted.
 const RETAINED: u64 = 160 << 20;
-/// What CUDA itself takes: its context, the libraries' kernels and workspaces.
+/// Bytes of CUDA itself: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
 const CPU_BATCH_TOKENS: usize = 1024;
@@ -42,7 +42,7 @@ const STATISTICS: f64 = 0.7;
 const FACTORIZATION: f64 = 0.56;
 const TARGETS: f64 = 1.05;
 const SOLVE: f64 = 0.47;
-/// How many times longer a solve takes with output Hessians.
+/// Factor of a solve's time with output Hessians.
 const ROW_BLOCKS: f64 = 3.1;
 /// Operations for each weight of a search for scales.
 const SEARCH: f64 = 2200.0;
@@ -357,7 +357,7 @@ impl Shape<'_> {
         stages.map(of_stage).max().unwrap_or(0)
     }
 
-    /// What a run takes on CUDA (one device, all variants on it) or on the CPU, with `tokens` going through together.
+    /// Memory of a run on CUDA (one device, all variants on it) or on the CPU, with batches of `tokens` tokens.
     pub(super) fn need(&self, device: Device, tokens: usize) -> Need {
         let cuda = device != Device::Cpu;
         let of =
@@ -461,7 +461,7 @@ pub(super) mod tests {
         }
         let error = shape(&large).limits(Device::Cuda(0), Some(8 << 30), None, 0).unwrap_err();
         assert!(
-            error.to_string().starts_with("device memory: 8.59 GB are available, and at least "),
+            error.to_string().starts_with("too little device memory: available 8.59 GB, needed at least "),
             "{error}"
         );
     }

@@ -350,7 +350,7 @@ mod tests {
         // Not enough for what is needed in any case.
         let error = fits(need.working / 2).unwrap_err();
         assert!(!error.hint().unwrap().contains("it fits with"), "{error}");
-        assert!(error.to_string().starts_with("memory: "), "{error}");
+        assert!(error.to_string().starts_with("too little memory: "), "{error}");
     }
 
     #[test]

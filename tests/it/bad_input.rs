@@ -410,19 +410,19 @@ fn folders_that_are_not_checkpoints() {
         "error: model: expected a folder or file that exists, or OWNER/NAME on the Hub, found `[LAB]/model`",
     );
     fs::create_dir(lab.model()).unwrap();
-    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `config.json` not found in it");
+    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: it has no `config.json`");
 
     let lab = Lab::new();
     fs::remove_file(lab.model().join("model.safetensors")).unwrap();
     refused(
         &lab,
-        "error: `[LAB]/model` is not a checkpoint folder: weights (`model.safetensors` or any other safetensors file, such as \
-         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`) not found in it",
+        "error: `[LAB]/model` is not a checkpoint folder: it has no weights (`model.safetensors` or any other safetensors file, such as \
+         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`)",
     );
     fs::write(lab.model().join("tf_model.h5"), "PK").unwrap();
     refused(
         &lab,
-        "error: `[LAB]/model` has only `tf_model.h5`; safetensors or `pytorch_model.bin` are needed\n\
+        "error: `[LAB]/model` has only `tf_model.h5`; expected safetensors or `pytorch_model.bin`\n\
          hint: convert it: python -c \"from transformers import AutoModelForCausalLM as M; \
          M.from_pretrained('[LAB]/model', from_tf=True).save_pretrained('[LAB]/model-safetensors')\" (transformers 4 with \
          TensorFlow)",
@@ -430,7 +430,7 @@ fn folders_that_are_not_checkpoints() {
     fs::write(lab.model().join("llama-4bit.pt"), "PK").unwrap();
     refused(
         &lab,
-        "error: `[LAB]/model` has only `llama-4bit.pt`; safetensors or `pytorch_model.bin` are needed\n\
+        "error: `[LAB]/model` has only `llama-4bit.pt`; expected safetensors or `pytorch_model.bin`\n\
          hint: convert it: python -c \"import torch; from safetensors.torch import save_file; \
          d = torch.load('[LAB]/model/llama-4bit.pt', map_location='cpu', weights_only=True); \
          save_file({k: v.contiguous().clone() for k, v in d.items()}, '[LAB]/model/model.safetensors')\"",
@@ -447,7 +447,7 @@ fn folders_that_are_not_checkpoints() {
          T.from_pretrained('[LAB]/model').save_pretrained('[LAB]/model')\"",
     );
     fs::remove_file(lab.model().join("tokenizer.model")).unwrap();
-    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: `tokenizer.json` not found in it");
+    refused(&lab, "error: `[LAB]/model` is not a checkpoint folder: it has no `tokenizer.json`");
 }
 
 #[test]

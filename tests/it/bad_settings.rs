@@ -256,7 +256,7 @@ fn texts_that_hold_too_little() {
     refuse(
         "short.txt",
         "one two three",
-        "error: short.txt has 4 tokens; 4 x 64 tokens need at least 64\nhint: use fewer or shorter windows, or more text",
+        "error: short.txt has 4 tokens; the windows (4 of 64 tokens) need at least 64\nhint: use fewer or shorter windows, or more text",
     );
     refuse("empty.txt", " \n", "error: `empty.txt`: it holds no text");
     refuse(
@@ -308,7 +308,7 @@ fn evaluation_that_cannot_work_is_known_before_the_run() {
     refused(
         &lab,
         &["--eval", &short, "--variant", "4bit-32g"],
-        "error: short.txt has 4 tokens; 1 x 64 tokens need at least 64\nhint: use fewer or shorter windows, or more text",
+        "error: short.txt has 4 tokens; the windows (1 of 64 tokens) need at least 64\nhint: use fewer or shorter windows, or more text",
     );
     refused(
         &lab,

@@ -385,7 +385,7 @@ fn weights_that_are_not_read_name_the_conversion() {
     let refused = place.refused(place.settings(), "old/llama");
     assert!(
         refused.starts_with(
-            "`old/llama` has only `tf_model.h5`; safetensors or `pytorch_model.bin` are needed | convert it: python -c"
+            "`old/llama` has only `tf_model.h5`; expected safetensors or `pytorch_model.bin` | convert it: python -c"
         ),
         "{refused}"
     );

@@ -153,7 +153,11 @@ fn a_text_that_is_too_short_and_a_kind_that_is_not_there() {
     let short = lab.write("short.txt", &"word ".repeat(300));
     let output = lab.verify(&lab.branch(), &["--device", "cpu", "--dataset", &short]);
     assert!(output.stderr.starts_with("error: short.txt has "), "{}", output.stderr);
-    assert!(output.stderr.contains(" 16 x 128 tokens need at least 2048"), "{}", output.stderr);
+    assert!(
+        output.stderr.contains(" the windows (16 of 128 tokens) need at least 2048"),
+        "{}",
+        output.stderr
+    );
     lab.verify(&lab.branch(), &["--dataset", &short])
         .fails_with("error: --dataset is the text for --device, which is not given");
     lab.verify(&lab.branch(), &["--device", "cpu", "--compute-dtype", "bf16"])

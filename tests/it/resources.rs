@@ -45,7 +45,7 @@ fn too_little_memory_is_refused_with_the_numbers() {
     );
     assert_eq!(output.code, Some(2));
     assert!(
-        output.stderr.contains("error: memory: 1.0 MB are available, and at least "),
+        output.stderr.contains("error: too little memory: available 1.0 MB, needed at least "),
         "{}",
         output.stderr
     );
@@ -62,11 +62,11 @@ fn too_little_memory_for_the_text_is_refused_before_it_is_tokenized() {
     let output = lab.quantize(&["--variant", "4bit-32g", "--dataset", &text, "--max-memory", "600MB"]);
     assert_eq!(output.code, Some(2));
     assert!(
-        output.stderr.contains("error: memory: 600.0 MB are available, and at least "),
+        output.stderr.contains("error: too little memory: available 600.0 MB, needed at least "),
         "{}",
         output.stderr
     );
-    assert!(output.stderr.contains(" to tokenize the text are needed"), "{}", output.stderr);
+    assert!(output.stderr.contains(" to tokenize the text"), "{}", output.stderr);
 }
 
 /// Wider than deep, deeper than wide, and with few heads of keys; large enough that what a run needs is more than what any

@@ -79,15 +79,15 @@ fn folders_without_weights() {
         Checkpoint::open(dir.path()),
         dir.path(),
         "NotACheckpoint",
-        "`DIR` is not a checkpoint folder: weights (`model.safetensors` or any other safetensors file, such as \
-         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`) not found in it",
+        "`DIR` is not a checkpoint folder: it has no weights (`model.safetensors` or any other safetensors file, such as \
+         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`)",
     );
     let dir = folder(&small_config(), &[("tf_model.h5", b"x"), ("training_args.bin", b"x")]);
     assert_error(
         Checkpoint::open(dir.path()),
         dir.path(),
         "WeightsFormat",
-        "`DIR` has only `tf_model.h5`; safetensors or `pytorch_model.bin` are needed",
+        "`DIR` has only `tf_model.h5`; expected safetensors or `pytorch_model.bin`",
     );
 }
 
