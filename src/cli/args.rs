@@ -1,9 +1,9 @@
 //! The arguments of every command.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{
-    Args, Parser, Subcommand,
+    ArgAction, Args, Parser, Subcommand,
     builder::{PossibleValuesParser, TypedValueParser},
 };
 use clap_complete::Shell;
@@ -18,7 +18,7 @@ use super::{cache::StoredArgs, card::CardArgs, gate::GateArgs, gguf::GgufArgs, p
 
 /// Quantize language models with GPTQ, and check, compare and publish the results.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version, max_term_width = 100, after_help = START)]
 pub(super) struct Cli {
     #[command(subcommand)]
     pub(super) command: Command,
@@ -29,6 +29,12 @@ pub(super) struct Cli {
 /// Place of the options that all commands have, in lists of options: after the command's own.
 const LAST: usize = 900;
 
+/// What a newcomer does first.
+const START: &str = "First steps:
+  gptq demo                               try it on a built-in model
+  gptq quantize --model FOLDER --out RUN  quantize a model of your own
+  gptq report RUN --html report.html      see which result to take";
+
 // Headings of the options of `quantize`.
 const TEXT: &str = "Calibration text";
 const VARIANTS: &str = "Variants";
@@ -36,28 +42,31 @@ const ACCURACY: &str = "Accuracy";
 const MACHINE: &str = "Devices and memory";
 const EVALUATION: &str = "Evaluation";
 
-/// What is printed.
+/// Options of the output.
 #[derive(Debug, Args)]
 pub(super) struct OutputArgs {
     /// Print the result as JSON on standard output
-    // `report` has a flag of this name that takes a file, so both are of the same type.
-    #[arg(
-        long,
-        global = true,
-        display_order = LAST,
-        value_name = "-",
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "-",
-        value_parser = standard_output
-    )]
-    pub(super) json: Option<PathBuf>,
-    /// Print a line for every linear
+    // `report` has an option of this name that takes a file, so the flag's value is a path too.
+    #[arg(long, global = true, display_order = LAST, action = ArgAction::SetTrue, value_parser = standard_output)]
+    json: Option<PathBuf>,
+    /// Print a line for every linear, that is for every weight matrix of a layer
     #[arg(short, long, global = true, display_order = LAST)]
     pub(super) verbose: bool,
-    /// Print only errors and the result: no progress, warnings or tables of readers
+    /// Print only errors and the result, without progress and warnings
     #[arg(short, long, global = true, display_order = LAST, conflicts_with = "verbose")]
     pub(super) quiet: bool,
+}
+
+impl OutputArgs {
+    /// Prints errors only.
+    pub(super) fn silent() -> Self {
+        Self { json: None, verbose: false, quiet: true }
+    }
+
+    /// The place of the JSON, if it was requested: a file, or `-` for standard output.
+    pub(super) fn json(&self) -> Option<&Path> {
+        self.json.as_deref().filter(|path| !path.as_os_str().is_empty())
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -94,6 +103,7 @@ pub(super) enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:  gptq quantize --model Llama-2-7b-hf --out Llama-2-7B-GPTQ --set serve")]
 pub(super) struct QuantizeArgs {
     /// The fp16, bf16 or fp32 model: a folder, or OWNER/NAME[@REVISION] on the Hub
     #[arg(long, value_name = "MODEL")]
@@ -173,11 +183,11 @@ pub(super) struct QuantizeArgs {
     /// --quality]
     #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
     pub(super) output_hessian: Option<f64>,
-    /// Fold rotations into the weights, which spread outliers and leave the model's function unchanged [default: by --quality]
+    /// Fold rotations into the weights. They spread outliers, and the model's function stays the same [default: by --quality]
     #[arg(long, value_name = "BOOL", help_heading = ACCURACY, num_args = 0..=1, default_missing_value = "true")]
     pub(super) rotate: Option<bool>,
-    /// Move scale between outlier channels of norms and the linears that read them, which leaves the model's function
-    /// unchanged [default: by --quality]
+    /// Move scale between outlier channels of norms and the linears that read them. The model's function stays the same
+    /// [default: by --quality]
     #[arg(long, value_name = "BOOL", help_heading = ACCURACY, num_args = 0..=1, default_missing_value = "true")]
     pub(super) equalize: Option<bool>,
     /// Raise the damping of Hessians that come from few tokens [default: by --quality]
@@ -186,27 +196,28 @@ pub(super) struct QuantizeArgs {
     /// Compute one set of Hessians, from the unquantized model, for all variants: faster, and less accurate
     #[arg(long, help_heading = ACCURACY)]
     pub(super) shared_hessian: bool,
-    /// If a linear cannot be solved numerically: stop with an error, or round it to nearest (rtn) and report it [default: error]
+    /// If the Hessian of a linear has no solution: stop with an error, or round the linear to nearest (rtn) and report it
+    /// [default: error]
     #[arg(long, value_name = "WHAT", help_heading = ACCURACY, value_parser = words::<OnFailure>(&["error", "rtn"]))]
     pub(super) on_failure: Option<OnFailure>,
     /// Data type of forward passes. auto: on the CPU bf16 if it has instructions for it, else fp32; on CUDA fp16 or bf16 [default:
     /// auto]
     #[arg(long, value_name = "DTYPE", help_heading = MACHINE, value_parser = dtypes())]
     pub(super) compute_dtype: Option<ComputeDtype>,
-    /// auto, cpu, cuda, or several GPUs as cuda:0,cuda:1. auto is the CPU, because the CUDA code has not been tested on a GPU
+    /// auto, cpu, cuda, or several GPUs as cuda:0,cuda:1. auto is the CPU, because no test of the CUDA code has run on a GPU
     /// yet [default: auto]
     #[arg(long, value_name = "DEVICE", help_heading = MACHINE)]
     pub(super) device: Option<String>,
-    /// Limit of memory, such as 8GiB; activations that do not fit are kept on disk [default: no limit]
+    /// Limit of memory, such as 8GiB; activations that do not fit go to disk [default: no limit]
     #[arg(long, value_name = "SIZE", help_heading = MACHINE, value_parser = size)]
     pub(super) max_memory: Option<u64>,
-    /// Limit of memory of each CUDA device; activations that do not fit are kept in main memory [default: what is free]
+    /// Limit of memory of each CUDA device; activations that do not fit go to main memory [default: what is free]
     #[arg(long, value_name = "SIZE", help_heading = MACHINE, value_parser = size)]
     pub(super) max_device_memory: Option<u64>,
     /// Size of the largest weights file of a branch, such as 5GB [default: 10GB]
     #[arg(long, value_name = "SIZE", help_heading = VARIANTS, value_parser = size)]
     pub(super) max_shard_size: Option<u64>,
-    /// Text to evaluate the branches on: a recipe, file or folder; repeatable [default: the test text of each recipe]
+    /// Text for the evaluation of the branches: a recipe, file or folder; repeatable [default: the test text of each recipe]
     #[arg(long, value_name = "DATASET", help_heading = EVALUATION)]
     pub(super) eval: Vec<String>,
     /// Number of windows to evaluate on
@@ -235,7 +246,7 @@ impl Command {
 /// The device that runs a model, and the data type there.
 #[derive(Debug, Args)]
 pub(super) struct ComputeArgs {
-    /// auto, cpu, cuda or cuda:N. auto is the CPU, because the CUDA code has not been tested on a GPU yet
+    /// auto, cpu, cuda or cuda:N. auto is the CPU, because no test of the CUDA code has run on a GPU yet
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(super) device: String,
     /// Data type of the computation: fp32 on the CPU, fp16 or bf16 on CUDA
@@ -246,20 +257,20 @@ pub(super) struct ComputeArgs {
 /// The cache of the unquantized model's predictions.
 #[derive(Debug, Args)]
 pub(super) struct CacheArgs {
-    /// Folder for predictions of the unquantized model, which are computed once for the same text [default: gptq in
+    /// Folder that keeps predictions of the unquantized model, for later evaluations on the same text [default: gptq in
     /// $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR")]
     pub(super) cache_dir: Option<PathBuf>,
-    /// Neither read nor store these predictions
+    /// Do not read or store these predictions
     #[arg(long, conflicts_with = "cache_dir")]
     pub(super) no_cache: bool,
 }
 
-/// Where the files of a text are, and which part of them is read.
+/// Place of a text's files, and the part of them to read.
 #[derive(Debug, Args)]
 pub(super) struct TextPlaces {
-    /// Folder with the recipes' files, laid out as on the Hub; repeatable. Files that are neither here nor in the Hugging Face
-    /// cache are downloaded
+    /// Folder with the recipes' files, laid out as on the Hub; repeatable. The program downloads files that are neither here nor in the
+    /// Hugging Face cache
     #[arg(long, value_name = "DIR")]
     pub(super) dataset_dir: Vec<PathBuf>,
     /// Split of a folder of parquet files
@@ -271,6 +282,7 @@ pub(super) struct TextPlaces {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:  gptq verify Llama-2-7B-GPTQ/main --against Llama-2-7b-hf")]
 pub(super) struct VerifyArgs {
     /// A branch, the folder of a run for all its branches, OWNER/NAME[:BRANCH] on the Hub, or a GGUF file
     pub(super) dir: PathBuf,
@@ -293,6 +305,7 @@ pub(super) struct VerifyArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:  gptq eval --model Llama-2-7b-hf --quantized Llama-2-7B-GPTQ --windows 16")]
 pub(super) struct EvalArgs {
     /// The unquantized model: a folder, or OWNER/NAME[@REVISION] on the Hub
     #[arg(long, value_name = "MODEL")]
@@ -332,6 +345,7 @@ pub(super) struct EvalArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:  gptq report Llama-2-7B-GPTQ --html report.html")]
 pub(super) struct ReportArgs {
     /// The folder of a run, or its run.json; repeatable
     #[arg(value_name = "RUN", required_unless_present = "quantized")]
@@ -342,8 +356,8 @@ pub(super) struct ReportArgs {
     /// The unquantized model, a folder or OWNER/NAME[@REVISION] on the Hub: require that all figures compare with it
     #[arg(long, value_name = "MODEL")]
     pub(super) model: Option<PathBuf>,
-    /// Text whose figures are shown; repeatable, and the first decides the recommendation [default: the text that most models
-    /// were evaluated on]
+    /// Text whose figures to show; repeatable, and the first decides the recommendation [default: the text of most
+    /// evaluations]
     #[arg(long = "dataset", value_name = "NAME")]
     pub(super) datasets: Vec<String>,
     /// Write the report as one HTML file
@@ -369,6 +383,7 @@ pub(super) struct InspectArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:  gptq generate Llama-2-7B-GPTQ/main --prompt \"The old house\"")]
 pub(super) struct GenerateArgs {
     /// A model, quantized or not: a folder, OWNER/NAME[:BRANCH] on the Hub, or a GGUF file
     pub(super) dir: PathBuf,
@@ -383,7 +398,7 @@ pub(super) struct GenerateArgs {
     /// Render the prompt with the model's chat template, as a user's message
     #[arg(long)]
     pub(super) chat: bool,
-    /// Number of tokens to generate at most
+    /// Largest number of tokens
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(super) max_tokens: usize,
     /// Sampling temperature: higher gives more varied text, 0 always takes the most likely token
@@ -392,7 +407,7 @@ pub(super) struct GenerateArgs {
     /// Sample only from the most likely tokens that together have this probability
     #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true)]
     pub(super) top_p: f64,
-    /// Above 1, tokens that have occurred become less likely
+    /// Above 1, tokens of the text so far become less likely
     #[arg(long, value_name = "X", default_value_t = 1.1, allow_negative_numbers = true)]
     pub(super) repetition_penalty: f64,
     /// Seed of the sampling: the same seed gives the same text
@@ -419,8 +434,9 @@ pub(super) struct ManArgs {
     pub(super) dir: PathBuf,
 }
 
+/// The value of the flag `--json`, which is `true` if the flag is there.
 fn standard_output(text: &str) -> Result<PathBuf, String> {
-    if text == "-" { Ok(text.into()) } else { Err("only `report` writes its JSON to a file".into()) }
+    Ok(if text == "true" { "-".into() } else { PathBuf::new() })
 }
 
 /// A parser of `words`, which a plan spells the same.

@@ -11,7 +11,7 @@ use super::{args::OutputArgs, hub, terminal};
 /// The stored predictions.
 #[derive(Debug, Args)]
 pub(super) struct StoredArgs {
-    /// What to do with the files
+    /// list: show the files and their sizes. clear: remove them
     action: Action,
     /// Folder of the predictions [default: gptq in $XDG_CACHE_HOME or ~/.cache]
     #[arg(long, value_name = "DIR")]
@@ -20,9 +20,7 @@ pub(super) struct StoredArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Action {
-    /// List the files and their sizes
     List,
-    /// Remove the files
     Clear,
 }
 
@@ -42,7 +40,8 @@ pub(super) fn run(args: &StoredArgs, output: &OutputArgs) -> Result<bool> {
         }
         let all = bytes(stored.iter().map(|file| file.bytes).sum());
         let removed = if args.action == Action::Clear { " removed" } else { "" };
-        let _ = writeln!(text, "{all} in {} files of `{}`{removed}", stored.len(), dir.display());
+        let files = if stored.len() == 1 { "file" } else { "files" };
+        let _ = writeln!(text, "{all} in {} {files} of `{}`{removed}", stored.len(), dir.display());
         text
     };
     terminal::answer(output, &stored, text)?;

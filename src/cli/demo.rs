@@ -41,18 +41,21 @@ const SAMPLES: usize = 128;
 
 pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let source = tempfile::tempdir().context("making a temporary folder")?;
+    // The folder's name is the model's in reports and cards.
+    let model = source.path().join("demo-model");
+    fs::create_dir(&model).with_context(|| format!("making `{}`", model.display()))?;
     for (name, bytes) in MODEL {
-        let path = source.path().join(name);
+        let path = model.join(name);
         fs::write(&path, bytes).with_context(|| format!("writing `{}`", path.display()))?;
     }
     let out = match &args.out {
         Some(out) => out.clone(),
-        // The folder is kept: the last line of output names it.
+        // The folder is kept: the last lines of the output name it.
         None => tempfile::Builder::new().prefix("gptq-demo-").tempdir()?.keep().join("branches"),
     };
 
-    let checkpoint = Checkpoint::open(source.path())?;
-    let tokenizer = Tokenizer::open(source.path())?;
+    let checkpoint = Checkpoint::open(&model)?;
+    let tokenizer = Tokenizer::open(&model)?;
     let plan = Plan {
         dataset: vec!["demo calibration text".into()],
         samples: SAMPLES,
@@ -108,8 +111,8 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let report = finished.complete()?;
     drop(terminal);
     quantize::print(&report, &out, output)?;
-    if output.json.is_none() {
-        terminal::result(&how_to_load(&out))?;
+    if output.json().is_none() {
+        terminal::result(&next_steps(&out))?;
     }
     Ok(true)
 }
@@ -120,9 +123,12 @@ pub(super) fn calibration_text() -> gptq::Result<Corpus> {
     Corpus::from_parquet_bytes(name, bytes, "text")
 }
 
-fn how_to_load(out: &Path) -> String {
+/// The commands to try next.
+fn next_steps(out: &Path) -> String {
+    let (out, main) = (out.display(), out.join("main"));
     format!(
-        "load one from Python: transformers.AutoModelForCausalLM.from_pretrained(\"{}\")",
-        out.join("main").display()
+        "Next:\n  gptq report {out} --html report.html\n  gptq generate {0} --prompt \"The old house\"\n  in Python: \
+         transformers.AutoModelForCausalLM.from_pretrained(\"{0}\")",
+        main.display()
     )
 }

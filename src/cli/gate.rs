@@ -17,6 +17,7 @@ use super::{args::OutputArgs, terminal};
 const STEP_SUMMARY: &str = "GITHUB_STEP_SUMMARY";
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:  gptq gate Llama-2-7B-GPTQ --baseline baseline.json")]
 pub(super) struct GateArgs {
     /// The folder of a run, or its run.json
     pub(super) run: PathBuf,
@@ -26,27 +27,24 @@ pub(super) struct GateArgs {
     /// TOML file with limits; docs/ci.md lists the keys and their defaults
     #[arg(long, value_name = "FILE")]
     pub(super) thresholds: Option<PathBuf>,
-    /// Text whose figures are checked; repeatable [default: the run's own texts, else those that all branches were evaluated
-    /// on; and the baseline's]
+    /// Text whose figures to check; repeatable [default: the texts of the run and of the baseline. A run without evaluations of
+    /// its own: those of all its branches]
     #[arg(long = "dataset", value_name = "NAME")]
     pub(super) datasets: Vec<String>,
     /// Write this run's figures as the baseline, if it passes the checks that need no baseline
     #[arg(long)]
     pub(super) update: bool,
-    /// Format of the result; --json is --format json [default: text]
+    /// Format of the result. github: annotations of GitHub Actions. junit: XML for most CI servers. json, or --json: every check
+    /// [default: text]
     #[arg(long, value_name = "FORMAT", conflicts_with = "json")]
     pub(super) format: Option<GateFormat>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum GateFormat {
-    /// Lines for a terminal
     Text,
-    /// Annotations of GitHub Actions
     Github,
-    /// XML that most CI servers read
     Junit,
-    /// Every check
     Json,
 }
 
@@ -109,7 +107,7 @@ fn print(judgement: &Judgement, args: &GateArgs, output: &OutputArgs) -> Result<
         Some(GateFormat::Github) => terminal::result(&gate::github(judgement)),
         Some(GateFormat::Junit) => terminal::result(&gate::junit(judgement)),
         Some(GateFormat::Json) => terminal::json(&judgement.to_json()),
-        None if output.json.is_some() => terminal::json(&judgement.to_json()),
+        None if output.json().is_some() => terminal::json(&judgement.to_json()),
         Some(GateFormat::Text) | None => terminal::result(&gate::text(judgement, output.verbose)),
     }
 }

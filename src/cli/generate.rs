@@ -62,7 +62,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     // The prompt is printed with the first piece, so that an error stands alone.
     let (mut begun, mut printed) = (false, Ok(()));
     let mut piece = |piece: &str| {
-        if output.json.is_none() && printed.is_ok() {
+        if output.json().is_none() && printed.is_ok() {
             // An answer stands alone; a continued text needs its beginning.
             let prompt = if begun || args.chat { "" } else { &given };
             begun = true;
@@ -76,7 +76,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
         printed.and_then(|()| terminal::piece("\n"))?;
     }
     let made = made?;
-    if output.json.is_some() {
+    if output.json().is_some() {
         terminal::json(&made)?;
         return Ok(true);
     }
@@ -84,7 +84,7 @@ pub(super) fn run(args: &GenerateArgs, output: &OutputArgs) -> Result<bool> {
     terminal::note(
         output,
         &format!(
-            "{} tokens after {} of prompt ({:.2} s){speed}",
+            "{} tokens after a prompt of {} ({:.2} s){speed}",
             made.tokens, made.prompt_tokens, made.prompt_seconds
         ),
     );

@@ -30,7 +30,7 @@ pub(super) const SHORT: usize = 512;
 
 pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs, cluster: &Cluster) -> Result<bool> {
     // Only the root prints.
-    let silent = OutputArgs { json: None, verbose: false, quiet: true };
+    let silent = OutputArgs::silent();
     let output = if cluster.is_root() { output } else { &silent };
     let plan = plan(args)?;
     // What the root fetches, the other ranks find in the cache.
@@ -184,7 +184,7 @@ pub(super) fn evaluation_windows(
 
 /// Prints the run's tables or its JSON.
 pub(super) fn print(report: &Report, out: &Path, output: &OutputArgs) -> Result<()> {
-    if output.json.is_some() {
+    if output.json().is_some() {
         return terminal::json(report);
     }
     terminal::result(&format!("{}\n", run_table(report)))?;

@@ -48,7 +48,7 @@ pub(super) fn run(args: &ReportArgs, output: &OutputArgs) -> Result<bool> {
     if let Some(path) = &args.markdown {
         write(path, &markdown(&comparison))?;
     }
-    match output.json.as_deref() {
+    match output.json() {
         Some(path) if path != Path::new("-") => {
             write(path, &format!("{}\n", serde_json::to_string_pretty(&comparison)?))?;
         }

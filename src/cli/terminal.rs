@@ -81,7 +81,7 @@ pub(super) fn answer(
     value: &impl serde::Serialize,
     text: impl FnOnce() -> String,
 ) -> anyhow::Result<()> {
-    if output.json.is_some() { json(value) } else { result(&text()) }
+    if output.json().is_some() { json(value) } else { result(&text()) }
 }
 
 /// Prints the results of named folders: a single one as [`answer`] does, several as a JSON object by name or as texts under

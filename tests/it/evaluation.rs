@@ -42,14 +42,14 @@ fn stored_predictions_are_listed_and_cleared() {
     fs::write(cache.join("notes.txt"), "mine").unwrap();
     let listed = lab.run(&["cache", "list"]).succeeds().stdout;
     assert!(
-        listed.contains("kB  [LAB]/cache/gptq/predictions-") && listed.contains(" in 1 files of "),
+        listed.contains("kB  [LAB]/cache/gptq/predictions-") && listed.contains(" in 1 file of "),
         "{listed}"
     );
     let json = lab.run(&["cache", "list", "--json"]).json();
     let size = cache.join(&entries(&cache)[1]).metadata().unwrap().len();
     assert_eq!(json[0]["bytes"], size);
     let cleared = lab.run(&["cache", "clear", "--cache-dir", &text_of(&cache)]).succeeds().stdout;
-    assert!(cleared.ends_with("in 1 files of `[LAB]/cache/gptq` removed\n"), "{cleared}");
+    assert!(cleared.ends_with("in 1 file of `[LAB]/cache/gptq` removed\n"), "{cleared}");
     assert_eq!(entries(&cache), ["notes.txt"]);
 }
 
