@@ -44,7 +44,7 @@ pub(super) fn run(args: &VerifyArgs, output: &OutputArgs) -> Result<bool> {
     Ok(found.iter().all(|(_, verification)| verification.passed()))
 }
 
-/// What to run the linears on: device and text.
+/// Device and text for a run of the linears.
 fn kernel(args: &VerifyArgs, device: &str, model: &Path, output: &OutputArgs) -> Result<(Device, Corpus)> {
     let device = compute::device(device, output)?;
     let corpus = match &args.dataset {
@@ -109,7 +109,10 @@ fn text(verification: &Verification, output: &OutputArgs) -> String {
     }
     let ScaleSigns { negative, all } = verification.scales;
     if negative > 0 {
-        let _ = writeln!(text, "{negative} of {all} scales are negative, which readers need not know of");
+        let _ = writeln!(
+            text,
+            "{negative} of {all} scales are negative; readers multiply by them as by any other"
+        );
     }
     for reader in verification.readers.iter().filter(|_| !output.quiet) {
         let _ = writeln!(text, "{:<36} {}", reader.name, reader.verdict(&verification.tensor_parallel));

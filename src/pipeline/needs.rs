@@ -37,7 +37,7 @@ const RANKS: [usize; 5] = [1, 2, 4, 8, 16];
 /// Blocks of rows that a sum is continued in, about: the last rank begins that much later for each rank before it.
 const ROW_BLOCKS: f64 = 24.0;
 
-/// What a run needs.
+/// Needs of a run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Needs {
     /// Of forward passes.
@@ -189,7 +189,7 @@ impl Needs {
             + (on_every_rank + (all - on_every_rank) / ranks) / fp32
     }
 
-    /// What more ranks would bring: a line for each number of ranks, for a network of `network` bytes a second between neighbours.
+    /// Gain of more ranks: a line for each number of ranks, for a network of `network` bytes a second between neighbours.
     ///
     /// # Errors
     /// If libtorch cannot compute the products that are timed.
@@ -251,7 +251,7 @@ impl fmt::Display for Needs {
         let DiskNeed { branches, journal } = self.disk;
         write!(
             f,
-            "; disk: {} for the branches, {} for the journal until it is done",
+            "; disk: {} for the branches, {} for the journal until the run is complete",
             bytes(branches),
             bytes(journal)
         )

@@ -145,7 +145,7 @@ pub struct LostReader {
     pub by_shape: bool,
 }
 
-/// What a checkpoint is, as far as readers care.
+/// Properties of a checkpoint that decide which programs load it.
 #[derive(Debug, Clone)]
 struct Format {
     bits: u32,
@@ -395,7 +395,7 @@ impl Reader {
                 taking.iter().map(|path| path.split_problem(config, format, parts)).collect();
             match problems.and_then(|problems| problems.into_iter().next()) {
                 None => report.parts.push(parts),
-                Some(problem) => drop(report.limit.get_or_insert(format!("{parts} parts: {problem}"))),
+                Some(problem) => drop(report.limit.get_or_insert(format!("not on {parts}: {problem}"))),
             }
         }
         report
@@ -744,21 +744,21 @@ mod tests {
         let (whole, half) = (GroupSize::Features(128), GroupSize::Features(64));
         for name in ["vLLM 0.30", "SGLang 0.5.20"] {
             let llama_7b = split(&model(4096, 11008, 32, 32), whole, name);
-            assert_eq!(llama_7b, (vec![1, 2], "4 parts: mlp.down_proj has 86 groups of 128".into()));
+            assert_eq!(llama_7b, (vec![1, 2], "not on 4: mlp.down_proj has 86 groups of 128".into()));
             let llama_13b = split(&model(5120, 13824, 40, 40), whole, name);
-            assert_eq!(llama_13b, (vec![1, 2, 4], "8 parts: mlp.down_proj has 108 groups of 128".into()));
+            assert_eq!(llama_13b, (vec![1, 2, 4], "not on 8: mlp.down_proj has 108 groups of 128".into()));
             let llama3_8b = split(&model(4096, 14336, 32, 8), whole, name);
             assert_eq!(llama3_8b, (vec![1, 2, 4, 8], String::new()));
         }
         let qwen_05b = model(896, 4864, 14, 2);
-        let groups = "2 parts: self_attn.o_proj has 7 groups of 128";
+        let groups = "not on 2: self_attn.o_proj has 7 groups of 128";
         assert_eq!(split(&qwen_05b, whole, "vLLM 0.30"), (vec![1], groups.into()));
-        let heads = "4 parts: attention has 14 query heads";
+        let heads = "not on 4: attention has 14 query heads";
         assert_eq!(split(&qwen_05b, half, "vLLM 0.30"), (vec![1, 2], heads.into()));
         // Two parts share the one key and value head of four; one group a row has no groups to keep whole.
         let per_channel = split(&model(1024, 11008, 16, 4), GroupSize::PerChannel, "vLLM 0.30");
         assert_eq!(per_channel, (vec![1, 2, 4, 8], String::new()));
-        let kernel = "4 parts: mlp.down_proj would have K = 2752, not a multiple of 128";
+        let kernel = "not on 4: mlp.down_proj would have K = 2752, not a multiple of 128";
         assert_eq!(split(&model(4096, 11008, 32, 32), GroupSize::PerChannel, "SGLang 0.5.20").1, kernel);
     }
 

@@ -53,10 +53,10 @@ fn a_good_branch_passes_and_lists_its_readers() {
     let (count, rest) = output.stdout.split_once(' ').unwrap();
     assert!((1000..1500).contains(&count.parse().unwrap()), "{count}");
     insta::assert_snapshot!(rest, @r"
-    of 2560 scales are negative, which readers need not know of
+    of 2560 scales are negative; readers multiply by them as by any other
     transformers 5                       yes
     GPTQModel 7                          yes
-    vLLM 0.30 and newer                  yes, on 1 or 2 GPUs (4 parts: attention has 2 query heads)
+    vLLM 0.30 and newer                  yes, on 1 or 2 GPUs (not on 4: attention has 2 query heads)
     vLLM 0.22 to 0.29                    no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
     vLLM up to 0.21                      yes
     SGLang 0.5.20 and newer              no: needs N a multiple of 64 and K of 128, a linear here is 64 x 64
@@ -76,7 +76,7 @@ fn a_good_branch_passes_and_lists_its_readers() {
     let json = lab.verify(&lab.branch(), &["--json"]).json();
     assert_eq!((&json["tensors"], &json["checksums"]), (&63.into(), &true.into()));
     assert_eq!(json["findings"], serde_json::json!([]));
-    let limit = "4 parts: attention has 2 query heads";
+    let limit = "not on 4: attention has 2 query heads";
     assert_eq!(
         json["tensor_parallel"],
         serde_json::json!([
@@ -175,8 +175,8 @@ fn files_that_are_gone_or_cut_short_are_named() {
     lab.verify(&dir, &[]).finds(&format!("{Q}: tensor `{Q}.scales` is missing from `[LAB]/damaged`"));
     let dir = damaged_unsummed(&lab, |dir| fs::remove_file(dir.join("model.safetensors")).unwrap());
     lab.verify(&dir, &[]).finds(
-        "[LAB]/damaged: `[LAB]/damaged` is not a checkpoint folder: weights (`model.safetensors` or any other safetensors file, such as \
-         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`) not found in it",
+        "[LAB]/damaged: `[LAB]/damaged` is not a checkpoint folder: it has no weights (`model.safetensors` or any other safetensors file, such as \
+         `gptq_model-4bit-128g.safetensors`; an index of shards; `pytorch_model.bin`)",
     );
 }
 
