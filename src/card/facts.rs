@@ -143,8 +143,10 @@ fn row(report: &Report, branch: &BranchReport) -> Value {
 fn description(report: &Report, branch: &BranchReport) -> String {
     let mut parts = vec![match branch.variant.order() {
         Order::Sequential => "Groups of neighbouring features: `g_idx` is sequential.".to_owned(),
-        Order::Act => "Act order: `g_idx` is permuted.".to_owned(),
-        Order::ActStatic => "Act order with groups fixed beforehand: `g_idx` is sequential.".to_owned(),
+        Order::Act => "Act order: `g_idx` is a permutation.".to_owned(),
+        Order::ActStatic => {
+            "Act order with groups of neighbouring features: `g_idx` is sequential.".to_owned()
+        }
     }];
     if !branch.variant.symmetric() {
         parts.push("Asymmetric zero points.".into());

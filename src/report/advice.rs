@@ -19,7 +19,7 @@ pub(super) struct Advice<'a> {
 }
 
 impl Advice<'_> {
-    /// Everything in one line.
+    /// The reason and the figures in one line.
     pub(super) fn line(&self) -> String {
         let figures: Vec<String> =
             self.figures.iter().map(|(value, meaning)| format!("{value} {meaning}")).collect();
@@ -42,7 +42,7 @@ pub(super) fn advice<'a>(comparison: &'a Comparison) -> Vec<Advice<'a>> {
     let measured = comparison.entries.iter().filter(|e| e.main().is_some()).count();
     let of = if measured > 1 { format!(" of the {measured} measured") } else { String::new() };
     let of = if choice.closer.is_some() {
-        format!(" of those with {USUAL_BITS} bits or no larger a file")
+        format!(" of those with at most {USUAL_BITS} bits or a file no larger")
     } else {
         of
     };
@@ -109,7 +109,8 @@ pub(super) fn unserved(comparison: &Comparison) -> Option<String> {
     let choice = comparison.recommendation.as_ref()?;
     let none = choice.for_readers.iter().filter(|choice| choice.entry.is_none());
     let names: Vec<&str> = none.flat_map(|choice| &choice.readers).map(String::as_str).collect();
-    (!names.is_empty()).then(|| format!("For {}: none of these models can be loaded.", names.join(", ")))
+    let load = if names.len() == 1 { "loads" } else { "load" };
+    (!names.is_empty()).then(|| format!("{} {load} none of these models.", names.join(", ")))
 }
 
 /// The rule of the recommendation.
@@ -118,11 +119,12 @@ pub(super) fn rule(comparison: &Comparison) -> String {
         return "There is no recommendation without figures: run gptq eval first.".into();
     };
     format!(
-        "Rule: of the models with at most {USUAL_BITS} bits and those whose file is no larger, the smallest file whose mean KL \
-         divergence from fp16 on {} ({} windows of {} tokens) is at most {CLOSE} times the smallest. Up to {FACTOR} times \
-         counts too if the windows cannot tell the two apart: the 95% interval of their paired difference includes 0. If it \
-         must be smaller: the smallest file with at most {FACTOR} times the smallest divergence. For a maintained program \
-         that does not load the first: the same rule among those that it loads.",
+        "Rule: the candidates are the models with at most {USUAL_BITS} bits, and those whose file is no larger. The mean KL \
+         divergence from fp16 on {} ({} windows of {} tokens) decides. Take the smallest file whose divergence is at most \
+         {CLOSE} times the lowest. A file with up to {FACTOR} times the lowest counts too if the windows cannot tell the two \
+         apart: the 95% interval of their paired difference includes 0. If it must be smaller, take the smallest file with at \
+         most {FACTOR} times the lowest divergence. For a maintained program that does not load the first, the same rule holds \
+         among the models that it loads.",
         protocol.dataset, protocol.windows, protocol.seq_len
     )
 }
@@ -155,14 +157,13 @@ pub(super) fn unmeasured(comparison: &Comparison) -> Option<String> {
     let missing = comparison.entries.iter().filter(|entry| entry.main().is_none());
     let names: Vec<&str> = missing.map(|entry| entry.name.as_str()).collect();
     let title = protocol.title();
-    (!names.is_empty()).then(|| {
-        format!("Not measured on {title}, so that nothing is said of its accuracy: {}.", names.join(", "))
-    })
+    (!names.is_empty())
+        .then(|| format!("Without figures on {title}, and so without a verdict: {}.", names.join(", ")))
 }
 
 /// The meaning of the star in tables.
 pub(super) const STAR: &str =
-    "★: no other model that was measured on this text is both smaller and closer to fp16.";
+    "★: no other model with figures on this text is both smaller and closer to fp16.";
 
 /// The first sentence of a report.
 pub(super) fn headline(comparison: &Comparison) -> String {

@@ -97,7 +97,7 @@ fn size(count: u64) -> Cell {
     Cell { text: bytes(count), sort: count.to_string() }
 }
 
-/// How many of the maintained readers load it: `5 of 7, not vLLM, mistral.rs`.
+/// Number of the maintained readers that load it: `5 of 7, not vLLM, mistral.rs`.
 fn readers(entry: &Entry) -> Cell {
     let all = entry.checkpoint.readers.iter().filter(|reader| reader.living).count();
     if all == 0 {
@@ -202,8 +202,8 @@ fn why(entry: &Entry, linear: &LinearReport) -> String {
 /// Time and memory of one run.
 pub(super) struct Costs {
     pub(super) name: String,
-    /// A stage, its time, and the largest memory during it.
-    pub(super) stages: Vec<(&'static str, Cell, Cell)>,
+    /// A phase, its time, and the largest memory during it.
+    pub(super) phases: Vec<(&'static str, Cell, Cell)>,
     pub(super) facts: Vec<(&'static str, String)>,
 }
 
@@ -213,7 +213,7 @@ pub(super) fn costs(run: &RunSummary) -> Costs {
     let (seconds, memory) = (&report.stage_seconds, &report.stage_memory_bytes);
     let took = |s: f64| Cell { text: format!("{s:.1} s"), sort: s.to_string() };
     let size = |b: Option<u64>| b.map_or_else(none, size);
-    let stages = vec![
+    let phases = vec![
         ("reading weights, forward passes, Hessians", took(seconds.calibrating), size(memory.calibrating)),
         ("factorizing and solving", took(seconds.solving), size(memory.solving)),
         ("packing and writing linears", took(seconds.packing), size(memory.packing)),
@@ -230,5 +230,5 @@ pub(super) fn costs(run: &RunSummary) -> Costs {
         run.branch_seconds.iter().map(|(name, s)| format!("{name} {s:.1} s")).collect();
     let journal = ("of the whole run, the journal", format!("{:.1} s", report.journal_seconds));
     let facts = slowest.into_iter().chain([journal, ("solving and packing by branch", branches.join(", "))]);
-    Costs { name: run.name.clone(), stages, facts: facts.collect() }
+    Costs { name: run.name.clone(), phases, facts: facts.collect() }
 }

@@ -103,8 +103,8 @@ fn time_and_memory(comparison: &Comparison) -> String {
     let mut out = String::new();
     for costs in comparison.runs.iter().map(costs) {
         let _ = writeln!(out, "| {} | time | memory |\n|---|--:|--:|", text(&costs.name));
-        for (stage, seconds, memory) in costs.stages {
-            let _ = writeln!(out, "| {stage} | {} | {} |", seconds.text, memory.text);
+        for (phase, seconds, memory) in costs.phases {
+            let _ = writeln!(out, "| {phase} | {} | {} |", seconds.text, memory.text);
         }
         out.push('\n');
     }

@@ -53,7 +53,7 @@ fn everything_that_is_known_is_on_the_card() {
     };
     let row = format!(
         "| [{ACT}](https://huggingface.co/me/Tiny-GPTQ/tree/{ACT}) | 4 | 16 | Yes | 0.05 | evaluation.parquet | 64 | \
-         {} | No | vLLM 0.30 and newer, SGLang 0.5.20 and newer, mistral.rs 0.9 | {} | {} | Act order: `g_idx` is permuted.",
+         {} | No | vLLM 0.30 and newer, SGLang 0.5.20 and newer, mistral.rs 0.9 | {} | {} | Act order: `g_idx` is a permutation.",
         gptq::units::bytes(report["branches"][1]["bytes"].as_u64().unwrap()),
         figure(&measured["perplexity"], 4),
         figure(&measured["kl_divergence"], 6),

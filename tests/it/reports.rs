@@ -249,7 +249,7 @@ fn a_dataset_can_be_chosen_for_the_recommendation() {
     // What was not measured there is named, and neither recommended nor compared.
     assert!(
         books.contains(
-            "Not measured on books.txt, 16 windows of 1024 tokens, so that nothing is said of its accuracy: \
+            "Without figures on books.txt, 16 windows of 1024 tokens, and so without a verdict: \
              gptq-4bit-32g-actorder_True.\n"
         ),
         "{books}"
