@@ -36,14 +36,14 @@ pub struct AccuracyOptions {
     /// arXiv 2505.22988). Rows are then solved against targets that compensate the errors of the rows before them.
     #[serde(default)]
     pub output_hessian: f64,
-    /// Whether rotations are folded into the weights before calibration (QuaRot, arXiv 2404.00456).
+    /// Whether to fold rotations into the weights before calibration (QuaRot, arXiv 2404.00456).
     #[serde(default)]
     pub rotate: bool,
-    /// Whether channels are equalized between norms and the linears that read them, before calibration (cross-layer
+    /// Whether to equalize channels between norms and the linears that read them, before calibration (cross-layer
     /// equalization, arXiv 1906.04721).
     #[serde(default)]
     pub equalize: bool,
-    /// Whether damping is raised to that of the oracle approximating shrinkage estimator (arXiv 0907.4698).
+    /// Whether to raise damping to that of the oracle approximating shrinkage estimator (arXiv 0907.4698).
     #[serde(default)]
     pub shrinkage: bool,
 }
@@ -60,12 +60,12 @@ impl AccuracyOptions {
         shrinkage: false,
     };
 
-    /// Whether the reference model is run beside the quantized ones.
+    /// Whether the reference model runs beside the quantized ones.
     pub fn runs_reference(&self) -> bool {
         self.asymmetric > 0.0
     }
 
-    /// The order in which a variant's features are quantized.
+    /// Order of a variant's features in the solver.
     pub fn sorting(&self, variant: &Variant) -> Sorting {
         variant.sorting(self.group_aware)
     }
@@ -167,12 +167,12 @@ pub struct Scales {
     /// chooses the side. Readers multiply by the scale, whatever its sign.
     #[serde(rename = "signed_scales")]
     pub signed: bool,
-    /// Which scales are tried.
+    /// Candidates for the scale.
     #[serde(rename = "scale_search")]
     pub search: ScaleSearch,
 }
 
-/// Which scales are tried for a group, and how they are judged.
+/// Candidates for a group's scale, and the measure of their error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScaleSearch {
@@ -208,7 +208,7 @@ impl Scales {
 /// The difference of neighbouring factors.
 const SHRINK_STEP: f64 = 0.01;
 
-/// Candidates that are compared by the block.
+/// Candidates that the block compares.
 const FINALISTS: usize = 8;
 
 /// Number of smaller scales. With fewer levels, the best scale clips more of a group's range.

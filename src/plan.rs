@@ -12,7 +12,7 @@ use crate::{
     variant::{Output, Variant, VariantSet},
 };
 
-/// The settings that decide the content of the branches, and how they are computed.
+/// The settings that decide the content of the branches and their computation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Plan {
@@ -36,7 +36,7 @@ pub struct Plan {
     pub seed: u64,
     /// The branches to make.
     pub variants: Vec<Output>,
-    /// The variant of the branch `main`; by default `4bit-128g`, if it is made.
+    /// The variant of the branch `main`; by default `4bit-128g`, if the run makes it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub main: Option<Variant>,
     /// Damping, as a fraction of the Hessian's mean diagonal; overrides the preset.
@@ -50,7 +50,7 @@ pub struct Plan {
     /// Search for scales; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scale_search: Option<ScaleSearch>,
-    /// Whether groups are sorted in variants without act order; overrides the preset.
+    /// Group-aware order in variants without act order; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub act_group_aware: Option<bool>,
     /// Strength of asymmetric calibration, from 0 to 1; overrides the preset.
@@ -59,16 +59,16 @@ pub struct Plan {
     /// Part of the calibration windows, from 0 to 1, whose gradients give the output Hessians; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub output_hessian: Option<f64>,
-    /// Whether rotations are folded into the weights before they are quantized; overrides the preset.
+    /// Folded rotations of the weights; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rotate: Option<bool>,
-    /// Whether norms and the linears behind them are equalized first; overrides the preset.
+    /// Equalization of norms and the linears behind them; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub equalize: Option<bool>,
-    /// Whether damping is raised by the spectrum of each Hessian; overrides the preset.
+    /// Shrinkage: damping by the spectrum of each Hessian; overrides the preset.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shrinkage: Option<bool>,
-    /// Whether all variants are solved with the Hessians of the unquantized model.
+    /// Whether all variants share the Hessians of the unquantized model.
     pub shared_hessian: bool,
     /// Reaction to a linear without a numerical solution.
     pub on_failure: OnFailure,
@@ -191,7 +191,7 @@ impl Plan {
         }
     }
 
-    /// The branch that a variant is published as.
+    /// Name of the branch of an output.
     pub fn branch(&self, output: &Output) -> String {
         output.branch(self.main)
     }
@@ -304,12 +304,12 @@ const EXPERTS_TOO_FEW: &str = "too few tokens go through each expert";
 pub struct DatasetShare {
     /// A recipe, or the path of a file or folder.
     pub name: String,
-    /// Its share in proportion to the other datasets; 1 if none is given.
+    /// Its share in proportion to the other datasets; 1 by default.
     pub weight: Option<u32>,
 }
 
 impl DatasetShare {
-    /// The weight, or 1 if none is given.
+    /// The weight; 1 by default.
     pub fn weight(&self) -> u32 {
         self.weight.unwrap_or(1)
     }

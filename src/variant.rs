@@ -90,13 +90,13 @@ impl GroupSize {
     }
 }
 
-/// The order in which input features are quantized, and how groups follow it.
+/// Order of input features in the solver, and of the groups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// As stored; groups are runs of neighbouring features.
     Sequential,
-    /// Act order: descending Hessian diagonal; groups follow that order, so `g_idx` is permuted.
+    /// Act order: descending Hessian diagonal; groups follow that order, so `g_idx` is a permutation.
     Act,
     /// Act order over static groups: descending diagonal, but groups are runs of neighbouring features whose
     /// scales are fitted beforehand, so `g_idx` stays sequential.
@@ -116,7 +116,7 @@ pub enum Sorting {
 }
 
 impl Order {
-    /// `desc_act` in files: whether `g_idx` is permuted. Readers that look at the flag alone would refuse act order with static
+    /// `desc_act` in files: whether `g_idx` is a permutation. Readers that look at the flag alone would refuse act order with static
     /// groups, whose `g_idx` is sequential, if it were set there.
     pub fn desc_act(self) -> bool {
         self == Self::Act
@@ -163,12 +163,12 @@ pub struct Variant {
 }
 
 impl Variant {
-    /// Whether every scale is known before the first column is quantized, and not fitted where its group begins.
+    /// Whether every scale is known before the first column. Otherwise the solver fits it where its group begins.
     pub fn scales_known_beforehand(&self) -> bool {
         self.order == Order::ActStatic || self.group_size == GroupSize::PerChannel
     }
 
-    /// The order that this variant's features are quantized in. Without act order `group_aware` can sort them; groups stay runs
+    /// Order of this variant's features in the solver. Without act order `group_aware` can sort them; groups stay runs
     /// of neighbouring features.
     pub fn sorting(&self, group_aware: bool) -> Sorting {
         match (self.order, group_aware, self.group_size) {
@@ -275,7 +275,7 @@ impl Output {
         }
     }
 
-    /// The order that its features are quantized in. Blocks of ggml hold neighbouring features, and their scales are fitted in the
+    /// Order of its features in the solver. Blocks of ggml hold neighbouring features, and their scales are fitted in the
     /// order of the blocks.
     pub fn sorting(&self, group_aware: bool) -> Sorting {
         match self {

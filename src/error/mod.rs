@@ -63,7 +63,7 @@ pub enum Error {
         /// The nearest key that exists.
         nearest: Option<String>,
     },
-    /// A value given by the user cannot be used.
+    /// A value from the user is not a valid one.
     #[error("{what}: expected {expected}, found `{found}`")]
     Value {
         /// The option or key.
@@ -100,10 +100,10 @@ pub enum Error {
     NotACheckpoint {
         /// The folder.
         path: PathBuf,
-        /// The file that was looked for.
+        /// The missing file.
         missing: String,
     },
-    /// The folder has weights, but none in a format that is read.
+    /// The folder has weights in unsupported formats only.
     #[error("`{}` has only `{found}`; expected safetensors or `pytorch_model.bin`", path.display())]
     WeightsFormat {
         /// The folder.
@@ -161,7 +161,7 @@ pub enum Error {
         /// The problem, with numbers.
         problem: String,
     },
-    /// A GGUF file is cut short, contradicts itself, or holds what is not read.
+    /// A GGUF file is cut short, contradicts itself, or has unsupported contents.
     #[error("`{}` cannot be read as a GGUF file: {problem}", path.display())]
     Gguf {
         /// The file.
@@ -182,7 +182,7 @@ pub enum Error {
     /// A link, or a file name in an index, points outside the model's folder.
     #[error("`{}` points outside its folder, to `{}`", path.display(), target.display())]
     OutOfFolder {
-        /// The file as it is named.
+        /// The file, by its name.
         path: PathBuf,
         /// The path it leads to.
         target: PathBuf,
@@ -205,12 +205,12 @@ pub enum Error {
         /// Shape in the file.
         found: Vec<usize>,
     },
-    /// A tensor's dtype is not one that can be read here.
+    /// A tensor's dtype is not a supported one.
     #[error("tensor `{name}`: expected dtype {expected}, found {found}")]
     TensorDtype {
         /// The tensor.
         name: String,
-        /// The dtypes that can be read.
+        /// The supported dtypes.
         expected: &'static str,
         /// The dtype in the file.
         found: String,
@@ -235,7 +235,7 @@ pub enum Error {
         /// The problem, with numbers.
         problem: String,
     },
-    /// NaN or infinity where numbers are needed.
+    /// NaN or infinity in place of numbers.
     #[error("{place}: {count} of {total} values are NaN or infinite")]
     NonFinite {
         /// The tensor, or the activation and its layer.
@@ -414,7 +414,7 @@ pub enum Error {
         /// The file or folder.
         path: PathBuf,
     },
-    /// A begun run cannot be resumed.
+    /// An interrupted run cannot be resumed.
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The machine has too little disk space or memory.
@@ -423,7 +423,7 @@ pub enum Error {
     /// Figures cannot be reported or compared.
     #[error(transparent)]
     Report(#[from] ReportError),
-    /// A checkpoint that is not GPTQ where a GPTQ one is needed, or the reverse.
+    /// A checkpoint of another kind than the command needs: GPTQ or unquantized.
     #[error("`{}`: expected {expected}, found {found}", path.display())]
     CheckpointKind {
         /// The folder.
@@ -492,7 +492,7 @@ pub(crate) fn toml_error(path: &Path, text: &str, error: &toml::de::Error) -> Er
     Error::Toml { path: path.into(), message: format!("{place}{}", error.message()) }
 }
 
-/// Adds what was tried to a libtorch error.
+/// Adds the attempted action to a libtorch error.
 pub trait TorchContext<T> {
     /// `action` completes the sentence "libtorch could not …".
     fn torch(self, action: &str) -> Result<T>;

@@ -58,13 +58,13 @@ pub struct Generated {
     pub load_seconds: f64,
     /// Seconds for the prompt.
     pub prompt_seconds: f64,
-    /// Seconds for all tokens but the first, which is computed with the prompt.
+    /// Seconds for all tokens but the first, which comes with the prompt.
     pub decode_seconds: f64,
     /// Decoded tokens per second; none for fewer than two tokens.
     pub tokens_per_second: Option<f64>,
 }
 
-/// Continues a prompt; `emit` is called with each piece of text. `folder` has the tokenizer, and perhaps `generation_config.json`: the
+/// Continues a prompt, and calls `emit` with each piece of text. `folder` has the tokenizer, and perhaps `generation_config.json`: the
 /// checkpoint's own folder, or for a GGUF file another one.
 ///
 /// # Errors

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 /// Choice of the next token from its logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by it; 0 takes the most likely token always.
+    /// Divisor of the logits; 0 takes the most likely token always.
     pub temperature: f64,
     /// Only the most likely tokens that together reach this probability (nucleus sampling, arXiv 1904.09751).
     pub top_p: f64,
@@ -50,7 +50,7 @@ impl Sampler {
         Ok(Self { sampling: *sampling, random: ChaCha8Rng::seed_from_u64(seed) })
     }
 
-    /// The next token after `history`, from its logits `[vocab]`, which are changed.
+    /// The next token after `history`, from its logits `[vocab]`. It changes the logits.
     ///
     /// # Errors
     /// When a logit is NaN or infinite.

@@ -43,9 +43,9 @@ pub struct Finding {
 pub struct Verification {
     /// All faults.
     pub findings: Vec<Finding>,
-    /// Number of tensors that were checked.
+    /// Number of checked tensors.
     pub tensors: usize,
-    /// Whether the folder has checksums; without them a flipped bit that leaves a valid code is not found.
+    /// Whether the folder has checksums. Without them no check finds a flipped bit that leaves a valid code.
     pub checksums: bool,
     /// Whether scales are negative.
     pub scales: ScaleSigns,
@@ -53,11 +53,11 @@ pub struct Verification {
     pub readers: Vec<ReaderReport>,
     /// Over how many GPUs software can split it.
     pub tensor_parallel: Vec<SplitReport>,
-    /// Inferred settings, and contradictions between files with the setting that was used.
+    /// Inferred settings, and contradictions between files with the chosen setting.
     pub notes: Vec<String>,
     /// Distance of every linear from the source, if there is one.
     pub distances: Vec<LinearDistance>,
-    /// Errors of the int4 matmul, if it was checked and there is no other finding.
+    /// Errors of the int4 matmul; `None` without a check of it, or after another finding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<KernelReport>,
 }
@@ -157,7 +157,7 @@ pub fn notes(checkpoint: &Checkpoint, quantization: &QuantizationConfig) -> Resu
     Ok(quantization.notes.iter().cloned().chain(causes).collect())
 }
 
-/// Checks a branch or a GGUF file that was written; the first defect is an error.
+/// Checks a written branch or GGUF file; the first defect is an error.
 ///
 /// # Errors
 /// When a check fails.

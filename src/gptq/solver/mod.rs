@@ -78,13 +78,13 @@ pub trait Factorized {
     /// When libtorch fails.
     fn divide(&self, b: &Tensor) -> Result<Option<Tensor>>;
 
-    /// Whether linears that cannot be solved are rounded to nearest.
+    /// Whether it rounds linears without a solution to nearest.
     fn rounds_failures(&self) -> bool {
         false
     }
 }
 
-/// A weight to be solved.
+/// A weight for the solver.
 #[derive(Debug, Clone, Copy)]
 pub struct Weight<'a> {
     /// Its name in errors.
@@ -100,7 +100,7 @@ pub struct Factorization {
     pub damp: f64,
     /// Number of times that it had to rise.
     pub damp_raised: u32,
-    /// Input features that are zero in all calibration tokens; their weights are set to zero.
+    /// Input features that are zero in all calibration tokens; the solver sets their weights to zero.
     pub dead_columns: usize,
     /// Ratio of the largest to the median diagonal element, without dead features.
     pub outlier_ratio: f64,
@@ -115,7 +115,7 @@ struct Damped<F> {
     /// Undamped, in the features' own order.
     diagonal: Vec<f32>,
     dead: Vec<u32>,
-    /// The number that was added to the diagonal.
+    /// Number added to the diagonal.
     lambda: f64,
     facts: Factorization,
 }
