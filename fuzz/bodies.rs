@@ -40,9 +40,11 @@ pub(crate) fn safetensors_header(data: &[u8]) {
     read_with(branch(), WEIGHTS, data);
 }
 
-/// `data` as the index of a branch in two shards.
+/// `data` as the index of a branch in two shards, under the usual name and under one of AutoGPTQ's.
 pub(crate) fn safetensors_index(data: &[u8]) {
     read_with(sharded(), INDEX, data);
+    let files = sharded().into_iter().filter(|(name, _)| *name != INDEX);
+    read_with(files.collect(), "gptq_model-4bit-16g.safetensors.index.json", data);
 }
 
 /// `data` as the config of a branch, and as `generation_config.json`.
@@ -70,6 +72,10 @@ pub(crate) fn quantize_config(data: &[u8]) {
         let Ok(value) = serde_json::from_slice::<Value>(data) else { return };
         config["quantization_config"] = value;
         folder.write(CONFIG, config.to_string().as_bytes());
+        read_all(&folder.path());
+        // `model_file_base_name` chooses among several weights files.
+        folder.write("other.safetensors", &file_of(&tensors()));
+        fs::rename(folder.path().join(WEIGHTS), folder.path().join("some.safetensors")).expect("it is ours");
         read_all(&folder.path());
     });
 }
@@ -109,7 +115,8 @@ pub(crate) fn chat_template(data: &[u8]) {
     });
 }
 
-/// `data` without its first byte as a tokenizer, whose format that byte decides; a text is tokenized with it.
+/// `data` without its first byte as a tokenizer. That byte decides its format, and whether a text is so long that it is cut
+/// into pieces.
 pub(crate) fn tokenizer(data: &[u8]) {
     let Some((kind, data)) = data.split_first() else { return };
     with_folder(|folder| {
@@ -117,7 +124,8 @@ pub(crate) fn tokenizer(data: &[u8]) {
         let _ = tokenizer_notes(&folder.path());
         match Tokenizer::open(&folder.path()) {
             Ok(tokenizer) => {
-                drop((tokenizer.special_tokens_of_texts(), tokenizer.encode("The old\n\n café 你好")))
+                let text = "The old\n\n café 你好\n".repeat(if kind & 2 == 0 { 1 } else { 6000 });
+                drop((tokenizer.special_tokens_of_texts(), tokenizer.encode(&text)))
             }
             Err(error) => drop((error.to_string(), error.hint())),
         }

@@ -44,7 +44,7 @@ fn main() {
     let pytorch = read(&golden.join("pytorch/pytorch_model.bin"));
     write("pytorch", "file", &[&[0], &pytorch[..]].concat());
     let mut archive = zip::ZipArchive::new(std::io::Cursor::new(&pytorch)).expect("a zip file");
-    let name = archive.file_names().find(|name| name.ends_with("data.pkl")).expect("a pickle").to_owned();
+    let name = archive.file_names().flatten().find(|name| name.ends_with("data.pkl")).expect("a pickle").into_owned();
     let mut pickle = vec![1];
     std::io::copy(&mut archive.by_name(&name).expect("it is there"), &mut pickle).expect("it is read");
     write("pytorch", "pickle", &pickle);
@@ -61,6 +61,7 @@ fn main() {
         "model": {"type": "BPE", "dropout": null, "unk_token": "<s>", "fuse_unk": true, "byte_fallback": true,
             "vocab": {"<s>": 0, "_": 1, "t": 2, "h": 3, "e": 4, "th": 5, "the": 6}, "merges": ["t h", "th e"]}}"#;
     write("tokenizer", "json", &[&[1], small.as_bytes()].concat());
+    write("tokenizer", "json-long", &[&[3], small.as_bytes()].concat());
 
     let models = project.join("tests/golden/models");
     for model in fs::read_dir(models).expect("golden models").flatten().map(|entry| entry.path()) {
@@ -96,6 +97,14 @@ fn main() {
     gzip.extend((stored.len() as u16).to_le_bytes().into_iter().chain((!(stored.len() as u16)).to_le_bytes()));
     gzip.extend(stored);
     write("jsonl", "gzip", &gzip);
+    // The same in a frame of zstd with one raw block.
+    let size = stored.len() as u8;
+    let zstd = [&[4, 0x28, 0xB5, 0x2F, 0xFD, 0x20, size, size << 3 | 1, 0, 0][..], stored].concat();
+    write("jsonl", "zstd", &zstd);
+    for (name, base) in [("base-name", "other"), ("base-name-outside", "../other")] {
+        let config = format!(r#"{{"bits": 4, "group_size": 16, "desc_act": true, "model_file_base_name": "{base}"}}"#);
+        write("quantize_config", name, config.as_bytes());
+    }
 
     for (name, compression) in
         [("plain", Compression::UNCOMPRESSED), ("snappy", Compression::SNAPPY), ("lz4", Compression::LZ4_RAW)]

@@ -24,6 +24,7 @@ pub(super) fn check(source: &impl ChunkReader, chunk: &ColumnChunkMetaData) -> R
     let Some(end) = at.checked_add(length).filter(|&end| end <= source.len()) else {
         return broken("a column ends after the file");
     };
+    let mut has_dictionary = false;
     while at < end {
         let bytes = source.get_read(at).map_err(Error::other)?.take(end - at);
         let mut thrift = Thrift { bytes };
@@ -39,6 +40,11 @@ pub(super) fn check(source: &impl ChunkReader, chunk: &ColumnChunkMetaData) -> R
         if page.dictionary_values > page.uncompressed / 4 {
             return broken("a dictionary cannot hold as many values as its header says");
         }
+        has_dictionary |= page.kind == DICTIONARY_PAGE;
+        // The decoder panics there.
+        if page.needs_dictionary && !has_dictionary {
+            return broken("a page needs a dictionary, and none is before it");
+        }
         at = end - left + page.compressed;
     }
     Ok(())
@@ -46,10 +52,18 @@ pub(super) fn check(source: &impl ChunkReader, chunk: &ColumnChunkMetaData) -> R
 
 #[derive(Default)]
 struct PageHeader {
+    kind: u64,
     uncompressed: u64,
     compressed: u64,
     dictionary_values: u64,
+    /// Whether the values of a data page are places in a dictionary.
+    needs_dictionary: bool,
 }
+
+/// The kind of a dictionary's page, as it is stored: 2, zigzag.
+const DICTIONARY_PAGE: u64 = 4;
+/// The encodings of places in a dictionary, as they are stored: 2 and 8, zigzag.
+const DICTIONARY_ENCODINGS: [u64; 2] = [4, 16];
 
 fn page_header(thrift: &mut Thrift<impl Read>) -> Result<PageHeader> {
     let mut page = PageHeader::default();
@@ -57,16 +71,25 @@ fn page_header(thrift: &mut Thrift<impl Read>) -> Result<PageHeader> {
         match field {
             (2, I32) => page.uncompressed = thrift.size()?,
             (3, I32) => page.compressed = thrift.size()?,
-            // Kind and checksum.
-            (1 | 4, I32) => thrift.skip(I32, DEEPEST)?,
+            (1, I32) => page.kind = thrift.number()?,
+            // A checksum.
+            (4, I32) => thrift.skip(I32, DEEPEST)?,
             // A data page, and one of the second version.
             (5, STRUCT) => thrift.fields(|thrift, field| match field {
+                (2, I32) => {
+                    page.needs_dictionary |= DICTIONARY_ENCODINGS.contains(&thrift.number()?);
+                    Ok(())
+                }
                 (1..=4, I32) => thrift.skip(I32, DEEPEST),
                 (5, STRUCT) => thrift.statistics(),
                 (1..=5, _) => broken(DAMAGED),
                 (_, kind) => thrift.skip(kind, DEEPEST),
             })?,
             (8, STRUCT) => thrift.fields(|thrift, field| match field {
+                (4, I32) => {
+                    page.needs_dictionary |= DICTIONARY_ENCODINGS.contains(&thrift.number()?);
+                    Ok(())
+                }
                 (1..=6, I32) => thrift.skip(I32, DEEPEST),
                 (7, TRUE | FALSE) => Ok(()),
                 (8, STRUCT) => thrift.statistics(),
@@ -228,9 +251,18 @@ mod tests {
         ];
         let (page, left) = read(&header).unwrap();
         assert_eq!((page.uncompressed, page.compressed, page.dictionary_values, left), (300, 5, 0, 2));
+        assert_eq!((page.kind, page.needs_dictionary), (0, false));
         // A dictionary of 3 values.
         let (page, left) = read(&[0x15, 4, 0x15, 40, 0x15, 40, 0x4C, 0x15, 6, 0x15, 0, 0x11, 0, 0]).unwrap();
         assert_eq!((page.uncompressed, page.dictionary_values, left), (20, 3, 0));
+        assert_eq!((page.kind, page.needs_dictionary), (DICTIONARY_PAGE, false));
+        // Data pages of both versions, whose values are places in a dictionary.
+        for header in [
+            &[0x15, 0, 0x15, 2, 0x15, 2, 0x2C, 0x15, 4, 0x15, 16, 0, 0][..],
+            &[0x15, 6, 0x15, 2, 0x15, 2, 0x5C, 0x15, 4, 0x15, 0, 0x15, 4, 0x15, 4, 0, 0],
+        ] {
+            assert!(read(header).unwrap().0.needs_dictionary);
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Weights in PyTorch's own format, `pytorch_model.bin`: a zip of uncompressed storages, and a pickle with the place of each
 //! tensor. candle reads the pickle into plain descriptions; no code in it runs.
 
-use std::{fs::File, io::BufReader, path::Path};
+use std::{collections::HashSet, fs::File, io::BufReader, path::Path};
 
 use candle_core::{DType, pickle::read_pth_tensor_info};
 use safetensors::Dtype;
@@ -21,8 +21,12 @@ pub(super) fn parse(path: &Path, bytes: usize, shard: usize) -> Result<Vec<(Stri
         .map_err(|error| fail(format!("it is not the zip file that PyTorch writes since 1.6: {error}")))?;
     let infos = read_pth_tensor_info(path, false, None).map_err(|error| fail(error.to_string()))?;
     let mut tensors = Vec::with_capacity(infos.len());
+    let mut names = HashSet::new();
     for info in infos {
         let of_tensor = |problem: String| fail(format!("tensor `{}`: {problem}", info.name));
+        if !names.insert(info.name.clone()) {
+            return Err(of_tensor("it is there twice".into()));
+        }
         let dtype = match info.dtype {
             DType::F16 => Dtype::F16,
             DType::BF16 => Dtype::BF16,
