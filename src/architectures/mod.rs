@@ -170,6 +170,11 @@ impl LinearId {
         format!("{self}.qzeros")
     }
 
+    /// Name of the zero points of the oldest layout of GPTQ-for-LLaMa, floats.
+    pub fn float_zeros(&self) -> String {
+        format!("{self}.zeros")
+    }
+
     /// Name of the scales, `[groups, out]`.
     pub fn scales(&self) -> String {
         format!("{self}.scales")

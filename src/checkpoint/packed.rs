@@ -88,14 +88,7 @@ pub fn packed<'a>(
     let words = |features: usize| features * bits.get() as usize / 32;
     let groups = quantization.group_size.groups(in_features);
 
-    let old_zeros = format!("{id}.zeros");
-    if !checkpoint.contains(&id.qzeros()) && checkpoint.contains(&old_zeros) {
-        return Err(Error::CheckpointKind {
-            path: checkpoint.dir().into(),
-            expected: "a GPTQ checkpoint with packed zero points (`qzeros`)",
-            found: format!("the oldest layout of GPTQ-for-LLaMa, with float zero points (`{old_zeros}`)"),
-        });
-    }
+    check_layout(checkpoint, id)?;
     let qweight = integers(&checkpoint.view_shaped(&id.qweight(), &[words(in_features), out_features])?)?;
     let qzeros = integers(&checkpoint.view_shaped(&id.qzeros(), &[groups, words(out_features)])?)?;
     let scales = halves(&checkpoint.view_shaped(&id.scales(), &[groups, out_features])?)?;
@@ -123,6 +116,19 @@ pub fn packed<'a>(
         g_idx,
         bias,
     }))
+}
+
+/// Refuses the oldest layout of GPTQ-for-LLaMa, whose zero points are floats.
+pub(super) fn check_layout(checkpoint: &Checkpoint, id: &LinearId) -> Result<()> {
+    let old_zeros = id.float_zeros();
+    if checkpoint.contains(&id.qzeros()) || !checkpoint.contains(&old_zeros) {
+        return Ok(());
+    }
+    Err(Error::CheckpointKind {
+        path: checkpoint.dir().into(),
+        expected: "a GPTQ checkpoint with packed zero points (`qzeros`)",
+        found: format!("the oldest layout of GPTQ-for-LLaMa, with float zero points (`{old_zeros}`)"),
+    })
 }
 
 /// The zero points of packed `qzeros`, as they are stored, in the order of the output features; of several groups one after another.

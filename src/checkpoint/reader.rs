@@ -16,7 +16,9 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     architectures::{CONFIG_FILE, ModelConfig},
     checkpoint::{
-        gguf_file, header, pytorch_file, values,
+        gguf_file, header,
+        packed::check_layout,
+        pytorch_file, values,
         weights_file::{NoWeights, base_names, needs_base_name, weights_file},
         writer::TensorSpec,
     },
@@ -369,6 +371,9 @@ impl Checkpoint {
         let biases: Vec<String> =
             self.config.linears().filter(|(_, linear)| !linear.bias).map(|(id, _)| id.bias()).collect();
         let biases = biases.iter().map(String::as_str).filter(|name| self.contains(name));
+        for (id, _) in self.config.linears() {
+            check_layout(self, &id)?;
+        }
         for name in self.extra().into_iter().filter(own).chain(biases) {
             if of_packed(name) || HARMLESS.iter().any(|end| name.ends_with(end)) {
                 continue;
@@ -426,7 +431,7 @@ impl Checkpoint {
                 known.insert(id.bias());
             }
             if packed {
-                known.extend([id.qweight(), id.qzeros(), id.scales(), id.g_idx()]);
+                known.extend([id.qweight(), id.qzeros(), id.scales(), id.g_idx(), id.float_zeros()]);
             } else {
                 known.insert(id.weight());
             }
@@ -439,11 +444,18 @@ impl Checkpoint {
         self.names().filter(extra).collect()
     }
 
-    /// A warning about tensors that the index lists and no shard holds. The model does not need them if the checkpoint passes
-    /// its checks.
+    /// A warning about tensors that the index lists, no shard holds and the model does not need. One that it needs is an error
+    /// where it is read.
     pub fn absent(&self) -> Option<String> {
-        let named = quoted(self.absent.keys().take(3));
-        let (count, index) = (self.absent.len(), self.index.file_name().unwrap_or_default().display());
+        let mut needed: HashSet<String> =
+            self.config.dense_tensors().into_iter().map(|(name, _)| name).collect();
+        for (id, linear) in self.config.linears() {
+            needed.extend([id.weight(), id.qweight(), id.qzeros(), id.scales(), id.g_idx()]);
+            needed.extend(linear.bias.then(|| id.bias()));
+        }
+        let absent: Vec<&String> = self.absent.keys().filter(|name| !needed.contains(*name)).collect();
+        let named = quoted(absent.iter().take(3));
+        let (count, index) = (absent.len(), self.index.file_name().unwrap_or_default().display());
         (count > 0).then(|| {
             format!(
                 "`{index}` lists tensors that no shard holds ({count}): {named}; the model does not need them"

@@ -120,6 +120,7 @@ pub fn verify(
     }
     let Structure { mut findings, checksums, scales } =
         structure::check(&checkpoint, &quantization, progress);
+    structure::json_files(&checkpoint, &mut findings);
     let distances = match against {
         Some(source) if findings.is_empty() => {
             numeric::compare(&checkpoint, &quantization, source, &mut findings, progress)?
@@ -134,6 +135,8 @@ pub fn verify(
         }
         _ => None,
     };
+    let mut notes = [quantization.notes.clone(), tokenizer_notes(dir)].concat();
+    notes.retain(|note| !findings.iter().any(|finding| finding.problem == *note));
     Ok(Verification {
         findings,
         tensors: checkpoint.names().count(),
@@ -141,7 +144,7 @@ pub fn verify(
         scales,
         readers: readers(checkpoint.config(), &quantization, &checkpoint),
         tensor_parallel: tensor_parallel(checkpoint.config(), &quantization, &checkpoint),
-        notes: [quantization.notes, tokenizer_notes(dir)].concat(),
+        notes,
         distances,
         kernel,
     })

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Serialize;
+use serde::{Serialize, de::IgnoredAny};
 use sha2::{Digest, Sha256};
 
 use super::{Finding, zero_points::ZeroPoints};
@@ -10,6 +10,7 @@ use crate::{
     architectures::{CONFIG_FILE, LinearId},
     checkpoint::{Checkpoint, PackedTensors, QUANTIZE_CONFIG_FILE, QuantizationConfig, packed},
     emit::{CHECKSUMS_FILE, COPIED_FILES, Checksums},
+    error::Error,
     folder::{self, TEXT_LIMIT, file_in, is_file_name},
     pack::PackedView,
     progress::Progress,
@@ -48,9 +49,10 @@ pub(super) fn check(
         }
         checkpoint.release([&name]);
     }
+    let mut refused = Refused::default();
     for (id, config) in config.linears() {
         match packed(checkpoint, &id, config, quantization) {
-            Err(error) => findings.push(Finding { subject: id.to_string(), problem: error.to_string() }),
+            Err(error) => refused.add(&id, &error),
             Ok(None) => {}
             Ok(Some(tensors)) => {
                 signs.negative += tensors.scales.iter().filter(|s| s.to_f32() < 0.0).count() as u64;
@@ -61,14 +63,43 @@ pub(super) fn check(
         progress.advance(1);
     }
     // One finding a cause, however many linears it explains.
+    findings.extend(refused.findings());
     let finding = |problem: String| Finding { subject: "qzeros".into(), problem };
     findings.extend(zero_points.causes().into_iter().map(finding));
     for name in checkpoint.extra() {
         findings.push(Finding { subject: name.into(), problem: "is not a tensor of this model".into() });
     }
-    marks(checkpoint, &mut findings);
     let sums = checksums(checkpoint, &mut findings);
     Structure { findings, checksums: sums, scales: signs }
+}
+
+/// Linears whose tensors were refused, by the error without the linear's name.
+#[derive(Default)]
+struct Refused {
+    causes: Vec<(String, Finding, usize)>,
+}
+
+impl Refused {
+    fn add(&mut self, id: &LinearId, error: &Error) {
+        let (subject, problem) = (id.to_string(), error.to_string());
+        let cause = problem.replace(&subject, "");
+        match self.causes.iter_mut().find(|(known, ..)| *known == cause) {
+            Some((_, _, count)) => *count += 1,
+            None => self.causes.push((cause, Finding { subject, problem }, 1)),
+        }
+    }
+
+    /// A finding for each cause, with the first linear's names.
+    fn findings(self) -> impl Iterator<Item = Finding> {
+        self.causes.into_iter().map(|(_, mut finding, count)| {
+            match count {
+                1 => {}
+                2 => finding.problem.push_str("; the same in 1 more linear"),
+                _ => finding.problem.push_str(&format!("; the same in {} more linears", count - 1)),
+            }
+            finding
+        })
+    }
 }
 
 /// Codes need no check: every bit pattern of 2, 3, 4 and 8 bits is one.
@@ -135,15 +166,27 @@ fn scales(tensors: &PackedTensors<'_>) -> Option<String> {
     (zero > 0).then(|| format!("{zero} of {} scales are zero", tensors.scales.len()))
 }
 
-/// JSON files with a byte order mark: transformers and tokenizers refuse them.
-fn marks(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) {
+/// JSON files that cannot be read, are not JSON, or begin with a byte order mark, which transformers and tokenizers refuse.
+pub(super) fn json_files(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) {
     let json = COPIED_FILES.into_iter().filter(|name| name.ends_with(".json"));
     for name in [CONFIG_FILE, QUANTIZE_CONFIG_FILE].into_iter().chain(json) {
-        let read = file_in(checkpoint.dir(), name).and_then(|path| folder::read(&path, TEXT_LIMIT));
-        if read.is_ok_and(|bytes| folder::without_mark(&bytes).len() < bytes.len()) {
-            let problem = "begins with a byte order mark, which transformers refuses".into();
-            findings.push(Finding { subject: name.into(), problem });
+        if !checkpoint.dir().join(name).exists() {
+            continue;
         }
+        let read = file_in(checkpoint.dir(), name).and_then(|path| folder::read(&path, TEXT_LIMIT));
+        let problem = read.map_or_else(|error| Some(error.to_string()), |bytes| json_problem(&bytes));
+        findings.extend(problem.map(|problem| Finding { subject: name.into(), problem }));
+    }
+}
+
+fn json_problem(bytes: &[u8]) -> Option<String> {
+    let text = folder::without_mark(bytes);
+    match serde_json::from_slice::<IgnoredAny>(text) {
+        Err(error) => Some(format!("is not JSON: {error}")),
+        Ok(_) if text.len() < bytes.len() => {
+            Some("begins with a byte order mark, which transformers refuses".into())
+        }
+        Ok(_) => None,
     }
 }
 

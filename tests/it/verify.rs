@@ -101,6 +101,54 @@ fn a_byte_order_mark_is_left_out_of_branches_and_found_in_them() {
 }
 
 #[test]
+fn a_tokenizer_that_cannot_be_read_is_found() {
+    let lab = Lab::with_branch("4bit-32g");
+    let with =
+        |text: &str| damaged_unsummed(&lab, |dir| fs::write(dir.join("tokenizer.json"), text).unwrap());
+    lab.verify(&with("{"), &[])
+        .finds("tokenizer.json: is not JSON: EOF while parsing an object at line 1 column 1");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 10241234\n";
+    lab.verify(&with(pointer), &[]).finds(
+        "tokenizer.json: `[LAB]/damaged/tokenizer.json` is a pointer of git-lfs, not the file itself: this clone was made without \
+         its large files",
+    );
+}
+
+#[test]
+fn what_all_linears_lack_is_one_finding() {
+    let lab = Lab::with_branch("4bit-32g");
+    let without = |layers: &[&str], float: bool| {
+        damaged_unsummed(&lab, |dir| {
+            safetensors_file::change(dir, |tensors| {
+                let lost = |name: &String| {
+                    layers.iter().any(|layer| name.contains(layer)) && name.ends_with(".qzeros")
+                };
+                let names: Vec<String> = tensors.keys().filter(|name| lost(name)).cloned().collect();
+                for name in names {
+                    let zeros = tensors.remove(&name).unwrap();
+                    if float {
+                        tensors.insert(name.replace(".qzeros", ".zeros"), zeros);
+                    }
+                }
+            });
+        })
+    };
+    let missing = format!("{Q}: tensor `{Q}.qzeros` is missing from `[LAB]/damaged`");
+    lab.verify(&without(&["layers"], false), &[]).finds(&format!("{missing}; the same in 13 more linears"));
+    lab.verify(&without(&["0.self_attn.q", "0.mlp.down"], false), &[])
+        .finds(&format!("{missing}; the same in 1 more linear"));
+
+    let old = without(&["layers"], true);
+    let layout = format!(
+        "`[LAB]/damaged`: expected a GPTQ checkpoint with packed zero points (`qzeros`), found the oldest layout of \
+         GPTQ-for-LLaMa, with float zero points (`{Q}.zeros`)"
+    );
+    lab.verify(&old, &[]).finds(&format!("{Q}: {layout}; the same in 13 more linears"));
+    let generated = lab.run(&["generate", &text_of(&old), "--prompt", "The"]);
+    assert!(generated.stderr.contains(&format!("error: {layout}")), "{}", generated.stderr);
+}
+
+#[test]
 fn the_distance_from_the_source_is_measured() {
     let lab = Lab::with_branch("4bit-32g");
     let source = text_of(&lab.model());
@@ -310,9 +358,10 @@ fn configs_that_disagree_are_named() {
         }
     });
     let output = lab.verify(&dir, &[]);
-    let shape = format!("{Q}: tensor `{Q}.qzeros`: expected shape [1, 8], found [2, 8]");
+    let shape =
+        format!("{Q}: tensor `{Q}.qzeros`: expected shape [1, 8], found [2, 8]; the same in 7 more linears");
     assert_eq!((output.stdout.lines().next(), output.code), (Some(shape.as_str()), Some(1)));
-    assert_eq!(output.stdout.lines().last(), Some("failed: 14 findings"));
+    assert_eq!(output.stdout.lines().last(), Some("failed: 3 findings"));
 }
 
 #[test]

@@ -416,17 +416,16 @@ fn the_layout_with_float_zero_points_is_named() {
     let mut tensors = packed_up();
     tensors[1] = given(format!("{NAME}.zeros"), Dtype::F16, &[64, 1], f16_bytes(64));
     let (dir, checkpoint) = quantized(&tensors);
-    let error = of(&checkpoint, UP, &settings(json!({}))).unwrap_err();
-    assert!(error.hint().unwrap().contains("gptq quantize --model"), "{:?}", error.hint());
-    assert_error::<()>(
-        Err(error),
-        dir.path(),
-        "CheckpointKind",
-        &format!(
-            "`DIR`: expected a GPTQ checkpoint with packed zero points (`qzeros`), found the oldest layout of GPTQ-for-LLaMa, \
-             with float zero points (`{NAME}.zeros`)"
-        ),
+    let message = format!(
+        "`DIR`: expected a GPTQ checkpoint with packed zero points (`qzeros`), found the oldest layout of GPTQ-for-LLaMa, \
+         with float zero points (`{NAME}.zeros`)"
     );
+    let refused = of(&checkpoint, UP, &settings(json!({}))).map(drop);
+    for error in [refused, checkpoint.check_undeclared()].map(Result::unwrap_err) {
+        assert!(error.hint().unwrap().contains("gptq quantize --model"), "{:?}", error.hint());
+        assert_error::<()>(Err(error), dir.path(), "CheckpointKind", &message);
+    }
+    assert!(checkpoint.extra().is_empty());
     unfit(|t| drop(t.remove(1)), "MissingTensor", &format!("tensor `{NAME}.qzeros` is missing from `DIR`"));
 }
 

@@ -122,6 +122,7 @@ fn a_tensor_that_the_index_lists_in_vain_is_an_error_only_if_it_is_needed() {
     let lost = second.remove(0);
     let dir = sharded(&first, &second, |index| index["weight_map"][&lost.name] = json!(SECOND));
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.absent(), None);
     let message = format!(
         "`DIR/model.safetensors.index.json` says tensor `{}` is in `{SECOND}`, but that file does not hold it",
         lost.name
