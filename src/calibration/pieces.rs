@@ -49,7 +49,9 @@ pub(super) fn encode(
         return Ok(None);
     }
     starts.push(text.len());
-    progress.begin("tokenizing, MB", (text.len() / 1_000_000) as u64);
+    if text.len() >= 1_000_000 {
+        progress.begin("tokenizing, MB", (text.len() / 1_000_000) as u64);
+    }
     let megabytes = |end: usize| (end / 1_000_000) as u64;
     let pieces: Vec<Option<Vec<u32>>> = starts
         .par_windows(2)

@@ -5,8 +5,10 @@
 use std::{
     collections::BTreeMap,
     io::{IsTerminal, Write, stderr, stdout},
+    ops::Range,
     os::fd::AsFd,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use anyhow::Context;
@@ -53,10 +55,63 @@ fn columns(stream: impl AsFd) -> Option<usize> {
 /// Indent of the lines that a line too long is continued in.
 const CONTINUED: &str = "    ";
 
-/// The text with lines of at most so many columns where words allow it: they are broken at spaces.
+/// The text with lines of at most so many columns where words allow it: tables are printed in parts, other lines are broken at
+/// spaces.
 fn fitted(text: &str, columns: Option<usize>) -> String {
     let Some(columns) = columns else { return text.to_owned() };
-    text.split('\n').map(|line| fitted_line(line, columns)).collect::<Vec<_>>().join("\n")
+    let lines: Vec<&str> = text.split('\n').collect();
+    let parts =
+        lines.chunk_by(|one, next| is_row(one) && is_row(next)).flat_map(|block| parts(block, columns));
+    parts.map(|line| fitted_line(&line, columns)).collect::<Vec<_>>().join("\n")
+}
+
+/// Space between two columns of a table, at least.
+const GAP: usize = 2;
+
+/// Whether a line may be a row of a table.
+fn is_row(line: &str) -> bool {
+    line.trim().contains(&" ".repeat(GAP))
+}
+
+/// The lines of a block; of a table that is too wide, in parts with the first column and as many others as fit.
+fn parts(block: &[&str], columns: usize) -> Vec<String> {
+    let rows: Vec<Vec<char>> = block.iter().map(|line| line.chars().collect()).collect();
+    let cells = cells(&rows);
+    let width = rows.iter().map(Vec::len).max().unwrap_or_default();
+    // Two columns are a list with text.
+    if width <= columns || rows.len() < 2 || cells.len() < 3 {
+        return block.iter().map(|&line| line.to_owned()).collect();
+    }
+    let (first, others) = (cells[0].clone(), &cells[1..]);
+    let (mut lines, mut start) = (Vec::new(), 0);
+    while start < others.len() {
+        let fits = |last: &usize| first.end + GAP + others[*last].end - others[start].start <= columns;
+        let end = (start + 1..others.len()).take_while(fits).last().unwrap_or(start) + 1;
+        for row in &rows {
+            let of = |range: Range<usize>| row.iter().skip(range.start).take(range.len()).collect::<String>();
+            let mut shown = of(others[start].start..others[end - 1].end);
+            if end == start + 1 && !fits(&start) {
+                shown = shown.trim().to_owned();
+            }
+            let line = format!("{:<width$}{shown}", of(0..first.end), width = first.end + GAP);
+            lines.push(line.trim_end().to_owned());
+        }
+        start = end;
+    }
+    lines
+}
+
+/// The columns of a table: ranges of characters with space before and behind them in all rows.
+fn cells(rows: &[Vec<char>]) -> Vec<Range<usize>> {
+    let width = rows.iter().map(Vec::len).max().unwrap_or_default();
+    let mut cells: Vec<Range<usize>> = Vec::new();
+    for at in (0..width).filter(|&at| rows.iter().any(|row| row.get(at).is_some_and(|&c| c != ' '))) {
+        match cells.last_mut() {
+            Some(cell) if at < cell.end + GAP => cell.end = at + 1,
+            _ => cells.push(at..at + 1),
+        }
+    }
+    cells
 }
 
 fn fitted_line(line: &str, columns: usize) -> String {
@@ -177,7 +232,11 @@ impl Terminal {
         };
         let mut state = self.state();
         let overall = state.overall.get_or_insert_with(|| {
-            bars.insert(0, bar(total as u64, "layers {wide_bar} {pos}/{len} {elapsed} gone{msg}"))
+            let template = "layers {wide_bar} {pos}/{len} {elapsed} gone{msg}";
+            let overall = bars.insert(0, bar(total as u64, template));
+            // The elapsed time advances while no layer is finished, too.
+            overall.enable_steady_tick(Duration::from_secs(1));
+            overall
         });
         overall.set_position(done as u64);
         // Before this program has finished a layer, nothing says how long the others will take.
@@ -256,17 +315,40 @@ mod tests {
 
     #[test]
     fn lines_fit_the_terminal_and_words_stay_whole() {
-        let text = "branch  size  not loaded by\nmain    9 MB  vLLM, SGLang\n  - a longword";
+        let text = "vLLM      no: refuses act order\nExLlamaV2 yes\n  - a longword";
         assert_eq!(fitted(text, None), text);
         assert_eq!(fitted(text, Some(80)), text);
-        let narrow = "branch  size  not\n    loaded by\nmain    9 MB  vLLM,\n    SGLang\n  - a longword";
-        assert_eq!(fitted(text, Some(20)), narrow);
+        let narrow = "vLLM      no: refuses\n    act order\nExLlamaV2 yes\n  - a longword";
+        assert_eq!(fitted(text, Some(21)), narrow);
         // A word that is longer than a line has a line of its own.
         assert_eq!(
             fitted("see https://example.org/page now", Some(10)),
             "see\n    https://example.org/page\n    now"
         );
         assert_eq!(fitted("±±± ±±±", Some(7)), "±±± ±±±");
+    }
+
+    #[test]
+    fn a_table_wider_than_the_terminal_is_printed_in_parts() {
+        let table = "a text of the table\n\
+                     branch   bits  mean error  not loaded by\n\
+                     main        4     0.01 ±0           vLLM\n\
+                     gptq-32     4\n\
+                     a text behind it";
+        assert_eq!(fitted(table, None), table);
+        assert_eq!(fitted(table, Some(40)), table);
+        let narrow = "a text of the table\n\
+                      branch   bits  mean error\n\
+                      main        4     0.01 ±0\n\
+                      gptq-32     4\n\
+                      branch   not loaded by\n\
+                      main              vLLM\n\
+                      gptq-32\n\
+                      a text behind it";
+        assert_eq!(fitted(table, Some(25)), narrow);
+        assert_eq!(fitted(table, Some(39)), narrow);
+        // Columns that are alone too wide are broken at words.
+        assert_eq!(fitted("a  b b b  c\nd  e e e  f", Some(7)), "a  b b\n    b\nd  e e\n    e\na  c\nd  f");
     }
 
     #[test]
