@@ -273,6 +273,8 @@ mod tests {
             files_of(&below, None).unwrap_err(),
             "split of `texts`: expected one of `test`, `validation`, found `none`"
         );
+        let hint = split_files(below.path(), "texts", None).unwrap_err().hint();
+        assert_eq!(hint.as_deref(), Some("name a split with --split"));
         assert_eq!(
             files_of(&below, Some("train")).unwrap_err(),
             "split of `texts`: expected one of `test`, `validation`, found `train`"

@@ -23,15 +23,17 @@ struct TokenizerConfig {
 }
 
 /// Contradictions between `tokenizer_config.json` and `tokenizer.json` in `dir`, with the setting that is used; each a sentence
-/// for the user. Programs differ in which of the two they follow. A file that cannot be read is such a sentence, too.
+/// for the user. Programs differ in which of the two they follow. A `tokenizer_config.json` that cannot be read is such a sentence,
+/// too; a `tokenizer.json` that cannot be read is an error of [`Tokenizer::open`](crate::calibration::Tokenizer::open).
 pub fn tokenizer_notes(dir: &Path) -> Vec<String> {
-    disagreements(dir).unwrap_or_else(|error| vec![error.to_string()])
+    let Ok(Some(file)) = read::<TokenizerFile>(dir, "tokenizer.json") else { return Vec::new() };
+    match read::<TokenizerConfig>(dir, "tokenizer_config.json") {
+        Ok(config) => config.map_or_else(Vec::new, |config| disagreements(&file, config)),
+        Err(error) => vec![error.to_string()],
+    }
 }
 
-fn disagreements(dir: &Path) -> Result<Vec<String>> {
-    let file: Option<TokenizerFile> = read(dir, "tokenizer.json")?;
-    let config: Option<TokenizerConfig> = read(dir, "tokenizer_config.json")?;
-    let (Some(file), Some(config)) = (file, config) else { return Ok(Vec::new()) };
+fn disagreements(file: &TokenizerFile, config: TokenizerConfig) -> Vec<String> {
     let (front, back) = file.post_processor.as_ref().map_or((false, false), added);
     let said =
         [("add_bos_token", config.add_bos_token, front), ("add_eos_token", config.add_eos_token, back)];
@@ -43,7 +45,7 @@ fn disagreements(dir: &Path) -> Result<Vec<String>> {
              and other programs may follow tokenizer_config.json"
         ))
     };
-    Ok(said.into_iter().filter_map(note).collect())
+    said.into_iter().filter_map(note).collect()
 }
 
 /// Whether a post-processor adds a special token in front of a text, and behind it.
@@ -71,7 +73,9 @@ fn read<T: DeserializeOwned>(dir: &Path, name: &str) -> Result<Option<T>> {
         return Ok(None);
     }
     let text = folder::read(&path, folder::TEXT_LIMIT)?;
-    serde_json::from_slice(&text).map(Some).map_err(|source| Error::Json { path, source })
+    serde_json::from_slice(folder::without_mark(&text))
+        .map(Some)
+        .map_err(|source| Error::Json { path, source })
 }
 
 #[cfg(test)]
@@ -102,7 +106,13 @@ mod tests {
         assert_eq!(tokenizer_notes(folder.path()), [""; 0]);
         write("tokenizer_config.json", br#"{"add_bos_token": true, "add_eos_token": true}"#);
         assert_eq!(tokenizer_notes(folder.path()).len(), 2);
+        let marked = [b"\xEF\xBB\xBF", file.to_string().as_bytes()].concat();
+        write("tokenizer.json", &marked);
+        assert_eq!(tokenizer_notes(folder.path()).len(), 2);
         write("tokenizer_config.json", b"{");
         assert!(tokenizer_notes(folder.path())[0].contains("is not the JSON expected here"));
+        // Opening the tokenizer is the error.
+        write("tokenizer.json", b"{");
+        assert_eq!(tokenizer_notes(folder.path()), [""; 0]);
     }
 }

@@ -32,7 +32,7 @@ impl Error {
                 format!("convert the model: {command}")
             }
             Self::WeightsFormat { path, found } if found.ends_with(".gguf") => format!(
-                "inspect, verify and eval --quantized read the file itself, {}; for all else convert it: {}",
+                "verify, inspect, eval --quantized and generate --tokenizer DIR read the file itself, {}; for all else convert it: {}",
                 path.join(found).display(),
                 conversion(path, found)
             ),
@@ -64,8 +64,9 @@ impl Error {
             Self::MissingColumn { .. } => "name the column with --text-column".into(),
             Self::TooLittleText { .. } => "use fewer or shorter windows, or more text".into(),
             Self::SequenceTooLong { max, .. } => format!(
-                "use --seq-len {max} or less; with --allow-long-windows, a model whose rotary embedding is scaled takes more"
+                "use --seq-len {max} or less; only a model whose rotary embedding is scaled takes more, with --allow-long-windows"
             ),
+            Self::Value { what, found, .. } if what.starts_with("split of ") && found == "none" => "name a split with --split".into(),
             Self::GroupSize { in_features, .. } => {
                 format!("use a group size up to {in_features}, or -1 for one group a row")
             }

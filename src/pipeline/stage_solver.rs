@@ -319,14 +319,16 @@ enum LinearFormat {
 /// variants of the order.
 fn raised(stage: &str, variants: &[Output], damp: f64, facts: &Factorization) -> Option<String> {
     let names: Vec<String> = variants.iter().map(ToString::to_string).collect();
-    (facts.damp_raised > 0).then(|| {
-        format!(
-            "{stage}, {}: not positive definite at damping {damp}; raised {} times to {}",
-            names.join(" and "),
-            facts.damp_raised,
-            facts.damp
-        )
-    })
+    let times = match facts.damp_raised {
+        0 => return None,
+        1 => "once".to_owned(),
+        times => format!("{times} times"),
+    };
+    let names = names.join(" and ");
+    Some(format!(
+        "{stage}, {names}: not positive definite at damping {damp}; raised {times} to {}",
+        facts.damp
+    ))
 }
 
 #[cfg(test)]
@@ -351,6 +353,7 @@ mod tests {
             warning(sequential, 2).unwrap(),
             "layer 0, qkv, 4bit-128g and 4bit-64g: not positive definite at damping 0; raised 2 times to 0.0001"
         );
+        assert!(warning(act, 1).unwrap().ends_with("; raised once to 0.0001"));
         assert_ne!(warning(sequential, 2), warning(act, 2));
         assert_eq!(warning(act, 0), None);
     }

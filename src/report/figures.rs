@@ -177,7 +177,9 @@ fn why(entry: &Entry, linear: &LinearReport) -> String {
         reasons.push(format!("rounded to nearest: {fallback}"));
     }
     if linear.damp_raised > 0 {
-        reasons.push(format!("damping raised {} times to {}", linear.damp_raised, linear.damp));
+        let times =
+            if linear.damp_raised == 1 { "once".into() } else { format!("{} times", linear.damp_raised) };
+        reasons.push(format!("damping raised {times} to {}", linear.damp));
     }
     if linear.dead_columns > 0 {
         reasons.push(format!("{} dead input features", linear.dead_columns));

@@ -130,9 +130,11 @@ const FIRST: [&str; 6] = ["mean KL", "size", "Δ to fp16", "same top-1", "bits/w
 
 fn tables(comparison: &Comparison) -> Vec<Table> {
     let position = |column: &Column| FIRST.iter().position(|name| *name == column.name);
-    let (mut first, second): (Vec<_>, Vec<_>) =
+    let (mut first, mut second): (Vec<_>, Vec<_>) =
         columns(comparison).into_iter().partition(|column| position(column).is_some());
     first.sort_by_key(|column| position(column));
+    // In sight without scrolling.
+    second.sort_by_key(|column| column.name != "GPUs");
     vec![
         Table { title: "All models", id: "branches", columns: first },
         Table { title: "More figures, and how they were made", id: "more", columns: second },

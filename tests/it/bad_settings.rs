@@ -75,7 +75,7 @@ fn values_that_make_no_sense() {
     refused(
         &lab,
         &["--seq-len", "129", "--variant", "4bit-32g"],
-        "error: sequence length 129 is above the model's max_position_embeddings 128\nhint: use --seq-len 128 or less; with --allow-long-windows, a model whose rotary embedding is scaled takes more",
+        "error: sequence length 129 is above the model's max_position_embeddings 128\nhint: use --seq-len 128 or less; only a model whose rotary embedding is scaled takes more, with --allow-long-windows",
     );
 }
 
