@@ -316,7 +316,8 @@ mod tests {
         let header = [0x15, 0x00, 0x15, 0x06, 0x15, 0x06];
         let last_page = damaged.windows(6).rposition(|bytes| bytes == header).unwrap();
         damaged[last_page + 1] = 0x10;
-        assert_eq!(error(damaged), "`x.parquet`: it cannot be read as parquet: a page is damaged");
+        let problem = "a page needs a dictionary, and none is before it";
+        assert_eq!(error(damaged), format!("`x.parquet`: it cannot be read as parquet: {problem}"));
     }
 
     #[test]
