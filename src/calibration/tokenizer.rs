@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::folder;
 use crate::progress::{Event, Progress, Silent};
 use crate::units::bytes;
-use serde::Deserialize;
+use serde::{Deserialize, de::Error as _};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use tokenizers::{ModelWrapper, normalizers::Precompiled};
@@ -182,14 +182,27 @@ impl Tokenizer {
 struct Parts {
     normalizer: Option<Value>,
     decoder: Option<Value>,
+    post_processor: Option<Value>,
 }
 
 /// Checks what the tokenizers crate panics about: text that is not JSON, and tables of normalizers.
 fn check_parts(bytes: &[u8]) -> serde_json::Result<()> {
-    let Parts { normalizer, decoder } = serde_json::from_slice(bytes)?;
+    let Parts { normalizer, decoder, post_processor } = serde_json::from_slice(bytes)?;
     // That it could be parsed is all that is checked.
     drop(decoder);
-    normalizer.as_ref().map_or(Ok(()), check_normalizer)
+    normalizer.as_ref().map_or(Ok(()), check_normalizer)?;
+    post_processor.as_ref().map_or(Ok(()), check_template)
+}
+
+/// Checks that a template defines the special tokens that it adds.
+fn check_template(processor: &Value) -> serde_json::Result<()> {
+    let list = |key: &str| processor.get(key).and_then(Value::as_array).into_iter().flatten();
+    let known = |id: &str| processor.get("special_tokens").is_some_and(|tokens| tokens.get(id).is_some());
+    let added = list("single").filter_map(|piece| piece.pointer("/SpecialToken/id")?.as_str());
+    match added.into_iter().find(|id| !known(id)) {
+        Some(id) => Err(serde_json::Error::custom(format!("its post-processor does not define `{id}`"))),
+        None => list("processors").try_for_each(check_template),
+    }
 }
 
 fn check_normalizer(normalizer: &Value) -> serde_json::Result<()> {
@@ -282,7 +295,8 @@ mod tests {
         let table = json!({"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "AA"}]});
         let normalizer = demo_json(|json| json["normalizer"] = table);
         let decoder = |text: &str| format!(r#"{{"version": "1.0", "decoder": {{"type"{text}"#).into_bytes();
-        for bytes in [b"{}".to_vec(), decoder("}"), decoder(r#": "\ud800"}}"#), normalizer] {
+        let template = demo_json(|json| json["post_processor"]["special_tokens"] = json!({}));
+        for bytes in [b"{}".to_vec(), decoder("}"), decoder(r#": "\ud800"}}"#), normalizer, template] {
             let error = Tokenizer::from_bytes(&bytes).unwrap_err().to_string();
             let expected = "`tokenizer.json`: it is not a tokenizer that can be read: ";
             assert!(error.starts_with(expected), "{error}");
