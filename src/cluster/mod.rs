@@ -1,16 +1,19 @@
 //! The processes of a run on several machines, which MPI starts: *ranks*. They form a ring; each sends messages to the next rank and
 //! receives those of the rank before. Everything that ranks exchange is made of that.
 
+pub mod message;
 #[cfg(feature = "mpi")]
 mod mpi_link;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::time::Instant;
+use std::{
+    ops::Range,
+    sync::{Mutex, PoisonError},
+    time::Instant,
+};
 
-#[cfg(not(feature = "mpi"))]
-use crate::error::ClusterError;
-use crate::error::Result;
+use crate::error::{ClusterError, Result};
 
 /// Bytes of a broadcast that travel together: while one piece goes to the next rank, the piece behind it arrives.
 const PIECE: usize = 4 << 20;
@@ -38,6 +41,29 @@ pub trait Link: Send + Sync {
     fn leave(&self);
 }
 
+/// What a rank has exchanged with the others.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Exchanged {
+    /// Bytes of all messages to the next rank. MPI adds a few bytes to each.
+    pub sent: u64,
+    /// How often every rank has waited for all others.
+    pub barriers: u64,
+    /// Seconds of waiting for messages.
+    pub waited: f64,
+}
+
+impl Exchanged {
+    /// What was exchanged after `before`.
+    #[must_use]
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            sent: self.sent - before.sent,
+            barriers: self.barriers - before.barriers,
+            waited: self.waited - before.waited,
+        }
+    }
+}
+
 /// This process among the ranks of a run. Rank 0 is the *root*: it prints, writes, and has the sums.
 pub struct Cluster {
     rank: usize,
@@ -45,12 +71,13 @@ pub struct Cluster {
     hosts: Vec<String>,
     /// `None` in a run of one process.
     link: Option<Box<dyn Link>>,
+    exchanged: Mutex<Exchanged>,
 }
 
 impl Cluster {
     /// A run of one process.
     pub fn alone() -> Self {
-        Self { rank: 0, hosts: vec!["localhost".into()], link: None }
+        Self { rank: 0, hosts: vec!["localhost".into()], link: None, exchanged: Mutex::default() }
     }
 
     /// Joins the other processes that MPI has started. Called once in a process.
@@ -69,7 +96,7 @@ impl Cluster {
     fn of(rank: usize, hosts: Vec<String>, link: Box<dyn Link>) -> Self {
         // A ring of one has no neighbours.
         let link = Some(link).filter(|_| hosts.len() > 1);
-        Self { rank, hosts, link }
+        Self { rank, hosts, link, exchanged: Mutex::default() }
     }
 
     /// This process, counted from 0.
@@ -121,9 +148,8 @@ impl Cluster {
             self.receive()?;
         }
         let speed = (MEASURED * PIECE) as f64 / begun.elapsed().as_secs_f64();
-        let all = self.gather(speed.to_le_bytes().to_vec())?;
-        let speeds =
-            all.map(|all| all.into_iter().map(|b| f64::from_le_bytes(b.try_into().expect("8 bytes"))));
+        let all = self.gather(message::of_floats(&[speed]))?;
+        let speeds = all.map(|all| all.into_iter().flat_map(|speed| message::floats(&speed)));
         Ok(speeds.map(|speeds| speeds.fold(f64::INFINITY, f64::min)))
     }
 
@@ -138,6 +164,7 @@ impl Cluster {
     /// # Errors
     /// When the connection has ended.
     pub fn send(&self, message: Vec<u8>) -> Result<()> {
+        self.count(|exchanged| exchanged.sent += message.len() as u64);
         self.link().send(message)
     }
 
@@ -146,7 +173,24 @@ impl Cluster {
     /// # Errors
     /// When that rank gives no sign of life.
     pub fn receive(&self) -> Result<Vec<u8>> {
-        self.link().receive()
+        let begun = Instant::now();
+        let message = self.link().receive();
+        self.count(|exchanged| exchanged.waited += begun.elapsed().as_secs_f64());
+        message
+    }
+
+    /// What this rank has exchanged so far.
+    pub fn exchanged(&self) -> Exchanged {
+        *self.exchanged.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a barrier that is made of messages: every rank waits for all others.
+    pub fn count_barrier(&self) {
+        self.count(|exchanged| exchanged.barriers += 1);
+    }
+
+    fn count(&self, add: impl FnOnce(&mut Exchanged)) {
+        add(&mut self.exchanged.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     fn link(&self) -> &dyn Link {
@@ -158,19 +202,21 @@ impl Cluster {
     /// # Errors
     /// Those of [`Cluster::send`] and [`Cluster::receive`].
     pub fn broadcast(&self, message: Option<Vec<u8>>) -> Result<Vec<u8>> {
-        let Some(link) = &self.link else { return Ok(message.expect("the root has a message")) };
+        if self.link.is_none() {
+            return Ok(message.expect("the root has a message"));
+        }
         if let Some(message) = message {
-            link.send(message.len().to_le_bytes().to_vec())?;
-            message.chunks(PIECE).try_for_each(|piece| link.send(piece.to_vec()))?;
+            self.send(message::of_numbers(&[message.len() as u64]))?;
+            message.chunks(PIECE).try_for_each(|piece| self.send(piece.to_vec()))?;
             return Ok(message);
         }
-        let pass_on = |message: &[u8]| if self.is_last() { Ok(()) } else { link.send(message.to_vec()) };
-        let length = link.receive()?;
+        let pass_on = |message: &[u8]| if self.is_last() { Ok(()) } else { self.send(message.to_vec()) };
+        let length = self.receive()?;
         pass_on(&length)?;
-        let length = number(&length);
+        let length = message::numbers(&length).first().map_or(0, |&length| length as usize);
         let mut message = Vec::with_capacity(length);
         while message.len() < length {
-            let piece = link.receive()?;
+            let piece = self.receive()?;
             pass_on(&piece)?;
             message.extend(piece);
         }
@@ -182,13 +228,12 @@ impl Cluster {
     /// # Errors
     /// Those of [`Cluster::send`] and [`Cluster::receive`].
     pub fn gather(&self, own: Vec<u8>) -> Result<Option<Vec<Vec<u8>>>> {
-        let Some(link) = &self.link else { return Ok(Some(vec![own])) };
         if self.is_root() {
-            let others = (1..self.ranks()).map(|_| link.receive());
+            let others = (1..self.ranks()).map(|_| self.receive());
             return std::iter::once(Ok(own)).chain(others).collect::<Result<_>>().map(Some);
         }
-        (1..self.rank).try_for_each(|_| link.send(link.receive()?))?;
-        link.send(own)?;
+        (1..self.rank).try_for_each(|_| self.send(self.receive()?))?;
+        self.send(own)?;
         Ok(None)
     }
 
@@ -197,14 +242,17 @@ impl Cluster {
     /// # Errors
     /// Those of [`Cluster::send`] and [`Cluster::receive`].
     pub fn all_gather(&self, own: Vec<u8>) -> Result<Vec<Vec<u8>>> {
-        let Some(link) = &self.link else { return Ok(vec![own]) };
-        link.send(own.clone())?;
+        if self.link.is_none() {
+            return Ok(vec![own]);
+        }
+        self.count_barrier();
+        self.send(own.clone())?;
         // From the rank before, then from the one before that.
         let mut all = vec![own];
         for place in 1..self.ranks() {
-            let message = link.receive()?;
+            let message = self.receive()?;
             if place + 1 < self.ranks() {
-                link.send(message.clone())?;
+                self.send(message.clone())?;
             }
             all.push(message);
         }
@@ -219,8 +267,24 @@ impl Cluster {
     /// # Errors
     /// Those of [`Cluster::send`] and [`Cluster::receive`].
     pub fn barrier(&self) -> Result<()> {
+        self.count_barrier();
         let all = self.gather(Vec::new())?;
         self.broadcast(all.map(|_| Vec::new())).map(drop)
+    }
+
+    /// Compares a text of each rank, about some `thing`, with the root's.
+    ///
+    /// # Errors
+    /// [`ClusterError::Differs`] on the root, when a rank has another text; those of [`Cluster::send`] and [`Cluster::receive`].
+    pub fn compare(&self, thing: &str, own: &str) -> Result<()> {
+        let all = self.gather(own.as_bytes().to_vec())?.unwrap_or_default();
+        let mut all = all.iter().enumerate();
+        if let Some((rank, other)) = all.find(|(_, other)| *other != own.as_bytes()) {
+            let other = String::from_utf8_lossy(other);
+            let differences = format!("{thing} ({own} on rank 0, {other} on rank {rank})");
+            return Err(ClusterError::Differs { name: self.name(rank), differences }.into());
+        }
+        Ok(())
     }
 
     /// Does some work on the root before the other ranks do it.
@@ -261,7 +325,15 @@ fn name(rank: usize, host: &str) -> String {
     format!("rank {rank} ({host})")
 }
 
-/// A number that was sent as a message.
-fn number(message: &[u8]) -> usize {
-    usize::from_le_bytes(message.try_into().expect("a message of one number"))
+/// The windows of each rank: whole batches, so that these are the same for any number of ranks.
+pub fn windows_of_ranks(count: usize, per_batch: usize, ranks: usize) -> Vec<Range<usize>> {
+    let windows =
+        |batches: Range<usize>| (batches.start * per_batch).min(count)..(batches.end * per_batch).min(count);
+    split(count.div_ceil(per_batch), ranks).into_iter().map(windows).collect()
+}
+
+/// Splits `count` things into `parts` ranges of nearly equal length, the longer ones first.
+pub fn split(count: usize, parts: usize) -> Vec<Range<usize>> {
+    let start = |part: usize| part * (count / parts) + part.min(count % parts);
+    (0..parts).map(|part| start(part)..start(part + 1)).collect()
 }

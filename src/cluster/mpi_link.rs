@@ -23,7 +23,7 @@ use mpi::{
     traits::{Communicator, CommunicatorCollectives},
 };
 
-use super::{Cluster, Link, name};
+use super::{Cluster, Link, message, name};
 use crate::error::{ClusterError, Result};
 
 /// A rank that is silent for so long is lost: its machine, its network or the process itself.
@@ -39,10 +39,16 @@ const IN_FLIGHT: usize = 4;
 /// Bytes that each rank introduces itself with: the version of the program and the name of the machine.
 const INTRODUCTION: usize = 128;
 
+/// Bytes of a number in a message.
+const NUMBER: usize = 8;
+
 /// MPI's tags: the length of a message, its pieces, signs of life.
 const LENGTH: c_int = 1;
 const CONTENT: c_int = 2;
 const ALIVE: c_int = 3;
+
+/// In a sign of life, instead of the number of a rank that is lost.
+const NONE_LOST: u64 = u64::MAX;
 
 /// What the thread is asked to do.
 enum Command {
@@ -137,8 +143,9 @@ fn run(
     let before = (rank + world.size() - 1) % world.size();
     let mut outgoing = Outgoing::new((rank + 1) % world.size());
     let mut incoming = Incoming::new(before);
-    let (mut beat, mut silent, mut leaves) = (Instant::now(), false, false);
-    let mut wait = Duration::ZERO;
+    let (mut beat, mut leaves, mut wait) = (Instant::now(), false, Duration::ZERO);
+    // A rank that some rank has not heard of. Signs of life carry its number around the ring.
+    let mut lost = None;
     // Every rank has received everything before it leaves, but may not have sent its last message.
     while !(leaves && outgoing.is_empty()) {
         match commands.recv_timeout(wait) {
@@ -147,19 +154,26 @@ fn run(
             Ok(Command::Leave) | Err(RecvTimeoutError::Disconnected) => leaves = true,
             Err(RecvTimeoutError::Timeout) => {}
         }
+        if leaves && lost.is_some() {
+            // What is left to send may never arrive.
+            world.abort(1);
+        }
         if beat.elapsed() >= HEARTBEAT {
-            outgoing.heartbeat();
+            outgoing.heartbeat(lost);
             beat = Instant::now();
         }
         let sent = outgoing.move_on();
         let got = incoming.move_on(|message| received.send(Ok(message)).is_ok());
         wait = if sent || got { Duration::ZERO } else { PAUSE };
-        let silence = incoming.heard.elapsed();
-        if silence > SILENCE && !silent {
-            silent = true;
-            let name = name(before as usize, &names[before as usize]);
-            let error = ClusterError::Silent { name, seconds: silence.as_secs() };
-            let _ = received.send(Err(error.into()));
+        if lost.is_none() {
+            let silent = incoming.heard.elapsed() > SILENCE;
+            lost = if silent { Some(before as usize) } else { incoming.lost };
+            if let Some(rank) = lost {
+                outgoing.heartbeat(lost);
+                let name = name(rank, names.get(rank).map_or("", String::as_str));
+                let error = ClusterError::Silent { name, seconds: SILENCE.as_secs() };
+                let _ = received.send(Err(error.into()));
+            }
         }
     }
     incoming.cancel();
@@ -256,6 +270,11 @@ impl Transfer {
     }
 }
 
+/// The number of a message of one number.
+fn first_number(bytes: &[u8]) -> u64 {
+    message::numbers(bytes).first().copied().unwrap_or_default()
+}
+
 /// Messages to the next rank.
 struct Outgoing {
     to: c_int,
@@ -274,7 +293,7 @@ impl Outgoing {
     }
 
     fn add(&mut self, message: Vec<u8>) {
-        self.waiting.push_back((LENGTH, message.len().to_le_bytes().to_vec()));
+        self.waiting.push_back((LENGTH, message::of_numbers(&[message.len() as u64])));
         if message.len() <= PIECE {
             self.waiting.push_back((CONTENT, message));
         } else {
@@ -282,10 +301,11 @@ impl Outgoing {
         }
     }
 
-    /// A sign of life, unless the last one is on its way still.
-    fn heartbeat(&mut self) {
+    /// A sign of life, unless the last one is on its way still. It has the number of the rank that is lost, if one is.
+    fn heartbeat(&mut self, lost: Option<usize>) {
         if self.alive.as_mut().is_none_or(Transfer::ended) {
-            self.alive = Some(Transfer::send(self.to, ALIVE, Vec::new()));
+            let content = lost.map_or(NONE_LOST, |rank| rank as u64);
+            self.alive = Some(Transfer::send(self.to, ALIVE, message::of_numbers(&[content])));
         }
     }
 
@@ -313,16 +333,19 @@ struct Incoming {
     message: Option<(Vec<u8>, usize, Transfer)>,
     /// When something arrived last.
     heard: Instant,
+    /// The rank that is lost, as the rank before says.
+    lost: Option<usize>,
 }
 
 impl Incoming {
     fn new(from: c_int) -> Self {
         Self {
             from,
-            length: Transfer::receive(from, LENGTH, size_of::<usize>()),
-            alive: Transfer::receive(from, ALIVE, 0),
+            length: Transfer::receive(from, LENGTH, NUMBER),
+            alive: Transfer::receive(from, ALIVE, NUMBER),
             message: None,
             heard: Instant::now(),
+            lost: None,
         }
     }
 
@@ -330,11 +353,13 @@ impl Incoming {
     fn move_on(&mut self, deliver: impl Fn(Vec<u8>) -> bool) -> bool {
         let mut changed = false;
         if self.alive.ended() {
-            self.alive = Transfer::receive(self.from, ALIVE, 0);
+            let content = first_number(&self.alive.buffer);
+            self.lost = (content != NONE_LOST).then_some(content as usize);
+            self.alive = Transfer::receive(self.from, ALIVE, NUMBER);
             self.heard = Instant::now();
         }
         if self.message.is_none() && self.length.ended() {
-            let whole = super::number(&self.length.buffer);
+            let whole = first_number(&self.length.buffer) as usize;
             self.message = Some((Vec::new(), whole, self.piece(whole)));
             changed = true;
         }
@@ -353,7 +378,7 @@ impl Incoming {
                     let next = self.piece(whole - message.len());
                     self.message = Some((message, whole, next));
                 } else {
-                    self.length = Transfer::receive(self.from, LENGTH, size_of::<usize>());
+                    self.length = Transfer::receive(self.from, LENGTH, NUMBER);
                     deliver(message);
                 }
             } else {

@@ -102,7 +102,7 @@ impl Hessian {
     }
 
     fn block(&self) -> i64 {
-        if self.matrix.device() == Device::Cpu { BLOCK } else { CUDA_BLOCK }
+        block_of(self.matrix.device())
     }
 
     /// Adds `xᵀx`, on and below the blocks of the diagonal; of fp16 and bf16 on tensor cores.
@@ -145,8 +145,13 @@ impl Hessian {
     /// Blocks of rows that inputs of `kind` can be added to one after another, with [`Hessian::add_to_block`]. The sums are the same as
     /// those of [`Hessian::add`].
     pub fn row_blocks(&self, kind: Kind) -> Vec<Range<i64>> {
-        let k = self.in_features() as i64;
-        blocks(k, if takes_bf16_products(kind, self.matrix.device()) { bf16_block(k) } else { self.block() })
+        row_blocks(self.in_features() as i64, kind, self.matrix.device())
+    }
+
+    /// Number of values in all [`Hessian::row_blocks`] of `in_features` inputs.
+    pub fn values_in_blocks(in_features: usize, kind: Kind, device: Device) -> usize {
+        let rows = row_blocks(in_features as i64, kind, device).into_iter();
+        rows.map(|rows| ((rows.end - rows.start) * rows.end) as usize).sum()
     }
 
     /// The sums of one of the [`Hessian::row_blocks`]: a view of its rows, up to the end of their diagonal block.
@@ -414,6 +419,15 @@ pub(super) fn takes_bf16_products(kind: Kind, device: Device) -> bool {
 pub(super) fn bf16_block(count: i64) -> i64 {
     let smallest = amx::BLOCK as i64;
     smallest * (count as u64).div_ceil((smallest * ROW_BLOCKS) as u64) as i64
+}
+
+/// Blocks of rows of a Hessian of `k` inputs of `kind`.
+fn row_blocks(k: i64, kind: Kind, device: Device) -> Vec<Range<i64>> {
+    blocks(k, if takes_bf16_products(kind, device) { bf16_block(k) } else { block_of(device) })
+}
+
+fn block_of(device: Device) -> i64 {
+    if device == Device::Cpu { BLOCK } else { CUDA_BLOCK }
 }
 
 /// Rows `0..count` in blocks.

@@ -12,15 +12,15 @@ use super::{
     phases::{of_targets, per_token, shape_of},
 };
 use crate::{
-    amx::BLOCK,
-    architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig, StageConfig},
+    architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
     error::{ResourceError, Result},
     gptq::CrossCovariance,
     rotation::TURNED_TOGETHER,
     units::bytes,
+    variant::Output,
 };
 
-const FP32: u64 = 4;
+pub(super) const FP32: u64 = 4;
 /// Columns that the CPU factorizes together, and what is made of them on the way.
 const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
@@ -55,8 +55,6 @@ pub(super) struct Work {
     /// In the kind of forward passes.
     pub(super) forward: f64,
     pub(super) fp32: f64,
-    /// Of these in fp32, what every rank of a run does: factors and targets.
-    pub(super) on_every_rank: f64,
 }
 
 /// The sizes of a run that its memory depends on.
@@ -72,7 +70,8 @@ pub(super) struct Shape<'a> {
     /// Processes of the run.
     pub(super) ranks: usize,
     pub(super) seq_len: usize,
-    pub(super) variants: usize,
+    /// What is made.
+    pub(super) outputs: &'a [Output],
     pub(super) shared_hessian: bool,
     /// Whether the reference model's activations are kept beside the variants'.
     pub(super) reference: bool,
@@ -123,7 +122,7 @@ impl Shape<'_> {
 
     /// Hidden states of all streams.
     pub(super) fn hidden_states(&self) -> u64 {
-        let streams = if self.shared_hessian { 1 } else { self.variants as u64 };
+        let streams = if self.shared_hessian { 1 } else { self.outputs.len() as u64 };
         let hidden = self.config.hidden_size as u64;
         self.of_tokens((streams + u64::from(self.reference)) * hidden)
     }
@@ -141,7 +140,7 @@ impl Shape<'_> {
     }
 
     /// Bytes of so many values of every token. The number of tokens is the user's, and may be anything.
-    fn of_tokens(&self, values: u64) -> u64 {
+    pub(super) fn of_tokens(&self, values: u64) -> u64 {
         let tokens = (self.windows as u64).saturating_mul(self.seq_len as u64);
         tokens.saturating_mul(values * self.element())
     }
@@ -166,9 +165,9 @@ impl Shape<'_> {
             let others = copies * (sums(stage) - matrix);
             // Where several variants are solved for one Hessian, it outlives a factor, and their codes pile up.
             let together = self.shared_hessian || stage == 0;
-            let several = together && self.variants > 1;
+            let several = together && self.outputs.len() > 1;
             let kept = u64::from(several || self.gradient_windows > 0) * matrix;
-            let codes = n * k * if several { self.variants as u64 } else { 1 };
+            let codes = n * k * if several { self.outputs.len() as u64 } else { 1 };
             let factoring = if cuda { 4 * matrix } else { 2 * matrix + CHOLESKY_ROWS * k * FP32 };
             let energy = matrix + if cuda { n * k * (2 + FP32) } else { 0 };
             // Row by row there are also targets and their errors.
@@ -201,7 +200,7 @@ impl Shape<'_> {
         }
         let weights: usize =
             layer.stages[0].linears().map(|position| layer.linears[position].weights()).sum();
-        (self.variants as u64).saturating_sub(1) * weights as u64
+        (self.outputs.len() as u64).saturating_sub(1) * weights as u64
     }
 
     /// The output Hessians of a layer, and their factors.
@@ -253,20 +252,13 @@ impl Shape<'_> {
         if self.gradient_windows == 0 { 0 } else { bytes }
     }
 
-    /// Work of a layer on the CPU, on the average.
-    pub(super) fn layer_work(&self) -> Work {
+    /// Work of a layer on the CPU, on the average: that of the rank that has the most, of so many.
+    pub(super) fn layer_work(&self, ranks: usize) -> Work {
         let layers = self.config.num_layers() as f64;
-        let all = self.config.layers.iter().map(|layer| self.work_of(layer));
-        let sum = all.fold(Work::default(), |a, b| Work {
-            forward: a.forward + b.forward,
-            fp32: a.fp32 + b.fp32,
-            on_every_rank: a.on_every_rank + b.on_every_rank,
-        });
-        Work {
-            forward: sum.forward / layers,
-            fp32: sum.fp32 / layers,
-            on_every_rank: sum.on_every_rank / layers,
-        }
+        let all = self.config.layers.iter().map(|layer| self.work_of(layer, ranks));
+        let sum =
+            all.fold(Work::default(), |a, b| Work { forward: a.forward + b.forward, fp32: a.fp32 + b.fp32 });
+        Work { forward: sum.forward / layers, fp32: sum.fp32 / layers }
     }
 
     /// Floating-point operations of taking gradients through all layers, in fp32.
@@ -281,80 +273,29 @@ impl Shape<'_> {
         self.config.layers.iter().map(of).sum()
     }
 
-    fn work_of(&self, layer: &LayerConfig) -> Work {
+    fn work_of(&self, layer: &LayerConfig, ranks: usize) -> Work {
         let tokens = self.windows as f64 * self.seq_len as f64;
-        let variants = self.variants as f64;
+        let variants = self.outputs.len() as f64;
         let streams = if self.shared_hessian { 1.0 } else { variants };
         let references = if self.reference { 1.0 } else { 0.0 };
         let row_blocks = if self.gradient_windows > 0 { ROW_BLOCKS } else { 1.0 };
         let search = if self.searches { SEARCH } else { 0.0 };
         let mut work = Work::default();
-        for group in layer.stages.iter().flat_map(|stage| &stage.groups) {
-            let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
-            work.forward += (streams + references) * tokens * token.forward / FORWARD
-                + streams * tokens * token.hessian / STATISTICS
-                + references * variants * tokens * token.cross_covariance / STATISTICS;
-            let alone = streams * k.powi(3) / 3.0 / FACTORIZATION
-                + references * variants * of_targets(n, k) / TARGETS;
-            let solves = row_blocks * variants * n * k * (k + search) / SOLVE;
-            work.fp32 += alone + solves;
-            // Rows that are solved in turn are not shared.
-            work.on_every_rank += if self.gradient_windows > 0 { alone + solves } else { alone };
+        for stage in &layer.stages {
+            for group in &stage.groups {
+                let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
+                work.forward += (streams + references) * tokens * token.forward / FORWARD
+                    + streams * tokens * token.hessian / STATISTICS
+                    + references * variants * tokens * token.cross_covariance / STATISTICS;
+                let alone = streams * k.powi(3) / 3.0 / FACTORIZATION
+                    + references * variants * of_targets(n, k) / TARGETS;
+                let solves = row_blocks * variants * n * k * (k + search) / SOLVE;
+                // What every rank does alike is `alone`.
+                let (of_group, of_rows) = self.solving_shares(layer, stage, group, ranks);
+                work.fp32 += of_group * (alone + of_rows * solves);
+            }
         }
-        Work {
-            forward: BESIDE_PRODUCTS * work.forward,
-            fp32: BESIDE_PRODUCTS * work.fp32,
-            on_every_rank: BESIDE_PRODUCTS * work.on_every_rank,
-        }
-    }
-
-    /// Average bytes that a rank of several sends to the next rank in a layer. They are sums that it continues, complete sums that it
-    /// passes on, and codes.
-    pub(super) fn sent_per_layer(&self, ranks: usize) -> f64 {
-        if ranks == 1 {
-            return 0.0;
-        }
-        let streams = if self.shared_hessian { 1.0 } else { self.variants as f64 };
-        let times = if ranks == 2 { 1.0 } else { 2.0 };
-        let of = |layer: &LayerConfig, group: &GroupConfig| {
-            let (n, k) = shape_of(layer, group);
-            let cross_covariance = match self.reference {
-                true if CrossCovariance::sums_products(n as u64, k as u64) => n * k,
-                true => k * k,
-                false => 0.0,
-            };
-            let sums = (k * (k + BLOCK as f64) / 2.0 + cross_covariance) * FP32 as f64;
-            let codes = if self.gradient_windows > 0 { 0.0 } else { self.variants as f64 * n * k };
-            streams * times * sums + codes * (ranks as f64 - 1.0) / ranks as f64
-        };
-        let layers = self.config.layers.iter();
-        let groups =
-            layers.flat_map(|layer| layer.stages.iter().flat_map(|s| &s.groups).map(move |g| (layer, g)));
-        groups.map(|(layer, group)| of(layer, group)).sum::<f64>() / self.config.num_layers() as f64
-    }
-
-    /// Bytes that a rank of several keeps until the sums of the ranks before arrive. They are the inputs of a stage on this rank's
-    /// windows, their factors in the products, and sums that are not sent yet.
-    fn kept_for_sums(&self) -> u64 {
-        if self.ranks == 1 {
-            return 0;
-        }
-        let of_group = |layer: &LayerConfig, group: &GroupConfig| {
-            let (n, k) = shape_of(layer, group);
-            let difference = if self.reference { n.min(k) } else { 0.0 };
-            let part = match &layer.feed_forward.routing {
-                Some(routing) if group.expert.is_some() => routing.per_token as f64 / routing.experts as f64,
-                _ => 1.0,
-            };
-            let sums = k * k / 2.0 + if self.reference { k * n.min(k) } else { 0.0 };
-            self.of_tokens((part * (k + difference)) as u64).saturating_add(sums as u64 * FP32)
-        };
-        let layers = self.config.layers.iter();
-        let stages = layers.flat_map(|layer| layer.stages.iter().map(move |stage| (layer, stage)));
-        let of_stage = |(layer, stage): (&LayerConfig, &StageConfig)| {
-            stage.groups.iter().map(|group| of_group(layer, group)).sum::<u64>()
-        };
-        stages.map(of_stage).max().unwrap_or(0)
+        Work { forward: BESIDE_PRODUCTS * work.forward / ranks as f64, fp32: BESIDE_PRODUCTS * work.fp32 }
     }
 
     /// Memory of a run on CUDA (one device, all variants on it) or on the CPU, with batches of `tokens` tokens.
@@ -420,6 +361,7 @@ impl Shape<'_> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::variant::{Bits, GroupSize, Order, Variant};
 
     pub(in crate::pipeline) fn config(
         hidden: usize,
@@ -435,6 +377,18 @@ pub(super) mod tests {
         ModelConfig::from_json("config.json", &json).unwrap()
     }
 
+    /// Four branches of two column orders.
+    pub(in crate::pipeline) const FOUR: [Output; 4] = [
+        branch(GroupSize::Features(128), Order::Sequential),
+        branch(GroupSize::Features(64), Order::Sequential),
+        branch(GroupSize::Features(32), Order::Act),
+        branch(GroupSize::PerChannel, Order::Act),
+    ];
+
+    const fn branch(group_size: GroupSize, order: Order) -> Output {
+        Output::Gptq(Variant { bits: Bits::Four, group_size, order, symmetric: true })
+    }
+
     pub(in crate::pipeline) fn shape(config: &ModelConfig) -> Shape<'_> {
         Shape {
             config,
@@ -443,7 +397,7 @@ pub(super) mod tests {
             windows: 128,
             ranks: 1,
             seq_len: 2048,
-            variants: 4,
+            outputs: &FOUR,
             shared_hessian: false,
             reference: false,
             gradient_windows: 0,

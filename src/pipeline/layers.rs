@@ -13,13 +13,13 @@ use super::{
     output_hessians::{GradientWindows, OutputHessians},
     worker::RunContext,
     worker_group::{Sink, Task},
-    worker_pool::{WorkerPool, windows_of_ranks},
+    worker_pool::WorkerPool,
 };
 use crate::{
     architectures::LinearId,
     calibration::Windows,
     checkpoint::Checkpoint,
-    cluster::Cluster,
+    cluster::{Cluster, Exchanged, message, windows_of_ranks},
     device::{self, Choice},
     error::{Error, Result},
     gptq::solver::Solved,
@@ -27,7 +27,7 @@ use crate::{
     model::kind_name,
     plan::Plan,
     progress::Event,
-    report::{ComputeReport, LinearReport, Phase},
+    report::{ComputeReport, LayerExchange, LinearReport, Phase},
 };
 
 /// Solves the unfinished layers of `source`, which is the run's model, or that model equalized or rotated. After each layer the
@@ -87,14 +87,18 @@ pub(super) fn solve(
     for layer in journal.layers()..total {
         let layer_begun = Instant::now();
         progress.begin(&format!("layer {}/{total}", layer + 1), pool.steps(layer));
-        let next = setup.solve_layer(&mut pool, layer, &mut branches, task, journal, context)?;
+        let (next, exchange) = setup.solve_layer(&mut pool, layer, &mut branches, task, journal, context)?;
         let committed = branches.commit()?;
         let layer_seconds = layer_begun.elapsed().as_secs_f64();
+        if let Some(exchange) = &exchange {
+            progress.event(&Event::Note(&waited(exchange, layer_seconds)));
+        }
         let costs = LayerCosts {
             seconds: layer_seconds,
             stage_seconds: branches.seconds(),
             phases: context.phases.so_far(),
             stage_memory: memory.peaks(),
+            exchange,
         };
         journal.commit(next, committed, branches.warnings().to_vec(), costs, &compute)?;
         folder.hold();
@@ -196,11 +200,12 @@ impl<'a> Setup<'a> {
         context: RunContext<'p>,
     ) -> Result<WorkerPool<'p>> {
         let kept = journal.kept(self.of_ranks[context.cluster.rank()].clone())?;
-        let (devices, spill, Needs { kind, limits, .. }) = (&self.devices, journal.folder(), self.needs);
+        let Needs { kind, limits, .. } = self.needs;
+        let (devices, spill) = (&self.devices, journal.folder());
         WorkerPool::new(source, devices, kind, self.windows, task, limits, spill, kept.as_ref(), context)
     }
 
-    /// Solves a layer. Returns the hidden states behind it.
+    /// Solves a layer. Returns the hidden states behind it, and on the root of several ranks what they have exchanged.
     fn solve_layer(
         &self,
         pool: &mut WorkerPool<'_>,
@@ -209,7 +214,8 @@ impl<'a> Setup<'a> {
         task: Task<'_>,
         journal: &Journal,
         context: RunContext<'_>,
-    ) -> Result<Option<NextStates>> {
+    ) -> Result<(Option<NextStates>, Option<LayerExchange>)> {
+        let before = context.cluster.exchanged();
         // The last layer has no next layer, so its outputs are dropped.
         let mut next = match layer + 1 < task.layers {
             true => Some(self.next(pool, layer + 1, task, journal, context)?),
@@ -218,7 +224,29 @@ impl<'a> Setup<'a> {
         let states = next.as_mut().map(Mutex::new);
         pool.solve_layer(layer, &Mutex::new(sink), states.as_ref())?;
         next.iter_mut().try_for_each(|next| next.gather(context.cluster, &self.of_ranks))?;
-        Ok(next)
+        let exchange = self.exchange(layer, context.cluster, before)?;
+        Ok((next, exchange))
+    }
+
+    /// What the ranks have exchanged in a layer since `before`, on the root of several ranks.
+    fn exchange(&self, layer: usize, cluster: &Cluster, before: Exchanged) -> Result<Option<LayerExchange>> {
+        if cluster.ranks() == 1 {
+            return Ok(None);
+        }
+        let Exchanged { sent, barriers, waited } = cluster.exchanged().since(before);
+        let all = cluster.gather(message::of_floats(&[sent as f64, waited]))?;
+        let computed = self.needs.exchange(layer);
+        Ok(all.map(|all| {
+            let all: Vec<Vec<f64>> = all.iter().map(|own| message::floats(own)).collect();
+            LayerExchange {
+                layer,
+                sent_bytes: all.iter().map(|own| own[0] as u64).collect(),
+                computed_bytes: computed.sent as u64,
+                barriers,
+                computed_barriers: computed.barriers as u64,
+                waited_seconds: all.iter().map(|own| own[1]).collect(),
+            }
+        }))
     }
 
     /// Files for the hidden states in front of a layer.
@@ -235,6 +263,13 @@ impl<'a> Setup<'a> {
         let streams = task.streams(task.variants.len());
         journal.next(context.cluster, layer, streams, self.windows.count(), window_bytes, kind)
     }
+}
+
+/// `waited for messages: rank 0 0.1 s, rank 1 2.3 s, of 12.5 s`.
+fn waited(exchange: &LayerExchange, seconds: f64) -> String {
+    let each = exchange.waited_seconds.iter().enumerate();
+    let each: Vec<String> = each.map(|(rank, waited)| format!("rank {rank} {waited:.1} s")).collect();
+    format!("waited for messages: {}, of {seconds:.1} s", each.join(", "))
 }
 
 /// The speed of the network on the root of a run of several ranks. All ranks call it.

@@ -11,9 +11,11 @@ mod output_folder;
 mod output_format;
 mod output_hessians;
 mod phases;
+mod rank_estimate;
 mod reference;
 mod ring;
 mod shared_rows;
+mod solution_message;
 mod stage_memory;
 mod stage_solver;
 mod statistics;
@@ -42,6 +44,7 @@ use crate::{
     emit::{Provenance, remove_unfinished},
     equalization::Equalization,
     error::{ClusterError, Error, ResourceError, Result},
+    eval::folder_name,
     machine::{available_memory, fast_bf16, peak_memory, processor, resident_memory},
     model::{Compute, kind_name},
     plan::{ComputeDtype, DatasetShare, Plan},
@@ -201,6 +204,10 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
             true => Some(rotate(checkpoint, journal.folder(), context)?),
             false => None,
         };
+        if let Some(rotated) = &rotated {
+            let folder = folder_name(rotated.checkpoint().dir());
+            cluster.broadcast(Some(folder.into_bytes()))?;
+        }
         let equalized = match accuracy.equalize {
             true => equalize(checkpoint, context)?,
             false => None,
@@ -241,6 +248,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
         seconds: state.seconds,
         journal_seconds: state.journal_seconds,
         layer_seconds: state.layer_seconds.clone(),
+        exchanges: state.exchanges.clone(),
         stage_seconds: state.stage_seconds(),
         phases,
         stage_memory_bytes: state.stage_memory,
@@ -267,11 +275,23 @@ pub fn assist(run: &Run<'_>, progress: &dyn Progress) -> Result<()> {
     }
     let (memory, phases) = (MemoryWatch::begin(journal.state().stage_memory), PhaseClock::begin(&[]));
     let context = RunContext { progress, stop: run.stop, memory: &memory, phases: &phases, cluster };
-    let equalized = match plan.accuracy(checkpoint.config()).equalize {
+    let accuracy = plan.accuracy(checkpoint.config());
+    let rotated = match accuracy.rotate {
+        true => Some(rotated_by_root(journal.folder(), cluster)?),
+        false => None,
+    };
+    let equalized = match accuracy.equalize {
         true => equalize(checkpoint, context)?,
         false => None,
     };
-    layers::assist(run, equalized.as_ref().unwrap_or(checkpoint), &windows, &mut journal, context)
+    let source = rotated.as_ref().or(equalized.as_ref()).unwrap_or(checkpoint);
+    layers::assist(run, source, &windows, &mut journal, context)
+}
+
+/// The rotated model, which the root has written to a folder of the journal's folder. The root removes it once all layers are solved.
+fn rotated_by_root(journal: &Path, cluster: &Cluster) -> Result<Checkpoint> {
+    let folder = cluster.broadcast(None)?;
+    Checkpoint::open(&journal.join(String::from_utf8_lossy(&folder).as_ref()))
 }
 
 /// Plan and calibration windows of a run, on every rank.
@@ -359,10 +379,6 @@ pub fn check(plan: &Plan, checkpoint: &Checkpoint, place: &Place<'_>, cluster: &
     checkpoint.check()?;
     let config = checkpoint.config();
     plan.check_for(config)?;
-    if cluster.ranks() > 1 && plan.accuracy(config).rotate {
-        let expected = "off in a run of several processes: the rotated model is one process's".into();
-        return Err(Error::Value { what: "rotate".into(), expected, found: "on".into() });
-    }
     check_seq_len(plan.seq_len, config.longest_window(plan.allow_long_windows))?;
     if !place.is_free() {
         return Err(Error::OutputExists { path: place.out.into() });

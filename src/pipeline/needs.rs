@@ -11,6 +11,7 @@ use super::{
     memory::Limits,
     output_folder::Place,
     output_format::{Job, format_of},
+    rank_estimate::Exchange,
 };
 use crate::{
     accuracy::ScaleSearch,
@@ -37,8 +38,17 @@ const RANKS: [usize; 5] = [1, 2, 4, 8, 16];
 /// Blocks of rows that a sum is continued in, about: the last rank begins that much later for each rank before it.
 const ROW_BLOCKS: f64 = 24.0;
 
+/// A layer in a run of so many processes.
+#[derive(Debug, Clone, Copy, Default)]
+struct OfRanks {
+    ranks: usize,
+    /// Of the rank that has the most.
+    work: Work,
+    exchange: Exchange,
+}
+
 /// Needs of a run.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Needs {
     /// Of forward passes.
     pub(super) kind: Kind,
@@ -52,12 +62,12 @@ pub(super) struct Needs {
     /// Activations that do not fit it.
     elsewhere: u64,
     disk: DiskNeed,
-    /// Work of a layer, of all ranks together.
-    layer: Work,
-    /// Processes of the run.
-    ranks: usize,
-    /// Bytes that a rank sends to the next one in a layer, for each of [`RANKS`] and for [`Needs::ranks`].
-    sent: [f64; RANKS.len() + 1],
+    /// Of the processes of the run.
+    own: OfRanks,
+    /// Of each of [`RANKS`].
+    of_ranks: [OfRanks; RANKS.len()],
+    /// What the processes of the run exchange in each layer.
+    exchanges: Vec<Exchange>,
     /// Floating-point operations of the gradients that are still to be taken.
     pub(super) gradient_operations: f64,
 }
@@ -88,7 +98,7 @@ impl Needs {
             windows: plan.samples.div_ceil(cluster.ranks()),
             ranks: cluster.ranks(),
             seq_len: plan.seq_len,
-            variants: plan.variants.len(),
+            outputs: &plan.variants,
             shared_hessian: plan.shared_hessian,
             reference: accuracy.runs_reference(),
             gradient_windows: accuracy.gradient_windows(plan.samples),
@@ -136,10 +146,8 @@ impl Needs {
         let memory = (own + need.working).saturating_add(held).max(before);
         let taken = begun.map_or(0.0, |b| b.windows as f64 / b.total_windows.max(1) as f64);
         let gradient_operations = (1.0 - taken) * whole.gradient_operations();
-        let layer = whole.layer_work();
-        let sent = |ranks: usize| whole.sent_per_layer(ranks);
-        let mut all = [sent(cluster.ranks()); RANKS.len() + 1];
-        RANKS.iter().zip(&mut all).for_each(|(&ranks, bytes)| *bytes = sent(ranks));
+        let of_ranks = |ranks| OfRanks::of(&whole, ranks);
+        let layers = 0..checkpoint.config().num_layers();
         let gradients_at_once = shape.gradients_at_once();
         Ok(Self {
             kind,
@@ -149,9 +157,9 @@ impl Needs {
             memory,
             elsewhere,
             disk,
-            layer,
-            ranks: cluster.ranks(),
-            sent: all,
+            own: of_ranks(cluster.ranks()),
+            of_ranks: RANKS.map(of_ranks),
+            exchanges: layers.map(|layer| whole.exchange_in(layer, cluster.ranks())).collect(),
             gradient_operations,
         })
     }
@@ -159,17 +167,16 @@ impl Needs {
     /// The time that gradients and so many `layers` will take, in words: their products at the speed that one product has here.
     /// None where it is too little to be worth measuring, and on devices other than the CPU.
     pub(super) fn time(&self, layers: usize) -> Result<Option<String>> {
-        let Work { forward, fp32, .. } = self.layer;
-        let operations = layers as f64 * (forward + fp32) + self.gradient_operations;
+        let operations = layers as f64 * self.operations() + self.gradient_operations;
         if self.device != Device::Cpu || operations < WORTH_ESTIMATING {
             return Ok(None);
         }
         let speed = product_speed(Kind::Float)?;
-        let layer = self.layer_seconds(self.ranks, [product_speed(self.kind)?, speed]);
+        let layer = self.own.seconds([product_speed(self.kind)?, speed]);
         let all = duration(layers as f64 * layer);
         let gradients = match self.gradient_operations > 0.0 {
             true => {
-                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speed / self.ranks as f64;
+                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speed / self.own.ranks as f64;
                 format!("{} for gradients and ", duration(seconds))
             }
             false => String::new(),
@@ -178,15 +185,29 @@ impl Needs {
     }
 }
 
-impl Needs {
-    /// Seconds of computation in a layer on `ranks` equal ranks. The speeds are operations a second, in the data type of forward
-    /// passes and in fp32.
-    fn layer_seconds(&self, ranks: usize, [forward, fp32]: [f64; 2]) -> f64 {
-        let Work { forward: products, fp32: all, on_every_rank } = self.layer;
-        let (ranks, late) = (ranks as f64, (ranks as f64 - 1.0) / ROW_BLOCKS);
+impl OfRanks {
+    fn of(shape: &Shape<'_>, ranks: usize) -> Self {
+        Self { ranks, work: shape.layer_work(ranks), exchange: shape.exchange(ranks) }
+    }
+
+    /// Seconds of computation in a layer, with these speeds of products in the kind of forward passes and in fp32, operations a second.
+    fn seconds(&self, [forward, fp32]: [f64; 2]) -> f64 {
+        let late = (self.ranks as f64 - 1.0) / ROW_BLOCKS;
         // About a third of the products are those of sums, which begin later on later ranks.
-        products / forward / ranks * (1.0 + late / 3.0)
-            + (on_every_rank + (all - on_every_rank) / ranks) / fp32
+        self.work.forward / forward * (1.0 + late / 3.0) + self.work.fp32 / fp32
+    }
+}
+
+impl Needs {
+    /// Floating-point operations of a layer, of all ranks together.
+    fn operations(&self) -> f64 {
+        let Work { forward, fp32 } = self.of_ranks[0].work;
+        forward + fp32
+    }
+
+    /// What the processes of the run exchange in a layer.
+    pub(super) fn exchange(&self, layer: usize) -> Exchange {
+        self.exchanges[layer]
     }
 
     /// Gain of more ranks: a line for each number of ranks, for a network of `network` bytes a second between neighbours.
@@ -196,17 +217,18 @@ impl Needs {
     pub(super) fn of_more_ranks(&self, network: f64) -> Result<String> {
         let mut text = format!(
             "network: each rank sends about {} to the next one in a layer, at {} a second",
-            bytes(self.sent[RANKS.len()] as u64),
+            bytes(self.own.exchange.sent as u64),
             bytes(network as u64),
         );
-        if self.device != Device::Cpu || self.layer.forward + self.layer.fp32 < WORTH_ESTIMATING {
+        if self.device != Device::Cpu || self.operations() < WORTH_ESTIMATING {
             return Ok(text);
         }
         let speeds = [product_speed(self.kind)?, product_speed(Kind::Float)?];
         text += "\nestimated for a layer\nranks  computing    sending  speed-up";
-        let alone = self.layer_seconds(1, speeds);
-        for (&ranks, &sent) in RANKS.iter().zip(&self.sent) {
-            let (computing, sending) = (self.layer_seconds(ranks, speeds), sent / network);
+        let alone = self.of_ranks[0].seconds(speeds);
+        for of_ranks in &self.of_ranks {
+            let (ranks, computing) = (of_ranks.ranks, of_ranks.seconds(speeds));
+            let sending = of_ranks.exchange.sent / network;
             let speed_up = alone / (computing + sending);
             text += &format!("\n{ranks:>5}  {computing:>7.1} s  {sending:>7.1} s  {speed_up:>8.1}");
         }
@@ -240,7 +262,7 @@ fn fits_machine(
 impl fmt::Display for Needs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (whose, elsewhere) = match self.device {
-            Device::Cpu if self.ranks > 1 => ("memory of each rank", "on disk"),
+            Device::Cpu if self.own.ranks > 1 => ("memory of each rank", "on disk"),
             Device::Cpu => ("memory", "on disk"),
             _ => ("device memory", "in memory or on disk"),
         };
@@ -330,8 +352,8 @@ mod tests {
     fn a_run_that_does_not_fit_is_refused_with_the_flag_that_fits() {
         let config = config(4096, 11008, 32, 32);
         let plan = Plan::default();
-        let (windows, seq_len, variants) = (plan.samples, plan.seq_len, plan.variants.len());
-        let shape = Shape { kind: Kind::Float, windows, seq_len, variants, ..shape(&config) };
+        let (windows, seq_len, outputs) = (plan.samples, plan.seq_len, &plan.variants[..]);
+        let shape = Shape { kind: Kind::Float, windows, seq_len, outputs, ..shape(&config) };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
         let fits = |available: u64| fits_machine(Some(available), all, &shape, Device::Cpu, base, &plan);
@@ -361,5 +383,41 @@ mod tests {
         let shape = Shape { kind, windows, seq_len, reference, gradient_windows, ..shape(&config) };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);
+    }
+
+    /// The predictions in docs/cluster.md: rows of its table.
+    #[test]
+    fn predictions_are_those_of_the_docs() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/cluster.md");
+        let docs = fs::read_to_string(docs).unwrap();
+        let models = [
+            ("Llama 2 7B", config(4096, 11008, 32, 32)),
+            ("Llama 2 70B", config(8192, 28672, 64, 8)),
+            ("Llama 3.1 405B", config(16384, 53248, 128, 8)),
+        ];
+        let mut rows = Vec::new();
+        for (name, config) in &models {
+            let accuracy = Plan::default().accuracy(config);
+            let shape = Shape {
+                reference: accuracy.runs_reference(),
+                searches: accuracy.scales.search != ScaleSearch::Off,
+                ..shape(config)
+            };
+            let of = |ranks| OfRanks::of(&shape, ranks);
+            let speeds = [5e12, 2.5e12];
+            let alone = of(1).seconds(speeds);
+            let mut first = [name.to_string(), format!("{alone:.0} s"), bytes(of(4).exchange.sent as u64)];
+            for network in [10.0, 25.0, 200.0] {
+                let efficiency = |ranks: usize| {
+                    let seconds = of(ranks).seconds(speeds) + of(ranks).exchange.sent / (network * 1e9 / 8.0);
+                    format!("{:.0}%", 100.0 * alone / seconds / ranks as f64)
+                };
+                let each = [2, 4, 8, 16].map(efficiency).join(" | ");
+                rows.push(format!("| {} | {network:.0} Gbit/s | {each} |", first.join(" | ")));
+                first = Default::default();
+            }
+        }
+        let missing: Vec<&String> = rows.iter().filter(|row| !docs.contains(*row)).collect();
+        assert!(missing.is_empty(), "docs/cluster.md has not\n{missing:#?}");
     }
 }

@@ -7,16 +7,15 @@ use tch::{Device, Kind, Tensor};
 use super::{
     journal::Journal,
     memory::{ActivationStore, Limits, MemoryBudget},
-    ring::{bytes_of, numbers},
     stream::Stream,
     window_file::WindowFile,
     worker::RunContext,
-    worker_pool::windows_of_ranks,
 };
 use crate::{
     architectures::{LayerConfig, ModelConfig},
     calibration::Windows,
     checkpoint::{Checkpoint, to_bytes},
+    cluster::{message, windows_of_ranks},
     error::{Result, TorchContext},
     gptq::{OutputHessian, output_blocks, solver::OutputFactor},
     model::{Compute, Runner},
@@ -106,8 +105,8 @@ impl OutputHessians {
             let most = ranks * (at_once / per_batch).max(1);
             let end = count.min(done + batches.min(most) * per_batch);
             // The root knows how long the part before took.
-            let end = cluster.broadcast(cluster.is_root().then(|| bytes_of(&[end as u64])))?;
-            let part = done..numbers(&end)[0] as usize;
+            let end = cluster.broadcast(cluster.is_root().then(|| message::of_numbers(&[end as u64])))?;
+            let part = done..message::numbers(&end)[0] as usize;
             let own = windows_of_ranks(part.len(), per_batch, ranks).swap_remove(cluster.rank());
             let own = done + own.start..done + own.end;
             let mut states = task.forward(&own)?;

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     checkpoint::to_bytes,
-    cluster::Cluster,
+    cluster::{Cluster, message},
     error::{Result, TorchContext},
 };
 
@@ -39,6 +39,7 @@ impl Collective for RingMember<'_> {
 
     fn sum(&mut self, own: Captured) -> Result<Option<StageStatistics>> {
         let (cluster, Captured { mut sums, batches }) = (self.cluster, own);
+        cluster.count_barrier();
         let own_tokens = sums
             .iter()
             .zip(&batches)
@@ -46,10 +47,10 @@ impl Collective for RingMember<'_> {
         // Tokens of each group in the sums of the ranks before.
         let before = match cluster.is_root() {
             true => vec![0; sums.len()],
-            false => numbers(&cluster.receive()?),
+            false => message::numbers(&cluster.receive()?),
         };
         let now: Vec<u64> = own_tokens.zip(&before).map(|(own, before)| own + before).collect();
-        cluster.send(bytes_of(&now))?;
+        cluster.send(message::of_numbers(&now))?;
         for (group, (sums, batches)) in sums.iter_mut().zip(&batches).enumerate() {
             let begun = before[group] > 0;
             for part in sums.parts() {
@@ -65,17 +66,17 @@ impl Collective for RingMember<'_> {
         drop(batches);
         // The last rank has the sums; they go around until the rank before it has them too.
         let passes_on = cluster.rank() + 2 < cluster.ranks();
-        let all = if cluster.is_last() { now } else { numbers(&cluster.receive()?) };
+        let all = if cluster.is_last() { now } else { message::numbers(&cluster.receive()?) };
         if passes_on {
-            cluster.send(bytes_of(&all))?;
+            cluster.send(message::of_numbers(&all))?;
         }
         for (sums, &tokens) in sums.iter_mut().zip(&all) {
             sums.count(tokens);
             for part in sums.parts().iter().filter(|_| tokens > 0 && !cluster.is_last()) {
-                let message = cluster.receive()?;
-                take(&sums.part(part)?, &message)?;
+                let values = cluster.receive()?;
+                take(&sums.part(part)?, &values)?;
                 if passes_on {
-                    cluster.send(message)?;
+                    cluster.send(values)?;
                 }
             }
         }
@@ -100,14 +101,4 @@ fn take(to: &Tensor, bytes: &[u8]) -> Result<()> {
         to.shallow_clone().f_copy_(&values)
     };
     copy().torch("receive sums")
-}
-
-/// Numbers as a message.
-pub(super) fn bytes_of(numbers: &[u64]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
-}
-
-/// The numbers of a message.
-pub(super) fn numbers(message: &[u8]) -> Vec<u64> {
-    message.chunks_exact(8).map(|bytes| u64::from_le_bytes(bytes.try_into().expect("8 bytes"))).collect()
 }

@@ -1,23 +1,22 @@
-//! Rows of a weight are solved by all ranks of a run: given the factor, each row is solved by itself.
+//! Rows of a weight are solved by all ranks of a run: given the factor, each row is solved by itself, or with feedback each block of an
+//! output Hessian.
 
-use half::f16;
 use tch::Tensor;
 
-use super::worker_pool::split;
+use super::solution_message::{MessageReader, write_numbers, write_solution};
 use crate::{
-    cluster::Cluster,
+    cluster::{Cluster, split},
     error::{Result, TorchContext},
     gptq::{
-        QuantizedLinear,
-        solver::{Solution, Solved, Weight},
+        Hessian,
+        solver::{OutputFactor, Solution, Solved, Weight, join_strands, solve_strands, strand_rows},
     },
-    variant::Bits,
 };
 
 /// Rows that the solver takes together. Ranks get whole tiles.
 const TILE: usize = 32;
-/// Weights of a group below which each rank solves all of it: the codes would travel longer.
-const WORTH_SHARING: usize = 1 << 18;
+/// Weights below which each rank solves all of them: the codes would travel longer. Tests have small models.
+pub(super) const WORTH_SHARING: usize = if cfg!(test) { 1 << 10 } else { 1 << 18 };
 
 /// Whether so many values are worth sharing among the ranks.
 pub(super) fn is_worth_sharing(weights: &[Weight<'_>], cluster: &Cluster) -> bool {
@@ -28,7 +27,6 @@ pub(super) fn is_worth_sharing(weights: &[Weight<'_>], cluster: &Cluster) -> boo
 /// Solves `weights` on all ranks, each its rows of every weight with `solve`. Every rank gets all rows. All ranks call it.
 pub(super) fn solve_shared(
     weights: &[Weight<'_>],
-    bits: Bits,
     cluster: &Cluster,
     solve: impl Fn(&[Weight<'_>]) -> Result<Vec<Solution>>,
 ) -> Result<Vec<Solution>> {
@@ -48,13 +46,17 @@ pub(super) fn solve_shared(
     let mut solved = if parts.is_empty() { Vec::new() } else { solve(&parts)? }.into_iter();
     let mut message = Vec::new();
     for own in &own {
-        let solution = own.as_ref().and_then(|_| solved.next());
-        write(&mut message, solution)?;
+        // A rank may have no rows of a weight.
+        write_numbers(&mut message, [u64::from(own.is_some())]);
+        if let Some(solution) = own.as_ref().and_then(|_| solved.next()) {
+            write_solution(&mut message, &solution)?;
+        }
     }
     let messages = cluster.all_gather(message)?;
-    let mut rest: Vec<&[u8]> = messages.iter().map(Vec::as_slice).collect();
+    let mut rest: Vec<_> = messages.iter().map(|message| MessageReader::new(message)).collect();
     let join = |weight: &Weight<'_>| {
-        let parts: Vec<Solution> = rest.iter_mut().filter_map(|rest| read(rest, bits)).collect();
+        let read = |rest: &mut MessageReader<'_>| (rest.number() > 0).then(|| rest.solution());
+        let parts: Vec<Solution> = rest.iter_mut().filter_map(read).collect();
         let squared_error = parts.iter().map(|part| part.squared_error).sum();
         let uncompensated = parts.iter().map(|part| part.uncompensated).sum();
         let rows: Vec<i64> = (0..weight.values.size()[0]).collect();
@@ -64,96 +66,83 @@ pub(super) fn solve_shared(
     weights.iter().map(join).collect()
 }
 
-/// Appends the rows of a rank to its message.
-///
-/// The order is: number of rows, columns, groups, squared error, count of uncompensated features; then codes, scales, zeros and
-/// groups as raw bytes.
-fn write(message: &mut Vec<u8>, solution: Option<Solution>) -> Result<()> {
-    let Some(solution) = solution else {
-        message.extend(0u64.to_le_bytes());
-        return Ok(());
-    };
-    let linear = solution.linear.on_host()?;
-    for number in [linear.out_features(), linear.in_features(), linear.groups()] {
-        message.extend((number as u64).to_le_bytes());
-    }
-    message.extend(solution.squared_error.to_le_bytes());
-    message.extend((solution.uncompensated as u64).to_le_bytes());
-    message.extend(linear.codes());
-    message.extend(linear.scales().iter().flat_map(|scale| scale.to_le_bytes()));
-    message.extend(linear.zeros());
-    message.extend(linear.g_idx().iter().flat_map(|group| group.to_le_bytes()));
-    Ok(())
+/// Solves `weights` with feedback between their rows on all ranks: each rank has some blocks of their output Hessians. Every rank gets all
+/// rows. All ranks call it.
+pub(super) fn solve_strands_shared(
+    hessian: &Hessian,
+    weights: &[Weight<'_>],
+    outputs: &[&[OutputFactor]],
+    cluster: &Cluster,
+    solve: &dyn Fn(&[Weight<'_>]) -> Result<Vec<Solution>>,
+) -> Result<Vec<Solution>> {
+    let ranks = ranks_of(&strand_rows(outputs), cluster.ranks());
+    let own = solve_strands(hessian, weights, outputs, &|strand| ranks[strand] == cluster.rank(), solve)?;
+    let mut message = Vec::new();
+    own.iter().try_for_each(|solution| write_solution(&mut message, solution))?;
+    let messages = cluster.all_gather(message)?;
+    let mut rest: Vec<_> = messages.iter().map(|message| MessageReader::new(message)).collect();
+    join_strands(outputs, ranks.iter().map(|&rank| rest[rank].solution()))
 }
 
-/// Takes the next rows from a rank's message; `None` if the rank has none of this weight.
-fn read<'m>(rest: &mut &'m [u8], bits: Bits) -> Option<Solution> {
-    let mut take = |count: usize| {
-        let all: &'m [u8] = rest;
-        let (own, others) = all.split_at(count);
-        *rest = others;
-        own
-    };
-    let mut number = || u64::from_le_bytes(take(8).try_into().expect("8 bytes"));
-    let n = number() as usize;
-    if n == 0 {
-        return None;
+/// The rank that each of some things is given to, by their sizes: the largest first, each to the rank that has the least.
+pub(super) fn ranks_of(sizes: &[usize], ranks: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..sizes.len()).collect();
+    order.sort_by_key(|&thing| (usize::MAX - sizes[thing], thing));
+    let (mut of_ranks, mut given) = (vec![0; ranks], vec![0; sizes.len()]);
+    for thing in order {
+        let rank = (0..ranks).min_by_key(|&rank| of_ranks[rank]).unwrap_or(0);
+        of_ranks[rank] += sizes[thing];
+        given[thing] = rank;
     }
-    let (k, groups) = (number() as usize, number() as usize);
-    let squared_error = f64::from_bits(number());
-    let uncompensated = number() as usize;
-    let codes = take(k * n).to_vec();
-    let scales = take(2 * groups * n).chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
-    let zeros = take(groups * n).to_vec();
-    let g_idx = take(4 * k).chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("4 bytes")));
-    let linear = QuantizedLinear::new(bits, codes, scales, zeros, g_idx.collect());
-    Some(Solution { linear: Solved::Host(linear), squared_error, uncompensated, fallback: None })
+    given
 }
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
     use crate::{
         cluster::tests::on_all,
-        gptq::{
-            Hessian,
-            solver::{CpuSolver, Solver},
-        },
+        ggml::BlockType,
+        gptq::solver::{CpuSolver, Factor, Solver, solve_by_rows},
         variant::Variant,
     };
 
-    #[test]
-    fn rows_are_the_same_whichever_rank_solves_them() {
-        let (k, variant): (i64, Variant) = (64, "4bit-16g-act".parse().unwrap());
-        let values = |rows: i64| {
-            let number = |i: i64| ((i + rows).wrapping_mul(2_654_435_761) >> 7) % 2001 - 1000;
-            let all: Vec<f32> = (0..rows * k).map(|i| number(i) as f32 / 1000.0).collect();
-            Tensor::from_slice(&all).view([rows, k])
-        };
+    const K: i64 = 64;
+
+    fn values(rows: i64, columns: i64) -> Tensor {
+        let number = |i: i64| ((i + rows).wrapping_mul(2_654_435_761) >> 7) % 2001 - 1000;
+        let all: Vec<f32> = (0..rows * columns).map(|i| number(i) as f32 / 1000.0).collect();
+        Tensor::from_slice(&all).view([rows, columns])
+    }
+
+    fn hessian() -> Hessian {
+        let mut hessian = Hessian::new(K as usize, Device::Cpu).unwrap();
+        hessian.add(&values(300, K)).unwrap();
+        hessian.finish("stage").unwrap()
+    }
+
+    fn factor(variant: &Variant) -> Factor {
+        CpuSolver::new().factorize(&hessian(), variant.sorting(false), 0.01, "stage").unwrap()
+    }
+
+    /// What `solve` returns for two weights is the same for any number of ranks: codes or blocks, and the error but for rounding.
+    fn check(solve: impl Fn(&[Weight<'_>], &Cluster) -> Vec<Solution> + Sync) {
         let solved = |cluster: &Cluster| {
             // A narrow linear, and one that ends in part of a tile.
-            let [first, second, inputs] = [values(20), values(150), values(300)];
-            let mut hessian = Hessian::new(k as usize, Device::Cpu).unwrap();
-            hessian.add(&inputs).unwrap();
-            let factor = CpuSolver::new().factorize(
-                &hessian.finish("stage").unwrap(),
-                variant.sorting(false),
-                0.01,
-                "stage",
-            );
-            let factor = factor.unwrap();
+            let [first, second] = [values(20, K), values(150, K)];
             let weights =
                 [Weight { name: "first", values: &first }, Weight { name: "second", values: &second }];
-            let solutions = match cluster.ranks() {
-                1 => factor.solve(&weights, &variant).unwrap(),
-                _ => {
-                    let solve = |rows: &[Weight<'_>]| factor.solve(rows, &variant);
-                    solve_shared(&weights, variant.bits, cluster, solve).unwrap()
+            let solutions = solve(&weights, cluster);
+            let linears = solutions.iter().map(|solution| match &solution.linear {
+                Solved::Blocks(linear) => linear.bytes().to_vec(),
+                linear => {
+                    let linear = linear.on_host().unwrap();
+                    let scales = linear.scales().iter().flat_map(|scale| scale.to_le_bytes());
+                    linear.codes().iter().chain(linear.zeros()).copied().chain(scales).collect()
                 }
-            };
-            let linears = solutions.iter().map(|s| s.linear.on_host().unwrap().into_owned());
+            });
             (linears.collect::<Vec<_>>(), solutions.iter().map(|s| s.squared_error).sum::<f64>())
         };
         let (expected, error) = solved(&Cluster::alone());
@@ -163,5 +152,51 @@ mod tests {
                 assert!((own - error).abs() < 1e-6 * error, "{own} {error}");
             }
         }
+    }
+
+    #[test]
+    fn rows_are_the_same_whichever_rank_solves_them() {
+        let variant: Variant = "4bit-16g-act".parse().unwrap();
+        check(|weights, cluster| {
+            let factor = factor(&variant);
+            let solve = |rows: &[Weight<'_>]| factor.solve(rows, &variant);
+            if cluster.ranks() == 1 { solve(weights) } else { solve_shared(weights, cluster, solve) }.unwrap()
+        });
+    }
+
+    #[test]
+    fn rows_of_blocks_are_the_same_whichever_rank_solves_them() {
+        check(|weights, cluster| {
+            let factor = factor(&"4bit-32g".parse().unwrap());
+            let solve = |rows: &[Weight<'_>]| factor.solve_blocks(rows, BlockType::Q4_0);
+            if cluster.ranks() == 1 { solve(weights) } else { solve_shared(weights, cluster, solve) }.unwrap()
+        });
+    }
+
+    #[test]
+    fn rows_with_feedback_are_the_same_whichever_rank_solves_them() {
+        let variant: Variant = "4bit-16g-act".parse().unwrap();
+        let block = |n: i64| {
+            let gradients = values(200, n);
+            gradients.tr().mm(&gradients) / 200.0 + Tensor::eye(n, (Kind::Float, Device::Cpu))
+        };
+        check(|weights, cluster| {
+            let factor = factor(&variant);
+            let outputs = [vec![block(20)], vec![block(70), block(80)]]
+                .map(|blocks| OutputFactor::all(&blocks, 0.01, Device::Cpu, "outputs").unwrap());
+            let outputs: Vec<&[OutputFactor]> = outputs.iter().map(Vec::as_slice).collect();
+            let solve = |rows: &[Weight<'_>]| factor.solve(rows, &variant);
+            match cluster.ranks() {
+                1 => solve_by_rows(&hessian(), weights, &outputs, &solve),
+                _ => solve_strands_shared(&hessian(), weights, &outputs, cluster, &solve),
+            }
+            .unwrap()
+        });
+    }
+
+    #[test]
+    fn the_largest_things_are_given_first() {
+        assert_eq!(ranks_of(&[5, 9, 5, 4], 2), [1, 0, 1, 0]);
+        assert_eq!(ranks_of(&[1, 1], 3), [0, 1]);
     }
 }

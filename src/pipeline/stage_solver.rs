@@ -7,7 +7,8 @@ use tch::{Device, Tensor};
 use super::{
     output_hessians::LayerFactors,
     phases::{of_targets, shape_of},
-    shared_rows::{is_worth_sharing, solve_shared},
+    shared_rows::{is_worth_sharing, solve_shared, solve_strands_shared},
+    solution_message::{MessageReader, write_linear, write_numbers},
     stage_memory::At,
     statistics::{CalibrationStatistics, blend_experts},
     weights::Weights,
@@ -17,7 +18,7 @@ use super::{
 use crate::{
     architectures::{GroupConfig, LinearId, ModelConfig},
     emit::linear_type,
-    error::Result,
+    error::{Error, Result},
     ggml::BlockType,
     gptq::{
         CrossCovariance, Hessian,
@@ -86,17 +87,79 @@ impl<'a> StageSolver<'a> {
     ) -> Result<Vec<Vec<Solved>>> {
         let groups = &self.config.layers[weights.layer].stages[stage].groups;
         let tokens = blend_experts(groups, &mut statistics)?;
+        let mut statistics = statistics.into_iter().zip(tokens);
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
-        for ((group, statistics), tokens) in groups.iter().zip(statistics).zip(tokens) {
+        let cluster = self.context.cluster;
+        // Each rank solves one of some experts, which come first.
+        let spread = if self.spreads_experts(weights, groups) { experts(groups) } else { 0 };
+        for round in groups[..spread].chunks(cluster.ranks()) {
             return_free_memory();
-            let of_group = self.solve_group(weights, group, statistics, tokens, variants, sink)?;
-            solved.iter_mut().zip(of_group).for_each(|(all, own)| all.extend(own));
+            let mut own = None;
+            for (rank, (group, (statistics, tokens))) in round.iter().zip(statistics.by_ref()).enumerate() {
+                if rank == cluster.rank() {
+                    own = Some(self.solve_group(weights, group, statistics, tokens, variants, false)?);
+                }
+            }
+            let own = own.map(|own| own.message()).transpose()?.unwrap_or_default();
+            for (group, message) in round.iter().zip(cluster.all_gather(own)?) {
+                let solution = GroupSolution::of_message(&message)?;
+                self.deliver(weights, group, solution, variants, sink, &mut solved)?;
+            }
+        }
+        for (group, (statistics, tokens)) in groups[spread..].iter().zip(statistics) {
+            return_free_memory();
+            let solution = self.solve_group(weights, group, statistics, tokens, variants, true)?;
+            self.deliver(weights, group, solution, variants, sink, &mut solved)?;
         }
         return_free_memory();
         Ok(solved)
     }
 
-    /// Solves the linears of a group, which share a Hessian.
+    /// Whether the experts of a stage are spread over the ranks of the run.
+    fn spreads_experts(&self, weights: &Weights, groups: &[GroupConfig]) -> bool {
+        let of_experts = groups.iter().filter(|group| group.expert.is_some());
+        let positions = of_experts.flat_map(|group| group.linears.clone());
+        let all: Vec<Weight<'_>> =
+            positions.map(|position| Weight { name: "", values: &weights.of(position).0 }).collect();
+        self.device == Device::Cpu && experts(groups) > 1 && is_worth_sharing(&all, self.context.cluster)
+    }
+
+    /// Gives the linears of a group to the sink, and keeps them for each variant.
+    fn deliver(
+        &self,
+        weights: &Weights,
+        group: &GroupConfig,
+        solution: GroupSolution,
+        variants: &[usize],
+        sink: &SharedSink<'_>,
+        solved: &mut [Vec<Solved>],
+    ) -> Result<()> {
+        let (progress, phases) = (self.context.progress, self.context.phases);
+        for (text, of_report) in solution.warnings {
+            progress.event(&Event::Warning(&text));
+            if of_report {
+                lock(sink).warn(text);
+            }
+        }
+        self.context.memory.enter(At::Packing);
+        for SolvedLinear { position, index, linear, report } in solution.linears {
+            let id = self.config.linear_id(weights.layer, group.linears.start + index);
+            let variant = self.task.variants[variants[position]].to_string();
+            if let Some(reason) = &report.fallback {
+                let text = format!("{}, {variant}: rounded to nearest: {reason}", report.name);
+                progress.event(&Event::Warning(&text));
+            }
+            let (name, relative_error) = (&report.name, report.relative_error);
+            progress.event(&Event::Linear { name, variant: &variant, relative_error });
+            phases.time(Phase::Pack, 0.0, || lock(sink).take(variants[position], &id, &linear, report))?;
+            solved[position].push(linear);
+        }
+        progress.advance(variants.len() as u64);
+        self.context.memory.enter(At::Calibrating);
+        Ok(())
+    }
+
+    /// Solves the linears of a group, which share a Hessian; with `together`, all ranks of the run do so.
     fn solve_group(
         &self,
         weights: &Weights,
@@ -104,17 +167,14 @@ impl<'a> StageSolver<'a> {
         statistics: CalibrationStatistics,
         tokens: Option<u64>,
         variants: &[usize],
-        sink: &SharedSink<'_>,
-    ) -> Result<Vec<Vec<Solved>>> {
-        let progress = self.context.progress;
+        together: bool,
+    ) -> Result<GroupSolution> {
+        let mut solved = GroupSolution::default();
         let ids: Vec<LinearId> =
             group.linears.clone().map(|position| self.config.linear_id(weights.layer, position)).collect();
         let name = format!("layer {}, {}", weights.layer, group.name);
         let (hessian, cross_covariance) = statistics.into_parts();
-        if let Some(text) = hessian.warning() {
-            progress.event(&Event::Warning(text));
-            lock(sink).warn(text.to_owned());
-        }
+        solved.warnings.extend(hessian.warning().map(|text| (text.to_owned(), true)));
         self.context.memory.enter(At::Solving);
         let hessian = hessian.finish(&name)?;
         let damp = self.damp(&hessian)?;
@@ -131,7 +191,6 @@ impl<'a> StageSolver<'a> {
             hessian.output_energies(&dense.iter().map(|w| w.values).collect::<Vec<_>>())
         })?;
         let mut hessian = Some(hessian);
-        let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
 
         let mut by_order: Vec<(Sorting, Vec<usize>)> = Vec::new();
         for (position, &variant) in variants.iter().enumerate() {
@@ -158,7 +217,8 @@ impl<'a> StageSolver<'a> {
                 hessian = None;
             }
             let of_order = list.iter().map(|&position| self.task.variants[variants[position]]);
-            self.warn(&name, &of_order.collect::<Vec<_>>(), damp, factor.facts());
+            let raised = raised(&name, &of_order.collect::<Vec<_>>(), damp, factor.facts());
+            solved.warnings.extend(raised.map(|text| (text, false)));
             let operations = if cross_covariance.is_some() { of_targets(n, k) } else { 0.0 };
             let targets = phases.time(Phase::Targets, operations, || {
                 let targets = self.targets(&*factor, cross_covariance.as_ref(), &dense, &name);
@@ -180,25 +240,19 @@ impl<'a> StageSolver<'a> {
                 let formats = ids.iter().zip(&dense).map(|(id, w)| self.format(variant, id, w));
                 let formats = formats.collect::<Result<Vec<_>>>()?;
                 let outputs = outputs.as_deref().zip(hessian.as_ref());
-                let solutions = self.solve_formats(&*factor, &weights, &formats, outputs)?;
+                let solutions = self.solve_formats(&*factor, &weights, &formats, outputs, together)?;
                 let solving = begun.elapsed().as_secs_f64();
                 phases.add(Phase::Solve, solving, n * k * k);
                 let seconds = solving + factor_seconds;
                 let size = |linear: &Solved| linear.in_features() * linear.out_features();
                 let total: usize = solutions.iter().map(|solution| size(&solution.linear)).sum();
-                for ((id, solution), energy) in ids.iter().zip(solutions).zip(&energies) {
+                for (index, (solution, energy)) in solutions.into_iter().zip(&energies).enumerate() {
                     let relative_error =
                         if *energy > 0.0 { (solution.squared_error / energy).sqrt() } else { 0.0 };
-                    let (name, share) = (id.to_string(), size(&solution.linear) as f64 / total as f64);
-                    if let Some(reason) = &solution.fallback {
-                        let text = format!("{name}, {variant}: rounded to nearest: {reason}");
-                        progress.event(&Event::Warning(&text));
-                    }
-                    let text = variant.to_string();
-                    progress.event(&Event::Linear { name: &name, variant: &text, relative_error });
+                    let share = size(&solution.linear) as f64 / total as f64;
                     let facts = factor.facts();
                     let report = LinearReport {
-                        name,
+                        name: ids[index].to_string(),
                         relative_error,
                         damp: facts.damp,
                         damp_raised: facts.damp_raised,
@@ -210,17 +264,10 @@ impl<'a> StageSolver<'a> {
                         fallback: solution.fallback,
                         tokens,
                     };
-                    self.context.memory.enter(At::Packing);
-                    phases.time(Phase::Pack, 0.0, || {
-                        lock(sink).take(variants[position], id, &solution.linear, report)
-                    })?;
-                    self.context.memory.enter(At::Solving);
-                    solved[position].push(solution.linear);
+                    solved.linears.push(SolvedLinear { position, index, linear: solution.linear, report });
                 }
-                progress.advance(1);
             }
         }
-        self.context.memory.enter(At::Calibrating);
         Ok(solved)
     }
 
@@ -236,14 +283,18 @@ impl<'a> StageSolver<'a> {
     }
 
     /// Solves the weights of a group, those of one format together. With `outputs`, the factors of each weight's output Hessian and the
-    /// Hessian of the inputs, rows are solved in turn.
+    /// Hessian of the inputs, rows are solved in turn. With `together`, each rank of the run solves some rows.
     fn solve_formats(
         &self,
         factor: &dyn Factorized,
         weights: &[Weight<'_>],
         formats: &[LinearFormat],
         outputs: Option<(&[&[OutputFactor]], &Hessian)>,
+        together: bool,
     ) -> Result<Vec<Solution>> {
+        let cluster = self.context.cluster;
+        // A linear that cannot be solved is rounded as a whole, and the codes of a device stay there.
+        let together = together && self.device == Device::Cpu && !factor.rounds_failures();
         let mut solutions: Vec<Option<Solution>> = weights.iter().map(|_| None).collect();
         for (first, &format) in formats.iter().enumerate() {
             if solutions[first].is_some() {
@@ -251,6 +302,7 @@ impl<'a> StageSolver<'a> {
             }
             let own: Vec<usize> = (first..weights.len()).filter(|&i| formats[i] == format).collect();
             let of_format: Vec<Weight<'_>> = own.iter().map(|&i| weights[i]).collect();
+            let together = together && is_worth_sharing(&of_format, cluster);
             let solve = |rows: &[Weight<'_>]| {
                 self.context.check_cancelled()?;
                 match format {
@@ -261,19 +313,13 @@ impl<'a> StageSolver<'a> {
             let solved = match outputs {
                 Some((outputs, hessian)) => {
                     let outputs: Vec<&[OutputFactor]> = own.iter().map(|&i| outputs[i]).collect();
-                    solve_by_rows(hessian, &of_format, &outputs, &solve)?
-                }
-                None => match format {
-                    // A linear that cannot be solved is rounded as a whole, and the codes of a device stay there.
-                    LinearFormat::Gptq(variant)
-                        if self.device == Device::Cpu
-                            && !factor.rounds_failures()
-                            && is_worth_sharing(&of_format, self.context.cluster) =>
-                    {
-                        solve_shared(&of_format, variant.bits, self.context.cluster, solve)?
+                    match together {
+                        true => solve_strands_shared(hessian, &of_format, &outputs, cluster, &solve)?,
+                        false => solve_by_rows(hessian, &of_format, &outputs, &solve)?,
                     }
-                    _ => solve(&of_format)?,
-                },
+                }
+                None if together => solve_shared(&of_format, cluster, solve)?,
+                None => solve(&of_format)?,
             };
             own.into_iter().zip(solved).for_each(|(i, solution)| solutions[i] = Some(solution));
         }
@@ -297,13 +343,65 @@ impl<'a> StageSolver<'a> {
         let Some(known) = cross_covariance.filter(|known| known.tokens() > 0) else { return Ok(None) };
         targets(factor, known, dense, self.task.accuracy.asymmetric, stage).map(Some)
     }
+}
 
-    /// Warns where damping had to be raised above `damp` for the variants that share a column order.
-    fn warn(&self, stage: &str, variants: &[Output], damp: f64, facts: &Factorization) {
-        if let Some(text) = raised(stage, variants, damp, facts) {
-            self.context.progress.event(&Event::Warning(&text));
+/// Groups of experts of a stage.
+fn experts(groups: &[GroupConfig]) -> usize {
+    groups.iter().filter(|group| group.expert.is_some()).count()
+}
+
+/// What solving a group gives.
+#[derive(Default)]
+struct GroupSolution {
+    /// With whether the report has it too.
+    warnings: Vec<(String, bool)>,
+    linears: Vec<SolvedLinear>,
+}
+
+struct SolvedLinear {
+    /// Among the variants that are solved.
+    position: usize,
+    /// Among the linears of the group.
+    index: usize,
+    linear: Solved,
+    report: LinearReport,
+}
+
+/// The part of a [`GroupSolution`] that is sent as JSON: the warnings, and the place and the report of each linear.
+type Header = (Vec<(String, bool)>, Vec<(usize, usize, LinearReport)>);
+
+impl GroupSolution {
+    /// As a message: the length of the JSON, that, and the linears.
+    fn message(self) -> Result<Vec<u8>> {
+        let mut linears = Vec::new();
+        let mut reports = Vec::new();
+        for SolvedLinear { position, index, linear, report } in self.linears {
+            write_linear(&mut linears, &linear)?;
+            reports.push((position, index, report));
         }
+        let header: Header = (self.warnings, reports);
+        let json = serde_json::to_vec(&header).map_err(unreadable)?;
+        let mut message = Vec::new();
+        write_numbers(&mut message, [json.len() as u64]);
+        message.extend(json);
+        message.extend(linears);
+        Ok(message)
     }
+
+    fn of_message(message: &[u8]) -> Result<Self> {
+        let mut rest = MessageReader::new(message);
+        let length = rest.number() as usize;
+        let (warnings, reports): Header = serde_json::from_slice(rest.bytes(length)).map_err(unreadable)?;
+        let linear = |(position, index, report)| {
+            let linear = rest.linear();
+            SolvedLinear { position, index, linear, report }
+        };
+        Ok(Self { warnings, linears: reports.into_iter().map(linear).collect() })
+    }
+}
+
+fn unreadable(source: serde_json::Error) -> Error {
+    Error::Json { path: "message of a rank".into(), source }
 }
 
 /// Format of a quantized linear.

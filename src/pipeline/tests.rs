@@ -11,6 +11,7 @@ use std::{
 use tch::{Device, Kind};
 
 use super::{
+    estimate::{Shape, tests::shape},
     journal::{Identity, Journal},
     memory::Limits,
     output_folder::Place,
@@ -140,6 +141,32 @@ fn ranks_solve_exactly_the_same() {
                     assert!(*found == expected, "{name}, {kind:?}, rank {rank} of {ranks}");
                 }
             }
+        }
+    }
+}
+
+/// Bytes and barriers of the first layer are those that the preflight computes.
+#[test]
+fn ranks_exchange_what_is_computed() {
+    let kind = Kind::Float;
+    let outputs: [Output; 1] = ["4bit-16g-act".parse().unwrap()];
+    for name in ["llama3-gqa-rope", "cohere", "mixtral"] {
+        let checkpoint = model(name);
+        let config = checkpoint.config();
+        let reference = Plan::default().accuracy(config).runs_reference();
+        let shape =
+            Shape { kind, windows: 13, seq_len: SEQ_LEN, outputs: &outputs, reference, ..shape(config) };
+        for ranks in [2, 3, 4] {
+            let all = on_all(ranks, |rank| {
+                layer_of_rank(name, 1, 3 * SEQ_LEN, kind, &rank);
+                rank.exchanged()
+            });
+            let computed = shape.exchange_in(0, ranks);
+            let sent = all.iter().map(|exchanged| exchanged.sent).max().unwrap() as f64;
+            assert!((sent / computed.sent - 1.0).abs() < 0.1, "{name}, {ranks} ranks: {sent} {computed:?}");
+            // Without the files of the next layer's hidden states.
+            let barriers = all.iter().map(|exchanged| exchanged.barriers as f64 + 1.0);
+            assert!(barriers.eq(vec![computed.barriers; ranks]), "{name}, {ranks} ranks: {computed:?}");
         }
     }
 }

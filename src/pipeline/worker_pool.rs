@@ -12,7 +12,12 @@ use super::{
     worker_group::{SharedSink, SharedStates, Task, WorkerGroup},
 };
 use crate::{
-    calibration::Windows, checkpoint::Checkpoint, cuda::HostPool, error::Result, model::Transformer,
+    calibration::Windows,
+    checkpoint::Checkpoint,
+    cluster::{split, windows_of_ranks},
+    cuda::HostPool,
+    error::Result,
+    model::Transformer,
     report::Phase,
 };
 
@@ -142,19 +147,6 @@ fn spread(devices: &[Device], streams: usize) -> Vec<(Vec<Device>, Range<usize>)
     devices.zip(own).collect()
 }
 
-/// The windows of each rank: whole batches, so that these are the same for any number of ranks.
-pub(super) fn windows_of_ranks(count: usize, per_batch: usize, ranks: usize) -> Vec<Range<usize>> {
-    let windows =
-        |batches: Range<usize>| (batches.start * per_batch).min(count)..(batches.end * per_batch).min(count);
-    split(count.div_ceil(per_batch), ranks).into_iter().map(windows).collect()
-}
-
-/// Splits `count` things into `parts` ranges of nearly equal length, the longer ones first.
-pub(super) fn split(count: usize, parts: usize) -> Vec<Range<usize>> {
-    let start = |part: usize| part * (count / parts) + part.min(count % parts);
-    (0..parts).map(|part| start(part)..start(part + 1)).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,6 +159,5 @@ mod tests {
         assert_eq!(two, [(vec![Device::Cuda(0)], 0..2), (vec![Device::Cuda(1)], 2..3)]);
         let three = spread(&gpus(3), 2);
         assert_eq!(three, [(gpus(2), 0..1), (vec![Device::Cuda(2)], 1..2)]);
-        assert_eq!(split(7, 3), [0..3, 3..5, 5..7]);
     }
 }

@@ -58,6 +58,9 @@ pub struct Report {
     pub journal_seconds: f64,
     /// Seconds of each layer, all variants.
     pub layer_seconds: Vec<f64>,
+    /// What the ranks of a run of several processes exchanged, layer by layer; empty in a run of one process.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exchanges: Vec<LayerExchange>,
     /// Time of each stage.
     pub stage_seconds: StageSeconds,
     /// Time and arithmetic of each phase of the work on layers.
@@ -117,6 +120,23 @@ pub type StageSeconds = Stages<f64>;
 /// Largest resident memory during each stage, bytes, sampled fifty times a second; none where the system does not report it.
 /// Where devices work at the same time, a sample counts for the stage that began last.
 pub type StageMemory = Stages<Option<u64>>;
+
+/// What the ranks of a run exchanged in a layer: measured, and computed from shapes before the run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LayerExchange {
+    /// From 0.
+    pub layer: usize,
+    /// Bytes that each rank sent to the next one.
+    pub sent_bytes: Vec<u64>,
+    /// The most of these, as computed.
+    pub computed_bytes: u64,
+    /// How often all ranks waited for each other.
+    pub barriers: u64,
+    /// The same, as computed.
+    pub computed_barriers: u64,
+    /// Seconds that each rank waited for messages.
+    pub waited_seconds: Vec<f64>,
+}
 
 /// A phase of the work on layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

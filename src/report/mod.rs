@@ -24,9 +24,9 @@ pub use evaluation::{
 pub use html::html;
 pub(crate) use json::read_schema;
 pub use json::{
-    BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayersComputed, LinearReport, ModelReport,
-    ModelSource, Phase, PhaseReport, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport, StageMemory,
-    StageSeconds, Stages,
+    BranchReport, CalibrationReport, ComputeReport, GENERATED_BY, LayerExchange, LayersComputed,
+    LinearReport, ModelReport, ModelSource, Phase, PhaseReport, REPORT_FILE, REPORT_SCHEMA, Report,
+    SourceReport, StageMemory, StageSeconds, Stages,
 };
 pub use markdown::markdown;
 pub(crate) use markdown::text as markdown_text;

@@ -90,13 +90,33 @@ pub fn solve_by_rows(
     outputs: &[&[OutputFactor]],
     solve: &dyn Fn(&[Weight<'_>]) -> Result<Vec<Solution>>,
 ) -> Result<Vec<Solution>> {
+    join_strands(outputs, solve_strands(hessian, weights, outputs, &|_| true, solve)?)
+}
+
+/// Rows of each *strand*: the rows of a weight that belong to one block of its output Hessian. Strands are those of each weight, one after
+/// another; they do not depend on each other.
+pub fn strand_rows(outputs: &[&[OutputFactor]]) -> Vec<usize> {
+    outputs.iter().flat_map(|factors| factors.iter().map(|factor| factor.len() as usize)).collect()
+}
+
+/// The part of [`solve_by_rows`] that solves the strands that are `chosen`, by their index. A strand's solution has its rows in the order in
+/// which they are solved.
+///
+/// # Errors
+/// As for [`solve_by_rows`].
+pub fn solve_strands(
+    hessian: &Hessian,
+    weights: &[Weight<'_>],
+    outputs: &[&[OutputFactor]],
+    chosen: &dyn Fn(usize) -> bool,
+    solve: &dyn Fn(&[Weight<'_>]) -> Result<Vec<Solution>>,
+) -> Result<Vec<Solution>> {
     let device = hessian.matrix().device();
-    // Those of each weight, one after another.
+    let all =
+        weights.iter().zip(outputs).flat_map(|(weight, factors)| factors.iter().map(move |f| (weight, f)));
     let mut strands = Vec::new();
-    for (weight, factors) in weights.iter().zip(outputs) {
-        for factor in *factors {
-            strands.push(Strand::new(weight, factor, device).torch("take rows of a weight")?);
-        }
+    for (_, (weight, factor)) in all.enumerate().filter(|(strand, _)| chosen(*strand)) {
+        strands.push(Strand::new(weight, factor, device).torch("take rows of a weight")?);
     }
     let longest = strands.iter().map(|strand| strand.output.len()).max().unwrap_or(0);
     for start in (0..longest).step_by(ROWS as usize) {
@@ -108,8 +128,19 @@ pub fn solve_by_rows(
             strand.take(start, solution)?;
         }
     }
+    strands.into_iter().map(|strand| strand.solution(hessian)).collect()
+}
+
+/// Joins the solutions of all strands to those of the weights.
+///
+/// # Errors
+/// When libtorch fails.
+pub fn join_strands(
+    outputs: &[&[OutputFactor]],
+    strands: impl IntoIterator<Item = Solution>,
+) -> Result<Vec<Solution>> {
     let mut strands = strands.into_iter();
-    outputs.iter().map(|factors| joined(strands.by_ref().take(factors.len()), hessian)).collect()
+    outputs.iter().map(|factors| joined(factors, strands.by_ref().take(factors.len()))).collect()
 }
 
 /// The targets of the row blocks from `start` on: the values that compensate the errors of all rows before them. They do not
@@ -187,20 +218,31 @@ impl<'a> Strand<'a> {
         self.solved.push(solution);
         Ok(())
     }
-}
 
-/// Joins the rows of a linear; the error is that against its weight.
-fn joined<'a>(strands: impl Iterator<Item = Strand<'a>>, hessian: &Hessian) -> Result<Solution> {
-    let (mut rows, mut parts) = (Vec::new(), Vec::new());
-    let (mut squared_error, mut uncompensated, mut fallback) = (0.0, 0, None);
-    for strand in strands {
-        squared_error += hessian.output_energy(&strand.differences)?;
-        rows.extend(Vec::<i64>::try_from(&strand.output.rows).torch("read an order of rows")?);
-        for solution in strand.solved {
-            uncompensated += solution.uncompensated;
+    /// The rows in the block's order. The error is that against the weight.
+    fn solution(self, hessian: &Hessian) -> Result<Solution> {
+        let squared_error = hessian.output_energy(&self.differences)?;
+        let rows: Vec<i64> = (0..self.output.len()).collect();
+        let uncompensated = self.solved.iter().map(|solution| solution.uncompensated).sum();
+        let (mut parts, mut fallback) = (Vec::new(), None);
+        for solution in self.solved {
             fallback = fallback.or(solution.fallback);
             parts.push(solution.linear);
         }
+        Ok(Solution { linear: Solved::joined(parts, &rows)?, squared_error, uncompensated, fallback })
+    }
+}
+
+/// Joins the strands of a linear.
+fn joined(factors: &[OutputFactor], strands: impl Iterator<Item = Solution>) -> Result<Solution> {
+    let (mut rows, mut parts) = (Vec::new(), Vec::new());
+    let (mut squared_error, mut uncompensated, mut fallback) = (0.0, 0, None);
+    for (factor, strand) in factors.iter().zip(strands) {
+        rows.extend(Vec::<i64>::try_from(&factor.rows).torch("read an order of rows")?);
+        squared_error += strand.squared_error;
+        uncompensated += strand.uncompensated;
+        fallback = fallback.or(strand.fallback);
+        parts.push(strand.linear);
     }
     Ok(Solution { linear: Solved::joined(parts, &rows)?, squared_error, uncompensated, fallback })
 }

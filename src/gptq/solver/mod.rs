@@ -20,7 +20,7 @@ use std::borrow::Borrow;
 use half::f16;
 use tch::{Device, Kind, TchError, Tensor};
 
-pub use by_rows::{OutputFactor, solve_by_rows};
+pub use by_rows::{OutputFactor, join_strands, solve_by_rows, solve_strands, strand_rows};
 pub use cpu::CpuSolver;
 pub use cuda::{Clock, CudaSolver, DeviceLinear, Kernels, PackedCodes, StageShape, Work};
 pub use fallback::OrRounded;

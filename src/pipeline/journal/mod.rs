@@ -30,7 +30,7 @@ use crate::{
     error::{ClusterError, Error, JournalError, Result},
     machine::peak_memory,
     model::kind_name,
-    report::{ComputeReport, LayersComputed, PhaseReport, StageMemory, StageSeconds},
+    report::{ComputeReport, LayerExchange, LayersComputed, PhaseReport, StageMemory, StageSeconds},
 };
 
 /// Locked by a run, so that no second run uses the same output folder.
@@ -70,6 +70,8 @@ pub(super) struct LayerCosts {
     pub(super) stage_seconds: StageSeconds,
     pub(super) phases: Vec<PhaseReport>,
     pub(super) stage_memory: StageMemory,
+    /// In a run of several processes.
+    pub(super) exchange: Option<LayerExchange>,
 }
 
 /// Hidden states that were kept.
@@ -280,6 +282,7 @@ impl Journal {
         state.layers += 1;
         state.hidden = next.as_mut().map(NextStates::finish).transpose()?;
         state.layer_seconds.push(costs.seconds);
+        state.exchanges.extend(costs.exchange);
         state.stage_seconds = costs.stage_seconds;
         state.phases = costs.phases;
         state.stage_memory = costs.stage_memory;

@@ -9,7 +9,9 @@ use super::{super::window_file::WindowFile, identity::Identity};
 use crate::{
     checkpoint::write_file_atomically,
     error::{Error, Result},
-    report::{BranchReport, ComputeReport, LayersComputed, PhaseReport, StageMemory, StageSeconds},
+    report::{
+        BranchReport, ComputeReport, LayerExchange, LayersComputed, PhaseReport, StageMemory, StageSeconds,
+    },
 };
 
 /// The file's name.
@@ -36,6 +38,9 @@ pub(in crate::pipeline) struct State {
     pub(in crate::pipeline) warnings: Vec<String>,
     /// Each finished layer.
     pub(in crate::pipeline) layer_seconds: Vec<f64>,
+    /// What ranks exchanged in the layers that several of them finished.
+    #[serde(default)]
+    pub(in crate::pipeline) exchanges: Vec<LayerExchange>,
     /// Seconds of each phase in the finished layers, and of sealing. `calibrating` is computed from the others.
     pub(super) stage_seconds: StageSeconds,
     /// Time and arithmetic of the finished layers by phase.
