@@ -10,10 +10,7 @@ use std::{
 use anyhow::{Result, bail};
 use gptq::{Error, cluster::Cluster, error::ClusterError};
 
-use super::{
-    args::{Command, OutputArgs},
-    terminal,
-};
+use super::{args::Command, terminal};
 
 /// Variables in which launchers give the number of processes: Open MPI; MPICH, Intel MPI and Slurm's PMI-2; Slurm itself.
 const RANKS: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
@@ -39,11 +36,6 @@ pub(super) fn join(command: &Command) -> Result<Cluster> {
         );
     }
     Ok(Cluster::join()?)
-}
-
-/// The output of ranks that are not the root: only that prints.
-pub(super) fn silent() -> OutputArgs {
-    OutputArgs { json: None, verbose: false, quiet: true }
 }
 
 /// Prints the error of this rank, and ends all ranks. Most errors are those of all ranks, and then the root prints them.

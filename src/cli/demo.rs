@@ -98,13 +98,14 @@ pub(super) fn run(args: &DemoArgs, output: &OutputArgs) -> Result<bool> {
     let windows = Windows::sequential(&evaluation, SEQ_LEN, None)?;
     let name = "demo evaluation text";
     let measured = quantize::evaluate_branches(
-        report,
+        &quantize::branch_names(report),
         &out,
         &checkpoint,
         &windows,
         name,
         Compute::CPU,
         None,
+        cluster,
         &terminal,
     )?;
     finished.report.evaluations = vec![measured];

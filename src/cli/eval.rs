@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use gptq::{
     calibration::{Tokenizer, Tokens, Windows, check_seq_len, tokenizer_notes},
     checkpoint::{Checkpoint, QuantizationConfig},
+    cluster::Cluster,
     eval::{self, Candidate, folder_names},
     model::Compute,
     progress::{Event, Progress},
@@ -29,13 +30,18 @@ struct Evaluations {
     evaluations: Vec<Evaluation>,
 }
 
-pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
-    let model = hub::model(&args.model, output)?;
+pub(super) fn run(args: &EvalArgs, output: &OutputArgs, cluster: &Cluster) -> Result<bool> {
+    // Only the root prints.
+    let silent = OutputArgs::silent();
+    let output = if cluster.is_root() { output } else { &silent };
+    // What the root fetches, the other ranks find in the cache.
+    let model = cluster.root_first(|| hub::model(&args.model, output))?;
     let reference = Checkpoint::open(&model.folder)?;
     reference.check()?;
     let longest = args.seq_len.iter().copied().max().unwrap_or_default();
     check_seq_len(longest, reference.config().longest_window(args.allow_long_windows))?;
-    let models = args.quantized.iter().map(|dir| hub::models(dir, output)).collect::<Result<Vec<_>>>()?;
+    let fetch = || args.quantized.iter().map(|dir| hub::models(dir, output)).collect::<Result<Vec<_>>>();
+    let models = cluster.root_first(fetch)?;
     let models: Vec<_> = models.into_iter().flatten().collect();
     let quantized = models.iter().map(|model| Checkpoint::open(&model.folder));
     let quantized = quantized.collect::<gptq::Result<Vec<_>>>()?;
@@ -45,7 +51,7 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         notes.iter().for_each(|note| terminal::warning(output, &format!("{}: {note}", model.label())));
     }
     let compute = args.compute.resolve(&reference, output)?;
-    let texts = windows(args, &reference, output)?;
+    let texts = cluster.root_first(|| windows(args, &reference, output))?;
     if args.dump_logits.is_some() && (quantized.len() != 1 || texts.len() != 1) {
         bail!("--dump-logits needs exactly one --quantized, one --dataset and one --seq-len");
     }
@@ -62,13 +68,14 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
     let cache = args.cache.dir();
     let mut evaluations = Vec::with_capacity(texts.len());
     for (dataset, windows) in &texts {
+        let cache = cache.as_deref();
         let mut evaluation =
-            eval::evaluate(&reference, &candidates, windows, dataset, compute, cache.as_deref(), &terminal)?;
+            eval::evaluate(&reference, &candidates, windows, dataset, compute, cache, cluster, &terminal)?;
         evaluation.model = model.label();
         // Figures are not written into the Hub's cache.
         let own =
             quantized.iter().zip(&evaluation.models).zip(&models).filter(|(_, model)| !model.is_fetched());
-        for ((checkpoint, model), _) in own.filter(|_| !args.no_save) {
+        for ((checkpoint, model), _) in own.filter(|_| !args.no_save && cluster.is_root()) {
             // A folder that cannot be written to is no error: the figures are printed.
             if let Err(error) = eval::store(checkpoint, &evaluation, model) {
                 terminal.event(&Event::Warning(&format!("the figures are not kept: {error}")));
@@ -77,6 +84,9 @@ pub(super) fn run(args: &EvalArgs, output: &OutputArgs) -> Result<bool> {
         evaluations.push(evaluation);
     }
     drop(terminal);
+    if !cluster.is_root() {
+        return Ok(true);
+    }
     if let (Some(path), [checkpoint], [(_, windows)]) = (&args.dump_logits, &quantized[..], &texts[..]) {
         dump_logits(path, checkpoint, windows, compute)?;
     }

@@ -52,7 +52,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Quantize(args) => quantize::run(args, &cli.output, &cluster),
         Command::Verify(args) => verify::run(args, &cli.output),
-        Command::Eval(args) => eval::run(args, &cli.output),
+        Command::Eval(args) => eval::run(args, &cli.output, &cluster),
         Command::Report(args) => report::run(args, &cli.output),
         Command::Gate(args) => gate::run(args, &cli.output),
         Command::Gguf(args) => gguf::run(args, &cli.output),

@@ -55,11 +55,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs, cluster: &Cluster) -
     };
     let resolve = |dataset: &DatasetShare| datasets::resolve(&dataset.name, &options, output);
     let sources = cluster.root_first(|| plan.dataset.iter().map(resolve).collect::<Result<Vec<_>>>())?;
-    // The root evaluates.
-    let evaluation_sources = match cluster.is_root() {
-        true => evaluation_sources(args, &sources, &options, output)?,
-        false => Vec::new(),
-    };
+    let evaluation_sources = cluster.root_first(|| evaluation_sources(args, &sources, &options, output))?;
     let tokenizer = Tokenizer::open(&model.folder)?;
     let vocab_size = checkpoint.config().vocab_size;
     let load = |source: &CorpusSource| datasets::load(source, &model.folder);
@@ -79,6 +75,7 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs, cluster: &Cluster) -
         Ok((source.name().to_owned(), evaluation_windows(&tokens, plan.seq_len, args.eval_windows)?))
     };
     let evaluation_texts = evaluation_sources.iter().map(windows).collect::<gptq::Result<Vec<_>>>()?;
+    cluster.compare("evaluation texts", &digests(&evaluation_texts))?;
 
     let stop = signals::stop_flag(output)?;
     let run = Run {
@@ -90,30 +87,50 @@ pub(super) fn run(args: &QuantizeArgs, output: &OutputArgs, cluster: &Cluster) -
         stop: &stop,
         cluster,
     };
-    if !cluster.is_root() {
-        pipeline::assist(&run, &terminal)?;
-        return Ok(true);
-    }
-    let mut finished =
-        pipeline::quantize(&run, &terminal).inspect_err(|error| say_what_is_kept(error, &place, output))?;
-    model.sign(&mut finished.report.model);
-    card::keep_source_card(&model.folder, &args.out)?;
+    let mut finished = match cluster.is_root() {
+        true => {
+            let finished = pipeline::quantize(&run, &terminal);
+            let mut finished = finished.inspect_err(|error| say_what_is_kept(error, &place, output))?;
+            model.sign(&mut finished.report.model);
+            card::keep_source_card(&model.folder, &args.out)?;
+            Some(finished)
+        }
+        false => {
+            pipeline::assist(&run, &terminal)?;
+            None
+        }
+    };
+    // The branches are in their places on the root.
+    let branches = finished.as_ref().map(|finished| branch_names(&finished.report).join("\n").into_bytes());
+    let branches = String::from_utf8_lossy(&cluster.broadcast(branches)?).into_owned();
+    let branches: Vec<String> = branches.lines().map(str::to_owned).collect();
     if !evaluation_texts.is_empty() {
         // On the run's first device, in the data type of the packed kernels there.
         let device = device::resolve_all(&plan.device)?[0].device;
         let compute = Compute::new(device, ComputeDtype::Auto, &checkpoint)?;
         let (out, cache) = (&args.out, args.cache.dir());
-        let report = &mut finished.report;
         for (name, windows) in
             evaluation_texts.iter().flat_map(|(name, all)| all.iter().map(move |w| (name, w)))
         {
             let cache = cache.as_deref();
-            let mut found =
-                evaluate_branches(report, out, &checkpoint, windows, name, compute, cache, &terminal)?;
-            found.model.clone_from(&report.model.name);
-            report.evaluations.push(found);
+            let mut found = evaluate_branches(
+                &branches,
+                out,
+                &checkpoint,
+                windows,
+                name,
+                compute,
+                cache,
+                cluster,
+                &terminal,
+            )?;
+            if let Some(finished) = &mut finished {
+                found.model.clone_from(&finished.report.model.name);
+                finished.report.evaluations.push(found);
+            }
         }
     }
+    let Some(finished) = finished else { return Ok(true) };
     let report = finished.complete()?;
     drop(terminal);
     print(&report, &args.out, output)?;
@@ -146,26 +163,40 @@ fn what_is_kept(begun: &pipeline::Begun) -> String {
     }
 }
 
-/// Evaluates every branch of a run.
+/// The names of the branches of a run.
+pub(super) fn branch_names(report: &Report) -> Vec<String> {
+    report.branches.iter().map(|branch| branch.branch.clone()).collect()
+}
+
+/// Texts with the digests of their windows.
+fn digests(texts: &[(String, Vec<Windows>)]) -> String {
+    let of = |(name, windows): &(String, Vec<Windows>)| {
+        let digests: Vec<&str> = windows.iter().map(Windows::digest).collect();
+        format!("{name} {}", digests.join(" "))
+    };
+    texts.iter().map(of).collect::<Vec<_>>().join(", ")
+}
+
+/// Evaluates branches of a run.
 pub(super) fn evaluate_branches(
-    report: &Report,
+    branches: &[String],
     out: &Path,
     reference: &Checkpoint,
     windows: &Windows,
     dataset: &str,
     compute: Compute,
     cache: Option<&Path>,
+    cluster: &Cluster,
     progress: &dyn Progress,
 ) -> gptq::Result<Evaluation> {
-    let opened = report.branches.iter().map(|b| Checkpoint::open(&out.join(&b.branch)));
+    let opened = branches.iter().map(|branch| Checkpoint::open(&out.join(branch)));
     let opened = opened.collect::<gptq::Result<Vec<_>>>()?;
-    let candidates: Vec<Candidate<'_>> = report
-        .branches
+    let candidates: Vec<Candidate<'_>> = branches
         .iter()
         .zip(&opened)
-        .map(|(branch, checkpoint)| Candidate { name: branch.branch.clone(), checkpoint })
+        .map(|(branch, checkpoint)| Candidate { name: branch.clone(), checkpoint })
         .collect();
-    eval::evaluate(reference, &candidates, windows, dataset, compute, cache, progress)
+    eval::evaluate(reference, &candidates, windows, dataset, compute, cache, cluster, progress)
 }
 
 /// Windows of the run's own length, and short ones with as many tokens, which measure the model with little context.

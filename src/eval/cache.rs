@@ -128,6 +128,15 @@ impl Reader {
         }
     }
 
+    /// Skips some windows.
+    ///
+    /// # Errors
+    /// When the file has changed since it was opened.
+    pub(super) fn skip(&mut self, windows: usize) -> Result<()> {
+        let damaged = |problem: String| Error::Dataset { path: self.path.clone(), problem };
+        (0..windows).try_for_each(|_| block(&mut self.file).map(drop)).map_err(damaged)
+    }
+
     /// Reads and checks the whole file, then seeks to the first window.
     fn check(&mut self) -> Result<(), String> {
         let mut magic = [0; MAGIC.len()];
@@ -168,6 +177,13 @@ fn block(file: &mut BufReader<File>) -> Result<Vec<u8>, String> {
     Ok(content)
 }
 
+/// A window's predictions as they are stored.
+pub(super) fn bytes_of(predictions: &[Prediction], vocab: usize) -> Vec<u8> {
+    let mut content = Vec::new();
+    predictions.iter().for_each(|prediction| prediction.write(vocab, &mut content));
+    content
+}
+
 /// A file that is being written.
 #[derive(Debug)]
 pub(super) struct Writer {
@@ -195,6 +211,13 @@ impl Writer {
     pub(super) fn window(&mut self, predictions: &[Prediction]) -> Result<()> {
         self.content.clear();
         predictions.iter().for_each(|p| p.write(self.vocab, &mut self.content));
+        self.block()
+    }
+
+    /// Adds a window in the bytes that [`bytes_of`] gives.
+    pub(super) fn window_bytes(&mut self, content: &[u8]) -> Result<()> {
+        self.content.clear();
+        self.content.extend(content);
         self.block()
     }
 
@@ -249,6 +272,10 @@ mod tests {
         assert_eq!(reader.window(2).unwrap(), predictions);
         assert_eq!(reader.window(2).unwrap(), predictions);
         assert!(reader.window(2).is_err());
+        let Found::Whole(mut reader) = Reader::open(&dir.path().join("new"), &key()) else { panic!() };
+        reader.skip(1).unwrap();
+        assert_eq!(reader.window(2).unwrap(), predictions);
+        assert!(reader.skip(1).is_err());
         let other = Key { tokens: "d".into(), ..key() };
         assert!(matches!(Reader::open(&dir.path().join("new"), &other), Found::Nothing));
         assert_eq!(fs::read_dir(dir.path().join("new")).unwrap().count(), 1);

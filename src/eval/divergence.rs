@@ -25,6 +25,22 @@ pub(super) struct WindowScores {
     pub(super) token_kl: Vec<f32>,
 }
 
+impl WindowScores {
+    /// Appends the figures to numbers that are sent between ranks.
+    pub(super) fn write(&self, numbers: &mut Vec<f64>) {
+        numbers.extend([self.nll, self.kl_divergence, self.top1_agreement]);
+        numbers.extend(self.token_kl.iter().copied().map(f64::from));
+    }
+
+    /// The figures of a window with so many scored `positions`.
+    pub(super) fn read(numbers: &mut impl Iterator<Item = f64>, positions: usize) -> Self {
+        let mut next = || numbers.next().expect("a window's figures are whole");
+        let (nll, kl_divergence, top1_agreement) = (next(), next(), next());
+        let token_kl = (0..positions).map(|_| next() as f32).collect();
+        Self { nll, kl_divergence, top1_agreement, token_kl }
+    }
+}
+
 /// The unquantized model's predictions of the tokens of a window, `ids` `[S]`, from `first_scored` on; `hidden` `[S, hidden]`.
 pub(super) fn predictions(
     runner: &Runner<'_>,

@@ -15,6 +15,7 @@ use crate::{
     architectures::ModelConfig,
     calibration::{Windows, check_seq_len},
     checkpoint::Checkpoint,
+    cluster::{Cluster, message, windows_of_ranks},
     cuda::Gpu,
     error::{Error, Result, TorchContext},
     model::{Compute, Runner, kind_name},
@@ -46,6 +47,8 @@ pub struct Candidate<'a> {
 /// `cache` is a folder that the reference's predictions are stored in and read from. The figures are exactly the same with it
 /// and without.
 ///
+/// In a run of several processes all ranks call it, each runs the models on its windows, and all get the same evaluation.
+///
 /// ```
 /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/doc/branch.rs"));
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -56,6 +59,7 @@ pub struct Candidate<'a> {
 /// use gptq::{
 ///     calibration::{Corpus, Tokenizer, Tokens, Windows},
 ///     checkpoint::Checkpoint,
+///     cluster::Cluster,
 ///     eval::{self, Candidate},
 ///     model::Compute,
 ///     progress::Silent,
@@ -70,8 +74,9 @@ pub struct Candidate<'a> {
 /// let windows = Windows::sequential(&tokens, 64, Some(2))?;
 ///
 /// let candidates = [Candidate { name: "main".into(), checkpoint: &quantized }];
+/// let cluster = Cluster::alone();
 /// let evaluation =
-///     eval::evaluate(&reference, &candidates, &windows, "demo", Compute::CPU, None, &Silent)?;
+///     eval::evaluate(&reference, &candidates, &windows, "demo", Compute::CPU, None, &cluster, &Silent)?;
 ///
 /// assert!(evaluation.models[0].kl_divergence.value > 0.0);
 /// assert!(evaluation.models[0].top1_agreement.value > 0.5);
@@ -88,6 +93,7 @@ pub fn evaluate(
     dataset: &str,
     compute: Compute,
     cache: Option<&Path>,
+    cluster: &Cluster,
     progress: &dyn Progress,
 ) -> Result<Evaluation> {
     let begun = Instant::now();
@@ -113,16 +119,25 @@ pub fn evaluate(
         })?;
     }
     let model_digest = reference.digest()?;
-    let mut dense = Reference::new(reference, &model_digest, windows, compute, cache, progress)?;
+    let names: Vec<&str> = candidates.iter().map(|candidate| candidate.name.as_str()).collect();
+    let what = format!("{dataset}, windows {}, model {model_digest}, {}", windows.digest(), names.join(", "));
+    cluster.compare("evaluation", &what)?;
+    let per_batch = Runner::windows_per_batch(seq_len);
+    let own = windows_of_ranks(windows.count(), per_batch, cluster.ranks()).swap_remove(cluster.rank());
+    let mut dense =
+        Reference::new(reference, &model_digest, windows, own.start, compute, cache, cluster, progress)?;
 
-    let mut window_nll = Vec::new();
-    let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
+    // Of each window its mean and each candidate's scores, as numbers.
+    let mut numbers: Vec<f64> = Vec::new();
     let models = usize::from(dense.is_run()) + candidates.len();
-    let per_chunk = (chunk_tokens(compute, reference.config(), models)? / seq_len).max(1) * seq_len;
+    // Whole batches, so that these are the same for any number of ranks.
+    let per_chunk = chunk_tokens(compute, reference.config(), models)? / seq_len / per_batch * per_batch;
+    let per_chunk = per_chunk.max(per_batch) * seq_len;
     let layers = reference.config().num_layers() as u64;
-    let chunks = windows.ids().len().div_ceil(per_chunk) as u64;
-    progress.begin("evaluating", chunks * layers * models as u64);
-    for ids in windows.ids().chunks(per_chunk) {
+    let ids = &windows.ids()[own.start * seq_len..own.end * seq_len];
+    progress.begin("evaluating", ids.len().div_ceil(per_chunk) as u64 * layers * models as u64);
+    let mut window = own.start;
+    for ids in ids.chunks(per_chunk) {
         let run = |runner: &Runner<'_>| runner.hidden_states(ids, seq_len, || progress.advance(1));
         let expected = dense.hidden_states(ids, seq_len)?;
         let found = quantized.iter().map(|q| flatten(run(q)?)).collect::<Result<Vec<_>>>()?;
@@ -131,18 +146,28 @@ pub fn evaluate(
             notes.iter().for_each(|n| progress.event(&Event::Note(&format!("{}: {n}", candidate.name))));
         }
         for (w, ids) in ids.chunks(seq_len).enumerate() {
-            let first = windows.first_scored(window_nll.len());
+            let first = windows.first_scored(window);
             let hidden = expected.as_ref().map(|expected| expected.get(w as i64));
             let predictions = dense.window(hidden, ids, first)?;
-            window_nll.push(mean_nll(&predictions));
-            let found = quantized.iter().zip(&found).zip(candidates);
-            for (((runner, found), candidate), scores) in found.zip(&mut scores) {
+            numbers.push(mean_nll(&predictions));
+            for ((runner, found), candidate) in quantized.iter().zip(&found).zip(candidates) {
                 let (found, name) = (found.get(w as i64), candidate.name.as_str());
-                scores.push(score(&predictions, runner, &found, ids, first, name)?);
+                score(&predictions, runner, &found, ids, first, name)?.write(&mut numbers);
             }
+            window += 1;
         }
     }
-    dense.finish();
+    dense.finish()?;
+
+    let of_ranks = cluster.all_gather(message::of_floats(&numbers))?;
+    let mut numbers = of_ranks.iter().flat_map(|numbers| message::floats(numbers));
+    let mut window_nll = Vec::with_capacity(windows.count());
+    let mut scores: Vec<Vec<WindowScores>> = candidates.iter().map(|_| Vec::new()).collect();
+    for window in 0..windows.count() {
+        window_nll.push(numbers.next().expect("a rank has scored it"));
+        let positions = seq_len - windows.first_scored(window);
+        scores.iter_mut().for_each(|scores| scores.push(WindowScores::read(&mut numbers, positions)));
+    }
 
     let tokens: Vec<usize> = (0..windows.count()).map(|w| seq_len - windows.first_scored(w)).collect();
     let model = |candidate: &Candidate<'_>, scores: &[WindowScores]| {

@@ -5,52 +5,69 @@ use std::path::Path;
 use tch::Tensor;
 
 use super::{
-    cache::{Found, Key, Reader, Writer},
+    cache::{Found, Key, Reader, Writer, bytes_of},
     divergence, flatten,
     prediction::Prediction,
 };
 use crate::{
     calibration::Windows,
     checkpoint::Checkpoint,
+    cluster::Cluster,
     error::Result,
     model::{Compute, Runner},
     progress::{Event, Progress},
     units::bytes,
 };
 
-/// The unquantized model, window by window.
+/// The unquantized model, window by window of this rank.
 pub(super) struct Reference<'a> {
     source: Source<'a>,
+    /// Where the predictions are written.
+    file: Option<File>,
+    vocab: usize,
+    cluster: &'a Cluster,
     progress: &'a dyn Progress,
 }
 
 enum Source<'a> {
     Kept(Reader),
-    Run { runner: Box<Runner<'a>>, writer: Option<Writer> },
+    Run(Box<Runner<'a>>),
+}
+
+/// Predictions on their way to the cache.
+enum File {
+    /// On the root, which has the first windows.
+    Own(Box<Writer>),
+    /// On another rank: those of its windows, which the root writes behind its own. Each is a length (u64) and the bytes.
+    OfRoot(Vec<u8>),
 }
 
 impl<'a> Reference<'a> {
-    /// Reads predictions from `cache`; those that are missing there are computed and written to it.
+    /// Reads predictions from `cache`, from the window `first` on; those that are missing there are computed and written to it.
     pub(super) fn new(
         checkpoint: &'a Checkpoint,
         digest: &str,
         windows: &Windows,
+        first: usize,
         compute: Compute,
         cache: Option<&Path>,
+        cluster: &'a Cluster,
         progress: &'a dyn Progress,
     ) -> Result<Self> {
         let note = |text: String| progress.event(&Event::Note(&text));
-        let mut writer = None;
+        let key = key(checkpoint, digest, windows, compute);
+        let mut kept = None;
+        let mut file = None;
         if let Some(dir) = cache {
-            let key = key(checkpoint, digest, windows, compute);
             let path = key.path(dir);
             match Reader::open(dir, &key) {
-                Found::Whole(reader) => {
+                Found::Whole(mut reader) => {
                     note(format!(
                         "the unquantized model is not run: its predictions are in `{}`",
                         path.display()
                     ));
-                    return Ok(Self { source: Source::Kept(reader), progress });
+                    reader.skip(first)?;
+                    kept = Some(reader);
                 }
                 Found::Damaged(problem) => {
                     let path = path.display();
@@ -60,24 +77,35 @@ impl<'a> Reference<'a> {
                 }
                 Found::Nothing => {}
             }
-            // Without it the figures are the same.
-            match Writer::create(dir, &key) {
-                Ok(created) => writer = Some(created),
-                Err(error) => note(format!("the unquantized model's predictions will not be kept: {error}")),
+            if kept.is_none() && cluster.is_root() {
+                // Without it the figures are the same.
+                match Writer::create(dir, &key) {
+                    Ok(created) => file = Some(File::Own(Box::new(created))),
+                    Err(error) => {
+                        note(format!("the unquantized model's predictions will not be kept: {error}"));
+                    }
+                }
             }
         }
-        let runner = Box::new(Runner::dense(checkpoint, windows.seq_len(), compute)?);
-        Ok(Self { source: Source::Run { runner, writer }, progress })
+        let writes = cluster.broadcast(cluster.is_root().then(|| vec![u8::from(file.is_some())]))?;
+        if writes == [1] && !cluster.is_root() {
+            file = Some(File::OfRoot(Vec::new()));
+        }
+        let source = match kept {
+            Some(reader) => Source::Kept(reader),
+            None => Source::Run(Box::new(Runner::dense(checkpoint, windows.seq_len(), compute)?)),
+        };
+        Ok(Self { source, file, vocab: key.vocab, cluster, progress })
     }
 
     /// Whether it is run.
     pub(super) fn is_run(&self) -> bool {
-        matches!(self.source, Source::Run { .. })
+        matches!(self.source, Source::Run(_))
     }
 
     /// Hidden states `[W, S, hidden]` of some windows, if it is run.
     pub(super) fn hidden_states(&self, ids: &[i64], seq_len: usize) -> Result<Option<Tensor>> {
-        let Source::Run { runner, .. } = &self.source else { return Ok(None) };
+        let Source::Run(runner) = &self.source else { return Ok(None) };
         Ok(Some(flatten(runner.hidden_states(ids, seq_len, || self.progress.advance(1))?)?))
     }
 
@@ -91,22 +119,54 @@ impl<'a> Reference<'a> {
         ids: &[i64],
         first_scored: usize,
     ) -> Result<Vec<Prediction>> {
-        let (runner, writer) = match &mut self.source {
-            Source::Kept(reader) => return reader.window(ids.len() - first_scored),
-            Source::Run { runner, writer } => (runner, writer),
+        let predictions = match &mut self.source {
+            Source::Kept(reader) => reader.window(ids.len() - first_scored)?,
+            Source::Run(runner) => {
+                let hidden = hidden.as_ref().expect("it is run");
+                divergence::predictions(runner, hidden, ids, first_scored)?
+            }
         };
-        let hidden = hidden.as_ref().expect("it is run");
-        let predictions = divergence::predictions(runner, hidden, ids, first_scored)?;
-        if let Some(Err(error)) = writer.as_mut().map(|writer| writer.window(&predictions)) {
-            *writer = None;
-            self.progress.event(&Event::Note(&format!("the predictions are not kept: {error}")));
+        match &mut self.file {
+            Some(File::Own(writer)) => {
+                let written = writer.window(&predictions);
+                self.check(written);
+            }
+            Some(File::OfRoot(bytes)) => {
+                let own = bytes_of(&predictions, self.vocab);
+                bytes.extend((own.len() as u64).to_le_bytes());
+                bytes.extend(own);
+            }
+            None => {}
         }
         Ok(predictions)
     }
 
+    /// Leaves the file of predictions where one was not written.
+    fn check(&mut self, written: Result<()>) {
+        if let Err(error) = written {
+            self.file = None;
+            self.progress.event(&Event::Note(&format!("the predictions are not kept: {error}")));
+        }
+    }
+
     /// Completes the file of predictions.
-    pub(super) fn finish(self) {
-        let Source::Run { writer: Some(writer), .. } = self.source else { return };
+    pub(super) fn finish(mut self) -> Result<()> {
+        let own = match &mut self.file {
+            Some(File::OfRoot(bytes)) => std::mem::take(bytes),
+            _ => Vec::new(),
+        };
+        for of_rank in self.cluster.gather(own)?.into_iter().flatten() {
+            let mut rest = &of_rank[..];
+            while let Some((length, others)) = rest.split_first_chunk() {
+                let (content, others) = others.split_at(u64::from_le_bytes(*length) as usize);
+                rest = others;
+                if let Some(File::Own(writer)) = &mut self.file {
+                    let written = writer.window_bytes(content);
+                    self.check(written);
+                }
+            }
+        }
+        let Some(File::Own(writer)) = self.file else { return Ok(()) };
         let text = match writer.finish() {
             Ok((path, size)) => {
                 format!(
@@ -118,6 +178,7 @@ impl<'a> Reference<'a> {
             Err(error) => format!("the unquantized model's predictions are not kept: {error}"),
         };
         self.progress.event(&Event::Note(&text));
+        Ok(())
     }
 }
 

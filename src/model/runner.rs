@@ -74,13 +74,18 @@ impl<'a> Runner<'a> {
         self.quantization.as_ref().map_or_else(Vec::new, |(_, linears)| linears.notes())
     }
 
+    /// Windows that go through a layer together.
+    pub fn windows_per_batch(seq_len: usize) -> usize {
+        (BATCH_TOKENS / seq_len).max(1)
+    }
+
     /// Token ids, `[W, seq_len]` flattened, → normalized last hidden states, batches of `[B, seq_len, hidden]`.
     /// `step` is called after each layer.
     ///
     /// # Errors
     /// When a tensor is malformed or memory is exhausted.
     pub fn hidden_states(&self, ids: &[i64], seq_len: usize, mut step: impl FnMut()) -> Result<Vec<Tensor>> {
-        let per_batch = (BATCH_TOKENS / seq_len).max(1) * seq_len;
+        let per_batch = Self::windows_per_batch(seq_len) * seq_len;
         let mut batches: Vec<Tensor> =
             ids.chunks(per_batch).map(|ids| self.transformer.embed(ids, seq_len)).collect::<Result<_>>()?;
         for layer in 0..self.transformer.config().num_layers() {
