@@ -5,11 +5,12 @@ use tch::Device;
 use super::{
     estimate::{FP32, Shape},
     phases::shape_of,
-    shared_rows::{WORTH_SHARING, ranks_of},
+    shared_rows::{TILE, WORTH_SHARING, ranks_of},
     solution_message::{Format, linear_bytes},
 };
 use crate::{
     architectures::{GroupConfig, LayerConfig, LinearConfig, StageConfig},
+    cluster::split,
     emit::linear_type,
     gptq::{CrossCovariance, Hessian, output_blocks},
     variant::Output,
@@ -17,8 +18,8 @@ use crate::{
 
 /// Bytes of a number in a message.
 const NUMBER: f64 = 8.0;
-/// Numbers in front of a linear's own bytes in a message of rows: whether there are any, their error, and a count.
-const BEFORE_ROWS: f64 = 3.0;
+/// Bytes of the report of an expert's linear, about.
+const REPORT: f64 = 350.0;
 
 /// What ranks exchange in a layer.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -27,6 +28,20 @@ pub(super) struct Exchange {
     pub(super) sent: f64,
     /// How often all ranks wait for each other.
     pub(super) barriers: f64,
+}
+
+/// A linear that is solved.
+struct Solved {
+    rows: usize,
+    columns: usize,
+    format: Format,
+}
+
+impl Solved {
+    /// Bytes of some rows in a message: their error, a count, and the linear.
+    fn bytes(&self, rows: usize) -> f64 {
+        2.0 * NUMBER + linear_bytes(rows, self.columns, self.format) as f64
+    }
 }
 
 impl Shape<'_> {
@@ -95,12 +110,19 @@ impl Shape<'_> {
             exchange.barriers += ((alone + others) * (1 + experts.div_ceil(ranks))) as f64;
             for group in &stage.groups {
                 let spread = group.expert.is_some() && experts > 0;
-                for output in self.outputs {
-                    for (weights, bytes) in self.formats(layer, group, output) {
-                        if spread || weights >= WORTH_SHARING {
-                            exchange.sent += bytes * (1.0 - 1.0 / ranks as f64);
-                            exchange.barriers += if spread { 0.0 } else { 1.0 };
-                        }
+                for linears in self.outputs.iter().flat_map(|output| self.formats(layer, group, output)) {
+                    if spread {
+                        let of_linear = |linear: &Solved| linear.bytes(linear.rows) + REPORT;
+                        let bytes = linears.iter().map(of_linear).sum::<f64>();
+                        exchange.sent += bytes * (1.0 - 1.0 / ranks as f64);
+                    } else if linears.iter().map(|linear| linear.rows * linear.columns).sum::<usize>()
+                        >= WORTH_SHARING
+                    {
+                        // A rank sends the parts of all ranks but that of the next one.
+                        let parts = self.parts(&linears, ranks);
+                        let least = parts.iter().copied().fold(f64::INFINITY, f64::min);
+                        exchange.sent += parts.iter().sum::<f64>() - least;
+                        exchange.barriers += 1.0;
                     }
                 }
             }
@@ -124,31 +146,48 @@ impl Shape<'_> {
         (hessian + cross_covariance) * FP32 as f64
     }
 
-    /// Weights and bytes of a group's solved linears, for each format that they have in an output.
-    fn formats(&self, layer: usize, group: &GroupConfig, output: &Output) -> Vec<(usize, f64)> {
-        let mut formats: Vec<(Format, usize, f64)> = Vec::new();
+    /// Bytes of each rank's part of linears that ranks solve together: rows, or with output Hessians blocks of them.
+    fn parts(&self, linears: &[Solved], ranks: usize) -> Vec<f64> {
+        let mut parts = vec![0.0; ranks];
+        if self.gradient_windows > 0 {
+            let blocks = linears.iter().flat_map(|linear| {
+                output_blocks(linear.rows).into_iter().map(move |rows| (rows, linear.bytes(rows)))
+            });
+            let (rows, bytes): (Vec<usize>, Vec<f64>) = blocks.unzip();
+            ranks_of(&rows, ranks).into_iter().zip(bytes).for_each(|(rank, bytes)| parts[rank] += bytes);
+            return parts;
+        }
+        for linear in linears {
+            let tiles = split(linear.rows.div_ceil(TILE), ranks);
+            for (part, tiles) in parts.iter_mut().zip(tiles) {
+                let rows = (tiles.end * TILE).min(linear.rows) - (tiles.start * TILE).min(linear.rows);
+                *part += NUMBER + if rows > 0 { linear.bytes(rows) } else { 0.0 };
+            }
+        }
+        parts
+    }
+
+    /// A group's linears as they are solved for an output, those of one format together.
+    fn formats(&self, layer: usize, group: &GroupConfig, output: &Output) -> Vec<Vec<Solved>> {
+        let mut formats: Vec<Vec<Solved>> = Vec::new();
         for position in group.linears.clone() {
-            let linear = &self.config.layers[layer].linears[position];
-            let [n, k] = linear.shape;
+            let [rows, columns] = self.config.layers[layer].linears[position].shape;
             let format = match *output {
-                Output::Gptq(variant) => Format::Gptq { groups: variant.group_size.groups(k) },
+                Output::Gptq(variant) => Format::Gptq { groups: variant.group_size.groups(columns) },
                 Output::Gguf(mix) => {
                     let id = self.config.linear_id(layer, position);
                     // The plan's check finds linears that have no type.
-                    let Ok(kind) = linear_type(mix, self.config, &id, k) else { continue };
+                    let Ok(kind) = linear_type(mix, self.config, &id, columns) else { continue };
                     Format::Blocks(kind)
                 }
             };
-            let bytes = linear_bytes(n, k, format) as f64 + BEFORE_ROWS * NUMBER;
-            match formats.iter_mut().find(|(other, ..)| *other == format) {
-                Some((_, weights, sum)) => {
-                    *weights += linear.weights();
-                    *sum += bytes;
-                }
-                None => formats.push((format, linear.weights(), bytes)),
+            let linear = Solved { rows, columns, format };
+            match formats.iter_mut().find(|others| others[0].format == format) {
+                Some(others) => others.push(linear),
+                None => formats.push(vec![linear]),
             }
         }
-        formats.into_iter().map(|(_, weights, bytes)| (weights, bytes)).collect()
+        formats
     }
 
     /// Bytes that a rank of several keeps until the sums of the ranks before arrive. They are the inputs of a stage on this rank's

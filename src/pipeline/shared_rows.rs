@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Rows that the solver takes together. Ranks get whole tiles.
-const TILE: usize = 32;
+pub(super) const TILE: usize = 32;
 /// Weights below which each rank solves all of them: the codes would travel longer. Tests have small models.
 pub(super) const WORTH_SHARING: usize = if cfg!(test) { 1 << 10 } else { 1 << 18 };
 
