@@ -24,7 +24,7 @@ Errors have a message and a hint:
     Traceback (most recent call last):
     ...
     gptq_rs.GptqError: sequence length 4096 is above the model's max_position_embeddings 512
-    hint: use --seq-len 512 or less; with --allow-long-windows, a model whose rotary embedding is scaled takes more
+    hint: use --seq-len 512 or less; only a model whose rotary embedding is scaled takes more, with --allow-long-windows
 """
 
 from __future__ import annotations
