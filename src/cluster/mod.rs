@@ -213,7 +213,7 @@ impl Cluster {
         let pass_on = |message: &[u8]| if self.is_last() { Ok(()) } else { self.send(message.to_vec()) };
         let length = self.receive()?;
         pass_on(&length)?;
-        let length = message::numbers(&length).first().map_or(0, |&length| length as usize);
+        let length = message::number(&length) as usize;
         let mut message = Vec::with_capacity(length);
         while message.len() < length {
             let piece = self.receive()?;

@@ -23,7 +23,11 @@ use mpi::{
     traits::{Communicator, CommunicatorCollectives},
 };
 
-use super::{Cluster, Link, message, name};
+use super::{
+    Cluster, Link,
+    message::{self, NUMBER},
+    name,
+};
 use crate::error::{ClusterError, Result};
 
 /// A rank that is silent for so long is lost: its machine, its network or the process itself.
@@ -38,9 +42,6 @@ const PIECE: usize = 4 << 20;
 const IN_FLIGHT: usize = 4;
 /// Bytes that each rank introduces itself with: the version of the program and the name of the machine.
 const INTRODUCTION: usize = 128;
-
-/// Bytes of a number in a message.
-const NUMBER: usize = 8;
 
 /// MPI's tags: the length of a message, its pieces, signs of life.
 const LENGTH: c_int = 1;
@@ -270,11 +271,6 @@ impl Transfer {
     }
 }
 
-/// The number of a message of one number.
-fn first_number(bytes: &[u8]) -> u64 {
-    message::numbers(bytes).first().copied().unwrap_or_default()
-}
-
 /// Messages to the next rank.
 struct Outgoing {
     to: c_int,
@@ -353,13 +349,13 @@ impl Incoming {
     fn move_on(&mut self, deliver: impl Fn(Vec<u8>) -> bool) -> bool {
         let mut changed = false;
         if self.alive.ended() {
-            let content = first_number(&self.alive.buffer);
+            let content = message::number(&self.alive.buffer);
             self.lost = (content != NONE_LOST).then_some(content as usize);
             self.alive = Transfer::receive(self.from, ALIVE, NUMBER);
             self.heard = Instant::now();
         }
         if self.message.is_none() && self.length.ended() {
-            let whole = first_number(&self.length.buffer) as usize;
+            let whole = message::number(&self.length.buffer) as usize;
             self.message = Some((Vec::new(), whole, self.piece(whole)));
             changed = true;
         }

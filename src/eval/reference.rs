@@ -12,7 +12,7 @@ use super::{
 use crate::{
     calibration::Windows,
     checkpoint::Checkpoint,
-    cluster::Cluster,
+    cluster::{Cluster, message},
     error::Result,
     model::{Compute, Runner},
     progress::{Event, Progress},
@@ -133,7 +133,7 @@ impl<'a> Reference<'a> {
             }
             Some(File::OfRoot(bytes)) => {
                 let own = bytes_of(&predictions, self.vocab);
-                bytes.extend((own.len() as u64).to_le_bytes());
+                bytes.extend(message::of_numbers(&[own.len() as u64]));
                 bytes.extend(own);
             }
             None => {}
@@ -157,8 +157,8 @@ impl<'a> Reference<'a> {
         };
         for of_rank in self.cluster.gather(own)?.into_iter().flatten() {
             let mut rest = &of_rank[..];
-            while let Some((length, others)) = rest.split_first_chunk() {
-                let (content, others) = others.split_at(u64::from_le_bytes(*length) as usize);
+            while let Some((length, others)) = rest.split_at_checked(message::NUMBER) {
+                let (content, others) = others.split_at(message::number(length) as usize);
                 rest = others;
                 if let Some(File::Own(writer)) = &mut self.file {
                     let written = writer.window_bytes(content);

@@ -5,7 +5,7 @@ use half::f16;
 use crate::{accuracy::Scales, fp16::nearest_f16, variant::Bits};
 
 /// Scale and zero point of one group of one row. A weight is `scale · (code − zero)`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Step {
     /// Rounded to fp16 before any code is chosen, because readers multiply by the fp16 scale. A negative scale turns the grid
     /// around, so that its longer side lies above zero.

@@ -106,7 +106,7 @@ impl OutputHessians {
             let end = count.min(done + batches.min(most) * per_batch);
             // The root knows how long the part before took.
             let end = cluster.broadcast(cluster.is_root().then(|| message::of_numbers(&[end as u64])))?;
-            let part = done..message::numbers(&end)[0] as usize;
+            let part = done..message::number(&end) as usize;
             let own = windows_of_ranks(part.len(), per_batch, ranks).swap_remove(cluster.rank());
             let own = done + own.start..done + own.end;
             let mut states = task.forward(&own)?;

@@ -85,13 +85,18 @@ pub(super) fn shape_of(layer: &LayerConfig, group: &GroupConfig) -> (f64, f64) {
     (rows as f64, group.width as f64)
 }
 
+/// The part of all tokens that a group has: of an expert's, the average.
+pub(super) fn part_of_tokens(layer: &LayerConfig, group: &GroupConfig) -> f64 {
+    match &layer.feed_forward.routing {
+        Some(routing) if group.expert.is_some() => routing.per_token as f64 / routing.experts as f64,
+        _ => 1.0,
+    }
+}
+
 /// Operations of one token of all tokens of the run.
 pub(super) fn per_token(layer: &LayerConfig, group: &GroupConfig) -> TokenOperations {
     let (n, k) = shape_of(layer, group);
-    let part = match &layer.feed_forward.routing {
-        Some(routing) if group.expert.is_some() => routing.per_token as f64 / routing.experts as f64,
-        _ => 1.0,
-    };
+    let part = part_of_tokens(layer, group);
     TokenOperations {
         forward: part * 2.0 * n * k,
         // The lower triangle alone.
@@ -100,7 +105,7 @@ pub(super) fn per_token(layer: &LayerConfig, group: &GroupConfig) -> TokenOperat
     }
 }
 
-fn sums_products(n: f64, k: f64) -> bool {
+pub(super) fn sums_products(n: f64, k: f64) -> bool {
     CrossCovariance::sums_products(n as u64, k as u64)
 }
 

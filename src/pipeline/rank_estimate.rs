@@ -4,20 +4,20 @@ use tch::Device;
 
 use super::{
     estimate::{FP32, Shape},
-    phases::shape_of,
-    shared_rows::{TILE, WORTH_SHARING, ranks_of},
+    phases::{part_of_tokens, shape_of, sums_products},
+    shared_rows::{TILE, WORTH_SHARING, ranks_of, spread_experts},
     solution_message::{Format, linear_bytes},
 };
 use crate::{
-    architectures::{GroupConfig, LayerConfig, LinearConfig, StageConfig},
-    cluster::split,
+    architectures::{GroupConfig, LayerConfig, StageConfig},
+    cluster::{message, split},
     emit::linear_type,
-    gptq::{CrossCovariance, Hessian, output_blocks},
+    gptq::{Hessian, output_blocks},
     variant::Output,
 };
 
 /// Bytes of a number in a message.
-const NUMBER: f64 = 8.0;
+const NUMBER: f64 = message::NUMBER as f64;
 /// Bytes of the report of an expert's linear, about.
 const REPORT: f64 = 350.0;
 
@@ -138,7 +138,7 @@ impl Shape<'_> {
     fn sums(&self, layer: &LayerConfig, group: &GroupConfig, reference: bool) -> f64 {
         let (n, k) = shape_of(layer, group);
         let cross_covariance = match reference {
-            true if CrossCovariance::sums_products(n as u64, k as u64) => n * k,
+            true if sums_products(n, k) => n * k,
             true => k * k,
             false => 0.0,
         };
@@ -199,10 +199,7 @@ impl Shape<'_> {
         let of_group = |layer: &LayerConfig, group: &GroupConfig| {
             let (n, k) = shape_of(layer, group);
             let difference = if self.reference { n.min(k) } else { 0.0 };
-            let part = match &layer.feed_forward.routing {
-                Some(routing) if group.expert.is_some() => routing.per_token as f64 / routing.experts as f64,
-                _ => 1.0,
-            };
+            let part = part_of_tokens(layer, group);
             let sums = k * k / 2.0 + if self.reference { k * n.min(k) } else { 0.0 };
             self.of_tokens((part * (k + difference)) as u64).saturating_add(sums as u64 * FP32)
         };
@@ -213,13 +210,4 @@ impl Shape<'_> {
         };
         stages.map(of_stage).max().unwrap_or(0)
     }
-}
-
-/// Experts of a stage that are spread over ranks.
-fn spread_experts(layer: &LayerConfig, stage: &StageConfig, ranks: usize) -> usize {
-    let groups = || stage.groups.iter().filter(|group| group.expert.is_some());
-    let linears = groups().flat_map(|group| &layer.linears[group.linears.clone()]);
-    let weights: usize = linears.map(LinearConfig::weights).sum();
-    let experts = groups().count();
-    if ranks > 1 && experts > 1 && weights >= WORTH_SHARING { experts } else { 0 }
 }

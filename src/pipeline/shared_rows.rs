@@ -5,6 +5,7 @@ use tch::Tensor;
 
 use super::solution_message::{MessageReader, write_numbers, write_solution};
 use crate::{
+    architectures::{LayerConfig, LinearConfig, StageConfig},
     cluster::{Cluster, split},
     error::{Result, TorchContext},
     gptq::{
@@ -22,6 +23,15 @@ pub(super) const WORTH_SHARING: usize = if cfg!(test) { 1 << 10 } else { 1 << 18
 pub(super) fn is_worth_sharing(weights: &[Weight<'_>], cluster: &Cluster) -> bool {
     let values: usize = weights.iter().map(|weight| weight.values.numel()).sum();
     cluster.ranks() > 1 && values >= WORTH_SHARING
+}
+
+/// Number of a stage's experts, if they are spread over so many ranks, else 0.
+pub(super) fn spread_experts(layer: &LayerConfig, stage: &StageConfig, ranks: usize) -> usize {
+    let groups = || stage.groups.iter().filter(|group| group.expert.is_some());
+    let linears = groups().flat_map(|group| &layer.linears[group.linears.clone()]);
+    let weights: usize = linears.map(LinearConfig::weights).sum();
+    let experts = groups().count();
+    if ranks > 1 && experts > 1 && weights >= WORTH_SHARING { experts } else { 0 }
 }
 
 /// Solves `weights` on all ranks, each its rows of every weight with `solve`. Every rank gets all rows. All ranks call it.

@@ -3,6 +3,7 @@
 use half::f16;
 
 use crate::{
+    cluster::message::{NUMBER, number, of_numbers},
     error::Result,
     ggml::BlockType,
     gptq::{
@@ -41,12 +42,12 @@ pub(super) fn write_solution(message: &mut Vec<u8>, solution: &Solution) -> Resu
 }
 
 pub(super) fn write_numbers<const N: usize>(message: &mut Vec<u8>, numbers: [u64; N]) {
-    message.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+    message.extend(of_numbers(&numbers));
 }
 
 /// Bytes of a linear in a message.
 pub(super) fn linear_bytes(n: usize, k: usize, format: Format) -> usize {
-    let numbers = 4 * size_of::<u64>();
+    let numbers = 4 * NUMBER;
     numbers
         + match format {
             Format::Gptq { groups } => n * k + 3 * groups * n + 4 * k,
@@ -76,7 +77,7 @@ impl<'m> MessageReader<'m> {
     }
 
     pub(super) fn number(&mut self) -> u64 {
-        u64::from_le_bytes(self.bytes(size_of::<u64>()).try_into().expect("8 bytes"))
+        number(self.bytes(NUMBER))
     }
 
     pub(super) fn solution(&mut self) -> Solution {

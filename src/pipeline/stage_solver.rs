@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 use super::{
     output_hessians::LayerFactors,
     phases::{of_targets, shape_of},
-    shared_rows::{is_worth_sharing, solve_shared, solve_strands_shared},
+    shared_rows::{is_worth_sharing, solve_shared, solve_strands_shared, spread_experts},
     solution_message::{MessageReader, write_linear, write_numbers},
     stage_memory::At,
     statistics::{CalibrationStatistics, blend_experts},
@@ -85,13 +85,18 @@ impl<'a> StageSolver<'a> {
         variants: &[usize],
         sink: &SharedSink<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
-        let groups = &self.config.layers[weights.layer].stages[stage].groups;
+        let layer = &self.config.layers[weights.layer];
+        let stage = &layer.stages[stage];
+        let groups = &stage.groups;
         let tokens = blend_experts(groups, &mut statistics)?;
         let mut statistics = statistics.into_iter().zip(tokens);
         let mut solved: Vec<Vec<Solved>> = variants.iter().map(|_| Vec::new()).collect();
         let cluster = self.context.cluster;
         // Each rank solves one of some experts, which come first.
-        let spread = if self.spreads_experts(weights, groups) { experts(groups) } else { 0 };
+        let spread = match self.device {
+            Device::Cpu => spread_experts(layer, stage, cluster.ranks()),
+            _ => 0,
+        };
         for round in groups[..spread].chunks(cluster.ranks()) {
             return_free_memory();
             let mut own = None;
@@ -113,15 +118,6 @@ impl<'a> StageSolver<'a> {
         }
         return_free_memory();
         Ok(solved)
-    }
-
-    /// Whether the experts of a stage are spread over the ranks of the run.
-    fn spreads_experts(&self, weights: &Weights, groups: &[GroupConfig]) -> bool {
-        let of_experts = groups.iter().filter(|group| group.expert.is_some());
-        let positions = of_experts.flat_map(|group| group.linears.clone());
-        let all: Vec<Weight<'_>> =
-            positions.map(|position| Weight { name: "", values: &weights.of(position).0 }).collect();
-        self.device == Device::Cpu && experts(groups) > 1 && is_worth_sharing(&all, self.context.cluster)
     }
 
     /// Gives the linears of a group to the sink, and keeps them for each variant.
@@ -343,11 +339,6 @@ impl<'a> StageSolver<'a> {
         let Some(known) = cross_covariance.filter(|known| known.tokens() > 0) else { return Ok(None) };
         targets(factor, known, dense, self.task.accuracy.asymmetric, stage).map(Some)
     }
-}
-
-/// Groups of experts of a stage.
-fn experts(groups: &[GroupConfig]) -> usize {
-    groups.iter().filter(|group| group.expert.is_some()).count()
 }
 
 /// What solving a group gives.

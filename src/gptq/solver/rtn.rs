@@ -100,7 +100,7 @@ impl Rounding {
         let size = [n as i64, k as i64];
         let differences = Tensor::f_empty(size, (Kind::Float, Device::Cpu));
         let mut differences = differences.torch("allocate a linear's error")?;
-        let (mut codes, mut steps) = (vec![0; n * k], vec![Step { scale: f16::ZERO, zero: 0 }; n * groups]);
+        let (mut codes, mut steps) = (vec![0; n * k], vec![Step::default(); n * groups]);
         let out = codes.par_chunks_mut(k).zip(steps.par_chunks_mut(groups));
         let work = floats_mut(&mut differences).par_chunks_mut(k).zip(rows).zip(out);
         work.for_each(|((values, row), (codes, steps))| {
@@ -138,7 +138,7 @@ pub(super) fn round_alive(
     groups: usize,
     values: &mut [f32],
 ) -> Rounded {
-    let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; groups];
+    let mut steps = vec![Step::default(); groups];
     let mut codes = vec![0; values.len()];
     round_row(grid, g_idx, values, &mut steps, &mut codes);
     for &feature in dead {
@@ -150,8 +150,13 @@ pub(super) fn round_alive(
     Rounded { row, steps, codes, distance }
 }
 
-/// Added to a small number and taken away again, this leaves the nearest integer, ties to even.
-const INTEGERS: f32 = 12_582_912.0;
+/// The code nearest to a weight, less the zero point.
+#[inline(always)]
+fn nearest_offset(weight: f32, scale: f32, zero: f32, max_code: f32) -> f32 {
+    /// Added to a small number and taken away again, this leaves the nearest integer, ties to even.
+    const INTEGERS: f32 = 12_582_912.0;
+    ((weight / scale).clamp(-zero, max_code - zero) + INTEGERS) - INTEGERS
+}
 
 /// Rounds a row of weights `[K]`: writes its groups' steps `[G]` and its codes `[K]`, and replaces the weights by `Ŵ − W`. A
 /// scale that fp16 cannot hold becomes infinite, and the differences of its group are then undefined.
@@ -161,7 +166,7 @@ pub(super) fn round_row(grid: Grid, g_idx: &[u32], values: &mut [f32], steps: &m
     let (steps, max_code): (Vec<_>, _) = (steps.iter().map(wide).collect(), f32::from(grid.max_code()));
     for ((value, code), &group) in values.iter_mut().zip(codes).zip(g_idx) {
         let (scale, zero) = steps[group as usize];
-        let offset = ((*value / scale).clamp(-zero, max_code - zero) + INTEGERS) - INTEGERS;
+        let offset = nearest_offset(*value, scale, zero, max_code);
         *code = (offset + zero) as u8;
         *value = offset * scale - *value;
     }
@@ -188,8 +193,7 @@ pub(super) fn independent_error(
         let pairs = weights[columns.clone()].chunks(8).zip(diagonal[columns].chunks(8));
         for (weights, diagonal) in pairs {
             for ((sum, weight), h) in sums.iter_mut().zip(weights).zip(diagonal) {
-                let offset = ((weight / scale).clamp(-zero, max_code - zero) + INTEGERS) - INTEGERS;
-                let d = offset * scale - weight;
+                let d = nearest_offset(*weight, scale, zero, max_code) * scale - weight;
                 *sum += h * d * d;
             }
         }

@@ -3,7 +3,6 @@
 //! Compensation moves later weights, and the grid clips weights that move too far. For weights of one sign, or of one value,
 //! the error can then exceed that of plain rounding. Rows are independent, so that the better result is taken for each row.
 
-use half::f16;
 use rayon::prelude::*;
 use tch::{Device, Kind, TchError, Tensor};
 
@@ -64,7 +63,7 @@ impl CpuFactor {
         let doubtful: Vec<usize> = (0..count)
             .into_par_iter()
             .map_init(
-                || (vec![0.0; k], vec![Step { scale: f16::ZERO, zero: 0 }; before.groups]),
+                || (vec![0.0; k], vec![Step::default(); before.groups]),
                 |(values, steps), row| {
                     rounding.rows[row].widen(values);
                     let error = error(before, row, lambda);

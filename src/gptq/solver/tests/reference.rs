@@ -1,8 +1,6 @@
 //! The definition of the solver in plain f64, one column after another, without blocks or libtorch. It is slow; the solvers
 //! must agree with it. The integration tests compile this file too: what it needs of the crate is imported by its parent.
 
-use half::f16;
-
 use super::{
     AccuracyOptions, ColumnOrder, Grid, Order, QuantizedLinear, Scales, Step, Variant, dead_columns,
 };
@@ -55,7 +53,7 @@ pub(crate) fn solve(
     let groups = variant.group_size.groups(k);
     let group_features = variant.group_size.features(k);
     let mut codes = vec![0u8; k * n];
-    let mut steps = vec![Step { scale: f16::ZERO, zero: 0 }; groups * n];
+    let mut steps = vec![Step::default(); groups * n];
     let mut squared_error = 0.0;
 
     for row in 0..n {
