@@ -33,7 +33,7 @@ pub struct AccuracyOptions {
     /// whose outputs come nearest to the reference model's.
     pub asymmetric: f64,
     /// The part of the calibration windows, from 0 to 1, on which gradients of the reference model give output Hessians (YAQA,
-    /// arXiv 2505.22988). Rows are then solved against targets that compensate the errors of the rows before them.
+    /// arXiv 2505.22988) and weights of tokens. Rows are then solved against targets that compensate the errors of the rows before them.
     #[serde(default)]
     pub output_hessian: f64,
     /// Whether to fold rotations into the weights before calibration (QuaRot, arXiv 2404.00456).
@@ -145,7 +145,7 @@ impl fmt::Display for AccuracyOptions {
         }
         if self.output_hessian > 0.0 {
             let share = (self.output_hessian * 100.0).round();
-            on.push(format!("output Hessians from gradients on {share}% of the windows"));
+            on.push(format!("output Hessians and token weights from gradients on {share}% of the windows"));
         }
         if self.shrinkage {
             on.push("damping by shrinkage".to_owned());
@@ -241,7 +241,7 @@ mod tests {
                  asymmetric calibration at 1, damping by shrinkage",
                 "folded rotations, signed scales, scale search by block, group-aware order, \
                  asymmetric calibration at 1, \
-                 output Hessians from gradients on 100% of the windows, damping by shrinkage",
+                 output Hessians and token weights from gradients on 100% of the windows, damping by shrinkage",
             ]
         );
     }

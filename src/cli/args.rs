@@ -179,8 +179,8 @@ pub(super) struct QuantizeArgs {
     /// model [default: by --quality]
     #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
     pub(super) asymmetric: Option<f64>,
-    /// Share of the calibration windows, from 0 to 1, whose gradients weight the errors of outputs (YAQA) [default: by
-    /// --quality]
+    /// Share of the calibration windows, from 0 to 1, whose gradients weigh the errors of outputs (YAQA) and the tokens
+    /// [default: by --quality]
     #[arg(long, value_name = "X", help_heading = ACCURACY, allow_negative_numbers = true)]
     pub(super) output_hessian: Option<f64>,
     /// Fold rotations into the weights. They spread outliers, and the model's function stays the same [default: by --quality]

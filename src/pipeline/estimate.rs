@@ -8,7 +8,7 @@ use tch::{Device, Kind};
 
 use super::{
     memory::Limits,
-    output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, largest_layer_bytes},
+    output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, largest_hessian_bytes, largest_layer_bytes},
     phases::{of_targets, per_token, shape_of},
 };
 use crate::{
@@ -205,7 +205,7 @@ impl Shape<'_> {
 
     /// The output Hessians of a layer, and their factors.
     fn output_factors(&self) -> u64 {
-        if self.gradient_windows == 0 { 0 } else { 2 * largest_layer_bytes(self.config) }
+        if self.gradient_windows == 0 { 0 } else { 2 * largest_hessian_bytes(self.config) }
     }
 
     /// Bytes of the gradient pass before the first layer: a layer in fp32, a batch's tensors for the backward pass, and output
@@ -221,10 +221,9 @@ impl Shape<'_> {
         // What a layer's operations keep of some tokens for the backward pass, in fp32.
         let kept = 3 * self.batch(tokens) / self.element() * FP32;
         let scores = self.largest(|layer| layer.attention.num_heads) * (tokens * self.seq_len) as u64 * FP32;
-        self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes)
-            + 2 * largest_layer_bytes(self.config)
-            + kept
-            + if cuda { 3 * scores } else { 0 }
+        let sums = largest_layer_bytes(self.config, self.gradient_tokens()).saturating_mul(2);
+        let weights = self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes);
+        sums.saturating_add(weights + kept + if cuda { 3 * scores } else { 0 })
     }
 
     /// Bytes of the rotation before the first layer. They hold the embedding or the output layer in fp32, times the norm, rotated,
@@ -246,10 +245,15 @@ impl Shape<'_> {
         (self.activations() / window) as usize
     }
 
-    /// Output Hessians of all layers, on disk; twice as much while gradients are taken.
+    /// Tokens that gradients are taken on.
+    fn gradient_tokens(&self) -> u64 {
+        (self.gradient_windows as u64).saturating_mul(self.seq_len as u64)
+    }
+
+    /// Output Hessians of all layers and lengths of gradients, on disk; twice as much while gradients are taken.
     pub(super) fn output_hessians(&self) -> u64 {
-        let bytes = largest_layer_bytes(self.config) * self.config.num_layers() as u64;
-        if self.gradient_windows == 0 { 0 } else { bytes }
+        let bytes = largest_layer_bytes(self.config, self.gradient_tokens());
+        if self.gradient_windows == 0 { 0 } else { bytes.saturating_mul(self.config.num_layers() as u64) }
     }
 
     /// Work of a layer on the CPU, on the average: that of the rank that has the most, of so many.
@@ -263,10 +267,10 @@ impl Shape<'_> {
 
     /// Floating-point operations of taking gradients through all layers, in fp32.
     pub(super) fn gradient_operations(&self) -> f64 {
-        let tokens = self.gradient_windows as f64 * self.seq_len as f64;
+        let tokens = self.gradient_tokens() as f64;
         let weights = |layer: &LayerConfig| layer.linears.iter().map(LinearConfig::weights).sum::<usize>();
         // Sums over blocks of outputs.
-        let sums = largest_layer_bytes(self.config) as f64 / FP32 as f64;
+        let sums = largest_hessian_bytes(self.config) as f64 / FP32 as f64;
         // Through a layer, again for the backward pass, and back.
         let of =
             |layer: &LayerConfig| 3.0 * 2.0 * tokens * weights(layer) as f64 + 2.0 * tokens * sums / 1024.0;
@@ -309,7 +313,7 @@ impl Shape<'_> {
                 .max(self.taking_gradients(cuda))
                 .max(if cuda { 0 } else { self.rotating() });
         let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS + RETAINED.min(counted / 12) };
-        Need { working: fixed + counted, activations: self.activations() }
+        Need { working: counted.saturating_add(fixed), activations: self.activations() }
     }
 
     /// Memory of the machine beside a CUDA device: this layer's weights and the next one's, page-locked; or what rotating takes before.

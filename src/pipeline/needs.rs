@@ -143,7 +143,7 @@ impl Needs {
         disk.check(place)?;
         // Texts are tokenized before, which may have taken more.
         let before = if device == Device::Cpu { peak_memory().unwrap_or(0) } else { 0 };
-        let memory = (own + need.working).saturating_add(held).max(before);
+        let memory = own.saturating_add(need.working).saturating_add(held).max(before);
         let taken = begun.map_or(0.0, |b| b.windows as f64 / b.total_windows.max(1) as f64);
         let gradient_operations = (1.0 - taken) * whole.gradient_operations();
         let of_ranks = |ranks| OfRanks::of(&whole, ranks);

@@ -1,8 +1,8 @@
-//! Output Hessians of all linears, from gradients of the unquantized model, before any layer is quantized.
+//! Output Hessians of all linears and weights of all tokens, from gradients of the unquantized model, before any layer is quantized.
 
 use std::{ops::Range, sync::Arc, time::Instant};
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
     journal::Journal,
@@ -12,7 +12,7 @@ use super::{
     worker::RunContext,
 };
 use crate::{
-    architectures::{LayerConfig, ModelConfig},
+    architectures::{GroupConfig, LayerConfig, ModelConfig, StageConfig},
     calibration::Windows,
     checkpoint::{Checkpoint, to_bytes},
     cluster::{message, windows_of_ranks},
@@ -23,8 +23,11 @@ use crate::{
     units::duration,
 };
 
-/// Damping of output Hessians, as a fraction of their mean diagonal.
-const DAMP: f64 = 0.05;
+/// Damping of output Hessians, as a fraction of their mean diagonal. Much of it, because gradients predict poorly how errors of several
+/// outputs add up at the end of a real model (docs/accuracy.md).
+const DAMP: f64 = 0.25;
+/// Largest weight of a token, over the mean of all.
+const LARGEST_WEIGHT: f64 = 8.0;
 /// Tokens that go through a layer and back together.
 pub(super) const BATCH_TOKENS: usize = 1024;
 /// Seconds of work between two commits to the journal, at least.
@@ -32,10 +35,14 @@ const SECONDS_BETWEEN_COMMITS: f64 = 30.0;
 /// The same, over the seconds that a commit takes.
 const WORK_PER_COMMIT: f64 = 20.0;
 
-/// The output Hessians of all layers, in a file of the journal.
+/// The output Hessians of all layers, and the squared lengths of all gradients, in a file of the journal.
 pub(super) struct OutputHessians {
     /// A layer in the place of each window.
     file: WindowFile,
+    /// Tokens that gradients were taken on.
+    tokens: usize,
+    /// Tokens of the run.
+    all_tokens: usize,
 }
 
 /// Calibration windows that gradients are taken on.
@@ -48,21 +55,36 @@ pub(super) struct GradientWindows<'a> {
     pub(super) at_once: usize,
 }
 
-/// Output Hessians of one layer, factorized.
+/// Output Hessians of one layer, factorized, and the weights of its inputs.
 pub(super) struct LayerFactors {
     /// The blocks of each linear of the layer.
     blocks: Vec<Vec<OutputFactor>>,
+    pub(super) token_weights: TokenWeights,
 }
 
+/// Square roots of the tokens' weights in the Hessians of a layer, `[T]` fp32 for each group of linears, stage by stage.
+///
+/// A token weighs as much as the gradients with respect to the group's outputs are long, at most [`LARGEST_WEIGHT`] times the mean.
+/// (GuidedQuant, arXiv 2505.07004, weighs by the square of that, and for some outputs each.) The largest weight is 1, so that no input
+/// becomes larger. Tokens without gradients have the mean weight.
+pub(super) type TokenWeights = Vec<Vec<Tensor>>;
+
 /// Bytes of a layer's output Hessians.
-pub(super) fn layer_bytes(layer: &LayerConfig) -> u64 {
+fn hessian_bytes(layer: &LayerConfig) -> u64 {
     let blocks = layer.linears.iter().flat_map(|linear| output_blocks(linear.shape[0]));
     blocks.map(|n| n * n).sum::<usize>() as u64 * 4
 }
 
 /// Bytes of the output Hessians of the layer that has the most.
-pub(super) fn largest_layer_bytes(config: &ModelConfig) -> u64 {
-    config.layers.iter().map(layer_bytes).max().unwrap_or(0)
+pub(super) fn largest_hessian_bytes(config: &ModelConfig) -> u64 {
+    config.layers.iter().map(hessian_bytes).max().unwrap_or(0)
+}
+
+/// Bytes of a layer in the file of a run with gradients of so many `tokens`, of the layer that has the most.
+pub(super) fn largest_layer_bytes(config: &ModelConfig, tokens: u64) -> u64 {
+    let squares = |layer: &LayerConfig| tokens.saturating_mul(4 * layer.linears.len() as u64);
+    let of = |layer| hessian_bytes(layer).saturating_add(squares(layer));
+    config.layers.iter().map(of).max().unwrap_or(0)
 }
 
 impl OutputHessians {
@@ -112,7 +134,7 @@ impl OutputHessians {
             let mut states = task.forward(&own)?;
             let last = states.pop().expect("the last layer has outputs");
             let gradients = task.at_the_end(last)?;
-            let layer_bytes = largest_layer_bytes(config) as usize;
+            let layer_bytes = largest_layer_bytes(config, (count * seq_len) as u64) as usize;
             let next = journal.next_gradients(cluster, part.end, layers, layer_bytes)?;
             let files = Sums { before: sums.as_ref(), next: &next, count };
             task.back(&own, part.end, states, gradients, files)?;
@@ -142,22 +164,48 @@ impl OutputHessians {
         if ranks > 1 {
             sums = journal.gradients()?.map(|(file, _)| file);
         }
-        Ok(Self { file: sums.expect("gradients are taken on at least one window") })
+        let file = sums.expect("gradients are taken on at least one window");
+        Ok(Self { file, tokens: count * seq_len, all_tokens: windows.count() * seq_len })
     }
 
-    /// The output Hessians of a layer's linears, on the CPU.
-    pub(super) fn blocks(&self, config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
-        blocks_of(&self.file.read(layer, 1)?, config, layer)
+    /// The output Hessians of a layer's linears, on the CPU, and the squared lengths of the gradients of each token.
+    pub(super) fn read(&self, config: &ModelConfig, layer: usize) -> Result<(Vec<Vec<Tensor>>, Vec<f32>)> {
+        parts_of(&self.file.read(layer, 1)?, &config.layers[layer], self.tokens)
     }
 
-    /// The output Hessians of a layer, factorized on `device` once for all variants.
+    /// The output Hessians of a layer, factorized on `device` once for all variants, and the weights of tokens.
     pub(super) fn factors(&self, config: &ModelConfig, layer: usize, device: Device) -> Result<LayerFactors> {
-        let blocks = self.blocks(config, layer)?.into_iter().enumerate();
+        let (blocks, squares) = self.read(config, layer)?;
         let of = |(position, blocks): (usize, Vec<Tensor>)| {
             OutputFactor::all(&blocks, DAMP, device, &config.linear_id(layer, position).to_string())
         };
-        Ok(LayerFactors { blocks: blocks.map(of).collect::<Result<_>>()? })
+        let token_weights = token_weights(&config.layers[layer], &squares, self.all_tokens);
+        Ok(LayerFactors {
+            blocks: blocks.into_iter().enumerate().map(of).collect::<Result<_>>()?,
+            token_weights: token_weights.torch("weigh tokens")?,
+        })
     }
+}
+
+/// Weights of all tokens of the run from the squared lengths of gradients, `[tokens, linears]`, of the first of them.
+fn token_weights(layer: &LayerConfig, squares: &[f32], all_tokens: usize) -> Result<TokenWeights, TchError> {
+    let squares = Tensor::f_from_slice(squares)?.f_view([-1, layer.linears.len() as i64])?;
+    let means = squares.f_mean_dim([0i64].as_slice(), true, Kind::Float)?;
+    // If the loss does not depend on the outputs of a linear, its tokens count alike.
+    let relative = squares.f_div(&means)?.f_masked_fill(&means.f_eq(0.0)?, 1.0)?;
+    let of_group = |group: &GroupConfig| {
+        let linears = &group.linears;
+        let own = relative.f_narrow(1, linears.start as i64, linears.len() as i64)?;
+        let weights = own.f_mean_dim([1i64].as_slice(), false, Kind::Float)?.f_sqrt()?;
+        let mean = f64::try_from(weights.f_mean(Kind::Float)?)?;
+        let weights = weights.f_clamp_max(LARGEST_WEIGHT * mean)?;
+        let weights = weights.f_div(&weights.f_max()?)?;
+        let missing = all_tokens as i64 - weights.size()[0];
+        let mean = weights.f_mean(Kind::Float)?.f_expand([missing], false)?;
+        Tensor::f_cat(&[&weights, &mean], 0)?.f_sqrt()
+    };
+    let of_stage = |stage: &StageConfig| stage.groups.iter().map(of_group).collect();
+    layer.stages.iter().map(of_stage).collect()
 }
 
 /// Batches of the next part, where a part of so many `batches` took `work` seconds and its commit `commit` seconds.
@@ -242,13 +290,14 @@ impl Gradients<'_> {
             let packed = self.runner.packed_layer(layer)?;
             let ready = self.runner.layer(layer, &packed)?;
             let mut states = states.pop().expect("every layer has inputs");
-            let mut sums = self.sums(layer, before, own.start)?;
+            let (mut sums, mut squares) = self.sums(layer, before, own.start)?;
             for i in 0..gradients.len() {
                 let back =
                     self.runner.transformer().layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
                 for (sum, gradient) in sums.iter_mut().zip(back.outputs.iter().flatten()) {
                     sum.add(gradient)?;
                 }
+                squares.extend(squared_lengths(back.outputs.iter().flatten()).torch("measure gradients")?);
                 gradients.put(i, back.hidden)?;
                 self.step()?;
             }
@@ -262,8 +311,9 @@ impl Gradients<'_> {
                     bytes.extend(to_bytes(&block)?);
                 }
             }
+            bytes.extend(squares.iter().flat_map(|square| square.to_le_bytes()));
             if self.context.cluster.is_last() {
-                // Layers may differ in size.
+                // Layers may differ in size, and tokens are missing before the last part.
                 bytes.resize(next.window_bytes(), 0);
                 next.write(layer, &bytes)?;
             } else {
@@ -274,20 +324,28 @@ impl Gradients<'_> {
         Ok(())
     }
 
-    /// Sums over the `done` windows in front, of the outputs of each linear: those of the rank before, those in the file, or zeros.
-    fn sums(&self, layer: usize, file: Option<&WindowFile>, done: usize) -> Result<Vec<OutputHessian>> {
-        let (config, device) = (self.checkpoint.config(), self.store.device);
+    /// Sums over the `done` windows in front, of the outputs of each linear, and the squared lengths of their gradients: those of the
+    /// rank before, those in the file, or none.
+    fn sums(
+        &self,
+        layer: usize,
+        file: Option<&WindowFile>,
+        done: usize,
+    ) -> Result<(Vec<OutputHessian>, Vec<f32>)> {
+        let (config, device) = (&self.checkpoint.config().layers[layer], self.store.device);
         let bytes = match file {
             _ if !self.context.cluster.is_root() => self.context.cluster.receive()?,
             Some(file) => file.read(layer, 1)?,
             None => {
-                let linears = config.layers[layer].linears.iter();
-                return linears.map(|linear| OutputHessian::new(linear.shape[0], device)).collect();
+                let linears = config.linears.iter();
+                let sums = linears.map(|linear| OutputHessian::new(linear.shape[0], device));
+                return Ok((sums.collect::<Result<_>>()?, Vec::new()));
             }
         };
-        let tokens = (done * self.windows.seq_len()) as u64;
-        let of = |blocks| OutputHessian::from_sums(blocks, tokens, device);
-        blocks_of(&bytes, config, layer)?.into_iter().map(of).collect()
+        let tokens = done * self.windows.seq_len();
+        let of = |blocks| OutputHessian::from_sums(blocks, tokens as u64, device);
+        let (blocks, squares) = parts_of(&bytes, config, tokens)?;
+        Ok((blocks.into_iter().map(of).collect::<Result<_>>()?, squares))
     }
 
     fn stream(&self, part: &Range<usize>) -> Stream {
@@ -306,16 +364,30 @@ impl Gradients<'_> {
     }
 }
 
-/// The blocks of a layer's linears, on the CPU, from their bytes.
-fn blocks_of(bytes: &[u8], config: &ModelConfig, layer: usize) -> Result<Vec<Vec<Tensor>>> {
+/// The blocks of a layer's linears, on the CPU, and the squared lengths of the gradients of so many `tokens`, from their bytes.
+fn parts_of(bytes: &[u8], layer: &LayerConfig, tokens: usize) -> Result<(Vec<Vec<Tensor>>, Vec<f32>)> {
     let mut rest = bytes;
     let mut block = |n: usize| {
         let (own, others) = rest.split_at(4 * n * n);
         rest = others;
         Tensor::f_from_data_size(own, &[n as i64, n as i64], Kind::Float).torch("read an output Hessian")
     };
-    let linears = config.layers[layer].linears.iter();
-    linears.map(|linear| output_blocks(linear.shape[0]).into_iter().map(&mut block).collect()).collect()
+    let linears = layer.linears.iter();
+    let blocks = linears.map(|linear| output_blocks(linear.shape[0]).into_iter().map(&mut block).collect());
+    let blocks = blocks.collect::<Result<_>>()?;
+    let squares = rest.chunks_exact(4).take(tokens * layer.linears.len());
+    let squares = squares.map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four bytes")));
+    Ok((blocks, squares.collect()))
+}
+
+/// `‖g‖²` of each token, for `gradients` `[…, N]` of several linears: `[tokens, linears]`.
+fn squared_lengths<'t>(gradients: impl Iterator<Item = &'t Tensor>) -> Result<Vec<f32>, TchError> {
+    let of = |gradient: &Tensor| {
+        let width = gradient.size().last().copied().unwrap_or(1);
+        gradient.f_reshape([-1, width])?.f_square()?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)
+    };
+    let all = gradients.map(of).collect::<Result<Vec<_>, _>>()?;
+    Vec::try_from(Tensor::f_stack(&all, 1)?.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)
 }
 
 impl LayerFactors {
@@ -340,6 +412,38 @@ fn uniform(seed: u64, tokens: Range<usize>) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pipeline::tests::model;
+
+    #[test]
+    fn tokens_weigh_as_much_as_their_gradients_are_long() {
+        let checkpoint = model("llama3-gqa-rope");
+        let layer = &checkpoint.config().layers[0];
+        // Of q, k, v, o, gate, up and down: three tokens, and one without gradients.
+        let squares = |all: [[f32; 7]; 3]| all.concat();
+        let q = [1.0, 4.0, 25.0];
+        let rows = q.map(|q| [q, 2.0 * q, 0.0, 1.0, q, q, 1e-6 * q]);
+        let weights = token_weights(layer, &squares(rows), 4).unwrap();
+        let values = |stage: usize| Vec::<f64>::try_from(weights[stage][0].to_kind(Kind::Double)).unwrap();
+        let close = |found: Vec<f64>, expected: [f64; 4]| {
+            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{found:?}");
+        };
+        // The outputs of v have no gradients, so its tokens count alike; the mean of q is 10.
+        let [a, b, c] = q.map(|q| ((2.0 * f64::from(q) / 10.0 + 1.0) / 3.0).sqrt());
+        close(values(0), [a / c, b / c, 1.0, (a + b + c) / 3.0 / c].map(f64::sqrt));
+        close(values(1), [1.0; 4]);
+        for stage in [2, 3] {
+            close(values(stage), [0.2, 0.4, 1.0, 1.6 / 3.0].map(f64::sqrt));
+        }
+        // One token has nearly all of the gradient.
+        let mut rows = [[1.0; 7]; 100];
+        rows[7] = [1e8; 7];
+        let weights = token_weights(layer, &rows.concat(), 100).unwrap();
+        let squares = weights[0][0].square();
+        let mean_before = (10_000.0 + 99.0) / 100.0;
+        let other = squares.double_value(&[0]);
+        assert!((other - 1.0 / (LARGEST_WEIGHT * mean_before)).abs() < 1e-6, "{other}");
+        assert_eq!(squares.double_value(&[7]), 1.0);
+    }
 
     #[test]
     fn commits_take_at_most_a_twentieth_of_the_time() {

@@ -5,7 +5,7 @@ use std::time::Instant;
 use tch::{Device, Tensor};
 
 use super::{
-    output_hessians::LayerFactors,
+    output_hessians::{LayerFactors, TokenWeights},
     phases::{of_targets, shape_of},
     shared_rows::{is_worth_sharing, solve_shared, solve_strands_shared, spread_experts},
     solution_message::{MessageReader, write_linear, write_numbers},
@@ -66,6 +66,11 @@ impl<'a> StageSolver<'a> {
     /// The solver's name, for reports.
     pub(super) fn name(&self) -> &'static str {
         self.solver.name()
+    }
+
+    /// Weights of the tokens in the Hessians of the layer, where output Hessians are used.
+    pub(super) fn token_weights(&self) -> Option<&TokenWeights> {
+        self.outputs.as_ref().map(|outputs| &outputs.token_weights)
     }
 
     /// Factorizes the output Hessians of a layer, where they are used.

@@ -37,7 +37,7 @@ use crate::{
 
 const SEQ_LEN: usize = 16;
 
-fn model(name: &str) -> Checkpoint {
+pub(super) fn model(name: &str) -> Checkpoint {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/models").join(name);
     Checkpoint::open(&folder).unwrap()
 }
@@ -215,9 +215,12 @@ fn gradients(folder: &Path, count: usize, at_once: usize, interrupt: bool) -> Re
     let _guard = tch::no_grad_guard();
     let (device, limits) = (Device::Cpu, limits(1024));
     let measured = OutputHessians::measure(&checkpoint, device, windows, 7, limits, &mut journal, context)?;
-    let layers = (0..config.num_layers()).map(|layer| measured.blocks(config, layer));
-    let blocks = layers.collect::<Result<Vec<_>>>()?.into_iter().flatten().flatten();
-    Ok(blocks.map(|block| Vec::<f32>::try_from(block.flatten(0, -1)).unwrap()).collect())
+    let layers = (0..config.num_layers()).map(|layer| measured.read(config, layer));
+    let parts = layers.collect::<Result<Vec<_>>>()?.into_iter().flat_map(|(blocks, squares)| {
+        let values = |block: tch::Tensor| Vec::<f32>::try_from(block.flatten(0, -1)).unwrap();
+        blocks.into_iter().flatten().map(values).chain([squares])
+    });
+    Ok(parts.collect())
 }
 
 #[test]

@@ -8,10 +8,11 @@ use std::{
     },
 };
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
     memory::ActivationStore,
+    output_hessians::TokenWeights,
     phases::{PhaseClock, per_token},
     reference::ReferenceLayer,
     stage_memory::MemoryWatch,
@@ -69,6 +70,8 @@ pub(super) struct Worker<'a> {
     per_batch: usize,
     context: RunContext<'a>,
     weights: Option<Weights>,
+    /// Of the tokens in the layer's Hessians; none where all count alike.
+    token_weights: Option<TokenWeights>,
     /// The linears that the windows leave the captured stage through: quantized, or dense with shared Hessians.
     linears: Vec<Dense>,
     /// Hidden states, of each variant that has its own; then the reference model's, where it is run.
@@ -99,6 +102,7 @@ impl<'a> Worker<'a> {
             per_batch,
             context,
             weights: None,
+            token_weights: None,
             linears: Vec::new(),
             hidden: Vec::new(),
             stored: Vec::new(),
@@ -145,10 +149,13 @@ impl<'a> Worker<'a> {
         self.hidden.first().map_or(0, Stream::len)
     }
 
-    /// Copies a layer's weights to the device.
-    pub(super) fn enter_layer(&mut self, weights: &Weights) -> Result<()> {
+    /// Copies a layer's weights and the weights of tokens to the device.
+    pub(super) fn enter_layer(&mut self, weights: &Weights, tokens: Option<&TokenWeights>) -> Result<()> {
         let device = self.device();
         self.weights = Some(self.context.phases.time(Phase::Weights, 0.0, || weights.on(device))?);
+        let of_stage = |stage: &Vec<Tensor>| stage.iter().map(|own| own.f_to_device(device)).collect();
+        let tokens = tokens.map(|all| all.iter().map(of_stage).collect()).transpose();
+        self.token_weights = tokens.torch("copy weights of tokens")?;
         Ok(())
     }
 
@@ -278,18 +285,19 @@ impl<'a> Worker<'a> {
                     at = worker.advance(stage - 1, at)?;
                 }
                 let index = worker.weights().layer;
+                let windows = worker.hidden[stream].batches()[i].clone();
                 let Some(reference) = reference else {
                     let parts = &worker.weights().parts;
                     let inputs = || worker.transformer.inputs(index, parts, stage, &at);
                     let inputs = worker.context.phases.time(Phase::Forward, 0.0, inputs)?;
-                    return Ok((at, inputs, Vec::new()));
+                    return Ok((at, worker.weighed(stage, &windows, inputs)?, Vec::new()));
                 };
-                let windows = worker.hidden[stream].batches()[i].clone();
                 let beside = worker.reference_at(stage, reference, &windows, false)?;
                 let parts = &worker.weights().parts;
                 let both = || worker.transformer.inputs_beside(index, parts, stage, &at, &beside);
                 let (inputs, others) = worker.context.phases.time(Phase::Forward, 0.0, both)?;
-                Ok((at, inputs, others))
+                let weighed = |inputs| worker.weighed(stage, &windows, inputs);
+                Ok((at, weighed(inputs)?, weighed(others)?))
             },
             |(_, inputs, others)| {
                 while let (Some(statistics), Some(x)) = (statistics.get_mut(added), inputs.get(added)) {
@@ -322,6 +330,20 @@ impl<'a> Worker<'a> {
         self.stored = std::mem::take(&mut self.next_stored);
         self.linears.clear();
         Ok(Captured { sums: statistics, batches })
+    }
+
+    /// Inputs of the groups of a stage, times the square roots of their tokens' weights.
+    fn weighed(&self, stage: usize, windows: &Range<usize>, inputs: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        let Some(weights) = &self.token_weights else { return Ok(inputs) };
+        let (first, tokens) = (windows.start * self.seq_len, windows.len() * self.seq_len);
+        let weighed = |(inputs, weights): (Tensor, &Tensor)| {
+            let mut shape = inputs.size();
+            shape.last_mut().into_iter().for_each(|width| *width = 1);
+            let weights = weights.f_narrow(0, first as i64, tokens as i64)?.f_to_kind(inputs.kind())?;
+            inputs.f_mul(&weights.f_view(shape.as_slice())?)
+        };
+        let all = || inputs.into_iter().zip(&weights[stage]).map(weighed).collect::<Result<_, TchError>>();
+        self.context.phases.time(Phase::Hessian, 0.0, all).torch("weigh tokens")
     }
 
     /// Hidden states behind the layer, with the linears of its last stage; also into the journal's `file`.

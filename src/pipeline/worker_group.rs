@@ -157,8 +157,9 @@ impl<'a> WorkerGroup<'a> {
         next: Option<&SharedStates<'s>>,
     ) -> Result<()> {
         // A tensor may move to another thread, but two threads may not share it.
-        self.workers.iter_mut().try_for_each(|worker| worker.enter_layer(weights))?;
         self.solver.enter_layer(weights.layer)?;
+        let token_weights = self.solver.token_weights();
+        self.workers.iter_mut().try_for_each(|worker| worker.enter_layer(weights, token_weights))?;
         let (variants, task, context) = (&self.variants[..], self.task, self.context);
         let connections = connect(self.workers.len(), context.cluster, context.phases);
         let mut passes = self.workers.iter_mut().zip(connections).map(|(worker, collective)| LayerPass {
