@@ -40,6 +40,7 @@ use crate::{
     error::{Error, Result},
     folder::file_in,
     json::{Fields, read_json},
+    units::hex,
 };
 pub use feed_forward::{Activation, FeedForward, FeedForwardConfig, RoutingConfig};
 pub use layer::{
@@ -340,7 +341,7 @@ impl ModelConfig {
     /// A digest of the config, as far as the forward pass depends on it.
     pub fn forward_digest(&self) -> String {
         let described = format!("{:?}", Self { raw: Value::Null, dtype: None, ..self.clone() });
-        Sha256::digest(described).iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&Sha256::digest(described))
     }
 
     /// The error for an option `what` that models of this family do not support.

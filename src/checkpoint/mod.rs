@@ -21,7 +21,9 @@ pub use reader::{Checkpoint, TensorView};
 pub use safetensors::Dtype;
 pub use values::to_bytes;
 pub use weights_file::{INDEX_FILE, NoWeights, WEIGHTS_FILE, base_names, needs_base_name, weights_file};
-pub use writer::{ShardPlan, ShardWriter, TensorSpec, UNFINISHED, Written, write_file_atomically};
+pub use writer::{
+    ShardPlan, ShardWriter, TensorSpec, UNFINISHED, Written, write_file_atomically, write_json_atomically,
+};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors files are little-endian and are read here as they lie");

@@ -11,6 +11,7 @@ use std::{
 
 use rayon::prelude::*;
 use safetensors::Dtype;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -337,6 +338,14 @@ fn read_at(file: &File, path: &Path, offset: u64, count: usize) -> Result<Vec<u8
     let mut bytes = vec![0; count];
     file.read_exact_at(&mut bytes, offset).map_err(Error::io("read", path))?;
     Ok(bytes)
+}
+
+/// Writes a value as indented JSON, as [`write_file_atomically`] does.
+pub fn write_json_atomically(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text =
+        serde_json::to_vec_pretty(value).map_err(|source| Error::Json { path: path.into(), source })?;
+    text.push(b'\n');
+    write_file_atomically(path, &text)
 }
 
 /// Prefix of the names of files that [`write_file_atomically`] has not finished.

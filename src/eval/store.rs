@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use super::{describe, folder_name};
 use crate::{
-    checkpoint::{Checkpoint, write_file_atomically},
-    error::{Error, Result},
+    checkpoint::{Checkpoint, write_json_atomically},
+    error::Result,
     report::{
         EVALUATION_SCHEMA, EvaluatedModel, Evaluation, GENERATED_BY, ModelEvaluations, evaluation_file,
     },
@@ -35,9 +35,6 @@ pub fn store(checkpoint: &Checkpoint, evaluation: &Evaluation, model: &Evaluated
     known.checkpoint = described;
     let model = EvaluatedModel { name: known.name.clone(), ..model.clone() };
     known.add(Evaluation { models: vec![model], ..evaluation.clone() });
-    let mut text =
-        serde_json::to_vec_pretty(&known).map_err(|source| Error::Json { path: path.clone(), source })?;
-    text.push(b'\n');
-    write_file_atomically(&path, &text)?;
+    write_json_atomically(&path, &known)?;
     Ok(path)
 }

@@ -9,6 +9,8 @@ use std::{
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
+use crate::units::hex;
+
 /// The digest of a file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ContentId {
@@ -84,7 +86,6 @@ impl Hasher {
 
     /// The digest.
     pub(super) fn finish(self) -> ContentId {
-        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         match self {
             Self::Sha256(sha256) => ContentId::Sha256(hex(&sha256.finalize())),
             Self::GitBlob(sha1) => ContentId::GitBlob(hex(&sha1.finalize())),

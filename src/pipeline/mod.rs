@@ -38,7 +38,7 @@ use tch::{Device, Kind};
 
 use crate::{
     calibration::{self, Corpus, Tokenizer, Tokens, Windows, check_seq_len, shares},
-    checkpoint::Checkpoint,
+    checkpoint::{Checkpoint, write_json_atomically},
     cluster::Cluster,
     device,
     emit::{Provenance, remove_unfinished},
@@ -449,11 +449,7 @@ fn check_dense(checkpoint: &Checkpoint) -> Result<()> {
 /// # Errors
 /// When it cannot be written.
 pub fn write_report(out: &Path, report: &Report) -> Result<()> {
-    let path = out.join(REPORT_FILE);
-    let mut text =
-        serde_json::to_vec_pretty(report).map_err(|source| Error::Json { path: path.clone(), source })?;
-    text.push(b'\n');
-    crate::checkpoint::write_file_atomically(&path, &text)
+    write_json_atomically(&out.join(REPORT_FILE), report)
 }
 
 /// The kind forward passes run in.

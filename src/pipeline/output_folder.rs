@@ -11,6 +11,7 @@ use super::journal;
 use crate::{
     emit::is_partial,
     error::{Error, Result},
+    units::hex,
 };
 
 /// The journal's folder in the output folder. By its name it counts as unfinished.
@@ -43,7 +44,7 @@ impl<'a> Place<'a> {
         let name = out.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
         // Two output folders may have the same name.
         let digest = Sha256::digest(out.as_os_str().as_encoded_bytes());
-        let mark: String = digest[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+        let mark = hex(&digest[..4]);
         Ok(dir.join(format!("{name}-{mark}.journal")))
     }
 

@@ -14,6 +14,7 @@ use crate::{
     folder::{self, TEXT_LIMIT, file_in, is_file_name},
     pack::PackedView,
     progress::Progress,
+    units::hex,
 };
 
 /// Results of the checks of the files alone.
@@ -234,7 +235,7 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
 }
 
 fn compare(name: &str, bytes: &[u8], sums: &BTreeMap<String, String>, findings: &mut Vec<Finding>) {
-    let found: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let found = hex(&Sha256::digest(bytes));
     let problem = match sums.get(name) {
         None => "has no checksum".to_owned(),
         Some(expected) if *expected == found => return,

@@ -12,6 +12,7 @@ use crate::{
     report::{
         BranchReport, ComputeReport, LayerExchange, LayersComputed, PhaseReport, StageMemory, StageSeconds,
     },
+    units::hex,
 };
 
 /// The file's name.
@@ -196,5 +197,5 @@ impl State {
 }
 
 pub(super) fn sha256(text: &str) -> String {
-    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(text))
 }
