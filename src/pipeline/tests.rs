@@ -70,7 +70,7 @@ impl Sink for Kept {
 
 /// The first layer's linears, as some devices solve them with `batch_tokens` going through together.
 fn first_layer(name: &str, devices: usize, batch_tokens: usize) -> Vec<Taken> {
-    layer_of_rank(name, devices, batch_tokens, Kind::Float, &Cluster::alone())
+    layer_of_rank(name, devices, batch_tokens, Kind::Float, false, &Cluster::alone())
 }
 
 /// The same on one of several ranks.
@@ -79,6 +79,7 @@ fn layer_of_rank(
     devices: usize,
     batch_tokens: usize,
     kind: Kind,
+    with_gradients: bool,
     cluster: &Cluster,
 ) -> Vec<Taken> {
     let (checkpoint, windows) = (model(name), windows(13));
@@ -89,18 +90,24 @@ fn layer_of_rank(
     let phases = &PhaseClock::begin(&[]);
     let context = RunContext { progress: &Silent, stop: &stop, memory: &memory, phases, cluster };
     let folder = tempfile::tempdir().unwrap();
+    let _guard = tch::no_grad_guard();
+    let output_hessians = with_gradients.then(|| {
+        let (place, layers) = (Place::new(folder.path()), checkpoint.config().num_layers());
+        let mut journal = Journal::open(&place, Identity::default(), layers).unwrap();
+        let all = GradientWindows { windows: &windows, count: windows.count(), at_once: usize::MAX };
+        OutputHessians::measure(&checkpoint, Device::Cpu, all, 7, limits(1024), &mut journal, context).unwrap()
+    });
     let task = Task {
         variants: &variants,
         damp: 0.01,
         accuracy,
-        output_hessians: None,
+        output_hessians: output_hessians.as_ref(),
         shared_hessian: false,
         on_failure: OnFailure::Error,
         layers: checkpoint.config().num_layers(),
     };
     let devices = vec![Device::Cpu; devices];
     let limits = limits(batch_tokens);
-    let _guard = tch::no_grad_guard();
     let folder = folder.path();
     let mut pool =
         WorkerPool::new(&checkpoint, &devices, kind, &windows, task, limits, folder, None, context).unwrap();
@@ -128,15 +135,36 @@ fn batches_and_devices_solve_the_same() {
     }
 }
 
+/// The weights of tokens belong to their windows, whatever device and batch these are in.
+#[test]
+fn tokens_keep_their_weights_in_all_batches_and_on_all_devices() {
+    let layer = |devices, batch_tokens, with_gradients| {
+        let cluster = Cluster::alone();
+        layer_of_rank("llama3-gqa-rope", devices, batch_tokens, Kind::Float, with_gradients, &cluster)
+    };
+    let equal = |a: &[Taken], b: &[Taken]| {
+        let codes = |all: &[Taken]| all.iter().flat_map(|(_, codes)| codes.clone()).collect::<Vec<u8>>();
+        let (a, b) = (codes(a), codes(b));
+        a.iter().zip(&b).filter(|(a, b)| a == b).count() as f64 / a.len() as f64
+    };
+    let expected = layer(1, SEQ_LEN, true);
+    for (devices, batch_tokens) in [(1, 1024), (2, SEQ_LEN), (3, 3 * SEQ_LEN)] {
+        let part = equal(&layer(devices, batch_tokens, true), &expected);
+        assert!(part >= 0.98, "{devices} devices, {batch_tokens}: {part}");
+    }
+    let part = equal(&layer(1, SEQ_LEN, false), &expected);
+    assert!(part < 0.9, "{part}");
+}
+
 /// Sums that one rank continues for another equal those of one process, bit by bit. This holds also for a rank without windows, or
 /// without tokens of an expert.
 #[test]
 fn ranks_solve_exactly_the_same() {
     for name in ["llama3-gqa-rope", "cohere", "mixtral"] {
         for kind in [Kind::Float, Kind::BFloat16] {
-            let expected = layer_of_rank(name, 1, 3 * SEQ_LEN, kind, &Cluster::alone());
+            let expected = layer_of_rank(name, 1, 3 * SEQ_LEN, kind, false, &Cluster::alone());
             for ranks in [2, 3, 7] {
-                let all = on_all(ranks, |rank| layer_of_rank(name, 1, 3 * SEQ_LEN, kind, &rank));
+                let all = on_all(ranks, |rank| layer_of_rank(name, 1, 3 * SEQ_LEN, kind, false, &rank));
                 for (rank, found) in all.iter().enumerate() {
                     assert!(*found == expected, "{name}, {kind:?}, rank {rank} of {ranks}");
                 }
@@ -158,7 +186,7 @@ fn ranks_exchange_what_is_computed() {
             Shape { kind, windows: 13, seq_len: SEQ_LEN, outputs: &outputs, reference, ..shape(config) };
         for ranks in [2, 3, 4] {
             let all = on_all(ranks, |rank| {
-                layer_of_rank(name, 1, 3 * SEQ_LEN, kind, &rank);
+                layer_of_rank(name, 1, 3 * SEQ_LEN, kind, false, &rank);
                 rank.exchanged()
             });
             let computed = shape.exchange_in(0, ranks);
