@@ -16,7 +16,7 @@ use crate::{
     calibration::Windows,
     checkpoint::{Checkpoint, to_bytes},
     cluster::{message, windows_of_ranks},
-    error::{Result, TorchContext},
+    error::{Error, Result, TorchContext},
     gptq::{OutputHessian, output_blocks, solver::OutputFactor},
     model::{Compute, Runner},
     progress::Event,
@@ -107,6 +107,12 @@ impl OutputHessians {
         let GradientWindows { windows, count, at_once } = windows;
         let (seq_len, layers) = (windows.seq_len(), config.num_layers());
         let (mut sums, mut done) = journal.gradients()?.map_or((None, 0), |(file, done)| (Some(file), done));
+        let layer_bytes = largest_layer_bytes(config, (count * seq_len) as u64) as usize;
+        if let Some(file) = sums.as_ref().filter(|file| file.window_bytes() != layer_bytes) {
+            // An earlier program with the same version number has written it.
+            let problem = format!("it has {} bytes a layer, expected {layer_bytes}", file.window_bytes());
+            return Err(Error::journal(file.path(), problem));
+        }
         if done > 0 {
             let text = format!("resuming: gradients of {done} of {count} windows are kept");
             context.progress.event(&Event::Note(&text));
@@ -134,7 +140,6 @@ impl OutputHessians {
             let mut states = task.forward(&own)?;
             let last = states.pop().expect("the last layer has outputs");
             let gradients = task.at_the_end(last)?;
-            let layer_bytes = largest_layer_bytes(config, (count * seq_len) as u64) as usize;
             let next = journal.next_gradients(cluster, part.end, layers, layer_bytes)?;
             let files = Sums { before: sums.as_ref(), next: &next, count };
             task.back(&own, part.end, states, gradients, files)?;

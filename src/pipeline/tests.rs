@@ -95,7 +95,8 @@ fn layer_of_rank(
         let (place, layers) = (Place::new(folder.path()), checkpoint.config().num_layers());
         let mut journal = Journal::open(&place, Identity::default(), layers).unwrap();
         let all = GradientWindows { windows: &windows, count: windows.count(), at_once: usize::MAX };
-        OutputHessians::measure(&checkpoint, Device::Cpu, all, 7, limits(1024), &mut journal, context).unwrap()
+        OutputHessians::measure(&checkpoint, Device::Cpu, all, 7, limits(1024), &mut journal, context)
+            .unwrap()
     });
     let task = Task {
         variants: &variants,
@@ -279,6 +280,8 @@ fn interrupted_gradients_resume_to_the_same_bytes() {
     assert_eq!(kept().windows, 150);
     // Nothing is left to be taken.
     assert!(gradients(folder.path(), 150, 1, true).unwrap() == whole);
+    // The file is one for 150 windows.
+    assert!(matches!(gradients(folder.path(), 64, 1, false), Err(Error::Journal(_))));
 
     let journal = Place::new(folder.path()).journal().unwrap();
     let path = journal.join("gradients-150");
