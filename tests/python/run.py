@@ -97,6 +97,8 @@ def test_a_torch_in_another_place():
 
 
 def test_ctrl_c_stops_the_run_and_keeps_the_layers():
+    # A shell starts programs in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         # After the first layer.
         class Watch(io.StringIO):
