@@ -341,6 +341,9 @@ fn read_at(file: &File, path: &Path, offset: u64, count: usize) -> Result<Vec<u8
 }
 
 /// Writes a value as indented JSON, as [`write_file_atomically`] does.
+///
+/// # Errors
+/// When the file cannot be written.
 pub fn write_json_atomically(path: &Path, value: &impl Serialize) -> Result<()> {
     let mut text =
         serde_json::to_vec_pretty(value).map_err(|source| Error::Json { path: path.into(), source })?;

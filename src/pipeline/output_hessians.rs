@@ -316,7 +316,7 @@ impl Gradients<'_> {
                     bytes.extend(to_bytes(&block)?);
                 }
             }
-            bytes.extend(squares.iter().flat_map(|square| square.to_le_bytes()));
+            bytes.extend_from_slice(bytemuck::cast_slice(&squares));
             if self.context.cluster.is_last() {
                 // Layers may differ in size, and tokens are missing before the last part.
                 bytes.resize(next.window_bytes(), 0);
@@ -380,9 +380,7 @@ fn parts_of(bytes: &[u8], layer: &LayerConfig, tokens: usize) -> Result<(Vec<Vec
     let linears = layer.linears.iter();
     let blocks = linears.map(|linear| output_blocks(linear.shape[0]).into_iter().map(&mut block).collect());
     let blocks = blocks.collect::<Result<_>>()?;
-    let squares = rest.chunks_exact(4).take(tokens * layer.linears.len());
-    let squares = squares.map(|bytes| f32::from_le_bytes(bytes.try_into().expect("four bytes")));
-    Ok((blocks, squares.collect()))
+    Ok((blocks, bytemuck::pod_collect_to_vec(&rest[..4 * tokens * layer.linears.len()])))
 }
 
 /// `‖g‖²` of each token, for `gradients` `[…, N]` of several linears: `[tokens, linears]`.

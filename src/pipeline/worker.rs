@@ -149,11 +149,13 @@ impl<'a> Worker<'a> {
         self.hidden.first().map_or(0, Stream::len)
     }
 
-    /// Copies a layer's weights and the weights of tokens to the device.
+    /// Copies a layer's weights and the weights of tokens to the device, these in the kind of the inputs that they multiply.
     pub(super) fn enter_layer(&mut self, weights: &Weights, tokens: Option<&TokenWeights>) -> Result<()> {
         let device = self.device();
         self.weights = Some(self.context.phases.time(Phase::Weights, 0.0, || weights.on(device))?);
-        let of_stage = |stage: &Vec<Tensor>| stage.iter().map(|own| own.f_to_device(device)).collect();
+        let kind = self.kind();
+        let converted = |own: &Tensor| own.f_to_device(device)?.f_to_kind(kind);
+        let of_stage = |stage: &Vec<Tensor>| stage.iter().map(converted).collect();
         let tokens = tokens.map(|all| all.iter().map(of_stage).collect()).transpose();
         self.token_weights = tokens.torch("copy weights of tokens")?;
         Ok(())
@@ -339,8 +341,7 @@ impl<'a> Worker<'a> {
         let weighed = |(inputs, weights): (Tensor, &Tensor)| {
             let mut shape = inputs.size();
             shape.last_mut().into_iter().for_each(|width| *width = 1);
-            let weights = weights.f_narrow(0, first as i64, tokens as i64)?.f_to_kind(inputs.kind())?;
-            inputs.f_mul(&weights.f_view(shape.as_slice())?)
+            inputs.f_mul(&weights.f_narrow(0, first as i64, tokens as i64)?.f_view(shape.as_slice())?)
         };
         let all = || inputs.into_iter().zip(&weights[stage]).map(weighed).collect::<Result<_, TchError>>();
         self.context.phases.time(Phase::Hessian, 0.0, all).torch("weigh tokens")
