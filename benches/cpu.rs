@@ -20,6 +20,8 @@ fn main() {
     divan::main();
 }
 
+/// Bytes, more than the caches have.
+const LARGE: usize = 256 << 20;
 /// Output and input features of the linear that is solved and packed.
 const SHAPE: (usize, usize) = (4096, 11008);
 /// Output and input features of the linear that is multiplied.
@@ -39,9 +41,6 @@ mod limit {
     use rayon::prelude::*;
 
     use super::*;
-
-    /// Larger than the caches.
-    const LARGE: usize = 256 << 20;
 
     #[divan::bench(args = [Kind::Float, Kind::BFloat16])]
     fn product(bencher: Bencher<'_, '_>, kind: Kind) {
@@ -155,16 +154,17 @@ fn pack(bencher: Bencher<'_, '_>) {
 }
 
 /// Activations in rows. One row reads every weight once and computes next to nothing, so that its limit is `limit::read`.
-#[divan::bench(args = [1, 16, 512, 2048], sample_count = 5, sample_size = 1)]
+#[divan::bench(args = [1, 16, 512, 2048], sample_count = 20, sample_size = 1)]
 fn matmul(bencher: Bencher<'_, '_>, rows: usize) {
     let (n, k) = MATMUL;
-    let packed = PackedLinear::new(&random::linear(MATMUL, &variant()));
-    let view = packed.view();
+    // In turn, so that weights come from memory, as in a model.
+    let packed = vec![PackedLinear::new(&random::linear(MATMUL, &variant())); LARGE / (n * k / 2)];
+    let mut views = packed.iter().map(PackedLinear::view).cycle();
     let x: Vec<f32> = (0..rows * k).map(|i| (i % 13) as f32 - 6.0).collect();
     let mut y = vec![0.0; rows * n];
-    let bytes: usize = packed.tensors().iter().map(|(_, bytes)| bytes.len()).sum();
+    let bytes: usize = packed[0].tensors().iter().map(|(_, bytes)| bytes.len()).sum();
     bencher
         .counter(BytesCount::new(bytes))
         .counter(ItemsCount::new(2 * rows * n * k))
-        .bench_local(|| kernels::matmul(&x, rows, &view, black_box(&mut y)));
+        .bench_local(|| kernels::matmul(&x, rows, &views.next().unwrap(), black_box(&mut y)));
 }

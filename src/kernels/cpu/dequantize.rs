@@ -6,66 +6,66 @@ use rayon::prelude::*;
 
 use super::simd::{Isa, Kernel, LANES, Lanes, Simd};
 use super::unpack::{
-    BLOCKS, GroupTable, MIXED, TILE, UnitRows, UnitWords, for_each_code, unit_codes, unit_groups, with_width,
+    GroupTable, MIXED, TILE, UnitRows, UnitWords, for_each_code, unit_codes, unit_groups, with_width,
 };
 use crate::pack::PackedView;
 
 /// Input features of a panel: a whole number of units at every width. A panel of 32 columns is 32 KiB and stays in the L1 cache.
 pub(super) const PANEL_FEATURES: usize = 256;
 
-/// A tile of dequantized weights for up to [`PANEL_FEATURES`] input features, with its scales and zero points. A thread reuses it
-/// for all its tasks.
-///
-/// Blocks lie in strips of `VECTORS` (a number that divides [`BLOCKS`]): `weights[strip][k][vector]`.
+/// Dequantized weights of some blocks of a tile, for up to [`PANEL_FEATURES`] input features, with scales and zero points of the
+/// tile. A thread reuses it for all its tasks.
 pub(super) struct Panel {
     pub(super) table: GroupTable,
-    pub(super) weights: Box<[Lanes]>,
+    weights: Box<[Lanes]>,
 }
+
+/// The most blocks of a panel.
+const MAX_VECTORS: usize = 2;
 
 impl Default for Panel {
     fn default() -> Self {
         Self {
             table: GroupTable::default(),
-            weights: vec![Lanes::ZERO; PANEL_FEATURES * BLOCKS].into_boxed_slice(),
+            weights: vec![Lanes::ZERO; PANEL_FEATURES * MAX_VECTORS].into_boxed_slice(),
         }
     }
 }
 
 impl Panel {
-    /// Dequantizes `columns` (a tile or less) of `units`, for which the table has been filled.
-    /// Values beyond the last column are not changed.
+    /// Dequantizes `VECTORS` blocks, from `first_block` on, of `columns` (a tile or less) and of `units`, for which the table has been
+    /// filled: `[k][vector]`. Values beyond the last column are undefined.
     #[inline(always)]
     pub(super) fn dequantize<S: Simd, const BITS: usize, const WORDS: usize, const VECTORS: usize>(
         &mut self,
         simd: S,
         w: &PackedView<'_>,
         unit_groups: &[u32],
-        units: Range<usize>,
-        columns: Range<usize>,
-    ) {
+        units: &Range<usize>,
+        columns: &Range<usize>,
+        first_block: usize,
+    ) -> &[Lanes] {
+        const { assert!(VECTORS <= MAX_VECTORS) };
         let codes = unit_codes(BITS, WORDS);
         let blocks = columns.len().div_ceil(LANES);
-        let strips = self.weights.chunks_exact_mut(units.len() * codes * VECTORS);
-        for (strip, weights) in strips.enumerate().take(blocks.div_ceil(VECTORS)) {
-            for (unit, weights) in units.clone().zip(weights.chunks_exact_mut(codes * VECTORS)) {
+        let panel = &mut self.weights[..units.len() * codes * VECTORS];
+        for v in 0..VECTORS.min(blocks - first_block) {
+            let b = first_block + v;
+            for (unit, weights) in units.clone().zip(panel.chunks_exact_mut(codes * VECTORS)) {
                 let rows = UnitRows::<WORDS>::new(w, unit, columns.clone());
-                for v in 0..VECTORS {
-                    let b = strip * VECTORS + v;
-                    if b >= blocks {
-                        break;
-                    }
-                    let words = rows.block(simd, b);
-                    let weights = &mut weights[v..];
-                    if unit_groups[unit] == MIXED {
-                        let groups = &w.g_idx()[unit * codes..][..codes];
-                        store_mixed::<S, BITS, WORDS, VECTORS>(simd, &words, groups, &self.table, b, weights);
-                    } else {
-                        let g = unit_groups[unit] as usize;
-                        store_uniform::<S, BITS, WORDS, VECTORS>(simd, &words, g, &self.table, b, weights);
-                    }
+                rows.prefetch(b + VECTORS);
+                let words = rows.block(simd, b);
+                let weights = &mut weights[v..];
+                if unit_groups[unit] == MIXED {
+                    let groups = &w.g_idx()[unit * codes..][..codes];
+                    store_mixed::<S, BITS, WORDS, VECTORS>(simd, &words, groups, &self.table, b, weights);
+                } else {
+                    let g = unit_groups[unit] as usize;
+                    store_uniform::<S, BITS, WORDS, VECTORS>(simd, &words, g, &self.table, b, weights);
                 }
             }
         }
+        panel
     }
 }
 
@@ -80,10 +80,11 @@ fn store_uniform<S: Simd, const BITS: usize, const WORDS: usize, const VECTORS: 
     weights: &mut [Lanes],
 ) {
     let lanes = &table.group(group)[b];
-    let (scale, zero) = (simd.load(&lanes.scale.0), simd.load(&lanes.biased_zero.0));
+    // Products of a scale are exact, so that `s q - s z` is `s (q - z)`.
+    let scale = simd.load(&lanes.scale.0);
+    let least = simd.sub(simd.splat(0.0), simd.mul(scale, simd.load(&lanes.zero.0)));
     for_each_code!(S, BITS, WORDS, |j| {
-        let steps = simd.sub(words.biased_codes::<BITS>(simd, j), zero);
-        simd.store(simd.mul(steps, scale), &mut weights[j * VECTORS].0);
+        simd.store(simd.mul_add(words.code::<BITS>(simd, j), scale, least), &mut weights[j * VECTORS].0);
     });
 }
 
@@ -99,7 +100,7 @@ fn store_mixed<S: Simd, const BITS: usize, const WORDS: usize, const VECTORS: us
 ) {
     for_each_code!(S, BITS, WORDS, |j| {
         let lanes = &table.group(groups[j] as usize)[b];
-        let steps = simd.sub(words.biased_codes::<BITS>(simd, j), simd.load(&lanes.biased_zero.0));
+        let steps = simd.sub(words.code::<BITS>(simd, j), simd.load(&lanes.zero.0));
         simd.store(simd.mul(steps, simd.load(&lanes.scale.0)), &mut weights[j * VECTORS].0);
     });
 }
@@ -147,11 +148,19 @@ impl<const BITS: usize, const WORDS: usize> Kernel for Chunk<'_, BITS, WORDS> {
             let columns = start..w.out_features().min(start + TILE);
             panel.table.fill::<BITS, WORDS>(w, features.clone(), columns.clone());
             let units = features.start / codes..features.end / codes;
-            panel.dequantize::<S, BITS, WORDS, VECTORS>(simd, w, unit_groups, units, columns.clone());
-            for (k, row) in out.chunks_exact_mut(w.out_features()).enumerate() {
-                for (b, row) in row[columns.clone()].chunks_mut(LANES).enumerate() {
-                    let weights = &panel.weights[(b / VECTORS * features.len() + k) * VECTORS + b % VECTORS];
-                    row.copy_from_slice(&weights.0[..row.len()]);
+            for first in (0..columns.len().div_ceil(LANES)).step_by(VECTORS) {
+                let panel = panel.dequantize::<S, BITS, WORDS, VECTORS>(
+                    simd,
+                    w,
+                    unit_groups,
+                    &units,
+                    &columns,
+                    first,
+                );
+                let rows = out.chunks_exact_mut(w.out_features());
+                for (row, weights) in rows.zip(panel.as_chunks::<VECTORS>().0) {
+                    let own = row[columns.clone()].chunks_mut(LANES).skip(first);
+                    own.zip(weights).for_each(|(to, from)| to.copy_from_slice(&from.0[..to.len()]));
                 }
             }
         }

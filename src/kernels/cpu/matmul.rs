@@ -1,7 +1,7 @@
 //! `y = x · Wᵀ` on the CPU with packed GPTQ weights, without a dense copy of all of them.
 //!
-//! [`super::few_rows`] multiplies up to four rows. For more rows, each task has a tile of 256 output features. It dequantizes 256
-//! input features at a time into a panel that stays in its core's cache, and multiplies all rows with the panel.
+//! [`super::few_rows`] multiplies up to four rows. For more rows, each task has a tile of 256 output features. It dequantizes
+//! 32 of them and 256 input features at a time, into a panel that stays in its core's first cache, and multiplies all rows with it.
 //!
 //! The order of each element's sum depends only on K and on the instruction set, so that the number of threads and the division
 //! into tasks do not change the result. Up to four rows are summed in another order than more rows.
@@ -35,21 +35,22 @@ fn matmul_with(isa: Isa, x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f3
     assert_eq!(y.len(), rows * w.out_features(), "y must be [M, N]");
     match rows {
         0 => {}
-        1..=MAX_ROWS => matmul_few_rows(isa, x, w, column_tiles(y, w.out_features())),
+        1..=MAX_ROWS => matmul_few_rows(isa, x, w, y),
         _ => with_width!(w.bits().get(), |BITS, WORDS| matmul_many_rows::<BITS, WORDS>(isa, x, rows, w, y)),
     }
 }
 
-/// Cuts y `[M, N]` into tiles of columns: piece `[t][m]` is tile `t` of row `m`.
-fn column_tiles(y: &mut [f32], out_features: usize) -> Vec<Vec<&mut [f32]>> {
+/// Cuts y `[M, N]` into parts of so many `columns`: piece `[t][m]` is part `t` of row `m`.
+pub(super) fn cut_columns(y: &mut [f32], out_features: usize, columns: usize) -> Vec<Vec<&mut [f32]>> {
     let rows = y.len() / out_features;
-    let mut tiles: Vec<Vec<_>> = (0..out_features.div_ceil(TILE)).map(|_| Vec::with_capacity(rows)).collect();
+    let parts = out_features.div_ceil(columns);
+    let mut parts: Vec<Vec<_>> = (0..parts).map(|_| Vec::with_capacity(rows)).collect();
     for row in y.chunks_exact_mut(out_features) {
-        for (tile, piece) in tiles.iter_mut().zip(row.chunks_mut(TILE)) {
-            tile.push(piece);
+        for (part, piece) in parts.iter_mut().zip(row.chunks_mut(columns)) {
+            part.push(piece);
         }
     }
-    tiles
+    parts
 }
 
 fn matmul_many_rows<const BITS: usize, const WORDS: usize>(
@@ -64,7 +65,7 @@ fn matmul_many_rows<const BITS: usize, const WORDS: usize>(
     let mut packed = Vec::new();
     for (x, y) in x.chunks(chunk_rows * w.in_features()).zip(y.chunks_mut(chunk_rows * w.out_features())) {
         pack_rows(x, w.in_features(), isa.tile_rows(), &mut packed);
-        let mut tiles = column_tiles(y, w.out_features());
+        let mut tiles = cut_columns(y, w.out_features(), TILE);
         let task_rows = task_rows(x.len() / w.in_features(), tiles.len(), isa.tile_rows());
         let tasks = tiles.par_iter_mut().enumerate().flat_map(|(t, y)| {
             y.par_chunks_mut(task_rows).enumerate().map(move |(i, y)| (t * TILE, i * task_rows, y))
@@ -132,10 +133,17 @@ impl<const BITS: usize, const WORDS: usize> Kernel for Task<'_, '_, BITS, WORDS>
         for start in (0..in_features).step_by(PANEL_FEATURES) {
             let features = PANEL_FEATURES.min(in_features - start);
             let units = start / codes..(start + features) / codes;
-            panel.dequantize::<S, BITS, WORDS, VECTORS>(simd, w, unit_groups, units, columns.clone());
             let x = &x[start * padded_rows + first_row * features..];
-            let strips = panel.weights.chunks_exact(features * VECTORS);
-            for (weights, column) in strips.zip((0..columns.len()).step_by(VECTORS * LANES)) {
+            for column in (0..columns.len()).step_by(VECTORS * LANES) {
+                let block = column / LANES;
+                let weights = panel.dequantize::<S, BITS, WORDS, VECTORS>(
+                    simd,
+                    w,
+                    unit_groups,
+                    &units,
+                    &columns,
+                    block,
+                );
                 for (i, y) in y.chunks_mut(ROWS).enumerate() {
                     for y in y.iter() {
                         for v in 0..VECTORS {

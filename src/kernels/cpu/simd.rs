@@ -11,9 +11,6 @@ pub(super) use super::simd_x86::{Avx2, Avx512};
 /// Lanes of a vector.
 pub(super) const LANES: usize = 16;
 
-/// 2^23: its bits or-ed with a small integer are the f32 of that integer plus 2^23, which saves a conversion.
-pub(super) const BIAS: f32 = 8_388_608.0;
-
 /// Memory of one vector, on a cache line of its own.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
@@ -44,9 +41,9 @@ pub(super) trait Simd: Copy {
     /// `a * b + c`, rounded once where the instruction set can, else twice.
     fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
     fn load_words(self, from: &[i32; LANES]) -> Self::Words;
-    /// The `bits` bits of `high:low` that start at bit `shift < 32` of `low`, as numbers, plus [`BIAS`]. `high` is used only if the
-    /// bits reach beyond `low`.
-    fn biased_codes(self, low: Self::Words, high: Self::Words, shift: u32, bits: u32) -> Self::Floats;
+    /// The `bits` bits of `high:low` that start at bit `shift < 32` of `low`, as numbers. `high` is used only if the bits reach
+    /// beyond `low`.
+    fn codes(self, low: Self::Words, high: Self::Words, shift: u32, bits: u32) -> Self::Floats;
 }
 
 /// Work that is compiled for every instruction set.
@@ -189,14 +186,14 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn biased_codes(self, low: Self::Words, high: Self::Words, shift: u32, bits: u32) -> Self::Floats {
+    fn codes(self, low: Self::Words, high: Self::Words, shift: u32, bits: u32) -> Self::Floats {
         let mut codes = [0.0; LANES];
         for l in 0..LANES {
             let mut code = low[l] >> shift;
             if shift + bits > 32 {
                 code |= high[l] << (32 - shift);
             }
-            codes[l] = f32::from_bits((code & ((1 << bits) - 1)) | BIAS.to_bits());
+            codes[l] = (code & ((1 << bits) - 1)) as i32 as f32;
         }
         codes
     }

@@ -5,7 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::{BIAS, LANES, Simd};
+use super::simd::{LANES, Simd};
 
 /// The proof that this CPU has avx512f, avx2 and fma.
 #[derive(Clone, Copy, Debug)]
@@ -26,6 +26,17 @@ impl Avx2 {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
     }
 }
+
+/// The number of the lowest `bits` bits of 0 to 15, for each `bits` up to 4.
+const NUMBERS: [[f32; 16]; 5] = {
+    let mut numbers = [[0.0; 16]; 5];
+    let mut i = 0;
+    while i < 5 * 16 {
+        numbers[i / 16][i % 16] = (i % 16 % (1 << (i / 16))) as f32;
+        i += 1;
+    }
+    numbers
+};
 
 /// A method of [`Simd`] that is one instruction.
 macro_rules! instruction {
@@ -73,15 +84,18 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn biased_codes(self, low: __m512i, high: __m512i, shift: u32, bits: u32) -> __m512 {
+    fn codes(self, low: __m512i, high: __m512i, shift: u32, bits: u32) -> __m512 {
         // SAFETY: see the head of this file.
         unsafe {
             let mut code = _mm512_srl_epi32(low, _mm_cvtsi32_si128(shift as i32));
             if shift + bits > 32 {
                 code = _mm512_or_si512(code, _mm512_sll_epi32(high, _mm_cvtsi32_si128(32 - shift as i32)));
             }
-            let code = _mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1));
-            _mm512_castsi512_ps(_mm512_or_si512(code, _mm512_set1_epi32(BIAS.to_bits() as i32)))
+            if bits <= 4 {
+                // The lowest four bits of each lane choose one of 16 numbers.
+                return _mm512_permutexvar_ps(code, _mm512_loadu_ps(NUMBERS[bits as usize].as_ptr()));
+            }
+            _mm512_cvtepi32_ps(_mm512_and_si512(code, _mm512_set1_epi32((1 << bits) - 1)))
         }
     }
 }
@@ -141,7 +155,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn biased_codes(self, low: Pair<__m256i>, high: Pair<__m256i>, shift: u32, bits: u32) -> Pair<__m256> {
+    fn codes(self, low: Pair<__m256i>, high: Pair<__m256i>, shift: u32, bits: u32) -> Pair<__m256> {
         let half = |low: __m256i, high: __m256i| {
             // SAFETY: see the head of this file.
             unsafe {
@@ -150,8 +164,7 @@ impl Simd for Avx2 {
                     code =
                         _mm256_or_si256(code, _mm256_sll_epi32(high, _mm_cvtsi32_si128(32 - shift as i32)));
                 }
-                let code = _mm256_and_si256(code, _mm256_set1_epi32((1 << bits) - 1));
-                _mm256_castsi256_ps(_mm256_or_si256(code, _mm256_set1_epi32(BIAS.to_bits() as i32)))
+                _mm256_cvtepi32_ps(_mm256_and_si256(code, _mm256_set1_epi32((1 << bits) - 1)))
             }
         };
         [half(low[0], high[0]), half(low[1], high[1])]

@@ -10,11 +10,11 @@ use half::f16;
 
 use crate::pack::PackedView;
 
-use super::simd::{BIAS, LANES, Lanes, Simd, prefetch};
+use super::simd::{LANES, Lanes, Simd, prefetch};
 
 /// Blocks of a tile.
 pub(super) const BLOCKS: usize = 16;
-/// Output features of a tile, the part of one task: a whole number of words of `qzeros` at every width.
+/// Output features of a tile: a whole number of words of `qzeros` at every width.
 pub(super) const TILE: usize = BLOCKS * LANES;
 /// Marks a unit whose input features belong to more than one group.
 pub(super) const MIXED: u32 = u32::MAX;
@@ -71,11 +71,11 @@ pub(super) fn unit_groups(w: &PackedView<'_>) -> Vec<u32> {
 pub(super) struct UnitWords<S: Simd, const WORDS: usize>([S::Words; WORDS]);
 
 impl<S: Simd, const WORDS: usize> UnitWords<S, WORDS> {
-    /// Code `j` of the unit for each lane, plus [`BIAS`].
+    /// Code `j` of the unit for each lane.
     #[inline(always)]
-    pub(super) fn biased_codes<const BITS: usize>(&self, simd: S, j: usize) -> S::Floats {
+    pub(super) fn code<const BITS: usize>(&self, simd: S, j: usize) -> S::Floats {
         let (i, shift) = (j * BITS / 32, j * BITS % 32);
-        simd.biased_codes(self.0[i], self.0[(i + 1).min(WORDS - 1)], shift as u32, BITS as u32)
+        simd.codes(self.0[i], self.0[(i + 1).min(WORDS - 1)], shift as u32, BITS as u32)
     }
 }
 
@@ -127,22 +127,23 @@ fn padded(row: &[i32]) -> [i32; LANES] {
 #[derive(Clone, Copy)]
 pub(super) struct GroupLanes {
     pub(super) scale: Lanes,
-    /// z + [`BIAS`], to be subtracted from [`UnitWords::biased_codes`].
-    pub(super) biased_zero: Lanes,
+    pub(super) zero: Lanes,
 }
 
-/// Scales and zero points of a tile in one group; unused beyond the tile's last column.
-pub(super) type GroupRow = [GroupLanes; BLOCKS];
+/// Scales and zero points of some blocks in one group; undefined beyond the last column.
+pub(super) type GroupRow = [GroupLanes];
 
-/// Decoded scales and zero points of one tile for a range of groups. A thread reuses it for all its tiles.
+/// Decoded scales and zero points of some columns for a range of groups. A thread reuses it for all its tasks.
 #[derive(Default)]
 pub(super) struct GroupTable {
     first: usize,
-    rows: Vec<GroupRow>,
+    /// Blocks of a group.
+    blocks: usize,
+    lanes: Vec<GroupLanes>,
 }
 
 impl GroupTable {
-    /// Decodes the tile `columns` (at most [`TILE`], starting at a multiple of it) for the groups of the input features `features`.
+    /// Decodes `columns` (starting at a multiple of [`TILE`]) for the groups of the input features `features`.
     #[inline(always)]
     pub(super) fn fill<const BITS: usize, const WORDS: usize>(
         &mut self,
@@ -153,10 +154,11 @@ impl GroupTable {
         let (low, high) =
             w.g_idx()[features].iter().fold((i32::MAX, 0), |(low, high), &g| (low.min(g), high.max(g)));
         let groups = low as usize..high as usize + 1;
-        self.first = groups.start;
-        self.rows.resize(groups.len(), [GroupLanes { scale: Lanes::ZERO, biased_zero: Lanes::ZERO }; BLOCKS]);
+        (self.first, self.blocks) = (groups.start, columns.len().div_ceil(LANES));
+        let none = GroupLanes { scale: Lanes::ZERO, zero: Lanes::ZERO };
+        self.lanes.resize(groups.len() * self.blocks, none);
         let zero_words = w.qzeros().len() / w.groups();
-        for (g, row) in groups.zip(&mut self.rows) {
+        for (g, row) in groups.zip(self.lanes.chunks_exact_mut(self.blocks)) {
             for (lanes, scales) in
                 row.iter_mut().zip(w.scales()[g * w.out_features()..][columns.clone()].chunks(LANES))
             {
@@ -176,7 +178,7 @@ impl GroupTable {
     /// The scales and zero points of group `g`.
     #[inline(always)]
     pub(super) fn group(&self, g: usize) -> &GroupRow {
-        &self.rows[g - self.first]
+        &self.lanes[(g - self.first) * self.blocks..][..self.blocks]
     }
 }
 
@@ -184,9 +186,9 @@ impl GroupTable {
 #[inline(always)]
 fn decode_zeros<const BITS: usize>(words: &[i32], offset: u32, row: &mut GroupRow) {
     for (lanes, words) in row.iter_mut().zip(words.chunks(LANES * BITS / 32)) {
-        for (zeros, &word) in lanes.biased_zero.0.chunks_exact_mut(32 / BITS).zip(words) {
+        for (zeros, &word) in lanes.zero.0.chunks_exact_mut(32 / BITS).zip(words) {
             for (j, zero) in zeros.iter_mut().enumerate() {
-                *zero = biased_zero((word as u32 >> (j * BITS)) & ((1 << BITS) - 1), offset);
+                *zero = ((word as u32 >> (j * BITS) & ((1 << BITS) - 1)) + offset) as i32 as f32;
             }
         }
     }
@@ -201,13 +203,8 @@ fn decode_straddling_zeros<const BITS: usize>(words: &[i32], offset: u32, row: &
         if shift + BITS > 32 {
             code |= (words[i + 1] as u32) << (32 - shift);
         }
-        row[n / LANES].biased_zero.0[n % LANES] = biased_zero(code & ((1 << BITS) - 1), offset);
+        row[n / LANES].zero.0[n % LANES] = ((code & ((1 << BITS) - 1)) + offset) as i32 as f32;
     }
-}
-
-#[inline(always)]
-fn biased_zero(stored: u32, offset: u32) -> f32 {
-    BIAS + (stored + offset) as i32 as f32
 }
 
 /// fp16 to f32, exactly, in integer arithmetic that vectorizes on every instruction set.
