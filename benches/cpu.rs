@@ -74,9 +74,12 @@ mod limit {
 
 #[divan::bench_group(sample_count = 5, sample_size = 1)]
 mod solver {
-    use gptq::gptq::{
-        Hessian,
-        solver::{CpuSolver, Factorized, Solver, Weight},
+    use gptq::{
+        accuracy::{ScaleSearch, Scales},
+        gptq::{
+            CrossCovariance, Hessian,
+            solver::{CpuSolver, Factorized, Solver, Weight},
+        },
     };
 
     use super::*;
@@ -115,6 +118,20 @@ mod solver {
         bencher.counter(ItemsCount::new(TOKENS * SHAPE.1.pow(2))).bench_local(|| hessian_of(&x));
     }
 
+    /// Of inputs whose linear has fewer than half as many outputs, so that the sums are those of `W D`.
+    #[divan::bench(args = [Kind::BFloat16, Kind::Float])]
+    fn cross_covariance(bencher: Bencher<'_, '_>, kind: Kind) {
+        let (n, k) = SHAPE;
+        let (x, reference) = (random_matrix(TOKENS, k).to_kind(kind), random_matrix(TOKENS, k).to_kind(kind));
+        let weight = random_matrix(n, k);
+        bencher.counter(ItemsCount::new(4 * TOKENS * n * k)).bench_local(|| {
+            let sums = CrossCovariance::of_weights(&[&weight], kind, Device::Cpu);
+            let mut sums = sums.expect("a cross-covariance of zeros");
+            sums.add(&x, &reference).expect("inputs of the same shape");
+            sums
+        });
+    }
+
     #[divan::bench]
     fn output_energy(bencher: Bencher<'_, '_>) {
         let (n, k) = SHAPE;
@@ -132,10 +149,27 @@ mod solver {
         bencher.counter(flops).bench_local(|| factorized(&solver, &hessian));
     }
 
-    #[divan::bench(args = products())]
-    fn solve(bencher: Bencher<'_, '_>, products: Products) {
+    /// `B (H + λI)⁻¹`, for the targets of asymmetric calibration.
+    #[divan::bench(args = [Kind::BFloat16, Kind::Float])]
+    fn divide(bencher: Bencher<'_, '_>, products: Kind) {
         let (n, k) = SHAPE;
-        let solver = CpuSolver::with_amx(matches!(products, Products::Amx));
+        let solver = CpuSolver::with_amx(gptq::amx::available());
+        let factor = factorized(&solver, &hessian_of(&random_matrix(TOKENS, k)));
+        let b = random_matrix(n, k);
+        let flops = ItemsCount::new(2 * n * k.pow(2));
+        bencher.counter(flops).bench_local(|| factor.divide(&b, products).expect("a solution"));
+    }
+
+    /// With scales of the range, or searched by the block; the operations of the search are not counted.
+    #[divan::bench(args = products(), consts = [false, true])]
+    fn solve<const SEARCHED: bool>(bencher: Bencher<'_, '_>, products: Products) {
+        let (n, k) = SHAPE;
+        let searched = Scales { signed: true, search: ScaleSearch::Block };
+        let solver = CpuSolver::with_amx(matches!(products, Products::Amx)).with_scales(if SEARCHED {
+            searched
+        } else {
+            Scales::PLAIN
+        });
         let factor = factorized(&solver, &hessian_of(&random_matrix(TOKENS, k)));
         let values = random_matrix(n, k);
         let weight = [Weight { name: "bench", values: &values }];

@@ -40,12 +40,12 @@ const CUDA_BATCH_TOKENS: usize = 8192;
 const FORWARD: f64 = 0.74;
 const STATISTICS: f64 = 0.7;
 const FACTORIZATION: f64 = 0.56;
-const TARGETS: f64 = 1.05;
-const SOLVE: f64 = 0.47;
+const TARGETS: f64 = 1.25;
+const SOLVE: f64 = 0.67;
 /// Factor of a solve's time with output Hessians.
-const ROW_BLOCKS: f64 = 3.1;
+const ROW_BLOCKS: f64 = 3.2;
 /// Operations for each weight of a search for scales.
-const SEARCH: f64 = 2200.0;
+const SEARCH: f64 = 2700.0;
 /// Time of a layer over the time of its products.
 const BESIDE_PRODUCTS: f64 = 1.15;
 
@@ -184,8 +184,14 @@ impl Shape<'_> {
                 (true, true) => (n * k * (FP32 + self.element()), n * k * FP32),
                 (true, false) => (matrix, n * k * FP32),
             };
-            // The scaled sums, and three copies while they are divided by the factor; or two, a product's, and the targets so far.
-            let dividing = if product { 4 * targets } else { 3 * matrix.min(targets) + targets + matrix };
+            // The scaled sums, and copies while they are divided by the factor, on the CPU in place; or a product's, and the targets so
+            // far.
+            let divided = if cuda { 3 } else { 2 };
+            let dividing = if product {
+                (1 + divided) * targets
+            } else {
+                divided * matrix.min(targets) + targets + matrix
+            };
             let dividing = if self.reference { kept + matrix + dividing } else { 0 };
             let with_sums = sums + factoring.max(energy).max(dividing).max(targets + solving);
             others + with_sums.max(leaving).max(capturing) + self.output_factors()

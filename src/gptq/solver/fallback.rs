@@ -1,6 +1,6 @@
 //! A solver that rounds to nearest if another solver fails.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::{Factor, Factorization, Factorized, RtnSolver, Solution, Solver, Weight};
 use crate::{
@@ -49,8 +49,8 @@ impl Factorized for FactorOrRounded {
         self.solve_or_round(weights, &|factor, weights| factor.solve_blocks(weights, kind))
     }
 
-    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
-        self.solving.as_ref().unwrap_or(&self.rounding).divide(b)
+    fn divide(&self, b: &Tensor, products: Kind) -> Result<Option<Tensor>> {
+        self.solving.as_ref().unwrap_or(&self.rounding).divide(b, products)
     }
 
     fn rounds_failures(&self) -> bool {

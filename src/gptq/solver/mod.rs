@@ -72,11 +72,12 @@ pub trait Factorized {
         Err(Error::Value { what: format!("device for {kind}"), expected, found: "another".into() })
     }
 
-    /// `B (H + λI)⁻¹` fp32 of `B` `[N, K]` fp32; `None` if there is no factor because weights are rounded.
+    /// `B (H + λI)⁻¹` fp32 of `B` `[N, K]` fp32; `None` if there is no factor because weights are rounded. If `products` are bf16, a
+    /// solver may round what it multiplies to that.
     ///
     /// # Errors
     /// When libtorch fails.
-    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>>;
+    fn divide(&self, b: &Tensor, products: Kind) -> Result<Option<Tensor>>;
 
     /// Whether it rounds linears without a solution to nearest.
     fn rounds_failures(&self) -> bool {
@@ -175,15 +176,15 @@ pub fn targets(
     let rows = |weight: &Weight<'_>| weight.values.size()[0];
     // `D (H + λI)⁻¹` is divided once for all weights; for few rows it is cheaper to divide each `W D`.
     let shared = weights.iter().map(rows).sum::<i64>() > sums.size()[0];
+    let kind = cross_covariance.product_kind();
     let d = match shared {
         _ if cross_covariance.is_product() => None,
-        true => match factor.divide(&sums)? {
+        true => match factor.divide(&sums, kind)? {
             Some(divided) => Some(divided),
             None => return weights.iter().map(|weight| as_fp32(weight, device)).collect(),
         },
         false => Some(sums.shallow_clone()),
     };
-    let kind = cross_covariance.product_kind();
     let d = d.map(|d| d.f_to_kind(kind)).transpose().torch("convert a cross-covariance")?;
     let mut first = 0;
     let mut target = |weight: &Weight<'_>| {
@@ -194,7 +195,7 @@ pub fn targets(
             None => sums.f_narrow(0, begin, count),
         };
         let product = product().torch("compute a target")?;
-        let shift = if shared && d.is_some() { Some(product) } else { factor.divide(&product)? };
+        let shift = if shared && d.is_some() { Some(product) } else { factor.divide(&product, kind)? };
         let Some(mut target) = shift else { return as_fp32(weight, device) };
         let mut add = || match device {
             Device::Cpu => raw::add_finite(&mut target, weight.values),
@@ -218,25 +219,26 @@ fn as_fp32(weight: &Weight<'_>, device: Device) -> Result<Tensor> {
     convert().torch("convert a weight")
 }
 
-/// [`Factorized::divide`] by a triangular `factor` of `H + λI`, `upper` or lower, in the order of `columns`.
-fn divide_by(
+/// [`Factorized::divide`] by an upper triangular `factor` of `H + λI`, in the order of `columns`.
+fn divide_by(b: &Tensor, factor: &Tensor, columns: impl Iterator<Item = u32>) -> Result<Option<Tensor>> {
+    divide_in_order(b, columns, |b| {
+        let half = factor.f_tr()?.f_linalg_solve_triangular(&b, false, false, false)?;
+        drop(b);
+        factor.f_linalg_solve_triangular(&half, true, false, false)
+    })
+}
+
+/// What `divide` makes of `b`, with columns in the order of `columns` meanwhile.
+fn divide_in_order(
     b: &Tensor,
-    factor: &Tensor,
-    upper: bool,
     columns: impl Iterator<Item = u32>,
+    divide: impl FnOnce(Tensor) -> Result<Tensor, TchError>,
 ) -> Result<Option<Tensor>> {
     let columns: Vec<u32> = columns.collect();
     let mut places = vec![0; columns.len()];
     columns.iter().zip(0..).for_each(|(&column, place)| places[column as usize] = place);
-    let divide = || {
-        let b = select_columns(b, &columns)?;
-        let half = factor.f_tr()?.f_linalg_solve_triangular(&b, !upper, false, false)?;
-        drop(b);
-        let divided = factor.f_linalg_solve_triangular(&half, upper, false, false)?;
-        drop(half);
-        select_columns(&divided, &places)
-    };
-    divide().torch("divide by a factor").map(Some)
+    let divided = select_columns(b, &columns).and_then(divide).and_then(|b| select_columns(&b, &places));
+    divided.torch("divide by a factor").map(Some)
 }
 
 fn select_columns(matrix: &Tensor, columns: &[u32]) -> Result<Tensor, TchError> {

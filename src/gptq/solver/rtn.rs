@@ -60,7 +60,7 @@ impl Factorized for Rounding {
         weights.iter().map(|weight| self.round_blocks(weight, kind)).collect()
     }
 
-    fn divide(&self, _b: &Tensor) -> Result<Option<Tensor>> {
+    fn divide(&self, _b: &Tensor, _products: Kind) -> Result<Option<Tensor>> {
         Ok(None)
     }
 }

@@ -11,6 +11,13 @@ pub(super) trait Instructions {
 
     /// `sum += Σ_j factor[j, c] · source[j]`; the end of the longer argument is ignored.
     fn add_column(sum: &mut Lane, factor: &[Columns], c: usize, source: &[Lane]);
+
+    /// `to += more`. Of a loop over lanes within a loop over columns the compiler makes one that gathers and scatters a lane of many
+    /// columns, which takes as long as the products before it.
+    fn add(to: &mut Lane, more: &Lane);
+
+    /// `to = from − to`.
+    fn subtract_from(from: &Lane, to: &mut Lane);
 }
 
 /// Instructions that every processor has.
@@ -75,6 +82,20 @@ impl Instructions for Plain {
             }
         }
     }
+
+    #[inline(always)]
+    fn add(to: &mut Lane, more: &Lane) {
+        for l in 0..LANES {
+            to[l] += more[l];
+        }
+    }
+
+    #[inline(always)]
+    fn subtract_from(from: &Lane, to: &mut Lane) {
+        for l in 0..LANES {
+            to[l] = from[l] - to[l];
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -90,6 +111,29 @@ mod x86 {
     pub(in super::super) struct Avx512;
     /// AVX2 and FMA.
     pub(in super::super) struct Avx2;
+
+    /// `add` and `subtract_from` in registers of so many lanes.
+    macro_rules! add_and_subtract {
+        ($width:literal, $load:ident, $store:ident, $add:ident, $subtract:ident) => {
+            #[inline(always)]
+            fn add(to: &mut Lane, more: &Lane) {
+                for (to, more) in to.as_chunks_mut::<$width>().0.iter_mut().zip(more.as_chunks::<$width>().0)
+                {
+                    // SAFETY: the caller has the instructions; both have as many floats as a register.
+                    unsafe { $store(to.as_mut_ptr(), $add($load(to.as_ptr()), $load(more.as_ptr()))) };
+                }
+            }
+
+            #[inline(always)]
+            fn subtract_from(from: &Lane, to: &mut Lane) {
+                for (to, from) in to.as_chunks_mut::<$width>().0.iter_mut().zip(from.as_chunks::<$width>().0)
+                {
+                    // SAFETY: the caller has the instructions; both have as many floats as a register.
+                    unsafe { $store(to.as_mut_ptr(), $subtract($load(from.as_ptr()), $load(to.as_ptr()))) };
+                }
+            }
+        };
+    }
 
     /// All columns at once: 16 of 32 registers hold sums of 16 lanes.
     impl Instructions for Avx512 {
@@ -133,6 +177,8 @@ mod x86 {
                 }
             }
         }
+
+        add_and_subtract!(16, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_sub_ps);
     }
 
     /// Two columns at a time: 8 of 16 registers hold sums of 8 lanes.
@@ -178,5 +224,7 @@ mod x86 {
                 }
             }
         }
+
+        add_and_subtract!(8, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_sub_ps);
     }
 }

@@ -123,9 +123,7 @@ on_best_instructions! {
 #[inline(always)]
 fn multiply_add_with<I: Instructions>(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
     let sums = I::product(factor, source);
-    for (r, sum) in r.iter_mut().zip(&sums) {
-        r.iter_mut().zip(sum).for_each(|(r, sum)| *r += sum);
-    }
+    r.iter_mut().zip(&sums).for_each(|(r, sum)| I::add(r, sum));
 }
 
 on_best_instructions! {
@@ -211,11 +209,8 @@ pub(super) fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>
         }
         c = next;
     }
-    for column in start..end {
-        for l in 0..LANES {
-            x[column][l] = tile.weights[column][l] - x[column][l];
-        }
-    }
+    let columns = tile.weights[start..end].iter().zip(&mut x[start..end]);
+    columns.for_each(|(weights, x)| I::subtract_from(weights, x));
 }
 
 /// Quantizes the columns `start..end`; `residuals` already include the columns before `start`.
@@ -273,9 +268,7 @@ fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start
     while c < columns {
         let (first, next) = span(c, columns);
         let sums = I::product(panel.rows(first, start..end), &tile.differences[start..end]);
-        for (residual, sum) in tile.residuals[c..next].iter_mut().zip(&sums[c - first..]) {
-            residual.iter_mut().zip(sum).for_each(|(r, sum)| *r += sum);
-        }
+        tile.residuals[c..next].iter_mut().zip(&sums[c - first..]).for_each(|(r, sum)| I::add(r, sum));
         c = next;
     }
 }

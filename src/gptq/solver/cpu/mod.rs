@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Damped, Damping, Factor, Factorization, Factorized, Solution, Solver, Weight, damped, divide_by,
+    Damped, Damping, Factor, Factorization, Factorized, Solution, Solver, Weight, damped, divide_in_order,
     panel_width,
 };
 use crate::{
@@ -167,8 +167,11 @@ impl Factorized for CpuFactor {
         self.split_blocks(weights, kind, &search.grid, &state)
     }
 
-    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
-        divide_by(b, &self.damped.factor, false, self.damped.order.columns().iter().rev().copied())
+    fn divide(&self, b: &Tensor, products: Kind) -> Result<Option<Tensor>> {
+        divide_in_order(b, self.damped.order.columns().iter().rev().copied(), |b| {
+            cholesky::divide(&b, &self.damped.factor, products)?;
+            Ok(b)
+        })
     }
 }
 

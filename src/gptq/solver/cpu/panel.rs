@@ -28,8 +28,8 @@ const MAX_TILES: usize = 8;
 enum SolvedFactor {
     /// A left operand in two parts.
     Amx(Operand),
-    /// `[depth, P]`.
-    Fp32 { factor: Vec<Columns>, depth: usize },
+    /// `[depth, P]`: for each panel of the depth the lists of its rows, one after another in memory.
+    Fp32 { factor: Vec<Columns>, lists: usize },
 }
 
 impl CpuFactor {
@@ -157,19 +157,20 @@ impl CpuFactor {
             });
             return SolvedFactor::Amx(left);
         }
-        let mut factor = vec![[0.0; COLUMNS]; columns.len().div_ceil(COLUMNS) * depth];
-        if depth > 0 {
-            const LISTS: usize = SIDE / COLUMNS;
-            factor.par_chunks_mut(LISTS * depth).enumerate().for_each(|(strip, lists)| {
-                for first in (0..depth).step_by(SIDE) {
-                    for (row, d) in square(strip, first).iter().zip(first..) {
+        const LISTS: usize = SIDE / COLUMNS;
+        let lists = columns.len().div_ceil(COLUMNS);
+        let mut factor = vec![[0.0; COLUMNS]; lists * depth];
+        factor.par_chunks_mut(lists * padded).enumerate().for_each(|(panel, factor)| {
+            for (strip, lists) in factor.chunks_mut(LISTS * padded).enumerate() {
+                for first in (0..padded).step_by(SIDE) {
+                    for (row, d) in square(strip, panel * padded + first).iter().zip(first..) {
                         let parts = row.as_chunks().0.iter();
-                        lists.chunks_mut(depth).zip(parts).for_each(|(list, part)| list[d] = *part);
+                        lists.chunks_mut(padded).zip(parts).for_each(|(list, part)| list[d] = *part);
                     }
                 }
-            });
-        }
-        SolvedFactor::Fp32 { factor, depth }
+            }
+        });
+        SolvedFactor::Fp32 { factor, lists }
     }
 }
 
@@ -180,7 +181,7 @@ impl SolvedFactor {
         let padded = layout.padded();
         let depth = match self {
             Self::Amx(left) => left.strip_len() / Parts::Two.chunk_len() * SIDE,
-            Self::Fp32 { depth, .. } => *depth,
+            Self::Fp32 { factor, lists } => factor.len() / lists,
         };
         for first in (0..depth).step_by(padded) {
             for (tile, r) in lines.chunks(layout.tile_lines()).zip(residuals.chunks_mut(padded)) {
@@ -193,10 +194,11 @@ impl SolvedFactor {
                             amx::multiply_add(left, differences, Parts::Two, square, LANES);
                         }
                     }
-                    Self::Fp32 { factor, depth } => {
+                    Self::Fp32 { factor, lists } => {
                         let differences = bytemuck::cast_slice(differences);
-                        for (factor, r) in factor.chunks(*depth).zip(r.chunks_mut(COLUMNS)) {
-                            kernel::multiply_add(&factor[first..], differences, r);
+                        let lists = factor[lists * first..].chunks(padded).take(*lists);
+                        for (factor, r) in lists.zip(r.chunks_mut(COLUMNS)) {
+                            kernel::multiply_add(factor, differences, r);
                         }
                     }
                 }

@@ -218,8 +218,8 @@ impl Factorized for CudaFactor {
         Ok(solutions)
     }
 
-    fn divide(&self, b: &Tensor) -> Result<Option<Tensor>> {
-        divide_by(b, &self.damped.factor, true, self.damped.order.columns().iter().copied())
+    fn divide(&self, b: &Tensor, _products: Kind) -> Result<Option<Tensor>> {
+        divide_by(b, &self.damped.factor, self.damped.order.columns().iter().copied())
     }
 }
 

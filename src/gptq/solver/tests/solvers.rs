@@ -267,7 +267,7 @@ fn a_quotient_solves_the_system() {
     for sorting in ["4bit-128g", "4bit-128g-act"].map(|v| v.parse::<Variant>().unwrap().sorting(false)) {
         for solver in [&CpuSolver::new() as &dyn Solver, &TorchSolver::default()] {
             let factor = solver.factorize(&hessian, sorting, 0.01, "test").unwrap();
-            let found = factor.divide(&b).unwrap().unwrap().to_kind(Kind::Double);
+            let found = factor.divide(&b, Kind::Float).unwrap().unwrap().to_kind(Kind::Double);
             let mean =
                 f64::try_from(hessian.matrix().diagonal(0, 0, 1).sum(Kind::Double)).unwrap() / (k - 1) as f64;
             let damped = hessian.matrix().to_kind(Kind::Double)
