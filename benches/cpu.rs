@@ -188,10 +188,10 @@ fn pack(bencher: Bencher<'_, '_>) {
 }
 
 /// Activations in rows. One row reads every weight once and computes next to nothing, so that its limit is `limit::read`.
-#[divan::bench(args = [1, 16, 512, 2048], sample_count = 20, sample_size = 1)]
+#[divan::bench(args = [1, 16, 512, 2048], sample_count = 5, sample_size = 16)]
 fn matmul(bencher: Bencher<'_, '_>, rows: usize) {
     let (n, k) = MATMUL;
-    // In turn, so that weights come from memory, as in a model.
+    // One after another, so that weights come from memory and threads stay awake, as in a model.
     let packed = vec![PackedLinear::new(&random::linear(MATMUL, &variant())); LARGE / (n * k / 2)];
     let mut views = packed.iter().map(PackedLinear::view).cycle();
     let x: Vec<f32> = (0..rows * k).map(|i| (i % 13) as f32 - 6.0).collect();
