@@ -1,8 +1,8 @@
 //! Cholesky factorization and division by its factor in place, block by block.
 //!
 //! libtorch's own factorization works on a column-major copy and clears its upper triangle element by element, which takes as long
-//! as the factorization; its substitution reaches two thirds of the speed of a product. Here all cubic work is libtorch's matrix product,
-//! and no second matrix is needed.
+//! as the factorization; its substitution needs a second matrix, and has no products in bf16. Here all cubic work is libtorch's matrix
+//! product.
 
 use tch::{Kind, TchError, Tensor};
 
@@ -14,9 +14,7 @@ const BLOCK: i64 = 768;
 /// the blocks on the diagonal, nor left as it was.
 pub(super) fn in_place(matrix: &Tensor) -> Result<bool, TchError> {
     let k = matrix.size()[0];
-    let part = |row: i64, rows: i64, column: i64, columns: i64| {
-        matrix.f_narrow(0, row, rows)?.f_narrow(1, column, columns)
-    };
+    let part = part_of(matrix);
     for start in (0..k).step_by(BLOCK as usize) {
         let width = BLOCK.min(k - start);
         let mut corner = part(start, width, start, width)?;
@@ -67,9 +65,7 @@ pub(super) fn divide(b: &Tensor, lower: &Tensor, products: Kind) -> Result<(), T
             own.f_add_(&done.f_mm(&block.f_to_kind(products)?)?)
         }
     };
-    let part = |row: i64, rows: i64, column: i64, columns: i64| {
-        lower.f_narrow(0, row, rows)?.f_narrow(1, column, columns)
-    };
+    let part = part_of(lower);
     let corner = |start: i64| {
         let width = BLOCK.min(k - start);
         Ok((start, width, inverse(&part(start, width, start, width)?)?.f_neg_()?))
@@ -94,6 +90,11 @@ pub(super) fn divide(b: &Tensor, lower: &Tensor, products: Kind) -> Result<(), T
     Ok(())
 }
 
+/// Views of blocks of a matrix: first row, rows, first column, columns.
+fn part_of(matrix: &Tensor) -> impl Fn(i64, i64, i64, i64) -> Result<Tensor, TchError> + '_ {
+    |row, rows, column, columns| matrix.f_narrow(0, row, rows)?.f_narrow(1, column, columns)
+}
+
 /// The inverse of a block of `L` on the diagonal. To multiply by it is as exact here as substitution, since damping bounds its condition,
 /// and runs at the speed of a product.
 fn inverse(corner: &Tensor) -> Result<Tensor, TchError> {
@@ -107,12 +108,19 @@ mod tests {
 
     use super::*;
 
+    /// Columns of several blocks.
+    const K: i64 = 2 * BLOCK + 100;
+
+    /// A positive definite matrix `[K, K]` fp64.
+    fn positive_definite() -> Tensor {
+        tch::manual_seed(0);
+        let x = Tensor::randn([K, 2 * K], (Kind::Double, Device::Cpu));
+        x.matmul(&x.tr()) / (2 * K) as f64
+    }
+
     #[test]
     fn agrees_with_libtorch_on_several_blocks() {
-        let k = 2 * BLOCK + 100;
-        tch::manual_seed(0);
-        let x = Tensor::randn([k, 2 * k], (Kind::Double, Device::Cpu));
-        let matrix = x.matmul(&x.tr()) / (2 * k) as f64;
+        let matrix = positive_definite();
         let expected = matrix.linalg_cholesky(false);
         let found = matrix.to_kind(Kind::Float);
         assert!(in_place(&found).unwrap());
@@ -122,13 +130,10 @@ mod tests {
 
     #[test]
     fn divides_by_several_blocks() {
-        let k = 2 * BLOCK + 100;
-        tch::manual_seed(1);
-        let x = Tensor::randn([k, 2 * k], (Kind::Double, Device::Cpu));
-        let matrix = x.matmul(&x.tr()) / (2 * k) as f64;
+        let matrix = positive_definite();
         let lower = matrix.to_kind(Kind::Float);
         assert!(in_place(&lower).unwrap());
-        let b = Tensor::randn([70, k], (Kind::Float, Device::Cpu));
+        let b = Tensor::randn([70, K], (Kind::Float, Device::Cpu));
         // bf16 has 8 bits; the sums are as long as `b` is large.
         for (products, tolerance) in [(Kind::Float, 1e-4), (Kind::BFloat16, 0.03)] {
             let found = b.copy();
