@@ -178,6 +178,124 @@ mod solver {
     }
 }
 
+/// A layer of the shape of TinyLlama's, with random weights.
+#[divan::bench_group(sample_count = 5, sample_size = 1)]
+mod layer {
+    use std::{env, fs, path::PathBuf, process};
+
+    use gptq::{
+        checkpoint::Checkpoint,
+        gptq::solver::Solved,
+        model::{Dense, Layer, Linear, Transformer},
+    };
+
+    use super::*;
+
+    const HIDDEN: usize = 2048;
+    const INTERMEDIATE: usize = 5632;
+    const HEADS: usize = 32;
+    const KV_HEADS: usize = 4;
+    const SEQ_LEN: usize = 512;
+    const BATCH: usize = 2;
+    /// Weights of the layer's linears.
+    const WEIGHTS: usize =
+        2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN / HEADS * KV_HEADS + 3 * HIDDEN * INTERMEDIATE;
+
+    /// A folder with a model of one layer, removed at the end.
+    struct Model(PathBuf);
+
+    impl Drop for Model {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    impl Model {
+        fn new() -> Self {
+            let folder = env::temp_dir().join(format!("gptq-bench-{}", process::id()));
+            fs::create_dir_all(&folder).expect("a temporary folder");
+            let config = serde_json::json!({
+                "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
+                "num_hidden_layers": 1, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+                "vocab_size": 256, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
+            });
+            fs::write(folder.join("config.json"), config.to_string()).expect("space for a config");
+            let of_kv = HIDDEN / HEADS * KV_HEADS;
+            let mut tensors = Vec::new();
+            for (name, shape) in [
+                ("self_attn.q_proj", [HIDDEN, HIDDEN]),
+                ("self_attn.k_proj", [of_kv, HIDDEN]),
+                ("self_attn.v_proj", [of_kv, HIDDEN]),
+                ("self_attn.o_proj", [HIDDEN, HIDDEN]),
+                ("mlp.gate_proj", [INTERMEDIATE, HIDDEN]),
+                ("mlp.up_proj", [INTERMEDIATE, HIDDEN]),
+                ("mlp.down_proj", [HIDDEN, INTERMEDIATE]),
+            ] {
+                let weight = (random_matrix(shape[0], shape[1]) * 0.02).to_kind(Kind::Half);
+                tensors.push((format!("model.layers.0.{name}.weight"), weight));
+            }
+            for norm in ["layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm"] {
+                let ones = Tensor::ones([HIDDEN as i64], (Kind::Half, Device::Cpu));
+                tensors.push((format!("model.{norm}.weight"), ones));
+            }
+            for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+                tensors.push((name.to_owned(), random_matrix(256, HIDDEN).to_kind(Kind::Half)));
+            }
+            let file = folder.join("model.safetensors");
+            Tensor::write_safetensors(&tensors, file).expect("space for a layer");
+            Self(folder)
+        }
+
+        fn checkpoint(&self) -> Checkpoint {
+            Checkpoint::open(&self.0).expect("a complete model")
+        }
+    }
+
+    /// The operations of attention are not counted.
+    #[divan::bench(args = [Kind::BFloat16, Kind::Float])]
+    fn forward(bencher: Bencher<'_, '_>, kind: Kind) {
+        let model = Model::new();
+        let checkpoint = model.checkpoint();
+        let transformer = Transformer::new(&checkpoint, SEQ_LEN, kind, Device::Cpu).expect("a known model");
+        let linears = checkpoint.config().layers[0].linears.len();
+        let linear = |position| {
+            let (weight, bias) = transformer.weight(0, position, kind).expect("a weight of the model");
+            Box::new(Dense::new(weight, bias)) as Box<dyn Linear>
+        };
+        let parts = transformer.parts(0).expect("parts of the model");
+        let layer = Layer::new(0, parts, (0..linears).map(linear).collect());
+        let size = [BATCH, SEQ_LEN, HIDDEN].map(|n| n as i64);
+        let hidden = Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind);
+        let flops = ItemsCount::new(2 * BATCH * SEQ_LEN * WEIGHTS);
+        let _guard = tch::no_grad_guard();
+        bencher
+            .counter(flops)
+            .bench_local(|| transformer.forward(&layer, &hidden, None).expect("hidden states of the model"));
+    }
+
+    /// From files that the system has in memory.
+    #[divan::bench]
+    fn read_weights(bencher: Bencher<'_, '_>) {
+        let model = Model::new();
+        let checkpoint = model.checkpoint();
+        let transformer =
+            Transformer::new(&checkpoint, SEQ_LEN, Kind::Half, Device::Cpu).expect("a known model");
+        let linears = checkpoint.config().layers[0].linears.len();
+        bencher.counter(BytesCount::new(2 * WEIGHTS)).bench_local(|| {
+            let read = |position| transformer.weight(0, position, Kind::Half).expect("a weight of the model");
+            (0..linears).map(read).collect::<Vec<_>>()
+        });
+    }
+
+    /// Of a solved linear for forward passes. The bytes are those of the weights.
+    #[divan::bench(args = [Kind::BFloat16, Kind::Float])]
+    fn dequantize(bencher: Bencher<'_, '_>, kind: Kind) {
+        let solved = Solved::Host(random::linear(SHAPE, &variant()));
+        let bytes = BytesCount::new(SHAPE.0 * SHAPE.1 * kind.elt_size_in_bytes());
+        bencher.counter(bytes).bench_local(|| solved.dequantize(kind).expect("memory for a weight"));
+    }
+}
+
 /// The bytes are those of the codes before and after.
 #[divan::bench(sample_count = 5, sample_size = 1)]
 fn pack(bencher: Bencher<'_, '_>) {

@@ -200,8 +200,8 @@ pub(super) struct QuantizeArgs {
     /// [default: error]
     #[arg(long, value_name = "WHAT", help_heading = ACCURACY, value_parser = words::<OnFailure>(&["error", "rtn"]))]
     pub(super) on_failure: Option<OnFailure>,
-    /// Data type of forward passes. auto: on the CPU bf16 if it has instructions for it, else fp32; on CUDA fp16 or bf16 [default:
-    /// auto]
+    /// Data type of forward passes. auto: on the CPU bf16 if it has instructions for it, but fp32 for asymmetric calibration of
+    /// 8-bit variants; on CUDA fp16 or bf16 [default: auto]
     #[arg(long, value_name = "DTYPE", help_heading = MACHINE, value_parser = dtypes())]
     pub(super) compute_dtype: Option<ComputeDtype>,
     /// auto, cpu, cuda, or several GPUs as cuda:0,cuda:1. auto is the CPU, because no test of the CUDA code has run on a GPU

@@ -23,22 +23,23 @@ use crate::{
 pub struct CrossCovariance {
     /// `[K, K]` fp32, or `[N, K]` if there are weights; undefined before the first batch.
     matrix: Tensor,
-    /// `W` `[N, K]` in the kind of the inputs, if the sums are those of `W D`.
+    /// `W` `[N, K]` in `kind`, if the sums are those of `W D`.
     weights: Option<Tensor>,
-    /// Whether the inputs are bf16, on the CPU.
-    bf16: bool,
+    /// The kind that inputs and their differences are multiplied in. Differences are taken before, and relative to them its rounding
+    /// is small.
+    kind: Kind,
     tokens: u64,
 }
 
 impl CrossCovariance {
-    /// An empty cross-covariance for `in_features` inputs.
+    /// An empty cross-covariance for `in_features` inputs, which are multiplied in `kind`.
     ///
     /// # Errors
     /// When libtorch cannot allocate it.
-    pub fn new(in_features: usize, device: Device) -> Result<Self> {
+    pub fn new(in_features: usize, kind: Kind, device: Device) -> Result<Self> {
         let k = in_features as i64;
         let matrix = Tensor::f_empty([k, k], (Kind::Float, device)).torch("allocate a cross-covariance")?;
-        Ok(Self { matrix, weights: None, bf16: false, tokens: 0 })
+        Ok(Self { matrix, weights: None, kind, tokens: 0 })
     }
 
     /// Whether the sums for weights with so many rows and columns are those of `W D`.
@@ -46,7 +47,7 @@ impl CrossCovariance {
         2 * rows < columns
     }
 
-    /// An empty cross-covariance for weights `[N, K]` that share inputs of `kind`. Its sums are those of
+    /// An empty cross-covariance for weights `[N, K]` that share inputs, which are multiplied in `kind`. Its sums are those of
     /// `W D` where [`CrossCovariance::sums_products`] is true.
     ///
     /// # Errors
@@ -54,16 +55,15 @@ impl CrossCovariance {
     pub fn of_weights(weights: &[&Tensor], kind: Kind, device: Device) -> Result<Self> {
         let k = weights[0].size()[1];
         let rows: i64 = weights.iter().map(|weight| weight.size()[0]).sum();
-        let bf16 = (kind, device) == (Kind::BFloat16, Device::Cpu);
         if !Self::sums_products(rows as u64, k as u64) {
-            return Ok(Self { bf16, ..Self::new(k as usize, device)? });
+            return Self::new(k as usize, kind, device);
         }
         let allocate = || -> Result<(Tensor, Tensor), TchError> {
             let weights = Tensor::f_cat(weights, 0)?.f_to_device(device)?.f_to_kind(kind)?;
             Ok((Tensor::f_empty([rows, k], (Kind::Float, device))?, weights))
         };
         let (matrix, weights) = allocate().torch("allocate a cross-covariance")?;
-        Ok(Self { matrix, weights: Some(weights), bf16, tokens: 0 })
+        Ok(Self { matrix, weights: Some(weights), kind, tokens: 0 })
     }
 
     /// Adds a batch: `inputs` are `x` and `dense` are `x̂` of the same tokens, both `[…, K]` and of the same kind.
@@ -77,7 +77,7 @@ impl CrossCovariance {
     fn accumulate(&mut self, inputs: &Tensor, dense: &Tensor) -> Result<(), TchError> {
         let off = self.off(inputs, dense)?;
         let [rows, k] = self.shape();
-        let x = inputs.f_reshape([-1, k])?;
+        let x = inputs.f_reshape([-1, k])?.f_to_kind(self.kind)?;
         self.add_to_rows(&off, &x, &(0..rows), self.tokens == 0)?;
         self.tokens += x.size()[0] as u64;
         Ok(())
@@ -91,7 +91,7 @@ impl CrossCovariance {
     /// `x̂ − x` `[T, K]` of a batch, or `W (x̂ − x)` `[T, N]`.
     fn off(&self, inputs: &Tensor, dense: &Tensor) -> Result<Tensor, TchError> {
         let k = self.shape()[1];
-        let off = dense.f_reshape([-1, k])?.f_sub(&inputs.f_reshape([-1, k])?)?;
+        let off = dense.f_reshape([-1, k])?.f_sub(&inputs.f_reshape([-1, k])?)?.f_to_kind(self.kind)?;
         match &self.weights {
             Some(weights) => off.f_mm(&weights.f_tr()?),
             None => Ok(off),
@@ -105,7 +105,6 @@ impl CrossCovariance {
         rows: &Range<i64>,
         first: bool,
     ) -> Result<(), TchError> {
-        self.bf16 = (x.kind(), x.device()) == (Kind::BFloat16, Device::Cpu);
         if takes_bf16_products(x.kind(), x.device()) {
             let (k, rows) = (x.size()[1] as usize, rows.start as usize..rows.end as usize);
             let (off, x) = (off.f_contiguous()?, x.f_contiguous()?);
@@ -164,7 +163,7 @@ impl CrossCovariance {
         rows: &Range<i64>,
         first: bool,
     ) -> Result<()> {
-        let x = inputs.f_reshape([-1, self.shape()[1]]);
+        let x = inputs.f_reshape([-1, self.shape()[1]]).and_then(|x| x.f_to_kind(self.kind));
         let added = x.and_then(|x| self.add_to_rows(difference, &x, rows, first));
         added.torch("accumulate a cross-covariance")
     }
@@ -220,14 +219,15 @@ impl CrossCovariance {
     /// The kind in which products with the finished sums are computed: bf16 if the inputs are, where the processor multiplies that
     /// faster. `W D` is a small correction, and bf16 inputs are less exact than its rounding.
     pub(super) fn product_kind(&self) -> Kind {
-        if self.bf16 && amx::has_bf16_products() { Kind::BFloat16 } else { Kind::Float }
+        let bf16 = (self.kind, self.matrix.device()) == (Kind::BFloat16, Device::Cpu);
+        if bf16 && amx::has_bf16_products() { Kind::BFloat16 } else { Kind::Float }
     }
 
-    /// `α D` `[K, K]` fp32, or `α W D` `[N, K]`.
+    /// Ends the accumulation: makes the sums those of `α D`, or of `α W D`. `stage` names the inputs in errors.
     ///
     /// # Errors
-    /// When an input was NaN or infinite (`stage` names the inputs), or libtorch cannot compute it.
-    pub(super) fn finish(&self, alpha: f64, stage: &str) -> Result<Tensor> {
+    /// When an input was NaN or infinite, or libtorch cannot compute it.
+    pub fn finish(mut self, alpha: f64, stage: &str) -> Result<Self> {
         let total = self.matrix.numel() as u64;
         let count = raw::count_non_finite(&self.matrix).torch("look at a cross-covariance")?;
         if count > 0 {
@@ -235,6 +235,12 @@ impl CrossCovariance {
             return Err(Error::NonFinite { place, count, total, computed: true });
         }
         let scale = alpha / self.tokens.max(1) as f64;
-        self.matrix.f_mul_scalar(scale).torch("scale a cross-covariance")
+        drop(self.matrix.f_mul_scalar_(scale).torch("scale a cross-covariance")?);
+        Ok(self)
+    }
+
+    /// `α D` `[K, K]` fp32, or `α W D` `[N, K]`, once it is finished.
+    pub(super) fn finished(&self) -> &Tensor {
+        &self.matrix
     }
 }

@@ -110,32 +110,39 @@ pub(super) fn bf16_bits(tensor: &Tensor) -> &[u16] {
     unsafe { std::slice::from_raw_parts(pointer, rows * columns) }
 }
 
-/// Some columns of a fp32 CPU matrix, in the order given. libtorch's `index_select` copies them with one thread, value by value.
+/// Some columns of a fp32 or bf16 CPU matrix, in the order given. libtorch's `index_select` copies them with one thread, value by
+/// value.
 pub(super) fn select_columns(matrix: &Tensor, columns: &[u32]) -> Result<Tensor, TchError> {
+    fn select<T: bytemuck::Pod + Send + Sync>(from: &[T], to: &mut [T], width: usize, columns: &[u32]) {
+        to.par_chunks_mut(columns.len()).zip(from.par_chunks(width)).for_each(|(to, from)| {
+            to.iter_mut().zip(columns).for_each(|(to, &column)| *to = from[column as usize]);
+        });
+    }
     let matrix = matrix.f_contiguous()?;
-    let source = Matrix::new(&matrix);
-    let size = [matrix.size()[0], columns.len() as i64];
-    let mut selected = Tensor::f_empty(size, (Kind::Float, Device::Cpu))?;
-    floats_mut(&mut selected).par_chunks_mut(columns.len()).enumerate().for_each(|(row, to)| {
-        let from = source.row(row);
-        to.iter_mut().zip(columns).for_each(|(to, &column)| *to = from[column as usize]);
-    });
+    let (rows, width) = (matrix.size()[0], matrix.size()[1] as usize);
+    let mut selected = Tensor::f_empty([rows, columns.len() as i64], (matrix.kind(), Device::Cpu))?;
+    match matrix.kind() {
+        Kind::BFloat16 => select(bf16_bits(&matrix), values_mut::<u16>(&mut selected), width, columns),
+        _ => select(Matrix::new(&matrix).data, floats_mut(&mut selected), width, columns),
+    }
     Ok(selected)
 }
 
-/// Adds a CPU matrix of fp16, bf16 or fp32 to a contiguous fp32 one of its shape. Returns whether all sums are finite.
-pub(super) fn add_finite(sums: &mut Tensor, matrix: &Tensor) -> Result<bool, TchError> {
-    let matrix = matrix.f_contiguous()?;
-    let k = matrix.size()[1] as usize;
-    let rows: Vec<Floats<'_>> =
-        (0..matrix.size()[0] as usize).map(|row| floats(&matrix, row * k, k)).collect();
-    let rows = floats_mut(sums).par_chunks_mut(k).zip(rows);
-    let add = |wide: &mut Vec<f32>, (sums, row): (&mut [f32], Floats<'_>)| {
-        row.widen(wide);
+/// Writes the sum of two CPU matrices of fp16, bf16 or fp32 to rows of a fp32 one, from row `first` on. Returns whether all sums are
+/// finite.
+pub(super) fn add_rows(sums: &mut Tensor, first: usize, a: &Tensor, b: &Tensor) -> Result<bool, TchError> {
+    let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
+    let (rows, k) = (a.size()[0] as usize, a.size()[1] as usize);
+    let own: Vec<_> = (0..rows).map(|row| [&a, &b].map(|matrix| floats(matrix, row * k, k))).collect();
+    let sums = &mut floats_mut(sums)[first * k..][..rows * k];
+    let add = |wide: &mut Vec<f32>, (sums, [a, b]): (&mut [f32], [Floats<'_>; 2])| {
+        a.widen(sums);
+        b.widen(wide);
         sums.iter_mut().zip(wide).for_each(|(sum, value)| *sum += *value);
         largest_bits(sums) < f32::INFINITY.to_bits()
     };
-    Ok(rows.map_init(|| vec![0.0; k], add).reduce(|| true, |a, b| a && b))
+    let finite = sums.par_chunks_mut(k).zip(own).map_init(|| vec![0.0; k], add);
+    Ok(finite.reduce(|| true, |a, b| a && b))
 }
 
 /// Number of values that are NaN or infinite. libtorch makes a tensor of truth values first; a contiguous fp32 matrix on the CPU is read

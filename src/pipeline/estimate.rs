@@ -7,6 +7,7 @@
 use tch::{Device, Kind};
 
 use super::{
+    compute_kinds::ComputeKinds,
     memory::Limits,
     output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, largest_hessian_bytes, largest_layer_bytes},
     phases::{of_targets, per_token, shape_of},
@@ -52,9 +53,35 @@ const BESIDE_PRODUCTS: f64 = 1.15;
 /// Work of a layer: floating-point operations over the part of the speed of large products that they reach.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Work {
-    /// In the kind of forward passes.
+    /// In the kind of most forward passes.
     pub(super) forward: f64,
+    /// Of forward passes in fp32 beside those.
+    pub(super) exact: f64,
+    /// Of Hessians and cross-covariances, in their kind.
+    pub(super) statistics: f64,
     pub(super) fp32: f64,
+}
+
+impl Work {
+    /// Of both.
+    fn with(self, other: Self) -> Self {
+        Self {
+            forward: self.forward + other.forward,
+            exact: self.exact + other.exact,
+            statistics: self.statistics + other.statistics,
+            fp32: self.fp32 + other.fp32,
+        }
+    }
+
+    /// Products in forward passes and statistics, and in fp32, so many times.
+    fn times(self, products: f64, fp32: f64) -> Self {
+        Self {
+            forward: products * self.forward,
+            exact: products * self.exact,
+            statistics: products * self.statistics,
+            fp32: fp32 * self.fp32,
+        }
+    }
 }
 
 /// The sizes of a run that its memory depends on.
@@ -63,8 +90,7 @@ pub(super) struct Shape<'a> {
     pub(super) config: &'a ModelConfig,
     /// Bytes of a weight as stored.
     pub(super) source_bytes: u64,
-    /// Of weights and activations in forward passes.
-    pub(super) kind: Kind,
+    pub(super) kinds: ComputeKinds,
     /// Of this rank.
     pub(super) windows: usize,
     /// Processes of the run.
@@ -93,8 +119,10 @@ pub(super) struct Need {
 }
 
 impl Shape<'_> {
+    /// Bytes of the largest values of forward passes.
     fn element(&self) -> u64 {
-        self.kind.elt_size_in_bytes() as u64
+        let kinds = self.kinds.of_outputs(self.outputs).into_iter();
+        kinds.map(|kind| kind.elt_size_in_bytes() as u64).max().unwrap_or(FP32)
     }
 
     /// The largest of a number of each layer.
@@ -122,9 +150,14 @@ impl Shape<'_> {
 
     /// Hidden states of all streams.
     pub(super) fn hidden_states(&self) -> u64 {
-        let streams = if self.shared_hessian { 1 } else { self.outputs.len() as u64 };
-        let hidden = self.config.hidden_size as u64;
-        self.of_tokens((streams + u64::from(self.reference)) * hidden)
+        let streams = if self.shared_hessian { &self.outputs[..1] } else { self.outputs };
+        let mut kinds: Vec<Kind> = streams.iter().map(|output| self.kinds.of_output(output)).collect();
+        if self.reference {
+            kinds.extend(self.kinds.of_outputs(self.outputs));
+        }
+        let bytes =
+            kinds.iter().map(|kind| (self.config.hidden_size * kind.elt_size_in_bytes()) as u64).sum();
+        self.tokens().saturating_mul(bytes)
     }
 
     /// Hidden states of all streams, and one stage's inputs, which are kept until its linears are solved.
@@ -141,8 +174,11 @@ impl Shape<'_> {
 
     /// Bytes of so many values of every token. The number of tokens is the user's, and may be anything.
     pub(super) fn of_tokens(&self, values: u64) -> u64 {
-        let tokens = (self.windows as u64).saturating_mul(self.seq_len as u64);
-        tokens.saturating_mul(values * self.element())
+        self.tokens().saturating_mul(values * self.element())
+    }
+
+    fn tokens(&self) -> u64 {
+        (self.windows as u64).saturating_mul(self.seq_len as u64)
     }
 
     /// Peak bytes of a stage's steps beside the layer's weights. It belongs to the group of linears that takes the most, with the
@@ -177,24 +213,23 @@ impl Shape<'_> {
             let leaving = kept + codes + n * k * self.element() + n * k / 2;
             // The next stage's statistics are accumulated with these weights.
             let capturing = n * k * self.element() + copies * next.max(matrix);
-            // The cross-covariance stays until the weights are solved.
+            // The cross-covariance stays until the targets of the last column order are there.
             let product = CrossCovariance::sums_products(n, k);
             let (sums, targets) = match (self.reference, product) {
                 (false, _) => (0, 0),
                 (true, true) => (n * k * (FP32 + self.element()), n * k * FP32),
                 (true, false) => (matrix, n * k * FP32),
             };
-            // The scaled sums, and copies while they are divided by the factor, on the CPU in place; or a product's, and the targets so
-            // far.
-            let divided = if cuda { 3 } else { 2 };
-            let dividing = if product {
-                (1 + divided) * targets
-            } else {
-                divided * matrix.min(targets) + targets + matrix
-            };
-            let dividing = if self.reference { kept + matrix + dividing } else { 0 };
-            let with_sums = sums + factoring.max(energy).max(dividing).max(targets + solving);
-            others + with_sums.max(leaving).max(capturing) + self.output_factors()
+            // What is divided by the factor, twice on the CPU, or the quotient and the targets so far.
+            let of_quotient = if cuda { FP32 } else { self.kinds.statistics.elt_size_in_bytes() as u64 };
+            let quotient = n.min(k) * k * of_quotient;
+            let dividing = if cuda { 3 * quotient + targets } else { (2 * quotient).max(quotient + targets) };
+            // For few rows it is a product, which is in fp32.
+            let few = if !product && n < k { n * k * FP32 } else { 0 };
+            let dividing = if self.reference { kept + matrix + few + dividing } else { 0 };
+            let with_sums = sums + factoring.max(energy).max(dividing);
+            let solving = if several { sums } else { 0 } + targets + solving;
+            others + with_sums.max(solving).max(leaving).max(capturing) + self.output_factors()
         };
         groups.iter().map(of).max().unwrap_or(0) + self.waiting(layer, stage)
     }
@@ -266,9 +301,7 @@ impl Shape<'_> {
     pub(super) fn layer_work(&self, ranks: usize) -> Work {
         let layers = self.config.num_layers() as f64;
         let all = self.config.layers.iter().map(|layer| self.work_of(layer, ranks));
-        let sum =
-            all.fold(Work::default(), |a, b| Work { forward: a.forward + b.forward, fp32: a.fp32 + b.fp32 });
-        Work { forward: sum.forward / layers, fp32: sum.fp32 / layers }
+        all.fold(Work::default(), Work::with).times(1.0 / layers, 1.0 / layers)
     }
 
     /// Floating-point operations of taking gradients through all layers, in fp32.
@@ -288,14 +321,21 @@ impl Shape<'_> {
         let variants = self.outputs.len() as f64;
         let streams = if self.shared_hessian { 1.0 } else { variants };
         let references = if self.reference { 1.0 } else { 0.0 };
+        // Forward passes of each kind, with those of its reference model.
+        let of_kind = |usual: bool| {
+            let own = self.outputs.iter().filter(|output| self.kinds.is_usual(output) == usual).count();
+            if own == 0 { 0.0 } else { references + if self.shared_hessian { 1.0 } else { own as f64 } }
+        };
+        let (usual, exact) = (of_kind(true), of_kind(false));
         let row_blocks = if self.gradient_windows > 0 { ROW_BLOCKS } else { 1.0 };
         let search = if self.searches { SEARCH } else { 0.0 };
         let mut work = Work::default();
         for stage in &layer.stages {
             for group in &stage.groups {
                 let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
-                work.forward += (streams + references) * tokens * token.forward / FORWARD
-                    + streams * tokens * token.hessian / STATISTICS
+                work.forward += usual * tokens * token.forward / FORWARD;
+                work.exact += exact * tokens * token.forward / FORWARD;
+                work.statistics += streams * tokens * token.hessian / STATISTICS
                     + references * variants * tokens * token.cross_covariance / STATISTICS;
                 let alone = streams * k.powi(3) / 3.0 / FACTORIZATION
                     + references * variants * of_targets(n, k) / TARGETS;
@@ -305,7 +345,7 @@ impl Shape<'_> {
                 work.fp32 += of_group * (alone + of_rows * solves);
             }
         }
-        Work { forward: BESIDE_PRODUCTS * work.forward / ranks as f64, fp32: BESIDE_PRODUCTS * work.fp32 }
+        work.times(BESIDE_PRODUCTS / ranks as f64, BESIDE_PRODUCTS)
     }
 
     /// Memory of a run on CUDA (one device, all variants on it) or on the CPU, with batches of `tokens` tokens.
@@ -403,7 +443,7 @@ pub(super) mod tests {
         Shape {
             config,
             source_bytes: 2,
-            kind: Kind::Half,
+            kinds: ComputeKinds::all(Kind::Half),
             windows: 128,
             ranks: 1,
             seq_len: 2048,

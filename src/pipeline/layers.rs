@@ -67,6 +67,9 @@ pub(super) fn solve(
     }
     let accuracy = plan.accuracy(checkpoint.config());
     progress.event(&Event::Note(&format!("quality {}: {accuracy}", plan.quality)));
+    if let Some(text) = needs.kinds.note(&plan.variants) {
+        progress.event(&Event::Note(text));
+    }
     for text in plan.left_out(checkpoint.config()) {
         progress.event(&Event::Note(&text));
     }
@@ -81,7 +84,13 @@ pub(super) fn solve(
     let compute = ComputeReport {
         device: setup.device.clone(),
         solver: pool.solver_name().to_owned(),
-        dtype: kind_name(needs.kind).into(),
+        dtype: needs
+            .kinds
+            .of_outputs(&plan.variants)
+            .into_iter()
+            .map(kind_name)
+            .collect::<Vec<_>>()
+            .join(" and "),
         threads: rayon::current_num_threads(),
     };
     for layer in journal.layers()..total {
@@ -185,6 +194,7 @@ impl<'a> Setup<'a> {
             variants: &plan.variants,
             damp: plan.damp(),
             accuracy: plan.accuracy(config),
+            kinds: self.needs.kinds,
             output_hessians,
             shared_hessian: plan.shared_hessian,
             on_failure: plan.on_failure,
@@ -200,9 +210,9 @@ impl<'a> Setup<'a> {
         context: RunContext<'p>,
     ) -> Result<WorkerPool<'p>> {
         let kept = journal.kept(self.of_ranks[context.cluster.rank()].clone())?;
-        let Needs { kind, limits, .. } = self.needs;
+        let limits = self.needs.limits;
         let (devices, spill) = (&self.devices, journal.folder());
-        WorkerPool::new(source, devices, kind, self.windows, task, limits, spill, kept.as_ref(), context)
+        WorkerPool::new(source, devices, self.windows, task, limits, spill, kept.as_ref(), context)
     }
 
     /// Solves a layer. Returns the hidden states behind it, and on the root of several ranks what they have exchanged.
@@ -258,10 +268,8 @@ impl<'a> Setup<'a> {
         journal: &Journal,
         context: RunContext<'_>,
     ) -> Result<NextStates> {
-        let kind = self.needs.kind;
-        let window_bytes = pool.hidden_size() * self.windows.seq_len() * kind.elt_size_in_bytes();
-        let streams = task.streams(task.variants.len());
-        journal.next(context.cluster, layer, streams, self.windows.count(), window_bytes, kind)
+        let values = pool.hidden_size() * self.windows.seq_len();
+        journal.next(context.cluster, layer, &task.stream_kinds(), self.windows.count(), values)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod branches;
 mod collective;
+mod compute_kinds;
 mod estimate;
 mod journal;
 mod layers;
@@ -34,7 +35,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
+use tch::Device;
 
 use crate::{
     calibration::{self, Corpus, Tokenizer, Tokens, Windows, check_seq_len, shares},
@@ -45,9 +46,8 @@ use crate::{
     equalization::Equalization,
     error::{ClusterError, Error, ResourceError, Result},
     eval::folder_name,
-    machine::{available_memory, fast_bf16, peak_memory, processor, resident_memory},
-    model::{Compute, kind_name},
-    plan::{ComputeDtype, DatasetShare, Plan},
+    machine::{available_memory, peak_memory, processor, resident_memory},
+    plan::{DatasetShare, Plan},
     progress::{Event, Progress},
     report::{
         CalibrationReport, GENERATED_BY, ModelReport, REPORT_FILE, REPORT_SCHEMA, Report, SourceReport,
@@ -55,6 +55,7 @@ use crate::{
     rotation::Rotated,
     units::bytes,
 };
+use compute_kinds::ComputeKinds;
 pub use journal::{Begun, begun};
 use journal::{Identity, Journal};
 use needs::Needs;
@@ -223,8 +224,7 @@ pub fn quantize(run: &Run<'_>, progress: &dyn Progress) -> Result<Finished> {
     let mut phases = state.phases.clone();
     let compute = state.compute();
     if compute.device == "cpu" {
-        let kind = if compute.dtype == kind_name(Kind::BFloat16) { Kind::BFloat16 } else { Kind::Float };
-        compare_with_limits(&mut phases, kind)?;
+        compare_with_limits(&mut phases, ComputeKinds::of(plan, checkpoint, Device::Cpu)?)?;
     }
     let branches = branches::publish(place.out, state.reports())?;
     warnings.extend(branches::warnings(&branches, &state.warnings));
@@ -450,18 +450,6 @@ fn check_dense(checkpoint: &Checkpoint) -> Result<()> {
 /// When it cannot be written.
 pub fn write_report(out: &Path, report: &Report) -> Result<()> {
     write_json_atomically(&out.join(REPORT_FILE), report)
-}
-
-/// The kind forward passes run in.
-pub fn compute_kind(dtype: ComputeDtype, device: Device, source: Kind) -> Kind {
-    match dtype {
-        ComputeDtype::Fp32 => Kind::Float,
-        ComputeDtype::Bf16 => Kind::BFloat16,
-        ComputeDtype::Fp16 => Kind::Half,
-        ComputeDtype::Auto if device != Device::Cpu => Compute::half_of(source),
-        ComputeDtype::Auto if fast_bf16() => Kind::BFloat16,
-        ComputeDtype::Auto => Kind::Float,
-    }
 }
 
 fn model_report(checkpoint: &Checkpoint) -> Result<ModelReport> {

@@ -5,7 +5,7 @@ use std::{fmt, fs, path::Path};
 use tch::{Device, Kind};
 
 use super::{
-    compute_kind,
+    compute_kinds::ComputeKinds,
     estimate::{Shape, Work},
     journal::{self, Begun},
     memory::Limits,
@@ -21,7 +21,7 @@ use crate::{
     cuda::Gpu,
     device,
     error::{ResourceError, Result},
-    machine::{available_memory, peak_memory, product_speed, require_space, resident_memory},
+    machine::{available_memory, peak_memory, require_space, resident_memory},
     model::source_kind,
     plan::Plan,
     rotation::rotated_bytes,
@@ -51,7 +51,7 @@ struct OfRanks {
 #[derive(Debug, Clone)]
 pub(super) struct Needs {
     /// Of forward passes.
-    pub(super) kind: Kind,
+    pub(super) kinds: ComputeKinds,
     /// Memory for activations.
     pub(super) limits: Limits,
     /// Windows that gradients are taken on at a time.
@@ -88,13 +88,13 @@ impl Needs {
     ) -> Result<Self> {
         let device = device::resolve_all(&plan.device)?[0].device;
         let (source, config) = (source_kind(checkpoint)?, checkpoint.config());
-        let kind = compute_kind(plan.compute_dtype, device, source);
+        let kinds = ComputeKinds::of(plan, checkpoint, device)?;
         let accuracy = plan.accuracy(config);
         let source = if accuracy.rotate { Kind::Float } else { source };
         let shape = Shape {
             config,
             source_bytes: source.elt_size_in_bytes() as u64,
-            kind,
+            kinds,
             windows: plan.samples.div_ceil(cluster.ranks()),
             ranks: cluster.ranks(),
             seq_len: plan.seq_len,
@@ -150,7 +150,7 @@ impl Needs {
         let layers = 0..checkpoint.config().num_layers();
         let gradients_at_once = shape.gradients_at_once();
         Ok(Self {
-            kind,
+            kinds,
             limits,
             gradients_at_once,
             device,
@@ -171,12 +171,12 @@ impl Needs {
         if self.device != Device::Cpu || operations < WORTH_ESTIMATING {
             return Ok(None);
         }
-        let speed = product_speed(Kind::Float)?;
-        let layer = self.own.seconds([product_speed(self.kind)?, speed]);
+        let speeds = self.kinds.product_speeds()?;
+        let layer = self.own.seconds(speeds);
         let all = duration(layers as f64 * layer);
         let gradients = match self.gradient_operations > 0.0 {
             true => {
-                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speed / self.own.ranks as f64;
+                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speeds[2] / self.own.ranks as f64;
                 format!("{} for gradients and ", duration(seconds))
             }
             false => String::new(),
@@ -190,19 +190,22 @@ impl OfRanks {
         Self { ranks, work: shape.layer_work(ranks), exchange: shape.exchange(ranks) }
     }
 
-    /// Seconds of computation in a layer, with these speeds of products in the kind of forward passes and in fp32, operations a second.
-    fn seconds(&self, [forward, fp32]: [f64; 2]) -> f64 {
+    /// Seconds of computation in a layer, with these speeds of products: of most forward passes, of statistics, and in fp32, operations
+    /// a second.
+    fn seconds(&self, [forward, statistics, fp32]: [f64; 3]) -> f64 {
         let late = (self.ranks as f64 - 1.0) / ROW_BLOCKS;
+        let Work { forward: usual, exact, statistics: sums, .. } = self.work;
+        let products = usual / forward + exact / fp32 + sums / statistics;
         // About a third of the products are those of sums, which begin later on later ranks.
-        self.work.forward / forward * (1.0 + late / 3.0) + self.work.fp32 / fp32
+        products * (1.0 + late / 3.0) + self.work.fp32 / fp32
     }
 }
 
 impl Needs {
     /// Floating-point operations of a layer, of all ranks together.
     fn operations(&self) -> f64 {
-        let Work { forward, fp32 } = self.of_ranks[0].work;
-        forward + fp32
+        let Work { forward, exact, statistics, fp32 } = self.of_ranks[0].work;
+        forward + exact + statistics + fp32
     }
 
     /// What the processes of the run exchange in a layer.
@@ -223,7 +226,7 @@ impl Needs {
         if self.device != Device::Cpu || self.operations() < WORTH_ESTIMATING {
             return Ok(text);
         }
-        let speeds = [product_speed(self.kind)?, product_speed(Kind::Float)?];
+        let speeds = self.kinds.product_speeds()?;
         text += "\nestimated for a layer\nranks  computing    sending  speed-up";
         let alone = self.of_ranks[0].seconds(speeds);
         for of_ranks in &self.of_ranks {
@@ -353,7 +356,8 @@ mod tests {
         let config = config(4096, 11008, 32, 32);
         let plan = Plan::default();
         let (windows, seq_len, outputs) = (plan.samples, plan.seq_len, &plan.variants[..]);
-        let shape = Shape { kind: Kind::Float, windows, seq_len, outputs, ..shape(&config) };
+        let shape =
+            Shape { kinds: ComputeKinds::all(Kind::Float), windows, seq_len, outputs, ..shape(&config) };
         let need = shape.need(Device::Cpu, 1024);
         let (base, all) = (100_000_000, need.working + need.activations);
         let fits = |available: u64| fits_machine(Some(available), all, &shape, Device::Cpu, base, &plan);
@@ -379,8 +383,9 @@ mod tests {
     fn numbers_beyond_any_machine_do_not_overflow() {
         let config = config(128, 256, 2, 2);
         let windows = usize::MAX / 4096;
-        let (kind, seq_len, reference, gradient_windows) = (Kind::Float, 4096, true, windows);
-        let shape = Shape { kind, windows, seq_len, reference, gradient_windows, ..shape(&config) };
+        let (kinds, seq_len, reference, gradient_windows) =
+            (ComputeKinds::all(Kind::Float), 4096, true, windows);
+        let shape = Shape { kinds, windows, seq_len, reference, gradient_windows, ..shape(&config) };
         assert_eq!(shape.need(Device::Cpu, 1024).activations, u64::MAX);
         assert_eq!(shape.hidden_states(), u64::MAX);
     }
@@ -404,7 +409,7 @@ mod tests {
                 ..shape(config)
             };
             let of = |ranks| OfRanks::of(&shape, ranks);
-            let speeds = [5e12, 2.5e12];
+            let speeds = [5e12, 5e12, 2.5e12];
             let alone = of(1).seconds(speeds);
             let mut first = [name.to_string(), format!("{alone:.0} s"), bytes(of(4).exchange.sent as u64)];
             for network in [10.0, 25.0, 200.0] {

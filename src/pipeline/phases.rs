@@ -5,13 +5,11 @@ use std::{
     time::Instant,
 };
 
-use tch::Kind;
-
+use super::compute_kinds::ComputeKinds;
 use crate::{
     architectures::{GroupConfig, LayerConfig},
     error::Result,
     gptq::CrossCovariance,
-    machine::product_speed,
     report::{Phase, PhaseReport},
 };
 
@@ -53,16 +51,16 @@ impl PhaseClock {
 }
 
 /// Adds to each phase its share of the speed of libtorch's largest matrix products on this CPU, in the kind that the phase
-/// computes in. `kind` is that of forward passes.
+/// computes in.
 ///
 /// # Errors
 /// If libtorch cannot compute the products.
-pub(super) fn compare_with_limits(phases: &mut [PhaseReport], kind: Kind) -> Result<()> {
-    let fp32 = product_speed(Kind::Float)?;
-    let forward = if kind == Kind::Float { fp32 } else { product_speed(kind)? };
+pub(super) fn compare_with_limits(phases: &mut [PhaseReport], kinds: ComputeKinds) -> Result<()> {
+    let [forward, statistics, fp32] = kinds.product_speeds()?;
     for phase in phases.iter_mut().filter(|phase| phase.operations > 0.0 && phase.seconds > 0.0) {
         let limit = match phase.phase {
-            Phase::Forward | Phase::Hessian | Phase::CrossCovariance => forward,
+            Phase::Forward => forward,
+            Phase::Hessian | Phase::CrossCovariance => statistics,
             _ => fp32,
         };
         phase.of_limit = Some(phase.operations / phase.seconds / limit);

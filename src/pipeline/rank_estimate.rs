@@ -92,15 +92,16 @@ impl Shape<'_> {
         if ranks == 1 {
             return exchange;
         }
-        let branches = self.outputs.iter().filter(|output| output.gptq().is_some()).count();
+        let of_branches: Vec<Output> = self.outputs.iter().copied().filter(|o| o.gptq().is_some()).collect();
+        let (branches, kinds) = (of_branches.len(), self.kinds.of_outputs(&of_branches).len());
         let streams = if self.shared_hessian { 1 } else { self.outputs.len() };
         // Complete sums come from the last rank, and the rank before it does not pass them on.
         let times = if ranks == 2 { 1.0 } else { 2.0 };
         let config = &self.config.layers[layer];
         for (position, stage) in config.stages.iter().enumerate() {
-            // Before the first layer all branches have the same hidden states, without a reference model's beside them.
+            // Before the first layer all branches of a kind have the same hidden states, without a reference model's beside them.
             let first = layer == 0 && position == 0 && !self.shared_hessian && branches > 0;
-            let (alone, others) = if first { (1, streams - branches) } else { (0, streams) };
+            let (alone, others) = if first { (kinds, streams - branches) } else { (0, streams) };
             let sums = |reference: bool| {
                 let groups = stage.groups.iter().map(|group| self.sums(config, group, reference) + NUMBER);
                 groups.sum::<f64>()
@@ -142,7 +143,7 @@ impl Shape<'_> {
             true => k * k,
             false => 0.0,
         };
-        let hessian = Hessian::values_in_blocks(group.width, self.kind, Device::Cpu) as f64;
+        let hessian = Hessian::values_in_blocks(group.width, self.kinds.statistics, Device::Cpu) as f64;
         (hessian + cross_covariance) * FP32 as f64
     }
 

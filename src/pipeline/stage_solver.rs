@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use tch::{Device, Tensor};
+use tch::Device;
 
 use super::{
     output_hessians::{LayerFactors, TokenWeights},
@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Result},
     ggml::BlockType,
     gptq::{
-        CrossCovariance, Hessian,
+        Hessian,
         solver::{
             CpuSolver, CudaSolver, Factorization, Factorized, OrRounded, OutputFactor, Solution, Solved,
             Solver, Weight, solve_by_rows, targets,
@@ -178,6 +178,10 @@ impl<'a> StageSolver<'a> {
         solved.warnings.extend(hessian.warning().map(|text| (text.to_owned(), true)));
         self.context.memory.enter(At::Solving);
         let hessian = hessian.finish(&name)?;
+        let mut cross_covariance = cross_covariance
+            .filter(|sums| sums.tokens() > 0)
+            .map(|sums| sums.finish(self.task.accuracy.asymmetric, &name))
+            .transpose()?;
         let damp = self.damp(&hessian)?;
         let names: Vec<String> = ids.iter().map(LinearId::to_string).collect();
         let dense: Vec<Weight<'_>> = group
@@ -222,7 +226,11 @@ impl<'a> StageSolver<'a> {
             solved.warnings.extend(raised.map(|text| (text, false)));
             let operations = if cross_covariance.is_some() { of_targets(n, k) } else { 0.0 };
             let targets = phases.time(Phase::Targets, operations, || {
-                let targets = self.targets(&*factor, cross_covariance.as_ref(), &dense, &name);
+                let sums = cross_covariance.as_ref();
+                let targets = sums.map(|sums| targets(&*factor, sums, &dense)).transpose();
+                if i + 1 == orders {
+                    cross_covariance = None;
+                }
                 return_free_memory();
                 targets
             })?;
@@ -331,18 +339,6 @@ impl<'a> StageSolver<'a> {
     fn damp(&self, hessian: &Hessian) -> Result<f64> {
         let least = self.task.damp;
         if self.task.accuracy.shrinkage { Ok(hessian.shrinkage()?.max(least)) } else { Ok(least) }
-    }
-
-    /// The targets of asymmetric calibration, where the reference model is run.
-    fn targets(
-        &self,
-        factor: &dyn Factorized,
-        cross_covariance: Option<&CrossCovariance>,
-        dense: &[Weight<'_>],
-        stage: &str,
-    ) -> Result<Option<Vec<Tensor>>> {
-        let Some(known) = cross_covariance.filter(|known| known.tokens() > 0) else { return Ok(None) };
-        targets(factor, known, dense, self.task.accuracy.asymmetric, stage).map(Some)
     }
 }
 

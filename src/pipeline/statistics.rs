@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::phases::PhaseClock;
 use crate::{
     architectures::GroupConfig,
-    error::Result,
+    error::{Result, TorchContext},
     gptq::{CrossCovariance, Hessian},
     report::Phase,
 };
@@ -19,12 +19,13 @@ pub(super) struct CalibrationStatistics {
     cross_covariance: Option<CrossCovariance>,
     /// Whether the Hessian has the batch that the cross-covariance does not have yet.
     ahead: bool,
-    /// The kind of inputs.
+    /// The kind that inputs are multiplied in.
     kind: Kind,
 }
 
 impl CalibrationStatistics {
-    /// Without tokens, for inputs of that width; with a cross-covariance for `weights`, which share them, if these are given.
+    /// Without tokens, for inputs of that width, which are multiplied in `kind`; with a cross-covariance for `weights`, which share
+    /// them, if these are given.
     pub(super) fn new(width: usize, device: Device, weights: Option<&[&Tensor]>, kind: Kind) -> Result<Self> {
         let cross_covariance =
             weights.map(|weights| CrossCovariance::of_weights(weights, kind, device)).transpose()?;
@@ -54,7 +55,7 @@ impl CalibrationStatistics {
         let k = self.hessian.in_features() as f64;
         let tokens = inputs.numel() as f64 / k;
         if !self.ahead {
-            phases.time(Phase::Hessian, tokens * k * k, || self.hessian.add(inputs))?;
+            phases.time(Phase::Hessian, tokens * k * k, || self.hessian.add(&in_kind(inputs, self.kind)?))?;
         }
         if let (Some(cross_covariance), Some(reference)) = (&mut self.cross_covariance, reference) {
             self.ahead = true;
@@ -69,7 +70,7 @@ impl CalibrationStatistics {
     pub(super) fn keep(&self, inputs: &Tensor, reference: Option<&Tensor>) -> Result<Option<Batch>> {
         let both = self.cross_covariance.as_ref().zip(reference);
         let difference = || both.map(|(sums, reference)| sums.difference(inputs, reference)).transpose();
-        let keep = || Ok(Batch { inputs: inputs.shallow_clone(), difference: difference()? });
+        let keep = || Ok(Batch { inputs: in_kind(inputs, self.kind)?, difference: difference()? });
         (inputs.numel() > 0).then(keep).transpose()
     }
 
@@ -138,6 +139,10 @@ impl CalibrationStatistics {
     pub(super) fn into_parts(self) -> (Hessian, Option<CrossCovariance>) {
         (self.hessian, self.cross_covariance)
     }
+}
+
+fn in_kind(inputs: &Tensor, kind: Kind) -> Result<Tensor> {
+    inputs.f_to_kind(kind).torch("convert activations")
 }
 
 /// A batch that is kept until the sums come to it.

@@ -11,6 +11,7 @@ use std::{
 use tch::{Device, Kind};
 
 use super::{
+    compute_kinds::ComputeKinds,
     estimate::{Shape, tests::shape},
     journal::{Identity, Journal},
     memory::Limits,
@@ -23,13 +24,15 @@ use super::{
     worker_pool::WorkerPool,
 };
 use crate::{
+    accuracy::Quality,
     architectures::LinearId,
     calibration::{Tokens, Windows},
     checkpoint::Checkpoint,
     cluster::{Cluster, tests::on_all},
     error::{Error, Result},
     gptq::{fault, solver::Solved},
-    plan::{OnFailure, Plan},
+    machine::fast_bf16,
+    plan::{ComputeDtype, OnFailure, Plan},
     progress::{Event, Progress, Silent},
     report::{LinearReport, StageMemory},
     variant::Output,
@@ -102,6 +105,7 @@ fn layer_of_rank(
         variants: &variants,
         damp: 0.01,
         accuracy,
+        kinds: ComputeKinds::all(kind),
         output_hessians: output_hessians.as_ref(),
         shared_hessian: false,
         on_failure: OnFailure::Error,
@@ -111,7 +115,7 @@ fn layer_of_rank(
     let limits = limits(batch_tokens);
     let folder = folder.path();
     let mut pool =
-        WorkerPool::new(&checkpoint, &devices, kind, &windows, task, limits, folder, None, context).unwrap();
+        WorkerPool::new(&checkpoint, &devices, &windows, task, limits, folder, None, context).unwrap();
     let mut kept = Kept::default();
     pool.solve_layer(0, &Mutex::new(&mut kept), None).unwrap();
     kept.0
@@ -177,14 +181,14 @@ fn ranks_solve_exactly_the_same() {
 /// Bytes and barriers of the first layer are those that the preflight computes.
 #[test]
 fn ranks_exchange_what_is_computed() {
-    let kind = Kind::Float;
+    let (kind, kinds) = (Kind::Float, ComputeKinds::all(Kind::Float));
     let outputs: [Output; 1] = ["4bit-16g-act".parse().unwrap()];
     for name in ["llama3-gqa-rope", "cohere", "mixtral"] {
         let checkpoint = model(name);
         let config = checkpoint.config();
         let reference = Plan::default().accuracy(config).runs_reference();
         let shape =
-            Shape { kind, windows: 13, seq_len: SEQ_LEN, outputs: &outputs, reference, ..shape(config) };
+            Shape { kinds, windows: 13, seq_len: SEQ_LEN, outputs: &outputs, reference, ..shape(config) };
         for ranks in [2, 3, 4] {
             let all = on_all(ranks, |rank| {
                 layer_of_rank(name, 1, 3 * SEQ_LEN, kind, false, &rank);
@@ -289,4 +293,26 @@ fn interrupted_gradients_resume_to_the_same_bytes() {
     bytes[5] ^= 1;
     std::fs::write(&path, bytes).unwrap();
     assert!(matches!(gradients(folder.path(), 150, 1, false), Err(Error::Journal(_))));
+}
+
+/// Rounding to bf16 is as large as what 8 bits make of the activations, so that asymmetric calibration would correct noise.
+#[test]
+fn eight_bits_with_asymmetric_calibration_take_fp32_forward_passes() {
+    let checkpoint = model("llama3-gqa-rope");
+    let of = |quality: Quality, compute_dtype: ComputeDtype, variants: &[&str]| {
+        let plan = Plan { quality, compute_dtype, ..Plan::default() };
+        let kinds = ComputeKinds::of(&plan, &checkpoint, Device::Cpu).unwrap();
+        let outputs: Vec<Output> = variants.iter().map(|variant| variant.parse().unwrap()).collect();
+        (kinds.of_outputs(&outputs), kinds.note(&outputs).is_some())
+    };
+    let fast = if fast_bf16() { Kind::BFloat16 } else { Kind::Float };
+    let (auto, noted) = (ComputeDtype::Auto, fast_bf16());
+    let both = if fast_bf16() { vec![Kind::BFloat16, Kind::Float] } else { vec![Kind::Float] };
+    assert_eq!(of(Quality::Standard, auto, &["4bit-128g", "8bit-128g", "q6_k"]), (both.clone(), noted));
+    assert_eq!(of(Quality::Standard, auto, &["q4_k_m", "q8_0"]), (both, noted));
+    assert_eq!(of(Quality::Standard, auto, &["8bit-128g"]), (vec![Kind::Float], noted));
+    assert_eq!(of(Quality::Standard, auto, &["4bit-128g", "3bit-128g"]), (vec![fast], false));
+    assert_eq!(of(Quality::Fast, auto, &["8bit-128g"]), (vec![fast], false));
+    assert_eq!(of(Quality::Standard, ComputeDtype::Bf16, &["8bit-128g"]), (vec![Kind::BFloat16], false));
+    assert_eq!(of(Quality::Standard, ComputeDtype::Fp32, &["4bit-128g"]), (vec![Kind::Float], false));
 }

@@ -64,6 +64,8 @@ const REFERENCE_RUNS_FIRST: &str = "the reference model runs through a layer fir
 /// A device and the windows that are run on it.
 pub(super) struct Worker<'a> {
     transformer: Transformer<'a>,
+    /// The kind that activations are multiplied in for statistics.
+    statistics: Kind,
     store: Arc<ActivationStore>,
     windows: Range<usize>,
     seq_len: usize,
@@ -88,6 +90,7 @@ impl<'a> Worker<'a> {
     /// `per_batch` of these windows go through the model together.
     pub(super) fn new(
         transformer: Transformer<'a>,
+        statistics: Kind,
         store: Arc<ActivationStore>,
         windows: Range<usize>,
         seq_len: usize,
@@ -96,6 +99,7 @@ impl<'a> Worker<'a> {
     ) -> Self {
         Self {
             transformer,
+            statistics,
             store,
             windows,
             seq_len,
@@ -134,11 +138,11 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Begins hidden states with those of an interrupted run: a file for each stream, of `kind`.
-    pub(super) fn resume_from(&mut self, files: &[Arc<WindowFile>], kind: Kind) -> Result<()> {
-        for file in files {
+    /// Begins hidden states with those of an interrupted run: a file for each stream, and the kind of what it holds.
+    pub(super) fn resume_from(&mut self, files: &[(Arc<WindowFile>, Kind)]) -> Result<()> {
+        for (file, kind) in files {
             let mut hidden = self.stream();
-            hidden.take_from_journal(file, kind)?;
+            hidden.take_from_journal(file, *kind)?;
             self.hidden.push(hidden);
         }
         Ok(())
@@ -264,7 +268,7 @@ impl<'a> Worker<'a> {
     ) -> Result<Captured> {
         let config = self.layer();
         let device = self.device();
-        let kind = self.kind();
+        let kind = self.statistics;
         let groups = config.stages[stage].groups.iter();
         let statistics = groups.map(|group| {
             let weights = group.linears.clone().map(|position| &self.weights().of(position).0);

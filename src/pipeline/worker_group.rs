@@ -6,8 +6,11 @@ use std::{
     thread,
 };
 
+use tch::Kind;
+
 use super::{
     collective::{Collective, connect},
+    compute_kinds::ComputeKinds,
     journal::{Kept, NextStates},
     output_hessians::OutputHessians,
     stage_memory::At,
@@ -51,6 +54,7 @@ pub(super) struct Task<'a> {
     pub(super) variants: &'a [Output],
     pub(super) damp: f64,
     pub(super) accuracy: AccuracyOptions,
+    pub(super) kinds: ComputeKinds,
     /// Output Hessians; `None` without that option.
     pub(super) output_hessians: Option<&'a OutputHessians>,
     pub(super) shared_hessian: bool,
@@ -65,13 +69,28 @@ impl Task<'_> {
         if self.shared_hessian { 1 } else { variants }
     }
 
-    /// Number of activation streams for so many variants, with the reference model's if it is run beside them.
-    pub(super) fn streams(&self, variants: usize) -> usize {
-        self.solved_streams(variants) + usize::from(self.accuracy.runs_reference())
+    /// The kind of each activation stream of the run: the variants', then those of the reference model, one for each kind, if it is
+    /// run beside them.
+    pub(super) fn stream_kinds(&self) -> Vec<Kind> {
+        let solved = &self.variants[..self.solved_streams(self.variants.len())];
+        let mut kinds: Vec<Kind> = solved.iter().map(|variant| self.kinds.of_output(variant)).collect();
+        if self.accuracy.runs_reference() {
+            kinds.extend(self.kinds.of_outputs(self.variants));
+        }
+        kinds
+    }
+
+    /// The stream of the run that is the reference model's beside `variant`, if it is run.
+    fn reference_stream(&self, variant: usize) -> Option<usize> {
+        let own = self.kinds.of_output(&self.variants[variant]);
+        let place = self.kinds.of_outputs(self.variants).iter().position(|&kind| kind == own);
+        let place = place.filter(|_| self.accuracy.runs_reference());
+        place.map(|place| self.variants.len() + place)
     }
 }
 
-/// Devices that work on the same variants, each with a part of the windows; the first solves.
+/// Devices that work on the same variants, each with a part of the windows; the first solves. The variants' forward passes are of one
+/// kind.
 pub(super) struct WorkerGroup<'a> {
     /// The first is the root of their collective.
     workers: Vec<Worker<'a>>,
@@ -96,19 +115,18 @@ impl<'a> WorkerGroup<'a> {
 
     /// Fills the streams of hidden states: with those that were `kept`, or with the embeddings of the windows.
     pub(super) fn begin(&mut self, windows: &Windows, kept: Option<&Kept>) -> Result<()> {
-        let streams = self.task.streams(self.variants.len());
+        let references = usize::from(self.task.accuracy.runs_reference());
+        let streams = self.task.solved_streams(self.variants.len()) + references;
         let Some(kept) = kept else {
             let roundings = self.roundings(streams)?;
             return self.workers.iter_mut().try_for_each(|worker| worker.embed(windows, &roundings));
         };
-        let reference = self.task.accuracy.runs_reference().then_some(self.task.variants.len());
+        let reference = self.task.reference_stream(self.variants[0]);
         let files: Vec<_> = match self.task.shared_hessian {
-            true => kept.files.clone(),
-            false => {
-                self.variants.iter().copied().chain(reference).map(|i| Arc::clone(&kept.files[i])).collect()
-            }
+            true => kept.0.clone(),
+            false => self.variants.iter().copied().chain(reference).map(|i| kept.0[i].clone()).collect(),
         };
-        self.workers.iter_mut().try_for_each(|worker| worker.resume_from(&files, kept.kind))
+        self.workers.iter_mut().try_for_each(|worker| worker.resume_from(&files))
     }
 
     /// What the embeddings of each stream are rounded to: a GGUF file's have another type than fp32. Shared Hessians are those of the
@@ -297,15 +315,16 @@ impl LayerPass<'_, '_, '_> {
     }
 
     /// Advances the reference model's hidden states, and keeps the inputs of its stages in this layer. Every group does so;
-    /// that of the first variant writes the hidden states to the journal.
+    /// that of the first variant of a kind writes the hidden states to the journal.
     fn run_reference(&mut self, layer: usize, reference: usize) -> Result<()> {
         if self.root.is_some() {
             self.context.memory.enter(At::Calibrating);
             let stage = Event::Stage { variant: "unquantized", stage: "all of the layer" };
             self.context.progress.event(&stage);
         }
-        let of_all = self.task.variants.len();
-        let next = self.next.filter(|_| self.variants[0] == 0);
+        let of_all = self.task.reference_stream(self.variants[0]).expect("it is run");
+        let first = (0..self.variants[0]).all(|other| self.task.reference_stream(other) != Some(of_all));
+        let next = self.next.filter(|_| first);
         let file = next.map(|next| Arc::clone(lock(next).file(of_all)));
         self.worker.run_reference(reference, file.as_ref(), layer + 1 == self.task.layers)?;
         if file.is_some() { self.sync(of_all) } else { Ok(()) }

@@ -1,4 +1,4 @@
-//! All devices of a run: variants are spread over them first, then windows.
+//! All devices of a run: variants are spread over them first, those of one kind together, then windows.
 
 use std::{ops::Range, path::Path, sync::Arc, thread};
 
@@ -24,7 +24,8 @@ use crate::{
 /// All worker groups of a run.
 pub(super) struct WorkerPool<'a> {
     checkpoint: &'a Checkpoint,
-    groups: Vec<WorkerGroup<'a>>,
+    /// Of each kind of forward passes.
+    groups: Vec<Vec<WorkerGroup<'a>>>,
     layers: usize,
     /// The next layer's weights, read while this one is solved. Only beside a device that is not the CPU, where it saves time.
     next: Option<Weights>,
@@ -39,7 +40,6 @@ impl<'a> WorkerPool<'a> {
     pub(super) fn new(
         checkpoint: &'a Checkpoint,
         devices: &[Device],
-        kind: Kind,
         windows: &Windows,
         task: Task<'a>,
         limits: Limits,
@@ -49,32 +49,39 @@ impl<'a> WorkerPool<'a> {
     ) -> Result<Self> {
         let memory = MemoryBudget::new(limits.in_memory);
         let per_batch = limits.windows_per_batch(windows.seq_len());
-        let mut groups = Vec::new();
         let cluster = context.cluster;
         let of_rank =
             windows_of_ranks(windows.count(), per_batch, cluster.ranks()).swap_remove(cluster.rank());
-        for (devices, own) in spread(devices, task.solved_streams(task.variants.len())) {
+        let group = |kind: Kind, devices: &[Device], variants: Vec<usize>| {
             let parts = split(of_rank.len(), devices.len()).into_iter();
             let parts = parts.map(|part| of_rank.start + part.start..of_rank.start + part.end);
             let worker = |(&device, part): (&Device, Range<usize>)| {
                 let store = ActivationStore::new(device, kind, limits.on_device, &memory, spill)?;
                 let transformer = Transformer::new(checkpoint, windows.seq_len(), kind, device)?;
-                Ok(Worker::new(transformer, store, part, windows.seq_len(), per_batch, context))
+                let (statistics, seq_len) = (task.kinds.statistics, windows.seq_len());
+                Ok(Worker::new(transformer, statistics, store, part, seq_len, per_batch, context))
             };
             let workers = devices.iter().zip(parts).map(worker).collect::<Result<_>>()?;
-            let all = 0..task.variants.len();
-            let variants = if task.shared_hessian { all } else { own };
-            let mut group = WorkerGroup::new(workers, variants.collect(), task, context)?;
+            let mut group = WorkerGroup::new(workers, variants, task, context)?;
             group.begin(windows, kept)?;
-            groups.push(group);
-        }
+            Ok(group)
+        };
+        let of_kind = |kind: Kind| {
+            let of_kind = |&i: &usize| task.kinds.of_output(&task.variants[i]) == kind;
+            let all: Vec<usize> = (0..task.variants.len()).filter(of_kind).collect();
+            let spread = spread(devices, task.solved_streams(all.len())).into_iter();
+            // With shared Hessians all are solved together.
+            let own = |part: Range<usize>| if task.shared_hessian { all.clone() } else { all[part].to_vec() };
+            spread.map(|(devices, part)| group(kind, &devices, own(part))).collect()
+        };
+        let groups = task.kinds.of_outputs(task.variants).into_iter().map(of_kind).collect::<Result<_>>()?;
         let device = devices.iter().copied().find(|d| *d != Device::Cpu);
         let page_locked = device.map(HostPool::for_libtorch).transpose()?;
         Ok(Self { checkpoint, groups, layers: task.layers, next: None, page_locked, context })
     }
 
     pub(super) fn solver_name(&self) -> &'static str {
-        self.groups[0].solver_name()
+        self.groups[0][0].solver_name()
     }
 
     /// Width of the hidden states.
@@ -84,7 +91,7 @@ impl<'a> WorkerPool<'a> {
 
     /// Progress steps of a layer.
     pub(super) fn steps(&self, layer: usize) -> u64 {
-        self.groups.iter().map(|group| group.steps(layer)).sum()
+        self.groups.iter().flatten().map(|group| group.steps(layer)).sum()
     }
 
     /// Solves a layer for all variants. The hidden states behind it are also written to `next`; the last layer has none.
@@ -106,7 +113,8 @@ impl<'a> WorkerPool<'a> {
         let (solved, ahead) = thread::scope(|scope| {
             let ahead =
                 prefetch.then(|| scope.spawn(move || Weights::read(checkpoint, layer + 1, page_locked)));
-            let solved = solve_all(&mut self.groups, weights, sink, next);
+            let mut kinds = self.groups.iter_mut();
+            let solved = kinds.try_for_each(|groups| solve_all(groups, &weights, sink, next));
             (solved, ahead.map(|thread| thread.join().expect("reading does not panic")))
         });
         solved?;
@@ -115,15 +123,15 @@ impl<'a> WorkerPool<'a> {
     }
 }
 
-/// Solves a layer in all groups at the same time.
+/// Solves a layer in some groups at the same time.
 fn solve_all<'s>(
     groups: &mut [WorkerGroup<'_>],
-    weights: Weights,
+    weights: &Weights,
     sink: &SharedSink<'s>,
     next: Option<&SharedStates<'s>>,
 ) -> Result<()> {
     if let [only] = groups {
-        return only.solve_layer(&weights, sink, next);
+        return only.solve_layer(weights, sink, next);
     }
     // A tensor may move to another thread, but two threads may not share it.
     let copies = (0..groups.len()).map(|_| weights.on(Device::Cpu)).collect::<Result<Vec<_>>>()?;

@@ -123,6 +123,8 @@ fn every_configuration_goes_on_to_the_same_bytes() {
         plan(&["4bit-32g", "q4_0", "q4_k_m"]),
         Plan { quality: Quality::Best, ..plan(&["q4_k_m"]) },
         Plan { shared_hessian: true, ..plan(&["q3_k_m", "4bit-32g"]) },
+        // Two variants of one kind of forward passes and one of another, on two devices.
+        Plan { device: "cpu,cpu".into(), ..plan(&["8bit-32g", "4bit-32g", "4bit-32g-act"]) },
         // Windows of one variant on two devices.
         Plan { quality: Quality::Best, device: "cpu,cpu".into(), ..plan(&["4bit-32g"]) },
     ];

@@ -72,8 +72,8 @@ pub trait Factorized {
         Err(Error::Value { what: format!("device for {kind}"), expected, found: "another".into() })
     }
 
-    /// `B (H + λI)⁻¹` fp32 of `B` `[N, K]` fp32; `None` if there is no factor because weights are rounded. If `products` are bf16, a
-    /// solver may round what it multiplies to that.
+    /// `B (H + λI)⁻¹` of `B` `[N, K]` fp32; `None` if there is no factor because weights are rounded. If `products` are bf16, a
+    /// solver may round what it multiplies to that, and return it so; else it is fp32.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -158,50 +158,54 @@ fn damped<F: Borrow<Tensor>>(
     Err(NumericalError::NotPositiveDefinite { stage: stage.to_owned(), damp: 1.0 }.into())
 }
 
-/// The targets of weights that share inputs: `W + α W D (H + λI)⁻¹` `[N, K]` fp32, with the cross-covariance `D` of these
-/// inputs. `stage` names the inputs in errors. If `factor` rounds failures, the weight itself replaces a target that is not
-/// finite.
+/// The targets of weights that share inputs: `W + α W D (H + λI)⁻¹` `[N, K]` fp32, with the finished cross-covariance of these
+/// inputs. If `factor` rounds failures, the weight itself replaces a target that is not finite.
 ///
 /// # Errors
-/// When an input or a target is NaN or infinite, or libtorch fails.
+/// When a target is NaN or infinite, or libtorch fails.
 pub fn targets(
     factor: &dyn Factorized,
     cross_covariance: &CrossCovariance,
     weights: &[Weight<'_>],
-    alpha: f64,
-    stage: &str,
 ) -> Result<Vec<Tensor>> {
-    let sums = cross_covariance.finish(alpha, stage)?;
+    let (sums, kind) = (cross_covariance.finished(), cross_covariance.product_kind());
     let device = sums.device();
     let rows = |weight: &Weight<'_>| weight.values.size()[0];
     // `D (H + λI)⁻¹` is divided once for all weights; for few rows it is cheaper to divide each `W D`.
-    let shared = weights.iter().map(rows).sum::<i64>() > sums.size()[0];
-    let kind = cross_covariance.product_kind();
-    let d = match shared {
-        _ if cross_covariance.is_product() => None,
-        true => match factor.divide(&sums, kind)? {
+    let shared = !cross_covariance.is_product() && weights.iter().map(rows).sum::<i64>() >= sums.size()[0];
+    let d = match (cross_covariance.is_product(), shared) {
+        (true, _) => None,
+        (false, false) => Some(sums.shallow_clone()),
+        (false, true) => match factor.divide(sums, kind)? {
             Some(divided) => Some(divided),
             None => return weights.iter().map(|weight| as_fp32(weight, device)).collect(),
         },
-        false => Some(sums.shallow_clone()),
     };
     let d = d.map(|d| d.f_to_kind(kind)).transpose().torch("convert a cross-covariance")?;
     let mut first = 0;
     let mut target = |weight: &Weight<'_>| {
         let (begin, count) = (first, rows(weight));
         first += count;
-        let product = || match &d {
-            Some(d) => weight.values.f_to_device(device)?.f_to_kind(kind)?.f_mm(d)?.f_to_kind(Kind::Float),
-            None => sums.f_narrow(0, begin, count),
+        // The product of some rows with `d`.
+        let product = |from: i64, rows: i64| match &d {
+            Some(d) => weight.values.f_narrow(0, from, rows)?.f_to_device(device)?.f_to_kind(kind)?.f_mm(d),
+            None => sums.f_narrow(0, begin + from, rows),
         };
-        let product = product().torch("compute a target")?;
-        let shift = if shared && d.is_some() { Some(product) } else { factor.divide(&product, kind)? };
-        let Some(mut target) = shift else { return as_fp32(weight, device) };
-        let mut add = || match device {
-            Device::Cpu => raw::add_finite(&mut target, weight.values),
-            _ => bool::try_from(target.f_add_(&weight.values.f_to_device(device)?)?.f_isfinite()?.f_all()?),
+        let shift = match shared {
+            true => None,
+            false => {
+                let product = product(0, count).and_then(|product| product.f_to_kind(Kind::Float));
+                match factor.divide(&product.torch("compute a target")?, kind)? {
+                    Some(shift) => Some(shift),
+                    None => return as_fp32(weight, device),
+                }
+            }
         };
-        if add().torch("compute a target")? {
+        let shift = |from: i64, rows: i64| match &shift {
+            Some(shift) => shift.f_narrow(0, from, rows),
+            None => product(from, rows),
+        };
+        if let Some(target) = shifted(weight.values, device, shift).torch("compute a target")? {
             return Ok(target);
         }
         check_finite(weight)?;
@@ -214,31 +218,50 @@ pub fn targets(
     weights.iter().map(&mut target).collect()
 }
 
+/// Rows of a target computed together on the CPU: enough for a fast product, few enough for buffers that are used again.
+const TARGET_ROWS: i64 = 4096;
+
+/// A weight `[N, K]` plus the `shift` of its rows (the first, and how many), in fp32. `None` if a sum is not finite.
+fn shifted(
+    weight: &Tensor,
+    device: Device,
+    shift: impl Fn(i64, i64) -> Result<Tensor, TchError>,
+) -> Result<Option<Tensor>, TchError> {
+    let n = weight.size()[0];
+    if device != Device::Cpu {
+        let target = shift(0, n)?.f_to_kind(Kind::Float)?.f_add_(&weight.f_to_device(device)?)?;
+        return Ok(bool::try_from(target.f_isfinite()?.f_all()?)?.then_some(target));
+    }
+    let mut target = Tensor::f_empty(weight.size(), (Kind::Float, device))?;
+    let mut finite = true;
+    for from in (0..n).step_by(TARGET_ROWS as usize) {
+        let rows = TARGET_ROWS.min(n - from);
+        let (own, shift) = (weight.f_narrow(0, from, rows)?, shift(from, rows)?);
+        finite &= raw::add_rows(&mut target, from as usize, &shift, &own)?;
+    }
+    Ok(finite.then_some(target))
+}
+
 fn as_fp32(weight: &Weight<'_>, device: Device) -> Result<Tensor> {
     let convert = || weight.values.f_to_device(device)?.f_to_kind(Kind::Float);
     convert().torch("convert a weight")
 }
 
 /// [`Factorized::divide`] by an upper triangular `factor` of `H + λI`, in the order of `columns`.
-fn divide_by(b: &Tensor, factor: &Tensor, columns: impl Iterator<Item = u32>) -> Result<Option<Tensor>> {
-    divide_in_order(b, columns, |b| {
-        let half = factor.f_tr()?.f_linalg_solve_triangular(&b, false, false, false)?;
-        drop(b);
-        factor.f_linalg_solve_triangular(&half, true, false, false)
-    })
+fn divide_by(b: &Tensor, factor: &Tensor, columns: &[u32]) -> Result<Option<Tensor>> {
+    let divide = || {
+        let half = select_columns(b, columns)
+            .and_then(|b| factor.f_tr()?.f_linalg_solve_triangular(&b, false, false, false))?;
+        select_columns(&factor.f_linalg_solve_triangular(&half, true, false, false)?, &places(columns))
+    };
+    divide().torch("divide by a factor").map(Some)
 }
 
-/// What `divide` makes of `b`, with columns in the order of `columns` meanwhile.
-fn divide_in_order(
-    b: &Tensor,
-    columns: impl Iterator<Item = u32>,
-    divide: impl FnOnce(Tensor) -> Result<Tensor, TchError>,
-) -> Result<Option<Tensor>> {
-    let columns: Vec<u32> = columns.collect();
+/// The place of each column in `columns`.
+fn places(columns: &[u32]) -> Vec<u32> {
     let mut places = vec![0; columns.len()];
     columns.iter().zip(0..).for_each(|(&column, place)| places[column as usize] = place);
-    let divided = select_columns(b, &columns).and_then(divide).and_then(|b| select_columns(&b, &places));
-    divided.torch("divide by a factor").map(Some)
+    places
 }
 
 fn select_columns(matrix: &Tensor, columns: &[u32]) -> Result<Tensor, TchError> {

@@ -18,7 +18,7 @@ use tch::Kind;
 
 pub(super) use identity::Identity;
 pub(super) use state::{BranchState, State};
-use state::{CheckedFile, GradientSums, HiddenFiles};
+use state::{CheckedFile, GradientSums, HiddenFile};
 
 use super::{
     output_folder::{JOURNAL_FOLDER, Place},
@@ -74,13 +74,8 @@ pub(super) struct LayerCosts {
     pub(super) exchange: Option<LayerExchange>,
 }
 
-/// Hidden states that were kept.
-pub(super) struct Kept {
-    /// One a stream, of all windows.
-    pub(super) files: Vec<Arc<WindowFile>>,
-    /// The kind that they were computed in.
-    pub(super) kind: Kind,
-}
+/// Hidden states that were kept: a file for each stream, of all windows, and the kind that they were computed in.
+pub(super) struct Kept(pub(super) Vec<(Arc<WindowFile>, Kind)>);
 
 impl Journal {
     /// The journal of the run that `place` holds, or a new one.
@@ -175,12 +170,14 @@ impl Journal {
     /// # Errors
     /// When they are not what was written.
     pub(super) fn kept(&self, windows: Range<usize>) -> Result<Option<Kept>> {
-        let Some(HiddenFiles { dtype, window_bytes, files }) = &self.state.hidden else { return Ok(None) };
-        let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
-        let kind = kinds.into_iter().find(|&kind| kind_name(kind) == dtype);
-        let kind = kind.ok_or_else(|| self.broken(format!("hidden states in `{dtype}`")))?;
-        let open = |file: &CheckedFile| file.open(&self.folder, *window_bytes, windows.clone()).map(Arc::new);
-        Ok(Some(Kept { files: files.iter().map(open).collect::<Result<_>>()?, kind }))
+        let Some(hidden) = &self.state.hidden else { return Ok(None) };
+        let open = |HiddenFile { dtype, window_bytes, file }: &HiddenFile| {
+            let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
+            let kind = kinds.into_iter().find(|&kind| kind_name(kind) == dtype);
+            let kind = kind.ok_or_else(|| self.broken(format!("hidden states in `{dtype}`")))?;
+            Ok((Arc::new(file.open(&self.folder, *window_bytes, windows.clone())?), kind))
+        };
+        Ok(Some(Kept(hidden.iter().map(open).collect::<Result<_>>()?)))
     }
 
     /// The output Hessians so far: a window file whose entries are layers, and the number of calibration windows in the sums.
@@ -244,24 +241,23 @@ impl Journal {
         Error::journal(&self.folder, format!("it holds {what}"))
     }
 
-    /// New files for the hidden states in front of a layer: one for each of so many `streams`, each of so many `windows`. The root
-    /// creates them, and all ranks write to them.
+    /// New files for the hidden states in front of a layer: one for each stream, of values of its kind, each of so many `windows` of so
+    /// many `values`. The root creates them, and all ranks write to them.
     pub(super) fn next(
         &self,
         cluster: &Cluster,
         layer: usize,
-        streams: usize,
+        kinds: &[Kind],
         windows: usize,
-        window_bytes: usize,
-        kind: Kind,
+        values: usize,
     ) -> Result<NextStates> {
         let open = if cluster.is_root() { WindowFile::create } else { WindowFile::share };
-        let open = |stream: usize| {
+        let open = |(stream, kind): (usize, &Kind)| {
             let path = self.folder.join(format!("hidden-{layer}-{stream}"));
-            open(path, windows, window_bytes).map(Arc::new)
+            open(path, windows, values * kind.elt_size_in_bytes()).map(Arc::new)
         };
-        let files = cluster.root_first(|| (0..streams).map(open).collect::<Result<_>>())?;
-        Ok(NextStates { files, kind, syncing: Vec::new(), committed: !cluster.is_root() })
+        let files = cluster.root_first(|| kinds.iter().enumerate().map(open).collect::<Result<_>>())?;
+        Ok(NextStates { files, kinds: kinds.to_vec(), syncing: Vec::new(), committed: !cluster.is_root() })
     }
 
     /// Commits one more layer. `branches` must be on the disk already; `next` is `None` after the last layer.
@@ -333,7 +329,7 @@ impl Journal {
 
     /// Removes files that the state does not refer to: older hidden states, and the unfinished files of a killed run.
     fn remove_others(&self) -> Result<()> {
-        let files = self.state.hidden.iter().flat_map(|hidden| &hidden.files);
+        let files = self.state.hidden.iter().flatten().map(|hidden| &hidden.file);
         let sums = self.state.gradients.iter().map(|sums| &sums.file);
         let known: Vec<&str> =
             files.chain(sums).map(|file| file.name.as_str()).chain([state::STATE_FILE, LOCK_FILE]).collect();
@@ -366,7 +362,8 @@ impl Drop for Journal {
 /// Hidden states that are being written. Their files are removed if this is dropped before the commit.
 pub(super) struct NextStates {
     files: Vec<Arc<WindowFile>>,
-    kind: Kind,
+    /// Of the values in each.
+    kinds: Vec<Kind>,
     /// Syncs of complete streams that are under way.
     syncing: Vec<JoinHandle<Result<()>>>,
     committed: bool,
@@ -406,14 +403,13 @@ impl NextStates {
         self.syncing.drain(..).try_for_each(|thread| thread.join().expect("syncing does not panic"))
     }
 
-    fn finish(&mut self) -> Result<HiddenFiles> {
+    fn finish(&mut self) -> Result<Vec<HiddenFile>> {
         self.finish_syncing()?;
-        let files = self.files.iter().map(|file| CheckedFile::of(file));
-        Ok(HiddenFiles {
-            dtype: kind_name(self.kind).into(),
-            window_bytes: self.files.first().map_or(0, |file| file.window_bytes()),
-            files: files.collect::<Result<_>>()?,
-        })
+        let hidden = |(file, kind): (&Arc<WindowFile>, &Kind)| {
+            let (dtype, window_bytes) = (kind_name(*kind).into(), file.window_bytes());
+            Ok(HiddenFile { dtype, window_bytes, file: CheckedFile::of(file)? })
+        };
+        self.files.iter().zip(&self.kinds).map(hidden).collect()
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{
 /// The file's name.
 pub(super) const STATE_FILE: &str = "state.json";
 /// Its beginning. The number rises when a reader of older states could misread a newer one.
-const MAGIC: &str = "gptq-journal/2 ";
+const MAGIC: &str = "gptq-journal/3 ";
 
 /// Progress of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -29,8 +29,8 @@ pub(in crate::pipeline) struct State {
     pub(super) layers: usize,
     /// Layers of the model.
     pub(super) total_layers: usize,
-    /// Hidden states behind the last finished layer; none before the first and after the last.
-    pub(super) hidden: Option<HiddenFiles>,
+    /// Hidden states behind the last finished layer, of each stream; none before the first and after the last.
+    pub(super) hidden: Option<Vec<HiddenFile>>,
     /// Output Hessians, once gradients of some windows are summed; none where they are not used.
     pub(super) gradients: Option<GradientSums>,
     /// The branches as far as they are, in the plan's order; empty before the first layer is finished.
@@ -61,15 +61,14 @@ pub(in crate::pipeline) struct State {
     pub(in crate::pipeline) sealed: bool,
 }
 
-/// Hidden states on disk: a file for each stream of them.
+/// Hidden states of a stream on disk.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(super) struct HiddenFiles {
+pub(super) struct HiddenFile {
     /// `bf16`.
     pub(super) dtype: String,
     /// Bytes of a window.
     pub(super) window_bytes: usize,
-    /// In the order of the streams.
-    pub(super) files: Vec<CheckedFile>,
+    pub(super) file: CheckedFile,
 }
 
 /// Output Hessians of all layers: sums over some calibration windows, means once these are all windows.

@@ -14,8 +14,8 @@ use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Damped, Damping, Factor, Factorization, Factorized, Solution, Solver, Weight, damped, divide_in_order,
-    panel_width,
+    Damped, Damping, Factor, Factorization, Factorized, Solution, Solver, Weight, damped, panel_width,
+    places, select_columns,
 };
 use crate::{
     accuracy::Scales,
@@ -168,10 +168,10 @@ impl Factorized for CpuFactor {
     }
 
     fn divide(&self, b: &Tensor, products: Kind) -> Result<Option<Tensor>> {
-        divide_in_order(b, self.damped.order.columns().iter().rev().copied(), |b| {
-            cholesky::divide(&b, &self.damped.factor, products)?;
-            Ok(b)
-        })
+        let columns: Vec<u32> = self.damped.order.columns().iter().rev().copied().collect();
+        let divided = cholesky::divide(b, &columns, &self.damped.factor, products)
+            .and_then(|divided| select_columns(&divided, &places(&columns)));
+        divided.torch("divide by a factor").map(Some)
     }
 }
 

@@ -219,7 +219,7 @@ impl Factorized for CudaFactor {
     }
 
     fn divide(&self, b: &Tensor, _products: Kind) -> Result<Option<Tensor>> {
-        divide_by(b, &self.damped.factor, self.damped.order.columns().iter().copied())
+        divide_by(b, &self.damped.factor, self.damped.order.columns())
     }
 }
 

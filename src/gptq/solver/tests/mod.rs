@@ -127,29 +127,30 @@ fn targets_have_the_least_error() {
     let x = Tensor::randn([300, 12], options);
     let reference = &x + Tensor::randn([300, 12], options) * 0.2 + x.roll([1], [1]) * 0.3;
     let (mut hessian, mut cross) =
-        (Hessian::new(12, Device::Cpu).unwrap(), CrossCovariance::new(12, Device::Cpu).unwrap());
+        (Hessian::new(12, Device::Cpu).unwrap(), CrossCovariance::new(12, Kind::Float, Device::Cpu).unwrap());
     for (first, count) in [(0, 100), (100, 200)] {
         let part = |t: &Tensor| t.narrow(0, first, count);
         hessian.add(&part(&x)).unwrap();
         cross.add(&part(&x), &part(&reference)).unwrap();
     }
-    let hessian = hessian.finish("test").unwrap();
+    let (hessian, cross) = (hessian.finish("test").unwrap(), cross.finish(1.0, "test").unwrap());
     let values: Vec<Tensor> = (0..3).map(|_| Tensor::randn([5, 12], options)).collect();
     // For so few rows the sums are those of `W D`.
     let mut product = CrossCovariance::of_weights(&[&values[0]], Kind::Float, Device::Cpu).unwrap();
     product.add(&x, &reference).unwrap();
     assert!(product.is_product());
+    let product = product.finish(1.0, "test").unwrap();
     let weights: Vec<Weight<'_>> = values.iter().map(|values| Weight { name: "test", values }).collect();
     for sorting in ["4bit-32g", "4bit-32g-act"].map(|v| v.parse::<Variant>().unwrap().sorting(false)) {
         let of = |solver: &dyn Solver, count: usize| {
             let factor = solver.factorize(&hessian, sorting, 0.0, "test").unwrap();
-            targets(&*factor, &cross, &weights[..count], 1.0, "test").unwrap()
+            targets(&*factor, &cross, &weights[..count]).unwrap()
         };
         for solver in [&CpuSolver::new() as &dyn Solver, &TorchSolver::default()] {
             let (alone, together) = (of(solver, 1), of(solver, 3));
             assert!(alone[0].allclose(&together[0], 1e-4, 1e-5, false));
             let factor = solver.factorize(&hessian, sorting, 0.0, "test").unwrap();
-            let of_product = targets(&*factor, &product, &weights[..1], 1.0, "test").unwrap();
+            let of_product = targets(&*factor, &product, &weights[..1]).unwrap();
             assert!(of_product[0].allclose(&together[0], 1e-4, 1e-5, false));
             for (weight, target) in values.iter().zip(&together) {
                 let error = |w: &Tensor| {
@@ -166,6 +167,26 @@ fn targets_have_the_least_error() {
     }
     let rounded =
         RtnSolver.factorize(&hessian, "4bit-32g".parse::<Variant>().unwrap().sorting(false), 0.0, "test");
-    let rounded = targets(&*rounded.unwrap(), &cross, &weights, 1.0, "test").unwrap();
+    let rounded = targets(&*rounded.unwrap(), &cross, &weights).unwrap();
     assert!(rounded.iter().zip(&values).all(|(target, weight)| target == weight));
+}
+
+/// Inputs are multiplied in bf16, which cannot tell them from the reference model's.
+#[test]
+fn a_cross_covariance_takes_differences_before_it_rounds() {
+    tch::manual_seed(5);
+    let x = Tensor::randn([300, 12], (Kind::Float, Device::Cpu)).abs() + 1.0;
+    let reference = &x * (1.0 + 1.0 / 4096.0);
+    let sums = |kind: Kind, weights: &[&Tensor]| {
+        let mut sums = CrossCovariance::of_weights(weights, kind, Device::Cpu).unwrap();
+        sums.add(&x, &reference).unwrap();
+        sums.finish(1.0, "test").unwrap().finished().copy()
+    };
+    // Few rows, so that the sums are those of `W D`, and many.
+    for rows in [4, 20] {
+        let weight = Tensor::randn([rows, 12], (Kind::Float, Device::Cpu)).abs();
+        let (exact, rounded) = (sums(Kind::Float, &[&weight]), sums(Kind::BFloat16, &[&weight]));
+        let off = (rounded - &exact).abs() / exact.abs();
+        assert!(off.max().double_value(&[]) < 0.02, "{off}");
+    }
 }

@@ -1,0 +1,89 @@
+//! The kinds that a run computes in.
+
+use tch::{Device, Kind};
+
+use crate::{
+    checkpoint::Checkpoint,
+    error::Result,
+    machine::{fast_bf16, product_speed},
+    model::{Compute, source_kind},
+    plan::{ComputeDtype, Plan},
+    variant::Output,
+};
+
+/// Bits from which rounding to bf16 in forward passes is as large as what asymmetric calibration corrects: the difference of the
+/// quantized model's activations to the reference model's.
+const EXACT_FROM_BITS: u32 = 8;
+
+/// Kinds of forward passes and statistics. They depend on the output alone, so that its bytes do not depend on others of the run.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ComputeKinds {
+    /// Of weights and activations in forward passes.
+    forward: Kind,
+    /// The same for outputs of many bits.
+    exact: Kind,
+    /// That activations are multiplied in, for Hessians and cross-covariances.
+    pub(super) statistics: Kind,
+}
+
+impl ComputeKinds {
+    pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, device: Device) -> Result<Self> {
+        let auto = match device {
+            Device::Cpu if fast_bf16() => Kind::BFloat16,
+            Device::Cpu => Kind::Float,
+            _ => Compute::half_of(source_kind(checkpoint)?),
+        };
+        let forward = match plan.compute_dtype {
+            ComputeDtype::Auto => auto,
+            ComputeDtype::Fp32 => Kind::Float,
+            ComputeDtype::Bf16 => Kind::BFloat16,
+            ComputeDtype::Fp16 => Kind::Half,
+        };
+        let asymmetric = plan.accuracy(checkpoint.config()).runs_reference();
+        let exact = plan.compute_dtype == ComputeDtype::Auto && device == Device::Cpu && asymmetric;
+        Ok(Self { forward, exact: if exact { Kind::Float } else { forward }, statistics: forward })
+    }
+
+    /// One kind for all.
+    #[cfg(test)]
+    pub(super) fn all(kind: Kind) -> Self {
+        Self { forward: kind, exact: kind, statistics: kind }
+    }
+
+    /// Of weights and activations in forward passes for an output.
+    pub(super) fn of_output(self, output: &Output) -> Kind {
+        if output.bits() >= EXACT_FROM_BITS { self.exact } else { self.forward }
+    }
+
+    /// [`ComputeKinds::of_output`] of some outputs, each kind once. Each has a reference model of its own, where that is run.
+    pub(super) fn of_outputs(self, outputs: &[Output]) -> Vec<Kind> {
+        let mut kinds = Vec::new();
+        for output in outputs {
+            let kind = self.of_output(output);
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        kinds
+    }
+
+    /// What the user should know of the kinds of these outputs.
+    pub(super) fn note(self, outputs: &[Output]) -> Option<&'static str> {
+        let slower = self.exact != self.forward && self.of_outputs(outputs).contains(&self.exact);
+        slower.then_some(
+            "8 bits: forward passes in fp32, because bf16 is too coarse to calibrate them asymmetrically",
+        )
+    }
+
+    /// Operations a second of large products on the CPU: in the kind of most forward passes, in that of statistics, and in fp32.
+    pub(super) fn product_speeds(self) -> Result<[f64; 3]> {
+        let fp32 = product_speed(Kind::Float)?;
+        let of = |kind| if kind == Kind::Float { Ok(fp32) } else { product_speed(kind) };
+        Ok([of(self.forward)?, of(self.statistics)?, fp32])
+    }
+
+    /// Whether forward passes for an output are of the first of the [`ComputeKinds::product_speeds`], not of the last.
+    pub(super) fn is_usual(self, output: &Output) -> bool {
+        self.of_output(output) == self.forward
+    }
+}
