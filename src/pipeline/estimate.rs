@@ -27,9 +27,9 @@ const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
 /// Bytes of the heaps of a program with threads, beside what is counted.
-const HEAPS: u64 = 48 << 20;
+const HEAPS: u64 = 80 << 20;
 /// Freed buffers that the heaps keep for the next ones: at most this, and a twelfth of what is counted.
-const RETAINED: u64 = 160 << 20;
+const RETAINED: u64 = 112 << 20;
 /// Bytes of CUDA itself: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
