@@ -18,12 +18,11 @@ const EXACT_FROM_BITS: u32 = 8;
 /// Kinds of forward passes and statistics. They depend on the output alone, so that its bytes do not depend on others of the run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ComputeKinds {
-    /// Of weights and activations in forward passes.
-    forward: Kind,
-    /// The same for outputs of many bits.
+    /// Of weights and activations in forward passes; and for all outputs the kind that activations are multiplied in, for Hessians and
+    /// cross-covariances.
+    pub(super) usual: Kind,
+    /// Of forward passes for outputs of many bits.
     exact: Kind,
-    /// That activations are multiplied in, for Hessians and cross-covariances.
-    pub(super) statistics: Kind,
 }
 
 impl ComputeKinds {
@@ -33,7 +32,7 @@ impl ComputeKinds {
             Device::Cpu => Kind::Float,
             _ => Compute::half_of(source_kind(checkpoint)?),
         };
-        let forward = match plan.compute_dtype {
+        let usual = match plan.compute_dtype {
             ComputeDtype::Auto => auto,
             ComputeDtype::Fp32 => Kind::Float,
             ComputeDtype::Bf16 => Kind::BFloat16,
@@ -41,18 +40,18 @@ impl ComputeKinds {
         };
         let asymmetric = plan.accuracy(checkpoint.config()).runs_reference();
         let exact = plan.compute_dtype == ComputeDtype::Auto && device == Device::Cpu && asymmetric;
-        Ok(Self { forward, exact: if exact { Kind::Float } else { forward }, statistics: forward })
+        Ok(Self { usual, exact: if exact { Kind::Float } else { usual } })
     }
 
     /// One kind for all.
     #[cfg(test)]
     pub(super) fn all(kind: Kind) -> Self {
-        Self { forward: kind, exact: kind, statistics: kind }
+        Self { usual: kind, exact: kind }
     }
 
     /// Of weights and activations in forward passes for an output.
     pub(super) fn of_output(self, output: &Output) -> Kind {
-        if output.bits() >= EXACT_FROM_BITS { self.exact } else { self.forward }
+        if output.bits() >= EXACT_FROM_BITS { self.exact } else { self.usual }
     }
 
     /// [`ComputeKinds::of_output`] of some outputs, each kind once. Each has a reference model of its own, where that is run.
@@ -67,23 +66,28 @@ impl ComputeKinds {
         kinds
     }
 
+    /// The kind of each activation stream for some outputs: those that are solved with, one for all with shared Hessians, then those
+    /// of the reference model, one for each kind, if it is run beside them.
+    pub(super) fn of_streams(self, outputs: &[Output], shared_hessian: bool, reference: bool) -> Vec<Kind> {
+        let solved = if shared_hessian { &outputs[..1] } else { outputs };
+        let mut kinds: Vec<Kind> = solved.iter().map(|output| self.of_output(output)).collect();
+        if reference {
+            kinds.extend(self.of_outputs(outputs));
+        }
+        kinds
+    }
+
     /// What the user should know of the kinds of these outputs.
     pub(super) fn note(self, outputs: &[Output]) -> Option<&'static str> {
-        let slower = self.exact != self.forward && self.of_outputs(outputs).contains(&self.exact);
+        let slower = self.exact != self.usual && self.of_outputs(outputs).contains(&self.exact);
         slower.then_some(
             "8 bits: forward passes in fp32, because bf16 is too coarse to calibrate them asymmetrically",
         )
     }
 
-    /// Operations a second of large products on the CPU: in the kind of most forward passes, in that of statistics, and in fp32.
-    pub(super) fn product_speeds(self) -> Result<[f64; 3]> {
+    /// Operations a second of large products on the CPU: in the usual kind, and in fp32.
+    pub(super) fn product_speeds(self) -> Result<[f64; 2]> {
         let fp32 = product_speed(Kind::Float)?;
-        let of = |kind| if kind == Kind::Float { Ok(fp32) } else { product_speed(kind) };
-        Ok([of(self.forward)?, of(self.statistics)?, fp32])
-    }
-
-    /// Whether forward passes for an output are of the first of the [`ComputeKinds::product_speeds`], not of the last.
-    pub(super) fn is_usual(self, output: &Output) -> bool {
-        self.of_output(output) == self.forward
+        Ok([if self.usual == Kind::Float { fp32 } else { product_speed(self.usual)? }, fp32])
     }
 }

@@ -4,7 +4,7 @@
 //! factor, stacked weights, codes, and the activations of one batch; and the activations of all windows, which may be
 //! kept elsewhere.
 
-use tch::{Device, Kind};
+use tch::Device;
 
 use super::{
     compute_kinds::ComputeKinds,
@@ -27,9 +27,9 @@ const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
 /// Bytes of the heaps of a program with threads, beside what is counted.
-const HEAPS: u64 = 80 << 20;
+const HEAPS: u64 = 48 << 20;
 /// Freed buffers that the heaps keep for the next ones: at most this, and a twelfth of what is counted.
-const RETAINED: u64 = 112 << 20;
+const RETAINED: u64 = 160 << 20;
 /// Bytes of CUDA itself: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
@@ -53,12 +53,11 @@ const BESIDE_PRODUCTS: f64 = 1.15;
 /// Work of a layer: floating-point operations over the part of the speed of large products that they reach.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Work {
-    /// In the kind of most forward passes.
-    pub(super) forward: f64,
+    /// Of forward passes, Hessians and cross-covariances in the usual kind.
+    pub(super) usual: f64,
     /// Of forward passes in fp32 beside those.
     pub(super) exact: f64,
-    /// Of Hessians and cross-covariances, in their kind.
-    pub(super) statistics: f64,
+    /// Of solving, in fp32.
     pub(super) fp32: f64,
 }
 
@@ -66,21 +65,15 @@ impl Work {
     /// Of both.
     fn with(self, other: Self) -> Self {
         Self {
-            forward: self.forward + other.forward,
+            usual: self.usual + other.usual,
             exact: self.exact + other.exact,
-            statistics: self.statistics + other.statistics,
             fp32: self.fp32 + other.fp32,
         }
     }
 
-    /// Products in forward passes and statistics, and in fp32, so many times.
+    /// Forward passes and statistics, and solving, so many times.
     fn times(self, products: f64, fp32: f64) -> Self {
-        Self {
-            forward: products * self.forward,
-            exact: products * self.exact,
-            statistics: products * self.statistics,
-            fp32: fp32 * self.fp32,
-        }
+        Self { usual: products * self.usual, exact: products * self.exact, fp32: fp32 * self.fp32 }
     }
 }
 
@@ -150,11 +143,7 @@ impl Shape<'_> {
 
     /// Hidden states of all streams.
     pub(super) fn hidden_states(&self) -> u64 {
-        let streams = if self.shared_hessian { &self.outputs[..1] } else { self.outputs };
-        let mut kinds: Vec<Kind> = streams.iter().map(|output| self.kinds.of_output(output)).collect();
-        if self.reference {
-            kinds.extend(self.kinds.of_outputs(self.outputs));
-        }
+        let kinds = self.kinds.of_streams(self.outputs, self.shared_hessian, self.reference);
         let bytes =
             kinds.iter().map(|kind| (self.config.hidden_size * kind.elt_size_in_bytes()) as u64).sum();
         self.tokens().saturating_mul(bytes)
@@ -221,7 +210,7 @@ impl Shape<'_> {
                 (true, false) => (matrix, n * k * FP32),
             };
             // What is divided by the factor, twice on the CPU, or the quotient and the targets so far.
-            let of_quotient = if cuda { FP32 } else { self.kinds.statistics.elt_size_in_bytes() as u64 };
+            let of_quotient = if cuda { FP32 } else { self.kinds.usual.elt_size_in_bytes() as u64 };
             let quotient = n.min(k) * k * of_quotient;
             let dividing = if cuda { 3 * quotient + targets } else { (2 * quotient).max(quotient + targets) };
             // For few rows it is a product, which is in fp32.
@@ -321,21 +310,18 @@ impl Shape<'_> {
         let variants = self.outputs.len() as f64;
         let streams = if self.shared_hessian { 1.0 } else { variants };
         let references = if self.reference { 1.0 } else { 0.0 };
-        // Forward passes of each kind, with those of its reference model.
-        let of_kind = |usual: bool| {
-            let own = self.outputs.iter().filter(|output| self.kinds.is_usual(output) == usual).count();
-            if own == 0 { 0.0 } else { references + if self.shared_hessian { 1.0 } else { own as f64 } }
-        };
-        let (usual, exact) = (of_kind(true), of_kind(false));
+        let passes = self.kinds.of_streams(self.outputs, self.shared_hessian, self.reference);
+        let usual = passes.iter().filter(|&&kind| kind == self.kinds.usual).count() as f64;
+        let exact = passes.len() as f64 - usual;
         let row_blocks = if self.gradient_windows > 0 { ROW_BLOCKS } else { 1.0 };
         let search = if self.searches { SEARCH } else { 0.0 };
         let mut work = Work::default();
         for stage in &layer.stages {
             for group in &stage.groups {
                 let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
-                work.forward += usual * tokens * token.forward / FORWARD;
                 work.exact += exact * tokens * token.forward / FORWARD;
-                work.statistics += streams * tokens * token.hessian / STATISTICS
+                work.usual += usual * tokens * token.forward / FORWARD
+                    + streams * tokens * token.hessian / STATISTICS
                     + references * variants * tokens * token.cross_covariance / STATISTICS;
                 let alone = streams * k.powi(3) / 3.0 / FACTORIZATION
                     + references * variants * of_targets(n, k) / TARGETS;
@@ -410,6 +396,8 @@ impl Shape<'_> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use tch::Kind;
+
     use super::*;
     use crate::variant::{Bits, GroupSize, Order, Variant};
 

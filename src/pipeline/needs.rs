@@ -176,7 +176,7 @@ impl Needs {
         let all = duration(layers as f64 * layer);
         let gradients = match self.gradient_operations > 0.0 {
             true => {
-                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speeds[2] / self.own.ranks as f64;
+                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speeds[1] / self.own.ranks as f64;
                 format!("{} for gradients and ", duration(seconds))
             }
             false => String::new(),
@@ -190,12 +190,10 @@ impl OfRanks {
         Self { ranks, work: shape.layer_work(ranks), exchange: shape.exchange(ranks) }
     }
 
-    /// Seconds of computation in a layer, with these speeds of products: of most forward passes, of statistics, and in fp32, operations
-    /// a second.
-    fn seconds(&self, [forward, statistics, fp32]: [f64; 3]) -> f64 {
+    /// Seconds of computation in a layer, with the [`ComputeKinds::product_speeds`].
+    fn seconds(&self, [usual, fp32]: [f64; 2]) -> f64 {
         let late = (self.ranks as f64 - 1.0) / ROW_BLOCKS;
-        let Work { forward: usual, exact, statistics: sums, .. } = self.work;
-        let products = usual / forward + exact / fp32 + sums / statistics;
+        let products = self.work.usual / usual + self.work.exact / fp32;
         // About a third of the products are those of sums, which begin later on later ranks.
         products * (1.0 + late / 3.0) + self.work.fp32 / fp32
     }
@@ -204,8 +202,8 @@ impl OfRanks {
 impl Needs {
     /// Floating-point operations of a layer, of all ranks together.
     fn operations(&self) -> f64 {
-        let Work { forward, exact, statistics, fp32 } = self.of_ranks[0].work;
-        forward + exact + statistics + fp32
+        let Work { usual, exact, fp32 } = self.of_ranks[0].work;
+        usual + exact + fp32
     }
 
     /// What the processes of the run exchange in a layer.
@@ -409,7 +407,7 @@ mod tests {
                 ..shape(config)
             };
             let of = |ranks| OfRanks::of(&shape, ranks);
-            let speeds = [5e12, 5e12, 2.5e12];
+            let speeds = [5e12, 2.5e12];
             let alone = of(1).seconds(speeds);
             let mut first = [name.to_string(), format!("{alone:.0} s"), bytes(of(4).exchange.sent as u64)];
             for network in [10.0, 25.0, 200.0] {

@@ -56,11 +56,10 @@ impl PhaseClock {
 /// # Errors
 /// If libtorch cannot compute the products.
 pub(super) fn compare_with_limits(phases: &mut [PhaseReport], kinds: ComputeKinds) -> Result<()> {
-    let [forward, statistics, fp32] = kinds.product_speeds()?;
+    let [usual, fp32] = kinds.product_speeds()?;
     for phase in phases.iter_mut().filter(|phase| phase.operations > 0.0 && phase.seconds > 0.0) {
         let limit = match phase.phase {
-            Phase::Forward => forward,
-            Phase::Hessian | Phase::CrossCovariance => statistics,
+            Phase::Forward | Phase::Hessian | Phase::CrossCovariance => usual,
             _ => fp32,
         };
         phase.of_limit = Some(phase.operations / phase.seconds / limit);

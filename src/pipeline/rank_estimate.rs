@@ -143,7 +143,7 @@ impl Shape<'_> {
             true => k * k,
             false => 0.0,
         };
-        let hessian = Hessian::values_in_blocks(group.width, self.kinds.statistics, Device::Cpu) as f64;
+        let hessian = Hessian::values_in_blocks(group.width, self.kinds.usual, Device::Cpu) as f64;
         (hessian + cross_covariance) * FP32 as f64
     }
 

@@ -69,15 +69,9 @@ impl Task<'_> {
         if self.shared_hessian { 1 } else { variants }
     }
 
-    /// The kind of each activation stream of the run: the variants', then those of the reference model, one for each kind, if it is
-    /// run beside them.
+    /// The kind of each activation stream of the run.
     pub(super) fn stream_kinds(&self) -> Vec<Kind> {
-        let solved = &self.variants[..self.solved_streams(self.variants.len())];
-        let mut kinds: Vec<Kind> = solved.iter().map(|variant| self.kinds.of_output(variant)).collect();
-        if self.accuracy.runs_reference() {
-            kinds.extend(self.kinds.of_outputs(self.variants));
-        }
-        kinds
+        self.kinds.of_streams(self.variants, self.shared_hessian, self.accuracy.runs_reference())
     }
 
     /// The stream of the run that is the reference model's beside `variant`, if it is run.

@@ -58,7 +58,7 @@ impl<'a> WorkerPool<'a> {
             let worker = |(&device, part): (&Device, Range<usize>)| {
                 let store = ActivationStore::new(device, kind, limits.on_device, &memory, spill)?;
                 let transformer = Transformer::new(checkpoint, windows.seq_len(), kind, device)?;
-                let (statistics, seq_len) = (task.kinds.statistics, windows.seq_len());
+                let (statistics, seq_len) = (task.kinds.usual, windows.seq_len());
                 Ok(Worker::new(transformer, statistics, store, part, seq_len, per_batch, context))
             };
             let workers = devices.iter().zip(parts).map(worker).collect::<Result<_>>()?;
