@@ -178,12 +178,10 @@ pub struct Scales {
 pub enum ScaleSearch {
     /// The scale of the weights' range.
     Off,
-    /// That scale and smaller scales, which clip the largest weights and round all others more finely. The best scale has the
-    /// least `Σ Ũ_ii² (q_i − w_i)²`. GPTQ's `mse` option and Marlin's quantizer (arXiv 2408.11743) search so too. Here the
-    /// weight is the cost of a column's error after compensation by later columns.
-    Diagonal,
-    /// The best few of those, each with the codes that the column loop chooses in this group. The best scale has the least
-    /// `‖(q − w) Ũ_gg‖²`, the group's part of the objective.
+    /// That scale and smaller scales, which clip the largest weights and round all others more finely. The few with the least
+    /// `Σ Ũ_ii² (q_i − w_i)²` are compared, each with the codes that the column loop chooses in this group. The best scale has the
+    /// least `‖(q − w) Ũ_gg‖²`, the group's part of the objective. GPTQ's `mse` option and Marlin's quantizer (arXiv 2408.11743)
+    /// search by the first sum, unweighted.
     Block,
 }
 
@@ -257,7 +255,7 @@ mod tests {
 
     #[test]
     fn the_scale_of_the_range_comes_first_and_signs_alternate() {
-        let searched = Scales { signed: true, search: ScaleSearch::Diagonal };
+        let searched = Scales { signed: true, search: ScaleSearch::Block };
         let factors = searched.factors(Bits::Four, true);
         assert_eq!(factors.len(), 92);
         assert_eq!(factors[..3], [1.0, -1.0, 0.99]);
@@ -269,7 +267,7 @@ mod tests {
 
     #[test]
     fn searches_print_what_they_parse() {
-        for search in [ScaleSearch::Off, ScaleSearch::Diagonal, ScaleSearch::Block] {
+        for search in [ScaleSearch::Off, ScaleSearch::Block] {
             let parsed = serde_json::from_value::<ScaleSearch>(search.to_string().into());
             assert_eq!(parsed.unwrap(), search);
         }

@@ -167,9 +167,9 @@ pub(super) struct QuantizeArgs {
     /// Keep all scales positive
     #[arg(long, help_heading = ACCURACY)]
     pub(super) unsigned_scales: bool,
-    /// Search for the scales with the smallest error. off: take the range of a group's weights. diagonal: compare candidates
-    /// by the Hessian's diagonal. block: also by the Hessian of the group [default: by --quality]
-    #[arg(long, value_name = "SEARCH", help_heading = ACCURACY, value_parser = words::<ScaleSearch>(&["off", "diagonal", "block"]))]
+    /// Search for the scales with the smallest error. off: take the range of a group's weights. block: compare smaller
+    /// ones by the Hessian of the group [default: by --quality]
+    #[arg(long, value_name = "SEARCH", help_heading = ACCURACY, value_parser = words::<ScaleSearch>(&["off", "block"]))]
     pub(super) scale_search: Option<ScaleSearch>,
     /// Group-aware order, in variants without act order: sort columns within groups, and groups among each other. g_idx stays
     /// sequential [default: by --quality]

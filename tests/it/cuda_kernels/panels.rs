@@ -103,9 +103,9 @@ fn searched_scales_are_those_of_the_definition() {
 }
 
 #[test]
-fn scales_are_searched_by_the_diagonal_and_by_sign_alone() {
+fn scales_are_searched_one_after_another_and_by_sign_alone() {
     for (signed, search) in
-        [(true, ScaleSearch::Off), (true, ScaleSearch::Diagonal), (false, ScaleSearch::Diagonal)]
+        [(true, ScaleSearch::Off), (true, ScaleSearch::Block), (false, ScaleSearch::Block)]
     {
         let scales = Scales { signed, search };
         check_searched(140, 37, variant("4bit-16g-act", 64), scales, 1, How::default());

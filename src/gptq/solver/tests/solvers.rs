@@ -98,12 +98,9 @@ fn agree_on_searched_scales<const N: usize>(
     device: Device,
 ) {
     let problem = Problem::new(70, 300, 1000, 1).on(device);
-    for (signed, search) in [
-        (true, ScaleSearch::Off),
-        (true, ScaleSearch::Diagonal),
-        (false, ScaleSearch::Diagonal),
-        (true, ScaleSearch::Block),
-    ] {
+    for (signed, search) in
+        [(true, ScaleSearch::Off), (false, ScaleSearch::Block), (true, ScaleSearch::Block)]
+    {
         let scales = Scales { signed, search };
         let accuracy = AccuracyOptions { scales, group_aware: true, ..AccuracyOptions::NONE };
         let texts = ["4bit-128g-act", "4bit-32g", "2bit-64g-asym", "4bit-48g-static", "3bit--1g"];
@@ -223,9 +220,8 @@ fn refuse_a_weight_beyond_fp16<const N: usize>(
     let problem = Problem::new(8, 64, 200, 6).on(device);
     let huge = &problem.weight * 1e9;
     let searched = |search| solvers(Scales { signed: true, search });
-    let [plain, diagonal, block] =
-        [ScaleSearch::Off, ScaleSearch::Diagonal, ScaleSearch::Block].map(searched);
-    for solver in plain.iter().chain(&diagonal).chain(&block) {
+    let [plain, block] = [ScaleSearch::Off, ScaleSearch::Block].map(searched);
+    for solver in plain.iter().chain(&block) {
         let factor = solver.factorize(&problem.hessian, Sorting::Stored, 0.01, "test").unwrap();
         let weights = [weight(&problem.weight), Weight { name: "huge", values: &huge }];
         let error = factor.solve(&weights, &"4bit-32g".parse().unwrap()).unwrap_err();
