@@ -1,19 +1,19 @@
-//! Whole products: sums over tokens of outer products.
+//! Whole products of matrices.
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::{Line, Operand, Parts, SIDE, Side, multiply_add, operand::fill_from_bf16};
+use super::{Line, Operand, Parts, SIDE, Side, Tiles, Values, View, nearest_bf16};
 
 /// Rows and columns of the product that are computed together. With the operands' parts they fit the second-level cache. Rows of a
 /// product from a multiple of this on are the same whether they are computed alone or with the others.
 pub const BLOCK: usize = 256;
 const BLOCK_STRIPS: usize = BLOCK / SIDE;
-/// Chunks of both operands that are used before the next ones, for the same reason.
-const DEPTH_CHUNKS: usize = 16;
-/// Tokens laid out together.
-const TOKENS: usize = 2048;
+/// Lines of a strip of both operands that are used before the next ones, for the same reason.
+const DEPTH_LINES: usize = 512;
+/// Depth laid out together, where sums are added to a matrix.
+const DEPTH: usize = 2048;
 
 /// `matrix[i, j] = Σ_t x[t, i] x[t, j]` for the `rows` `i`, all `j ≤ i` and some more, or `+=` if `add`; `matrix` `[K, K]`, `x` `[T, K]`
 /// bf16 bits. `rows` begin with a multiple of [`BLOCK`], and end with one or with `K`.
@@ -49,62 +49,133 @@ fn accumulate(
         rows.start.is_multiple_of(BLOCK) && (rows.end == m || rows.end.is_multiple_of(BLOCK)),
         "whole blocks"
     );
-    let (matrix, width) = (&mut matrix[rows.start * k..rows.end * k], if symmetric { rows.end } else { k });
-    let first_block = rows.start / BLOCK;
-    for (i, (x, y)) in x.chunks(TOKENS * m).zip(y.chunks(TOKENS * k)).enumerate() {
-        let add = add || i > 0;
-        let (left, right) = (operand(x, m, rows.clone(), Side::Left), operand(y, k, 0..width, Side::Right));
-        // The last rows of a triangle have the most columns; beginning with them, threads end together.
-        let blocks = matrix.par_chunks_mut(BLOCK * k).enumerate().rev();
-        blocks.for_each_init(block_buffer, |square, (block, rows)| {
-            let square = bytemuck::cast_slice_mut(square);
-            let end = if symmetric { k.min((first_block + block + 1) * BLOCK) } else { k };
-            for first in (0..end).step_by(BLOCK) {
-                product(square, &left, block * BLOCK_STRIPS, &right, first / SIDE);
-                let width = BLOCK.min(k - first);
-                for (row, sums) in rows.chunks_mut(k).zip(square.chunks(BLOCK)) {
-                    let row = &mut row[first..first + width];
-                    if add {
-                        row.iter_mut().zip(sums).for_each(|(h, sum)| *h += sum);
-                    } else {
-                        row.copy_from_slice(&sums[..width]);
-                    }
-                }
-            }
+    let tokens = x.len() / m;
+    let [x, y] = [(x, m), (y, k)].map(|(x, k)| View::new(Values::BFloat16(x), [tokens, k], [k, 1]));
+    let width = if symmetric { rows.end } else { k };
+    let (left, right) = (x.part(0..tokens, rows.clone()).transposed(), y.part(0..tokens, 0..width));
+    // The diagonal begins at the column with the number of the first row.
+    let shape = if symmetric { Shape::Lower { first_row: rows.start } } else { Shape::Full };
+    multiply(left, right, Parts::One, Sums { values: &mut matrix[rows.start * k..], stride: k, add, shape });
+}
+
+/// Where the sums of a product go: rows of fp32, `stride` values apart.
+#[derive(Debug)]
+pub struct Sums<'a> {
+    /// From the first sum on.
+    pub values: &'a mut [f32],
+    /// From one row to the next.
+    pub stride: usize,
+    /// Whether the sums are added to the values.
+    pub add: bool,
+    /// Which sums are computed.
+    pub shape: Shape,
+}
+
+/// The part of a product that is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shape {
+    /// All of it.
+    Full,
+    /// The blocks of [`BLOCK`] rows and columns on and below the diagonal, which begins in the column `first_row`.
+    Lower {
+        /// A multiple of [`BLOCK`].
+        first_row: usize,
+    },
+}
+
+/// `left · right` of `[M, D]` and `[D, N]`.
+///
+/// # Panics
+/// When the sizes contradict each other.
+pub fn multiply(left: View<'_>, right: View<'_>, parts: Parts, sums: Sums<'_>) {
+    let ([m, depth], [_, n]) = (left.size(), right.size());
+    assert_eq!(depth, right.size()[0], "operands have one depth");
+    let Sums { values, stride, add, shape } = sums;
+    for first in (0..depth).step_by(DEPTH) {
+        let depth = first..(first + DEPTH).min(depth);
+        let left = Operand::new(left.part(0..m, depth.clone()).transposed(), Side::Left, parts);
+        let right = Operand::new(right.part(depth, 0..n), Side::Right, parts);
+        let add = add || first > 0;
+        blocks([&left, &right], parts, (&mut *values, stride), [m, n], shape, |row, sums| match add {
+            true => row.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum),
+            false => row.copy_from_slice(sums),
         });
     }
 }
 
-/// `[BLOCK, BLOCK]` of a product in one part, of the strips from `i` of `left` and from `j` of `right` on.
-fn product(square: &mut [f32], left: &Operand, i: usize, right: &Operand, j: usize) {
+/// `left · right` of `[M, D]` and `[D, N]`, rounded to bf16: bits `[M, N]`. The right operand is laid out in one part.
+///
+/// # Panics
+/// When the sizes contradict each other.
+pub fn multiply_by(left: View<'_>, right: &Operand, n: usize, product: &mut [u16]) {
+    let [m, depth] = left.size();
+    assert!(right.strips() == n.div_ceil(SIDE) && product.len() == m * n, "[M, D], [D, N] and [M, N]");
+    assert_eq!(right.strip_len(), depth.div_ceil(SIDE) * Parts::One.chunk_len(), "operands have one depth");
+    let left = Operand::new(left.transposed(), Side::Left, Parts::One);
+    blocks([&left, right], Parts::One, (product, n), [m, n], Shape::Full, |row, sums| {
+        // NaN, whose bits may overflow, stays NaN.
+        let round = |sum: f32| if sum.is_nan() { NAN } else { (nearest_bf16(sum) >> 16) as u16 };
+        row.iter_mut().zip(sums).for_each(|(c, &sum)| *c = round(sum));
+    });
+}
+
+/// A bf16 that is not a number.
+const NAN: u16 = 0x7FC0;
+
+/// Computes the product `[M, N]` block by block, and gives each row of a block to `put`, with its place in `values`.
+fn blocks<T: Send>(
+    [left, right]: [&Operand; 2],
+    parts: Parts,
+    (values, stride): (&mut [T], usize),
+    [m, n]: [usize; 2],
+    shape: Shape,
+    put: impl Fn(&mut [T], &[f32]) + Sync,
+) {
+    let columns = n.div_ceil(BLOCK);
+    let mut places: Vec<Vec<&mut [T]>> = (0..m.div_ceil(BLOCK) * columns).map(|_| Vec::new()).collect();
+    for (i, row) in values.chunks_mut(stride.max(1)).enumerate().take(m) {
+        for (j, place) in row[..n].chunks_mut(BLOCK).enumerate() {
+            places[i / BLOCK * columns + j].push(place);
+        }
+    }
+    let is_computed = |block: usize| match shape {
+        Shape::Full => true,
+        Shape::Lower { first_row } => block % columns <= first_row / BLOCK + block / columns,
+    };
+    let places: Vec<_> = places.into_iter().enumerate().filter(|(block, _)| is_computed(*block)).collect();
+    places.into_par_iter().for_each_init(block_buffer, |squares, (block, places)| {
+        let squares: &mut [f32] = bytemuck::cast_slice_mut(squares);
+        product(squares, left, block / columns * BLOCK_STRIPS, right, block % columns * BLOCK_STRIPS, parts);
+        for (i, place) in places.into_iter().enumerate() {
+            for (j, place) in place.chunks_mut(SIDE).enumerate() {
+                let square = &squares[square_at(i / SIDE, j)..][..SIDE * SIDE];
+                put(place, &square[i % SIDE * SIDE..][..place.len()]);
+            }
+        }
+    });
+}
+
+/// The first value of a square in a block, whose squares lie one after another.
+fn square_at(row: usize, column: usize) -> usize {
+    (column * BLOCK_STRIPS + row) * SIDE * SIDE
+}
+
+/// `[BLOCK, BLOCK]` of a product, of the strips from `i` of `left` and from `j` of `right` on, square by square.
+fn product(squares: &mut [f32], left: &Operand, i: usize, right: &Operand, j: usize, parts: Parts) {
     let (rows, columns) = ((left.strips() - i).min(BLOCK_STRIPS), (right.strips() - j).min(BLOCK_STRIPS));
-    let chunks = left.strip_len() / Parts::One.chunk_len();
-    square.fill(0.0);
-    for first in (0..chunks).step_by(DEPTH_CHUNKS) {
-        let end = (first + DEPTH_CHUNKS).min(chunks);
+    let (chunks, step) = (left.strip_len() / parts.chunk_len(), DEPTH_LINES / parts.chunk_len());
+    squares.fill(0.0);
+    let tiles = Tiles::new();
+    for first in (0..chunks).step_by(step) {
+        let end = (first + step).min(chunks);
         for column in 0..columns {
             let right = right.chunks(j + column, first, end);
             for row in 0..rows {
-                let c = &mut square[row * SIDE * BLOCK + column * SIDE..];
-                multiply_add(left.chunks(i + row, first, end), right, Parts::One, c, BLOCK);
+                let c = &mut squares[square_at(row, column)..][..SIDE * SIDE];
+                tiles.multiply_add(left.chunks(i + row, first, end), right, parts, c, SIDE);
             }
         }
     }
-}
-
-/// Some columns of `x` `[T, K]` as an operand.
-fn operand(x: &[u16], k: usize, columns: Range<usize>, side: Side) -> Operand {
-    let mut operand = Operand::zeros(x.len() / k, columns.len(), Parts::One);
-    let (strip, chunk) = (operand.strip_len(), Parts::One.chunk_len());
-    operand.lines_mut().par_chunks_mut(strip).enumerate().for_each(|(i, strip)| {
-        let first = columns.start + i * SIDE;
-        let columns = first..(first + SIDE).min(columns.end);
-        for (chunk, x) in strip.chunks_exact_mut(chunk).zip(x.chunks(SIDE * k)) {
-            let rows: Vec<&[u16]> = x.chunks(k).map(|row| &row[columns.clone()]).collect();
-            fill_from_bf16(chunk, side, &rows);
-        }
-    });
-    operand
 }
 
 /// `[BLOCK, BLOCK]` floats, aligned for tile registers.

@@ -1,5 +1,9 @@
 //! Operands in the layout of tile registers.
 
+use std::ops::Range;
+
+use rayon::prelude::*;
+
 use super::SIDE;
 
 /// A row of a tile register: one cache line, 32 bf16 values in pairs, the first of a pair in the low half.
@@ -11,6 +15,10 @@ pub struct Line(pub(super) [u32; 16]);
 pub(super) const TILE: usize = 16;
 /// Lines of one part of a chunk, [`SIDE`] rows of [`SIDE`] columns: two tiles, of 16 columns each.
 pub(super) const CHUNK: usize = 2 * TILE;
+
+/// Strips that are laid out together: a row of theirs is some cache lines of a row-major matrix, which processors fetch faster than
+/// single ones.
+const TOGETHER: usize = 8;
 
 /// Number of bf16 values that represent a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,29 +151,259 @@ pub fn nearest_bf16(x: f32) -> u32 {
     bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) & 0xFFFF_0000
 }
 
-/// Lays out up to [`SIDE`] rows of up to [`SIDE`] bf16 values as a chunk in one part.
-pub(super) fn fill_from_bf16(chunk: &mut [Line], side: Side, rows: &[&[u16]]) {
-    assert!(chunk.len() == CHUNK && rows.len() <= SIDE);
-    let mut pairs = [[0u32; SIDE]; TILE];
-    for (d, row) in rows.iter().enumerate() {
-        let shift = d % 2 * 16;
-        for (pair, &value) in pairs[d / 2].iter_mut().zip(*row) {
-            *pair |= u32::from(value) << shift;
+/// A matrix `[rows, columns]` in memory, of bf16 (as bits) or fp32.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a> {
+    values: Values<'a>,
+    size: [usize; 2],
+    /// Values from one row to the next, and from one column to the next.
+    strides: [usize; 2],
+}
+
+/// The memory of a [`View`].
+#[derive(Debug, Clone, Copy)]
+pub enum Values<'a> {
+    /// Bits of bf16.
+    BFloat16(&'a [u16]),
+    /// fp32.
+    Float(&'a [f32]),
+}
+
+impl<'a> View<'a> {
+    /// A matrix `[rows, columns]` with the strides `[row, column]` in values, one of which is 1.
+    ///
+    /// # Panics
+    /// When both strides are larger than 1, or the matrix ends behind the values.
+    pub fn new(values: Values<'a>, size: [usize; 2], strides: [usize; 2]) -> Self {
+        let count = match values {
+            Values::BFloat16(values) => values.len(),
+            Values::Float(values) => values.len(),
+        };
+        let empty = size.contains(&0);
+        let last = if empty { 0 } else { (size[0] - 1) * strides[0] + (size[1] - 1) * strides[1] };
+        assert!(strides.contains(&1), "rows or columns are contiguous");
+        assert!(empty || last < count, "the matrix lies in the values");
+        Self { values, size, strides }
+    }
+
+    /// The same matrix with rows as columns.
+    #[must_use]
+    pub fn transposed(self) -> Self {
+        let ([rows, columns], [row, column]) = (self.size, self.strides);
+        Self { size: [columns, rows], strides: [column, row], ..self }
+    }
+
+    /// `[rows, columns]`.
+    pub fn size(&self) -> [usize; 2] {
+        self.size
+    }
+
+    /// Some rows and columns.
+    ///
+    /// # Panics
+    /// When the matrix has fewer.
+    #[must_use]
+    pub fn part(self, rows: Range<usize>, columns: Range<usize>) -> Self {
+        assert!(rows.end <= self.size[0] && columns.end <= self.size[1], "the part lies in the matrix");
+        let first = rows.start * self.strides[0] + columns.start * self.strides[1];
+        let values = match self.values {
+            Values::BFloat16(values) => Values::BFloat16(values.get(first..).unwrap_or_default()),
+            Values::Float(values) => Values::Float(values.get(first..).unwrap_or_default()),
+        };
+        Self { values, size: [rows.len(), columns.len()], ..self }
+    }
+}
+
+impl Operand {
+    /// The operand of a matrix `[depth, columns]`; fp32 values are rounded, or taken in two parts.
+    pub fn new(matrix: View<'_>, side: Side, parts: Parts) -> Self {
+        let [depth, columns] = matrix.size;
+        let mut operand = Self::zeros(depth, columns, parts);
+        let (strip, len) = (operand.strip.max(1), parts.chunk_len());
+        operand.lines.par_chunks_mut(strip * TOGETHER).enumerate().for_each(|(group, strips)| {
+            for d in 0..strip / len {
+                let rows = d * SIDE..((d + 1) * SIDE).min(depth);
+                for (i, strip) in strips.chunks_mut(strip).enumerate() {
+                    let first = (group * TOGETHER + i) * SIDE;
+                    let part = matrix.part(rows.clone(), first..(first + SIDE).min(columns));
+                    let chunk = &mut strip[d * len..][..len];
+                    match part.values {
+                        Values::BFloat16(values) => fill(chunk, side, parts, values, &part),
+                        Values::Float(values) => fill(chunk, side, parts, values, &part),
+                    }
+                }
+            }
+        });
+        operand
+    }
+}
+
+/// What an operand's parts are made of.
+trait Value: Copy + Default {
+    /// A part of some values: its bits, in the high half.
+    fn part<const N: usize>(values: &[Self; N], part: usize) -> [u32; N];
+
+    /// Pairs of neighbours, the first in the low half.
+    #[inline(always)]
+    fn neighbours(values: &[Self; SIDE], part: usize) -> [u32; TILE] {
+        let bits = Self::part(values, part);
+        std::array::from_fn(|i| bits[2 * i] >> 16 | bits[2 * i + 1])
+    }
+}
+
+impl Value for u16 {
+    #[inline(always)]
+    fn part<const N: usize>(values: &[Self; N], part: usize) -> [u32; N] {
+        assert_eq!(part, 0, "bf16 is one part");
+        values.map(|value| u32::from(value) << 16)
+    }
+
+    #[inline(always)]
+    fn neighbours(values: &[Self; SIDE], _: usize) -> [u32; TILE] {
+        const { assert!(cfg!(target_endian = "little")) };
+        bytemuck::cast(*values)
+    }
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    fn part<const N: usize>(values: &[Self; N], part: usize) -> [u32; N] {
+        match part {
+            0 => values.map(nearest_bf16),
+            _ => values.map(|value| nearest_bf16(value - Self::from_bits(nearest_bf16(value)))),
         }
     }
-    for half in 0..2 {
-        let tile = pairs.map(|row| std::array::from_fn(|c| row[16 * half + c]));
-        store(&mut chunk[half * TILE..][..TILE], side, &tile);
+}
+
+/// Lays out up to [`SIDE`] rows and columns as a chunk.
+fn fill<T: Value>(chunk: &mut [Line], side: Side, parts: Parts, values: &[T], part: &View<'_>) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the feature was detected on the line above.
+        return unsafe { fill_avx512(chunk, side, parts, values, part) };
     }
+    fill_any(chunk, side, parts, values, part);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn fill_avx512<T: Value>(chunk: &mut [Line], side: Side, parts: Parts, values: &[T], part: &View<'_>) {
+    fill_any(chunk, side, parts, values, part);
+}
+
+#[inline(always)]
+fn fill_any<T: Value>(chunk: &mut [Line], side: Side, parts: Parts, values: &[T], part: &View<'_>) {
+    let ([rows, columns], [row, column]) = (part.size, part.strides);
+    if [rows, columns] != [SIDE, SIDE] {
+        // At an edge of the matrix: filled up with zeros.
+        let mut square = [[T::default(); SIDE]; SIDE];
+        for (d, to) in square.iter_mut().enumerate().take(rows) {
+            for (c, to) in to.iter_mut().enumerate().take(columns) {
+                *to = values[d * row + c * column];
+            }
+        }
+        return fill_whole(chunk, side, parts, square.as_flattened(), [SIDE, 1]);
+    }
+    fill_whole(chunk, side, parts, values, [row, column]);
+}
+
+#[inline(always)]
+fn fill_whole<T: Value>(chunk: &mut [Line], side: Side, parts: Parts, values: &[T], strides: [usize; 2]) {
+    let by_column = strides[0] == 1;
+    for part in 0..parts.count() {
+        for half in 0..2 {
+            let mut tile = [[0; 16]; TILE];
+            for (i, line) in tile.iter_mut().enumerate() {
+                *line = if by_column {
+                    // A column's depth is contiguous.
+                    T::neighbours(array(&values[(16 * half + i) * strides[1]..]), part)
+                } else {
+                    let [a, b] = [2 * i, 2 * i + 1]
+                        .map(|d| T::part::<16>(array(&values[d * strides[0] + 16 * half..]), part));
+                    std::array::from_fn(|c| a[c] >> 16 | b[c])
+                };
+            }
+            let lines = &mut chunk[part * CHUNK + half * TILE..][..TILE];
+            match by_column == (side == Side::Left) {
+                true => copy(lines, &tile),
+                false => transpose(lines, &tile),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn array<T, const N: usize>(values: &[T]) -> &[T; N] {
+    values.first_chunk().expect("the matrix has the values")
 }
 
 /// `pairs[p][c]` holds rows `2p` and `2p + 1` of column `c`.
 #[inline(always)]
 fn store(tile: &mut [Line], side: Side, pairs: &[[u32; 16]; TILE]) {
+    match side {
+        Side::Left => transpose(tile, pairs),
+        Side::Right => copy(tile, pairs),
+    }
+}
+
+#[inline(always)]
+fn copy(tile: &mut [Line], rows: &[[u32; 16]; TILE]) {
+    tile.iter_mut().zip(rows).for_each(|(line, row)| line.0 = *row);
+}
+
+fn transpose(tile: &mut [Line], rows: &[[u32; 16]; TILE]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the feature was detected on the line above.
+        return unsafe { transpose_avx512(tile, rows) };
+    }
     for (i, line) in tile.iter_mut().enumerate() {
-        line.0 = match side {
-            Side::Left => std::array::from_fn(|pair| pairs[pair][i]),
-            Side::Right => pairs[i],
-        };
+        line.0 = std::array::from_fn(|pair| rows[pair][i]);
+    }
+}
+
+/// Exchanges blocks of 1, 2, 4 and 8 values between rows that are as far apart. The compiler would move single values.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn transpose_avx512(tile: &mut [Line], rows: &[[u32; 16]; TILE]) {
+    use std::arch::x86_64::{
+        __m512i, _mm512_shuffle_i32x4, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        _mm512_unpacklo_epi64,
+    };
+    let a: [__m512i; TILE] = bytemuck::cast(*rows);
+    let b: [__m512i; TILE] = std::array::from_fn(|i| {
+        let [x, y] = [a[i & !1], a[i | 1]];
+        if i & 1 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
+    });
+    // Columns 0 to 3 of each lane of four, by rows of four.
+    let c: [__m512i; TILE] = std::array::from_fn(|i| {
+        let first = i & !3 | (i >> 1 & 1);
+        let [x, y] = [b[first], b[first + 2]];
+        if i & 1 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
+    });
+    let d: [__m512i; TILE] = std::array::from_fn(|i| {
+        let first = i & !7 | (i & 3);
+        let [x, y] = [c[first], c[first + 4]];
+        if i & 4 == 0 { _mm512_shuffle_i32x4::<0x88>(x, y) } else { _mm512_shuffle_i32x4::<0xDD>(x, y) }
+    });
+    let e: [__m512i; TILE] = std::array::from_fn(|i| {
+        let [x, y] = [d[i & 7], d[i & 7 | 8]];
+        if i & 8 == 0 { _mm512_shuffle_i32x4::<0x88>(x, y) } else { _mm512_shuffle_i32x4::<0xDD>(x, y) }
+    });
+    copy(tile, &bytemuck::cast(e));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transposing_exchanges_rows_and_columns() {
+        let rows: [[u32; 16]; TILE] = std::array::from_fn(|i| std::array::from_fn(|j| (16 * i + j) as u32));
+        let mut tile = [Line([0; 16]); TILE];
+        transpose(&mut tile, &rows);
+        for (i, line) in tile.iter().enumerate() {
+            assert_eq!(line.0, std::array::from_fn(|j| rows[j][i]), "row {i}");
+        }
     }
 }

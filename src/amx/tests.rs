@@ -45,7 +45,7 @@ fn two_parts_are_nearly_fp32() {
         let stride = SIDE + 5;
         let start = values(SIDE * stride, 3);
         let mut c = start.clone();
-        multiply_add(left.strip(0), right.strip(0), Parts::Two, &mut c, stride);
+        Tiles::new().multiply_add(left.strip(0), right.strip(0), Parts::Two, &mut c, stride);
         let mut by_definition = start.clone();
         plain(left.strip(0), right.strip(0), Parts::Two, &mut by_definition, stride);
         for i in 0..SIDE {
@@ -122,5 +122,81 @@ fn blocks_of_rows_are_the_same_as_all_rows() {
         for i in 0..k {
             assert!(whole[i * k..=i * k + i] == parts[i * k..=i * k + i], "{tokens} {k} {i}");
         }
+    }
+}
+
+/// Both kinds of values, both ways of lying in memory, and both kinds of sums.
+#[test]
+fn products_of_views_are_nearly_exact() {
+    for [m, depth, n] in [[3, 5, 2], [64, 64, 64], [70, 2100, 300], [257, 33, 40]] {
+        let (x, y) = (values(m * depth, 9), values(depth * n, 10));
+        let exact = |at: usize| {
+            let terms = (0..depth).map(|d| f64::from(x[at / n * depth + d]) * f64::from(y[d * n + at % n]));
+            (terms.clone().sum::<f64>(), terms.map(f64::abs).sum::<f64>() + 1.0)
+        };
+        let turned = |values: &[f32], rows: usize, columns: usize| -> Vec<f32> {
+            (0..rows * columns).map(|at| values[at % rows * columns + at / rows]).collect()
+        };
+        let (xt, yt) = (turned(&x, m, depth), turned(&y, depth, n));
+        let views = |x: Values<'_>,
+                     xt: Values<'_>,
+                     y: Values<'_>,
+                     yt: Values<'_>,
+                     check: &dyn Fn(View<'_>, View<'_>)| {
+            let lefts =
+                [View::new(x, [m, depth], [depth, 1]), View::new(xt, [depth, m], [m, 1]).transposed()];
+            let rights =
+                [View::new(y, [depth, n], [n, 1]), View::new(yt, [n, depth], [depth, 1]).transposed()];
+            lefts.iter().for_each(|&left| rights.iter().for_each(|&right| check(left, right)));
+        };
+        let float = Values::Float;
+        views(float(&x), float(&xt), float(&y), float(&yt), &|left, right| {
+            for (parts, tolerance) in [(Parts::One, 6e-3), (Parts::Two, 2e-5)] {
+                let stride = n + 3;
+                let mut c = vec![1.0; (m - 1) * stride + n];
+                for add in [false, true] {
+                    let sums = Sums { values: &mut c, stride, add, shape: Shape::Full };
+                    multiply(left, right, parts, sums);
+                }
+                for at in 0..m * n {
+                    let ((exact, size), found) = (exact(at), f64::from(c[at / n * stride + at % n]));
+                    assert!(
+                        (found - 2.0 * exact).abs() < 2.0 * tolerance * size,
+                        "{parts:?} {at}: {found} {exact}"
+                    );
+                }
+                for between in c.chunks(stride).flat_map(|row| row.iter().skip(n)) {
+                    assert_eq!(*between, 1.0, "between the rows");
+                }
+            }
+        });
+        let half = Values::BFloat16;
+        let [xb, xtb, yb, ytb] = [&x, &xt, &y, &yt].map(|values| bf16(values));
+        views(half(&xb), half(&xtb), half(&yb), half(&ytb), &|left, right| {
+            let mut product = vec![0; m * n];
+            multiply_by(left, &Operand::new(right, Side::Right, Parts::One), n, &mut product);
+            for (at, &found) in product.iter().enumerate() {
+                let ((exact, size), found) = (exact(at), wide(found));
+                assert!((found - exact).abs() < 1e-2 * size, "{at}: {found} {exact}");
+            }
+        });
+    }
+}
+
+/// Blocks above the diagonal keep what they have.
+#[test]
+fn the_lower_part_of_a_product_is_that_of_the_whole() {
+    let (m, depth) = (600, 40);
+    let x = values(m * depth, 11);
+    let view = View::new(Values::Float(&x), [m, depth], [depth, 1]);
+    let product = |shape| {
+        let mut c = vec![7.0; m * m];
+        multiply(view, view.transposed(), Parts::Two, Sums { values: &mut c, stride: m, add: false, shape });
+        c
+    };
+    let (whole, lower) = (product(Shape::Full), product(Shape::Lower { first_row: 0 }));
+    for (at, (whole, lower)) in whole.iter().zip(&lower).enumerate() {
+        let expected = if at % m / BLOCK <= at / m / BLOCK { *whole } else { 7.0 };
+        assert_eq!(*lower, expected, "{at}");
     }
 }

@@ -1,5 +1,7 @@
 //! One square of the product: on tile registers, with AVX-512's bf16 dot products, or in plain Rust.
 
+use std::marker::PhantomData;
+
 use super::{
     Parts, SIDE,
     operand::{CHUNK, Line, TILE},
@@ -26,27 +28,64 @@ fn has_dot_products() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
 }
 
-/// `c[i·stride + j] += Σ_d left[d, i] · right[d, j]` for `i, j < SIDE`, over a strip of each operand (see
-/// [`Operand`](super::Operand)) or the same range of whole chunks of both. If [`has_bf16_products`] is false, plain Rust computes
-/// it slowly.
-///
-/// # Panics
-/// When the operands differ in length, or are not whole chunks, or `c` is too short.
-pub fn multiply_add(left: &[Line], right: &[Line], parts: Parts, c: &mut [f32], stride: usize) {
-    assert_eq!(left.len(), right.len(), "operands have one depth");
-    assert!(left.len().is_multiple_of(parts.chunk_len()), "operands are whole chunks");
-    assert!(stride >= SIDE && c.len() >= (SIDE - 1) * stride + SIDE, "the square lies in `c`");
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if available() {
-        // SAFETY: AMX is available, and the assertions above are the function's conditions.
-        return unsafe { x86::multiply_add(left, right, parts, c.as_mut_ptr(), stride) };
+/// The tile registers of this thread, set up until this is dropped. With AMX no other code of the thread may use them meanwhile, nor
+/// make another one: no tasks of rayon are started or waited for, and libtorch is not called.
+pub struct Tiles {
+    amx: bool,
+    /// Registers belong to a thread.
+    _of_thread: PhantomData<*const ()>,
+}
+
+impl Tiles {
+    /// Sets up the registers, if there are any.
+    pub fn new() -> Self {
+        let amx = available();
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if amx {
+            // SAFETY: AMX is available.
+            unsafe { x86::configure() };
+        }
+        Self { amx, _of_thread: PhantomData }
     }
-    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    if has_dot_products() {
-        // SAFETY: the features were detected on the line above.
-        return unsafe { dot_products::multiply_add(left, right, parts, c, stride) };
+
+    /// `c[i·stride + j] += Σ_d left[d, i] · right[d, j]` for `i, j < SIDE`, over a strip of each operand (see
+    /// [`Operand`](super::Operand)) or the same range of whole chunks of both. If [`has_bf16_products`] is false, plain Rust computes
+    /// it slowly.
+    ///
+    /// # Panics
+    /// When the operands differ in length, or are not whole chunks, or `c` is too short.
+    pub fn multiply_add(&self, left: &[Line], right: &[Line], parts: Parts, c: &mut [f32], stride: usize) {
+        assert_eq!(left.len(), right.len(), "operands have one depth");
+        assert!(left.len().is_multiple_of(parts.chunk_len()), "operands are whole chunks");
+        assert!(stride >= SIDE && c.len() >= (SIDE - 1) * stride + SIDE, "the square lies in `c`");
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if self.amx {
+            // SAFETY: AMX is available and set up, and the assertions above are the function's conditions.
+            return unsafe { x86::multiply_add(left, right, parts, c.as_mut_ptr(), stride) };
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if has_dot_products() {
+            // SAFETY: the features were detected on the line above.
+            return unsafe { dot_products::multiply_add(left, right, parts, c, stride) };
+        }
+        plain(left, right, parts, c, stride);
     }
-    plain(left, right, parts, c, stride);
+}
+
+impl Default for Tiles {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if self.amx {
+            // SAFETY: AMX is available.
+            unsafe { x86::release() };
+        }
+    }
 }
 
 /// The definition.
@@ -172,7 +211,23 @@ mod x86 {
     };
 
     /// # Safety
-    /// AMX must be available. The slices must have one length, a multiple of `parts.chunk_len()`. `c` must point to 32 rows of
+    /// AMX must be available.
+    pub(super) unsafe fn configure() {
+        // SAFETY: reads the configuration.
+        unsafe {
+            asm!("ldtilecfg [{config}]", config = in(reg) &raw const CONFIG, options(nostack, readonly))
+        }
+    }
+
+    /// # Safety
+    /// AMX must be available.
+    pub(super) unsafe fn release() {
+        // SAFETY: frees the registers.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) }
+    }
+
+    /// # Safety
+    /// AMX must be available, and [`configure`] called before. The slices must have one length, a multiple of `parts.chunk_len()`. `c` must point to 32 rows of
     /// 32 floats, `stride` floats apart, without other users.
     pub(super) unsafe fn multiply_add(
         left: &[Line],
@@ -189,11 +244,9 @@ mod x86 {
         // begins with the product of the first parts; `$step` are the others'.
         macro_rules! on_tiles {
             ($bytes:literal $(, $step:literal)* $(,)?) => {
-                // SAFETY: reads `chunks` chunks of both operands and the square, writes the square; the tile state is
-                // set up before and released after, within this one statement.
+                // SAFETY: reads `chunks` chunks of both operands and the square, writes the square and the registers.
                 unsafe {
                     asm!(
-                        "ldtilecfg [{config}]",
                         "tileloadd tmm0, [{c} + {row}]",
                         "tileloadd tmm1, [{c} + {row} + 64]",
                         "tileloadd tmm2, [{below} + {row}]",
@@ -216,8 +269,6 @@ mod x86 {
                         "tilestored [{c} + {row} + 64], tmm1",
                         "tilestored [{below} + {row}], tmm2",
                         "tilestored [{below} + {row} + 64], tmm3",
-                        "tilerelease",
-                        config = in(reg) &raw const CONFIG,
                         c = in(reg) c,
                         below = in(reg) c.add(16 * stride),
                         row = in(reg) 4 * stride,

@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
+    amx,
     error::{Error, Result, TorchContext},
     kernels::{self, CudaMatmul},
     pack::PackedView,
@@ -48,16 +49,6 @@ impl Dense {
         Ok(Self { weight: weight.torch("dequantize a linear")?, bias })
     }
 
-    /// A dense linear in another kind.
-    ///
-    /// # Errors
-    /// When memory is exhausted.
-    pub fn converted(weight: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Self> {
-        let weight = weight.f_to_kind(kind).torch("convert a weight")?;
-        let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
-        Ok(Self { weight, bias })
-    }
-
     /// A gradient with respect to outputs `[…, N]` → that with respect to inputs `[…, K]`.
     ///
     /// # Errors
@@ -70,6 +61,31 @@ impl Dense {
 impl Linear for Dense {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.f_linear(&self.weight, self.bias.as_ref()).torch("multiply with a weight")
+    }
+}
+
+/// A linear with a dense weight, for forward passes of many tokens.
+#[derive(Debug)]
+pub struct ForwardDense {
+    weight: amx::Weight,
+    bias: Option<Tensor>,
+}
+
+impl ForwardDense {
+    /// A `weight` `[N, K]` and `bias` `[N]`, converted to a kind.
+    ///
+    /// # Errors
+    /// When memory is exhausted.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Self> {
+        let weight = weight.f_to_kind(kind).and_then(|weight| amx::Weight::new(&weight));
+        let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
+        Ok(Self { weight: weight.torch("convert a weight")?, bias })
+    }
+}
+
+impl Linear for ForwardDense {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.weight.linear(x, self.bias.as_ref()).torch("multiply with a weight")
     }
 }
 

@@ -19,7 +19,7 @@ pub use attention::KvCache;
 pub use compute::{Compute, kind_name};
 pub use decoder::Decoder;
 pub use gradients::LayerGradients;
-pub use linear::{CudaPacked, Dense, Linear, Packed};
+pub use linear::{CudaPacked, Dense, ForwardDense, Linear, Packed};
 pub use memory::{DeviceNeed, check_device_memory, device_need};
 pub use parts::{DenseParts, Norm};
 pub use runner::{PackedLayer, Runner};

@@ -27,7 +27,7 @@ use crate::{
     cluster::Cluster,
     error::{Error, Result, TorchContext},
     ggml::BlockType,
-    model::{Between, Dense, Linear, Transformer},
+    model::{Between, ForwardDense, Linear, Transformer},
     progress::{Event, Progress},
     report::Phase,
 };
@@ -75,7 +75,7 @@ pub(super) struct Worker<'a> {
     /// Of the tokens in the layer's Hessians; none where all count alike.
     token_weights: Option<TokenWeights>,
     /// The linears that the windows leave the captured stage through: quantized, or dense with shared Hessians.
-    linears: Vec<Dense>,
+    linears: Vec<ForwardDense>,
     /// Hidden states, of each variant that has its own; then the reference model's, where it is run.
     hidden: Vec<Stream>,
     /// Activations in front of the captured stage, beside the hidden states.
@@ -189,7 +189,7 @@ impl<'a> Worker<'a> {
         let linears = self.layer().stages[stage].linears().zip(weights).map(|(position, weight)| {
             let (_, bias) = self.weights().of(position);
             let weight = weight.f_to_device(self.device()).and_then(|w| w.f_tr());
-            Dense::converted(&weight.torch("dequantize a linear")?, bias.as_ref(), self.kind())
+            ForwardDense::new(&weight.torch("dequantize a linear")?, bias.as_ref(), self.kind())
         });
         self.linears = self.context.phases.time(Phase::Weights, 0.0, || linears.collect::<Result<_>>())?;
         Ok(())
@@ -199,7 +199,7 @@ impl<'a> Worker<'a> {
     pub(super) fn set_dense(&mut self, stage: usize) -> Result<()> {
         let linears = self.layer().stages[stage].linears().map(|position| {
             let (weight, bias) = self.weights().of(position);
-            Dense::converted(weight, bias.as_ref(), self.kind())
+            ForwardDense::new(weight, bias.as_ref(), self.kind())
         });
         self.linears = self.context.phases.time(Phase::Weights, 0.0, || linears.collect::<Result<_>>())?;
         Ok(())

@@ -29,6 +29,7 @@ pub use solved::{Solution, Solved};
 
 use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive, raw};
 use crate::{
+    amx,
     error::{Error, NumericalError, Result, TorchContext},
     ggml::BlockType,
     variant::{Sorting, Variant},
@@ -181,14 +182,18 @@ pub fn targets(
             None => return weights.iter().map(|weight| as_fp32(weight, device)).collect(),
         },
     };
-    let d = d.map(|d| d.f_to_kind(kind)).transpose().torch("convert a cross-covariance")?;
+    // As the weight of a linear, transposed.
+    let d = d.map(|d| d.f_to_kind(kind)?.f_tr().and_then(|d| amx::Weight::new(&d)));
+    let d = d.transpose().torch("convert a cross-covariance")?;
     let mut first = 0;
     let mut target = |weight: &Weight<'_>| {
         let (begin, count) = (first, rows(weight));
         first += count;
         // The product of some rows with `d`.
         let product = |from: i64, rows: i64| match &d {
-            Some(d) => weight.values.f_narrow(0, from, rows)?.f_to_device(device)?.f_to_kind(kind)?.f_mm(d),
+            Some(d) => {
+                d.linear(&weight.values.f_narrow(0, from, rows)?.f_to_device(device)?.f_to_kind(kind)?, None)
+            }
             None => sums.f_narrow(0, begin + from, rows),
         };
         let shift = match shared {

@@ -6,15 +6,19 @@
 
 use tch::{Kind, TchError, Tensor};
 
-use crate::gptq::raw;
+use crate::{
+    amx::{self, Parts, Shape},
+    gptq::raw,
+};
 
-/// Columns factorized together.
+/// Columns factorized together: some of [`amx::BLOCK`].
 const BLOCK: i64 = 768;
 
-/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle.
-/// False, with the content destroyed, when that is not positive definite. What lies above the diagonal is neither read, outside
+/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle. With `amx`,
+/// the products that are subtracted behind a block have each value in two bf16 parts: their error, 2⁻¹⁶ of the diagonal, is far below the
+/// damping. False, with the content destroyed, when that is not positive definite. What lies above the diagonal is neither read, outside
 /// the blocks on the diagonal, nor left as it was.
-pub(super) fn in_place(matrix: &Tensor) -> Result<bool, TchError> {
+pub(super) fn in_place(matrix: &Tensor, amx: bool) -> Result<bool, TchError> {
     let k = matrix.size()[0];
     let part = part_of(matrix);
     for start in (0..k).step_by(BLOCK as usize) {
@@ -35,6 +39,17 @@ pub(super) fn in_place(matrix: &Tensor) -> Result<bool, TchError> {
         let solved = panel.f_mm(&inverse.f_tr()?)?;
         panel.f_copy_(&solved)?;
         let negative = solved.f_neg()?;
+        if amx {
+            let mut rest = part(below, k - below, below, k - below)?;
+            amx::add_product(
+                &mut rest,
+                &negative,
+                &solved.f_tr()?,
+                Parts::Two,
+                Shape::Lower { first_row: 0 },
+            )?;
+            continue;
+        }
         // A_im −= L_ij L_mjᵀ for below ≤ m ≤ i.
         for row in (below..k).step_by(BLOCK as usize) {
             let rows = BLOCK.min(k - row);
@@ -66,17 +81,18 @@ pub(super) fn divide(
     // −Y, then Z, as far as they are computed.
     let done = Tensor::f_empty(b.size(), (products, b.device()))?;
     let add = |own: &mut Tensor, done: &Tensor, block: &Tensor| match products {
-        Kind::Float => own.f_addmm_(done, block),
-        _ => own.f_add_(&done.f_mm(&block.f_to_kind(products)?)?),
+        Kind::Float => own.f_addmm_(done, block).map(drop),
+        _ if amx::available() => amx::add_product(own, done, block, Parts::One, Shape::Full),
+        _ => own.f_add_(&done.f_mm(&block.f_to_kind(products)?)?).map(drop),
     };
     // −Y with Y Lᵀ = B, from the first block on: −Y_j = (B_j + Σ_{i<j} −Y_i L_jiᵀ) · −L_jj⁻ᵀ.
     for (start, width, negative_inverse) in &corners {
         let end = start + width;
         let mut own = raw::select_columns(b, &columns[*start as usize..end as usize])?;
         if *start > 0 {
-            let _ = add(&mut own, &done.f_narrow(1, 0, *start)?, &part(*start, *width, 0, *start)?.f_tr()?)?;
+            add(&mut own, &done.f_narrow(1, 0, *start)?, &part(*start, *width, 0, *start)?.f_tr()?)?;
         }
-        let y = own.f_to_kind(products)?.f_mm(&negative_inverse.f_tr()?)?;
+        let y = amx::Weight::new(negative_inverse)?.linear(&own.f_to_kind(products)?, None)?;
         done.f_narrow(1, *start, *width)?.f_copy_(&y)?;
     }
     // Z with Z L = Y, from the last block on: Z_j = (−Y_j + Σ_{i>j} Z_i L_ij) · −L_jj⁻¹.
@@ -84,9 +100,10 @@ pub(super) fn divide(
         let (mut own, end) = (done.f_narrow(1, *start, *width)?, start + width);
         let mut sum = own.f_to_kind(Kind::Float)?;
         if end < k {
-            let _ = add(&mut sum, &done.f_narrow(1, end, k - end)?, &part(end, k - end, *start, *width)?)?;
+            add(&mut sum, &done.f_narrow(1, end, k - end)?, &part(end, k - end, *start, *width)?)?;
         }
-        own.f_copy_(&sum.f_to_kind(products)?.f_mm(negative_inverse)?)?;
+        let z = amx::Weight::new(&negative_inverse.f_tr()?)?.linear(&sum.f_to_kind(products)?, None)?;
+        own.f_copy_(&z)?;
     }
     Ok(done)
 }
@@ -123,17 +140,19 @@ mod tests {
     fn agrees_with_libtorch_on_several_blocks() {
         let matrix = positive_definite();
         let expected = matrix.linalg_cholesky(false);
-        let found = matrix.to_kind(Kind::Float);
-        assert!(in_place(&found).unwrap());
-        let difference = (found.tril(0).to_kind(Kind::Double) - expected).abs().max();
-        assert!(difference.double_value(&[]) < 1e-4, "{difference:?}");
+        for amx in [false, true] {
+            let found = matrix.to_kind(Kind::Float);
+            assert!(in_place(&found, amx).unwrap());
+            let difference = (found.tril(0).to_kind(Kind::Double) - &expected).abs().max();
+            assert!(difference.double_value(&[]) < 1e-4, "{amx}: {difference:?}");
+        }
     }
 
     #[test]
     fn divides_by_several_blocks() {
         let matrix = positive_definite();
         let lower = matrix.to_kind(Kind::Float);
-        assert!(in_place(&lower).unwrap());
+        assert!(in_place(&lower, false).unwrap());
         let b = Tensor::randn([70, K], (Kind::Float, Device::Cpu));
         // bf16 has 8 bits, so that the result is rounded by up to 1/256. The largest of 70 K errors is some times the usual one.
         for (products, tolerance) in [(Kind::Float, 1e-4), (Kind::BFloat16, 0.15)] {
@@ -150,6 +169,6 @@ mod tests {
         let k = BLOCK + 50;
         let matrix = Tensor::eye(k, (Kind::Float, Device::Cpu));
         let _ = matrix.narrow(0, BLOCK + 10, 1).narrow(1, BLOCK + 10, 1).fill_(-1.0);
-        assert!(!in_place(&matrix).unwrap());
+        assert!(!in_place(&matrix, false).unwrap());
     }
 }

@@ -75,7 +75,7 @@ impl Solver for CpuSolver {
     fn factorize(&self, hessian: &Hessian, sorting: Sorting, damp: f64, stage: &str) -> Result<Factor> {
         let factorize = |damping: &Damping<'_>| {
             let lower = reordered(hessian, damping)?;
-            let done = cholesky::in_place(&lower).torch("factorize a Hessian")?;
+            let done = cholesky::in_place(&lower, self.amx).torch("factorize a Hessian")?;
             Ok(done.then_some(lower))
         };
         let damped = damped(hessian, sorting, damp, stage, factorize)?;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{CpuFactor, LANES, Lane, Stack, State, stack::Layout};
 use crate::{
-    amx::{self, Line, Operand, Parts, SIDE, Side, Square},
+    amx::{self, Line, Operand, Parts, SIDE, Side, Square, Tiles},
     gptq::{
         raw::{Matrix, SharedSlice},
         solver::cpu::{
@@ -183,6 +183,7 @@ impl SolvedFactor {
             Self::Amx(left) => left.strip_len() / Parts::Two.chunk_len() * SIDE,
             Self::Fp32 { factor, lists } => factor.len() / lists,
         };
+        let tiles = Tiles::new();
         for first in (0..depth).step_by(padded) {
             for (tile, r) in lines.chunks(layout.tile_lines()).zip(residuals.chunks_mut(padded)) {
                 let differences = &tile[first / padded * layout.panel_lines()..][..layout.panel_lines()];
@@ -191,7 +192,7 @@ impl SolvedFactor {
                         let squares = r.as_flattened_mut().chunks_mut(SIDE * LANES);
                         for (strip, square) in squares.enumerate().take(left.strips()) {
                             let left = left.chunks(strip, first / SIDE, (first + padded) / SIDE);
-                            amx::multiply_add(left, differences, Parts::Two, square, LANES);
+                            tiles.multiply_add(left, differences, Parts::Two, square, LANES);
                         }
                     }
                     Self::Fp32 { factor, lists } => {
