@@ -2,9 +2,9 @@
 //! `ggml/fit.rs` has the definition of a fit, `solver/tests/blocks.rs` that of a solve.
 
 use half::f16;
+use pulp::Simd;
 
 use super::{
-    instructions::Instructions,
     kernel::{LANES, Lane, Panel, Rounding, Tile, compensate},
     scale_search::{Candidate, MAX_FINALISTS, by_block},
 };
@@ -112,7 +112,8 @@ impl<L: LevelRounding> Rounding for L {
 
 /// Fits `d` and the minimum of the tile's block, which is the panel, to the weights as compensated for all columns before it.
 #[inline(always)]
-pub(super) fn fit_block<I: Instructions, L: LevelRounding>(
+pub(super) fn fit_block<S: Simd, L: LevelRounding>(
+    simd: S,
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
     search: &BlockSearch,
@@ -122,7 +123,7 @@ pub(super) fn fit_block<I: Instructions, L: LevelRounding>(
         return;
     }
     let (columns, len) = (panel.groups.len(), search.grid.sub_len);
-    compensate::<I>(panel, tile, 0, columns);
+    compensate(simd, panel, tile, 0, columns);
     let mut scales = [[0.0; LANES]; MAX_SUB_BLOCKS];
     let mut mins = [[0.0; LANES]; MAX_SUB_BLOCKS];
     let mut scale_costs = [[0.0; LANES]; MAX_SUB_BLOCKS];
@@ -183,7 +184,8 @@ fn best_units(values: &[Lane], costs: &[Lane], far: f32, [low, high]: [f32; 2]) 
 
 /// Fits scale and offset of the sub-block at `start..end` to the compensated weights in the tile's differences.
 #[inline(always)]
-pub(super) fn fit_sub_block<I: Instructions, L: LevelRounding>(
+pub(super) fn fit_sub_block<S: Simd, L: LevelRounding>(
+    simd: S,
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
     search: &BlockSearch,
@@ -197,9 +199,9 @@ pub(super) fn fit_sub_block<I: Instructions, L: LevelRounding>(
     by_diagonal(search, levels, Some(&*tile.units), weights, pivots, best);
     let (first, others) = best.split_at_mut(1);
     if !others.is_empty() {
-        by_block::<I, L>(panel, tile, levels, start, end, &mut first[0], &[f32::INFINITY; LANES]);
+        by_block(simd, panel, tile, levels, start, end, &mut first[0], &[f32::INFINITY; LANES]);
         for other in others {
-            by_block::<I, L>(panel, tile, levels, start, end, other, &first[0].cost);
+            by_block(simd, panel, tile, levels, start, end, other, &first[0].cost);
             first[0].sort_with(other);
         }
     }

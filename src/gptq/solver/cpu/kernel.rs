@@ -2,13 +2,15 @@
 //!
 //! Everything here works on local buffers `[column][lane]`, one lane for each row of the weight, so that each step is the
 //! same arithmetic on neighbouring floats. The bodies are plain loops over fixed-size arrays, except for the innermost
-//! products (`instructions`). They are compiled once for each instruction set, and the set is chosen at run time, so that
-//! builds need no `target-cpu`.
+//! products (`vectors`). pulp compiles them once for each instruction set, and chooses the set at run time, so that builds
+//! need no `target-cpu`.
 
-use super::instructions::{Instructions, on_best_instructions};
+use pulp::{Arch, Simd, WithSimd};
+
 use super::{
     blocks::{self, BlockSearch, Uneven},
     scale_search::{self, Search},
+    vectors::{add, add_column, product, subtract_from},
 };
 use crate::gptq::Grid;
 
@@ -115,66 +117,81 @@ impl Panel<'_> {
     }
 }
 
-on_best_instructions! {
-    /// `r[c] += Σ_j factor[j, c] · source[j]`, for the factor's [`COLUMNS`] columns and as many lanes, or fewer.
-    fn multiply_add(factor: &[Columns], source: &[Lane], r: &mut [Lane]) = multiply_add_with
+/// `r[c] += Σ_j factor[j, c] · source[j]`, for the factor's [`COLUMNS`] columns and as many lanes, or fewer.
+pub(super) fn multiply_add(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
+    struct MultiplyAdd<'a>(&'a [Columns], &'a [Lane], &'a mut [Lane]);
+    impl WithSimd for MultiplyAdd<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Self(factor, source, r) = self;
+            let sums = product(simd, factor, source);
+            r.iter_mut().zip(&sums).for_each(|(r, sum)| add(simd, r, sum));
+        }
+    }
+    Arch::new().dispatch(MultiplyAdd(factor, source, r));
+}
+
+/// Quantizes one tile over one panel.
+pub(super) fn solve_tile(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+    struct SolveTile<'a, 'b, 'c>(&'a Panel<'b>, &'a mut Tile<'c>);
+    impl WithSimd for SolveTile<'_, '_, '_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            solve(simd, self.0, self.1);
+        }
+    }
+    Arch::new().dispatch(SolveTile(panel, tile));
 }
 
 #[inline(always)]
-fn multiply_add_with<I: Instructions>(factor: &[Columns], source: &[Lane], r: &mut [Lane]) {
-    let sums = I::product(factor, source);
-    r.iter_mut().zip(&sums).for_each(|(r, sum)| I::add(r, sum));
-}
-
-on_best_instructions! {
-    /// Quantizes one tile over one panel.
-    fn solve_tile(panel: &Panel<'_>, tile: &mut Tile<'_>) = solve
-}
-
-#[inline(always)]
-fn solve<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>) {
+fn solve<S: Simd>(simd: S, panel: &Panel<'_>, tile: &mut Tile<'_>) {
     match panel.grid {
-        PanelGrid::Gptq(grid, search) => solve_variant::<I>(panel, tile, grid, search),
+        PanelGrid::Gptq(grid, search) => solve_variant(simd, panel, tile, grid, search),
         PanelGrid::Blocks(search) => match search.even() {
-            Some(levels) => solve_blocks::<I, _>(panel, tile, search, levels),
-            None => solve_blocks::<I, _>(panel, tile, search, Uneven),
+            Some(levels) => solve_blocks(simd, panel, tile, search, levels),
+            None => solve_blocks(simd, panel, tile, search, Uneven),
         },
     }
 }
 
 #[inline(always)]
-fn solve_variant<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, grid: Grid, search: &Search) {
+fn solve_variant<S: Simd>(simd: S, panel: &Panel<'_>, tile: &mut Tile<'_>, grid: Grid, search: &Search) {
     let columns = panel.groups.len();
     let mut start = 0;
     while start < columns {
         let fit = panel.fits.contains(&start);
         let end = block_end(panel, start);
         if fit {
-            compensate::<I>(panel, tile, start, end);
-            scale_search::fit_scales::<I>(panel, tile, search, start, end);
+            compensate(simd, panel, tile, start, end);
+            scale_search::fit_scales(simd, panel, tile, search, start, end);
         }
-        quantize_block::<I, _>(panel, tile, AroundZero::new(grid), start, end);
-        push_residuals::<I>(panel, tile, start, end);
+        quantize_block(simd, panel, tile, AroundZero::new(grid), start, end);
+        push_residuals(simd, panel, tile, start, end);
         start = end;
     }
 }
 
 #[inline(always)]
-fn solve_blocks<I: Instructions, L: blocks::LevelRounding>(
+fn solve_blocks<S: Simd, L: blocks::LevelRounding>(
+    simd: S,
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
     search: &BlockSearch,
     levels: L,
 ) {
-    blocks::fit_block::<I, L>(panel, tile, search, levels);
+    blocks::fit_block(simd, panel, tile, search, levels);
     let columns = panel.groups.len();
     let mut start = 0;
     while start < columns {
         let end = block_end(panel, start);
-        compensate::<I>(panel, tile, start, end);
-        blocks::fit_sub_block::<I, L>(panel, tile, search, levels, start, end);
-        quantize_block::<I, L>(panel, tile, levels, start, end);
-        push_residuals::<I>(panel, tile, start, end);
+        compensate(simd, panel, tile, start, end);
+        blocks::fit_sub_block(simd, panel, tile, search, levels, start, end);
+        quantize_block(simd, panel, tile, levels, start, end);
+        push_residuals(simd, panel, tile, start, end);
         start = end;
     }
 }
@@ -192,16 +209,16 @@ fn block_end(panel: &Panel<'_>, start: usize) -> usize {
 
 /// `differences[c] = w_c − x_c` with `Ũ_ggᵀ x = r_g`: forward substitution.
 #[inline(always)]
-pub(super) fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+pub(super) fn compensate<S: Simd>(simd: S, panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let x = &mut *tile.differences;
     let mut c = start;
     while c < end {
         let (first, next) = span(c, end);
-        let mut sums = I::product(panel.rows(first, start..c), &x[start..c]);
+        let mut sums = product(simd, panel.rows(first, start..c), &x[start..c]);
         let own = panel.rows(first, c..next);
         for column in c..next {
             let sum = &mut sums[column - first];
-            I::add_column(sum, own, column - first, &x[c..column]);
+            add_column(simd, sum, own, column - first, &x[c..column]);
             let inverse = 1.0 / own[column - c][column - first];
             for l in 0..LANES {
                 x[column][l] = (tile.residuals[column][l] - sum[l]) * inverse;
@@ -210,12 +227,13 @@ pub(super) fn compensate<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>
         c = next;
     }
     let columns = tile.weights[start..end].iter().zip(&mut x[start..end]);
-    columns.for_each(|(weights, x)| I::subtract_from(weights, x));
+    columns.for_each(|(weights, x)| subtract_from(simd, weights, x));
 }
 
 /// Quantizes the columns `start..end`; `residuals` already include the columns before `start`.
 #[inline(always)]
-fn quantize_block<I: Instructions, R: Rounding>(
+fn quantize_block<S: Simd, R: Rounding>(
+    simd: S,
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
     rounding: R,
@@ -228,11 +246,11 @@ fn quantize_block<I: Instructions, R: Rounding>(
     let mut c = start;
     while c < end {
         let (first, next) = span(c, end);
-        let mut sums = I::product(panel.rows(first, start..c), &d[start..c]);
+        let mut sums = product(simd, panel.rows(first, start..c), &d[start..c]);
         let own = panel.rows(first, c..next);
         for column in c..next {
             let sum = &mut sums[column - first];
-            I::add_column(sum, own, column - first, &d[c..column]);
+            add_column(simd, sum, own, column - first, &d[c..column]);
             let pivot = own[column - c][column - first];
             let (inverse_pivot, group) = (1.0 / pivot, panel.groups[column] as usize);
             let (scale, zero) = (&tile.scales[group], &tile.zeros[group]);
@@ -262,13 +280,13 @@ fn quantize_block<I: Instructions, R: Rounding>(
 
 /// Adds the effect of the columns `start..end` to the residuals of later columns.
 #[inline(always)]
-fn push_residuals<I: Instructions>(panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
+fn push_residuals<S: Simd>(simd: S, panel: &Panel<'_>, tile: &mut Tile<'_>, start: usize, end: usize) {
     let columns = panel.groups.len();
     let mut c = end;
     while c < columns {
         let (first, next) = span(c, columns);
-        let sums = I::product(panel.rows(first, start..end), &tile.differences[start..end]);
-        tile.residuals[c..next].iter_mut().zip(&sums[c - first..]).for_each(|(r, sum)| I::add(r, sum));
+        let sums = product(simd, panel.rows(first, start..end), &tile.differences[start..end]);
+        tile.residuals[c..next].iter_mut().zip(&sums[c - first..]).for_each(|(r, sum)| add(simd, r, sum));
         c = next;
     }
 }

@@ -4,11 +4,11 @@
 mod blocks;
 mod cholesky;
 pub(super) mod compare;
-mod instructions;
 mod kernel;
 mod panel;
 mod scale_search;
 mod stack;
+mod vectors;
 
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};

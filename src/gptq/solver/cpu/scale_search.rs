@@ -1,8 +1,10 @@
 //! The search for a group's scales on the CPU, for a tile of rows at once. `solver/tests/reference.rs` has the definition.
 
+use pulp::{Arch, Simd, WithSimd};
+
 use super::{
-    instructions::{Instructions, on_best_instructions},
     kernel::{AroundZero, LANES, Lane, Panel, Rounding, Tile, span},
+    vectors::{add_column, product},
 };
 use crate::{accuracy::Scales, gptq::Grid};
 
@@ -52,7 +54,8 @@ impl Candidate {
 
 /// Fits scale and zero of the group at `start..end` to the compensated weights in the tile's differences.
 #[inline(always)]
-pub(super) fn fit_scales<I: Instructions>(
+pub(super) fn fit_scales<S: Simd>(
+    simd: S,
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
     search: &Search,
@@ -65,9 +68,9 @@ pub(super) fn fit_scales<I: Instructions>(
     let (first, others) = best.split_at_mut(1);
     if !others.is_empty() {
         let rounding = AroundZero::new(search.grid);
-        by_block::<I, _>(panel, tile, rounding, start, end, &mut first[0], &[f32::INFINITY; LANES]);
+        by_block(simd, panel, tile, rounding, start, end, &mut first[0], &[f32::INFINITY; LANES]);
         for other in others {
-            by_block::<I, _>(panel, tile, rounding, start, end, other, &first[0].cost);
+            by_block(simd, panel, tile, rounding, start, end, other, &first[0].cost);
             first[0].sort_with(other);
         }
     }
@@ -75,16 +78,19 @@ pub(super) fn fit_scales<I: Instructions>(
     (tile.scales[group], tile.zeros[group]) = (first[0].scale, first[0].zero);
 }
 
-on_best_instructions! {
-    /// The best step of each row by the diagonal. `weights` `[g]` are compensated, `pivots` `[g]` are `Ũ_ii`.
-    fn best_by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate = best
-}
-
-#[allow(clippy::extra_unused_type_parameters, reason = "a copy for each instruction set")]
-#[inline(always)]
-fn best<I: Instructions>(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
+/// The best step of each row by the diagonal. `weights` `[g]` are compensated, `pivots` `[g]` are `Ũ_ii`.
+pub(super) fn best_by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
     let mut best = [Candidate::NONE];
-    by_diagonal(search, weights, pivots, &mut best);
+    struct ByDiagonal<'a>(&'a Search, &'a [Lane], &'a [f32], &'a mut [Candidate]);
+    impl WithSimd for ByDiagonal<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            by_diagonal(self.0, self.1, self.2, self.3);
+        }
+    }
+    Arch::new().dispatch(ByDiagonal(search, weights, pivots, &mut best));
     best[0]
 }
 
@@ -165,7 +171,8 @@ fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate,
 /// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses. It stops with a part of the cost if no row's part
 /// is below its limit.
 #[inline(always)]
-pub(super) fn by_block<I: Instructions, R: Rounding>(
+pub(super) fn by_block<S: Simd, R: Rounding>(
+    simd: S,
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
     rounding: R,
@@ -180,11 +187,11 @@ pub(super) fn by_block<I: Instructions, R: Rounding>(
     let mut c = start;
     while c < end {
         let (first, next) = span(c, end);
-        let mut sums = I::product(panel.rows(first, start..c), &d[start..c]);
+        let mut sums = product(simd, panel.rows(first, start..c), &d[start..c]);
         let own = panel.rows(first, c..next);
         for column in c..next {
             let sum = &mut sums[column - first];
-            I::add_column(sum, own, column - first, &d[c..column]);
+            add_column(simd, sum, own, column - first, &d[c..column]);
             let pivot = panel.pivots[column];
             let inverse_pivot = 1.0 / pivot;
             for l in 0..LANES {
