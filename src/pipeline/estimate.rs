@@ -13,6 +13,7 @@ use super::{
     phases::{of_targets, per_token, shape_of},
 };
 use crate::{
+    amx,
     architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
     error::{ResourceError, Result},
     gptq::CrossCovariance,
@@ -37,16 +38,32 @@ const CPU_BATCH_TOKENS: usize = 1024;
 /// The same on CUDA, unless memory is short.
 const CUDA_BATCH_TOKENS: usize = 8192;
 
-/// Which part of the speed of large products the phases of a layer reach; `phases` in `run.json` has them.
-const FORWARD: f64 = 0.74;
-const STATISTICS: f64 = 0.7;
-const FACTORIZATION: f64 = 0.56;
-const TARGETS: f64 = 1.25;
-const SOLVE: f64 = 0.67;
+/// Which part of the speed of large products the phases of a layer reach; `phases` in `run.json` has them. That of forward passes and
+/// statistics is of products in the usual kind, the others of fp32.
+struct Speeds {
+    forward: f64,
+    statistics: f64,
+    factorization: f64,
+    targets: f64,
+    solve: f64,
+    /// Operations for each weight of a search for scales, in a solve.
+    search: f64,
+}
+
+/// On processors without a matrix unit.
+const PLAIN: Speeds = Speeds {
+    forward: 0.74,
+    statistics: 0.7,
+    factorization: 0.56,
+    targets: 1.25,
+    solve: 0.67,
+    search: 2700.0,
+};
+/// With AMX, where bf16 products run the whole layer.
+const MATRIX_UNIT: Speeds =
+    Speeds { forward: 0.55, statistics: 0.5, factorization: 0.85, targets: 2.1, solve: 1.2, search: 7500.0 };
 /// Factor of a solve's time with output Hessians.
 const ROW_BLOCKS: f64 = 3.2;
-/// Operations for each weight of a search for scales.
-const SEARCH: f64 = 2700.0;
 /// Time of a layer over the time of its products.
 const BESIDE_PRODUCTS: f64 = 1.15;
 
@@ -314,18 +331,19 @@ impl Shape<'_> {
         let usual = passes.iter().filter(|&&kind| kind == self.kinds.usual).count() as f64;
         let exact = passes.len() as f64 - usual;
         let row_blocks = if self.gradient_windows > 0 { ROW_BLOCKS } else { 1.0 };
-        let search = if self.searches { SEARCH } else { 0.0 };
+        let speeds = if amx::available() { MATRIX_UNIT } else { PLAIN };
+        let search = if self.searches { speeds.search } else { 0.0 };
         let mut work = Work::default();
         for stage in &layer.stages {
             for group in &stage.groups {
                 let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
-                work.exact += exact * tokens * token.forward / FORWARD;
-                work.usual += usual * tokens * token.forward / FORWARD
-                    + streams * tokens * token.hessian / STATISTICS
-                    + references * variants * tokens * token.cross_covariance / STATISTICS;
-                let alone = streams * k.powi(3) / 3.0 / FACTORIZATION
-                    + references * variants * of_targets(n, k) / TARGETS;
-                let solves = row_blocks * variants * n * k * (k + search) / SOLVE;
+                work.exact += exact * tokens * token.forward / speeds.forward;
+                work.usual += usual * tokens * token.forward / speeds.forward
+                    + streams * tokens * token.hessian / speeds.statistics
+                    + references * variants * tokens * token.cross_covariance / speeds.statistics;
+                let alone = streams * k.powi(3) / 3.0 / speeds.factorization
+                    + references * variants * of_targets(n, k) / speeds.targets;
+                let solves = row_blocks * variants * n * k * (k + search) / speeds.solve;
                 // What every rank does alike is `alone`.
                 let (of_group, of_rows) = self.solving_shares(layer, stage, group, ranks);
                 work.fp32 += of_group * (alone + of_rows * solves);
