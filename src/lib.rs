@@ -33,6 +33,7 @@ pub mod model;
 pub mod pack;
 pub mod pipeline;
 pub mod plan;
+pub mod products;
 pub mod progress;
 pub mod publish;
 pub mod report;

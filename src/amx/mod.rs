@@ -11,14 +11,12 @@
 
 mod forms;
 mod operand;
-mod tensors;
 #[cfg(test)]
 mod tests;
 mod tiles;
 
 pub use forms::{BLOCK, Shape, Sums, cross_gram, gram, multiply, multiply_by};
 pub use operand::{Line, Operand, Parts, Side, Square, Values, View, fill_from_f32, nearest_bf16};
-pub use tensors::{Weight, add_product};
 pub use tiles::{Tiles, available, has_bf16_products};
 
 /// Columns of an operand's strip, rows of its chunk, and side of the square of `C` that is computed at once.

@@ -3,10 +3,10 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    amx,
     error::{Error, Result, TorchContext},
     kernels::{self, CudaMatmul},
     pack::PackedView,
+    products,
 };
 
 /// A linear layer.
@@ -67,7 +67,7 @@ impl Linear for Dense {
 /// A linear with a dense weight, for forward passes of many tokens.
 #[derive(Debug)]
 pub struct ForwardDense {
-    weight: amx::Weight,
+    weight: products::Weight,
     bias: Option<Tensor>,
 }
 
@@ -77,7 +77,7 @@ impl ForwardDense {
     /// # Errors
     /// When memory is exhausted.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>, kind: Kind) -> Result<Self> {
-        let weight = weight.f_to_kind(kind).and_then(|weight| amx::Weight::new(&weight));
+        let weight = weight.f_to_kind(kind).and_then(|weight| products::Weight::new(&weight));
         let bias = bias.map(|b| b.f_to_kind(kind)).transpose().torch("convert a bias")?;
         Ok(Self { weight: weight.torch("convert a weight")?, bias })
     }

@@ -13,7 +13,6 @@ use super::{
     phases::{of_targets, per_token, shape_of},
 };
 use crate::{
-    amx,
     architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
     error::{ResourceError, Result},
     gptq::CrossCovariance,
@@ -117,6 +116,8 @@ pub(super) struct Shape<'a> {
     pub(super) rotates: bool,
     /// Whether scales are searched for.
     pub(super) searches: bool,
+    /// Whether the processor has a matrix unit for bf16.
+    pub(super) matrix_unit: bool,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -331,7 +332,7 @@ impl Shape<'_> {
         let usual = passes.iter().filter(|&&kind| kind == self.kinds.usual).count() as f64;
         let exact = passes.len() as f64 - usual;
         let row_blocks = if self.gradient_windows > 0 { ROW_BLOCKS } else { 1.0 };
-        let speeds = if amx::available() { MATRIX_UNIT } else { PLAIN };
+        let speeds = if self.matrix_unit { MATRIX_UNIT } else { PLAIN };
         let search = if self.searches { speeds.search } else { 0.0 };
         let mut work = Work::default();
         for stage in &layer.stages {
@@ -459,6 +460,7 @@ pub(super) mod tests {
             gradient_windows: 0,
             rotates: false,
             searches: false,
+            matrix_unit: false,
         }
     }
 

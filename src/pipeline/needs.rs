@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     accuracy::ScaleSearch,
+    amx,
     architectures::ModelConfig,
     checkpoint::Checkpoint,
     cluster::Cluster,
@@ -104,6 +105,7 @@ impl Needs {
             gradient_windows: accuracy.gradient_windows(plan.samples),
             rotates,
             searches: accuracy.scales.search != ScaleSearch::Off,
+            matrix_unit: amx::available(),
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,

@@ -29,9 +29,9 @@ pub use solved::{Solution, Solved};
 
 use super::{ColumnOrder, CrossCovariance, Hessian, QuantizedLinear, Step, dead_columns, mean_alive, raw};
 use crate::{
-    amx,
     error::{Error, NumericalError, Result, TorchContext},
     ggml::BlockType,
+    products,
     variant::{Sorting, Variant},
 };
 
@@ -183,7 +183,7 @@ pub fn targets(
         },
     };
     // As the weight of a linear, transposed.
-    let d = d.map(|d| d.f_to_kind(kind)?.f_tr().and_then(|d| amx::Weight::new(&d)));
+    let d = d.map(|d| d.f_to_kind(kind)?.f_tr().and_then(|d| products::Weight::new(&d)));
     let d = d.transpose().torch("convert a cross-covariance")?;
     let mut first = 0;
     let mut target = |weight: &Weight<'_>| {

@@ -9,6 +9,7 @@ use tch::{Kind, TchError, Tensor};
 use crate::{
     amx::{self, Parts, Shape},
     gptq::raw,
+    products,
 };
 
 /// Columns factorized together: some of [`amx::BLOCK`].
@@ -41,7 +42,7 @@ pub(super) fn in_place(matrix: &Tensor, amx: bool) -> Result<bool, TchError> {
         let negative = solved.f_neg()?;
         if amx {
             let mut rest = part(below, k - below, below, k - below)?;
-            amx::add_product(
+            products::add_product(
                 &mut rest,
                 &negative,
                 &solved.f_tr()?,
@@ -82,7 +83,7 @@ pub(super) fn divide(
     let done = Tensor::f_empty(b.size(), (products, b.device()))?;
     let add = |own: &mut Tensor, done: &Tensor, block: &Tensor| match products {
         Kind::Float => own.f_addmm_(done, block).map(drop),
-        _ if amx::available() => amx::add_product(own, done, block, Parts::One, Shape::Full),
+        _ if amx::available() => products::add_product(own, done, block, Parts::One, Shape::Full),
         _ => own.f_add_(&done.f_mm(&block.f_to_kind(products)?)?).map(drop),
     };
     // −Y with Y Lᵀ = B, from the first block on: −Y_j = (B_j + Σ_{i<j} −Y_i L_jiᵀ) · −L_jj⁻ᵀ.
@@ -92,7 +93,7 @@ pub(super) fn divide(
         if *start > 0 {
             add(&mut own, &done.f_narrow(1, 0, *start)?, &part(*start, *width, 0, *start)?.f_tr()?)?;
         }
-        let y = amx::Weight::new(negative_inverse)?.linear(&own.f_to_kind(products)?, None)?;
+        let y = products::Weight::new(negative_inverse)?.linear(&own.f_to_kind(products)?, None)?;
         done.f_narrow(1, *start, *width)?.f_copy_(&y)?;
     }
     // Z with Z L = Y, from the last block on: Z_j = (−Y_j + Σ_{i>j} Z_i L_ij) · −L_jj⁻¹.
@@ -102,7 +103,7 @@ pub(super) fn divide(
         if end < k {
             add(&mut sum, &done.f_narrow(1, end, k - end)?, &part(end, k - end, *start, *width)?)?;
         }
-        let z = amx::Weight::new(&negative_inverse.f_tr()?)?.linear(&sum.f_to_kind(products)?, None)?;
+        let z = products::Weight::new(&negative_inverse.f_tr()?)?.linear(&sum.f_to_kind(products)?, None)?;
         own.f_copy_(&z)?;
     }
     Ok(done)

@@ -122,7 +122,7 @@ mod tests {
         assert_eq!(Arch::new().dispatch(All), plain);
         #[cfg(target_arch = "x86_64")]
         if let Some(avx2) = pulp::x86::V3::try_new() {
-            assert_eq!(avx2.vectorize(All), plain);
+            assert_eq!(Simd::vectorize(avx2, All), plain);
         }
     }
 }

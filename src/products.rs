@@ -1,8 +1,8 @@
-//! Products of libtorch's tensors on the CPU.
+//! Products of libtorch's tensors on the CPU, by [`crate::amx`] where the processor has a matrix unit.
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::{Operand, Parts, Shape, Side, Sums, Values, View, available, multiply, multiply_by};
+use crate::amx::{Operand, Parts, Shape, Side, Sums, Values, View, available, multiply, multiply_by};
 
 /// A weight `[N, K]` in the layout in which this machine multiplies it fastest.
 #[derive(Debug)]
