@@ -180,8 +180,8 @@ pub enum ScaleSearch {
     Off,
     /// That scale and smaller scales, which clip the largest weights and round all others more finely. The few with the least
     /// `Σ Ũ_ii² (q_i − w_i)²` are compared, each with the codes that the column loop chooses in this group. The best scale has the
-    /// least `‖(q − w) Ũ_gg‖²`, the group's part of the objective. GPTQ's `mse` option and Marlin's quantizer (arXiv 2408.11743)
-    /// search by the first sum, unweighted.
+    /// least `‖(q − w) Ũ_gg‖²`, the group's part of the objective. GPTQ's `mse` option weighs all columns alike. Marlin's
+    /// quantizer (arXiv 2408.11743) also weighs by a block of the Hessian.
     Block,
 }
 

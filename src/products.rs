@@ -60,7 +60,7 @@ impl Weight {
 }
 
 /// `sums += left · right`, of `[M, D]` and `[D, N]` in fp32 or bf16, with each fp32 value in `parts`; `sums` `[M, N]` fp32, whose columns
-/// are contiguous. Of a `Lower` shape only the part on and below the diagonal.
+/// are contiguous. Of a `Lower` shape only the part on and below the diagonal. Neither operand is a view of the memory of `sums`.
 ///
 /// # Errors
 /// When memory is exhausted.
@@ -82,8 +82,7 @@ pub fn add_product(
         return Ok(());
     }
     // SAFETY: the first of `m` rows of `n` floats lies at the pointer, and they are `row` floats apart. `sums` is borrowed for
-    // writing. What lies between its rows may belong to other tensors, which neither operand is a view of: both were given as
-    // tensors of their own memory, or copied.
+    // writing, and neither operand reads its memory, nor what lies between its rows.
     let values = unsafe { std::slice::from_raw_parts_mut(sums.data_ptr().cast(), (m - 1) * row + n) };
     multiply(view(&left), view(&right), parts, Sums { values, stride: row, add: true, shape });
     Ok(())

@@ -109,37 +109,8 @@ pub type Square = [[f32; SIDE]; SIDE];
 
 /// Lays out a square as a chunk in two parts.
 pub fn fill_from_f32(chunk: &mut [Line], side: Side, square: &Square) {
-    #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the feature was detected on the line above.
-        return unsafe { fill_from_f32_avx512(chunk, side, square) };
-    }
-    fill_from_f32_any(chunk, side, square);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn fill_from_f32_avx512(chunk: &mut [Line], side: Side, square: &Square) {
-    fill_from_f32_any(chunk, side, square);
-}
-
-#[inline(always)]
-fn fill_from_f32_any(chunk: &mut [Line], side: Side, square: &Square) {
-    assert_eq!(chunk.len(), Parts::Two.chunk_len());
-    for half in 0..2 {
-        let (mut value, mut rest) = ([[0u32; 16]; TILE], [[0u32; 16]; TILE]);
-        for pair in 0..TILE {
-            for c in 0..16 {
-                let (a, b) = (square[2 * pair][16 * half + c], square[2 * pair + 1][16 * half + c]);
-                let (a_value, b_value) = (nearest_bf16(a), nearest_bf16(b));
-                value[pair][c] = a_value >> 16 | b_value;
-                let rest_of = |x: f32, bits: u32| nearest_bf16(x - f32::from_bits(bits));
-                rest[pair][c] = rest_of(a, a_value) >> 16 | rest_of(b, b_value);
-            }
-        }
-        store(&mut chunk[half * TILE..][..TILE], side, &value);
-        store(&mut chunk[CHUNK + half * TILE..][..TILE], side, &rest);
-    }
+    let values = square.as_flattened();
+    fill(chunk, side, Parts::Two, values, &View::new(Values::Float(values), [SIDE, SIDE], [SIDE, 1]));
 }
 
 /// The nearest bf16 value, ties to even, as the bits of an fp32 value.
@@ -277,6 +248,7 @@ impl Value for f32 {
 
 /// Lays out up to [`SIDE`] rows and columns as a chunk.
 fn fill<T: Value>(chunk: &mut [Line], side: Side, parts: Parts, values: &[T], part: &View<'_>) {
+    assert_eq!(chunk.len(), parts.chunk_len());
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512f") {
         // SAFETY: the feature was detected on the line above.
@@ -335,15 +307,6 @@ fn fill_whole<T: Value>(chunk: &mut [Line], side: Side, parts: Parts, values: &[
 #[inline(always)]
 fn array<T, const N: usize>(values: &[T]) -> &[T; N] {
     values.first_chunk().expect("the matrix has the values")
-}
-
-/// `pairs[p][c]` holds rows `2p` and `2p + 1` of column `c`.
-#[inline(always)]
-fn store(tile: &mut [Line], side: Side, pairs: &[[u32; 16]; TILE]) {
-    match side {
-        Side::Left => transpose(tile, pairs),
-        Side::Right => copy(tile, pairs),
-    }
 }
 
 #[inline(always)]
