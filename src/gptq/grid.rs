@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use crate::{accuracy::Scales, fp16::nearest_f16, variant::Bits};
+use crate::{accuracy::Scales, fp16::round_to_f16, variant::Bits};
 
 /// Scale and zero point of one group of one row. A weight is `scale · (code − zero)`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -50,17 +50,23 @@ impl Grid {
     pub fn fit(self, min: f64, max: f64) -> Step {
         let levels = f64::from(self.bits.max_code());
         if self.symmetric {
-            let scale = 2.0 * min.abs().max(max.abs()) / levels;
-            return Step { scale: to_scale(scale), zero: self.bits.symmetric_zero() };
+            let scale = self.symmetric_scale(min.abs().max(max.abs()));
+            return Step { scale: f16::from_f32(scale), zero: self.bits.symmetric_zero() };
         }
         let (min, max) = (min.min(0.0), max.max(0.0));
-        let scale = to_scale((max - min) / levels);
+        let scale = f16::from_f32(to_scale((max - min) / levels));
         let zero = (-min / f64::from(scale)).round_ties_even();
         if zero < 1.0 && scale.is_finite() {
             // All levels but one lie above zero.
-            return Step { scale: to_scale(max / (levels - 1.0)), zero: 1 };
+            return Step { scale: f16::from_f32(to_scale(max / (levels - 1.0))), zero: 1 };
         }
         Step { scale, zero: zero.min(levels) as u8 }
+    }
+
+    /// The scale of a symmetric grid for weights of up to this size, as fp16 has it. Loops of it become vectors.
+    #[inline(always)]
+    pub fn symmetric_scale(self, largest: f64) -> f32 {
+        to_scale(2.0 * largest / f64::from(self.bits.max_code()))
     }
 
     /// [`Grid::fit`] for `factor` times the range; a negative factor turns a symmetric grid around.
@@ -87,11 +93,11 @@ impl Step {
 /// The scale of a group of zeros. Any scale that is finite and above zero would do.
 const SCALE_OF_ZEROS: f64 = 2.0 / 15.0;
 
-fn to_scale(scale: f64) -> f16 {
-    if scale == 0.0 {
-        return nearest_f16(SCALE_OF_ZEROS);
-    }
-    nearest_f16(scale).max(f16::MIN_POSITIVE_SUBNORMAL)
+#[inline(always)]
+fn to_scale(scale: f64) -> f32 {
+    const SMALLEST: f32 = f16::MIN_POSITIVE_SUBNORMAL.to_f32_const();
+    let rounded = round_to_f16(if scale == 0.0 { SCALE_OF_ZEROS } else { scale });
+    if rounded > SMALLEST { rounded } else { SMALLEST }
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@ use half::f16;
 use pulp::Simd;
 
 use super::{
-    kernel::{LANES, Lane, Panel, Rounding, Tile, compensate},
-    scale_search::{Candidate, MAX_FINALISTS, by_block},
+    kernel::{LANES, Lane, Panel, Rounding, Tile, compensate, within},
+    scale_search::{Candidate, MAX_FINALISTS, best_by_block},
 };
 use crate::{
     accuracy::{ScaleSearch, Scales},
@@ -76,7 +76,7 @@ pub(super) trait LevelRounding: Copy {
 impl LevelRounding for Even {
     #[inline(always)]
     fn level(self, x: f32) -> (f32, f32) {
-        let level = x.round_ties_even().max(self.lowest).min(self.highest);
+        let level = within(x.round_ties_even(), self.lowest, self.highest);
         (level, level + self.zero)
     }
 }
@@ -169,7 +169,7 @@ fn best_units(values: &[Lane], costs: &[Lane], far: f32, [low, high]: [f32; 2]) 
         let mut error = [0.0f32; LANES];
         for (values, costs) in values.iter().zip(costs) {
             for l in 0..LANES {
-                let n = (values[l] * inverse[l]).round_ties_even().max(low).min(high);
+                let n = within((values[l] * inverse[l]).round_ties_even(), low, high);
                 let off = unit[l] * n - values[l];
                 error[l] += costs[l] * (off * off);
             }
@@ -197,16 +197,12 @@ pub(super) fn fit_sub_block<S: Simd, L: LevelRounding>(
     let best = &mut best[..search.finalists];
     let (weights, pivots) = (&tile.differences[start..end], &panel.pivots[start..end]);
     by_diagonal(search, levels, Some(&*tile.units), weights, pivots, best);
-    let (first, others) = best.split_at_mut(1);
-    if !others.is_empty() {
-        by_block(simd, panel, tile, levels, start, end, &mut first[0], &[f32::INFINITY; LANES]);
-        for other in others {
-            by_block(simd, panel, tile, levels, start, end, other, &first[0].cost);
-            first[0].sort_with(other);
-        }
-    }
+    let best = match best {
+        [only] => *only,
+        _ => best_by_block(simd, panel, tile, levels, start, end, best),
+    };
     let group = panel.groups[start] as usize;
-    (tile.scales[group], tile.zeros[group]) = (first[0].scale, first[0].zero);
+    (tile.scales[group], tile.zeros[group]) = (best.scale, best.zero);
 }
 
 /// The best steps of each row by `Σ Ũ_ii² (q_i − w_i)²`, in ascending order, each once; as they are stored in blocks with `units`, or
@@ -325,8 +321,8 @@ fn store(search: &BlockSearch, units: &[Lane; 2], inverse: &[Lane; 2], step: &mu
         }
         ScaleForm::Signed(_) | ScaleForm::Pairs(_) => {
             for l in 0..LANES {
-                let scale = (step.scale[l] * inverse[0][l]).round_ties_even().max(low).min(high);
-                let min = (-step.zero[l] * inverse[1][l]).round_ties_even().max(0.0).min(largest_min);
+                let scale = within((step.scale[l] * inverse[0][l]).round_ties_even(), low, high);
+                let min = within((-step.zero[l] * inverse[1][l]).round_ties_even(), 0.0, largest_min);
                 step.scale[l] = units[0][l] * scale;
                 step.zero[l] = 0.0 - units[1][l] * min;
             }

@@ -9,8 +9,8 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::{
     blocks::{self, BlockSearch, Uneven},
-    scale_search::{self, Search},
-    vectors::{add, add_column, product, subtract_from},
+    scale_search::{self, Search, TOGETHER},
+    vectors::{add, add_to_later, product, subtract_from},
 };
 use crate::gptq::Grid;
 
@@ -72,6 +72,14 @@ impl AroundZero {
     }
 }
 
+/// `x`, but at least `low` and at most `high`; `low` for NaN. It takes half as many instructions as the methods of `f32`, which are
+/// defined for limits of NaN too.
+#[inline(always)]
+pub(super) fn within(x: f32, low: f32, high: f32) -> f32 {
+    let x = if x > low { x } else { low };
+    if x < high { x } else { high }
+}
+
 impl Rounding for AroundZero {
     #[inline(always)]
     fn inverse(scale: f32) -> f32 {
@@ -80,7 +88,7 @@ impl Rounding for AroundZero {
 
     #[inline(always)]
     fn round(self, target: f32, inverse: f32, scale: f32, zero: f32) -> (f32, f32) {
-        let code = ((target * inverse).round_ties_even() + zero).clamp(0.0, self.max_code);
+        let code = within((target * inverse).round_ties_even() + zero, 0.0, self.max_code);
         ((code - zero) * scale, code)
     }
 }
@@ -93,8 +101,8 @@ pub(super) struct Tile<'a> {
     pub(super) residuals: &'a mut [Lane],
     /// Out: `d = ŵ − w` `[P]`. Meanwhile it holds compensated weights.
     pub(super) differences: &'a mut [Lane],
-    /// Scratch `[P]`: the differences that a candidate scale leads to.
-    pub(super) trial: &'a mut [Lane],
+    /// Scratch `[P]`: the differences that each candidate scale leads to.
+    pub(super) trials: &'a mut [Vec<Lane>; TOGETHER],
     /// Out: codes `[P]`.
     pub(super) codes: &'a mut [[u8; LANES]],
     /// Scales `[G]`, as rounded to fp16; filled where the panel fits them.
@@ -217,12 +225,12 @@ pub(super) fn compensate<S: Simd>(simd: S, panel: &Panel<'_>, tile: &mut Tile<'_
         let mut sums = product(simd, panel.rows(first, start..c), &x[start..c]);
         let own = panel.rows(first, c..next);
         for column in c..next {
-            let sum = &mut sums[column - first];
-            add_column(simd, sum, own, column - first, &x[c..column]);
-            let inverse = 1.0 / own[column - c][column - first];
+            let at = column - first;
+            let inverse = 1.0 / own[column - c][at];
             for l in 0..LANES {
-                x[column][l] = (tile.residuals[column][l] - sum[l]) * inverse;
+                x[column][l] = (tile.residuals[column][l] - sums[at][l]) * inverse;
             }
+            add_to_later(simd, &mut sums[at..next - first], &own[column - c][at..], &x[column]);
         }
         c = next;
     }
@@ -249,16 +257,15 @@ fn quantize_block<S: Simd, R: Rounding>(
         let mut sums = product(simd, panel.rows(first, start..c), &d[start..c]);
         let own = panel.rows(first, c..next);
         for column in c..next {
-            let sum = &mut sums[column - first];
-            add_column(simd, sum, own, column - first, &d[c..column]);
-            let pivot = own[column - c][column - first];
+            let at = column - first;
+            let pivot = own[column - c][at];
             let (inverse_pivot, group) = (1.0 / pivot, panel.groups[column] as usize);
             let (scale, zero) = (&tile.scales[group], &tile.zeros[group]);
             if group != inverse_of {
                 inverse_of = group;
                 inverse_scale = scale.map(R::inverse);
             }
-            let (weight, residual) = (&tile.weights[column], &tile.residuals[column]);
+            let (weight, residual, sum) = (&tile.weights[column], &tile.residuals[column], &sums[at]);
             for l in 0..LANES {
                 let target = weight[l] - (residual[l] + sum[l]) * inverse_pivot;
                 let (quantized, code) = rounding.round(target, inverse_scale[l], scale[l], zero[l]);
@@ -269,6 +276,7 @@ fn quantize_block<S: Simd, R: Rounding>(
                 // A whole number from 0 to 255 plus 2²³ has itself as its lowest bits.
                 tile.codes[column][l] = (code + 8_388_608.0).to_bits() as u8;
             }
+            add_to_later(simd, &mut sums[at..next - first], &own[column - c][at..], &d[column]);
         }
         c = next;
     }

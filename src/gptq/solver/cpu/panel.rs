@@ -12,6 +12,7 @@ use crate::{
         solver::cpu::{
             Groups,
             kernel::{self, COLUMNS, Columns, Panel, PanelGrid, Tile},
+            scale_search::TOGETHER,
         },
     },
 };
@@ -65,7 +66,7 @@ impl CpuFactor {
         blocks.enumerate().for_each_init(
             || Scratch::new(layout, together),
             |scratch, (block, (((((lines, scales), zeros), units), objective), distance))| {
-                let Scratch { residuals, differences, trial, codes: tile_codes } = scratch;
+                let Scratch { residuals, differences, trials, codes: tile_codes } = scratch;
                 let residuals: &mut [Lane] = bytemuck::cast_slice_mut(residuals);
                 solved_factor.multiply(layout, lines, residuals);
                 let tiles = lines
@@ -93,7 +94,7 @@ impl CpuFactor {
                             weights: &weights[..p],
                             residuals: &mut residuals[..p],
                             differences: &mut differences[..p],
-                            trial: &mut trial[..p],
+                            trials,
                             codes: &mut tile_codes[..p],
                             scales,
                             zeros,
@@ -222,7 +223,8 @@ struct Scratch {
     residuals: Vec<Line>,
     /// `[P, padded]`; zero from `P` on.
     differences: Vec<Lane>,
-    trial: Vec<Lane>,
+    /// `[P]` of each candidate scale.
+    trials: [Vec<Lane>; TOGETHER],
     codes: Vec<[u8; LANES]>,
 }
 
@@ -232,7 +234,7 @@ impl Scratch {
         Self {
             residuals: bytemuck::zeroed_vec(tiles * layout.panel_lines()),
             differences: vec![[0.0; LANES]; padded],
-            trial: vec![[0.0; LANES]; padded],
+            trials: std::array::from_fn(|_| vec![[0.0; LANES]; padded]),
             codes: vec![[0; LANES]; padded],
         }
     }

@@ -3,8 +3,8 @@
 use pulp::{Arch, Simd, WithSimd};
 
 use super::{
-    kernel::{AroundZero, LANES, Lane, Panel, Rounding, Tile, span},
-    vectors::{add_column, product},
+    kernel::{AroundZero, COLUMNS, LANES, Lane, Panel, Rounding, Tile, span, within},
+    vectors::{add_to_later, product},
 };
 use crate::{accuracy::Scales, gptq::Grid};
 
@@ -65,17 +65,12 @@ pub(super) fn fit_scales<S: Simd>(
     let mut best = [Candidate::NONE; MAX_FINALISTS];
     let best = &mut best[..search.finalists.max(1)];
     by_diagonal(search, &tile.differences[start..end], &panel.pivots[start..end], best);
-    let (first, others) = best.split_at_mut(1);
-    if !others.is_empty() {
-        let rounding = AroundZero::new(search.grid);
-        by_block(simd, panel, tile, rounding, start, end, &mut first[0], &[f32::INFINITY; LANES]);
-        for other in others {
-            by_block(simd, panel, tile, rounding, start, end, other, &first[0].cost);
-            first[0].sort_with(other);
-        }
-    }
+    let best = match best {
+        [only] => *only,
+        _ => best_by_block(simd, panel, tile, AroundZero::new(search.grid), start, end, best),
+    };
     let group = panel.groups[start] as usize;
-    (tile.scales[group], tile.zeros[group]) = (first[0].scale, first[0].zero);
+    (tile.scales[group], tile.zeros[group]) = (best.scale, best.zero);
 }
 
 /// The best step of each row by the diagonal. `weights` `[g]` are compensated, `pivots` `[g]` are `Ũ_ii`.
@@ -110,11 +105,7 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
         if i > 0 && factor == -search.factors[i - 1] {
             fitted.scale = fitted.scale.map(|scale| -scale);
         } else {
-            for l in 0..LANES {
-                let step = search.grid.fit_scaled(f64::from(min[l]), f64::from(max[l]), factor);
-                fitted.scale[l] = step.scale.to_f32();
-                fitted.zero[l] = f32::from(step.zero);
-            }
+            fit_scaled(search.grid, &min, &max, factor, &mut fitted);
         }
         if search.factors.len() == 1 {
             best[0] = fitted;
@@ -131,6 +122,24 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
         for better in &mut *best {
             better.sort_with(&mut candidate);
         }
+    }
+}
+
+/// [`Grid::fit_scaled`] for each row.
+#[inline(always)]
+fn fit_scaled(grid: Grid, min: &Lane, max: &Lane, factor: f64, fitted: &mut Candidate) {
+    if let Some(zero) = grid.symmetric_zero() {
+        let sign = if factor < 0.0 { -1.0 } else { 1.0 };
+        for l in 0..LANES {
+            let largest = if max[l] > -min[l] { max[l] } else { -min[l] };
+            fitted.scale[l] = sign * grid.symmetric_scale(f64::from(largest) * factor.abs());
+        }
+        fitted.zero = [f32::from(zero); LANES];
+        return;
+    }
+    for l in 0..LANES {
+        let step = grid.fit_scaled(f64::from(min[l]), f64::from(max[l]), factor);
+        (fitted.scale[l], fitted.zero[l]) = (step.scale.to_f32(), f32::from(step.zero));
     }
 }
 
@@ -156,7 +165,7 @@ fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate,
     for (weights, pivots) in weights.chunks(CHUNK).zip(pivots.chunks(CHUNK)) {
         for (weights, pivot) in weights.iter().zip(pivots) {
             for l in 0..LANES {
-                let offset = (weights[l] * inverse[l]).round_ties_even().max(lowest[l]).min(highest[l]);
+                let offset = within((weights[l] * inverse[l]).round_ties_even(), lowest[l], highest[l]);
                 let error = (offset * step.scale[l] - weights[l]) * pivot;
                 cost[l] += error * error;
             }
@@ -168,41 +177,78 @@ fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate,
     cost
 }
 
-/// Sets the cost to `‖(q − w) Ũ_gg‖²` with the codes that the column loop chooses. It stops with a part of the cost if no row's part
-/// is below its limit.
+/// Of each row the candidate with the least `‖(q − w) Ũ_gg‖²`, for the codes that the column loop chooses; the first of equal ones.
 #[inline(always)]
-pub(super) fn by_block<S: Simd, R: Rounding>(
+pub(super) fn best_by_block<S: Simd, R: Rounding>(
     simd: S,
     panel: &Panel<'_>,
     tile: &mut Tile<'_>,
     rounding: R,
     start: usize,
     end: usize,
-    step: &mut Candidate,
+    candidates: &mut [Candidate],
+) -> Candidate {
+    let mut best: Option<Candidate> = None;
+    for some in candidates.chunks_mut(TOGETHER) {
+        let limits = best.map_or([f32::INFINITY; LANES], |best| best.cost);
+        by_block(simd, panel, tile, rounding, start, end, some, &limits);
+        for other in some {
+            match &mut best {
+                Some(best) => best.sort_with(other),
+                None => best = Some(*other),
+            }
+        }
+    }
+    best.expect("there are candidates")
+}
+
+/// Candidates in the column loop at once. A column waits for the one before it; the columns of other candidates do not.
+pub(super) const TOGETHER: usize = 4;
+
+/// Sets the costs of up to [`TOGETHER`] candidates. It stops with a part of them if no row's part is below its limit.
+#[inline(always)]
+fn by_block<S: Simd, R: Rounding>(
+    simd: S,
+    panel: &Panel<'_>,
+    tile: &mut Tile<'_>,
+    rounding: R,
+    start: usize,
+    end: usize,
+    steps: &mut [Candidate],
     limits: &Lane,
 ) {
-    let (weights, d) = (&*tile.differences, &mut *tile.trial);
-    let inverse = step.scale.map(R::inverse);
-    step.cost = [0.0; LANES];
+    let weights = &*tile.differences;
+    let mut trials = tile.trials.each_mut();
+    let mut inverses = [[0.0; LANES]; TOGETHER];
+    for (step, inverse) in steps.iter_mut().zip(&mut inverses) {
+        *inverse = step.scale.map(R::inverse);
+        step.cost = [0.0; LANES];
+    }
     let mut c = start;
     while c < end {
         let (first, next) = span(c, end);
-        let mut sums = product(simd, panel.rows(first, start..c), &d[start..c]);
-        let own = panel.rows(first, c..next);
+        let (above, own) = (panel.rows(first, start..c), panel.rows(first, c..next));
+        let mut sums = [[[0.0; LANES]; COLUMNS]; TOGETHER];
+        for ((sums, d), _) in sums.iter_mut().zip(&trials).zip(&*steps) {
+            *sums = product(simd, above, &d[start..c]);
+        }
         for column in c..next {
-            let sum = &mut sums[column - first];
-            add_column(simd, sum, own, column - first, &d[c..column]);
-            let pivot = panel.pivots[column];
+            let (at, pivot) = (column - first, panel.pivots[column]);
             let inverse_pivot = 1.0 / pivot;
-            for l in 0..LANES {
-                let target = weights[column][l] - sum[l] * inverse_pivot;
-                let (quantized, _) = rounding.round(target, inverse[l], step.scale[l], step.zero[l]);
-                let error = (quantized - target) * pivot;
-                d[column][l] = quantized - weights[column][l];
-                step.cost[l] += error * error;
+            let of_steps = steps.iter_mut().zip(&inverses).zip(&mut trials).zip(&mut sums);
+            for (((step, inverse), d), sums) in of_steps {
+                let d = &mut d[column];
+                for l in 0..LANES {
+                    let target = weights[column][l] - sums[at][l] * inverse_pivot;
+                    let (quantized, _) = rounding.round(target, inverse[l], step.scale[l], step.zero[l]);
+                    let error = (quantized - target) * pivot;
+                    d[l] = quantized - weights[column][l];
+                    step.cost[l] += error * error;
+                }
+                add_to_later(simd, &mut sums[at..next - first], &own[column - c][at..], d);
             }
         }
-        if all_reach(&step.cost, limits) {
+        if steps.iter().all(|step| all_reach(&step.cost, limits)) {
             return;
         }
         c = next;

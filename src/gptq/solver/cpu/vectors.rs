@@ -42,15 +42,14 @@ fn columns<S: Simd, const AT_ONCE: usize, const PARTS: usize>(
     out
 }
 
-/// `sum += Σ_j factor[j, c] · source[j]`; the end of the longer argument is ignored.
+/// `sums[c] += factor[c] · source` for all `c` but the first, which is the column that `source` is of.
 #[inline(always)]
-pub(super) fn add_column<S: Simd>(simd: S, sum: &mut Lane, factor: &[Columns], c: usize, source: &[Lane]) {
-    for (i, sum) in parts_mut::<S>(sum).iter_mut().enumerate() {
-        let mut part = *sum;
-        for (factor, source) in factor.iter().zip(source) {
-            part = simd.mul_add_e_f32s(simd.splat_f32s(factor[c]), parts::<S>(source)[i], part);
-        }
-        *sum = part;
+pub(super) fn add_to_later<S: Simd>(simd: S, sums: &mut [Lane], factor: &[f32], source: &Lane) {
+    let source = parts::<S>(source);
+    for (sum, factor) in sums.iter_mut().zip(factor).skip(1) {
+        let factor = simd.splat_f32s(*factor);
+        let parts = parts_mut::<S>(sum).iter_mut();
+        parts.zip(source).for_each(|(part, source)| *part = simd.mul_add_e_f32s(factor, *source, *part));
     }
 }
 
@@ -101,14 +100,14 @@ mod tests {
             let source: Vec<Lane> =
                 (0..20).map(|j| std::array::from_fn(|l| (j * 11 + l * 2) as f32 % 13.0 - 6.0)).collect();
             let mut lanes = product(simd, &factor, &source).to_vec();
-            add_column(simd, &mut lanes[3], &factor, 5, &source);
+            add_to_later(simd, &mut lanes[2..4], &factor[20], &source[19]);
             let (first, others) = lanes.split_at_mut(1);
             add(simd, &mut first[0], &others[0]);
             subtract_from(simd, &others[1], &mut first[0]);
             // The definition, in whole numbers, which floats have exactly.
             let sum = |c: usize, l: usize| factor.iter().zip(&source).map(|(f, s)| f[c] * s[l]).sum::<f32>();
             for l in 0..LANES {
-                assert_eq!(others[2][l], sum(3, l) + sum(5, l));
+                assert_eq!(others[2][l], sum(3, l) + factor[20][1] * source[19][l]);
                 assert_eq!(first[0][l], sum(2, l) - (sum(0, l) + sum(1, l)));
                 (4..COLUMNS).for_each(|c| assert_eq!(others[c - 1][l], sum(c, l)));
             }
