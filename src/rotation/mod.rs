@@ -117,11 +117,10 @@ impl<'a> Rotation<'a> {
         if let Some(reason) = config.rotation_refusal() {
             return Err(config.refused("rotate", &reason));
         }
-        let matrix = |n: usize, seed| Orthogonal::new(n, seed).torch("make a rotation");
         Ok(Self {
             checkpoint,
-            stream: matrix(config.hidden_size, SEEDS[0])?,
-            head: matrix(config.layers[0].attention.head_dim, SEEDS[1])?,
+            stream: Orthogonal::new(config.hidden_size, SEEDS[0]),
+            head: Orthogonal::new(config.layers[0].attention.head_dim, SEEDS[1]),
         })
     }
 
