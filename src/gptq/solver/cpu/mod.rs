@@ -30,6 +30,7 @@ use crate::{
 };
 use blocks::BlockSearch;
 use kernel::{LANES, Lane, PanelGrid};
+use panel::PanelFactors;
 use scale_search::Search;
 use stack::{Layout, Stack};
 
@@ -79,7 +80,8 @@ impl Solver for CpuSolver {
             Ok(done.then_some(lower))
         };
         let damped = damped(hessian, sorting, damp, stage, factorize)?;
-        Ok(Box::new(CpuFactor { damped, amx: self.amx, scales: self.scales }))
+        let kept = PanelFactors::default();
+        Ok(Box::new(CpuFactor { damped, amx: self.amx, scales: self.scales, kept }))
     }
 }
 
@@ -111,6 +113,7 @@ struct CpuFactor {
     damped: Damped<Tensor>,
     amx: bool,
     scales: Scales,
+    kept: PanelFactors,
 }
 
 impl CpuFactor {

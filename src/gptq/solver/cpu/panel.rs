@@ -1,6 +1,10 @@
 //! A panel of columns for all rows: residuals from the columns before it, then its own columns, tile by tile.
 
-use std::ops::Range;
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use rayon::prelude::*;
 
@@ -25,6 +29,20 @@ const _: () = assert!(SIDE * size_of::<Lane>() == 2 * SIDE * SIDE * size_of::<u1
 /// that part fit the second-level cache.
 const MAX_TILES: usize = 8;
 
+/// `Ũ` laid out for a panel.
+pub(super) struct PanelFactor {
+    solved: SolvedFactor,
+    /// `[P, P]`, of the panel's own columns.
+    own: Vec<Columns>,
+}
+
+/// Layouts for panels, by the width of panels and the first column.
+pub(super) type PanelFactors = Mutex<HashMap<[usize; 2], Arc<PanelFactor>>>;
+
+/// Rows up to which layouts are kept. To lay the factor out takes as long as to multiply it with hundreds of rows, and so few come from
+/// solves of some rows at a time, which need the layouts again.
+const FEW_ROWS: usize = 512;
+
 /// `Ũ` of the solved columns (the depth: panel after panel, as in [`Layout`]) and of a panel's columns.
 enum SolvedFactor {
     /// A left operand in two parts.
@@ -45,12 +63,11 @@ impl CpuFactor {
     ) {
         let (layout, amx) = (stack.layout, self.amx);
         let (p, order) = (columns.len(), self.damped.order.columns());
-        let solved_factor = self.solved_factor(layout, &columns);
-        let own_factor = self.own_factor(&columns);
+        let factor = self.panel_factor(layout, &columns);
         let fits: Vec<usize> = if groups.fitted { (0..p).step_by(groups.size).collect() } else { Vec::new() };
         let groups_of = &groups.of_columns[columns.clone()];
         let pivots: Vec<f32> = columns.clone().map(|i| self.pivot(i)).collect();
-        let panel = Panel { factor: &own_factor, groups: groups_of, fits: &fits, pivots: &pivots, grid };
+        let panel = Panel { factor: &factor.own, groups: groups_of, fits: &fits, pivots: &pivots, grid };
         let (groups, panels) = (groups.count, layout.k.div_ceil(layout.width));
 
         let codes = SharedSlice::new(&mut state.codes);
@@ -68,7 +85,7 @@ impl CpuFactor {
             |scratch, (block, (((((lines, scales), zeros), units), objective), distance))| {
                 let Scratch { residuals, differences, trials, codes: tile_codes } = scratch;
                 let residuals: &mut [Lane] = bytemuck::cast_slice_mut(residuals);
-                solved_factor.multiply(layout, lines, residuals);
+                factor.solved.multiply(layout, lines, residuals);
                 let tiles = lines
                     .chunks_mut(layout.tile_lines())
                     .zip(residuals.chunks_mut(layout.padded()))
@@ -118,6 +135,18 @@ impl CpuFactor {
                 }
             },
         );
+    }
+
+    fn panel_factor(&self, layout: Layout, columns: &Range<usize>) -> Arc<PanelFactor> {
+        let new = || {
+            let (solved, own) = (self.solved_factor(layout, columns), self.own_factor(columns));
+            Arc::new(PanelFactor { solved, own })
+        };
+        if layout.n > FEW_ROWS {
+            return new();
+        }
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(kept.entry([layout.width, columns.start]).or_insert_with(new))
     }
 
     /// `Ũ` of a panel's columns: the block of `L` on the diagonal, reversed on both axes.
