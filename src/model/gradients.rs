@@ -37,7 +37,7 @@ impl Linear for Recorded<'_> {
 
 impl Transformer<'_> {
     /// Runs a layer on `hidden` `[B, S, hidden]` and propagates `gradient`, with respect to its output, back through it.
-    /// The layer and the computation are fp32.
+    /// The layer is fp32, but its linears may be of another kind.
     ///
     /// # Errors
     /// When libtorch fails.
@@ -74,7 +74,7 @@ impl Transformer<'_> {
 
 impl Runner<'_> {
     /// The gradient of `−log p(y)` with respect to the last layer's outputs `hidden` `[B, S, hidden]`. For each token, `y` is
-    /// drawn from the model's own prediction with a number of `uniform` `[B, S]`, in `0..1`. The model is fp32.
+    /// drawn from the model's own prediction with a number of `uniform` `[B, S]`, in `0..1`. The model is one of [`Runner::for_gradients`].
     ///
     /// # Errors
     /// When libtorch fails.

@@ -18,7 +18,7 @@ pub trait Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor>;
 }
 
-/// A linear with a dense weight.
+/// A linear with a dense weight. Inputs and gradients of another kind are converted to the weight's, and results back.
 #[derive(Debug)]
 pub struct Dense {
     /// `[N, K]`, possibly a transposed view.
@@ -54,13 +54,15 @@ impl Dense {
     /// # Errors
     /// When libtorch fails.
     pub fn backward(&self, gradient: &Tensor) -> Result<Tensor> {
-        gradient.f_matmul(&self.weight).torch("take a gradient through a weight")
+        let back = gradient.f_to_kind(self.weight.kind()).and_then(|g| g.f_matmul(&self.weight));
+        back.and_then(|back| back.f_to_kind(gradient.kind())).torch("take a gradient through a weight")
     }
 }
 
 impl Linear for Dense {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.f_linear(&self.weight, self.bias.as_ref()).torch("multiply with a weight")
+        let y = x.f_to_kind(self.weight.kind()).and_then(|x| x.f_linear(&self.weight, self.bias.as_ref()));
+        y.and_then(|y| y.f_to_kind(x.kind())).torch("multiply with a weight")
     }
 }
 

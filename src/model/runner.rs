@@ -19,6 +19,8 @@ pub struct Runner<'a> {
     quantization: Option<(QuantizationConfig, PackedLinears)>,
     norm: Norm,
     pub(super) head: Dense,
+    /// The kind of dense linears.
+    products: Kind,
 }
 
 /// The packed tensors of a layer's linears in their order; `None` where one is dense.
@@ -31,7 +33,16 @@ impl<'a> Runner<'a> {
     /// When it is quantized or incomplete.
     pub fn dense(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         checkpoint.check()?;
-        Self::new(checkpoint, seq_len, compute, None)
+        Self::new(checkpoint, seq_len, compute, compute.kind, None)
+    }
+
+    /// As [`Runner::dense`] in fp32, but the products of linears are of kind `compute.kind`.
+    ///
+    /// # Errors
+    /// As for [`Runner::dense`].
+    pub fn for_gradients(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
+        checkpoint.check()?;
+        Self::new(checkpoint, seq_len, Compute { kind: Kind::Float, ..compute }, compute.kind, None)
     }
 
     /// A GPTQ checkpoint written by any tool, or a GGUF file, whose linears become dense.
@@ -40,11 +51,12 @@ impl<'a> Runner<'a> {
     /// When it is no GPTQ checkpoint or incomplete, or its kernels do not run on this device in this kind.
     pub fn quantized(checkpoint: &'a Checkpoint, seq_len: usize, compute: Compute) -> Result<Self> {
         if checkpoint.gguf().is_some() {
-            return Self::new(checkpoint, seq_len, compute, None);
+            return Self::new(checkpoint, seq_len, compute, compute.kind, None);
         }
         let quantization = QuantizationConfig::read(checkpoint)?;
         checkpoint.check_undeclared()?;
-        Self::new(checkpoint, seq_len, compute, Some((quantization, PackedLinears::new(compute)?)))
+        let linears = PackedLinears::new(compute)?;
+        Self::new(checkpoint, seq_len, compute, compute.kind, Some((quantization, linears)))
     }
 
     /// A quantized or a dense checkpoint, by [`Checkpoint::quantization_mark`].
@@ -62,11 +74,12 @@ impl<'a> Runner<'a> {
         checkpoint: &'a Checkpoint,
         seq_len: usize,
         compute: Compute,
+        products: Kind,
         quantization: Option<(QuantizationConfig, PackedLinears)>,
     ) -> Result<Self> {
         let transformer = Transformer::new(checkpoint, seq_len, compute.kind, compute.device)?;
-        let (norm, head) = transformer.head()?;
-        Ok(Self { checkpoint, transformer, quantization, norm, head })
+        let (norm, head) = transformer.head(products)?;
+        Ok(Self { checkpoint, transformer, quantization, norm, head, products })
     }
 
     /// Notes for the user on how layers run; each note is returned once.
@@ -137,7 +150,7 @@ impl<'a> Runner<'a> {
             let linear = match (packed, &self.quantization) {
                 (Some(packed), Some((_, linears))) => linears.linear(&id, packed)?,
                 _ => {
-                    let (weight, bias) = transformer.weight(layer, position, transformer.kind())?;
+                    let (weight, bias) = transformer.weight(layer, position, self.products)?;
                     Box::new(Dense::new(weight, bias))
                 }
             };

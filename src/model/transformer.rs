@@ -488,12 +488,12 @@ impl<'a> Transformer<'a> {
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite, or a tied output layer is stored and is another one.
-    pub fn head(&self) -> Result<(Norm, Dense)> {
+    pub fn head(&self, kind: Kind) -> Result<(Norm, Dense)> {
         self.checkpoint.check_tied()?;
         let config = self.config();
         let norm = Norm::read(self.checkpoint, &config.final_norm, &config.prefix, self.device)?;
         let shape = [config.vocab_size, config.hidden_size];
-        let weight = self.checkpoint.load(&config.output_layer(), &shape, self.kind, self.device)?;
+        let weight = self.checkpoint.load(&config.output_layer(), &shape, kind, self.device)?;
         Ok((norm, Dense::new(weight, None)))
     }
 }

@@ -43,6 +43,11 @@ impl ComputeKinds {
         Ok(Self { usual, exact: if exact { Kind::Float } else { usual } })
     }
 
+    /// Of the products that gradients are taken through. fp16 has not the range for gradients.
+    pub(super) fn of_gradients(self) -> Kind {
+        if self.usual == Kind::Float { Kind::Float } else { Kind::BFloat16 }
+    }
+
     /// One kind for all.
     #[cfg(test)]
     pub(super) fn all(kind: Kind) -> Self {

@@ -62,7 +62,7 @@ const PLAIN: Speeds = Speeds {
 const MATRIX_UNIT: Speeds =
     Speeds { forward: 0.55, statistics: 0.5, factorization: 0.85, targets: 2.1, solve: 1.2, search: 7500.0 };
 /// Factor of a solve's time with output Hessians.
-const ROW_BLOCKS: f64 = 3.2;
+const ROW_BLOCKS: f64 = 2.0;
 /// Time of a layer over the time of its products.
 const BESIDE_PRODUCTS: f64 = 1.15;
 
@@ -215,7 +215,9 @@ impl Shape<'_> {
             let energy = matrix + if cuda { n * k * (2 + FP32) } else { 0 };
             // Row by row there are also targets and their errors.
             let weights = if self.gradient_windows > 0 { 3 } else { 1 };
-            let solving = kept + matrix + weights * n * k * FP32 + codes + PANEL_ROWS * n * FP32;
+            // And the factor is kept in the layout for products.
+            let layouts = if self.gradient_windows > 0 && !cuda { matrix / 2 } else { 0 };
+            let solving = kept + matrix + layouts + weights * n * k * FP32 + codes + PANEL_ROWS * n * FP32;
             // Codes, packed words, and the dense weights that the windows leave the stage through.
             let leaving = kept + codes + n * k * self.element() + n * k / 2;
             // The next stage's statistics are accumulated with these weights.
@@ -256,8 +258,8 @@ impl Shape<'_> {
         if self.gradient_windows == 0 { 0 } else { 2 * largest_hessian_bytes(self.config) }
     }
 
-    /// Bytes of the gradient pass before the first layer: a layer in fp32, a batch's tensors for the backward pass, and output
-    /// Hessians.
+    /// Bytes of the gradient pass before the first layer: a layer in the kind of its products, a batch's tensors for the backward pass,
+    /// and output Hessians.
     ///
     /// On CUDA the products of attention (`model/attention.rs`) also keep scores of all heads: masked, as a softmax, and their
     /// gradient.
@@ -270,18 +272,19 @@ impl Shape<'_> {
         let kept = 3 * self.batch(tokens) / self.element() * FP32;
         let scores = self.largest(|layer| layer.attention.num_heads) * (tokens * self.seq_len) as u64 * FP32;
         let sums = largest_layer_bytes(self.config, self.gradient_tokens()).saturating_mul(2);
-        let weights = self.layer_weights() / self.source_bytes * (FP32 + self.source_bytes);
+        let product_bytes = self.kinds.of_gradients().elt_size_in_bytes() as u64;
+        let weights = self.layer_weights() / self.source_bytes * (product_bytes + self.source_bytes);
         sums.saturating_add(weights + kept + if cuda { 3 * scores } else { 0 })
     }
 
     /// Bytes of the rotation before the first layer. They hold the embedding or the output layer in fp32, times the norm, rotated,
-    /// and as bytes. In addition come the rows in fp64 of one rotation.
+    /// and as bytes. In addition come the rows that are turned together.
     fn rotating(&self) -> u64 {
         if !self.rotates {
             return 0;
         }
         let numbers = (self.config.vocab_size * self.config.hidden_size) as u64;
-        4 * numbers * FP32 + 3 * 2 * FP32 * numbers.min(TURNED_TOGETHER as u64)
+        4 * numbers * FP32 + 3 * FP32 * numbers.min(TURNED_TOGETHER as u64)
     }
 
     /// Number of windows of one gradient pass, so that it takes no more memory than the activations later.
@@ -311,7 +314,7 @@ impl Shape<'_> {
         all.fold(Work::default(), Work::with).times(1.0 / layers, 1.0 / layers)
     }
 
-    /// Floating-point operations of taking gradients through all layers, in fp32.
+    /// Floating-point operations of taking gradients through all layers and the output layer.
     pub(super) fn gradient_operations(&self) -> f64 {
         let tokens = self.gradient_tokens() as f64;
         let weights = |layer: &LayerConfig| layer.linears.iter().map(LinearConfig::weights).sum::<usize>();
@@ -320,7 +323,8 @@ impl Shape<'_> {
         // Through a layer, again for the backward pass, and back.
         let of =
             |layer: &LayerConfig| 3.0 * 2.0 * tokens * weights(layer) as f64 + 2.0 * tokens * sums / 1024.0;
-        self.config.layers.iter().map(of).sum()
+        let output_layer = 4.0 * tokens * (self.config.vocab_size * self.config.hidden_size) as f64;
+        output_layer + self.config.layers.iter().map(of).sum::<f64>()
     }
 
     fn work_of(&self, layer: &LayerConfig, ranks: usize) -> Work {

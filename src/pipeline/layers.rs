@@ -24,7 +24,7 @@ use crate::{
     error::{Error, Result},
     gptq::solver::Solved,
     machine::resident_memory,
-    model::kind_name,
+    model::{Compute, kind_name},
     plan::Plan,
     progress::Event,
     report::{ComputeReport, LayerExchange, LinearReport, Phase},
@@ -182,9 +182,10 @@ impl<'a> Setup<'a> {
         }
         let Needs { limits, gradients_at_once: at_once, gradient_operations, .. } = self.needs;
         let windows = GradientWindows { windows: self.windows, count, at_once };
-        let (device, seed) = (self.devices[0], run.plan.seed);
+        let (kind, seed) = (self.needs.kinds.of_gradients(), run.plan.seed);
+        let compute = Compute { device: self.devices[0], kind };
         let measure =
-            || OutputHessians::measure(source, device, windows, seed, limits, journal, context).map(Some);
+            || OutputHessians::measure(source, compute, windows, seed, limits, journal, context).map(Some);
         context.phases.time(Phase::Gradients, gradient_operations, measure)
     }
 

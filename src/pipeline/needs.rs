@@ -178,7 +178,7 @@ impl Needs {
         let all = duration(layers as f64 * layer);
         let gradients = match self.gradient_operations > 0.0 {
             true => {
-                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speeds[1] / self.own.ranks as f64;
+                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speeds[0] / self.own.ranks as f64;
                 format!("{} for gradients and ", duration(seconds))
             }
             false => String::new(),

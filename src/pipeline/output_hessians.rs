@@ -90,13 +90,13 @@ pub(super) fn largest_layer_bytes(config: &ModelConfig, tokens: u64) -> u64 {
 impl OutputHessians {
     /// Takes gradients on some `windows`, except on those whose gradients `journal` holds. The sums are committed to it from time to
     /// time, always between whole batches, so that neither these times nor an interruption change a byte. `seed` draws the tokens
-    /// that are predicted.
+    /// that are predicted. Products are of kind `compute.kind`, all else is fp32.
     ///
     /// All ranks of a run call it. Each takes gradients on some windows of a part; a layer's sums are passed from rank to rank, and the
     /// last one writes them.
     pub(super) fn measure(
         checkpoint: &Checkpoint,
-        device: Device,
+        compute: Compute,
         windows: GradientWindows<'_>,
         seed: u64,
         limits: Limits,
@@ -118,10 +118,11 @@ impl OutputHessians {
             context.progress.event(&Event::Note(&text));
         }
         let memory = MemoryBudget::new(limits.in_memory);
-        let store = ActivationStore::new(device, Kind::Float, limits.on_device, &memory, journal.folder())?;
-        let runner = Runner::dense(checkpoint, seq_len, Compute { device, kind: Kind::Float })?;
-        let per_batch = (BATCH_TOKENS / seq_len).max(1);
-        let task = Gradients { checkpoint, runner, windows, per_batch, seed, store, context };
+        let store =
+            ActivationStore::new(compute.device, Kind::Float, limits.on_device, &memory, journal.folder())?;
+        let runner = Runner::for_gradients(checkpoint, seq_len, compute)?;
+        let (per_batch, products) = ((BATCH_TOKENS / seq_len).max(1), compute.kind);
+        let task = Gradients { checkpoint, runner, products, windows, per_batch, seed, store, context };
         let cluster = context.cluster;
         let ranks = cluster.ranks();
         let steps = (count - done).div_ceil(per_batch).div_ceil(ranks) * (1 + 2 * layers);
@@ -223,6 +224,7 @@ fn batches_between_commits(batches: usize, work: f64, commit: f64) -> usize {
 struct Gradients<'a> {
     checkpoint: &'a Checkpoint,
     runner: Runner<'a>,
+    products: Kind,
     windows: &'a Windows,
     per_batch: usize,
     seed: u64,
@@ -300,7 +302,7 @@ impl Gradients<'_> {
                 let back =
                     self.runner.transformer().layer_gradients(&ready, &states.get(i)?, &gradients.get(i)?)?;
                 for (sum, gradient) in sums.iter_mut().zip(back.outputs.iter().flatten()) {
-                    sum.add(gradient)?;
+                    sum.add(gradient, self.products)?;
                 }
                 squares.extend(squared_lengths(back.outputs.iter().flatten()).torch("measure gradients")?);
                 gradients.put(i, back.hidden)?;

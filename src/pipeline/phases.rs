@@ -59,7 +59,7 @@ pub(super) fn compare_with_limits(phases: &mut [PhaseReport], kinds: ComputeKind
     let [usual, fp32] = kinds.product_speeds()?;
     for phase in phases.iter_mut().filter(|phase| phase.operations > 0.0 && phase.seconds > 0.0) {
         let limit = match phase.phase {
-            Phase::Forward | Phase::Hessian | Phase::CrossCovariance => usual,
+            Phase::Forward | Phase::Hessian | Phase::CrossCovariance | Phase::Gradients => usual,
             _ => fp32,
         };
         phase.of_limit = Some(phase.operations / phase.seconds / limit);

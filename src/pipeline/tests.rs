@@ -32,6 +32,7 @@ use crate::{
     error::{Error, Result},
     gptq::{fault, solver::Solved},
     machine::fast_bf16,
+    model::Compute,
     plan::{ComputeDtype, OnFailure, Plan},
     progress::{Event, Progress, Silent},
     report::{LinearReport, StageMemory},
@@ -98,8 +99,8 @@ fn layer_of_rank(
         let (place, layers) = (Place::new(folder.path()), checkpoint.config().num_layers());
         let mut journal = Journal::open(&place, Identity::default(), layers).unwrap();
         let all = GradientWindows { windows: &windows, count: windows.count(), at_once: usize::MAX };
-        OutputHessians::measure(&checkpoint, Device::Cpu, all, 7, limits(1024), &mut journal, context)
-            .unwrap()
+        let compute = Compute { device: Device::Cpu, kind };
+        OutputHessians::measure(&checkpoint, compute, all, 7, limits(1024), &mut journal, context).unwrap()
     });
     let task = Task {
         variants: &variants,
@@ -246,8 +247,8 @@ fn gradients(folder: &Path, count: usize, at_once: usize, interrupt: bool) -> Re
     let context = RunContext { progress, stop: &stop, memory: &memory, phases, cluster };
     let mut journal = Journal::open(&Place::new(folder), Identity::default(), config.num_layers())?;
     let _guard = tch::no_grad_guard();
-    let (device, limits) = (Device::Cpu, limits(1024));
-    let measured = OutputHessians::measure(&checkpoint, device, windows, 7, limits, &mut journal, context)?;
+    let (compute, limits) = (Compute::CPU, limits(1024));
+    let measured = OutputHessians::measure(&checkpoint, compute, windows, 7, limits, &mut journal, context)?;
     let layers = (0..config.num_layers()).map(|layer| measured.read(config, layer));
     let parts = layers.collect::<Result<Vec<_>>>()?.into_iter().flat_map(|(blocks, squares)| {
         let values = |block: tch::Tensor| Vec::<f32>::try_from(block.flatten(0, -1)).unwrap();
