@@ -41,14 +41,6 @@ extern "C" fn mkl_serv_intel_cpu_true() -> libc::c_int {
     1
 }
 
-/// Whether the processor has bf16 instructions, which multiply much faster than fp32.
-pub fn fast_bf16() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
 /// The processor's name, where the system has it.
 pub fn processor() -> Option<String> {
     let text = fs::read_to_string("/proc/cpuinfo").ok()?;

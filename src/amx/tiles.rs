@@ -15,10 +15,11 @@ pub fn available() -> bool {
     false
 }
 
-/// Whether bf16 products with fp32 sums are faster here than fp32 products: with AMX, or with AVX-512's bf16 dot products.
+/// Whether bf16 products with fp32 sums are faster here than fp32 products: with AMX, or with AVX-512's bf16 dot products on AMD's
+/// processors. On a Xeon (Sapphire Rapids) dot products reach half the speed of fp32.
 pub fn has_bf16_products() -> bool {
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-    return available() || has_dot_products();
+    return available() || has_dot_products() && x86::is_from_amd();
     #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
     false
 }
@@ -179,6 +180,11 @@ mod x86 {
         const AMX_TILE: u32 = 1 << 24;
         let leaves = __cpuid_count(0, 0).eax;
         leaves >= 7 && __cpuid_count(7, 0).edx & (AMX_BF16 | AMX_TILE) == AMX_BF16 | AMX_TILE
+    }
+
+    pub(super) fn is_from_amd() -> bool {
+        let id = __cpuid_count(0, 0);
+        [id.ebx, id.edx, id.ecx].map(u32::to_le_bytes).concat() == b"AuthenticAMD"
     }
 
     /// Linux permits the large register state only to processes that request it.

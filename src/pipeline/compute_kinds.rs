@@ -3,9 +3,10 @@
 use tch::{Device, Kind};
 
 use crate::{
+    amx,
     checkpoint::Checkpoint,
     error::Result,
-    machine::{fast_bf16, product_speed},
+    machine::product_speed,
     model::{Compute, source_kind},
     plan::{ComputeDtype, Plan},
     variant::Output,
@@ -28,7 +29,7 @@ pub(super) struct ComputeKinds {
 impl ComputeKinds {
     pub(super) fn of(plan: &Plan, checkpoint: &Checkpoint, device: Device) -> Result<Self> {
         let auto = match device {
-            Device::Cpu if fast_bf16() => Kind::BFloat16,
+            Device::Cpu if amx::has_bf16_products() => Kind::BFloat16,
             Device::Cpu => Kind::Float,
             _ => Compute::half_of(source_kind(checkpoint)?),
         };

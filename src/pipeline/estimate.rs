@@ -28,8 +28,10 @@ const CHOLESKY_ROWS: u64 = 3 * 768;
 const PANEL_ROWS: u64 = 3 * 256;
 /// Bytes of the heaps of a program with threads, beside what is counted.
 const HEAPS: u64 = 48 << 20;
-/// Freed buffers that the heaps keep for the next ones: at most this, and a twelfth of what is counted.
-const RETAINED: u64 = 160 << 20;
+/// Freed buffers that the heaps keep for the next ones: at most so many bytes, and this part of what is counted.
+const RETAINED: (u64, u64) = (160 << 20, 12);
+/// The same with AMX, where operands are laid out for it.
+const RETAINED_WITH_MATRIX_UNIT: (u64, u64) = (240 << 20, 8);
 /// Bytes of CUDA itself: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
@@ -367,7 +369,8 @@ impl Shape<'_> {
             (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)) + self.kept_for_sums())
                 .max(self.taking_gradients(cuda))
                 .max(if cuda { 0 } else { self.rotating() });
-        let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS + RETAINED.min(counted / 12) };
+        let (most, part) = if self.matrix_unit { RETAINED_WITH_MATRIX_UNIT } else { RETAINED };
+        let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS + most.min(counted / part) };
         Need { working: counted.saturating_add(fixed), activations: self.activations() }
     }
 

@@ -22,7 +22,7 @@ use crate::{
     cuda::Gpu,
     device,
     error::{ResourceError, Result},
-    machine::{available_memory, peak_memory, require_space, resident_memory},
+    machine::{available_memory, peak_memory, require_space, resident_memory, return_free_memory},
     model::source_kind,
     plan::Plan,
     rotation::rotated_bytes,
@@ -31,8 +31,8 @@ use crate::{
 
 /// Operations of a run below which its time is not estimated: they take seconds.
 const WORTH_ESTIMATING: f64 = 1e12;
-/// Time of gradients over the time of their matrix products.
-const BESIDE_PRODUCTS: f64 = 3.1;
+/// Time of gradients over the time of their matrix products, without a matrix unit and with one.
+const BESIDE_PRODUCTS: [f64; 2] = [2.0, 3.1];
 
 /// Numbers of ranks that a run's time is estimated for.
 const RANKS: [usize; 5] = [1, 2, 4, 8, 16];
@@ -113,6 +113,8 @@ impl Needs {
             // Other programs may take some too, and a heap has holes.
             (_, None) => Some(Gpu::of(device)?.memory()?.free as u64 / 10 * 9),
         };
+        // Rotating leaves buffers free that the allocator would keep.
+        return_free_memory();
         let base = resident_memory().unwrap_or(0).saturating_add(later);
         let limits = shape.limits(device, device_memory, plan.max_memory, base)?;
         let need = shape.need(device, limits.batch_tokens);
@@ -178,7 +180,8 @@ impl Needs {
         let all = duration(layers as f64 * layer);
         let gradients = match self.gradient_operations > 0.0 {
             true => {
-                let seconds = BESIDE_PRODUCTS * self.gradient_operations / speeds[0] / self.own.ranks as f64;
+                let beside = BESIDE_PRODUCTS[usize::from(amx::available())];
+                let seconds = beside * self.gradient_operations / speeds[0] / self.own.ranks as f64;
                 format!("{} for gradients and ", duration(seconds))
             }
             false => String::new(),

@@ -25,13 +25,13 @@ use super::{
 };
 use crate::{
     accuracy::Quality,
+    amx::has_bf16_products,
     architectures::LinearId,
     calibration::{Tokens, Windows},
     checkpoint::Checkpoint,
     cluster::{Cluster, tests::on_all},
     error::{Error, Result},
     gptq::{fault, solver::Solved},
-    machine::fast_bf16,
     model::Compute,
     plan::{ComputeDtype, OnFailure, Plan},
     progress::{Event, Progress, Silent},
@@ -306,9 +306,9 @@ fn eight_bits_with_asymmetric_calibration_take_fp32_forward_passes() {
         let outputs: Vec<Output> = variants.iter().map(|variant| variant.parse().unwrap()).collect();
         (kinds.of_outputs(&outputs), kinds.note(&outputs).is_some())
     };
-    let fast = if fast_bf16() { Kind::BFloat16 } else { Kind::Float };
-    let (auto, noted) = (ComputeDtype::Auto, fast_bf16());
-    let both = if fast_bf16() { vec![Kind::BFloat16, Kind::Float] } else { vec![Kind::Float] };
+    let fast = if has_bf16_products() { Kind::BFloat16 } else { Kind::Float };
+    let (auto, noted) = (ComputeDtype::Auto, has_bf16_products());
+    let both = if has_bf16_products() { vec![Kind::BFloat16, Kind::Float] } else { vec![Kind::Float] };
     assert_eq!(of(Quality::Standard, auto, &["4bit-128g", "8bit-128g", "q6_k"]), (both.clone(), noted));
     assert_eq!(of(Quality::Standard, auto, &["q4_k_m", "q8_0"]), (both, noted));
     assert_eq!(of(Quality::Standard, auto, &["8bit-128g"]), (vec![Kind::Float], noted));
