@@ -26,12 +26,17 @@ pub(super) const FP32: u64 = 4;
 const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
-/// Bytes of the heaps of a program with threads, beside what is counted.
-const HEAPS: u64 = 48 << 20;
-/// Freed buffers that the heaps keep for the next ones: at most so many bytes, and this part of what is counted.
-const RETAINED: (u64, u64) = (160 << 20, 12);
-/// The same with AMX, where operands are laid out for it.
-const RETAINED_WITH_MATRIX_UNIT: (u64, u64) = (240 << 20, 8);
+/// What the heaps of a program with threads take beside what is counted.
+struct Heaps {
+    /// Bytes in any case.
+    fixed: u64,
+    /// Freed buffers that are kept for the next ones: at most so many bytes, and a part of what is counted.
+    kept: u64,
+    part: u64,
+}
+const HEAPS: Heaps = Heaps { fixed: 48 << 20, kept: 160 << 20, part: 12 };
+/// With AMX, for which operands are laid out.
+const HEAPS_WITH_MATRIX_UNIT: Heaps = Heaps { fixed: 96 << 20, kept: 240 << 20, part: 8 };
 /// Bytes of CUDA itself: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
@@ -52,17 +57,13 @@ struct Speeds {
 }
 
 /// On processors without a matrix unit.
-const PLAIN: Speeds = Speeds {
-    forward: 0.74,
-    statistics: 0.7,
-    factorization: 0.56,
-    targets: 1.25,
-    solve: 0.67,
-    search: 2700.0,
-};
+const PLAIN: Speeds =
+    Speeds { forward: 0.9, statistics: 0.8, factorization: 0.56, targets: 1.25, solve: 0.67, search: 2700.0 };
 /// With AMX, where bf16 products run the whole layer.
 const MATRIX_UNIT: Speeds =
-    Speeds { forward: 0.55, statistics: 0.5, factorization: 0.85, targets: 2.1, solve: 1.2, search: 7500.0 };
+    Speeds { forward: 1.0, statistics: 0.42, factorization: 0.85, targets: 2.1, solve: 1.2, search: 7500.0 };
+/// Operations of fp32 products in the time of all else that is done with a value that goes into a product or out of it.
+const BESIDE_A_VALUE: f64 = 650.0;
 /// Factor of a solve's time with output Hessians.
 const ROW_BLOCKS: f64 = 2.0;
 /// Time of a layer over the time of its products.
@@ -73,7 +74,7 @@ const BESIDE_PRODUCTS: f64 = 1.15;
 pub(super) struct Work {
     /// Of forward passes, Hessians and cross-covariances in the usual kind.
     pub(super) usual: f64,
-    /// Of forward passes in fp32 beside those.
+    /// Of forward passes in fp32, and of what is done beside products.
     pub(super) exact: f64,
     /// Of solving, in fp32.
     pub(super) fp32: f64,
@@ -344,10 +345,15 @@ impl Shape<'_> {
         for stage in &layer.stages {
             for group in &stage.groups {
                 let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
-                work.exact += exact * tokens * token.forward / speeds.forward;
-                work.usual += usual * tokens * token.forward / speeds.forward
-                    + streams * tokens * token.hessian / speeds.statistics
-                    + references * variants * tokens * token.cross_covariance / speeds.statistics;
+                // Of the tokens that an expert gets.
+                let value = BESIDE_A_VALUE * token.forward / (2.0 * n * k);
+                let crosses = references * variants;
+                work.exact += tokens
+                    * (exact * token.forward / speeds.forward
+                        + value * ((usual + exact) * (n + k) + (streams + crosses) * k));
+                work.usual += tokens
+                    * (usual * token.forward / speeds.forward
+                        + (streams * token.hessian + crosses * token.cross_covariance) / speeds.statistics);
                 let alone = streams * k.powi(3) / 3.0 / speeds.factorization
                     + references * variants * of_targets(n, k) / speeds.targets;
                 let solves = row_blocks * variants * n * k * (k + search) / speeds.solve;
@@ -369,8 +375,9 @@ impl Shape<'_> {
             (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)) + self.kept_for_sums())
                 .max(self.taking_gradients(cuda))
                 .max(if cuda { 0 } else { self.rotating() });
-        let (most, part) = if self.matrix_unit { RETAINED_WITH_MATRIX_UNIT } else { RETAINED };
-        let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS + most.min(counted / part) };
+        let heaps = if self.matrix_unit { HEAPS_WITH_MATRIX_UNIT } else { HEAPS };
+        let on_cpu = heaps.fixed + heaps.kept.min(counted / heaps.part);
+        let fixed = if cuda { CUDA_LIBRARIES } else { on_cpu };
         Need { working: counted.saturating_add(fixed), activations: self.activations() }
     }
 
