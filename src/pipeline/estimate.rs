@@ -26,17 +26,12 @@ pub(super) const FP32: u64 = 4;
 const CHOLESKY_ROWS: u64 = 3 * 768;
 /// Columns that are solved together, their sums, and the product for them.
 const PANEL_ROWS: u64 = 3 * 256;
-/// What the heaps of a program with threads take beside what is counted.
-struct Heaps {
-    /// Bytes in any case.
-    fixed: u64,
-    /// Freed buffers that are kept for the next ones: at most so many bytes, and a part of what is counted.
-    kept: u64,
-    part: u64,
-}
-const HEAPS: Heaps = Heaps { fixed: 48 << 20, kept: 160 << 20, part: 12 };
-/// With AMX, for which operands are laid out.
-const HEAPS_WITH_MATRIX_UNIT: Heaps = Heaps { fixed: 96 << 20, kept: 240 << 20, part: 8 };
+/// Bytes of the heaps of a program with threads, beside what is counted.
+const HEAPS: u64 = 48 << 20;
+/// Freed buffers that the heaps keep for the next ones: at most so many bytes, and this part of what is counted.
+const RETAINED: (u64, u64) = (160 << 20, 12);
+/// The same with AMX, for which operands are laid out.
+const RETAINED_WITH_MATRIX_UNIT: (u64, u64) = (240 << 20, 8);
 /// Bytes of CUDA itself: its context, the libraries' kernels and workspaces.
 const CUDA_LIBRARIES: u64 = 700 << 20;
 /// Tokens that go through the model together on the CPU: enough to keep it busy, few enough to stay small.
@@ -375,9 +370,8 @@ impl Shape<'_> {
             (self.layer_weights() + solving + self.batch(tokens.max(self.seq_len)) + self.kept_for_sums())
                 .max(self.taking_gradients(cuda))
                 .max(if cuda { 0 } else { self.rotating() });
-        let heaps = if self.matrix_unit { HEAPS_WITH_MATRIX_UNIT } else { HEAPS };
-        let on_cpu = heaps.fixed + heaps.kept.min(counted / heaps.part);
-        let fixed = if cuda { CUDA_LIBRARIES } else { on_cpu };
+        let (most, part) = if self.matrix_unit { RETAINED_WITH_MATRIX_UNIT } else { RETAINED };
+        let fixed = if cuda { CUDA_LIBRARIES } else { HEAPS + most.min(counted / part) };
         Need { working: counted.saturating_add(fixed), activations: self.activations() }
     }
 
