@@ -484,7 +484,7 @@ impl<'a> Transformer<'a> {
         KvCache::new(&self.config().layers[layer].attention, capacity, self.kind, self.device)
     }
 
-    /// The last norm and the output layer `[vocab, hidden]`, in the kind of the computation.
+    /// The last norm, and the output layer `[vocab, hidden]` in `kind`.
     ///
     /// # Errors
     /// When a tensor is missing, malformed or not finite, or a tied output layer is stored and is another one.

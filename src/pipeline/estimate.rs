@@ -10,7 +10,7 @@ use super::{
     compute_kinds::ComputeKinds,
     memory::Limits,
     output_hessians::{BATCH_TOKENS as GRADIENT_BATCH_TOKENS, largest_hessian_bytes, largest_layer_bytes},
-    phases::{of_targets, per_token, shape_of},
+    phases::{of_targets, part_of_tokens, per_token, shape_of},
 };
 use crate::{
     architectures::{GroupConfig, LayerConfig, LinearConfig, ModelConfig},
@@ -340,8 +340,7 @@ impl Shape<'_> {
         for stage in &layer.stages {
             for group in &stage.groups {
                 let ((n, k), token) = (shape_of(layer, group), per_token(layer, group));
-                // Of the tokens that an expert gets.
-                let value = BESIDE_A_VALUE * token.forward / (2.0 * n * k);
+                let value = BESIDE_A_VALUE * part_of_tokens(layer, group);
                 let crosses = references * variants;
                 work.exact += tokens
                     * (exact * token.forward / speeds.forward

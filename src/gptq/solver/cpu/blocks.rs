@@ -197,10 +197,7 @@ pub(super) fn fit_sub_block<S: Simd, L: LevelRounding>(
     let best = &mut best[..search.finalists];
     let (weights, pivots) = (&tile.differences[start..end], &panel.pivots[start..end]);
     by_diagonal(search, levels, Some(&*tile.units), weights, pivots, best);
-    let best = match best {
-        [only] => *only,
-        _ => best_by_block(simd, panel, tile, levels, start, end, best),
-    };
+    let best = best_by_block(simd, panel, tile, levels, start, end, best);
     let group = panel.groups[start] as usize;
     (tile.scales[group], tile.zeros[group]) = (best.scale, best.zero);
 }

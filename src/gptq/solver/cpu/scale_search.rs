@@ -65,10 +65,8 @@ pub(super) fn fit_scales<S: Simd>(
     let mut best = [Candidate::NONE; MAX_FINALISTS];
     let best = &mut best[..search.finalists.max(1)];
     by_diagonal(search, &tile.differences[start..end], &panel.pivots[start..end], best);
-    let best = match best {
-        [only] => *only,
-        _ => best_by_block(simd, panel, tile, AroundZero::new(search.grid), start, end, best),
-    };
+    let rounding = AroundZero::new(search.grid);
+    let best = best_by_block(simd, panel, tile, rounding, start, end, best);
     let group = panel.groups[start] as usize;
     (tile.scales[group], tile.zeros[group]) = (best.scale, best.zero);
 }
@@ -188,6 +186,9 @@ pub(super) fn best_by_block<S: Simd, R: Rounding>(
     end: usize,
     candidates: &mut [Candidate],
 ) -> Candidate {
+    if let [only] = candidates {
+        return *only;
+    }
     let mut best: Option<Candidate> = None;
     for some in candidates.chunks_mut(TOGETHER) {
         let limits = best.map_or([f32::INFINITY; LANES], |best| best.cost);
