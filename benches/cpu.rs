@@ -76,6 +76,7 @@ mod limit {
 mod solver {
     use gptq::{
         accuracy::{ScaleSearch, Scales},
+        amx::Parts,
         gptq::{
             CrossCovariance, Hessian,
             solver::{CpuSolver, Factorized, Solver, Weight},
@@ -87,16 +88,16 @@ mod solver {
     const TOKENS: usize = 4096;
     const DAMP: f64 = 0.01;
 
-    /// What the column loop's products are computed with. On AMX a product is three of bf16.
-    #[derive(Debug, Clone, Copy)]
-    enum Products {
-        Amx,
-        Fp32,
-    }
-
-    /// The kinds that this machine has.
-    fn products() -> Vec<Products> {
-        if gptq::amx::available() { vec![Products::Amx, Products::Fp32] } else { vec![Products::Fp32] }
+    /// The parts of products between panels that are fast on this machine; `None` is fp32.
+    fn products() -> Vec<Option<Parts>> {
+        let mut products = vec![None];
+        if gptq::amx::available() {
+            products.push(Some(Parts::Two));
+        }
+        if gptq::amx::has_bf16_products() {
+            products.push(Some(Parts::One));
+        }
+        products
     }
 
     fn hessian_of(x: &Tensor) -> Hessian {
@@ -144,7 +145,7 @@ mod solver {
     #[divan::bench]
     fn factorize(bencher: Bencher<'_, '_>) {
         let hessian = hessian_of(&random_matrix(TOKENS, SHAPE.1));
-        let solver = CpuSolver::with_amx(gptq::amx::available());
+        let solver = CpuSolver::new();
         let flops = ItemsCount::new(SHAPE.1.pow(3) / 3);
         bencher.counter(flops).bench_local(|| factorized(&solver, &hessian));
     }
@@ -153,7 +154,7 @@ mod solver {
     #[divan::bench(args = [Kind::BFloat16, Kind::Float])]
     fn divide(bencher: Bencher<'_, '_>, products: Kind) {
         let (n, k) = SHAPE;
-        let solver = CpuSolver::with_amx(gptq::amx::available());
+        let solver = CpuSolver::new();
         let factor = factorized(&solver, &hessian_of(&random_matrix(TOKENS, k)));
         let b = random_matrix(n, k);
         let flops = ItemsCount::new(2 * n * k.pow(2));
@@ -162,14 +163,11 @@ mod solver {
 
     /// With scales of the range, or searched by the block; the operations of the search are not counted.
     #[divan::bench(args = products(), consts = [false, true])]
-    fn solve<const SEARCHED: bool>(bencher: Bencher<'_, '_>, products: Products) {
+    fn solve<const SEARCHED: bool>(bencher: Bencher<'_, '_>, products: Option<Parts>) {
         let (n, k) = SHAPE;
         let searched = Scales { signed: true, search: ScaleSearch::Block };
-        let solver = CpuSolver::with_amx(matches!(products, Products::Amx)).with_scales(if SEARCHED {
-            searched
-        } else {
-            Scales::PLAIN
-        });
+        let scales = if SEARCHED { searched } else { Scales::PLAIN };
+        let solver = CpuSolver::with_products(products).with_scales(scales);
         let factor = factorized(&solver, &hessian_of(&random_matrix(TOKENS, k)));
         let values = random_matrix(n, k);
         let weight = [Weight { name: "bench", values: &values }];

@@ -107,10 +107,10 @@ impl Operand {
 /// A square of fp32 values, `[row][column]`.
 pub type Square = [[f32; SIDE]; SIDE];
 
-/// Lays out a square as a chunk in two parts.
-pub fn fill_from_f32(chunk: &mut [Line], side: Side, square: &Square) {
+/// Lays out a square as a chunk.
+pub fn fill_from_f32(chunk: &mut [Line], side: Side, parts: Parts, square: &Square) {
     let values = square.as_flattened();
-    fill(chunk, side, Parts::Two, values, &View::new(Values::Float(values), [SIDE, SIDE], [SIDE, 1]));
+    fill(chunk, side, parts, values, &View::new(Values::Float(values), [SIDE, SIDE], [SIDE, 1]));
 }
 
 /// The nearest bf16 value, ties to even, as the bits of an fp32 value.

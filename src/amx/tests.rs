@@ -30,7 +30,7 @@ fn operands(depth: usize, seed: u64) -> (Vec<f32>, Vec<f32>, Operand, Operand) {
         for (chunk, rows) in chunks.zip(values.chunks(SIDE * SIDE)) {
             let mut square = [[0.0; SIDE]; SIDE];
             square.iter_mut().zip(rows.chunks(SIDE)).for_each(|(to, row)| to.copy_from_slice(row));
-            fill_from_f32(chunk, side, &square);
+            fill_from_f32(chunk, side, Parts::Two, &square);
         }
         operand
     };

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use tch::Device;
+use tch::{Device, Kind};
 
 use super::{
     output_hessians::{LayerFactors, TokenWeights},
@@ -54,9 +54,13 @@ impl<'a> StageSolver<'a> {
         context: RunContext<'a>,
     ) -> Result<Self> {
         let scales = task.accuracy.scales;
+        let on_cpu = match task.kinds.usual {
+            Kind::BFloat16 => CpuSolver::for_bf16_inputs().with_scales(scales),
+            _ => CpuSolver::new().with_scales(scales),
+        };
         let solver: Box<dyn Solver + Send> = match (device, task.on_failure) {
-            (Device::Cpu, OnFailure::Error) => Box::new(CpuSolver::new().with_scales(scales)),
-            (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(CpuSolver::new().with_scales(scales))),
+            (Device::Cpu, OnFailure::Error) => Box::new(on_cpu),
+            (Device::Cpu, OnFailure::Rtn) => Box::new(OrRounded(on_cpu)),
             (_, OnFailure::Error) => Box::new(CudaSolver::new(device)?.with_scales(scales)),
             (_, OnFailure::Rtn) => Box::new(OrRounded(CudaSolver::new(device)?.with_scales(scales))),
         };

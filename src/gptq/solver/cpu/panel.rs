@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-// A tile is a strip of an operand, and a panel's lanes fill just as much memory as its strip.
+// A tile is a strip of an operand, and a panel's lanes fill just as much memory as its strip in two parts.
 const _: () = assert!(LANES == SIDE);
 const _: () = assert!(SIDE * size_of::<Lane>() == 2 * SIDE * SIDE * size_of::<u16>());
 
@@ -45,8 +45,8 @@ const FEW_ROWS: usize = 512;
 
 /// `Ũ` of the solved columns (the depth: panel after panel, as in [`Layout`]) and of a panel's columns.
 enum SolvedFactor {
-    /// A left operand in two parts.
-    Amx(Operand),
+    /// A left operand.
+    Bf16(Operand, Parts),
     /// `[depth, P]`: for each panel of the depth the lists of its rows, one after another in memory.
     Fp32 { factor: Vec<Columns>, lists: usize },
 }
@@ -61,7 +61,7 @@ impl CpuFactor {
         grid: PanelGrid<'_>,
         state: &mut State,
     ) {
-        let (layout, amx) = (stack.layout, self.amx);
+        let (layout, products) = (stack.layout, self.products);
         let (p, order) = (columns.len(), self.damped.order.columns());
         let factor = self.panel_factor(layout, &columns);
         let fits: Vec<usize> = if groups.fitted { (0..p).step_by(groups.size).collect() } else { Vec::new() };
@@ -127,10 +127,9 @@ impl CpuFactor {
                         let to = unsafe { codes.part(column as usize * layout.n + tile * LANES, lanes) };
                         to.copy_from_slice(&tile_codes[..lanes]);
                     }
-                    if amx {
-                        as_operand(lines, differences);
-                    } else {
-                        bytemuck::cast_slice_mut(lines).copy_from_slice(differences);
+                    match products {
+                        Some(parts) => as_operand(lines, differences, parts),
+                        None => bytemuck::cast_slice_mut(lines).copy_from_slice(differences),
                     }
                 }
             },
@@ -178,14 +177,14 @@ impl CpuFactor {
             }
             square
         };
-        if self.amx {
-            let mut left = Operand::zeros(depth, columns.len(), Parts::Two);
-            let chunks = left.lines_mut().par_chunks_mut(Parts::Two.chunk_len()).enumerate();
+        if let Some(parts) = self.products {
+            let mut left = Operand::zeros(depth, columns.len(), parts);
+            let chunks = left.lines_mut().par_chunks_mut(parts.chunk_len()).enumerate();
             chunks.for_each(|(i, chunk)| {
                 let of_strip = depth / SIDE;
-                amx::fill_from_f32(chunk, Side::Left, &square(i / of_strip, i % of_strip * SIDE));
+                amx::fill_from_f32(chunk, Side::Left, parts, &square(i / of_strip, i % of_strip * SIDE));
             });
-            return SolvedFactor::Amx(left);
+            return SolvedFactor::Bf16(left, parts);
         }
         const LISTS: usize = SIDE / COLUMNS;
         let lists = columns.len().div_ceil(COLUMNS);
@@ -210,7 +209,7 @@ impl SolvedFactor {
         residuals.fill([0.0; LANES]);
         let padded = layout.padded();
         let depth = match self {
-            Self::Amx(left) => left.strip_len() / Parts::Two.chunk_len() * SIDE,
+            Self::Bf16(left, parts) => left.strip_len() / parts.chunk_len() * SIDE,
             Self::Fp32 { factor, lists } => factor.len() / lists,
         };
         let tiles = Tiles::new();
@@ -218,11 +217,11 @@ impl SolvedFactor {
             for (tile, r) in lines.chunks(layout.tile_lines()).zip(residuals.chunks_mut(padded)) {
                 let differences = &tile[first / padded * layout.panel_lines()..][..layout.panel_lines()];
                 match self {
-                    Self::Amx(left) => {
+                    Self::Bf16(left, parts) => {
                         let squares = r.as_flattened_mut().chunks_mut(SIDE * LANES);
                         for (strip, square) in squares.enumerate().take(left.strips()) {
                             let left = left.chunks(strip, first / SIDE, (first + padded) / SIDE);
-                            tiles.multiply_add(left, differences, Parts::Two, square, LANES);
+                            tiles.multiply_add(left, &differences[..left.len()], *parts, square, LANES);
                         }
                     }
                     Self::Fp32 { factor, lists } => {
@@ -238,11 +237,11 @@ impl SolvedFactor {
     }
 }
 
-/// Replaces the lanes of a panel by its differences `[≥ P]`, laid out as a strip of a right operand.
-fn as_operand(lines: &mut [Line], differences: &[Lane]) {
-    let chunks = lines.chunks_exact_mut(Parts::Two.chunk_len());
+/// Replaces the lanes of a panel by its differences `[≥ P]`, laid out as a strip of a right operand, which may leave a rest.
+fn as_operand(lines: &mut [Line], differences: &[Lane], parts: Parts) {
+    let chunks = lines.chunks_exact_mut(parts.chunk_len());
     for (chunk, square) in chunks.zip(differences.as_chunks().0) {
-        amx::fill_from_f32(chunk, Side::Right, square);
+        amx::fill_from_f32(chunk, Side::Right, parts, square);
     }
 }
 

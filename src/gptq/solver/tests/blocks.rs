@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     accuracy::{ScaleSearch, Scales},
+    amx::Parts,
     error::Error,
     ggml::{Block, BlockType, SubBlock, SubStep},
     gptq::{
@@ -191,8 +192,9 @@ fn measured(problem: &Problem, linear: &BlockLinear) -> f64 {
 fn agree(problem: &Problem, scales: Scales) {
     for kind in KINDS {
         let least = walk(problem, kind, 0.01, scales, None).squared_error;
-        for amx in [false, true] {
-            let (fast, error) = solve(problem, &CpuSolver::with_amx(amx).with_scales(scales), kind, 0.01);
+        for products in [None, Some(Parts::Two), Some(Parts::One)] {
+            let (fast, error) =
+                solve(problem, &CpuSolver::with_products(products).with_scales(scales), kind, 0.01);
             let Walk { other, squared_error, .. } = walk(problem, kind, 0.01, scales, Some(&fast));
             let shares = [
                 (other.units, other.blocks),
@@ -200,17 +202,22 @@ fn agree(problem: &Problem, scales: Scales) {
                 (other.codes, problem.n * problem.k),
             ];
             let [units, steps, codes] = shares.map(|(other, all)| other as f64 / all.max(1) as f64);
-            assert!(units <= 0.05 && steps <= 0.01 && codes == 0.0, "{kind}, {amx}: {other:?}");
+            // Behind products of bf16, scales are fitted to weights that are compensated a little otherwise.
+            let most = if products == Some(Parts::One) { [0.5, 0.05, 1e-3] } else { [0.05, 0.01, 0.0] };
+            assert!(
+                units <= most[0] && steps <= most[1] && codes <= most[2],
+                "{kind}, {products:?}: {other:?}"
+            );
             let (same, ratio) = (error / squared_error, error / least);
             assert!(
                 (same - 1.0).abs() < OBJECTIVE_TOLERANCE,
-                "{kind}, {amx}: the same choices, ratio {same}"
+                "{kind}, {products:?}: the same choices, ratio {same}"
             );
-            assert!((ratio - 1.0).abs() < FITTED_OTHERWISE, "{kind}, {amx}: objective ratio {ratio}");
+            assert!((ratio - 1.0).abs() < FITTED_OTHERWISE, "{kind}, {products:?}: objective ratio {ratio}");
             let ratio = error / measured(problem, &fast);
             assert!(
                 (ratio - 1.0).abs() < OBJECTIVE_TOLERANCE,
-                "{kind}, {amx}: reported over measured {ratio}"
+                "{kind}, {products:?}: reported over measured {ratio}"
             );
         }
     }

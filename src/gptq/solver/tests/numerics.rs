@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     accuracy::AccuracyOptions,
+    amx::Parts,
     error::{Error, NumericalError, Result},
     gptq::{
         Hessian, QuantizedLinear,
@@ -27,10 +28,11 @@ const VARIANTS: [&str; 6] =
 const TOLERANCE: f64 = 1e-3;
 
 /// The solvers of runs; that of CUDA with plain code in place of its kernels.
-fn on_cpu() -> [Box<dyn Solver>; 3] {
+fn on_cpu() -> [Box<dyn Solver>; 4] {
     [
-        Box::new(CpuSolver::with_amx(false)),
-        Box::new(CpuSolver::with_amx(true)),
+        Box::new(CpuSolver::with_products(None)),
+        Box::new(CpuSolver::with_products(Some(Parts::Two))),
+        Box::new(CpuSolver::with_products(Some(Parts::One))),
         Box::new(CudaSolver::host_emulation(227 << 10)),
     ]
 }
@@ -217,8 +219,8 @@ fn nan_and_infinity_in_a_weight_are_refused_by_name() {
     let hessian = hessian(&plain(500));
     let (_, good) = weights().remove(0);
     let solvers: [Box<dyn Solver>; 4] = [
-        Box::new(CpuSolver::with_amx(false)),
-        Box::new(CpuSolver::with_amx(true)),
+        Box::new(CpuSolver::with_products(None)),
+        Box::new(CpuSolver::with_products(Some(Parts::One))),
         Box::new(TorchSolver::default()),
         Box::new(OrRounded(CpuSolver::new())),
     ];
