@@ -4,6 +4,7 @@
 //! the same kind of work: libtorch's matrix product, a copy, and a read of memory.
 
 // Sets what OpenMP reads before `main`, as the program does.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[path = "../src/cli/environment.rs"]
 mod environment;
 mod random;
@@ -16,7 +17,6 @@ use gptq::{kernels, pack::PackedLinear, variant::Variant};
 use tch::{Device, Kind, Tensor};
 
 fn main() {
-    environment::prepare();
     divan::main();
 }
 

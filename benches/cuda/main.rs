@@ -6,6 +6,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "results and errors are printed here")]
 
 // Sets what OpenMP reads before `main`, as the program does.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
 #[path = "../../src/cli/environment.rs"]
 mod environment;
 mod matmul;
@@ -61,7 +62,6 @@ enum Part {
 }
 
 fn main() -> ExitCode {
-    environment::prepare();
     match run(&Args::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,6 +1,10 @@
 //! Settings that libraries read from the environment before `main`.
 
-use std::{env, os::unix::process::CommandExt, process::Command, thread};
+use std::{
+    env,
+    ffi::{CStr, CString, c_char, c_int},
+    ptr, thread,
+};
 
 /// Variables that are set, unless they are set already.
 ///
@@ -21,30 +25,62 @@ const THREADS: [&str; 2] = ["OMP_NUM_THREADS", "RAYON_NUM_THREADS"];
 /// In how many processes launchers of MPI have started the program on this machine: Open MPI; MPICH and Intel MPI.
 const RANKS_HERE: [&str; 2] = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"];
 
+/// Called by the loader before the initializers of shared libraries, since those of libtorch take a quarter of a second.
+#[used]
+#[unsafe(link_section = ".preinit_array")]
+static PREPARE: extern "C" fn(c_int, Strings, Strings) = prepare;
+
+/// Pointers to strings, with a null pointer at the end.
+type Strings = *const *const c_char;
+
 /// Starts this program again with the settings, if one is missing. Returns if all are set, or if starting again fails: the
-/// program is then only slower.
-pub(super) fn prepare() {
-    let missing: Vec<_> = SETTINGS.into_iter().filter(|(name, _)| env::var_os(name).is_none()).collect();
-    if !cfg!(target_os = "linux") || missing.is_empty() {
+/// program is then only slower. Nothing of the standard library that needs the start of `main` is there yet, as `std::env::args` and
+/// `std::env::vars`.
+extern "C" fn prepare(_: c_int, arguments: Strings, environment: Strings) {
+    // SAFETY: the loader's environment is a list of strings, which nothing has changed yet.
+    let entries = unsafe { entries(environment) };
+    let value = |name: &str| {
+        let of_name =
+            |entry: &&'static CStr| entry.to_bytes().strip_prefix(name.as_bytes())?.strip_prefix(b"=");
+        entries.iter().find_map(of_name)
+    };
+    let missing: Vec<_> = SETTINGS.into_iter().filter(|(name, _)| value(name).is_none()).collect();
+    if missing.is_empty() {
         return;
     }
-    if let Ok(program) = env::current_exe() {
-        let mut arguments = env::args_os();
-        let mut command = Command::new(program);
-        if let Some(name) = arguments.next() {
-            command.arg0(name);
-        }
-        let threads =
-            threads_of_rank().into_iter().flat_map(|count| THREADS.map(|name| (name, count.clone())));
-        // Returns only when it fails.
-        let _ = command.args(arguments).envs(threads).envs(missing).exec();
+    let Ok(program) = env::current_exe() else { return };
+    let Ok(program) = CString::new(program.into_os_string().into_encoded_bytes()) else { return };
+    let mut own: Vec<String> = missing.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    if let Some(count) = threads_of_rank(value) {
+        let unset = THREADS.into_iter().filter(|name| value(name).is_none());
+        own.extend(unset.map(|name| format!("{name}={count}")));
     }
+    let own: Vec<CString> = own.into_iter().filter_map(|entry| CString::new(entry).ok()).collect();
+    let entries = entries.iter().copied().chain(own.iter().map(CString::as_c_str));
+    let pointers: Vec<_> = entries.map(CStr::as_ptr).chain([ptr::null()]).collect();
+    // SAFETY: both lists end with a null pointer. It returns only when it fails.
+    unsafe { libc::execve(program.as_ptr(), arguments, pointers.as_ptr()) };
+}
+
+/// # Safety
+/// The list and its strings must live as long as the program.
+unsafe fn entries(mut list: Strings) -> Vec<&'static CStr> {
+    let mut entries = Vec::new();
+    // SAFETY: the list ends with a null pointer, before which are strings.
+    unsafe {
+        while !(*list).is_null() {
+            entries.push(CStr::from_ptr(*list));
+            list = list.add(1);
+        }
+    }
+    entries
 }
 
 /// Threads of a process that shares its machine with other ranks of a run: those that are set, else its part of the processors. `None`
 /// for a process that is alone.
-fn threads_of_rank() -> Option<String> {
-    let ranks = RANKS_HERE.iter().find_map(|name| env::var(name).ok()?.parse::<usize>().ok())?;
+fn threads_of_rank<'a>(value: impl Fn(&str) -> Option<&'a [u8]>) -> Option<String> {
+    let text = |name: &str| str::from_utf8(value(name)?).ok();
+    let ranks = RANKS_HERE.iter().find_map(|name| text(name)?.parse::<usize>().ok())?;
     let part = || (thread::available_parallelism().map_or(1, usize::from) / ranks.max(1)).max(1).to_string();
-    Some(env::var(THREADS[0]).unwrap_or_else(|_| part()))
+    Some(text(THREADS[0]).map_or_else(part, str::to_owned))
 }

@@ -8,6 +8,7 @@ mod command;
 mod compute;
 mod datasets;
 mod demo;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod environment;
 mod eval;
 mod gate;
@@ -37,7 +38,6 @@ const ERROR: u8 = 2;
 
 /// Runs the command given on the command line.
 pub(crate) fn main() -> ExitCode {
-    environment::prepare();
     let cli = Cli::parse();
     if cli.command.device() != Some("cpu") {
         gptq::device::open();

@@ -1,7 +1,8 @@
 //! Checks of the files alone: names, shapes, dtypes, ranges, groups, checksums.
 
-use std::collections::BTreeMap;
+use std::{cmp::Reverse, collections::BTreeMap};
 
+use rayon::prelude::*;
 use serde::{Serialize, de::IgnoredAny};
 use sha2::{Digest, Sha256};
 
@@ -191,6 +192,9 @@ fn json_problem(bytes: &[u8]) -> Option<String> {
     }
 }
 
+/// Tensors whose digests are computed at once: few, because all of them are in memory meanwhile.
+const AT_ONCE: usize = 4;
+
 /// Compares every digest; returns whether there were any.
 fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
     let path = checkpoint.dir().join(CHECKSUMS_FILE);
@@ -212,11 +216,19 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
             return true;
         }
     };
-    for name in checkpoint.names() {
-        let Ok(view) = checkpoint.view(name) else { continue };
-        compare(name, view.bytes, &sums.tensors, findings);
-        checkpoint.release([name]);
+    let mut views: Vec<_> = checkpoint.names().filter_map(|name| checkpoint.view(name).ok()).collect();
+    // Neighbours take as long as each other.
+    views.sort_by_key(|view| Reverse(view.bytes.len()));
+    let mut differences: Vec<Finding> = Vec::new();
+    for some in views.chunks(AT_ONCE) {
+        differences.par_extend(some.par_iter().filter_map(|view| {
+            let difference = difference(view.name, view.bytes, &sums.tensors);
+            checkpoint.release([view.name]);
+            difference
+        }));
     }
+    differences.sort_by(|a, b| a.subject.cmp(&b.subject));
+    findings.extend(differences);
     for name in sums.tensors.keys().filter(|name| !checkpoint.contains(name)) {
         findings.push(Finding { subject: name.clone(), problem: "has a checksum and is missing".into() });
     }
@@ -227,23 +239,24 @@ fn checksums(checkpoint: &Checkpoint, findings: &mut Vec<Finding>) -> bool {
             continue;
         }
         match file_in(checkpoint.dir(), name).and_then(|path| folder::read(&path, TEXT_LIMIT)) {
-            Ok(bytes) => compare(name, &bytes, &sums.files, findings),
+            Ok(bytes) => findings.extend(difference(name, &bytes, &sums.files)),
             Err(error) => findings.push(Finding { subject: name.clone(), problem: error.to_string() }),
         }
     }
     true
 }
 
-fn compare(name: &str, bytes: &[u8], sums: &BTreeMap<String, String>, findings: &mut Vec<Finding>) {
+/// A finding if the digest is not the stored one.
+fn difference(name: &str, bytes: &[u8], sums: &BTreeMap<String, String>) -> Option<Finding> {
     let found = hex(&Sha256::digest(bytes));
     let problem = match sums.get(name) {
         None => "has no checksum".to_owned(),
-        Some(expected) if *expected == found => return,
+        Some(expected) if *expected == found => return None,
         Some(expected) => {
             format!(
                 "its bytes are not those that were written: sha256 {found:.12}…, expected {expected:.12}…"
             )
         }
     };
-    findings.push(Finding { subject: name.into(), problem });
+    Some(Finding { subject: name.into(), problem })
 }

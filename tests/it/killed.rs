@@ -103,6 +103,24 @@ fn killed_while_it_has_a_rotated_model_it_begins_again() {
 }
 
 #[test]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn the_program_starts_itself_again_with_settings_of_libraries() {
+    let lab = Lab::empty();
+    let mut child = lab.start(&card(&lab, "out", &[]));
+    assert!(wait_for_layer(&mut child, 1));
+    let variables = fs::read(format!("/proc/{}/environ", child.id())).unwrap();
+    let name = |variable: &[u8]| {
+        String::from_utf8_lossy(variable.split(|&byte| byte == b'=').next().unwrap()).into_owned()
+    };
+    let names: Vec<String> = variables.split(|&byte| byte == 0).map(name).collect();
+    for setting in ["OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES"] {
+        assert_eq!(names.iter().filter(|name| *name == setting).count(), 1, "{names:?}");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
 fn a_signal_leaves_a_state_to_go_on_from_and_a_second_one_too() {
     let lab = Lab::empty();
     lab.run(&card(&lab, "whole", &[])).succeeds();
