@@ -11,6 +11,7 @@ use super::{
 use crate::{
     amx,
     error::{Error, Result, TorchContext},
+    products,
 };
 
 /// `D = 1/T Σ (x̂ − x) xᵀ` over the calibration tokens of a linear: `x` is its input in the quantized model, `x̂` its input in
@@ -24,7 +25,7 @@ pub struct CrossCovariance {
     /// `[K, K]` fp32, or `[N, K]` if there are weights; undefined before the first batch.
     matrix: Tensor,
     /// `W` `[N, K]` in `kind`, if the sums are those of `W D`.
-    weights: Option<Tensor>,
+    weights: Option<products::Weight>,
     /// The kind that inputs and their differences are multiplied in. Differences are taken before, and relative to them its rounding
     /// is small.
     kind: Kind,
@@ -58,9 +59,9 @@ impl CrossCovariance {
         if !Self::sums_products(rows as u64, k as u64) {
             return Self::new(k as usize, kind, device);
         }
-        let allocate = || -> Result<(Tensor, Tensor), TchError> {
+        let allocate = || -> Result<(Tensor, products::Weight), TchError> {
             let weights = Tensor::f_cat(weights, 0)?.f_to_device(device)?.f_to_kind(kind)?;
-            Ok((Tensor::f_empty([rows, k], (Kind::Float, device))?, weights))
+            Ok((Tensor::f_empty([rows, k], (Kind::Float, device))?, products::Weight::new(&weights)?))
         };
         let (matrix, weights) = allocate().torch("allocate a cross-covariance")?;
         Ok(Self { matrix, weights: Some(weights), kind, tokens: 0 })
@@ -93,7 +94,7 @@ impl CrossCovariance {
         let k = self.shape()[1];
         let off = dense.f_reshape([-1, k])?.f_sub(&inputs.f_reshape([-1, k])?)?.f_to_kind(self.kind)?;
         match &self.weights {
-            Some(weights) => off.f_mm(&weights.f_tr()?),
+            Some(weights) => weights.linear(&off, None),
             None => Ok(off),
         }
     }

@@ -164,8 +164,8 @@ fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate,
         for (weights, pivot) in weights.iter().zip(pivots) {
             for l in 0..LANES {
                 let offset = within((weights[l] * inverse[l]).round_ties_even(), lowest[l], highest[l]);
-                let error = (offset * step.scale[l] - weights[l]) * pivot;
-                cost[l] += error * error;
+                let error = offset.mul_add(step.scale[l], -weights[l]) * pivot;
+                cost[l] = error.mul_add(error, cost[l]);
             }
         }
         if all_reach(&cost, limits) {
