@@ -34,8 +34,7 @@ static PREPARE: extern "C" fn(c_int, Strings, Strings) = prepare;
 type Strings = *const *const c_char;
 
 /// Starts this program again with the settings, if one is missing. Returns if all are set, or if starting again fails: the
-/// program is then only slower. Nothing of the standard library that needs the start of `main` is there yet, as `std::env::args` and
-/// `std::env::vars`.
+/// program is then only slower. `std::env::args` and `std::env::vars` are still empty then.
 extern "C" fn prepare(_: c_int, arguments: Strings, environment: Strings) {
     // SAFETY: the loader's environment is a list of strings, which nothing has changed yet.
     let entries = unsafe { entries(environment) };
