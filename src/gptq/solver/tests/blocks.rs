@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     problem::{OBJECTIVE_TOLERANCE, Problem, weight},
-    reference::{compensated, row_error, upper_factor},
+    reference::{compensated, damped_factor, row_error},
 };
 use crate::{
     accuracy::{ScaleSearch, Scales},
@@ -74,12 +74,7 @@ fn walk(problem: &Problem, kind: BlockType, damp: f64, scales: Scales, follow: O
     let (weight, hessian, k) = (problem.weight(), problem.hessian(), problem.k);
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
     let dead = dead_columns(&diagonal);
-    let mut h = hessian.clone();
-    let mean = (0..k).map(|i| hessian[i * k + i]).sum::<f64>() / (k - dead.len()) as f64;
-    for i in 0..k {
-        h[i * k + i] += damp * mean + if h[i * k + i] == 0.0 { mean } else { 0.0 };
-    }
-    let u = upper_factor(&h, k).unwrap();
+    let u = damped_factor(&hessian, &(0..k as u32).collect::<Vec<_>>(), damp).unwrap();
     let pivots: Vec<f64> = (0..k).map(|i| u[i * k + i]).collect();
     let costs: Vec<f64> = pivots.iter().map(|pivot| pivot * pivot).collect();
 

@@ -32,21 +32,7 @@ pub(crate) fn solve(
     let order = ColumnOrder::new(accuracy.sorting(variant), &diagonal);
     let columns = order.columns();
 
-    let u = {
-        let mut h = vec![0.0; k * k];
-        let alive: Vec<f64> = (0..k).map(|i| hessian[i * k + i]).filter(|&d| d != 0.0).collect();
-        let mean = alive.iter().sum::<f64>() / alive.len() as f64;
-        for (i, &a) in columns.iter().enumerate() {
-            for (j, &b) in columns.iter().enumerate() {
-                h[i * k + j] = hessian[a as usize * k + b as usize];
-            }
-            if h[i * k + i] == 0.0 {
-                h[i * k + i] = mean;
-            }
-            h[i * k + i] += damp * mean;
-        }
-        upper_factor(&h, k)?
-    };
+    let u = damped_factor(hessian, columns, damp)?;
 
     let grid = Grid::new(variant.bits, variant.symmetric);
     let g_idx = order.g_idx(variant);
@@ -156,8 +142,27 @@ pub(super) fn compensated(w: &[f64], d: &[f64], u: &[f64], k: usize, start: usiz
     x.iter().zip(&w[start..end]).map(|(x, w)| w - x).collect()
 }
 
+/// `Ũ` `[K, K]` of a Hessian `[K, K]` in the order of `columns`, with `damp` of the mean diagonal added. A diagonal element that is
+/// zero becomes the mean before. `None` if the sum is not positive definite.
+pub(super) fn damped_factor(hessian: &[f64], columns: &[u32], damp: f64) -> Option<Vec<f64>> {
+    let k = columns.len();
+    let mut h = vec![0.0; k * k];
+    let alive: Vec<f64> = (0..k).map(|i| hessian[i * k + i]).filter(|&d| d != 0.0).collect();
+    let mean = alive.iter().sum::<f64>() / alive.len() as f64;
+    for (i, &a) in columns.iter().enumerate() {
+        for (j, &b) in columns.iter().enumerate() {
+            h[i * k + j] = hessian[a as usize * k + b as usize];
+        }
+        if h[i * k + i] == 0.0 {
+            h[i * k + i] = mean;
+        }
+        h[i * k + i] += damp * mean;
+    }
+    upper_factor(&h, k)
+}
+
 /// The upper triangular `Ũ` `[K, K]` with `H = Ũ Ũᵀ`; `None` when `H` is not positive definite.
-pub(super) fn upper_factor(h: &[f64], k: usize) -> Option<Vec<f64>> {
+fn upper_factor(h: &[f64], k: usize) -> Option<Vec<f64>> {
     let mut u = vec![0.0; k * k];
     for j in (0..k).rev() {
         let pivot = h[j * k + j] - (j + 1..k).map(|m| u[j * k + m] * u[j * k + m]).sum::<f64>();

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     problem::{CODES_THAT_MAY_DIFFER, OBJECTIVE_TOLERANCE, Problem, cuda, solve, variants, weight},
-    reference::upper_factor,
+    reference::damped_factor,
     torch::TorchSolver,
 };
 use crate::{
@@ -153,11 +153,7 @@ fn farthest_code(
     let (grid, hessian) = (Grid::new(linear.bits(), true), problem.hessian());
     let diagonal: Vec<f32> = (0..k).map(|i| hessian[i * k + i] as f32).collect();
     let order = ColumnOrder::new(sorting, &diagonal);
-    let columns: Vec<usize> = order.columns().iter().map(|&column| column as usize).collect();
-    let damping = 0.01 * diagonal.iter().map(|&d| f64::from(d)).sum::<f64>() / k as f64;
-    let damped = |i: usize, j: usize| hessian[i * k + j] + if i == j { damping } else { 0.0 };
-    let damped: Vec<f64> = columns.iter().flat_map(|&i| columns.iter().map(move |&j| damped(i, j))).collect();
-    let u = upper_factor(&damped, k).unwrap();
+    let u = damped_factor(&hessian, order.columns(), 0.01).unwrap();
     let (weights, levels) = (problem.weight(), linear.dequantize(f64::from));
     let mut farthest = 0.0f64;
     let codes = |linear: &QuantizedLinear, row| -> Vec<u8> {
@@ -165,7 +161,7 @@ fn farthest_code(
     };
     for row in (0..n).filter(|&row| codes(linear, row) != codes(rounded, row)) {
         let mut d: Vec<f64> = Vec::new();
-        for (i, &column) in columns.iter().enumerate() {
+        for (i, column) in order.columns().iter().map(|&column| column as usize).enumerate() {
             let weight = weights[row * k + column];
             let residual: f64 = d.iter().enumerate().map(|(j, d)| u[j * k + i] * d).sum();
             let target = weight - residual / u[i * k + i];
