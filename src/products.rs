@@ -1,8 +1,12 @@
 //! Products of libtorch's tensors on the CPU, by [`crate::amx`] where the processor has a matrix unit.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, TchError, Tensor};
 
-use crate::amx::{Operand, Parts, Shape, Side, Sums, Values, View, available, multiply, multiply_by};
+use crate::amx::{
+    Operand, Parts, Shape, Side, Sums, Values, View, add_rows_product, available, multiply, multiply_by,
+};
 
 /// A weight `[N, K]` in the layout in which this machine multiplies it fastest.
 #[derive(Debug)]
@@ -59,6 +63,78 @@ impl Weight {
     }
 }
 
+/// A matrix `[M, D]` on the CPU whose columns are computed block by block, each by a product with those that are known. On the matrix
+/// unit each block is laid out once for all these products.
+#[derive(Debug)]
+pub struct Columns {
+    matrix: Tensor,
+    /// The matrix in bf16, transposed.
+    operand: Option<Operand>,
+}
+
+impl Columns {
+    /// Without values yet.
+    ///
+    /// # Errors
+    /// When memory is exhausted.
+    pub fn new([m, depth]: [i64; 2], kind: Kind) -> Result<Self, TchError> {
+        let matrix = Tensor::f_empty([m, depth], (kind, Device::Cpu))?;
+        let laid_out = kind == Kind::BFloat16 && available();
+        let operand = laid_out.then(|| Operand::zeros(depth as usize, m as usize, Parts::One));
+        Ok(Self { matrix, operand })
+    }
+
+    /// Sets some columns, `[M, …]` of the matrix's kind. The first has a multiple of [`crate::amx::SIDE`] as its number.
+    ///
+    /// # Errors
+    /// When sizes contradict each other.
+    pub fn set(&mut self, first: i64, values: &Tensor) -> Result<(), TchError> {
+        self.matrix.f_narrow(1, first, values.size()[1])?.f_copy_(values)?;
+        if let Some(operand) = &mut self.operand {
+            let values = with_unit_stride(values)?;
+            operand.set_rows(first as usize, view(&values).transposed(), Side::Left);
+        }
+        Ok(())
+    }
+
+    /// Some columns.
+    ///
+    /// # Errors
+    /// When there are fewer.
+    pub fn get(&self, columns: &Range<i64>) -> Result<Tensor, TchError> {
+        self.matrix.f_narrow(1, columns.start, columns.end - columns.start)
+    }
+
+    /// Adds the product of some columns, as in [`Columns::set`], with `right` `[D, N]` in fp32 to `sums` `[M, N]` fp32, whose columns are
+    /// contiguous.
+    ///
+    /// # Errors
+    /// When memory is exhausted.
+    pub fn add_product(
+        &self,
+        sums: &mut Tensor,
+        columns: &Range<i64>,
+        right: &Tensor,
+    ) -> Result<(), TchError> {
+        let Some(operand) = &self.operand else {
+            let (left, kind) = (self.get(columns)?, self.matrix.kind());
+            return match kind {
+                Kind::Float => sums.f_addmm_(&left, right).map(drop),
+                _ => sums.f_add_(&left.f_mm(&right.f_to_kind(kind)?)?).map(drop),
+            };
+        };
+        let right = with_unit_stride(right)?;
+        let (m, own) = (sums.size()[0] as usize, columns.start as usize..columns.end as usize);
+        add_rows_product((operand, own), view(&right), rows_mut(sums), m);
+        Ok(())
+    }
+
+    /// The whole matrix.
+    pub fn into_matrix(self) -> Tensor {
+        self.matrix
+    }
+}
+
 /// `sums += left · right`, of `[M, D]` and `[D, N]` in fp32 or bf16, with each fp32 value in `parts`; `sums` `[M, N]` fp32, whose columns
 /// are contiguous. Of a `Lower` shape only the part on and below the diagonal. Neither operand is a view of the memory of `sums`.
 ///
@@ -75,17 +151,28 @@ pub fn add_product(
     shape: Shape,
 ) -> Result<(), TchError> {
     let (left, right) = (with_unit_stride(left)?, with_unit_stride(right)?);
-    let ([m, n], [row, column]) = (two(&sums.size()), two(&sums.stride()));
-    assert_eq!((sums.kind(), sums.device()), (Kind::Float, Device::Cpu));
-    assert!(column == 1 && row >= n && view(&left).size()[0] == m && view(&right).size()[1] == n, "[M, N]");
-    if m == 0 || n == 0 {
-        return Ok(());
-    }
-    // SAFETY: the first of `m` rows of `n` floats lies at the pointer, and they are `row` floats apart. `sums` is borrowed for
-    // writing, and neither operand reads its memory, nor what lies between its rows.
-    let values = unsafe { std::slice::from_raw_parts_mut(sums.data_ptr().cast(), (m - 1) * row + n) };
-    multiply(view(&left), view(&right), parts, Sums { values, stride: row, add: true, shape });
+    let [m, n] = two(&sums.size());
+    assert!(view(&left).size()[0] == m && view(&right).size()[1] == n, "[M, N]");
+    let (values, stride) = rows_mut(sums);
+    multiply(view(&left), view(&right), parts, Sums { values, stride, add: true, shape });
     Ok(())
+}
+
+/// The memory of a matrix in fp32 on the CPU, and the values from one row to the next. Nothing else uses its memory, nor what lies between
+/// its rows, while the slice is there.
+///
+/// # Panics
+/// When its columns are not contiguous.
+fn rows_mut(matrix: &mut Tensor) -> (&mut [f32], usize) {
+    let ([m, n], [row, column]) = (two(&matrix.size()), two(&matrix.stride()));
+    assert_eq!((matrix.kind(), matrix.device()), (Kind::Float, Device::Cpu));
+    if m == 0 || n == 0 {
+        return (&mut [], row);
+    }
+    assert!(column == 1 && row >= n, "columns are contiguous");
+    // SAFETY: the first of `m` rows of `n` floats lies at the pointer, and they are `row` floats apart. The matrix is borrowed for
+    // writing.
+    (unsafe { std::slice::from_raw_parts_mut(matrix.data_ptr().cast(), (m - 1) * row + n) }, row)
 }
 
 fn two(numbers: &[i64]) -> [usize; 2] {

@@ -96,11 +96,36 @@ pub fn multiply(left: View<'_>, right: View<'_>, parts: Parts, sums: Sums<'_>) {
         let left = Operand::new(left.part(0..m, depth.clone()).transposed(), Side::Left, parts);
         let right = Operand::new(right.part(depth, 0..n), Side::Right, parts);
         let add = add || first > 0;
-        blocks([&left, &right], parts, (&mut *values, stride), [m, n], shape, |row, sums| match add {
-            true => row.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum),
+        let operands = [Rows::all(&left), Rows::all(&right)];
+        blocks(operands, parts, (&mut *values, stride), [m, n], shape, |row, sums| match add {
+            true => add_to(row, sums),
             false => row.copy_from_slice(sums),
         });
     }
+}
+
+fn add_to(row: &mut [f32], sums: &[f32]) {
+    row.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
+}
+
+/// `values[i, j] += Σ_d left[d, i] right[d, j]` over the rows `depth` of a left operand of one part; `right` `[D, N]`, in bf16 or rounded
+/// to it, has these rows alone. `values` are `[M, N]`, with `stride` from one row to the next. `depth` begins with a multiple of
+/// [`SIDE`], and ends with one or with the operand.
+///
+/// # Panics
+/// When the sizes contradict each other.
+pub fn add_rows_product(
+    (left, depth): (&Operand, Range<usize>),
+    right: View<'_>,
+    (values, stride): (&mut [f32], usize),
+    m: usize,
+) {
+    let [own, n] = right.size();
+    assert!(own == depth.len() && depth.start.is_multiple_of(SIDE), "operands have one depth");
+    assert_eq!(left.strips(), m.div_ceil(SIDE), "[M, D]");
+    let right = Operand::new(right, Side::Right, Parts::One);
+    let left = Rows { operand: left, chunks: depth.start / SIDE..depth.end.div_ceil(SIDE) };
+    blocks([left, Rows::all(&right)], Parts::One, (values, stride), [m, n], Shape::Full, add_to);
 }
 
 /// `left · right` of `[M, D]` and `[D, N]`, rounded to bf16: bits `[M, N]`. The right operand is laid out in one part.
@@ -112,7 +137,8 @@ pub fn multiply_by(left: View<'_>, right: &Operand, n: usize, product: &mut [u16
     assert!(right.strips() == n.div_ceil(SIDE) && product.len() == m * n, "[M, D], [D, N] and [M, N]");
     assert_eq!(right.strip_len(), depth.div_ceil(SIDE) * Parts::One.chunk_len(), "operands have one depth");
     let left = Operand::new(left.transposed(), Side::Left, Parts::One);
-    blocks([&left, right], Parts::One, (product, n), [m, n], Shape::Full, |row, sums| {
+    let operands = [Rows::all(&left), Rows::all(right)];
+    blocks(operands, Parts::One, (product, n), [m, n], Shape::Full, |row, sums| {
         // NaN, whose bits may overflow, stays NaN.
         let round = |sum: f32| if sum.is_nan() { NAN } else { (nearest_bf16(sum) >> 16) as u16 };
         row.iter_mut().zip(sums).for_each(|(c, &sum)| *c = round(sum));
@@ -122,9 +148,27 @@ pub fn multiply_by(left: View<'_>, right: &Operand, n: usize, product: &mut [u16
 /// A bf16 that is not a number.
 const NAN: u16 = 0x7FC0;
 
+/// Some chunks of rows of an operand.
+#[derive(Debug, Clone)]
+struct Rows<'a> {
+    operand: &'a Operand,
+    chunks: Range<usize>,
+}
+
+impl<'a> Rows<'a> {
+    fn all(operand: &'a Operand) -> Self {
+        Self { operand, chunks: 0..operand.chunk_count() }
+    }
+
+    /// Some of its chunks in a strip.
+    fn chunks(&self, strip: usize, own: Range<usize>) -> &'a [Line] {
+        self.operand.chunks(strip, self.chunks.start + own.start, self.chunks.start + own.end)
+    }
+}
+
 /// Computes the product `[M, N]` block by block, and gives each row of a block to `put`, with its place in `values`.
 fn blocks<T: Send>(
-    [left, right]: [&Operand; 2],
+    [left, right]: [Rows<'_>; 2],
     parts: Parts,
     (values, stride): (&mut [T], usize),
     [m, n]: [usize; 2],
@@ -145,7 +189,7 @@ fn blocks<T: Send>(
     let places: Vec<_> = places.into_iter().enumerate().filter(|(block, _)| is_computed(*block)).collect();
     places.into_par_iter().for_each_init(block_buffer, |squares, (block, places)| {
         let squares: &mut [f32] = bytemuck::cast_slice_mut(squares);
-        product(squares, left, block / columns * BLOCK_STRIPS, right, block % columns * BLOCK_STRIPS, parts);
+        product(squares, &left, block / columns * BLOCK_STRIPS, &right, block % columns * BLOCK_STRIPS, parts);
         for (i, place) in places.into_iter().enumerate() {
             for (j, place) in place.chunks_mut(SIDE).enumerate() {
                 let square = &squares[square_at(i / SIDE, j)..][..SIDE * SIDE];
@@ -161,18 +205,18 @@ fn square_at(row: usize, column: usize) -> usize {
 }
 
 /// `[BLOCK, BLOCK]` of a product, of the strips from `i` of `left` and from `j` of `right` on, square by square.
-fn product(squares: &mut [f32], left: &Operand, i: usize, right: &Operand, j: usize, parts: Parts) {
-    let (rows, columns) = ((left.strips() - i).min(BLOCK_STRIPS), (right.strips() - j).min(BLOCK_STRIPS));
-    let (chunks, step) = (left.strip_len() / parts.chunk_len(), DEPTH_LINES / parts.chunk_len());
+fn product(squares: &mut [f32], left: &Rows<'_>, i: usize, right: &Rows<'_>, j: usize, parts: Parts) {
+    let strips = |of: &Rows<'_>, first: usize| (of.operand.strips() - first).min(BLOCK_STRIPS);
+    let (chunks, step) = (left.chunks.len(), DEPTH_LINES / parts.chunk_len());
     squares.fill(0.0);
     let tiles = Tiles::new();
     for first in (0..chunks).step_by(step) {
         let end = (first + step).min(chunks);
-        for column in 0..columns {
-            let right = right.chunks(j + column, first, end);
-            for row in 0..rows {
+        for column in 0..strips(right, j) {
+            let right = right.chunks(j + column, first..end);
+            for row in 0..strips(left, i) {
                 let c = &mut squares[square_at(row, column)..][..SIDE * SIDE];
-                tiles.multiply_add(left.chunks(i + row, first, end), right, parts, c, SIDE);
+                tiles.multiply_add(left.chunks(i + row, first..end), right, parts, c, SIDE);
             }
         }
     }

@@ -15,7 +15,7 @@ mod operand;
 mod tests;
 mod tiles;
 
-pub use forms::{BLOCK, Shape, Sums, cross_gram, gram, multiply, multiply_by};
+pub use forms::{BLOCK, Shape, Sums, add_rows_product, cross_gram, gram, multiply, multiply_by};
 pub use operand::{Line, Operand, Parts, Side, Square, Values, View, fill_from_f32, nearest_bf16};
 pub use tiles::{Tiles, available, has_bf16_products};
 

@@ -93,6 +93,11 @@ impl Operand {
         self.lines.len().checked_div(self.strip).unwrap_or(0)
     }
 
+    /// Number of chunks of a strip.
+    pub fn chunk_count(&self) -> usize {
+        self.strip / self.parts.chunk_len()
+    }
+
     /// Lines of a strip.
     pub fn strip_len(&self) -> usize {
         self.strip
@@ -190,13 +195,25 @@ impl Operand {
     pub fn new(matrix: View<'_>, side: Side, parts: Parts) -> Self {
         let [depth, columns] = matrix.size;
         let mut operand = Self::zeros(depth, columns, parts);
-        let (strip, len) = (operand.strip.max(1), parts.chunk_len());
-        operand.lines.par_chunks_mut(strip * TOGETHER).enumerate().for_each(|(group, strips)| {
-            for d in 0..strip / len {
-                let rows = d * SIDE..((d + 1) * SIDE).min(depth);
-                for (i, strip) in strips.chunks_mut(strip).enumerate() {
-                    let first = (group * TOGETHER + i) * SIDE;
-                    let part = matrix.part(rows.clone(), first..(first + SIDE).min(columns));
+        operand.set_rows(0, matrix, side);
+        operand
+    }
+
+    /// Lays out a matrix `[rows, columns]` as the rows from `first` on.
+    ///
+    /// # Panics
+    /// When `first` is not a multiple of [`SIDE`], or the operand has fewer rows or another number of columns.
+    pub fn set_rows(&mut self, first: usize, matrix: View<'_>, side: Side) {
+        let ([rows, columns], parts, len) = (matrix.size, self.parts, self.parts.chunk_len());
+        let (own, chunks) = (self.strip.max(1), first / SIDE..(first + rows).div_ceil(SIDE));
+        assert!(first.is_multiple_of(SIDE) && chunks.end * len <= self.strip, "the operand has the rows");
+        assert_eq!(columns.div_ceil(SIDE), self.strips(), "all columns");
+        self.lines.par_chunks_mut(own * TOGETHER).enumerate().for_each(|(group, strips)| {
+            for d in chunks.clone() {
+                let row = d * SIDE - first;
+                for (i, strip) in strips.chunks_mut(own).enumerate() {
+                    let column = (group * TOGETHER + i) * SIDE;
+                    let part = matrix.part(row..(row + SIDE).min(rows), column..(column + SIDE).min(columns));
                     let chunk = &mut strip[d * len..][..len];
                     match part.values {
                         Values::BFloat16(values) => fill(chunk, side, parts, values, &part),
@@ -205,7 +222,6 @@ impl Operand {
                 }
             }
         });
-        operand
     }
 }
 

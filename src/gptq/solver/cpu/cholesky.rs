@@ -7,12 +7,12 @@
 use tch::{Kind, TchError, Tensor};
 
 use crate::{
-    amx::{self, Parts, Shape},
+    amx::{Parts, Shape},
     gptq::raw,
     products,
 };
 
-/// Columns factorized together: some of [`amx::BLOCK`].
+/// Columns factorized together: some of [`crate::amx::BLOCK`].
 const BLOCK: i64 = 768;
 
 /// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle. With `amx`,
@@ -80,33 +80,27 @@ pub(super) fn divide(
     };
     let corners: Vec<_> = (0..k).step_by(BLOCK as usize).map(corner).collect::<Result<_, TchError>>()?;
     // −Y, then Z, as far as they are computed.
-    let done = Tensor::f_empty(b.size(), (products, b.device()))?;
-    let add = |own: &mut Tensor, done: &Tensor, block: &Tensor| match products {
-        Kind::Float => own.f_addmm_(done, block).map(drop),
-        _ if amx::available() => products::add_product(own, done, block, Parts::One, Shape::Full),
-        _ => own.f_add_(&done.f_mm(&block.f_to_kind(products)?)?).map(drop),
-    };
+    let mut done = products::Columns::new([b.size()[0], k], products)?;
     // −Y with Y Lᵀ = B, from the first block on: −Y_j = (B_j + Σ_{i<j} −Y_i L_jiᵀ) · −L_jj⁻ᵀ.
     for (start, width, negative_inverse) in &corners {
-        let end = start + width;
-        let mut own = raw::select_columns(b, &columns[*start as usize..end as usize])?;
+        let mut own = raw::select_columns(b, &columns[*start as usize..(start + width) as usize])?;
         if *start > 0 {
-            add(&mut own, &done.f_narrow(1, 0, *start)?, &part(*start, *width, 0, *start)?.f_tr()?)?;
+            done.add_product(&mut own, &(0..*start), &part(*start, *width, 0, *start)?.f_tr()?)?;
         }
         let y = products::Weight::new(negative_inverse)?.linear(&own.f_to_kind(products)?, None)?;
-        done.f_narrow(1, *start, *width)?.f_copy_(&y)?;
+        done.set(*start, &y)?;
     }
     // Z with Z L = Y, from the last block on: Z_j = (−Y_j + Σ_{i>j} Z_i L_ij) · −L_jj⁻¹.
     for (start, width, negative_inverse) in corners.iter().rev() {
-        let (mut own, end) = (done.f_narrow(1, *start, *width)?, start + width);
-        let mut sum = own.f_to_kind(Kind::Float)?;
+        let end = start + width;
+        let mut sum = done.get(&(*start..end))?.f_to_kind(Kind::Float)?;
         if end < k {
-            add(&mut sum, &done.f_narrow(1, end, k - end)?, &part(end, k - end, *start, *width)?)?;
+            done.add_product(&mut sum, &(end..k), &part(end, k - end, *start, *width)?)?;
         }
         let z = products::Weight::new(&negative_inverse.f_tr()?)?.linear(&sum.f_to_kind(products)?, None)?;
-        own.f_copy_(&z)?;
+        done.set(*start, &z)?;
     }
-    Ok(done)
+    Ok(done.into_matrix())
 }
 
 /// Views of blocks of a matrix: first row, rows, first column, columns.
