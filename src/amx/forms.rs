@@ -189,7 +189,14 @@ fn blocks<T: Send>(
     let places: Vec<_> = places.into_iter().enumerate().filter(|(block, _)| is_computed(*block)).collect();
     places.into_par_iter().for_each_init(block_buffer, |squares, (block, places)| {
         let squares: &mut [f32] = bytemuck::cast_slice_mut(squares);
-        product(squares, &left, block / columns * BLOCK_STRIPS, &right, block % columns * BLOCK_STRIPS, parts);
+        product(
+            squares,
+            &left,
+            block / columns * BLOCK_STRIPS,
+            &right,
+            block % columns * BLOCK_STRIPS,
+            parts,
+        );
         for (i, place) in places.into_iter().enumerate() {
             for (j, place) in place.chunks_mut(SIDE).enumerate() {
                 let square = &squares[square_at(i / SIDE, j)..][..SIDE * SIDE];

@@ -11,7 +11,10 @@ use crate::{accuracy::Scales, gptq::Grid};
 /// The candidate scales of a group.
 pub(super) struct Search {
     grid: Grid,
+    /// Factors of the range's scale, above zero.
     factors: Vec<f64>,
+    /// Whether each of them is followed by its negative.
+    signed: bool,
     finalists: usize,
 }
 
@@ -22,7 +25,14 @@ impl Search {
     pub(super) fn new(grid: Grid, scales: Scales) -> Self {
         let finalists = scales.finalists();
         assert!(finalists <= MAX_FINALISTS, "finalists have a fixed place");
-        Self { grid, factors: grid.factors(scales), finalists }
+        let factors = grid.factors(scales);
+        let signed = factors.iter().any(|&factor| factor < 0.0);
+        Self {
+            grid,
+            factors: factors.into_iter().filter(|&factor| factor > 0.0).collect(),
+            signed,
+            finalists,
+        }
     }
 }
 
@@ -64,7 +74,8 @@ pub(super) fn fit_scales<S: Simd>(
 ) {
     let mut best = [Candidate::NONE; MAX_FINALISTS];
     let best = &mut best[..search.finalists.max(1)];
-    by_diagonal(search, &tile.differences[start..end], &panel.pivots[start..end], best);
+    let scratch = &mut tile.trials[0][start..end];
+    by_diagonal(search, &tile.differences[start..end], &panel.pivots[start..end], scratch, best);
     let rounding = AroundZero::new(search.grid);
     let best = best_by_block(simd, panel, tile, rounding, start, end, best);
     let group = panel.groups[start] as usize;
@@ -73,23 +84,30 @@ pub(super) fn fit_scales<S: Simd>(
 
 /// The best step of each row by the diagonal. `weights` `[g]` are compensated, `pivots` `[g]` are `Ũ_ii`.
 pub(super) fn best_by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32]) -> Candidate {
-    let mut best = [Candidate::NONE];
-    struct ByDiagonal<'a>(&'a Search, &'a [Lane], &'a [f32], &'a mut [Candidate]);
+    struct ByDiagonal<'a>(&'a Search, &'a [Lane], &'a [f32], &'a mut [Lane], &'a mut [Candidate]);
     impl WithSimd for ByDiagonal<'_> {
         type Output = ();
 
         #[inline(always)]
         fn with_simd<S: Simd>(self, _: S) {
-            by_diagonal(self.0, self.1, self.2, self.3);
+            by_diagonal(self.0, self.1, self.2, self.3, self.4);
         }
     }
-    Arch::new().dispatch(ByDiagonal(search, weights, pivots, &mut best));
+    let mut best = [Candidate::NONE];
+    let mut scratch = vec![[0.0; LANES]; weights.len()];
+    Arch::new().dispatch(ByDiagonal(search, weights, pivots, &mut scratch, &mut best));
     best[0]
 }
 
-/// The best steps of each row by `Σ Ũ_ii² (q_i − w_i)²`, in ascending order.
+/// The best steps of each row by `Σ Ũ_ii² (q_i − w_i)²`, in ascending order. `scaled` `[g]` is scratch.
 #[inline(always)]
-fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Candidate]) {
+fn by_diagonal(
+    search: &Search,
+    weights: &[Lane],
+    pivots: &[f32],
+    scaled: &mut [Lane],
+    best: &mut [Candidate],
+) {
     let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
     for weights in weights {
         for l in 0..LANES {
@@ -97,28 +115,37 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
             max[l] = if weights[l] > max[l] { weights[l] } else { max[l] };
         }
     }
+    for ((scaled, weights), pivot) in scaled.iter_mut().zip(weights).zip(pivots) {
+        for l in 0..LANES {
+            scaled[l] = weights[l] * pivot;
+        }
+    }
     let mut fitted = Candidate::NONE;
     for (i, &factor) in search.factors.iter().enumerate() {
-        // The negative factor of a pair has the scales of the positive one before it, negated.
-        if i > 0 && factor == -search.factors[i - 1] {
-            fitted.scale = fitted.scale.map(|scale| -scale);
-        } else {
-            fit_scaled(search.grid, &min, &max, factor, &mut fitted);
-        }
-        if search.factors.len() == 1 {
+        fit_scaled(search.grid, &min, &max, factor, &mut fitted);
+        if search.factors.len() == 1 && !search.signed {
             best[0] = fitted;
             return;
         }
-        let limit = best.last().map_or([f32::INFINITY; LANES], |last| last.cost);
-        let mut candidate =
-            Candidate { cost: diagonal_cost(search.grid, weights, pivots, &fitted, &limit), ..fitted };
-        if i == 0 {
-            // If no scale fits fp16, no cost is a number: this candidate stays and is refused.
-            best[0] = Candidate { cost: candidate.cost.map(|c| c.min(f32::INFINITY)), ..candidate };
-            continue;
-        }
-        for better in &mut *best {
-            better.sort_with(&mut candidate);
+        let grid = search.grid;
+        let costs: &[Lane] = match search.signed {
+            true => &diagonal_costs::<2>(grid, weights, pivots, scaled, &fitted),
+            false => &diagonal_costs::<1>(grid, weights, pivots, scaled, &fitted),
+        };
+        for (turned, &cost) in costs.iter().enumerate() {
+            if i == 0 && turned == 0 {
+                // If no scale fits fp16, no cost is a number: this candidate stays and is refused.
+                best[0] = Candidate { cost: cost.map(|cost| cost.min(f32::INFINITY)), ..fitted };
+                continue;
+            }
+            if best.last().is_some_and(|last| all_reach(&cost, &last.cost)) {
+                continue;
+            }
+            let scale = if turned == 1 { fitted.scale.map(|scale| -scale) } else { fitted.scale };
+            let mut candidate = Candidate { cost, scale, ..fitted };
+            for better in &mut *best {
+                better.sort_with(&mut candidate);
+            }
         }
     }
 }
@@ -127,10 +154,9 @@ fn by_diagonal(search: &Search, weights: &[Lane], pivots: &[f32], best: &mut [Ca
 #[inline(always)]
 fn fit_scaled(grid: Grid, min: &Lane, max: &Lane, factor: f64, fitted: &mut Candidate) {
     if let Some(zero) = grid.symmetric_zero() {
-        let sign = if factor < 0.0 { -1.0 } else { 1.0 };
         for l in 0..LANES {
             let largest = if max[l] > -min[l] { max[l] } else { -min[l] };
-            fitted.scale[l] = sign * grid.symmetric_scale(f64::from(largest) * factor.abs());
+            fitted.scale[l] = grid.symmetric_scale(f64::from(largest) * factor);
         }
         fitted.zero = [f32::from(zero); LANES];
         return;
@@ -141,38 +167,46 @@ fn fit_scaled(grid: Grid, min: &Lane, max: &Lane, factor: f64, fitted: &mut Cand
     }
 }
 
-/// Whether no cost of `costs` is below its limit. Costs only grow, so that such candidates need not be added up to the end.
+/// Whether no cost of `costs` is below its limit.
 #[inline(always)]
 fn all_reach(costs: &Lane, limits: &Lane) -> bool {
     costs.iter().zip(limits).fold(true, |all, (cost, limit)| all & (cost >= limit))
 }
 
-/// Columns whose costs are added between two looks at the limit.
-const CHUNK: usize = 16;
+/// A number that is added and subtracted again to round to a whole number, ties to even: no float of its size has a fraction.
+const ROUNDER: f32 = 12_582_912.0;
 
-/// `Σ Ũ_ii² (q_i − w_i)²`, or a part of it if no row's part is below its limit.
+/// `Σ Ũ_ii² (q_i − w_i)²` for a step, and for the same step turned around if `N` is 2. `scaled` are `Ũ_ii w_i`.
+///
+/// Both have the same offsets from zero, but for their limits, so that both together take two thirds of the instructions.
 #[inline(always)]
-fn diagonal_cost(grid: Grid, weights: &[Lane], pivots: &[f32], step: &Candidate, limits: &Lane) -> Lane {
+fn diagonal_costs<const N: usize>(
+    grid: Grid,
+    weights: &[Lane],
+    pivots: &[f32],
+    scaled: &[Lane],
+    step: &Candidate,
+) -> [Lane; N] {
     let max_code = f32::from(grid.max_code());
     let (mut inverse, mut lowest, mut highest) = ([0.0f32; LANES], [0.0f32; LANES], [0.0f32; LANES]);
     for l in 0..LANES {
         inverse[l] = 1.0 / step.scale[l];
         (lowest[l], highest[l]) = (-step.zero[l], max_code - step.zero[l]);
     }
-    let mut cost = [0.0f32; LANES];
-    for (weights, pivots) in weights.chunks(CHUNK).zip(pivots.chunks(CHUNK)) {
-        for (weights, pivot) in weights.iter().zip(pivots) {
-            for l in 0..LANES {
-                let offset = within((weights[l] * inverse[l]).round_ties_even(), lowest[l], highest[l]);
-                let error = offset.mul_add(step.scale[l], -weights[l]) * pivot;
+    let mut costs = [[0.0f32; LANES]; N];
+    for ((weights, scaled), pivot) in weights.iter().zip(scaled).zip(pivots) {
+        for l in 0..LANES {
+            let offset = weights[l].mul_add(inverse[l], ROUNDER) - ROUNDER;
+            let scale = step.scale[l] * pivot;
+            for (turned, cost) in costs.iter_mut().enumerate() {
+                let (low, high) =
+                    if turned == 0 { (lowest[l], highest[l]) } else { (-highest[l], -lowest[l]) };
+                let error = within(offset, low, high).mul_add(scale, -scaled[l]);
                 cost[l] = error.mul_add(error, cost[l]);
             }
         }
-        if all_reach(&cost, limits) {
-            break;
-        }
     }
-    cost
+    costs
 }
 
 /// Of each row the candidate with the least `‖(q − w) Ũ_gg‖²`, for the codes that the column loop chooses; the first of equal ones.
