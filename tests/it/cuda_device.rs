@@ -47,6 +47,8 @@ fn logits(checkpoint: &Checkpoint, windows: &Windows, compute: Compute) -> Tenso
 #[test]
 #[ignore = "needs a CUDA device: scripts/gpu-check"]
 fn cuda_device_logits_are_those_of_the_cpu() {
+    // Before libtorch computes anything on the CPU.
+    let device = cuda();
     let lab = branches(&["4bit-128g", "4bit-32g-act", "8bit-64g-asym", "3bit-128g"]);
     let corpus = CorpusSource::resolve(&text_of(&demo("evaluation.parquet")), &SourceOptions::default());
     let corpus = corpus.unwrap().load(None).unwrap();
@@ -57,12 +59,12 @@ fn cuda_device_logits_are_those_of_the_cpu() {
         let windows = Windows::sequential(&tokens, SEQ_LEN, Some(4)).unwrap();
         let expected = logits(&checkpoint, &windows, Compute::CPU);
         for (kind, limit) in [(Kind::Half, FP16_LOGITS), (Kind::BFloat16, 8.0 * FP16_LOGITS)] {
-            let found = logits(&checkpoint, &windows, Compute { device: cuda(), kind });
+            let found = logits(&checkpoint, &windows, Compute { device, kind });
             let difference = (&found - &expected).abs().max().double_value(&[]);
             assert!(difference < limit, "{}: {kind:?} logits differ by {difference}", dir.display());
             assert!(difference > 0.0, "another computation");
             // Token by token, all layers on the device.
-            let runner = Runner::open(&checkpoint, SEQ_LEN, Compute { device: cuda(), kind }).unwrap();
+            let runner = Runner::open(&checkpoint, SEQ_LEN, Compute { device, kind }).unwrap();
             let layers = 0..checkpoint.config().num_layers();
             let packed: Vec<_> = layers.map(|layer| runner.packed_layer(layer).unwrap()).collect();
             let mut decoder = Decoder::new(&runner, &packed, SEQ_LEN).unwrap();
