@@ -102,24 +102,27 @@ impl Error {
     /// Whether a device has too little memory for an operation; smaller operations may still fit.
     pub fn is_out_of_device_memory(&self) -> bool {
         match self {
-            Self::Torch { source, .. } => {
-                let text = source.to_string();
-                OUT_OF_DEVICE_MEMORY.iter().any(|reason| text.contains(reason))
-            }
+            Self::Torch { source, .. } => reports_full_device(&source.to_string()),
             Self::Cuda { problem, .. } => problem == "out of memory",
             _ => false,
         }
     }
 }
 
-/// Texts of libtorch's errors when a device's memory has ended. They come from its own allocator, CUDA's run-time library,
-/// cuBLAS and cuSOLVER; the workspaces of the last two are not libtorch's.
-const OUT_OF_DEVICE_MEMORY: [&str; 4] = [
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-];
+/// Whether a text of libtorch reports that a device's memory has ended. The text is that of its own allocator, CUDA's run-time
+/// library, cuBLAS or cuSOLVER; the workspaces of the last two are not libtorch's. If the last two lack memory for a handle, they
+/// report a status that has other causes in other calls.
+fn reports_full_device(text: &str) -> bool {
+    const TEXTS: [&[&str]; 6] = [
+        &["CUDA out of memory"],
+        &["CUDA error: out of memory"],
+        &["CUBLAS_STATUS_ALLOC_FAILED"],
+        &["CUSOLVER_STATUS_ALLOC_FAILED"],
+        &["CUBLAS_STATUS_NOT_INITIALIZED", "cublasCreate"],
+        &["CUSOLVER_STATUS_INTERNAL_ERROR", "cusolverDnCreate"],
+    ];
+    TEXTS.iter().any(|parts| parts.iter().all(|part| text.contains(part)))
+}
 
 /// How to choose one of several weights files.
 pub(super) fn choose_weights(place: &dyn Display) -> String {
@@ -156,7 +159,5 @@ fn to_safetensors(folder: &Path, arguments: &str) -> String {
 
 fn is_out_of_memory(error: &tch::TchError) -> bool {
     let text = error.to_string();
-    text.contains("not enough memory")
-        || text.contains("out of memory")
-        || OUT_OF_DEVICE_MEMORY.iter().any(|reason| text.contains(reason))
+    text.contains("not enough memory") || text.contains("out of memory") || reports_full_device(&text)
 }

@@ -118,6 +118,8 @@ fn memory_that_ends_on_a_device_is_known_whoever_allocates() {
         "CUDA error: out of memory",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
     ] {
         assert!(torch(text).is_out_of_device_memory(), "{text}");
         assert!(torch(text).hint().is_some(), "{text}");
@@ -125,7 +127,12 @@ fn memory_that_ends_on_a_device_is_known_whoever_allocates() {
     assert!(
         Error::Cuda { action: "launch".into(), problem: "out of memory".into() }.is_out_of_device_memory()
     );
-    for text in ["CUDA error: an illegal memory access was encountered", "sizes differ"] {
+    for text in [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnXpotrf(handle)`",
+        "sizes differ",
+    ] {
         assert!(!torch(text).is_out_of_device_memory(), "{text}");
     }
 }
