@@ -457,7 +457,7 @@ fn signs(rows: i64, columns: i64) -> Result<Tensor, TchError> {
     Tensor::f_from_slice(&signs)?.f_reshape([rows, columns])
 }
 
-/// Products that fail for lack of memory, for tests.
+/// Products and solves that fail for lack of memory, for tests.
 #[cfg(test)]
 pub(crate) mod fault {
     use std::cell::Cell;
@@ -465,21 +465,21 @@ pub(crate) mod fault {
     use tch::TchError;
 
     thread_local! {
-        /// Products that this thread has left before one fails.
+        /// Operations that this thread has left before one fails.
         static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
     }
 
-    /// Makes a product of this thread fail after so many that do not.
-    pub(crate) fn after(products: usize) {
-        LEFT.set(Some(products));
+    /// Makes an operation of this thread fail after so many that do not.
+    pub(crate) fn after(operations: usize) {
+        LEFT.set(Some(operations));
     }
 
-    /// Whether the product has not failed yet.
-    pub(crate) fn is_pending() -> bool {
-        LEFT.get().is_some()
+    /// Whether the operation has failed. If it has not, it does not fail any more.
+    pub(crate) fn has_failed() -> bool {
+        LEFT.take().is_none()
     }
 
-    pub(super) fn check() -> Result<(), TchError> {
+    pub(crate) fn check() -> Result<(), TchError> {
         match LEFT.get() {
             Some(0) => {
                 LEFT.set(None);

@@ -85,7 +85,7 @@ impl<'a> StageSolver<'a> {
     }
 
     /// Solves a stage for some of the run's variants, given by index. Returns the quantized linears of each variant, after the sink
-    /// took them.
+    /// took them. If the device runs out of memory, `free` is called and the operation is repeated.
     pub(super) fn solve_stage(
         &self,
         weights: &Weights,
@@ -93,6 +93,7 @@ impl<'a> StageSolver<'a> {
         mut statistics: Vec<CalibrationStatistics>,
         variants: &[usize],
         sink: &SharedSink<'_>,
+        free: &mut FreeMemory<'_>,
     ) -> Result<Vec<Vec<Solved>>> {
         let layer = &self.config.layers[weights.layer];
         let stage = &layer.stages[stage];
@@ -111,7 +112,7 @@ impl<'a> StageSolver<'a> {
             let mut own = None;
             for (rank, (group, (statistics, tokens))) in round.iter().zip(statistics.by_ref()).enumerate() {
                 if rank == cluster.rank() {
-                    own = Some(self.solve_group(weights, group, statistics, tokens, variants, false)?);
+                    own = Some(self.solve_group(weights, group, statistics, tokens, variants, false, free)?);
                 }
             }
             let own = own.map(|own| own.message()).transpose()?.unwrap_or_default();
@@ -122,7 +123,7 @@ impl<'a> StageSolver<'a> {
         }
         for (group, (statistics, tokens)) in groups[spread..].iter().zip(statistics) {
             return_free_memory();
-            let solution = self.solve_group(weights, group, statistics, tokens, variants, true)?;
+            let solution = self.solve_group(weights, group, statistics, tokens, variants, true, free)?;
             self.deliver(weights, group, solution, variants, sink, &mut solved)?;
         }
         return_free_memory();
@@ -173,6 +174,7 @@ impl<'a> StageSolver<'a> {
         tokens: Option<u64>,
         variants: &[usize],
         together: bool,
+        free: &mut FreeMemory<'_>,
     ) -> Result<GroupSolution> {
         let mut solved = GroupSolution::default();
         let ids: Vec<LinearId> =
@@ -197,7 +199,8 @@ impl<'a> StageSolver<'a> {
         let (n, k) = shape_of(&self.config.layers[weights.layer], group);
         let phases = self.context.phases;
         let energies = phases.time(Phase::OutputEnergy, 0.0, || {
-            hessian.output_energies(&dense.iter().map(|w| w.values).collect::<Vec<_>>())
+            let values: Vec<_> = dense.iter().map(|w| w.values).collect();
+            or_again(free, || hessian.output_energies(&values))
         })?;
         let mut hessian = Some(hessian);
 
@@ -219,7 +222,7 @@ impl<'a> StageSolver<'a> {
                 let hessian = hessian.as_ref().expect("kept until the last order");
                 let operations = k.powi(3) / 3.0;
                 phases.time(Phase::Factorization, operations, || {
-                    self.solver.factorize(hessian, order, damp, &name)
+                    or_again(free, || self.solver.factorize(hessian, order, damp, &name))
                 })?
             };
             if i + 1 == orders && outputs.is_none() {
@@ -231,7 +234,7 @@ impl<'a> StageSolver<'a> {
             let operations = if cross_covariance.is_some() { of_targets(n, k) } else { 0.0 };
             let targets = phases.time(Phase::Targets, operations, || {
                 let sums = cross_covariance.as_ref();
-                let targets = sums.map(|sums| targets(&*factor, sums, &dense)).transpose();
+                let targets = or_again(free, || sums.map(|sums| targets(&*factor, sums, &dense)).transpose());
                 if i + 1 == orders {
                     cross_covariance = None;
                 }
@@ -253,7 +256,8 @@ impl<'a> StageSolver<'a> {
                 let formats = ids.iter().zip(&dense).map(|(id, w)| self.format(variant, id, w));
                 let formats = formats.collect::<Result<Vec<_>>>()?;
                 let outputs = outputs.as_deref().zip(hessian.as_ref());
-                let solutions = self.solve_formats(&*factor, &weights, &formats, outputs, together)?;
+                let solve = || self.solve_formats(&*factor, &weights, &formats, outputs, together);
+                let solutions = or_again(free, solve)?;
                 let solving = begun.elapsed().as_secs_f64();
                 phases.add(Phase::Solve, solving, n * k * k);
                 let seconds = solving + factor_seconds;
@@ -343,6 +347,22 @@ impl<'a> StageSolver<'a> {
     fn damp(&self, hessian: &Hessian) -> Result<f64> {
         let least = self.task.damp;
         if self.task.accuracy.shrinkage { Ok(hessian.shrinkage()?.max(least)) } else { Ok(least) }
+    }
+}
+
+/// Frees memory of the device. False when there is nothing more to free.
+pub(super) type FreeMemory<'f> = dyn FnMut() -> Result<bool> + 'f;
+
+/// Computes a result; once more if the device runs out of memory and `free` frees some. `compute` must leave its inputs unchanged.
+fn or_again<T>(free: &mut FreeMemory<'_>, compute: impl Fn() -> Result<T>) -> Result<T> {
+    let attempt = || {
+        #[cfg(test)]
+        crate::error::TorchContext::torch(crate::gptq::fault::check(), "solve")?;
+        compute()
+    };
+    match attempt() {
+        Err(error) if error.is_out_of_device_memory() && free()? => attempt(),
+        result => result,
     }
 }
 

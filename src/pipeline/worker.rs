@@ -16,6 +16,7 @@ use super::{
     phases::{PhaseClock, per_token},
     reference::ReferenceLayer,
     stage_memory::MemoryWatch,
+    stage_solver::FreeMemory,
     statistics::{CalibrationStatistics, Captured},
     stream::Stream,
     weights::Weights,
@@ -59,6 +60,7 @@ struct NotAdded {
     in_part: bool,
 }
 
+const ENTERED_FIRST: &str = "a layer is entered before it is worked on";
 const REFERENCE_RUNS_FIRST: &str = "the reference model runs through a layer first";
 
 /// A device and the windows that are run on it.
@@ -171,7 +173,18 @@ impl<'a> Worker<'a> {
     }
 
     pub(super) fn weights(&self) -> &Weights {
-        self.weights.as_ref().expect("a layer is entered before it is worked on")
+        self.weights.as_ref().expect(ENTERED_FIRST)
+    }
+
+    /// Solves with the layer's weights, and with a function that moves activations from the device.
+    pub(super) fn solve_with<T>(
+        &mut self,
+        solve: impl FnOnce(&Weights, &mut FreeMemory<'_>) -> Result<T>,
+    ) -> Result<T> {
+        let weights = self.weights.take().expect(ENTERED_FIRST);
+        let result = solve(&weights, &mut || self.leave_device());
+        self.weights = Some(weights);
+        result
     }
 
     /// The layer that was entered.

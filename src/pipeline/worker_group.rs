@@ -297,7 +297,10 @@ impl LayerPass<'_, '_, '_> {
         let own = self.worker.capture(stage, stream, reference, keep)?;
         let sums = self.collective.sum(own)?;
         let (Some((solver, sink)), Some(sums)) = (&self.root, sums) else { return Ok(None) };
-        solver.solve_stage(self.worker.weights(), stage, sums, variants, sink).map(Some)
+        let solve = self
+            .worker
+            .solve_with(|weights, free| solver.solve_stage(weights, stage, sums, variants, sink, free));
+        solve.map(Some)
     }
 
     /// Sets the linears that the windows leave a stage through: those that the root has solved.
