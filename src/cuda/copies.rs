@@ -47,7 +47,7 @@ impl Copies {
     /// As [`Copies::new`].
     pub fn on(gpu: &Arc<Gpu>, device: Device) -> Result<Self> {
         let stream = gpu.context().new_stream().map_err(failed("make a stream for copies"))?;
-        let pool = HostPool::new(gpu, Arc::clone(&stream), false);
+        let pool = HostPool::new(gpu, vec![Arc::clone(&stream)], false);
         Ok(Self { stream, compute: gpu.compute_stream(), pool, device })
     }
 

@@ -12,11 +12,11 @@ use tch::{Device, Kind, Tensor};
 use super::gpu::{Gpu, failed};
 use crate::error::{Error, Result, TorchContext};
 
-/// Page-locked memory for the copies of one stream. Locking pages takes as long as reading them, so a pool can keep unused
+/// Page-locked memory for the copies of some streams. Locking pages takes as long as reading them, so a pool can keep unused
 /// buffers for later ones of their size.
 pub struct HostPool {
     gpu: Arc<Gpu>,
-    stream: Arc<CudaStream>,
+    streams: Vec<Arc<CudaStream>>,
     keeps: bool,
     idle: Mutex<Vec<Buffer>>,
 }
@@ -44,18 +44,18 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl HostPool {
-    /// For copies to the device that libtorch starts on its own stream. Buffers are kept for later ones of their size, and
-    /// given back when a buffer of another size is asked for.
+    /// For copies to one or more devices that libtorch starts on its own streams. Buffers are kept for later ones of their size,
+    /// and given back when a buffer of another size is asked for.
     ///
     /// # Errors
-    /// When the driver refuses the device.
-    pub fn for_libtorch(device: Device) -> Result<Arc<Self>> {
-        let gpu = Gpu::of(device)?;
-        Ok(Self::new(&gpu, gpu.compute_stream(), true))
+    /// When the driver refuses a device.
+    pub fn for_libtorch(devices: &[Device]) -> Result<Arc<Self>> {
+        let gpus = devices.iter().map(|&device| Gpu::of(device)).collect::<Result<Vec<_>>>()?;
+        Ok(Self::new(&gpus[0], gpus.iter().map(|gpu| gpu.compute_stream()).collect(), true))
     }
 
-    pub(super) fn new(gpu: &Arc<Gpu>, stream: Arc<CudaStream>, keeps: bool) -> Arc<Self> {
-        Arc::new(Self { gpu: Arc::clone(gpu), stream, keeps, idle: Mutex::default() })
+    pub(super) fn new(gpu: &Arc<Gpu>, streams: Vec<Arc<CudaStream>>, keeps: bool) -> Arc<Self> {
+        Arc::new(Self { gpu: Arc::clone(gpu), streams, keeps, idle: Mutex::default() })
     }
 
     /// An uninitialized tensor.
@@ -87,7 +87,7 @@ impl HostPool {
             let buffer = idle.swap_remove(at);
             drop(idle);
             // Copies from it may still run.
-            self.stream.synchronize()?;
+            self.wait()?;
             return Ok(buffer);
         }
         for buffer in idle.drain(..) {
@@ -100,9 +100,14 @@ impl HostPool {
         Ok(Buffer { address, bytes })
     }
 
-    /// Gives memory back once the stream's copies have ended.
+    /// Waits until the copies of all streams have ended.
+    fn wait(&self) -> Result<(), DriverError> {
+        self.streams.iter().try_for_each(|stream| stream.synchronize())
+    }
+
+    /// Gives memory back once no copy uses it.
     fn free(&self, buffer: &Buffer) -> Result<(), DriverError> {
-        self.stream.synchronize()?;
+        self.wait()?;
         // SAFETY: it came from the driver, and nothing refers to it any more.
         unsafe { result::free_host(buffer.address) }
     }

@@ -29,7 +29,7 @@ pub(super) struct WorkerPool<'a> {
     layers: usize,
     /// The next layer's weights, read while this one is solved. Only beside a device that is not the CPU, where it saves time.
     next: Option<Weights>,
-    /// Memory of weights, if a device other than the CPU copies them.
+    /// Memory of weights, if devices other than the CPU copy them.
     page_locked: Option<Arc<HostPool>>,
     context: RunContext<'a>,
 }
@@ -75,8 +75,7 @@ impl<'a> WorkerPool<'a> {
             spread.map(|(devices, part)| group(kind, &devices, own(part))).collect()
         };
         let groups = task.kinds.of_outputs(task.variants).into_iter().map(of_kind).collect::<Result<_>>()?;
-        let device = devices.iter().copied().find(|d| *d != Device::Cpu);
-        let page_locked = device.map(HostPool::for_libtorch).transpose()?;
+        let page_locked = (devices[0] != Device::Cpu).then(|| HostPool::for_libtorch(devices)).transpose()?;
         Ok(Self { checkpoint, groups, layers: task.layers, next: None, page_locked, context })
     }
 

@@ -413,6 +413,7 @@ int cuStreamDestroy_v2(Stream* stream) {
 }
 int cuStreamSynchronize(Stream* stream) {
     LOCK;
+    calls["cuStreamSynchronize"] += 1;
     if (current < 0) return INVALID_CONTEXT;
     if (!known(stream)) return INVALID_HANDLE;
     if (stream != nullptr) run_to(stream, stream->issued);

@@ -145,8 +145,8 @@ fn copies_are_fenced_however_they_end() {
 #[test]
 fn page_locked_memory_of_weights_is_reused() {
     with_driver("cuda_driver::page_locked_memory_of_weights_is_reused", |driver| {
-        let _gpu = gpu(driver);
-        let pool = HostPool::for_libtorch(Device::Cuda(0)).unwrap();
+        let _gpus = [gpu(driver), gpu(driver)];
+        let pool = HostPool::for_libtorch(&[Device::Cuda(0), Device::Cuda(1)]).unwrap();
         let layer = |sizes: &[i64]| -> Vec<_> {
             sizes.iter().map(|&size| pool.empty(&[size, 4], Kind::Half).unwrap()).collect()
         };
@@ -155,6 +155,7 @@ fn page_locked_memory_of_weights_is_reused() {
             assert_eq!(tensors[2].tensor().size(), [16, 4]);
         }
         assert_eq!(driver.calls("cuMemHostAlloc"), 3, "locked once");
+        assert_eq!(driver.calls("cuStreamSynchronize"), 2 * 4 * 3, "each reuse waits for both devices");
         // Handles keep memory, and a layer of other sizes gives the old one back.
         let (kept, memory) = {
             let tensors = layer(&[8]);
