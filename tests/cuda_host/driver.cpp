@@ -16,6 +16,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tensor_map.h"
@@ -47,6 +48,7 @@ struct Device {
 };
 
 struct Module {
+    const Device* device;
     std::string ptx;
     std::map<std::string, struct Function*> functions;
 };
@@ -72,11 +74,13 @@ struct Operation {
 struct Stream {
     std::deque<Operation> queue;
     uint64_t issued, done;
+    bool fenced; // waits for an event of the null stream since its last copy
 };
 
 struct Event {
     Stream* stream; // null: of the null stream, or never recorded
     uint64_t ticket;
+    bool recorded;
 };
 
 // `Launch` of launch.cpp.
@@ -105,6 +109,8 @@ std::vector<const char* (*)(const HostLaunch*)> kernels;
 std::map<std::string, uint64_t> calls;
 std::string faults, answer;
 thread_local int current = -1; // the device whose context is bound
+
+bool is_current(const Device* device) { return current >= 0 && device == &devices[(size_t)current]; }
 
 void fault(const std::string& what) { faults += what + "\n"; }
 
@@ -137,6 +143,9 @@ int copy(void* to, const void* from, size_t bytes, Stream* stream, const void* h
     if (current < 0) return INVALID_CONTEXT;
     if (!known(stream)) return INVALID_HANDLE;
     const Range on_host{static_cast<const unsigned char*>(host), bytes};
+    if (stream != nullptr && !std::exchange(stream->fenced, false)) {
+        fault("a copy does not wait for libtorch's work, which may still use the memory");
+    }
     if (!is_page_locked(on_host)) fault("a copy of memory that is not page-locked, which is not asynchronous");
     issue(stream, {[=] { memcpy(to, from, bytes); },
                    {{static_cast<unsigned char*>(to), bytes}, {static_cast<const unsigned char*>(from), bytes}}});
@@ -182,7 +191,7 @@ int launch(Function* f, const unsigned (&grid)[3], const unsigned (&block)[3], u
     LOCK;
     calls["launch " + f->name] += 1;
     if (current < 0) return INVALID_CONTEXT;
-    if (!known(stream)) return INVALID_HANDLE;
+    if (!is_current(f->device) || !known(stream)) return INVALID_HANDLE;
     if ((int)dynamic > f->dynamic_limit || block[2] != 1) return INVALID_VALUE;
     const uint64_t blocks = uint64_t(grid[0]) * grid[1] * grid[2];
     const int resident =
@@ -334,14 +343,15 @@ int cuModuleLoadData(Module** module, const void* image) {
     LOCK;
     calls["cuModuleLoadData"] += 1;
     if (current < 0) return INVALID_CONTEXT;
-    *module = new Module{static_cast<const char*>(image), {}};
+    *module = new Module{&devices.at((size_t)current), static_cast<const char*>(image), {}};
     modules.insert(*module);
     return SUCCESS;
 }
 int cuModuleUnload(Module* module) {
     LOCK;
     if (current < 0) return INVALID_CONTEXT;
-    if (modules.erase(module) == 0) return INVALID_HANDLE;
+    if (modules.count(module) == 0 || !is_current(module->device)) return INVALID_HANDLE;
+    modules.erase(module);
     for (auto& [name, function] : module->functions) delete function;
     delete module;
     return SUCCESS;
@@ -350,19 +360,19 @@ int cuModuleUnload(Module* module) {
 int cuModuleGetFunction(Function** function, Module* module, const char* name) {
     LOCK;
     if (current < 0) return INVALID_CONTEXT;
-    if (modules.count(module) == 0) return INVALID_HANDLE;
+    if (modules.count(module) == 0 || !is_current(module->device)) return INVALID_HANDLE;
     Function*& known = module->functions[name];
     if (known == nullptr) {
         known = parse(module->ptx, name).release();
         if (known == nullptr) return NOT_FOUND;
-        known->device = &devices.at((size_t)current);
+        known->device = module->device;
         known->dynamic_limit = DYNAMIC_BY_DEFAULT - known->static_bytes;
     }
     *function = known;
     return SUCCESS;
 }
 int cuFuncGetAttribute(int* value, int attribute, Function* function) {
-    if (current < 0) return INVALID_CONTEXT;
+    if (!is_current(function->device)) return INVALID_CONTEXT;
     switch (attribute) {
         case 1: return *value = function->static_bytes, SUCCESS;
         case 8: return *value = function->dynamic_limit, SUCCESS;
@@ -371,7 +381,7 @@ int cuFuncGetAttribute(int* value, int attribute, Function* function) {
 }
 int cuFuncSetAttribute(Function* function, int attribute, int value) {
     LOCK;
-    if (current < 0) return INVALID_CONTEXT;
+    if (!is_current(function->device)) return INVALID_CONTEXT;
     calls["cuFuncSetAttribute"] += 1;
     if (attribute != 8 || value < 0 || value + function->static_bytes > function->device->shared) return INVALID_VALUE;
     function->dynamic_limit = value;
@@ -379,7 +389,7 @@ int cuFuncSetAttribute(Function* function, int attribute, int value) {
 }
 int cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, Function* function, int threads, size_t dynamic,
                                                          unsigned) {
-    if (current < 0) return INVALID_CONTEXT;
+    if (!is_current(function->device)) return INVALID_CONTEXT;
     *blocks = blocks_of_multiprocessor(*function, threads, dynamic);
     return SUCCESS;
 }
@@ -425,6 +435,7 @@ int cuStreamWaitEvent(Stream* stream, Event* event, unsigned) {
     calls["cuStreamWaitEvent"] += 1;
     if (!known(stream) || events.count(event) == 0) return INVALID_HANDLE;
     Stream* other = event->stream;
+    if (other == nullptr && event->recorded && stream != nullptr) stream->fenced = true;
     if (other == nullptr || other == stream) return SUCCESS;
     issue(stream, {[other, ticket = event->ticket] {
                        if (streams.count(other) != 0) run_to(other, ticket);
@@ -449,7 +460,7 @@ int cuEventRecord(Event* event, Stream* stream) {
     LOCK;
     if (current < 0) return INVALID_CONTEXT;
     if (!known(stream) || events.count(event) == 0) return INVALID_HANDLE;
-    *event = {stream, stream == nullptr ? 0 : stream->issued};
+    *event = {stream, stream == nullptr ? 0 : stream->issued, true};
     return SUCCESS;
 }
 int cuEventQuery(Event* event) {

@@ -185,17 +185,29 @@ fn any_thread_may_use_the_device_with_nvrtc() {
         let text = "extern \"C\" __global__ void f(float* x) { x[0] = 1; }";
         let source = Source { name: "f.cu", text };
         let x = Tensor::zeros([64], (Kind::Half, Device::Cpu));
-        let use_it = || {
-            let kernel = gpu.kernel(&source, &[], "f").unwrap_or_else(|error| panic!("{error}"));
-            assert!(gpu.resident_blocks(&kernel, 32, 0).unwrap() > 0);
-            gpu.matrix_16(&Argument::tensor(&x), (8, 8), (8, 8)).unwrap_or_else(|error| panic!("{error}"));
+        let kernel = gpu.kernel(&source, &[], "f").unwrap_or_else(|error| panic!("{error}"));
+        let argument = Argument::tensor(&x);
+        let launch = || {
+            let grid = Grid { blocks: (1, 1, 1), threads: (32, 1), shared: 0 };
+            // SAFETY: the argument is the kernel's, and nothing runs.
+            let launched = unsafe { gpu.launch(&kernel, grid, false, std::slice::from_ref(&argument)) };
+            launched.unwrap_or_else(|error| panic!("{error}"));
         };
-        use_it();
+        launch();
+        assert!(gpu.resident_blocks(&kernel, 32, 0).unwrap() > 0);
+        gpu.matrix_16(&argument, (8, 8), (8, 8)).unwrap_or_else(|error| panic!("{error}"));
         let in_new_thread = |work: &(dyn Fn() + Sync)| {
             std::thread::scope(|scope| scope.spawn(work).join().expect("the driver serves the thread"));
         };
+        in_new_thread(&launch);
+        in_new_thread(&|| assert!(gpu.resident_blocks(&kernel, 32, 0).unwrap() > 0));
         in_new_thread(&|| drop(gpu.kernel(&source, &[], "f").unwrap_or_else(|error| panic!("{error}"))));
         assert_eq!(driver.calls("cuModuleLoadData"), 1, "the thread found the module");
+        // A thread that has used another device since.
+        driver.add_device("NVIDIA H200", (9, 0), 132, HOPPER);
+        Gpu::numbered(1).unwrap().kernel(&source, &[], "f").unwrap_or_else(|error| panic!("{error}"));
+        launch();
+        assert_eq!(driver.calls("launch f"), 3);
 
         let copies = Copies::on(&gpu, Device::Cpu).unwrap();
         let host = copies.host_like(&x).unwrap();
