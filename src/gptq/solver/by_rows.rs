@@ -249,11 +249,13 @@ fn joined(factors: &[OutputFactor], strands: impl Iterator<Item = Solution>) -> 
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::{
         accuracy::AccuracyOptions,
         gptq::solver::{
-            CpuSolver, Solver,
+            CpuSolver, CudaSolver, Solver,
             tests::problem::{Problem, solve, weight},
         },
         variant::Variant,
@@ -295,6 +297,46 @@ mod tests {
         let solution = by_rows(&problem, &output, &variant);
         assert!((solution.squared_error / alone.squared_error - 1.0).abs() < 0.01);
         assert_eq!(solution.linear.on_host().unwrap().into_owned(), alone.linear);
+    }
+
+    /// Two weights with three strands. Each call of the solver has one row block of each strand.
+    #[test]
+    fn a_device_solves_rows_as_the_cpu_does() {
+        let problem = Problem::new(70, 96, 600, 6);
+        let other = Tensor::randn([33, 96], (Kind::Float, Device::Cpu)) * 0.02;
+        let weights = [weight(&problem.weight), weight(&other)];
+        let blocks: [&[i64]; 2] = [&[45, 25], &[33]];
+        let outputs = blocks.map(|sizes| {
+            let blocks: Vec<Tensor> = sizes.iter().map(|&n| output_hessian(n)).collect();
+            OutputFactor::all(&blocks, 0.01, Device::Cpu, "test").unwrap()
+        });
+        let outputs: Vec<&[OutputFactor]> = outputs.iter().map(Vec::as_slice).collect();
+        for variant in ["4bit-32g-act", "3bit-32g-asym", "4bit-48g-static"] {
+            let variant: Variant = variant.parse().unwrap();
+            let sorting = AccuracyOptions::NONE.sorting(&variant);
+            let solved_by = |solver: &dyn Solver| {
+                let (factor, calls) =
+                    (solver.factorize(&problem.hessian, sorting, 0.01, "test").unwrap(), Cell::new(0));
+                let solve = |rows: &[Weight<'_>]| {
+                    calls.set(calls.get() + 1);
+                    factor.solve(rows, &variant)
+                };
+                let solutions = solve_by_rows(&problem.hessian, &weights, &outputs, &solve).unwrap();
+                assert_eq!(calls.get(), 45usize.div_ceil(ROWS as usize), "row blocks of the longest strand");
+                solutions
+            };
+            let on_cpu = solved_by(&CpuSolver::new());
+            let on_device = solved_by(&CudaSolver::host_emulation(227 << 10));
+            for (expected, found) in on_cpu.iter().zip(&on_device) {
+                assert!(matches!(found.linear, Solved::Device(_)), "{variant}");
+                let [a, b] = [expected, found].map(|solution| solution.linear.on_host().unwrap());
+                let same = a.codes().iter().zip(b.codes()).filter(|(a, b)| a == b).count();
+                // A code on a border changes the targets of the rows after it.
+                assert!(same * 100 >= a.codes().len() * 90, "{variant}: {same} of {}", a.codes().len());
+                let ratio = found.squared_error / expected.squared_error;
+                assert!((ratio - 1.0).abs() < 0.05, "{variant}: {ratio}");
+            }
+        }
     }
 
     /// Blocks of several weights, of equal size and not, are solved together, each as if alone.

@@ -343,6 +343,17 @@ fn cuda_device_linears_give_away_what_the_host_would() {
     );
 }
 
+/// The `i`-th output feature of all parts becomes output feature `rows[i]`.
+#[test]
+fn joined_parts_have_their_rows_where_they_belong() {
+    let parts = solved(&CudaSolver::host_emulation(HOPPER), Device::Cpu, "4bit-64g-act-asym");
+    let (rows, _) = permutation(160);
+    let joined = DeviceLinear::joined(&parts, &Vec::<i64>::try_from(rows.to_kind(Kind::Int64)).unwrap());
+    let joined = joined.unwrap().dequantize(Kind::Float).unwrap();
+    let dense: Vec<Tensor> = parts.iter().map(|part| part.dequantize(Kind::Float).unwrap()).collect();
+    assert_eq!(joined.index_select(1, &rows), Tensor::cat(&dense, 1));
+}
+
 /// libtorch's flags for factors and products may change; what is read row by row must stay row-major.
 #[test]
 fn a_factor_is_upper_triangular_row_major_and_the_matrix_again() {
