@@ -428,7 +428,7 @@ pub(super) fn bf16_block(count: i64) -> i64 {
 }
 
 /// Blocks of rows of a Hessian of `k` inputs of `kind`.
-fn row_blocks(k: i64, kind: Kind, device: Device) -> Vec<Range<i64>> {
+pub(super) fn row_blocks(k: i64, kind: Kind, device: Device) -> Vec<Range<i64>> {
     blocks(k, if takes_bf16_products(kind, device) { bf16_block(k) } else { block_of(device) })
 }
 

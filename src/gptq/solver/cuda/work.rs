@@ -2,8 +2,14 @@
 
 use std::ops::AddAssign;
 
+use tch::{Device, Kind};
+
 use super::panels::{Mode, Plan, Search};
-use crate::{accuracy::Scales, gptq::Grid, variant::Variant};
+use crate::{
+    accuracy::Scales,
+    gptq::{CrossCovariance, Grid, hessian::row_blocks},
+    variant::Variant,
+};
 
 /// What is launched on the device, and the bytes of its memory that are read and written. An operation of libtorch counts as one
 /// launch; copies between host and device are none.
@@ -15,6 +21,8 @@ pub struct Work {
     pub products: usize,
     /// Other operations of libtorch.
     pub operations: usize,
+    /// Operations of libtorch for the sums of Hessians and cross-covariances, before the solve.
+    pub sums: usize,
     /// Bytes that kernels and products read and write; what blocks of one launch read again is in a cache.
     pub bytes: u64,
 }
@@ -38,6 +46,10 @@ mod operations {
     pub(super) const COLUMNS: usize = 3;
     /// `RowSums::of`: scales that do not fit fp16 counted, all sums stacked.
     pub(super) const SUMS: usize = 4;
+    /// `Hessian::finish`: the sums scaled, the diagonal.
+    pub(super) const FINISH: usize = 2;
+    /// `CrossCovariance::add`: the difference of the inputs, the product.
+    pub(super) const ADD_DIFFERENCES: usize = 2;
     /// `targets`: the cross-covariance checked and scaled; a division by the factor; each weight's target.
     pub(super) const CROSS_COVARIANCE: usize = 3;
     pub(super) const DIVIDE: usize = 5;
@@ -53,7 +65,7 @@ mod operations {
 const FP32: u64 = 4;
 
 impl Work {
-    /// All launches.
+    /// All launches of the solve.
     pub fn launches(&self) -> usize {
         self.kernels + self.products + self.operations
     }
@@ -82,6 +94,7 @@ impl Work {
             // Reordering; the costs of rounding; scales that are known beforehand. A linear: stacking, packing, dense weights.
             kernels: 2 + usize::from(known) + 3 * linears,
             products: 0,
+            sums: 0,
             operations: operations::FACTORIZE
                 + operations::COLUMNS
                 + operations::SUMS
@@ -130,6 +143,20 @@ impl Work {
         }
         Some(work)
     }
+
+    /// Sums of a stage over so many batches of 16-bit inputs: the Hessian, and the cross-covariance (`asymmetric`).
+    pub fn of_sums(shape: &StageShape<'_>, batches: usize, asymmetric: bool) -> Self {
+        let (k, n) = (shape.in_features, shape.out_features.iter().sum::<usize>());
+        let blocks = row_blocks(k as i64, Kind::BFloat16, Device::Cuda(0)).len();
+        // Each block but the first is mirrored.
+        let mut sums = batches * blocks + operations::FINISH + blocks - 1;
+        if asymmetric {
+            // The weights are joined, and multiply each difference.
+            let product = usize::from(CrossCovariance::sums_products(n as u64, k as u64));
+            sums += batches * (operations::ADD_DIFFERENCES + product) + product;
+        }
+        Self { sums, ..Self::default() }
+    }
 }
 
 impl AddAssign for Work {
@@ -137,6 +164,7 @@ impl AddAssign for Work {
         self.kernels += other.kernels;
         self.products += other.products;
         self.operations += other.operations;
+        self.sums += other.sums;
         self.bytes += other.bytes;
     }
 }
@@ -192,6 +220,20 @@ mod tests {
         }
         // Narrower panels of a smaller device.
         assert!(layer("4bit-128g", Quality::Standard, ADA).launches() <= 600);
+    }
+
+    /// The default calibration, 128 windows of 2048 tokens, in batches of 8192 tokens: see docs/kernels.md.
+    #[test]
+    fn sums_of_a_layer_of_7b_take_689_launches() {
+        let sums = |asymmetric| {
+            let mut all = Work::default();
+            for (out_features, in_features) in LLAMA {
+                let shape = StageShape { out_features, in_features, weight_bytes: 2 };
+                all += Work::of_sums(&shape, 32, asymmetric);
+            }
+            all.sums
+        };
+        assert_eq!((sums(true), sums(false)), (689, 400));
     }
 
     /// Groups that are wider than a panel are searched by operations of libtorch, group by group: see docs/kernels.md.
