@@ -10,7 +10,7 @@ use cudarc::driver::{CudaStream, DriverError, result, sys::CUresult::CUDA_ERROR_
 use tch::{Device, Kind, Tensor};
 
 use super::gpu::{Gpu, failed};
-use crate::error::{Error, Result, TorchContext};
+use crate::error::{Error, NO_MORE_PAGES, Result, TorchContext};
 
 /// Page-locked memory for the copies of some streams. Locking pages takes as long as reading them, so a pool can keep unused
 /// buffers for later ones of their size.
@@ -68,9 +68,7 @@ impl HostPool {
             let action = format!("lock {bytes} bytes of memory for copies");
             match error.0 {
                 // Of the host: the device has nothing to free.
-                CUDA_ERROR_OUT_OF_MEMORY => {
-                    Error::Cuda { action, problem: "the system locks no more memory".into() }
-                }
+                CUDA_ERROR_OUT_OF_MEMORY => Error::Cuda { action, problem: NO_MORE_PAGES.into() },
                 _ => failed(action)(error),
             }
         })?;

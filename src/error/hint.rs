@@ -107,7 +107,15 @@ impl Error {
             _ => false,
         }
     }
+
+    /// Whether the system locks no more pages; memory that is not page-locked may still be there.
+    pub fn is_out_of_page_locked_memory(&self) -> bool {
+        matches!(self, Self::Cuda { problem, .. } if problem == NO_MORE_PAGES)
+    }
 }
+
+/// The problem of an [`Error::Cuda`] when the system locks no more pages of memory.
+pub(crate) const NO_MORE_PAGES: &str = "the system locks no more memory";
 
 /// Whether a text of libtorch reports that a device's memory has ended. The text is that of its own allocator, CUDA's run-time
 /// library, cuBLAS or cuSOLVER; the workspaces of the last two are not libtorch's. If the last two lack memory for a handle, they

@@ -11,6 +11,7 @@ use std::{
 };
 
 pub use cluster::ClusterError;
+pub(crate) use hint::NO_MORE_PAGES;
 pub use hub::HubError;
 pub use run::{JournalError, NumericalError, ReportError, ResourceError};
 

@@ -132,7 +132,8 @@ impl ActivationStore {
         self.on_device.reserve(bytes)
     }
 
-    /// Page-locked memory for a batch of the device; `None` if the budget has no space for it, or the device is the CPU.
+    /// Page-locked memory for a batch of the device; `None` if the budget has no space for it, the system locks no more, or the
+    /// device is the CPU.
     pub(super) fn host_like(&self, batch: &Tensor) -> Result<Option<(HostTensor, Reserved)>> {
         let Some(copies) = &self.copies else { return Ok(None) };
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,7 +148,11 @@ impl ActivationStore {
             self.in_memory.reserve(bytes)
         });
         drop(idle);
-        reserved.map(|reserved| Ok((copies.host_like(batch)?, reserved))).transpose()
+        let Some(reserved) = reserved else { return Ok(None) };
+        match copies.host_like(batch) {
+            Err(error) if error.is_out_of_page_locked_memory() => Ok(None),
+            host => Ok(Some((host?, reserved))),
+        }
     }
 
     /// Takes page-locked memory that is not used any more.

@@ -455,6 +455,25 @@ mod tests {
     }
 
     #[test]
+    fn batches_that_the_system_locks_no_memory_for_go_to_a_file() {
+        with_driver(
+            "pipeline::stream::tests::batches_that_the_system_locks_no_memory_for_go_to_a_file",
+            |driver| {
+                let folder = tempfile::tempdir().unwrap();
+                let mut stream = Stream::new(&store_of(driver, 0, 10_000, folder.path()), 0..6, 2, [2, 3]);
+                driver.limit_page_locked(48);
+                for i in 0..3 {
+                    stream.put(i, batch(100.0 * i as f64, 2)).unwrap();
+                }
+                assert_eq!(driver.alive().page_locked, 1);
+                for i in 0..3 {
+                    assert_eq!(stream.get(i).unwrap(), batch(100.0 * i as f64, 2));
+                }
+            },
+        );
+    }
+
+    #[test]
     fn a_batch_can_be_halved() {
         let folder = tempfile::tempdir().unwrap();
         for memory in [0, 10_000] {

@@ -23,7 +23,8 @@ pub(super) struct Weights {
 }
 
 impl Weights {
-    /// Reads a layer into memory, with its weights in `page_locked` memory if there is a pool, and releases its part of the memory map.
+    /// Reads a layer into memory, with its weights in `page_locked` memory if there is a pool and the system locks enough, and releases
+    /// its part of the memory map.
     ///
     /// # Errors
     /// When a tensor is missing, malformed, not finite, or beyond fp16.
@@ -42,12 +43,17 @@ impl Weights {
         }
         let mut memory = Vec::new();
         let read = |position: usize| {
-            let Some(pool) = page_locked else { return transformer.weight(layer, position, source) };
-            transformer.weight_into(layer, position, source, |size| {
+            let plain = || transformer.weight(layer, position, source);
+            let Some(pool) = page_locked else { return plain() };
+            let locked = transformer.weight_into(layer, position, source, |size| {
                 let locked = pool.empty(size, source)?;
                 memory.push(locked.memory());
                 Ok(locked.tensor().shallow_clone())
-            })
+            });
+            match locked {
+                Err(error) if error.is_out_of_page_locked_memory() => plain(),
+                locked => locked,
+            }
         };
         let linears = (0..config.layers[layer].linears.len()).map(read).collect::<Result<_>>()?;
         let weights = Self { layer, parts: transformer.parts(layer)?, linears, memory };
@@ -72,5 +78,31 @@ impl Weights {
     /// Weight and bias of the linear at a position in the layer.
     pub(super) fn of(&self, position: usize) -> &(Tensor, Option<Tensor>) {
         &self.linears[position]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{cuda_host::driver::with_driver, pipeline::tests::model};
+
+    #[test]
+    fn weights_that_the_system_locks_no_memory_for_are_read_all_the_same() {
+        with_driver(
+            "pipeline::weights::tests::weights_that_the_system_locks_no_memory_for_are_read_all_the_same",
+            |driver| {
+                driver.add_device("NVIDIA H200", (9, 0), 132, 227 << 10);
+                let pool = HostPool::for_libtorch(&[Device::Cuda(0)]).unwrap();
+                let checkpoint = model("llama3-gqa-rope");
+                let read = || Weights::read(&checkpoint, 0, Some(&pool)).unwrap();
+                let locked = read();
+                driver.limit_page_locked(0);
+                let plain = read();
+                assert!(!locked.memory.is_empty() && plain.memory.is_empty());
+                for (locked, plain) in locked.linears.iter().zip(&plain.linears) {
+                    assert_eq!(locked.0, plain.0);
+                }
+            },
+        );
     }
 }

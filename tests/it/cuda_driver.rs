@@ -172,6 +172,7 @@ fn page_locked_memory_of_weights_is_reused() {
             "CUDA could not lock 2097152 bytes of memory for copies: the system locks no more memory"
         );
         assert!(!error.is_out_of_device_memory(), "the device has nothing to free");
+        assert!(error.is_out_of_page_locked_memory());
         drop(pool);
         assert_eq!(driver.alive().page_locked, 0);
     });
