@@ -109,7 +109,7 @@ pub(crate) fn entries_by_generation(source: &Source) -> Vec<Vec<String>> {
 #[cfg(test)]
 fn entries(source: &Source, architecture: &str, macros: &[Macro]) -> Vec<String> {
     let ptx = compile(source, architecture, macros).unwrap_or_else(|error| panic!("{error}"));
-    // Registers that do not suffice would show as local memory.
+    // Arrays that are indexed at run time would be in local memory. Spills show only in the output of ptxas.
     assert!(!ptx.contains(".local"), "{} for {architecture}: local memory", source.name);
     let named = ptx.lines().filter_map(|line| line.split(".entry ").nth(1));
     named.map(|rest| rest.trim_end_matches('(').to_owned()).collect()

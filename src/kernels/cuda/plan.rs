@@ -299,7 +299,7 @@ mod tests {
                 let compiled = |product| {
                     let ptx =
                         compile(&super::super::INT4_MATMUL, architecture, &build.macros(product)).unwrap();
-                    // Registers that do not suffice would show as local memory.
+                    // Arrays that are indexed at run time would be in local memory.
                     assert!(!ptx.contains(".local"), "{build:?} for {architecture}");
                     ptx
                 };

@@ -1,7 +1,8 @@
 //! The solver on a CUDA device. libtorch computes the factorization and the products between panels; our own kernels
-//! (`gptq_block.cu`) solve columns and pack codes. Only sums and, on request, packed words are copied from the device. The
-//! host waits for the device twice: after a factorization, for its success, and after a solve, for its sums. Orders and
-//! groups are copied to the device in between, while it is idle.
+//! (`gptq_block.cu`) solve columns and pack codes. Only sums and, on request, packed words are copied from the device. The host
+//! waits for the device where it reads a number: the Hessian's diagonal, the success and the extremes of a factorization, output
+//! energies, whether each target is finite, the sums of a solve, and those of rows that may be better rounded. Orders and groups
+//! are copied to the device.
 
 mod columns;
 mod compare;
