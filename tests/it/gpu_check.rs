@@ -95,8 +95,10 @@ impl Run {
 
 #[test]
 fn gpu_check_runs_its_steps_in_order_and_gathers_them() {
-    let run = run(&[], &[]);
+    let run = run(&[], &[("LD_LIBRARY_PATH", "/driver")]);
     assert_eq!(run.code, 0, "{}", run.stdout);
+    let libraries = fs::read_to_string(run.folder.path().join("out/device.log")).unwrap();
+    assert_eq!(libraries, format!("{}:/driver\n", run.folder.path().join("bin").display()));
     assert_eq!(run.steps(), STEPS);
     let calls = fs::read_to_string(run.folder.path().join("calls")).unwrap();
     for call in [
