@@ -176,6 +176,13 @@ fn gpu_check_names_what_fails_and_goes_on() {
     assert!(!run.steps().contains(&"product") && run.steps().contains(&"same-bytes"), "{}", run.stdout);
 }
 
+#[test]
+fn gpu_check_compares_the_bytes_of_two_runs() {
+    let run = run(&["bytes"], &[("GPTQ_MADE_UP_DIFFERS", "1")]);
+    assert_eq!(run.code, 1, "{}", run.stdout);
+    assert!(run.stdout.contains("not same-bytes.") && run.stdout.contains("| different bytes | equal |"));
+}
+
 /// What does not depend on the step that failed still runs.
 #[test]
 fn gpu_check_goes_on_after_any_step_that_fails() {
