@@ -154,7 +154,7 @@ fn open_libtorch_cuda() -> std::result::Result<(), String> {
     }
 }
 
-/// Opens libtorch's CUDA part before `main`. Tests share a process, and many use libtorch before a test asks for a device:
+/// Opens libtorch's CUDA part before `main`. Tests share a process, and many use libtorch before a test needs a device:
 /// `tch::manual_seed` alone makes libtorch look for its CUDA part, once for the process.
 #[cfg(test)]
 #[used]

@@ -1,5 +1,7 @@
 //! Against sums in f64, at sizes that fill neither strips nor chunks nor blocks.
 
+use std::ops::Range;
+
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{RngCore, SeedableRng},
@@ -198,5 +200,33 @@ fn the_lower_part_of_a_product_is_that_of_the_whole() {
     for (at, (whole, lower)) in whole.iter().zip(&lower).enumerate() {
         let expected = if at % m / BLOCK <= at / m / BLOCK { *whole } else { 7.0 };
         assert_eq!(*lower, expected, "{at}");
+    }
+}
+
+#[test]
+fn a_product_takes_a_part_of_an_operands_rows() {
+    let (m, n, depth) = (70, 300, 100);
+    let (x, y) = (bf16(&values(depth * m, 7)), bf16(&values(depth * n, 8)));
+    let view = |values, rows: Range<usize>, columns| {
+        View::new(Values::BFloat16(values), [depth, columns], [columns, 1]).part(rows, 0..columns)
+    };
+    let mut left = Operand::zeros(depth, m, Parts::One);
+    left.set_rows(64, view(&x, 64..depth, m), Side::Left);
+    left.set_rows(0, view(&x, 0..64, m), Side::Left);
+    for rows in [0..depth, 32..64, 64..depth] {
+        let stride = n + 3;
+        let start = values(m * stride, 9);
+        let mut sums = start.clone();
+        add_rows_product((&left, rows.clone()), view(&y, rows.clone(), n), (&mut sums, stride), m);
+        for i in 0..m {
+            for j in 0..stride {
+                let of_rows = if j < n { rows.clone() } else { 0..0 };
+                let terms = of_rows.map(|d| wide(x[d * m + i]) * wide(y[d * n + j]));
+                let exact = f64::from(start[i * stride + j]) + terms.clone().sum::<f64>();
+                let size = terms.map(f64::abs).sum::<f64>() + 1.0;
+                let found = f64::from(sums[i * stride + j]);
+                assert!((found - exact).abs() < 2e-6 * size, "{rows:?} {i} {j}: {found} {exact}");
+            }
+        }
     }
 }

@@ -56,7 +56,7 @@ const PLAIN: Speeds =
     Speeds { forward: 0.9, statistics: 0.8, factorization: 0.56, targets: 1.25, solve: 0.67, search: 2700.0 };
 /// With AMX, where bf16 products run the whole layer.
 const MATRIX_UNIT: Speeds =
-    Speeds { forward: 1.0, statistics: 0.42, factorization: 0.85, targets: 2.1, solve: 1.6, search: 8000.0 };
+    Speeds { forward: 1.0, statistics: 0.42, factorization: 0.85, targets: 2.4, solve: 1.6, search: 5500.0 };
 /// Operations of fp32 products in the time of all else that is done with a value that goes into a product or out of it.
 const BESIDE_A_VALUE: f64 = 650.0;
 /// Factor of a solve's time with output Hessians.
