@@ -107,6 +107,7 @@ const UNSAFE: &[&str] = &[
     "gptq/solver/cuda/launch.rs",
     "gptq/solver/cuda/linear.rs",
     "gptq/solver/cuda/work.rs",
+    "kernels/cpu/fixed_point.rs",
     "kernels/cpu/simd.rs",
     "kernels/cpu/simd_x86.rs",
     "kernels/cuda/matmul.rs",

@@ -1,5 +1,6 @@
 //! `y = x · Wᵀ` on the CPU with packed GPTQ weights, without a dense copy of all of them.
 //!
+//! Where groups are runs of features and the processor has dot products of bytes, [`super::fixed_point`] multiplies. Elsewhere
 //! [`super::few_rows`] multiplies up to four rows. For more rows, each task has a tile of 256 output features. It dequantizes
 //! 32 of them and 256 input features at a time, into a panel that stays in its core's first cache, and multiplies all rows with it.
 //!
@@ -10,6 +11,7 @@ use rayon::prelude::*;
 
 use super::dequantize::{PANEL_FEATURES, Panel};
 use super::few_rows::{MAX_ROWS, matmul_few_rows};
+use super::fixed_point;
 use super::simd::{Isa, Kernel, LANES, Lanes, Simd, prefetch};
 use super::unpack::{TILE, unit_codes, unit_groups, with_width};
 use crate::pack::PackedView;
@@ -27,12 +29,14 @@ const AHEAD: usize = 256;
 /// # Panics
 /// If the lengths of `x` or `y` are not those of the shapes.
 pub fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
-    matmul_with(Isa::best(), x, rows, w, y);
+    assert_eq!(x.len(), rows * w.in_features(), "x must be [M, K]");
+    assert_eq!(y.len(), rows * w.out_features(), "y must be [M, N]");
+    if !(fixed_point::is_fast() && fixed_point::matmul(x, rows, w, y)) {
+        matmul_with(Isa::best(), x, rows, w, y);
+    }
 }
 
 fn matmul_with(isa: Isa, x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
-    assert_eq!(x.len(), rows * w.in_features(), "x must be [M, K]");
-    assert_eq!(y.len(), rows * w.out_features(), "y must be [M, N]");
     match rows {
         0 => {}
         1..=MAX_ROWS => matmul_few_rows(isa, x, w, y),

@@ -2,6 +2,7 @@
 
 mod dequantize;
 mod few_rows;
+mod fixed_point;
 #[cfg(test)]
 pub(super) mod fixture;
 mod matmul;

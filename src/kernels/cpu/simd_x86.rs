@@ -183,3 +183,10 @@ pub(super) fn prefetch<T>(element: &T) {
     // SAFETY: SSE is part of x86_64, and a prefetch has no effect that a program can see.
     unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(element).cast()) };
 }
+
+/// Prefetches the cache line of `element` into the second-level cache.
+#[inline(always)]
+pub(super) fn prefetch_to_l2<T>(element: &T) {
+    // SAFETY: as for `prefetch`.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(element).cast()) };
+}
