@@ -7,13 +7,16 @@
 use tch::{Kind, TchError, Tensor};
 
 use crate::{
-    amx::{Parts, Shape},
+    amx::{self, Parts, Shape},
     gptq::raw,
     products,
 };
 
-/// Columns factorized together: some of [`crate::amx::BLOCK`].
-const BLOCK: i64 = 768;
+/// Columns factorized together. Of products with inverses of blocks on the diagonal half are with zeros, so that narrow blocks save work.
+/// The matrix unit needs wide ones.
+fn block() -> i64 {
+    if amx::available() { 768 } else { 384 }
+}
 
 /// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle. With `amx`,
 /// the products that are subtracted behind a block have each value in two bf16 parts: their error, 2⁻¹⁶ of the diagonal, is far below the
@@ -21,9 +24,9 @@ const BLOCK: i64 = 768;
 /// the blocks on the diagonal, nor left as it was.
 pub(super) fn in_place(matrix: &Tensor, amx: bool) -> Result<bool, TchError> {
     let k = matrix.size()[0];
-    let part = part_of(matrix);
-    for start in (0..k).step_by(BLOCK as usize) {
-        let width = BLOCK.min(k - start);
+    let (part, block) = (part_of(matrix), block());
+    for start in (0..k).step_by(block as usize) {
+        let width = block.min(k - start);
         let mut corner = part(start, width, start, width)?;
         let (lower, info) = corner.f_linalg_cholesky_ex(false, false)?;
         if i64::try_from(info)? != 0 {
@@ -52,8 +55,8 @@ pub(super) fn in_place(matrix: &Tensor, amx: bool) -> Result<bool, TchError> {
             continue;
         }
         // A_im −= L_ij L_mjᵀ for below ≤ m ≤ i.
-        for row in (below..k).step_by(BLOCK as usize) {
-            let rows = BLOCK.min(k - row);
+        for row in (below..k).step_by(block as usize) {
+            let rows = block.min(k - row);
             let left = negative.f_narrow(0, row - below, rows)?;
             let right = part(below, row + rows - below, start, width)?.f_tr()?;
             let mut target = part(row, rows, below, row + rows - below)?;
@@ -72,13 +75,13 @@ pub(super) fn divide(
     products: Kind,
 ) -> Result<Tensor, TchError> {
     let k = lower.size()[0];
-    let part = part_of(lower);
+    let (part, block) = (part_of(lower), block());
     let corner = |start: i64| {
-        let width = BLOCK.min(k - start);
+        let width = block.min(k - start);
         let inverse = inverse(&part(start, width, start, width)?)?.f_neg_()?;
         Ok((start, width, inverse.f_to_kind(products)?))
     };
-    let corners: Vec<_> = (0..k).step_by(BLOCK as usize).map(corner).collect::<Result<_, TchError>>()?;
+    let corners: Vec<_> = (0..k).step_by(block as usize).map(corner).collect::<Result<_, TchError>>()?;
     // −Y, then Z, as far as they are computed.
     let mut done = products::Columns::new([b.size()[0], k], products)?;
     // −Y with Y Lᵀ = B, from the first block on: −Y_j = (B_j + Σ_{i<j} −Y_i L_jiᵀ) · −L_jj⁻ᵀ.
@@ -122,7 +125,7 @@ mod tests {
     use super::*;
 
     /// Columns of several blocks.
-    const K: i64 = 2 * BLOCK + 100;
+    const K: i64 = 2 * 768 + 100;
 
     /// A positive definite matrix `[K, K]` fp64.
     fn positive_definite() -> Tensor {
@@ -161,9 +164,9 @@ mod tests {
 
     #[test]
     fn says_when_the_matrix_is_not_positive_definite() {
-        let k = BLOCK + 50;
+        let k = block() + 50;
         let matrix = Tensor::eye(k, (Kind::Float, Device::Cpu));
-        let _ = matrix.narrow(0, BLOCK + 10, 1).narrow(1, BLOCK + 10, 1).fill_(-1.0);
+        let _ = matrix.narrow(0, block() + 10, 1).narrow(1, block() + 10, 1).fill_(-1.0);
         assert!(!in_place(&matrix, false).unwrap());
     }
 }
