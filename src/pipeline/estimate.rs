@@ -51,9 +51,12 @@ struct Speeds {
     search: f64,
 }
 
-/// On processors without a matrix unit.
+/// On processors whose bf16 products are no faster than those of fp32.
 const PLAIN: Speeds =
     Speeds { forward: 0.9, statistics: 0.8, factorization: 0.56, targets: 1.25, solve: 0.67, search: 2700.0 };
+/// With the bf16 dot products of AMD's processors, which also run targets, and solves behind a panel.
+const DOT_PRODUCTS: Speeds =
+    Speeds { forward: 0.95, statistics: 0.8, factorization: 0.6, targets: 1.55, solve: 1.3, search: 2200.0 };
 /// With AMX, where bf16 products run the whole layer.
 const MATRIX_UNIT: Speeds =
     Speeds { forward: 1.0, statistics: 0.42, factorization: 0.85, targets: 2.4, solve: 1.6, search: 5500.0 };
@@ -116,6 +119,8 @@ pub(super) struct Shape<'a> {
     pub(super) searches: bool,
     /// Whether the processor has a matrix unit for bf16.
     pub(super) matrix_unit: bool,
+    /// Whether its bf16 products are faster than those of fp32, as those of a matrix unit are.
+    pub(super) bf16_products: bool,
 }
 
 /// Bytes on one device, or in memory where that is the CPU.
@@ -334,7 +339,11 @@ impl Shape<'_> {
         let usual = passes.iter().filter(|&&kind| kind == self.kinds.usual).count() as f64;
         let exact = passes.len() as f64 - usual;
         let row_blocks = if self.gradient_windows > 0 { ROW_BLOCKS } else { 1.0 };
-        let speeds = if self.matrix_unit { MATRIX_UNIT } else { PLAIN };
+        let speeds = match (self.matrix_unit, self.bf16_products) {
+            (true, _) => MATRIX_UNIT,
+            (false, true) => DOT_PRODUCTS,
+            (false, false) => PLAIN,
+        };
         let search = if self.searches { speeds.search } else { 0.0 };
         let mut work = Work::default();
         for stage in &layer.stages {
@@ -468,6 +477,7 @@ pub(super) mod tests {
             rotates: false,
             searches: false,
             matrix_unit: false,
+            bf16_products: false,
         }
     }
 

@@ -106,6 +106,7 @@ impl Needs {
             rotates,
             searches: accuracy.scales.search != ScaleSearch::Off,
             matrix_unit: amx::available(),
+            bf16_products: amx::has_bf16_products(),
         };
         let device_memory = match (device, plan.max_device_memory) {
             (Device::Cpu, _) => None,
