@@ -156,9 +156,10 @@ fn a_file_computes_what_its_branch_computes() {
         let of = |index: usize, key: &str| evaluation["models"][index][key].clone();
         let number = |index: usize, key: &str| of(index, key)["value"].as_f64().unwrap();
         assert_eq!(of(1, "name"), "m.gguf");
-        for key in ["perplexity", "kl_divergence"] {
+        // A branch is multiplied in fixed point on some processors, and a file in fp32. A divergence as small as that of 8 bits shows it.
+        for (key, tolerance) in [("perplexity", 1e-4), ("kl_divergence", 1e-3)] {
             let (branch, file) = (number(0, key), number(1, key));
-            assert!((branch - file).abs() < 1e-4 * branch, "{variant} {key}: {branch} and {file}");
+            assert!((branch - file).abs() < tolerance * branch, "{variant} {key}: {branch} and {file}");
         }
         let verified = lab.verify(&file, &["--against", &text_of(&lab.model())]).succeeds();
         assert!(
