@@ -32,17 +32,17 @@ const CHUNK_ROWS: usize = 512;
 const AHEAD: usize = 16;
 
 /// Whether the processor has dot products of bytes.
-pub(super) fn is_fast() -> bool {
+fn is_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
     return is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
 
-/// `y = x · Wᵀ`, as [`super::matmul()`] does. False, and y is as before, if codes have 3 bits, groups are not runs, or x has a value
-/// that is not finite. The result does not depend on the number of threads. Without [`is_fast`] it is slow.
+/// `y = x · Wᵀ`, as [`super::matmul()`] does. False, and y is as before, if the processor has no dot products of bytes, codes have 3
+/// bits, groups are not runs, or x has a value that is not finite. The result does not depend on the number of threads.
 pub(super) fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) -> bool {
-    matmul_by(is_fast(), x, rows, w, y)
+    is_fast() && matmul_by(true, x, rows, w, y)
 }
 
 fn matmul_by(vectors: bool, x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) -> bool {
@@ -300,23 +300,15 @@ mod vectors {
     use bytemuck::Pod;
 
     use super::{AHEAD, BYTES, LANES, Part, TILE_ROWS};
-    use crate::kernels::cpu::simd_x86::prefetch_to_l2;
+    use crate::kernels::cpu::{simd_x86::prefetch_to_l2, unpack::padded};
 
     /// The first values as a vector, with zeros behind the last one.
     #[inline(always)]
     fn load<T: Pod, V: Pod>(values: &[T]) -> V {
         match values.first_chunk::<LANES>() {
             Some(whole) => bytemuck::cast(*whole),
-            None => bytemuck::cast(rest(values)),
+            None => bytemuck::cast(padded(values)),
         }
-    }
-
-    /// Rare, and not inlined so that loops over whole blocks stay small.
-    #[inline(never)]
-    fn rest<T: Pod>(values: &[T]) -> [T; LANES] {
-        let mut own = [T::zeroed(); LANES];
-        own[..values.len()].copy_from_slice(values);
-        own
     }
 
     impl Part<'_> {

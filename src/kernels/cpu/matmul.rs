@@ -31,7 +31,7 @@ const AHEAD: usize = 256;
 pub fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
     assert_eq!(x.len(), rows * w.in_features(), "x must be [M, K]");
     assert_eq!(y.len(), rows * w.out_features(), "y must be [M, N]");
-    if !(fixed_point::is_fast() && fixed_point::matmul(x, rows, w, y)) {
+    if !fixed_point::matmul(x, rows, w, y) {
         matmul_with(Isa::best(), x, rows, w, y);
     }
 }

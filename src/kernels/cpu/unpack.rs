@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use bytemuck::Pod;
 use half::f16;
 
 use crate::pack::PackedView;
@@ -117,8 +118,8 @@ impl<'a, const WORDS: usize> UnitRows<'a, WORDS> {
 
 /// Pads a partial block. It is rare, and not inlined so that the loops over whole blocks stay small.
 #[inline(never)]
-fn padded(row: &[i32]) -> [i32; LANES] {
-    let mut block = [0; LANES];
+pub(super) fn padded<T: Pod>(row: &[T]) -> [T; LANES] {
+    let mut block = [T::zeroed(); LANES];
     block[..row.len()].copy_from_slice(row);
     block
 }
