@@ -2,8 +2,9 @@
 //!
 //! The values of x that meet one group of weights become multiples of one power of two, with three signed bytes each. Products of
 //! these bytes with codes and zero points are summed exactly. Only x is rounded, by at most 2⁻²³ of the largest value that meets the
-//! group. Sums in fp32 round by as much. The dot products take three quarters of the instructions of fp32, and no others to make
-//! numbers of codes.
+//! group. The error of a product is a fifth to a half of that of fp32 where values are of one size, and up to three times it where one
+//! value of a group is far larger than the others. The dot products take three quarters of the instructions of fp32, and no others to
+//! make numbers of codes. A fourth byte would make the error smaller than that of fp32 everywhere, and 16 rows a quarter slower.
 //!
 //! Groups must be runs of input features, as they are without act order.
 
@@ -393,7 +394,11 @@ mod vectors {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cpu::fixture::{Fixture, Order, Random, Spec};
+    use crate::kernels::cpu::{
+        fixture::{Fixture, Order, Random, Spec},
+        matmul::matmul_with,
+        simd::Isa,
+    };
 
     fn multiplied(vectors: bool, fixture: &Fixture, x: &[f32]) -> Option<Vec<f32>> {
         let rows = x.len() / fixture.in_features;
@@ -432,6 +437,32 @@ mod tests {
                         assert!(multiplied(true, &fixture, x).unwrap() == found, "{bits} bits, {rows} rows");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn errors_are_below_those_of_fp32_or_near_them_with_outliers() {
+        let mut random = Random(43);
+        for (bits, group_size) in [(4, 32), (4, 128), (8, 128), (8, 1024)] {
+            let fixture = Fixture::random(spec(bits, (1024, 64), group_size), &mut random);
+            for (outlier, most) in [(1.0, 0.7), (16.0, 4.0), (256.0, 4.0), (4096.0, 4.0)] {
+                let mut x: Vec<f32> =
+                    (0..16 * 1024).map(|_| random.below(1 << 24) as f32 - 8_388_608.0).collect();
+                x.iter_mut().skip(5).step_by(group_size).for_each(|x| *x *= outlier);
+                let exact = fixture.multiply(&x);
+                let error = |y: &[f32]| -> f64 {
+                    y.iter()
+                        .zip(&exact)
+                        .map(|(y, (exact, _))| (f64::from(*y) - exact).powi(2))
+                        .sum::<f64>()
+                        .sqrt()
+                };
+                let fixed = error(&multiplied(is_fast(), &fixture, &x).unwrap());
+                let mut y = vec![f32::NAN; exact.len()];
+                matmul_with(Isa::best(), &x, 16, &fixture.view(), &mut y);
+                let ratio = fixed / error(&y);
+                assert!(ratio < most, "{bits} bits, groups of {group_size}, outliers of {outlier}: {ratio}");
             }
         }
     }

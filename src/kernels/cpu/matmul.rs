@@ -36,7 +36,7 @@ pub fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
     }
 }
 
-fn matmul_with(isa: Isa, x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
+pub(super) fn matmul_with(isa: Isa, x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
     match rows {
         0 => {}
         1..=MAX_ROWS => matmul_few_rows(isa, x, w, y),
