@@ -18,15 +18,21 @@ fn block() -> i64 {
     if amx::available() { 768 } else { 384 }
 }
 
-/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle. With `amx`,
-/// the products that are subtracted behind a block have each value in two bf16 parts: their error, 2⁻¹⁶ of the diagonal, is far below the
-/// damping. False, with the content destroyed, when that is not positive definite. What lies above the diagonal is neither read, outside
+/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle. Products with
+/// earlier columns are subtracted from a block at once, so that it is written once. With `amx`, those of each block are subtracted
+/// behind it, which lays values out once, in two bf16 parts: their error, 2⁻¹⁶ of the diagonal, is far below the damping. False, with the content destroyed, when that is not positive definite. What lies above the diagonal is neither read, outside
 /// the blocks on the diagonal, nor left as it was.
 pub(super) fn in_place(matrix: &Tensor, amx: bool) -> Result<bool, TchError> {
     let k = matrix.size()[0];
     let (part, block) = (part_of(matrix), block());
     for start in (0..k).step_by(block as usize) {
         let width = block.min(k - start);
+        if !amx && start > 0 {
+            // A_ij −= Σ_{m<j} L_im L_jmᵀ for all rows from the corner on.
+            let right = part(start, width, 0, start)?.f_neg()?.f_tr()?;
+            let _ =
+                part(start, k - start, start, width)?.f_addmm_(&part(start, k - start, 0, start)?, &right)?;
+        }
         let mut corner = part(start, width, start, width)?;
         let (lower, info) = corner.f_linalg_cholesky_ex(false, false)?;
         if i64::try_from(info)? != 0 {
@@ -42,25 +48,16 @@ pub(super) fn in_place(matrix: &Tensor, amx: bool) -> Result<bool, TchError> {
         let mut panel = part(below, k - below, start, width)?;
         let solved = panel.f_mm(&inverse.f_tr()?)?;
         panel.f_copy_(&solved)?;
-        let negative = solved.f_neg()?;
         if amx {
+            // A_im −= L_ij L_mjᵀ for below ≤ m ≤ i.
             let mut rest = part(below, k - below, below, k - below)?;
             products::add_product(
                 &mut rest,
-                &negative,
+                &solved.f_neg()?,
                 &solved.f_tr()?,
                 Parts::Two,
                 Shape::Lower { first_row: 0 },
             )?;
-            continue;
-        }
-        // A_im −= L_ij L_mjᵀ for below ≤ m ≤ i.
-        for row in (below..k).step_by(block as usize) {
-            let rows = block.min(k - row);
-            let left = negative.f_narrow(0, row - below, rows)?;
-            let right = part(below, row + rows - below, start, width)?.f_tr()?;
-            let mut target = part(row, rows, below, row + rows - below)?;
-            let _ = target.f_addmm_(&left, &right)?;
         }
     }
     Ok(true)
