@@ -13,7 +13,7 @@ use divan::{
     Bencher, black_box,
     counter::{BytesCount, ItemsCount},
 };
-use gptq::{kernels, pack::PackedLinear, variant::Variant};
+use gptq::{kernels::CpuMatmul, pack::PackedLinear, variant::Variant};
 use tch::{Device, Kind, Tensor};
 
 fn main() {
@@ -306,15 +306,26 @@ fn pack(bencher: Bencher<'_, '_>) {
 /// Activations in rows. One row reads every weight once and computes next to nothing, so that its limit is `limit::read`.
 #[divan::bench(args = [1, 16, 512, 2048], sample_count = 5, sample_size = 16)]
 fn matmul(bencher: Bencher<'_, '_>, rows: usize) {
+    multiply(bencher, rows, &variant());
+}
+
+/// The same with act order.
+#[divan::bench(args = [1, 16, 512, 2048], sample_count = 5, sample_size = 16)]
+fn matmul_act_order(bencher: Bencher<'_, '_>, rows: usize) {
+    multiply(bencher, rows, &"4bit-128g-act".parse().expect("the variant is well formed"));
+}
+
+fn multiply(bencher: Bencher<'_, '_>, rows: usize, variant: &Variant) {
     let (n, k) = MATMUL;
     // One after another, so that weights come from memory and threads stay awake, as in a model.
-    let packed = vec![PackedLinear::new(&random::linear(MATMUL, &variant())); LARGE / (n * k / 2)];
-    let mut views = packed.iter().map(PackedLinear::view).cycle();
+    let packed = vec![PackedLinear::new(&random::linear(MATMUL, variant)); LARGE / (n * k / 2)];
+    let linears: Vec<_> = packed.iter().map(|packed| CpuMatmul::new(packed.view())).collect();
+    let mut linears = linears.iter().cycle();
     let x: Vec<f32> = (0..rows * k).map(|i| (i % 13) as f32 - 6.0).collect();
     let mut y = vec![0.0; rows * n];
     let bytes: usize = packed[0].tensors().iter().map(|(_, bytes)| bytes.len()).sum();
     bencher
         .counter(BytesCount::new(bytes))
         .counter(ItemsCount::new(2 * rows * n * k))
-        .bench_local(|| kernels::matmul(&x, rows, &views.next().unwrap(), black_box(&mut y)));
+        .bench_local(|| linears.next().expect("no end").forward(&x, rows, black_box(&mut y)));
 }

@@ -3,5 +3,5 @@
 mod cpu;
 pub mod cuda;
 
-pub use cpu::{dequantize_into, matmul};
+pub use cpu::{CpuMatmul, dequantize_into};
 pub use cuda::{CudaMatmul, Features, RepackError, Repacked, Workspace, repack, repacked_bytes};

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     error::{Error, Result, TorchContext},
-    kernels::{self, CudaMatmul},
+    kernels::{self, CpuMatmul, CudaMatmul},
     pack::PackedView,
     products,
 };
@@ -102,7 +102,7 @@ fn values_mut<T: bytemuck::Pod>(new: &Tensor) -> &mut [T] {
 /// A packed linear, multiplied without a dense copy of its weight. CPU, fp32.
 #[derive(Debug)]
 pub struct Packed<'a> {
-    weight: PackedView<'a>,
+    weight: CpuMatmul<'a>,
     /// `[N]` fp32.
     bias: Option<Tensor>,
 }
@@ -110,7 +110,7 @@ pub struct Packed<'a> {
 impl<'a> Packed<'a> {
     /// `bias` `[N]` is fp32 on the CPU.
     pub fn new(weight: PackedView<'a>, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+        Self { weight: CpuMatmul::new(weight), bias }
     }
 }
 
@@ -131,7 +131,7 @@ impl Linear for Packed<'_> {
         let mut size = x.size();
         *size.last_mut().expect("an input has at least one axis") = n as i64;
         let y = Tensor::f_zeros(&size, (Kind::Float, Device::Cpu)).torch("allocate an output")?;
-        kernels::matmul(input, rows, &self.weight, values_mut(&y));
+        self.weight.forward(input, rows, values_mut(&y));
         match &self.bias {
             Some(bias) => y.f_add(bias).torch("add a bias"),
             None => Ok(y),

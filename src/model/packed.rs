@@ -1,4 +1,5 @@
-//! Packed linears that are ready to run: borrowed from the memory map on the CPU, copied into the kernels' layout on CUDA.
+//! Packed linears that are ready to run: on the CPU borrowed from the memory map, or with act order copied by group; on CUDA copied into
+//! the kernels' layout.
 
 use std::{cell::RefCell, sync::Arc};
 

@@ -6,7 +6,7 @@
 //! value of a group is far larger than the others. The dot products take three quarters of the instructions of fp32, and no others to
 //! make numbers of codes. A fourth byte would make the error smaller than that of fp32 everywhere, and 16 rows a quarter slower.
 //!
-//! Groups must be runs of input features, as they are without act order.
+//! Groups must be runs of input features, as they are without act order, or once [`super::by_group`] has sorted them.
 
 use std::ops::Range;
 
@@ -33,14 +33,14 @@ const CHUNK_ROWS: usize = 512;
 const AHEAD: usize = 16;
 
 /// Whether the processor has dot products of bytes.
-fn is_fast() -> bool {
+pub(super) fn is_fast() -> bool {
     #[cfg(target_arch = "x86_64")]
     return is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni");
     #[cfg(not(target_arch = "x86_64"))]
     false
 }
 
-/// `y = x · Wᵀ`, as [`super::matmul()`] does. False, and y is as before, if the processor has no dot products of bytes, codes have 3
+/// `y = x · Wᵀ`, as [`super::matmul::matmul()`] does. False, and y is as before, if the processor has no dot products of bytes, codes have 3
 /// bits, groups are not runs, or x has a value that is not finite. The result does not depend on the number of threads.
 pub(super) fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) -> bool {
     is_fast() && matmul_by(true, x, rows, w, y)

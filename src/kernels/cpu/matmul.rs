@@ -28,7 +28,7 @@ const AHEAD: usize = 256;
 ///
 /// # Panics
 /// If the lengths of `x` or `y` are not those of the shapes.
-pub fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
+pub(super) fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) {
     assert_eq!(x.len(), rows * w.in_features(), "x must be [M, K]");
     assert_eq!(y.len(), rows * w.out_features(), "y must be [M, N]");
     if !fixed_point::matmul(x, rows, w, y) {

@@ -1,5 +1,6 @@
 //! Products with packed weights on the CPU.
 
+mod by_group;
 mod dequantize;
 mod few_rows;
 mod fixed_point;
@@ -11,5 +12,5 @@ mod simd;
 mod simd_x86;
 mod unpack;
 
+pub use by_group::CpuMatmul;
 pub use dequantize::dequantize_into;
-pub use matmul::matmul;
