@@ -40,8 +40,8 @@ pub(super) fn is_fast() -> bool {
     false
 }
 
-/// `y = x · Wᵀ`, as [`super::matmul::matmul()`] does. False, and y is as before, if the processor has no dot products of bytes, codes have 3
-/// bits, groups are not runs, or x has a value that is not finite. The result does not depend on the number of threads.
+/// `y = x · Wᵀ`, as [`super::matmul::matmul()`] does. False, and y is as before, if the processor has no dot products of bytes, codes
+/// have 3 bits, groups are not runs, or x has a value that is not finite. The result does not depend on the number of threads.
 pub(super) fn matmul(x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut [f32]) -> bool {
     is_fast() && matmul_by(true, x, rows, w, y)
 }

@@ -18,10 +18,13 @@ fn block() -> i64 {
     if amx::available() { 768 } else { 384 }
 }
 
-/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle. Products with
-/// earlier columns are subtracted from a block at once, so that it is written once. With `amx`, those of each block are subtracted
-/// behind it, which lays values out once, in two bf16 parts: their error, 2⁻¹⁶ of the diagonal, is far below the damping. False, with the content destroyed, when that is not positive definite. What lies above the diagonal is neither read, outside
-/// the blocks on the diagonal, nor left as it was.
+/// Replaces the lower triangle of `matrix` `[K, K]`, row-major, by `L`; `L Lᵀ` is the symmetric matrix with that triangle. False, with the
+/// content destroyed, when that is not positive definite. What lies above the diagonal is neither read, outside the blocks on the
+/// diagonal, nor left as it was.
+///
+/// The products of all earlier columns are subtracted from a block together, so that it is written once. With `amx` those of each block
+/// are subtracted behind it, so that values are laid out once. They have two bf16 parts: their error, 2⁻¹⁶ of the diagonal, is far below
+/// the damping.
 pub(super) fn in_place(matrix: &Tensor, amx: bool) -> Result<bool, TchError> {
     let k = matrix.size()[0];
     let (part, block) = (part_of(matrix), block());
