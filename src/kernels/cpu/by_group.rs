@@ -60,26 +60,27 @@ impl<'a> CpuMatmul<'a> {
 
 impl Sorted {
     fn view<'v>(&'v self, w: &PackedView<'v>) -> PackedView<'v> {
-        let (n, qzeros, scales) = (w.out_features(), w.qzeros(), w.scales());
-        PackedView::new(w.bits(), n, &self.qweight, qzeros, scales, &self.g_idx, w.format())
-            .expect("the shapes of a view")
+        with_places(w, &self.qweight, &self.g_idx)
     }
+}
+
+/// A view with other codes and groups along K.
+fn with_places<'v>(w: &PackedView<'v>, qweight: &'v [i32], g_idx: &'v [i32]) -> PackedView<'v> {
+    PackedView::new(w.bits(), w.out_features(), qweight, w.qzeros(), w.scales(), g_idx, w.format())
+        .expect("the shapes of a view")
 }
 
 /// A linear by group, if fixed point takes it so and not as it is.
 fn sort(w: &PackedView<'_>) -> Option<Sorted> {
-    let (bits, n) = (w.bits().get() as usize, w.out_features());
-    if bits == 3 {
-        return None;
-    }
-    let codes = 32 / bits;
-    let is_run = |g_idx: &[i32]| g_idx.chunks_exact(codes).all(|unit| unit.iter().all(|g| *g == unit[0]));
     let mut features: Vec<u32> = (0..w.in_features() as u32).collect();
     features.sort_by_key(|&feature| w.g_idx()[feature as usize]);
     let g_idx: Vec<i32> = features.iter().map(|&feature| w.g_idx()[feature as usize]).collect();
-    if is_run(w.g_idx()) || !is_run(&g_idx) {
+    let takes = |g_idx| fixed_point::segments(&with_places(w, w.qweight(), g_idx)).is_some();
+    if takes(w.g_idx()) || !takes(&g_idx) {
         return None;
     }
+    let (bits, n) = (w.bits().get() as usize, w.out_features());
+    let codes = 32 / bits;
     let mut qweight = vec![0; w.qweight().len()];
     qweight.par_chunks_exact_mut(n).zip(features.par_chunks_exact(codes)).for_each(|(words, features)| {
         for (place, &feature) in features.iter().enumerate() {

@@ -66,13 +66,13 @@ fn matmul_by(vectors: bool, x: &[f32], rows: usize, w: &PackedView<'_>, y: &mut 
 }
 
 /// Units of one group.
-struct Segment {
+pub(super) struct Segment {
     units: Range<usize>,
     group: usize,
 }
 
 /// The segments of K, if codes fill bytes: as long as possible, but none goes beyond a multiple of [`SEGMENT_FEATURES`].
-fn segments(w: &PackedView<'_>) -> Option<Vec<Segment>> {
+pub(super) fn segments(w: &PackedView<'_>) -> Option<Vec<Segment>> {
     if !matches!(w.bits().get(), 2 | 4 | 8) {
         return None;
     }
